@@ -1,0 +1,327 @@
+"""A SpeechBrain Brain with its data, seen as a recogniser to quantize."""
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import speechbrain as sb
+import torch
+from torch import nn
+
+from .data import Batches
+from .evaluation import Transcript
+from .replay import StopForward
+from .search import Score
+
+
+def metric_of(brain: sb.Brain, attribute: str) -> Any:
+    """The word error statistics of a Brain.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        After its ``on_stage_start``.
+    attribute : str
+        ``quantize.metric_attribute``.
+
+    Returns
+    -------
+    ErrorRateStats
+        SpeechBrain's own.
+
+    Raises
+    ------
+    ValueError
+        The Brain has no such attribute, or it is something else.
+    """
+    metric = getattr(brain, attribute, None)
+    if metric is None or not hasattr(metric, "scores"):
+        stats = [
+            name
+            for name, value in vars(brain).items()
+            if hasattr(value, "scores") and hasattr(value, "summarize")
+        ]
+        raise ValueError(
+            f"quantize.metric_attribute: the Brain has no ErrorRateStats "
+            f"'{attribute}'; it has {', '.join(stats) or 'none'}"
+        )
+    return metric
+
+
+def transcripts_of(metric: Any) -> list[Transcript]:
+    """References and hypotheses that a metric has collected.
+
+    Arguments
+    ---------
+    metric : ErrorRateStats
+        SpeechBrain's.
+
+    Returns
+    -------
+    list of Transcript
+
+    Example
+    -------
+    >>> metric = sb.utils.metric_stats.ErrorRateStats()
+    >>> metric.append(["u1"], [["A", "B"]], [["A", "C"]])
+    >>> transcripts_of(metric)[0].hypothesis
+    'A B'
+    """
+    return [
+        Transcript(
+            str(row["key"]),
+            " ".join(str(token) for token in row["ref_tokens"]),
+            " ".join(str(token) for token in row["hyp_tokens"] if token != ""),
+        )
+        for row in metric.scores
+    ]
+
+
+class ForwardClock:
+    """Sums the time that a Brain spends recognising.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        Its ``compute_forward`` is timed: model and decoding, not scoring.
+    signal : str
+        Attribute of a batch with the audio and its lengths.
+    sample_rate : int
+        Of the audio, in Hz.
+    """
+
+    def __init__(self, brain: sb.Brain, signal: str, sample_rate: int):
+        self.brain = brain
+        self.signal = signal
+        self.sample_rate = sample_rate
+        self.seconds = 0.0
+        self.audio_seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator["ForwardClock"]:
+        """Context in which the time is taken."""
+        inner = self.brain.compute_forward
+
+        def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            wavs, relative = getattr(batch, self.signal)
+            samples = float((relative * wavs.shape[1]).sum())
+            self.audio_seconds += samples / self.sample_rate
+            self._synchronise()
+            start = time.perf_counter()
+            result = inner(batch, *args, **kwargs)
+            self._synchronise()
+            self.seconds += time.perf_counter() - start
+            return result
+
+        with shadowed(self.brain, "compute_forward", timed):
+            yield self
+
+    def _synchronise(self) -> None:
+        if str(self.brain.device).startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an instance attribute, and puts back what was there.
+
+    Example
+    -------
+    >>> class Thing:
+    ...     size = 1
+    >>> thing = Thing()
+    >>> with shadowed(thing, "size", 2):
+    ...     thing.size
+    2
+    >>> thing.size, vars(thing)
+    (1, {})
+    """
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+class BrainRecogniser:
+    """A Brain with its calibration and search sets.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's.
+    subsets : Mapping
+        Batches by name: ``calibration`` and ``search``.
+    metric_attribute : str
+        Attribute with the word error statistics.
+    show_progress : bool
+        Whether progress bars are shown.
+    """
+
+    def __init__(
+        self,
+        brain: sb.Brain,
+        subsets: Mapping[str, Batches],
+        metric_attribute: str,
+        show_progress: bool,
+    ):
+        self.brain = brain
+        self.subsets = dict(subsets)
+        self.metric_attribute = metric_attribute
+        self.show_progress = show_progress
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The Brain's modules by key."""
+        return dict(self.brain.modules.items())
+
+    def ids(self, subset: str) -> list[str]:
+        """Utterances of a subset, in the order in which they are run."""
+        return self.subsets[subset].ids
+
+    def lengths(self, subset: str, batch: int) -> tuple[int, list[int]]:
+        """Samples of a padded batch, real samples of each utterance."""
+        return self.subsets[subset].lengths(batch)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        subset: str,
+        before_batch: Callable[[int], None],
+        first_only: bool = False,
+    ) -> torch.Tensor | None:
+        """Runs ``compute_forward`` over a subset.
+
+        Arguments
+        ---------
+        subset : str
+            ``calibration`` or ``search``.
+        before_batch : callable
+            Called with the index of each batch before it is run.
+        first_only : bool
+            Whether to stop after the first batch.
+
+        Returns
+        -------
+        torch.Tensor or None
+            First tensor of the last output; None where a hook stopped it.
+        """
+        self.brain.modules.eval()
+        output = None
+        for index, batch in enumerate(self.subsets[subset].load()):
+            before_batch(index)
+            try:
+                with self.brain.evaluation_ctx:
+                    output = self.brain.compute_forward(
+                        copy.copy(batch), stage=sb.Stage.VALID
+                    )
+            except StopForward:
+                output = None
+            if first_only:
+                break
+        return _first_tensor(output)
+
+    def score(
+        self, before_batch: Callable[[int], None], give_up_above: int | None
+    ) -> Score:
+        """Measures the Brain on the search subset, in its VALID stage.
+
+        Arguments
+        ---------
+        before_batch : callable
+            Called with the index of each batch before it is run.
+        give_up_above : int or None
+            Word errors beyond which the rest is left out.
+
+        Returns
+        -------
+        Score
+        """
+        batches = self.subsets["search"]
+        loss_sum, errors, words = 0.0, 0, 0
+        scored, complete = 0, True
+        for index, (loss, metric, size) in enumerate(
+            evaluation_steps(
+                self.brain,
+                batches.load(),
+                sb.Stage.VALID,
+                self.metric_attribute,
+                before_batch,
+            )
+        ):
+            loss_sum += loss * size
+            rows = metric.scores[scored:]
+            scored = len(metric.scores)
+            errors += sum(row["num_edits"] for row in rows)
+            words += sum(row["num_ref_tokens"] for row in rows)
+            if give_up_above is not None and errors > give_up_above:
+                complete = index + 1 == len(batches)
+                break
+        if words == 0:
+            raise ValueError("search set: the transcripts hold no word")
+        return Score(errors, words, loss_sum / scored, complete)
+
+
+@torch.no_grad()
+def evaluation_steps(
+    brain: sb.Brain,
+    batches: Iterable[Any],
+    stage: sb.Stage,
+    metric_attribute: str,
+    before_batch: Callable[[int], None] = lambda _: None,
+) -> Iterator[tuple[float, Any, int]]:
+    """Evaluates batch by batch, without the end of the stage.
+
+    ``on_stage_end`` anneals learning rates, logs and saves checkpoints, so
+    it is not called.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's.
+    batches : iterable
+        The batches.
+    stage : sb.Stage
+        VALID or TEST.
+    metric_attribute : str
+        Attribute with the word error statistics.
+    before_batch : callable
+        Called with the index of each batch before it is run.
+
+    Yields
+    ------
+    float
+        Loss of the batch.
+    ErrorRateStats
+        With all utterances so far.
+    int
+        Utterances of the batch.
+    """
+    brain.on_stage_start(stage, epoch=None)
+    brain.modules.eval()
+    metric = metric_of(brain, metric_attribute)
+    for index, batch in enumerate(batches):
+        before_batch(index)
+        before = len(metric.scores)
+        loss = brain.evaluate_batch(copy.copy(batch), stage=stage)
+        yield float(loss), metric, len(metric.scores) - before
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        for part in output:
+            found = _first_tensor(part)
+            if found is not None:
+                return found
+    return None

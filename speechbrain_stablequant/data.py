@@ -1,0 +1,267 @@
+"""Calibration and search sets: drawn from a recipe's validation set, checked,
+and held in memory, since a search runs over them again and again."""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+from speechbrain.dataio.dataloader import make_dataloader
+from speechbrain.dataio.dataset import (
+    DynamicItemDataset,
+    FilteredSortedDynamicItemDataset,
+)
+from torch.utils.data import DataLoader, Dataset, Subset
+
+# Formats whose samples can be NaN or infinite.
+FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
+
+
+class AudioError(ValueError):
+    """An utterance whose audio the recogniser cannot use."""
+
+
+def dataset_of(data: Dataset | DataLoader) -> Dataset:
+    """The data set itself, also when a recipe hands over a loader."""
+    return data.dataset if isinstance(data, DataLoader) else data
+
+
+def utterance_ids(dataset: Dataset) -> list[str]:
+    """IDs of a SpeechBrain data set, or positions of a plain one.
+
+    Example
+    -------
+    >>> utterance_ids(DynamicItemDataset({"b": {}, "a": {}}))
+    ['b', 'a']
+    """
+    if isinstance(dataset, DynamicItemDataset):
+        return list(dataset.data_ids)
+    return [str(index) for index in range(len(dataset))]
+
+
+def draw_subset(
+    dataset: Dataset,
+    num_utterances: int | None,
+    most: int,
+    seed: int,
+    key: str,
+) -> Dataset:
+    """Draws utterances; which ones depends on their IDs and the seed alone.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        What to draw from; its order does not matter.
+    num_utterances : int or None
+        How many; None takes all, but no more than ``most``.
+    most : int
+        See above.
+    seed : int
+        Of the draw.
+    key : str
+        Key of the block, for errors.
+
+    Returns
+    -------
+    Dataset
+        Sorted by ID.
+
+    Raises
+    ------
+    ValueError
+        The set is empty or smaller than asked.
+
+    Example
+    -------
+    >>> data = DynamicItemDataset({name: {} for name in "dacb"})
+    >>> utterance_ids(draw_subset(data, 4, 9, 0, "search"))
+    ['a', 'b', 'c', 'd']
+    """
+    ids = utterance_ids(dataset)
+    if not ids:
+        raise ValueError(
+            f"quantize.{key}: the validation set is empty; check the "
+            "recipe's valid_set"
+        )
+    if num_utterances is None:
+        num_utterances = min(len(ids), most)
+    if num_utterances > len(ids):
+        raise ValueError(
+            f"quantize.{key}.num_utterances: {num_utterances} asked, but the "
+            f"validation set has {len(ids)}; write {len(ids)} or less"
+        )
+    if isinstance(dataset, DynamicItemDataset):
+        drawn = random.Random(seed).sample(sorted(ids), num_utterances)
+        return FilteredSortedDynamicItemDataset(dataset, sorted(drawn))
+    positions = random.Random(seed).sample(range(len(ids)), num_utterances)
+    return Subset(dataset, sorted(positions))
+
+
+def check_audio(
+    dataset: Dataset,
+    audio: str,
+    signal: str,
+    sample_rate: int,
+    min_samples: int = 1,
+) -> None:
+    """Checks every audio file of a set by its header, before long work.
+
+    A file of another rate or with several channels is fine when the recipe's
+    pipeline converts it, so such a file is read through the pipeline.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        A SpeechBrain data set; others cannot be checked here.
+    audio : str
+        Column with the path of the audio file; sets without it are left to
+        the check of their batches.
+    signal : str
+        Key of the audio in the pipeline's output.
+    sample_rate : int
+        Of the model, in Hz.
+    min_samples : int
+        Fewer samples give no frame.
+
+    Raises
+    ------
+    AudioError
+        Names the utterance, the file and what is wrong.
+    """
+    if not isinstance(dataset, DynamicItemDataset):
+        return
+    for index, name in enumerate(dataset.data_ids):
+        path = dataset.data[name].get(audio)
+        if isinstance(path, str) and path:
+            info = _header(name, path)
+            where = f"utterance {name}: {path}"
+            if info.frames == 0:
+                raise AudioError(f"{where} is empty; remove the utterance")
+            plain = info.samplerate == sample_rate and info.channels == 1
+            if plain and info.frames < min_samples:
+                raise AudioError(
+                    f"{where} has {info.frames} samples, fewer than the "
+                    f"{min_samples} of one frame; remove the utterance"
+                )
+            if not plain or info.subtype in FLOAT_SUBTYPES:
+                seconds = info.frames / info.samplerate
+                wave = dataset[index][signal]
+                _check_signal(where, wave, seconds, info, sample_rate)
+
+
+def _header(name: str, path: str) -> Any:
+    if not Path(path).is_file():
+        raise AudioError(
+            f"utterance {name}: {path} is not there; prepare the data again"
+        )
+    try:
+        return soundfile.info(path)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(
+            f"utterance {name}: {path} cannot be read as audio ({error})"
+        ) from error
+
+
+def _check_signal(
+    where: str, wave: torch.Tensor, seconds: float, info: Any, rate: int
+) -> None:
+    if wave.dim() != 1:
+        raise AudioError(
+            f"{where} has {info.channels} channels; the recipe's pipeline "
+            "must make it mono"
+        )
+    if not torch.isfinite(wave).all():
+        raise AudioError(f"{where} holds NaN or Inf; remove the utterance")
+    # One frame of tolerance for a resampler's rounding.
+    if abs(wave.shape[0] / rate - seconds) > 0.025:
+        raise AudioError(
+            f"{where} is sampled at {info.samplerate} Hz and the recipe's "
+            f"pipeline does not resample it to {rate} Hz"
+        )
+
+
+class Batches:
+    """The batches of a set, collated once and kept.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        The drawn utterances.
+    batch_size : int
+        Utterances in a batch.
+    loader_options : Mapping
+        The recipe's loader options; its collate function is taken over.
+    signal : str
+        Attribute of a batch with the audio and its lengths.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        loader_options: Mapping[str, Any],
+        signal: str,
+    ):
+        options = {"batch_size": batch_size, "shuffle": False}
+        if "collate_fn" in loader_options:
+            options["collate_fn"] = loader_options["collate_fn"]
+        self.dataset = dataset
+        self.ids = utterance_ids(dataset)
+        self._signal = signal
+        self._options = options
+        self._batches: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self._options["batch_size"])
+
+    def load(self) -> Sequence[Any]:
+        """The batches; the first call reads the audio.
+
+        Raises
+        ------
+        AudioError
+            A batch whose audio is not [batch, time] or is not finite.
+        """
+        if self._batches is None:
+            loader = make_dataloader(self.dataset, **self._options)
+            self._batches = list(loader)
+            for index in range(len(self._batches)):
+                self._check(index)
+        return self._batches
+
+    def lengths(self, index: int) -> tuple[int, list[int]]:
+        """Samples of a padded batch, real samples of each utterance."""
+        wavs, relative = self._audio(index)
+        total = wavs.shape[1]
+        return total, [round(float(part) * total) for part in relative]
+
+    def seconds(self, sample_rate: int) -> float:
+        """Seconds of real audio in the set."""
+        count = sum(sum(self.lengths(i)[1]) for i in range(len(self)))
+        return count / sample_rate
+
+    def _audio(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        audio = getattr(self.load()[index], self._signal, None)
+        if audio is None:
+            raise ValueError(
+                f"quantize.signal: a batch has no '{self._signal}'; name the "
+                "attribute that holds the audio and its lengths"
+            )
+        wavs, relative = audio
+        return wavs, relative
+
+    def _check(self, index: int) -> None:
+        wavs, _ = self._audio(index)
+        size = self._options["batch_size"]
+        names = ", ".join(self.ids[index * size : (index + 1) * size])
+        if wavs.dim() != 2:
+            raise AudioError(
+                f"utterance {names}: audio of shape {tuple(wavs.shape)}, "
+                "not [batch, time]; make it mono in the recipe's pipeline"
+            )
+        if not torch.isfinite(wavs).all():
+            raise AudioError(
+                f"utterance {names}: the audio holds NaN or Inf; remove it"
+            )

@@ -1,0 +1,215 @@
+"""Files that are either whole or not there, and errors that name them.
+
+A run can be killed at any moment. Everything it leaves behind is written to
+a temporary name in the same folder first and renamed when it is complete, so
+that a reader never meets half a file.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> Path:
+    """Writes a file in one step: the old content or the new, never a part.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file. Its folder must exist.
+    data : str or bytes
+        The content. Text is written as UTF-8, line ends as they are.
+
+    Returns
+    -------
+    Path
+        The file that was written.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> write_atomic(folder / "note.txt", "whole").read_text()
+    'whole'
+    >>> [file.name for file in folder.iterdir()]
+    ['note.txt']
+    """
+    path = Path(path)
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    # Not mkstemp: it makes files that only their owner may read, and a
+    # report in a shared folder should follow the umask like any other file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        # The system's message names the temporary file; ours names the file.
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"cannot write the file: {reason}", str(path)
+        ) from error
+    return path
+
+
+def write_json(path: str | Path, obj: Any) -> Path:
+    r"""Writes an object as strict JSON, atomically.
+
+    Keys keep their order. NaN and infinity have no JSON form and are refused.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file. Its folder must exist.
+    obj : Any
+        Dictionaries, lists, strings, numbers, booleans and None.
+
+    Returns
+    -------
+    Path
+        The file that was written.
+
+    Example
+    -------
+    >>> file = getfixture("tmp_path") / "sizes.json"
+    >>> write_json(file, {"float": 1.5}).read_text()
+    '{\n "float": 1.5\n}\n'
+    >>> write_json(file, {"units": [{"wer": float("nan")}]})
+    Traceback (most recent call last):
+    ValueError: sizes.json: cannot store nan at 'units[0].wer' as JSON
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        place = _unstorable(obj, "") or str(error)
+        raise ValueError(f"{path.name}: cannot store {place} as JSON") from None
+    return write_atomic(path, text + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Reads a JSON file, with an error that says which file and what it was.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+    what : str
+        What the file is to the user, such as ``"plan"``: opens the error.
+
+    Returns
+    -------
+    Any
+        The content.
+
+    Example
+    -------
+    >>> file = write_json(getfixture("tmp_path") / "plan.json", {"bits": 8})
+    >>> read_json(file, "plan")
+    {'bits': 8}
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        reason = "there is no such file"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except (ValueError, RecursionError) as error:
+        reason = f"it is not valid JSON ({error})"
+    raise ValueError(f"{what}: cannot read '{path}': {reason}")
+
+
+def check_writable_folder(path: str | Path, key: str) -> Path:
+    """Creates a folder and proves, by writing, that files can be put in it.
+
+    Meant for the start of a run: a long search must not end with an output
+    folder that refuses its result.
+
+    Arguments
+    ---------
+    path : str or Path
+        The folder.
+    key : str
+        The configuration key that named it: opens the error.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path") / "quantized"
+    >>> check_writable_folder(folder, "output_folder").is_dir()
+    True
+    """
+    if not str(path):
+        raise ValueError(f"{key}: the folder's name is empty; give a folder")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe") as file:
+            file.write(b"1")
+            file.flush()
+    except OSError as error:
+        obstacle = _file_on_the_way(folder)
+        reason = (
+            f"'{obstacle}' is a file"
+            if obstacle is not None
+            else error.strerror or str(error)
+        )
+    except ValueError as error:  # such as a null byte in the name
+        reason = str(error)
+    else:
+        return folder
+    raise ValueError(
+        f"{key}: cannot write into the folder {str(folder)!r} ({reason}); "
+        f"give another folder"
+    )
+
+
+def _file_on_the_way(folder: Path) -> Path | None:
+    """The first component of a path that exists and is not a folder."""
+    for part in (*reversed(folder.parents), folder):
+        # lexists: a link that leads nowhere stands in the way as well
+        if os.path.lexists(part) and not part.is_dir():
+            return part
+    return None
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuses what Python reads but JSON does not have: NaN and infinity."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unstorable(obj: Any, place: str) -> str | None:
+    """Names the first value that JSON cannot hold, and where it is."""
+    if isinstance(obj, dict):
+        items = [
+            (f"{place}.{key}" if place else str(key), value)
+            for key, value in obj.items()
+        ]
+    elif isinstance(obj, (list, tuple)):
+        items = [(f"{place}[{i}]", value) for i, value in enumerate(obj)]
+    elif isinstance(obj, float) and not math.isfinite(obj):
+        return f"{obj} at '{place}'"
+    elif obj is None or isinstance(obj, (str, int, float)):
+        return None
+    else:
+        return f"a {type(obj).__name__} at '{place}'"
+    found = (_unstorable(value, where) for where, value in items)
+    return next((bad for bad in found if bad is not None), None)

@@ -1,0 +1,542 @@
+"""StableQuant in the life of a Brain: fit, evaluate, report.
+
+``register`` makes a ``quantize:`` block of an unedited recipe do it;
+``StableQuant.attach`` does the same in one line of Python.
+"""
+
+import functools
+import inspect
+import io
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .brain import (
+    BrainRecogniser,
+    ForwardClock,
+    evaluation_steps,
+    metric_of,
+    shadowed,
+)
+from .config import QuantizeConfig
+from .data import Batches, check_audio, dataset_of, draw_subset
+from .files import check_writable_folder, write_atomic, write_json
+from .histogram import Histogram
+from .layers import find_encoders, find_layers
+from .plan import QuantizationPlan
+from .report import summary_table, write_report
+from .results import (
+    Evaluation,
+    SetResult,
+    build_report,
+    comparison,
+    comparison_markdown,
+)
+from .simulate import Simulator
+from .stage import PLAN_FILE, Stage
+
+logger = logging.getLogger(__name__)
+
+# At most this many utterances where the block does not say.
+DEFAULT_UTTERANCES = {"calibration": 128, "search": 256}
+
+
+def register(**block: Any) -> QuantizeConfig:
+    """Turns a ``quantize:`` block into what the recipe's Brain will do.
+
+    Used as ``quantize: !apply:speechbrain_stablequant.register``. The block
+    is validated at once. Brains that are made afterwards with this value in
+    their ``hparams`` are attached; all others stay as they are.
+
+    Arguments
+    ---------
+    **block
+        Keys of :class:`~speechbrain_stablequant.config.QuantizeConfig`.
+
+    Returns
+    -------
+    QuantizeConfig
+        The value of the key ``quantize``.
+
+    Raises
+    ------
+    ConfigError
+        Names the first wrong key.
+
+    Example
+    -------
+    >>> register(weight_bits=6, activation_bits=6).method
+    'stablequant'
+    """
+    _hook_brain_init()
+    return QuantizeConfig.from_dict(block)
+
+
+def _hook_brain_init() -> None:
+    """Lets every new Brain look for a block among its hparams, once."""
+    original = sb.Brain.__init__
+    if getattr(original, "looks_for_quantize_block", False):
+        return
+
+    @functools.wraps(original)
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # A Brain without hparams has no such attribute.
+        hparams = vars(self.hparams) if hasattr(self, "hparams") else {}
+        blocks = [v for v in hparams.values() if isinstance(v, QuantizeConfig)]
+        if len(blocks) > 1:
+            raise ValueError("quantize: the recipe has two quantize blocks")
+        if blocks:
+            StableQuant(self, blocks[0])
+
+    init.looks_for_quantize_block = True
+    sb.Brain.__init__ = init
+
+
+@dataclass
+class Run:
+    """One way to quantize, and what came of it.
+
+    Arguments
+    ---------
+    name : str
+        Of the variant; empty without variants.
+    config : QuantizeConfig
+        The block with the variant's changes.
+    folder : Path
+        Where its plan and report are written.
+    """
+
+    name: str
+    config: QuantizeConfig
+    folder: Path
+    plan: QuantizationPlan | None = None
+    simulator: Simulator | None = None
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    results: dict[str, SetResult] = field(default_factory=dict)
+
+
+class StableQuant:
+    """Quantizes a Brain's recogniser in its own evaluation.
+
+    The first ``evaluate`` of the Brain lets the recipe recover its checkpoint
+    and evaluate the float model as ever; then it calibrates and searches on
+    the validation set, and evaluates the test set once more, quantized. Later
+    calls do both evaluations for their own set. The report grows with each.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    config : QuantizeConfig
+        The validated block.
+    valid_set : Dataset or DataLoader, optional
+        For calibration and search; without it, the one given to ``fit``.
+    """
+
+    def __init__(
+        self,
+        brain: sb.Brain,
+        config: QuantizeConfig,
+        valid_set: Dataset | DataLoader | None = None,
+    ):
+        self.brain = brain
+        self.config = config
+        self.folder = self._check_setting()
+        self.runs = [
+            Run(name, variant, self.folder / name)
+            for name, variant in config.variant_configs().items()
+        ]
+        self._recovered: tuple | None = None
+        self._subsets: dict[str, Batches] = {}
+        if valid_set is not None:
+            self._take_valid_set(valid_set, {})
+        # Shadowed on the instance: also right for a Brain that overrides them.
+        self._fit, self._evaluate = brain.fit, brain.evaluate
+        brain.fit = self.fit
+        brain.evaluate = self.evaluate
+        brain.stablequant = self
+
+    @classmethod
+    def attach(
+        cls,
+        brain: sb.Brain,
+        valid_set: Dataset | DataLoader | None = None,
+        **block: Any,
+    ) -> "StableQuant":
+        """Attaches to a Brain from Python, without any global hook.
+
+        Arguments
+        ---------
+        brain : sb.Brain
+            The recipe's Brain.
+        valid_set : Dataset or DataLoader, optional
+            For calibration and search; without it, the one given to ``fit``.
+        **block
+            Keys of :class:`~speechbrain_stablequant.config.QuantizeConfig`.
+
+        Returns
+        -------
+        StableQuant
+            After ``brain.evaluate`` the plan and the results of each of its
+            ``runs`` are there.
+        """
+        return cls(brain, QuantizeConfig.from_dict(block), valid_set)
+
+    # -- checks before long work -------------------------------------------
+
+    def _check_setting(self) -> Path:
+        """Checks all that is known when the Brain is made."""
+        brain, config = self.brain, self.config
+        if getattr(brain, "distributed_launch", False):
+            raise ValueError(
+                "quantize: runs in one process; quantize with `python "
+                "train.py ... --test_only` after distributed training"
+            )
+        for option in (
+            "jit",
+            "jit_module_keys",
+            "compile",
+            "compile_module_keys",
+        ):
+            if getattr(brain, option, None):
+                raise ValueError(
+                    f"quantize: --{option} replaces modules that have to be "
+                    "quantized; run without it"
+                )
+        modules = dict(brain.modules.items())
+        layers = find_layers(
+            modules, config.target, config.include, config.exclude
+        )
+        if config.plan is not None:
+            plan = QuantizationPlan.load(config.plan)
+            kinds = {layer.name: layer.kind for layer in layers}
+            plan.check_matches(kinds, config.plan)
+        return check_writable_folder(
+            self._output_folder(), "quantize.output_folder"
+        )
+
+    def _output_folder(self) -> Path:
+        if self.config.output_folder is not None:
+            return Path(self.config.output_folder)
+        base = getattr(self.brain.hparams, "output_folder", None)
+        if base is None:
+            raise ValueError(
+                "quantize.output_folder: the recipe has no `output_folder`; "
+                "name a folder here"
+            )
+        return Path(base) / "quantized"
+
+    def _min_samples(self) -> int:
+        """Samples that give one frame of the encoder."""
+        encoders = find_encoders(dict(self.brain.modules.items()))
+        samples = 1
+        for encoder in encoders[:1]:
+            for kernel, stride in reversed(encoder.conv_geometry()):
+                samples = (samples - 1) * stride + kernel
+        return samples
+
+    def _check_audio(self, dataset: Dataset) -> None:
+        config = self.config
+        check_audio(
+            dataset,
+            config.audio,
+            config.signal,
+            config.sample_rate,
+            self._min_samples(),
+        )
+
+    def _take_valid_set(
+        self,
+        valid_set: Dataset | DataLoader,
+        loader_options: Mapping[str, Any],
+    ) -> None:
+        """Draws and checks the calibration and search sets."""
+        dataset = dataset_of(valid_set)
+        if isinstance(valid_set, DataLoader):
+            loader_options = {"collate_fn": valid_set.collate_fn}
+        for name in ("calibration", "search"):
+            if name == "search" and not any(
+                run.config.needs_search for run in self.runs
+            ):
+                continue
+            part = getattr(self.config, name)
+            count, most = part.num_utterances, DEFAULT_UTTERANCES[name]
+            if self.brain.debug:
+                most = self.brain.debug_batches * part.batch_size
+                count = None
+            subset = draw_subset(dataset, count, most, self.config.seed, name)
+            self._check_audio(subset)
+            self._subsets[name] = Batches(
+                subset, part.batch_size, loader_options, self.config.signal
+            )
+        self._share_batches()
+
+    def _share_batches(self) -> None:
+        """Holds the audio once when both sets are the same."""
+        one, two = map(self._subsets.get, ("calibration", "search"))
+        if (
+            two is not None
+            and one.ids == two.ids
+            and self.config.calibration.batch_size
+            == self.config.search.batch_size
+        ):
+            self._subsets["search"] = one
+
+    # -- the Brain's two verbs ---------------------------------------------
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """``Brain.fit``; keeps the validation set for later.
+
+        Arguments
+        ---------
+        *args, **kwargs
+            As of ``Brain.fit``.
+        """
+        call = inspect.signature(self._fit).bind(*args, **kwargs).arguments
+        valid_set = call.get("valid_set")
+        if valid_set is not None and any(
+            run.config.plan is None for run in self.runs
+        ):
+            self._take_valid_set(
+                valid_set, call.get("valid_loader_kwargs") or {}
+            )
+        return self._fit(*args, **kwargs)
+
+    def evaluate(
+        self,
+        test_set: Dataset | DataLoader,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        progressbar: bool | None = None,
+        test_loader_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """``Brain.evaluate``, of the float and of the quantized model.
+
+        Arguments
+        ---------
+        test_set, max_key, min_key, progressbar, test_loader_kwargs
+            As of ``Brain.evaluate``.
+
+        Returns
+        -------
+        float
+            What the float evaluation returns.
+
+        Raises
+        ------
+        FileNotFoundError
+            The Brain has a checkpointer that finds no checkpoint.
+        ValueError
+            No validation set, bad audio, bad metric attribute.
+        """
+        options = dict(test_loader_kwargs or {})
+        if any(run.config.plan is None for run in self.runs):
+            self._require_subsets()
+        name = self._set_name()
+        self._check_audio(dataset_of(test_set))
+        self._check_metric()
+        with shadowed(
+            self.brain,
+            "on_evaluate_start",
+            self._recover_once(self.brain.on_evaluate_start),
+        ):
+            clock = self._clock()
+            with clock.running():
+                loss = self._evaluate(
+                    test_set,
+                    max_key=max_key,
+                    min_key=min_key,
+                    progressbar=progressbar,
+                    # Brain.evaluate changes what it is given.
+                    test_loader_kwargs=dict(options),
+                )
+        baseline = Evaluation.of(self._metric(), clock)
+        kept = vars(self.brain).copy()
+        for run in self.runs:
+            if run.plan is None:
+                self._make_plan(run)
+            quantized = self._evaluate_quantized(
+                run, baseline, test_set, options, name
+            )
+            run.results[name] = SetResult.pair(baseline, quantized)
+            self._write_report(run)
+        # Whoever reads the Brain's metrics now finds those of its own
+        # evaluation, as without this stage.
+        vars(self.brain).update(kept)
+        if len(self.runs) > 1:
+            self._write_comparison()
+        return loss
+
+    def _recover_once(self, original: Callable) -> Callable:
+        """Recovers the best checkpoint at the first evaluation only."""
+
+        def on_evaluate_start(max_key=None, min_key=None) -> None:
+            keys = (max_key, min_key)
+            if self._recovered is None:
+                self._check_checkpoint(max_key, min_key)
+                original(max_key=max_key, min_key=min_key)
+                self._recovered = keys
+            elif self._recovered != keys:
+                raise ValueError(
+                    "quantize: evaluate() was called with max_key, min_key "
+                    f"= {keys} after {self._recovered}; the plan belongs to "
+                    "one checkpoint, so evaluate others in a run of their own"
+                )
+
+        return on_evaluate_start
+
+    def _check_checkpoint(
+        self, max_key: str | None, min_key: str | None
+    ) -> None:
+        checkpointer = self.brain.checkpointer
+        if (
+            checkpointer is None
+            or self.brain.debug
+            or not self.config.require_checkpoint
+        ):
+            return
+        found = checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
+        if found is None:
+            raise FileNotFoundError(
+                f"no checkpoint in {checkpointer.checkpoints_dir}: train "
+                "first, or set quantize.require_checkpoint to false if the "
+                "weights come from elsewhere"
+            )
+
+    def _require_subsets(self) -> None:
+        if not self._subsets:
+            raise ValueError(
+                "quantize.calibration: no validation set; the recipe's fit() "
+                "got none, so give one to StableQuant.attach(brain, "
+                "valid_set=...) or set quantize.plan"
+            )
+
+    def _check_metric(self) -> None:
+        if self.runs[0].results:
+            return
+        self.brain.on_stage_start(sb.Stage.VALID, epoch=None)
+        self._metric()
+
+    def _metric(self) -> Any:
+        return metric_of(self.brain, self.config.metric_attribute)
+
+    @property
+    def _show_progress(self) -> bool:
+        return not self.brain.noprogressbar
+
+    # -- plan, quantized evaluation, report --------------------------------
+
+    def _make_plan(self, run: Run) -> None:
+        recogniser = BrainRecogniser(
+            self.brain,
+            self._subsets,
+            self.config.metric_attribute,
+            self._show_progress,
+        )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        # Histograms and evaluations are shared by all variants.
+        stage = Stage(recogniser, run.config, self.folder)
+        run.plan, run.histograms = stage.make_plan()
+        run.plan.save(run.folder / PLAN_FILE)
+        run.simulator = stage.simulator
+
+    def _loader(
+        self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
+    ) -> DataLoader:
+        if isinstance(test_set, DataLoader):
+            return test_set
+        return self.brain.make_dataloader(
+            test_set, sb.Stage.TEST, **{**options, "ckpt_prefix": None}
+        )
+
+    def _evaluate_quantized(
+        self,
+        run: Run,
+        baseline: Evaluation,
+        test_set: Dataset | DataLoader,
+        options: Mapping[str, Any],
+        name: str,
+    ) -> Evaluation:
+        """Evaluates a set once more as the plan says, in the TEST stage.
+
+        What an earlier, killed run has finished is read from disk.
+        """
+        path = run.folder / f"transcripts_{name}.json"
+        key = baseline.key(run.plan)
+        known = Evaluation.read(path, key)
+        if known is not None:
+            return known
+        loader = self._loader(test_set, options)
+        total = len(loader)
+        if self.brain.debug:
+            total = min(total, self.brain.debug_batches)
+        clock = self._clock()
+        with run.simulator.apply(run.plan.quants()), clock.running():
+            steps = evaluation_steps(
+                self.brain,
+                loader,
+                sb.Stage.TEST,
+                self.config.metric_attribute,
+            )
+            bar = tqdm(
+                steps,
+                f"{name}, quantized {run.name}".strip(),
+                total,
+                dynamic_ncols=True,
+                disable=not self._show_progress,
+            )
+            for done, _ in enumerate(bar, start=1):
+                if done == total:
+                    break
+        metric = self._metric()
+        metric.summarize()
+        text = io.StringIO()
+        metric.write_stats(text)
+        write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
+        evaluation = Evaluation.of(metric, clock)
+        evaluation.write(path, key)
+        return evaluation
+
+    def _clock(self) -> ForwardClock:
+        config = self.config
+        return ForwardClock(self.brain, config.signal, config.sample_rate)
+
+    def _set_name(self) -> str:
+        """Name of a test set: of the recipe's WER file, else a number."""
+        path = getattr(self.brain.hparams, "test_wer_file", None)
+        name = Path(str(path)).stem.removeprefix("wer_") if path else "test"
+        unique, number = name, 1
+        while unique in self.runs[0].results:
+            number += 1
+            unique = f"{name}-{number}"
+        return unique
+
+    def _write_report(self, run: Run) -> None:
+        report = build_report(
+            run.plan,
+            run.results,
+            dict(self.brain.modules.items()),
+            run.histograms,
+            str(self.brain.device),
+        )
+        write_report(report, run.folder)
+        print(summary_table(report))
+        print(f"report: {run.folder / 'report.html'}", flush=True)
+
+    def _write_comparison(self) -> None:
+        """One table of all variants."""
+        table = comparison(
+            {run.name: (run.plan, run.results) for run in self.runs}
+        )
+        write_json(self.folder / "comparison.json", table)
+        text = comparison_markdown(table)
+        path = write_atomic(self.folder / "comparison.md", text)
+        print(text)
+        print(f"comparison: {path}", flush=True)

@@ -1,0 +1,350 @@
+"""The plots of a report, as PNG data.
+
+matplotlib is imported when something is drawn and not before, and without
+pyplot: the user's backend and open figures stay as they are.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from .build import number, percent, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREY, _INK = "#0072b2", "#d55e00", "#8a96a3", "#1c2733"
+_STYLE = {
+    "axes.edgecolor": "#b9c4cf",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "grid.color": "#e6ebf0",
+    "legend.frameon": False,
+    "text.color": _INK,
+    # A dollar sign in a name is a dollar sign.
+    "text.parse_math": False,
+    "xtick.color": "#b9c4cf",
+    "xtick.labelcolor": _INK,
+    "ytick.color": "#b9c4cf",
+    "ytick.labelcolor": _INK,
+}
+_DPI = 150
+_MAX_HISTOGRAMS = 6
+_MAX_NAME = 44
+_MAX_RATIO_LABELS = 12
+
+
+def draw_figures(report: dict) -> dict[str, bytes]:
+    """Draws each plot that the report has data for.
+
+    Arguments
+    ---------
+    report : dict
+        A checked report.
+
+    Returns
+    -------
+    dict[str, bytes]
+        File name to PNG data; the same report gives the same bytes.
+    """
+    images = {}
+    for name, draw in FIGURES.items():
+        image = _to_png(draw, report)
+        if image is not None:
+            images[name] = image
+    return images
+
+
+def _to_png(
+    draw: Callable[[dict], "Figure | None"], report: dict
+) -> bytes | None:
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # after_reset: a matplotlibrc of the user must not change the report
+    with matplotlib.style.context(_STYLE, after_reset=True):
+        figure = draw(report)
+        if figure is None:
+            return None
+        FigureCanvasAgg(figure)
+        buffer = io.BytesIO()
+        # no Software entry: the version is no part of the picture
+        figure.savefig(
+            buffer, format="png", dpi=_DPI, metadata={"Software": None}
+        )
+    return buffer.getvalue()
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_sensitivity(report: dict) -> "Figure | None":
+    """Bars of each unit's rise in WER, in network order from the top.
+
+    Arguments
+    ---------
+    report : dict
+        A checked report.
+
+    Returns
+    -------
+    Figure or None
+        None when no unit was measured.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    units = report["units"]
+    deltas = [unit["delta_wer"] for unit in units]
+    measured = [abs(delta) for delta in deltas if delta is not None]
+    if not measured:
+        return None
+    threshold = (report.get("search") or {}).get("threshold")
+    figure = _new_figure(10, 1.4 + 0.23 * len(units))
+    axes = figure.add_subplot()
+    colors = [_ORANGE if unit["selected"] else _BLUE for unit in units]
+    rows = range(len(units))
+    bars = [delta or 0 for delta in deltas]
+    axes.barh(rows, bars, 0.72, color=colors)
+    # One unit that ruins the model must not hide the rest: linear around
+    # zero, logarithmic beyond.
+    linear = max(threshold or 0, 0.1)
+    if max(measured) > 15 * linear:
+        axes.set_xscale("symlog", linthresh=linear, linscale=0.8)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.minorticks_off()
+    axes.axvline(0, color=_GREY, linewidth=0.8)
+    low, high = min(0, *bars), max(0, threshold or 0, *bars)
+    # All zero is a result too, and needs an axis with some width.
+    axes.set_xlim(1.08 * low, 1.08 * high or linear)
+    axes.set_ylim(len(units) - 0.4, -0.6)
+    axes.set_yticks(rows, [_shorten(unit["name"]) for unit in units])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    # The values stand in a column of their own, where no bar can reach.
+    for row, (delta, color) in enumerate(zip(deltas, colors, strict=True)):
+        axes.annotate(
+            signed(delta),
+            (1, row),
+            xycoords=("axes fraction", "data"),
+            xytext=(46, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=_GREY if delta is None else color,
+        )
+    axes.set_xlabel("rise of the WER in points, this unit alone quantized")
+    handles = [Patch(color=_ORANGE, label="selected")]
+    handles.append(Patch(color=_BLUE, label="not selected"))
+    if threshold is not None:
+        axes.axvline(threshold, color=_INK, linewidth=1, linestyle="--")
+        label = f"threshold {percent(threshold)}"
+        handles.append(Line2D([], [], color=_INK, ls="--", lw=1, label=label))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def draw_cutoffs(report: dict) -> "Figure | None":
+    """WER against the cut-off ratio, a panel for each searched unit.
+
+    Arguments
+    ---------
+    report : dict
+        A checked report.
+
+    Returns
+    -------
+    Figure or None
+        None when no unit has a curve.
+    """
+    units = [unit for unit in report["units"] if _curve(unit)]
+    if not units:
+        return None
+    baseline = (report.get("search") or {}).get("baseline_wer")
+    # The ratios crowd towards 100, so they stand side by side, not to scale.
+    ratios = sorted(
+        {ratio for unit in units for ratio, _ in _curve(unit)}, reverse=True
+    )
+    columns = min(3, len(units))
+    rows = -(-len(units) // columns)
+    figure = _new_figure(10, 1.1 + 1.75 * rows)
+    for index, unit in enumerate(units):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_curve(axes, unit, ratios, baseline)
+        is_last_in_column = index + columns >= len(units)
+        axes.tick_params(axis="x", labelbottom=is_last_in_column)
+    figure.supxlabel("cut-off ratio, %", fontsize=9)
+    figure.supylabel("WER on the search set, %", fontsize=9)
+    if baseline is not None:
+        figure.legend(handles=[axes.get_lines()[0]], loc="outside upper center")
+    return figure
+
+
+def _curve(unit: dict) -> list[tuple[float, float]]:
+    """Cut-off and WER of every measured point, from 100 % down."""
+    points = [
+        (point["cutoff"], point["wer"])
+        for point in unit.get("curve") or []
+        if point["cutoff"] is not None and point["wer"] is not None
+    ]
+    return sorted(points, reverse=True)
+
+
+def _draw_curve(
+    axes: "Axes",
+    unit: dict,
+    ratios: Sequence[float],
+    baseline: float | None,
+) -> None:
+    if baseline is not None:
+        label = f"float model, {number(baseline)} %"
+        axes.axhline(baseline, color=_GREY, lw=1, ls="--", label=label)
+    points = _curve(unit)
+    places = [ratios.index(ratio) for ratio, _ in points]
+    rates = [rate for _, rate in points]
+    axes.plot(places, rates, color=_BLUE, marker="o", markersize=3, lw=1.2)
+    for place, (ratio, rate) in zip(places, points, strict=True):
+        if ratio == unit["cutoff"]:
+            axes.plot(place, rate, color=_ORANGE, marker="o", markersize=8)
+    # Cut too far, a model fails altogether; the rest should stay visible.
+    floor = min([*rates, baseline] if baseline is not None else rates)
+    if floor > 0 and max(rates) > 5 * floor:
+        _use_log_rates(axes)
+    axes.margins(y=0.15)
+    axes.set_xlim(-0.5, len(ratios) - 0.5)
+    # On a fine grid only some ratios are labelled.
+    labelled = range(0, len(ratios), -(-len(ratios) // _MAX_RATIO_LABELS))
+    labels = [percent(ratios[index]) for index in labelled]
+    axes.set_xticks(labelled, labels, rotation=60)
+    title = f"{_shorten(unit['name'], 32)}: {percent(unit['cutoff'])} %"
+    axes.set_title(title, loc="left")
+
+
+def _use_log_rates(axes: "Axes") -> None:
+    """A logarithmic axis with plain numbers as labels."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def draw_histograms(report: dict) -> "Figure | None":
+    """Histograms of |x| of the layers whose largest value was cut most.
+
+    Arguments
+    ---------
+    report : dict
+        A checked report.
+
+    Returns
+    -------
+    Figure or None
+        None when the report has no histograms.
+    """
+    layers = most_clipped(report.get("histograms") or {})
+    if not layers:
+        return None
+    columns = min(2, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = _new_figure(10, 0.6 + 2.3 * rows)
+    for index, (name, entry) in enumerate(layers):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_histogram(axes, name, entry)
+    figure.supxlabel("|x| at the layer's input", fontsize=9)
+    figure.supylabel("values", fontsize=9)
+    return figure
+
+
+def most_clipped(histograms: dict) -> list[tuple[str, dict]]:
+    """The layers that lose most of their range, at most six.
+
+    Arguments
+    ---------
+    histograms : dict
+        Layer name to histogram.
+
+    Returns
+    -------
+    list[tuple[str, dict]]
+        The largest max / amax first; equal ones in network order.
+
+    Example
+    -------
+    >>> one = {"counts": [1], "range": 8.0, "max": 8.0, "amax": 2.0}
+    >>> two = {"counts": [1], "range": 8.0, "max": 8.0, "amax": 1.0}
+    >>> [name for name, _ in most_clipped({"one": one, "two": two})]
+    ['two', 'one']
+    """
+
+    def lost(item: tuple[str, dict]) -> float:
+        top, amax = item[1]["max"], item[1]["amax"]
+        return top / amax if top and amax else 0.0
+
+    drawable = [
+        (name, entry)
+        for name, entry in histograms.items()
+        if entry["range"] and any(entry["counts"])
+    ]
+    return sorted(drawable, key=lost, reverse=True)[:_MAX_HISTOGRAMS]
+
+
+def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
+    counts, top = entry["counts"], entry["range"]
+    edges = [top * index / len(counts) for index in range(len(counts) + 1)]
+    # Half a value is the floor of the logarithmic axis: empty bins are flat.
+    heights = [max(count, 0.5) for count in counts]
+    axes.stairs(heights, edges, baseline=0.5, fill=True, color="#a9cce3")
+    axes.set_yscale("log")
+    axes.yaxis.minorticks_off()
+    axes.yaxis.set_major_formatter(
+        lambda value, _: f"{value:g}" if value < 1e4 else f"{value:.0e}"
+    )
+    axes.set_ylim(0.5, 4 * max(counts))
+    marks = (
+        ("max", entry["max"], _GREY, "-", 2.5),
+        ("cut-off", entry.get("cutoff_amax"), _ORANGE, "--", 1.6),
+        ("amax", entry["amax"], _INK, ":", 1.6),
+    )
+    for what, place, color, style, width in marks:
+        if place is not None:
+            label = f"{what} {place:.4g}"
+            axes.axvline(place, color=color, ls=style, lw=width, label=label)
+    places = [place for _, place, *_ in marks if place is not None]
+    axes.set_xlim(0, 1.03 * max([top, *places]))
+    axes.set_title(_shorten(name, 60), loc="left")
+    # Left of the largest value, which is nearly always at the right edge.
+    legend = axes.legend(
+        loc="upper right",
+        bbox_to_anchor=(0.955, 1),
+        frameon=True,
+        fontsize=8,
+    )
+    legend.get_frame().set(edgecolor="none", alpha=0.85)
+
+
+def _shorten(name: str, width: int = _MAX_NAME) -> str:
+    """Cuts the middle of a long name: both of its ends tell layers apart."""
+    name = " ".join(name.split())
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}\u2026{name[len(name) - (width - 1 - head) :]}"
+
+
+# File name to drawing function, in the order of the report.
+FIGURES: dict[str, Callable[[dict], "Figure | None"]] = {
+    "sensitivity.png": draw_sensitivity,
+    "cutoffs.png": draw_cutoffs,
+    "histograms.png": draw_histograms,
+}

@@ -1,0 +1,395 @@
+"""Gathers what a run measured into the dictionary of ``report.json``."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .brain import ForwardClock, transcripts_of
+from .evaluation import (
+    Transcript,
+    bootstrap_delta_wer,
+    real_time_factor,
+    score,
+    size_on_disk,
+)
+from .files import read_json, write_json
+from .histogram import Histogram
+from .plan import QuantizationPlan
+
+FLOAT_BITS = 32
+# Bars of a histogram in the report.
+COARSE_BINS = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one test set.
+
+    Arguments
+    ---------
+    transcripts : sequence of Transcript
+        In the order of the loader.
+    seconds : float
+        Time that it took to recognise.
+    audio_seconds : float
+        Audio in the set.
+    """
+
+    transcripts: Sequence[Transcript]
+    seconds: float
+    audio_seconds: float
+
+    @classmethod
+    def of(cls, metric: Any, clock: ForwardClock) -> "Evaluation":
+        """What a metric and a clock have collected."""
+        return cls(transcripts_of(metric), clock.seconds, clock.audio_seconds)
+
+    def key(self, plan: QuantizationPlan) -> str:
+        """Identifies the quantized evaluation of the same utterances."""
+        pairs = [(t.id, t.reference) for t in self.transcripts]
+        quants = {n: asdict(q) for n, q in plan.quants().items()}
+        text = json.dumps([plan.fingerprint, quants, pairs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def write(self, path: Path, key: str) -> None:
+        """Keeps the evaluation for a run that is started again."""
+        write_json(path, {"key": key, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> "Evaluation | None":
+        """What :meth:`write` kept, if it is about the same evaluation."""
+        if not path.exists():
+            return None
+        raw = read_json(path, "transcripts")
+        if not isinstance(raw, dict) or raw.pop("key", None) != key:
+            return None
+        raw["transcripts"] = [Transcript(**t) for t in raw["transcripts"]]
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """Both evaluations of one test set, over the same utterances in order."""
+
+    baseline: Evaluation
+    quantized: Evaluation
+
+    @classmethod
+    def pair(cls, baseline: Evaluation, quantized: Evaluation) -> "SetResult":
+        """Brings the quantized evaluation into the order of the float one.
+
+        Arguments
+        ---------
+        baseline, quantized : Evaluation
+            Of the same utterances, in any order.
+
+        Returns
+        -------
+        SetResult
+
+        Raises
+        ------
+        ValueError
+            The two evaluations are about different utterances.
+        """
+        by_id = {item.id: item for item in quantized.transcripts}
+        ids = [item.id for item in baseline.transcripts]
+        missing = [name for name in ids if name not in by_id]
+        if missing or len(by_id) != len(ids):
+            raise ValueError(
+                "test set: the float and the quantized evaluation differ in "
+                f"their utterances ({', '.join(missing[:3]) or 'more ran'}); "
+                "the test loader must give the same set each time"
+            )
+        ordered = [by_id[name] for name in ids]
+        return cls(baseline, replace(quantized, transcripts=ordered))
+
+    def to_dict(self) -> dict:
+        """The set's part of ``report.json``."""
+        before = self.baseline.transcripts
+        after = self.quantized.transcripts
+        wer = bootstrap_delta_wer(before, after)
+        cer = bootstrap_delta_wer(before, after, unit="char")
+        return {
+            "float": score(before).to_dict(),
+            "quantized": score(after).to_dict(),
+            "delta_wer": wer.delta,
+            "delta_wer_ci": [wer.low, wer.high],
+            "delta_cer": cer.delta,
+            "delta_cer_ci": [cer.low, cer.high],
+        }
+
+
+def model_sizes(
+    plan: QuantizationPlan, modules: Mapping[str, nn.Module]
+) -> tuple[int, int]:
+    """Bytes of the float model and of the quantized one on disk.
+
+    Arguments
+    ---------
+    plan : QuantizationPlan
+        Which layers have how many bits.
+    modules : Mapping
+        All modules of the recogniser by key.
+
+    Returns
+    -------
+    int
+        Every parameter as float32.
+    int
+        Weights packed to their bits, a float32 scale for each output channel
+        and each input, everything else as float32.
+
+    Example
+    -------
+    >>> plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], [])
+    >>> model_sizes(plan, {"enc": nn.Linear(3, 2)})
+    (32, 32)
+    """
+    quants = plan.quants()
+    parameters: dict[int, int] = {}
+    weights: list[tuple[int, float]] = []
+    num_scales, replaced = 0, set()
+    for key, module in modules.items():
+        for name, child in module.named_modules(prefix=key):
+            for parameter in child.parameters(recurse=False):
+                parameters[id(parameter)] = parameter.numel()
+            if name in quants and id(child) not in replaced:
+                weight = child.weight
+                weights.append((weight.numel(), quants[name].weight_bits))
+                num_scales += weight.shape[0] + 1
+                replaced.add(id(child))
+                replaced.update(_weight_parameters(child))
+    every = [(count, FLOAT_BITS) for count in parameters.values()]
+    rest = [
+        (count, FLOAT_BITS)
+        for identity, count in parameters.items()
+        if identity not in replaced
+    ]
+    return size_on_disk(every), size_on_disk([*weights, *rest], num_scales)
+
+
+def _weight_parameters(module: nn.Module) -> set[int]:
+    """What a quantized weight replaces: also the parts of a weight norm."""
+    if hasattr(module, "parametrizations"):
+        parts = module.parametrizations["weight"].parameters()
+        return {id(part) for part in parts}
+    return {id(module.weight)}
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """What the figures were measured with.
+
+    Arguments
+    ---------
+    device : str
+        The Brain's device.
+
+    Returns
+    -------
+    dict
+    """
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "speechbrain": version("speechbrain"),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": (
+            torch.cuda.get_device_name(device)
+            if device.startswith("cuda")
+            else device
+        ),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def build_report(
+    plan: QuantizationPlan,
+    results: Mapping[str, SetResult],
+    modules: Mapping[str, nn.Module],
+    histograms: Mapping[str, Histogram],
+    device: str,
+    warnings: Sequence[str] = (),
+) -> dict:
+    """Everything that ``report.json`` holds.
+
+    Arguments
+    ---------
+    plan : QuantizationPlan
+        What was decided.
+    results : Mapping
+        Both evaluations by test set.
+    modules : Mapping
+        All modules of the recogniser by key.
+    histograms : Mapping
+        Histograms by layer name; empty for a plan that was given.
+    device : str
+        The Brain's device.
+    warnings : sequence of str
+        What a reader should know.
+
+    Returns
+    -------
+    dict
+        See :mod:`speechbrain_stablequant.report.schema`.
+    """
+    sizes = model_sizes(plan, modules)
+    seconds = sum(r.baseline.audio_seconds for r in results.values())
+    spent = (
+        sum(r.baseline.seconds for r in results.values()),
+        sum(r.quantized.seconds for r in results.values()),
+    )
+    names = ("float", "quantized")
+    report = {
+        "format": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "title": f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}",
+        "method": plan.method,
+        "bits": {
+            "weight": plan.weight_bits,
+            "activation": plan.activation_bits,
+        },
+        "backend": "simulated",
+        "environment": environment(device),
+        "test": {name: result.to_dict() for name, result in results.items()},
+        "size_mb": {
+            name: size / 1e6 for name, size in zip(names, sizes, strict=True)
+        },
+        "rtf": {
+            name: real_time_factor(time, seconds)
+            for name, time in zip(names, spent, strict=True)
+        },
+        "units": _units(plan, modules),
+        "histograms": _histograms(plan, histograms),
+        "warnings": list(warnings),
+        "files": {"plan": "plan.json"},
+    }
+    if plan.search:
+        report["search"] = plan.search
+    return report
+
+
+def _units(
+    plan: QuantizationPlan, modules: Mapping[str, nn.Module]
+) -> list[dict]:
+    numels = {
+        f"{key}.{name}" if name else key: child.weight.numel()
+        for key, module in modules.items()
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear | nn.Conv1d)
+    }
+    rows = []
+    for unit in plan.units:
+        names = [x.name for x in plan.layers if x.unit == unit.name]
+        rows.append(
+            {
+                **asdict(unit),
+                "layers": len(names),
+                "parameters": sum(numels[name] for name in names),
+            }
+        )
+    return rows
+
+
+def _histograms(
+    plan: QuantizationPlan, histograms: Mapping[str, Histogram]
+) -> dict:
+    rows = {}
+    for layer in plan.layers:
+        histogram = histograms.get(layer.name)
+        if histogram is None or layer.quant is None:
+            continue
+        counts = histogram.counts.view(COARSE_BINS, -1).sum(1)
+        rows[layer.name] = {
+            "unit": layer.unit,
+            "range": histogram.range,
+            "counts": counts.tolist(),
+            "max": histogram.max,
+            "cutoff_amax": histogram.quantile(layer.cutoff / 100),
+            "amax": layer.quant.activation_amax,
+        }
+    return rows
+
+
+def comparison(
+    runs: Mapping[str, tuple[QuantizationPlan, Mapping[str, SetResult]]],
+) -> dict:
+    """One row for each variant and test set.
+
+    Arguments
+    ---------
+    runs : Mapping
+        Plan and results by the variant's name.
+
+    Returns
+    -------
+    dict
+        ``{"rows": [...]}`` with rates in percent.
+    """
+    rows = []
+    for name, (plan, results) in runs.items():
+        for set_name, result in results.items():
+            rows.append(
+                {
+                    "variant": name,
+                    "method": plan.method,
+                    "weight_bits": plan.weight_bits,
+                    "activation_bits": plan.activation_bits,
+                    "set": set_name,
+                    **result.to_dict(),
+                }
+            )
+    return {"rows": rows}
+
+
+def comparison_markdown(table: Mapping[str, list]) -> str:
+    """The comparison as a Markdown table.
+
+    Arguments
+    ---------
+    table : Mapping
+        From :func:`comparison`.
+
+    Returns
+    -------
+    str
+    """
+    lines = [
+        "| set | variant | WER % | change | 95 % interval | CER % | change |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    seen = set()
+    for row in table["rows"]:
+        if row["set"] not in seen:
+            seen.add(row["set"])
+            rates = row["float"]
+            lines.append(
+                f"| {row['set']} | float | {rates['WER']:.2f} | | | "
+                f"{rates['CER']:.2f} | |"
+            )
+        rates = row["quantized"]
+        low, high = row["delta_wer_ci"]
+        lines.append(
+            f"| {row['set']} | {row['variant']} | {rates['WER']:.2f} | "
+            f"{row['delta_wer']:+.2f} | {low:+.2f} to {high:+.2f} | "
+            f"{rates['CER']:.2f} | {row['delta_cer']:+.2f} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,12 @@
+"""The search of StableQuant: which units suffer, and where to cut them.
+
+Nothing here knows models or data: an :class:`Evaluate` function says how well
+the recogniser does when some layers are quantized.
+"""
+
+from .cutoff import search_cutoffs
+from .journal import Journal
+from .score import Evaluate, Score
+from .sensitivity import select_units
+
+__all__ = ["Evaluate", "Journal", "Score", "search_cutoffs", "select_units"]

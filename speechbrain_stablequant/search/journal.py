@@ -1,0 +1,139 @@
+"""Remembers finished evaluations on disk, so that a killed run goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from ..plan import LayerQuant
+from .score import Evaluate, Score
+
+
+def evaluation_key(
+    fingerprint: str,
+    quants: Mapping[str, LayerQuant],
+    give_up_above: int | None = None,
+) -> str:
+    """Identifies an evaluation by all that decides its result.
+
+    Arguments
+    ---------
+    fingerprint : str
+        Of the float model, the search set and its metric.
+    quants : Mapping
+        What is quantized, and how.
+    give_up_above : int or None
+        As in :class:`~speechbrain_stablequant.search.score.Evaluate`.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+
+    Example
+    -------
+    >>> quants = {"a": LayerQuant(8, 8, 1.0)}
+    >>> evaluation_key("m", quants) == evaluation_key("m", {})
+    False
+    """
+    content = {name: asdict(quant) for name, quant in quants.items()}
+    text = json.dumps([fingerprint, content, give_up_above], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Journal:
+    """One JSON line for each finished evaluation.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file, usually ``search.jsonl``; made when it is not there.
+    fingerprint : str
+        Of the float model, the search set and its metric: lines of another
+        fingerprint are kept and not used.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "search.jsonl"
+    >>> calls = []
+    >>> def measure(quants, start=None, give_up_above=None, label=""):
+    ...     calls.append(label)
+    ...     return Score(errors=2, words=10, loss=1.0)
+    >>> Journal(path, "m").wrap(measure)({}, label="float").wer
+    20.0
+    >>> Journal(path, "m").wrap(measure)({}, label="again").wer
+    20.0
+    >>> calls
+    ['float']
+    """
+
+    def __init__(self, path: str | Path, fingerprint: str):
+        self.path = Path(path)
+        self.fingerprint = fingerprint
+        self.measured = 0
+        self.reused = 0
+        self._scores = self._read()
+
+    def _read(self) -> dict[str, Score]:
+        if not self.path.exists():
+            return {}
+        text = self.path.read_bytes()
+        # A kill may leave half a line at the end: cut it off, or the next
+        # line would be appended to it.
+        whole = text.rfind(b"\n") + 1
+        if whole != len(text):
+            with open(self.path, "r+b") as file:
+                file.truncate(whole)
+        scores = {}
+        for number, line in enumerate(text[:whole].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                scores[row["key"]] = Score.from_dict(row["score"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}: line {number} is damaged; delete the file "
+                    "to search anew"
+                ) from error
+        return scores
+
+    def _append(self, key: str, label: str, score: Score) -> None:
+        row = {"key": key, "label": label, "wer": round(score.wer, 4)}
+        row["score"] = score.to_dict()
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def wrap(self, evaluate: Evaluate) -> Evaluate:
+        """An evaluate function that asks the journal first.
+
+        Arguments
+        ---------
+        evaluate : Evaluate
+            What measures when the journal does not know.
+
+        Returns
+        -------
+        Evaluate
+        """
+
+        def remembered(
+            quants: Mapping[str, LayerQuant],
+            start: str | None = None,
+            give_up_above: int | None = None,
+            label: str = "",
+        ) -> Score:
+            key = evaluation_key(self.fingerprint, quants, give_up_above)
+            if key in self._scores:
+                self.reused += 1
+                return self._scores[key]
+            score = evaluate(quants, start, give_up_above, label)
+            self._scores[key] = score
+            self.measured += 1
+            self._append(key, label, score)
+            return score
+
+        return remembered

@@ -1,0 +1,82 @@
+"""What one evaluation on the search set gives."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from ..plan import LayerQuant
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of one evaluation on the search set.
+
+    Arguments
+    ---------
+    errors, words : int
+        Word errors and reference words.
+    loss : float
+        Secondary metric: the recipe's mean loss per utterance.
+    complete : bool
+        False when the evaluation was given up because it could not win any
+        more: ``errors`` is then a lower bound over the same ``words``.
+
+    Example
+    -------
+    >>> Score(errors=1, words=4, loss=0.5).wer
+    25.0
+    """
+
+    errors: int
+    words: int
+    loss: float
+    complete: bool = True
+
+    @property
+    def wer(self) -> float:
+        """Word error rate in percent."""
+        return 100.0 * self.errors / self.words
+
+    def to_dict(self) -> dict:
+        """JSON-safe; a loss that is not finite becomes None."""
+        raw = asdict(self)
+        if not math.isfinite(self.loss):
+            raw["loss"] = None
+        return raw
+
+    @classmethod
+    def from_dict(cls, raw: Mapping) -> "Score":
+        """The inverse of :meth:`to_dict`."""
+        loss = math.inf if raw["loss"] is None else raw["loss"]
+        return cls(raw["errors"], raw["words"], loss, raw["complete"])
+
+
+class Evaluate(Protocol):
+    """Measures the recogniser with some layers quantized."""
+
+    def __call__(
+        self,
+        quants: Mapping[str, LayerQuant],
+        start: str | None = None,
+        give_up_above: int | None = None,
+        label: str = "",
+    ) -> Score:
+        """Measures.
+
+        Arguments
+        ---------
+        quants : Mapping
+            LayerQuant by layer name; all others are float.
+        start : str or None
+            First unit that differs from what was measured before: a hint
+            that lets an implementation reuse the results of earlier units.
+        give_up_above : int or None
+            Word errors beyond which the exact result no longer matters.
+        label : str
+            For the journal and the progress bar.
+
+        Returns
+        -------
+        Score
+        """

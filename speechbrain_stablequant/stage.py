@@ -1,0 +1,592 @@
+"""The steps of quantization, driven over a recogniser.
+
+What a recogniser is (a Brain with its data) is said by a protocol; this module
+knows no toolkit.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import calibrators
+from .config import QuantizeConfig
+from .files import read_json, write_json
+from .histogram import Histogram
+from .layers import find_encoders, find_layers, group_units
+from .observers import Observer
+from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from .replay import Replay
+from .search import Evaluate, Journal, Score, search_cutoffs, select_units
+from .simulate import Simulator
+
+logger = logging.getLogger(__name__)
+
+BeforeBatch = Callable[[int], None]
+
+PLAN_FILE = "plan.json"
+JOURNAL_FILE = "search.jsonl"
+HISTOGRAM_FILE = "histograms.json"
+
+
+class Recogniser(Protocol):
+    """What a stage needs of a speech recogniser and its data.
+
+    ``subset`` is ``"calibration"`` or ``"search"``.
+    """
+
+    modules: Mapping[str, nn.Module]
+    show_progress: bool
+
+    def ids(self, subset: str) -> list[str]:
+        """Utterances of a subset, in the order in which they are run."""
+
+    def lengths(self, subset: str, batch: int) -> tuple[int, list[int]]:
+        """Samples of a padded batch, and real samples of each utterance."""
+
+    def forward(
+        self, subset: str, before_batch: BeforeBatch, first_only: bool = False
+    ) -> torch.Tensor:
+        """Runs the model over a subset; returns the last output."""
+
+    def score(
+        self, before_batch: BeforeBatch, give_up_above: int | None
+    ) -> Score:
+        """Measures the recogniser on the search subset."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one pass over the calibration set gave.
+
+    Arguments
+    ---------
+    histograms : dict
+        Histogram of |input| by layer name.
+    in_order : bool
+        Whether layers were first called in the order of their units.
+    """
+
+    histograms: dict[str, Histogram]
+    in_order: bool
+
+
+def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
+    """Identifies the weights of a model.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits of a SHA-256 over names and values.
+
+    Example
+    -------
+    >>> a = fingerprint_modules({"m": nn.Linear(2, 2)})
+    >>> a == fingerprint_modules({"m": nn.Linear(2, 2)})
+    False
+    """
+    digest = hashlib.sha256()
+    for key, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{key}.{name}:{tuple(tensor.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Stage:
+    """Makes the quantization plan of one recogniser.
+
+    Arguments
+    ---------
+    recogniser : Recogniser
+        The float model with its calibration and search sets.
+    config : QuantizeConfig
+        The validated block.
+    folder : Path
+        Where the journal and the histograms are written.
+    """
+
+    def __init__(
+        self, recogniser: Recogniser, config: QuantizeConfig, folder: Path
+    ):
+        self.recogniser = recogniser
+        self.config = config
+        self.folder = Path(folder)
+        self.layers = find_layers(
+            recogniser.modules, config.target, config.include, config.exclude
+        )
+        self.units = group_units(self.layers)
+        self.encoders = find_encoders(
+            {key: recogniser.modules[key] for key in config.target}
+        )
+        self.simulator = Simulator(self.layers)
+
+    # -- the plan ----------------------------------------------------------
+
+    def make_plan(self) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+        """Calibrates and searches, or reads the plan that the block names.
+
+        Returns
+        -------
+        QuantizationPlan
+            What was decided.
+        dict
+            The histograms of the layers' inputs; empty for a given plan.
+
+        Raises
+        ------
+        ValueError
+            A plan of another model, a layer that is never called, NaN.
+        """
+        weights = fingerprint_modules(self.recogniser.modules)
+        if self.config.plan is not None:
+            return self._given_plan(weights), {}
+        calibration = self._calibrate(weights)
+        histograms = calibration.histograms
+        if self.config.method == "stablequant":
+            plan = self._search(weights, calibration)
+        else:
+            plan = self._calibrator_plan(weights, histograms)
+        return plan, histograms
+
+    def _given_plan(self, weights: str) -> QuantizationPlan:
+        plan = QuantizationPlan.load(self.config.plan)
+        kinds = {layer.name: layer.kind for layer in self.layers}
+        plan.check_matches(kinds, self.config.plan)
+        if plan.fingerprint != weights:
+            logger.warning(
+                "quantize.plan: %s was made for other weights of the same "
+                "architecture; its scales may not fit",
+                self.config.plan,
+            )
+        return plan
+
+    def _settings(self) -> dict:
+        settings = asdict(self.config)
+        for key in ("output_folder", "plan", "variants"):
+            settings.pop(key)
+        # Memory for reuse changes the time, not the outcome.
+        settings["search"].pop("cache_gb")
+        return json.loads(json.dumps(settings))
+
+    def _assemble(
+        self,
+        weights: str,
+        units: list[UnitPlan],
+        layers: list[LayerPlan],
+        search: dict,
+    ) -> QuantizationPlan:
+        return QuantizationPlan(
+            method=self.config.method,
+            weight_bits=self.config.weight_bits,
+            activation_bits=self.config.activation_bits,
+            fingerprint=weights,
+            settings=self._settings(),
+            search=search,
+            units=units,
+            layers=layers,
+        )
+
+    # -- calibration -------------------------------------------------------
+
+    def _calibrate(self, weights: str) -> Calibration:
+        """One pass over the calibration set, remembered on disk."""
+        ids = self.recogniser.ids("calibration")
+        key = _digest(
+            [
+                weights,
+                ids,
+                self.config.calibration.batch_size,
+                self.config.calibration.num_bins,
+                [layer.name for layer in self.layers],
+            ]
+        )
+        path = self.folder / HISTOGRAM_FILE
+        known = self._read_calibration(path, key)
+        if known is not None:
+            return known
+        observer = Observer(
+            self.layers, self._geometry(), self.config.calibration.num_bins
+        )
+        batches = -(-len(ids) // self.config.calibration.batch_size)
+        bar = self._bar(batches, "calibration")
+
+        def before_batch(index: int) -> None:
+            observer.start_batch(*self.recogniser.lengths("calibration", index))
+            bar.update(1)
+
+        with bar, observer.watch():
+            self.recogniser.forward("calibration", before_batch)
+        observer.check_all_called()
+        names = [layer.name for layer in self.layers]
+        called = [self._unit_index(name) for name in observer.call_order]
+        calibration = Calibration(
+            {name: observer.histograms[name] for name in names},
+            called == sorted(called),
+        )
+        write_json(
+            path,
+            {
+                "key": key,
+                "in_order": calibration.in_order,
+                "layers": {
+                    name: histogram.to_dict()
+                    for name, histogram in calibration.histograms.items()
+                },
+            },
+        )
+        return calibration
+
+    @staticmethod
+    def _read_calibration(path: Path, key: str) -> Calibration | None:
+        if not path.exists():
+            return None
+        raw = read_json(path, "calibration histograms")
+        if not isinstance(raw, dict) or raw.get("key") != key:
+            return None
+        return Calibration(
+            {
+                name: Histogram.from_dict(state)
+                for name, state in raw["layers"].items()
+            },
+            raw["in_order"],
+        )
+
+    def _geometry(self) -> list[tuple[int, int]]:
+        if len(self.encoders) != 1:
+            return []
+        return self.encoders[0].conv_geometry()
+
+    def _unit_index(self, name: str) -> int:
+        unit = self.simulator.layers[name].unit
+        return list(self.units).index(unit)
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(
+            total=total,
+            desc=what,
+            dynamic_ncols=True,
+            disable=not self.recogniser.show_progress,
+        )
+
+    # -- one calibrator for all layers -------------------------------------
+
+    def _calibrator_plan(
+        self, weights: str, histograms: Mapping[str, Histogram]
+    ) -> QuantizationPlan:
+        config = self.config
+        method = config.method
+        options = {}
+        if method == "percentile":
+            options["percentile"] = config.calibration.percentile
+        weight_method = config.weight_method or (
+            "mse" if method == "mse" else "max"
+        )
+        layers = []
+        for layer in tqdm(
+            self.layers, "calibrators", disable=not self._progress
+        ):
+            histogram = histograms[layer.name]
+            amax = calibrators.calibrate(
+                method, histogram, config.activation_bits, **options
+            )
+            layers.append(
+                LayerPlan(
+                    name=layer.name,
+                    unit=layer.unit,
+                    kind=layer.kind,
+                    quant=self._quant(amax, weight_method),
+                    observed_max=histogram.max,
+                    cutoff=options.get("percentile", 100.0),
+                    reason=f"{method} calibration of every layer",
+                )
+            )
+        units = [UnitPlan(name) for name in self.units]
+        return self._assemble(weights, units, layers, {})
+
+    @property
+    def _progress(self) -> bool:
+        return self.recogniser.show_progress
+
+    def _quant(self, amax: float, weight_method: str) -> LayerQuant:
+        return LayerQuant(
+            self.config.weight_bits,
+            self.config.activation_bits,
+            float(amax),
+            weight_method,
+        )
+
+    # -- StableQuant -------------------------------------------------------
+
+    def _search(
+        self, weights: str, calibration: Calibration
+    ) -> QuantizationPlan:
+        """The four steps of StableQuant (ICASSP 2025)."""
+        config = self.config
+        histograms = calibration.histograms
+        evaluate, journal, bar = self._search_evaluate(weights, calibration)
+        started = time.monotonic()
+
+        def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
+            return {
+                layer.name: self._quant(
+                    histograms[layer.name].quantile(ratio / 100), "max"
+                )
+                for layer in self.units[unit]
+            }
+
+        with bar:
+            bar.total = 1 + len(self.units)
+            baseline, sensitivities = select_units(
+                {unit: cut_unit(unit, 100.0) for unit in self.units},
+                evaluate,
+                config.search.threshold,
+            )
+            selected = [s.unit for s in sensitivities if s.selected]
+            bar.total += len(selected) * len(config.search.cutoffs)
+            bar.refresh()
+            cuts = search_cutoffs(
+                selected, config.search.cutoffs, cut_unit, evaluate
+            )
+        cutoffs = {cut.unit: cut for cut in cuts}
+        units = [
+            self._unit_plan(sensitivity, cutoffs.get(sensitivity.unit))
+            for sensitivity in sensitivities
+        ]
+        layers = self._final_layers(units, histograms)
+        final = evaluate(
+            {layer.name: layer.quant for layer in layers}, label="final"
+        )
+        logger.info(
+            "search: %d evaluations, %d of them from %s, %.0f s",
+            journal.measured + journal.reused,
+            journal.reused,
+            journal.path,
+            time.monotonic() - started,
+        )
+        search = {
+            "num_utterances": len(self.recogniser.ids("search")),
+            "metric": config.search.metric,
+            "threshold": config.search.threshold,
+            "evaluations": journal.measured + journal.reused,
+            "baseline_wer": baseline.wer,
+            "final_wer": final.wer,
+        }
+        return self._assemble(weights, units, layers, search)
+
+    @staticmethod
+    def _unit_plan(sensitivity, cut) -> UnitPlan:
+        curve = [] if cut is None else cut.curve
+        return UnitPlan(
+            name=sensitivity.unit,
+            wer=sensitivity.score.wer,
+            delta_wer=sensitivity.delta_wer,
+            selected=sensitivity.selected,
+            cutoff=100.0 if cut is None else cut.cutoff,
+            curve=[
+                {
+                    "cutoff": ratio,
+                    "wer": score.wer,
+                    "secondary": score.to_dict()["loss"],
+                    "complete": score.complete,
+                }
+                for ratio, score in curve
+            ],
+        )
+
+    def _final_layers(
+        self, units: Iterable[UnitPlan], histograms: Mapping[str, Histogram]
+    ) -> list[LayerPlan]:
+        """Step 3: MSE scales on the histograms clipped at their cut-offs."""
+        bits = self.config.activation_bits
+        weight_method = self.config.weight_method or "mse"
+        by_name = {unit.name: unit for unit in units}
+        layers = []
+        for layer in self.layers:
+            unit = by_name[layer.unit]
+            histogram = histograms[layer.name]
+            edge = histogram.quantile(unit.cutoff / 100)
+            amax = clipped_mse(histogram, edge, bits)
+            if unit.selected:
+                reason = (
+                    f"unit selected (WER +{unit.delta_wer:.2f} alone), cut "
+                    f"at {unit.cutoff:g} %, then smallest squared error"
+                )
+            else:
+                reason = (
+                    f"unit not selected (WER {unit.delta_wer:+.2f} alone), "
+                    "smallest squared error"
+                )
+            layers.append(
+                LayerPlan(
+                    name=layer.name,
+                    unit=layer.unit,
+                    kind=layer.kind,
+                    quant=self._quant(amax, weight_method),
+                    observed_max=histogram.max,
+                    cutoff=unit.cutoff,
+                    reason=reason,
+                )
+            )
+        return layers
+
+    def _search_evaluate(
+        self, weights: str, calibration: Calibration
+    ) -> tuple[Evaluate, Journal, tqdm]:
+        """The evaluate function of the search, remembered in the journal."""
+        ids = self.recogniser.ids("search")
+        search = self.config.search
+        journal = Journal(
+            self.folder / JOURNAL_FILE,
+            _digest([weights, ids, search.batch_size, search.metric]),
+        )
+        replay = self._replay(calibration.in_order)
+        bar = self._bar(1, "search")
+
+        def measure(
+            quants: Mapping[str, LayerQuant],
+            start: str | None = None,
+            give_up_above: int | None = None,
+            label: str = "",
+        ) -> Score:
+            bar.set_postfix_str(label)
+            with self.simulator.apply(quants):
+                if start is None or not replay.prepare(
+                    start,
+                    self._prefix(quants, start),
+                    lambda before: self.recogniser.forward("search", before),
+                ):
+                    return self.recogniser.score(lambda _: None, give_up_above)
+                with replay.active():
+                    return self.recogniser.score(
+                        replay.start_batch, give_up_above
+                    )
+
+        remembered = journal.wrap(measure)
+        float_words: list[int] = []
+
+        def counted(quants: Mapping[str, LayerQuant], **options) -> Score:
+            score = remembered(quants, **options)
+            bar.update(1)
+            if not quants:
+                float_words.append(score.words)
+            elif not score.complete:
+                # Over all words of the set: a lower bound of the WER.
+                score = replace(score, words=float_words[0])
+            return score
+
+        return counted, journal, bar
+
+    def _prefix(
+        self, quants: Mapping[str, LayerQuant], start: str
+    ) -> dict[str, tuple[str, LayerQuant]]:
+        order = list(self.units)
+        before = set(order[: order.index(start)])
+        return {
+            name: (self.simulator.layers[name].unit, quant)
+            for name, quant in quants.items()
+            if self.simulator.layers[name].unit in before
+        }
+
+    def _replay(self, in_order: bool) -> Replay:
+        limit = int(self.config.search.cache_gb * 1e9)
+        cuts: Sequence = []
+        if len(self.encoders) == 1 and in_order and limit:
+            cuts = [
+                cut for cut in self.encoders[0].cuts() if cut.unit in self.units
+            ]
+        replay = Replay(cuts, list(self.units), limit)
+        return verified(replay, self.recogniser)
+
+
+def verified(replay: Replay, recogniser: Recogniser) -> Replay:
+    """Drops the cuts from which a replay is not exact.
+
+    Each cut is tried on the first batch; a model that uses more than the
+    cut's output (all hidden states, for instance) gives another result.
+
+    Arguments
+    ---------
+    replay : Replay
+        The cuts to try.
+    recogniser : Recogniser
+        The model and its data.
+
+    Returns
+    -------
+    Replay
+        With the cuts that are exact.
+    """
+
+    def first(before: BeforeBatch) -> torch.Tensor:
+        return recogniser.forward("search", before, first_only=True)
+
+    if not replay.cuts:
+        return replay
+    expected = first(lambda _: None)
+    good = []
+    for unit, cut in replay.cuts.items():
+        trial = Replay([cut], replay.units, replay.limit_bytes)
+        if trial.prepare(unit, {}, first):
+            with trial.active():
+                same = torch.equal(first(trial.start_batch), expected)
+            if not same:
+                logger.warning(
+                    "search: results before %s cannot be reused exactly; "
+                    "they are computed each time",
+                    unit,
+                )
+                continue
+        good.append(cut)
+    return Replay(good, replay.units, replay.limit_bytes)
+
+
+def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
+    """Step 3 of StableQuant for one layer.
+
+    Arguments
+    ---------
+    histogram : Histogram
+        Of |input|.
+    edge : float
+        Where the outliers are cut.
+    bits : int
+        Of the activations.
+
+    Returns
+    -------
+    float
+        The amax, not above ``edge``, that minimises the expected squared
+        quantization error of the histogram clipped at ``edge``.
+
+    Example
+    -------
+    >>> histogram = Histogram()
+    >>> histogram.add(torch.linspace(0, 1, 1000))
+    >>> clipped_mse(histogram, 0.5, 8) <= 0.5
+    True
+    """
+    if edge <= 0:
+        return edge
+    return calibrators.calibrate("mse", histogram.clip(edge), bits, upper=edge)
