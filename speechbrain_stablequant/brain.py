@@ -10,7 +10,7 @@ import speechbrain as sb
 import torch
 from torch import nn
 
-from .data import Batches
+from .data import Batches, audio_of
 from .evaluation import Transcript
 from .replay import StopForward
 from .search import Score
@@ -105,7 +105,7 @@ class ForwardClock:
         inner = self.brain.compute_forward
 
         def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            wavs, relative = getattr(batch, self.signal)
+            wavs, relative = audio_of(batch, self.signal)
             samples = float((relative * wavs.shape[1]).sum())
             self.audio_seconds += samples / self.sample_rate
             self._synchronise()

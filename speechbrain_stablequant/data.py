@@ -182,6 +182,38 @@ def _check_signal(
         )
 
 
+def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The audio of a batch and its relative lengths.
+
+    Arguments
+    ---------
+    batch : PaddedBatch
+        As a SpeechBrain loader gives it.
+    signal : str
+        Its attribute with the audio.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, time].
+    torch.Tensor
+        [batch], 1 for the longest utterance.
+
+    Raises
+    ------
+    ValueError
+        The batch has no such attribute.
+    """
+    audio = getattr(batch, signal, None)
+    if audio is None:
+        raise ValueError(
+            f"quantize.signal: a batch has no '{signal}'; name the attribute "
+            "that holds the audio and its lengths"
+        )
+    wavs, relative = audio
+    return wavs, relative
+
+
 class Batches:
     """The batches of a set, collated once and kept.
 
@@ -243,14 +275,7 @@ class Batches:
         return count / sample_rate
 
     def _audio(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        audio = getattr(self.load()[index], self._signal, None)
-        if audio is None:
-            raise ValueError(
-                f"quantize.signal: a batch has no '{self._signal}'; name the "
-                "attribute that holds the audio and its lengths"
-            )
-        wavs, relative = audio
-        return wavs, relative
+        return audio_of(self.load()[index], self._signal)
 
     def _check(self, index: int) -> None:
         wavs, _ = self._audio(index)

@@ -83,7 +83,7 @@ def search_cutoffs(
     ...     return {unit: LayerQuant(8, 8, ratio)}
     >>> def measure(quants, start=None, give_up_above=None, label=""):
     ...     amax = quants[start].activation_amax
-    ...     return Score(errors=int(abs(amax - 99.9) * 10), words=9, loss=0)
+    ...     return Score(errors=int(abs(amax - 99.9) * 99), words=9, loss=0)
     >>> [c.cutoff for c in search_cutoffs(["u"], [100, 99.9, 99], quantize,
     ...     measure)]
     [99.9]

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import soundfile
-
 from speechbrain.utils.logger import get_logger
 
 logger = get_logger(__name__)
@@ -27,7 +26,7 @@ def prepare_librispeech(
     te_splits: list = (),
     save_folder: str = ".",
     merge_lst: list = (),
-    merge_name: str = None,
+    merge_name: str | None = None,
     skip_prep: bool = False,
 ) -> None:
     """Writes ``<save_folder>/<split>.csv`` for every split, and one CSV file

@@ -26,10 +26,12 @@ from transformers import (
 
 # The order of the LibriSpeech checkpoints: markers, then letters by frequency.
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|"]
-VOCABULARY += "E T A O N I H S R D L U M W C F G Y P B V K ' X J Q Z".split()
+VOCABULARY += list("ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 
 
-def make_config(channels=96, width=256, layers=4):
+def make_config(
+    channels: int = 96, width: int = 256, layers: int = 4
+) -> Wav2Vec2Config:
     """Describes a small model with the structure of wav2vec2-large: layer norm
     and bias in the front end, normalisation before each block.
 
@@ -82,7 +84,7 @@ def make_config(channels=96, width=256, layers=4):
     )
 
 
-def save_processor(folder):
+def save_processor(folder: Path) -> None:
     """Writes the tokenizer's and the feature extractor's files.
 
     Arguments
@@ -108,7 +110,7 @@ def save_processor(folder):
     file.write_text(json.dumps(markers, indent=1), encoding="utf-8")
 
 
-def init(folder, seed):
+def init(folder: Path, seed: int) -> None:
     """Writes an untrained model.
 
     Arguments
@@ -126,7 +128,7 @@ def init(folder, seed):
     print(f"{folder}: {count / 1e6:.2f} M parameters")
 
 
-def export(initial, save_folder, folder):
+def export(initial: Path, save_folder: Path, folder: Path) -> None:
     """Writes a trained model in half precision.
 
     Arguments
@@ -159,11 +161,13 @@ def export(initial, save_folder, folder):
     model.wav2vec2.load_state_dict(encoder)
     model.lm_head.load_state_dict(states["ctc_lin"])
     model.half().save_pretrained(folder)
+    # It is written for its owner alone.
+    (folder / "model.safetensors").chmod(0o644)
     save_processor(folder)
     print(f"{folder}: dev WER {found.meta['WER']:.2f} from {found.path.name}")
 
 
-def main(argv=None):
+def main(argv: list | None = None) -> None:
     """Does what the command line asks for.
 
     Arguments

@@ -18,10 +18,9 @@ import os
 import sys
 from pathlib import Path
 
+import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-
-import speechbrain as sb
 from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
@@ -179,7 +178,7 @@ class ASR(sb.Brain):
                     self.wer_metric.write_stats(out)
 
 
-def checkpoint_encoder(source, path):
+def checkpoint_encoder(source: str, path: str) -> CTCTextEncoder:
     """Makes the label encoder of a HuggingFace CTC checkpoint.
 
     The labels keep the checkpoint's order, the word delimiter becomes a space,
@@ -223,7 +222,9 @@ def checkpoint_encoder(source, path):
     return encoder
 
 
-def load_split(hparams, name):
+def load_split(
+    hparams: dict, name: str
+) -> sb.dataio.dataset.DynamicItemDataset:
     """Reads a split's CSV, sorted by duration, then by ID.
 
     Arguments
@@ -246,7 +247,7 @@ def load_split(hparams, name):
     return data.filtered_sorted(sort_key="duration")
 
 
-def dataio_prepare(hparams):
+def dataio_prepare(hparams: dict) -> tuple:
     """Prepares the data sets and the label encoder.
 
     Arguments
@@ -259,7 +260,7 @@ def dataio_prepare(hparams):
     train_data : DynamicItemDataset
         Empty if there are no training splits.
     valid_data : DynamicItemDataset
-        All development splits, one after the other.
+        The development split.
     test_datasets : dict
         Split name -> DynamicItemDataset.
     label_encoder : CTCTextEncoder
@@ -327,7 +328,9 @@ def dataio_prepare(hparams):
     return train_data, valid_data, test_datasets, label_encoder
 
 
-def train_loader_options(hparams, train_data):
+def train_loader_options(
+    hparams: dict, train_data: sb.dataio.dataset.DynamicItemDataset
+) -> dict:
     """Gives the training loader's options, with batches of similar length if
     the key `dynamic_batch_sampler` asks for them.
 
@@ -356,13 +359,20 @@ def train_loader_options(hparams, train_data):
     return options
 
 
-def main():
+def main() -> None:
     """Runs the recipe as the command line says."""
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     sb.utils.distributed.ddp_init_group(run_opts)
 
-    with open(hparams_file, encoding="utf-8") as fin:
-        hparams = load_hyperpyyaml(fin, overrides)
+    try:
+        with open(hparams_file, encoding="utf-8") as fin:
+            hparams = load_hyperpyyaml(fin, overrides)
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        sys.exit(
+            f"{hparams_file}: {reason}: check this path, and that wav2vec2_hub"
+            " is a folder with config.json or a hub id"
+        )
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
@@ -392,6 +402,10 @@ def main():
         hparams["blank_index"] = label_encoder.get_blank_index()
         # Only its head is used: the encoder's second copy can go.
         del hparams["hf_ctc"]
+
+    if hparams.get("freeze_feature_extractor"):
+        # The wrapper's own switch still backpropagates through it.
+        hparams["wav2vec2"].model.freeze_feature_encoder()
 
     asr_brain = ASR(
         modules=hparams["modules"],

@@ -1,0 +1,223 @@
+"""Tiny random HuggingFace models and paths that many tests share.
+
+Nothing here needs a network. The four models are those that the package is
+about, some thousand times smaller: wav2vec 2.0 and HuBERT, each in the shape
+of a base model (GroupNorm front end, LayerNorm after each sublayer, no bias
+in the convolutions) and of a large one (LayerNorm front end, LayerNorm before
+each sublayer, bias in the convolutions).
+"""
+
+import os
+
+# Before any import of transformers, which reads it once: a hub id without a
+# network costs half a minute of retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from speechbrain.lobes.models.VanillaNN import VanillaNN
+from speechbrain.nnet.linear import Linear
+from torch import nn
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
+
+FAMILIES = {
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
+    "hubert": (HubertConfig, HubertModel),
+}
+SHAPES = {
+    "base": {
+        "feat_extract_norm": "group",
+        "do_stable_layer_norm": False,
+        "conv_bias": False,
+    },
+    "large": {
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "conv_bias": True,
+    },
+}
+VARIANTS = [f"{family}-{shape}" for family in FAMILIES for shape in SHAPES]
+
+SIZES = {
+    "conv_dim": (16,) * 7,
+    "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
+    "conv_stride": (5, 2, 2, 2, 2, 2, 2),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 12,
+    "mask_time_prob": 0.0,
+    "mask_feature_prob": 0.0,
+    "layerdrop": 0.0,
+}
+
+
+def tiny_config(variant: str, **overrides):
+    """Configuration of a tiny model.
+
+    Arguments
+    ---------
+    variant : str
+        One of ``VARIANTS``.
+    **overrides
+        Entries of the configuration that differ.
+
+    Returns
+    -------
+    transformers.PretrainedConfig
+    """
+    family, shape = variant.split("-")
+    kind, _ = FAMILIES[family]
+    return kind(**{**SIZES, **SHAPES[shape], **overrides})
+
+
+def build_tiny_model(variant: str, **overrides) -> PreTrainedModel:
+    """A tiny ``Wav2Vec2Model`` or ``HubertModel`` in evaluation mode.
+
+    Its weights are random, from torch's seed, and so large that every layer
+    matters to the output.
+
+    Arguments
+    ---------
+    variant : str
+        One of ``VARIANTS``.
+    **overrides
+        Entries of the configuration that differ.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+    """
+    _, kind = FAMILIES[variant.split("-")[0]]
+    model = kind(tiny_config(variant, **overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif name.endswith("weight") and parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
+
+
+class TinyWrapper(nn.Module):
+    """What SpeechBrain's ``Wav2Vec2`` is around a HuggingFace model.
+
+    Arguments
+    ---------
+    model : transformers.PreTrainedModel
+        The encoder.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, wavs: torch.Tensor, relative=None) -> torch.Tensor:
+        """``[batch, time]`` and relative lengths to ``[batch, time, hidden]``,
+        as SpeechBrain's wrapper does: an attention mask of the padding."""
+        mask = None
+        if relative is not None:
+            real = (relative * wavs.shape[1]).round()
+            mask = torch.arange(wavs.shape[1])[None] < real[:, None]
+        return self.model(wavs, attention_mask=mask).last_hidden_state
+
+
+def build_tiny_modules(variant: str, **overrides) -> nn.ModuleDict:
+    """The ``modules`` of a SpeechBrain recipe around a tiny encoder.
+
+    Arguments
+    ---------
+    variant : str
+        One of ``VARIANTS``.
+    **overrides
+        Entries of the configuration that differ.
+
+    Returns
+    -------
+    torch.nn.ModuleDict
+        ``wav2vec2`` (:class:`TinyWrapper`), ``enc`` (SpeechBrain's
+        ``VanillaNN``) and ``ctc_lin`` (SpeechBrain's ``Linear``).
+    """
+    encoder = build_tiny_model(variant, **overrides)
+    width = encoder.config.hidden_size
+    modules = {
+        "wav2vec2": TinyWrapper(encoder),
+        "enc": VanillaNN([None, None, width], dnn_blocks=2, dnn_neurons=24),
+        "ctc_lin": Linear(input_size=24, n_neurons=12),
+    }
+    return nn.ModuleDict(modules).eval()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """Also for the processes that a test starts."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> str:
+    """Each of the four kinds of model in turn."""
+    return request.param
+
+
+@pytest.fixture
+def make_tiny_model():
+    """:func:`build_tiny_model`, for tests that need another one."""
+    return build_tiny_model
+
+
+@pytest.fixture
+def make_tiny_modules():
+    """:func:`build_tiny_modules`, for tests that need others."""
+    return build_tiny_modules
+
+
+@pytest.fixture
+def tiny_model(variant) -> PreTrainedModel:
+    """Each of the four tiny models in turn."""
+    return build_tiny_model(variant)
+
+
+@pytest.fixture
+def tiny_modules(variant) -> nn.ModuleDict:
+    """The ``modules`` of a recipe around each of the four tiny models."""
+    return build_tiny_modules(variant)
+
+
+@pytest.fixture
+def tiny_folder(tiny_model, tmp_path) -> Path:
+    """Each of the four tiny models in turn as a local model folder."""
+    folder = tmp_path / "tiny_model"
+    tiny_model.save_pretrained(folder)
+    normalize = tiny_model.config.do_stable_layer_norm
+    Wav2Vec2FeatureExtractor(
+        do_normalize=normalize, return_attention_mask=normalize
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the project with checkpoints and data."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs checkpoints and data in {folder}")
+    return folder

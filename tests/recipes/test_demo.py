@@ -1,0 +1,186 @@
+"""The recipe as its user runs it: on the demo, and on trained checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
+DEMO = RECIPE / "demo"
+RATES = {"WER", "CER", "utterances"}
+
+needs_checkpoint = pytest.mark.skipif(
+    not (DEMO / "checkpoint").is_dir(),
+    reason=f"there is no {(DEMO / 'checkpoint').relative_to(ROOT)}",
+)
+
+
+def run(output: Path, *options: object) -> subprocess.CompletedProcess:
+    """``python train.py hparams/quant.yaml``, on one core.
+
+    Arguments
+    ---------
+    output : Path
+        The output folder.
+    *options
+        More of the command line.
+
+    Returns
+    -------
+    subprocess.CompletedProcess
+    """
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [
+        *(sys.executable, "train.py", "hparams/quant.yaml"),
+        *("--output_folder", output, "--device", "cpu", *options),
+    ]
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=RECIPE,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def check_run(
+    done: subprocess.CompletedProcess, output: Path, name: str
+) -> dict:
+    """Asserts that a run ended well, and gives its report.
+
+    Arguments
+    ---------
+    done : subprocess.CompletedProcess
+        The run.
+    output : Path
+        Its output folder.
+    name : str
+        Of the test set.
+
+    Returns
+    -------
+    dict
+        What ``report.json`` holds.
+    """
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = output / "quantized"
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert list(report["test"]) == [name]
+    row = report["test"][name]
+    assert row["float"].keys() >= RATES
+    assert row["quantized"].keys() >= RATES
+    assert row["delta_wer"] == pytest.approx(
+        row["quantized"]["WER"] - row["float"]["WER"]
+    )
+    low, high = row["delta_wer_ci"]
+    assert low <= row["delta_wer"] <= high
+    assert 0 < report["size_mb"]["quantized"] < report["size_mb"]["float"]
+    assert report["rtf"].keys() == {"float", "quantized"}
+    names = [unit["name"] for unit in report["units"]]
+    assert names[:2] == ["conv.0", "conv.1"]
+    assert names[-1] == "head"
+    for unit in report["units"]:
+        assert unit.keys() >= {"name", "delta_wer", "selected", "cutoff"}
+    # The last words are the table and where the report is.
+    lines = done.stdout.rstrip().splitlines()
+    assert lines[-1] == f"report: {folder / 'report.html'}"
+    table = "\n".join(lines[-12:])
+    assert name in table
+    assert f"{row['quantized']['WER']:.2f}" in table
+    for file in ("report.html", "report.md", "plan.json"):
+        assert (folder / file).stat().st_size > 0
+    return report
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """One speaker of each split of the demo."""
+    folder = tmp_path_factory.mktemp("few")
+    for split in ("dev-demo", "test-demo"):
+        speaker = sorted((DEMO / "LibriSpeech" / split).iterdir())[0]
+        shutil.copytree(speaker, folder / split / speaker.name)
+    return folder
+
+
+@needs_checkpoint
+def test_demo(tmp_path):
+    output = tmp_path / "demo"
+    block = (
+        "{calibration: {num_utterances: 8}, "
+        "search: {num_utterances: 8, cutoffs: [100, 99.9]}}"
+    )
+    done = run(output, "--quantize", block)
+    report = check_run(done, output, "test-demo")
+    row = report["test"]["test-demo"]
+    audio = list((DEMO / "LibriSpeech" / "test-demo").rglob("*.flac"))
+    assert row["float"]["utterances"] == len(audio)
+    assert row["float"]["WER"] <= 10
+    # Eight bits do not break it.
+    assert row["quantized"]["WER"] <= row["float"]["WER"] + 10
+    assert report["search"]["num_utterances"] == 8
+    assert report["method"] == "stablequant"
+    assert report["bits"] == {"weight": 8, "activation": 8}
+
+
+@needs_checkpoint
+def test_demo_shorthands(tmp_path, few):
+    output = tmp_path / "short"
+    done = run(
+        output,
+        *("--method", "max", "--quant_bits", "6", "--data_folder", few),
+    )
+    report = check_run(done, output, "test-demo")
+    assert report["method"] == "max"
+    assert report["bits"] == {"weight": 6, "activation": 6}
+    assert "search" not in report
+    assert not any(unit["selected"] for unit in report["units"])
+    # 6 of 32 bits, and what is not quantized.
+    size = report["size_mb"]
+    assert size["quantized"] < 0.3 * size["float"]
+    assert not (output / "quantized" / "search.jsonl").exists()
+
+
+@needs_checkpoint
+def test_demo_with_a_wrong_method(tmp_path):
+    done = run(tmp_path / "wrong", "--method", "maximum")
+    assert done.returncode != 0
+    log = done.stdout + done.stderr
+    assert "quantize.method: 'maximum' is not one of" in log
+    assert "stablequant" in log
+    assert not (tmp_path / "wrong" / "quantized").exists()
+
+
+@pytest.mark.parametrize("model", ["wav2vec2", "hubert"])
+def test_trained_checkpoint(model, shared, tmp_path):
+    output = tmp_path / model
+    done = run(
+        output,
+        "--debug",
+        *("--wav2vec2_hub", shared / "models" / model),
+        *("--data_folder", shared / "data" / "LibriSpeech"),
+        *("--dev_splits", "[mini-dev]", "--test_splits", "[mini-test]"),
+        *("--quantize", "{search: {cutoffs: [100, 99.9]}}"),
+    )
+    report = check_run(done, output, "mini-test")
+    row = report["test"]["mini-test"]
+    # Two batches of one.
+    assert row["float"]["utterances"] == 2
+    assert row["float"]["WER"] < 100
+    names = [unit["name"] for unit in report["units"]]
+    assert names == [
+        *(f"conv.{index}" for index in range(7)),
+        *("projection", "pos_conv"),
+        *(f"block.{index}" for index in range(6)),
+        "head",
+    ]

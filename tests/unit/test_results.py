@@ -1,0 +1,264 @@
+"""Tests of speechbrain_stablequant.results."""
+
+import copy
+
+import pytest
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from speechbrain_stablequant.evaluation import (
+    Transcript,
+    bootstrap_delta_wer,
+    score,
+)
+from speechbrain_stablequant.layers import find_layers
+from speechbrain_stablequant.plan import (
+    LayerPlan,
+    LayerQuant,
+    QuantizationPlan,
+    UnitPlan,
+)
+from speechbrain_stablequant.results import (
+    Evaluation,
+    SetResult,
+    comparison,
+    comparison_markdown,
+    model_sizes,
+)
+
+
+def plan_of(quants, fingerprint="weights", **fields):
+    """A plan that quantizes some layers."""
+    layers = [
+        LayerPlan(name, "head", "linear", quant, 1.0, 100.0, "")
+        for name, quant in quants.items()
+    ]
+    units = [UnitPlan("head")]
+    values = {"method": "max", "weight_bits": 8, "activation_bits": 8}
+    values.update(fields)
+    return QuantizationPlan(
+        **values,
+        fingerprint=fingerprint,
+        settings={},
+        search={},
+        units=units,
+        layers=layers,
+    )
+
+
+def bits(weight_bits):
+    return LayerQuant(weight_bits, 8, 1.0)
+
+
+# -- sizes, by hand ------------------------------------------------------------
+
+
+def test_size_of_a_linear():
+    modules = {"enc": nn.Linear(3, 2)}
+    # 6 weights and 2 of bias as float32; 6 x 6 bits are 5 bytes, the bias 8,
+    # two output scales and one of the input 12.
+    assert model_sizes(plan_of({"enc": bits(6)}), modules) == (32, 25)
+    assert model_sizes(plan_of({"enc": bits(8)}), modules) == (32, 26)
+
+
+def test_size_without_bias():
+    modules = {"enc": nn.Linear(3, 2, bias=False)}
+    assert model_sizes(plan_of({"enc": bits(8)}), modules) == (24, 18)
+
+
+def test_size_of_a_weight_norm_convolution():
+    """What replaces the weight also replaces the parts of its norm."""
+    conv = weight_norm(nn.Conv1d(4, 4, 3, groups=2), dim=2)
+    modules = {"enc": nn.Sequential(conv)}
+    # 24 directions, 3 gains and 4 of bias; 24 x 4 bits are 12 bytes, the
+    # bias 16, four output scales and one of the input 20.
+    plan = plan_of({"enc.0": bits(4)})
+    assert model_sizes(plan, modules) == (124, 48)
+
+
+def test_layers_that_stay_float():
+    modules = {"enc": nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))}
+    everything = 4 * (6 + 2 + 10 + 5)
+    assert model_sizes(plan_of({}), modules) == (everything, everything)
+    assert model_sizes(plan_of({"enc.0": None}), modules) == (
+        everything,
+        everything,
+    )
+    plan = plan_of({"enc.0": bits(8), "enc.1": None})
+    assert model_sizes(plan, modules) == (everything, everything - 24 + 6 + 12)
+
+
+def test_a_module_behind_two_keys_counts_once():
+    shared = nn.Linear(3, 2)
+    modules = {"a": shared, "b": nn.Sequential(shared)}
+    assert model_sizes(plan_of({"a": bits(8)}), modules) == (32, 26)
+    assert model_sizes(plan_of({"b.0": bits(8)}), modules) == (32, 26)
+
+
+def test_size_of_a_whole_model(tiny_modules):
+    layers = find_layers(tiny_modules, list(tiny_modules))
+    plan = plan_of({layer.name: bits(8) for layer in layers})
+    before, after = model_sizes(plan, dict(tiny_modules))
+    assert before == 4 * sum(p.numel() for p in tiny_modules.parameters())
+    weights = sum(layer.numel for layer in layers)
+    channels = sum(layer.module.weight.shape[0] for layer in layers)
+    pos_conv = tiny_modules["wav2vec2"].model.encoder.pos_conv_embed.conv
+    gains = pos_conv.parametrizations.weight.original0.numel()
+    scales = 4 * (channels + len(layers))
+    assert after == before - 3 * weights - 4 * gains + scales
+
+
+# -- both evaluations of a set -------------------------------------------------
+
+FLOAT = [
+    Transcript("u1", "ONE TWO THREE FOUR", "ONE TWO THREE FOUR"),
+    Transcript("u2", "FIVE SIX", "FIVE SIX SEVEN"),
+    Transcript("u3", "EIGHT", ""),
+]
+QUANTIZED = [
+    Transcript("u1", "ONE TWO THREE FOUR", "ONE TOO THREE"),
+    Transcript("u2", "FIVE SIX", "FIVE SIX"),
+    Transcript("u3", "EIGHT", "AIT"),
+]
+
+
+def evaluation(transcripts, seconds=2.0):
+    return Evaluation(transcripts, seconds, audio_seconds=10.0)
+
+
+def test_pair_brings_into_order():
+    result = SetResult.pair(
+        evaluation(FLOAT), evaluation(QUANTIZED[::-1], seconds=1.5)
+    )
+    assert result.baseline == evaluation(FLOAT)
+    assert result.quantized == evaluation(QUANTIZED, seconds=1.5)
+
+
+@pytest.mark.parametrize(
+    "transcripts, named",
+    [
+        (QUANTIZED[:2], "u3"),
+        (QUANTIZED[1:], "u1"),
+        ([], "u1, u2, u3"),
+        ([*QUANTIZED, Transcript("u4", "NINE", "NINE")], "more ran"),
+        ([*QUANTIZED[:2], Transcript("u4", "NINE", "NINE")], "u3"),
+    ],
+)
+def test_pair_refuses_other_utterances(transcripts, named):
+    with pytest.raises(ValueError) as error:
+        SetResult.pair(evaluation(FLOAT), evaluation(transcripts))
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.startswith("test set: the float and the quantized evaluation")
+    assert f"({named})" in text
+
+
+def test_result_in_the_report():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    raw = result.to_dict()
+    assert raw["float"] == score(FLOAT).to_dict()
+    assert raw["quantized"] == score(QUANTIZED).to_dict()
+    # 7 reference words; one insertion and one deletion against two
+    # substitutions and one deletion.
+    assert raw["delta_wer"] == pytest.approx(100 / 7)
+    words = bootstrap_delta_wer(FLOAT, QUANTIZED)
+    chars = bootstrap_delta_wer(FLOAT, QUANTIZED, unit="char")
+    assert raw["delta_wer_ci"] == [words.low, words.high]
+    assert raw["delta_cer"] == chars.delta
+    assert raw["delta_cer_ci"] == [chars.low, chars.high]
+
+
+# -- kept for a run that is started again --------------------------------------
+
+PLAN = plan_of({"enc": bits(8)})
+
+
+def test_write_and_read(tmp_path):
+    path = tmp_path / "transcripts.json"
+    key = evaluation(FLOAT).key(PLAN)
+    kept = evaluation(QUANTIZED, seconds=1 / 3)
+    kept.write(path, key)
+    assert Evaluation.read(path, key) == kept
+
+
+def test_read_by_another_key(tmp_path):
+    path = tmp_path / "transcripts.json"
+    evaluation(QUANTIZED).write(path, "one")
+    before = path.read_bytes()
+    assert Evaluation.read(path, "two") is None
+    assert path.read_bytes() == before
+
+
+def test_read_what_is_not_there(tmp_path):
+    assert Evaluation.read(tmp_path / "nothing.json", "key") is None
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"seconds": 1}'])
+def test_read_something_else(tmp_path, content):
+    path = tmp_path / "transcripts.json"
+    path.write_text(content)
+    assert Evaluation.read(path, "key") is None
+
+
+def test_read_a_damaged_file(tmp_path):
+    path = tmp_path / "transcripts.json"
+    path.write_text('{"key": "k"')
+    with pytest.raises(ValueError, match=r"transcripts\.json"):
+        Evaluation.read(path, "k")
+
+
+def test_key_is_about_the_plan_and_the_utterances():
+    base = evaluation(FLOAT)
+    others = [
+        base.key(plan_of({})),
+        base.key(plan_of({"enc": bits(7)})),
+        base.key(plan_of({"enc": LayerQuant(8, 8, 1.0, "mse")})),
+        base.key(plan_of({"enc": LayerQuant(8, 8, 1.5)})),
+        base.key(plan_of({"lin": bits(8)})),
+        base.key(plan_of({"enc": bits(8)}, fingerprint="other")),
+        evaluation(FLOAT[:2]).key(PLAN),
+        evaluation([*FLOAT[:2], Transcript("u9", "EIGHT", "")]).key(PLAN),
+        evaluation([*FLOAT[:2], Transcript("u3", "NINE", "")]).key(PLAN),
+    ]
+    assert len({base.key(PLAN), *others}) == 1 + len(others)
+
+
+def test_key_is_not_about_what_was_measured():
+    """The quantized evaluation does not depend on how the float model did."""
+    key = evaluation(FLOAT).key(PLAN)
+    assert evaluation(QUANTIZED, seconds=9.0).key(PLAN) == key
+    assert evaluation(FLOAT).key(copy.deepcopy(PLAN)) == key
+
+
+# -- variants side by side -----------------------------------------------------
+
+
+def test_comparison():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    same = SetResult.pair(evaluation(FLOAT), evaluation(FLOAT))
+    six = plan_of({}, method="mse", weight_bits=6, activation_bits=5)
+    table = comparison(
+        {
+            "w8": (PLAN, {"clean": same, "other": result}),
+            "w6": (six, {"clean": result}),
+        }
+    )
+    rows = table["rows"]
+    assert [(row["variant"], row["set"]) for row in rows] == [
+        ("w8", "clean"),
+        ("w8", "other"),
+        ("w6", "clean"),
+    ]
+    assert rows[0]["delta_wer"] == 0
+    assert rows[2]["delta_wer"] == pytest.approx(100 / 7)
+    assert (rows[2]["method"], rows[2]["weight_bits"]) == ("mse", 6)
+    assert rows[2]["activation_bits"] == 5
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[1:4] for line in lines[2:]] == [
+        [" clean ", " float ", " 28.57 "],
+        [" clean ", " w8 ", " 28.57 "],
+        [" other ", " float ", " 28.57 "],
+        [" other ", " w8 ", " 42.86 "],
+        [" clean ", " w6 ", " 42.86 "],
+    ]
+    assert all(line.count("|") == 8 for line in lines)
