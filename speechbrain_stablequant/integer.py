@@ -1,0 +1,260 @@
+"""A layer as integers: what is stored on disk and what runtimes compute with.
+
+`integer_layer` turns a float layer and its quantization into the int8 values
+and scales that the simulation stands for; `reference_forward` computes with
+them in exact integer arithmetic. Every runtime is checked against it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .calibrators import weight_amax
+from .layers import Layer
+from .numerics import dequantize, quantize, scale_from_amax
+from .plan import LayerQuant
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A Linear or Conv1d in integers.
+
+    Arguments
+    ---------
+    name : str
+        Path of the layer, as in the plan.
+    kind : str
+        ``"linear"`` or ``"conv1d"``.
+    weight : torch.Tensor
+        int8 in ``[-qmax, qmax]``; [out, in] or [out, in / groups, kernel].
+    weight_scale : torch.Tensor
+        float32 [out].
+    weight_bits : int
+        2 to 8.
+    activation_scale : torch.Tensor
+        float32, one element: the scale of the layer's input.
+    activation_bits : int
+        2 to 8.
+    bias : torch.Tensor or None
+        float32 [out].
+    stride, padding, dilation, groups : int
+        Of a convolution.
+    """
+
+    name: str
+    kind: str
+    weight: torch.Tensor = field(repr=False)
+    weight_scale: torch.Tensor = field(repr=False)
+    weight_bits: int
+    activation_scale: torch.Tensor = field(repr=False)
+    activation_bits: int
+    bias: torch.Tensor | None = field(repr=False)
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    def float_weight(self) -> torch.Tensor:
+        """The weight that the integers stand for, float32."""
+        return dequantize(self.weight, self.weight_scale, axis=0)
+
+
+@dataclass(frozen=True)
+class FloatLayer:
+    """A Linear or Conv1d that a plan leaves in floating point.
+
+    Arguments
+    ---------
+    name, kind : str
+        As in :class:`IntegerLayer`.
+    weight : torch.Tensor
+        float32.
+    bias : torch.Tensor or None
+        float32 [out].
+    stride, padding, dilation, groups : int
+        Of a convolution.
+    """
+
+    name: str
+    kind: str
+    weight: torch.Tensor = field(repr=False)
+    bias: torch.Tensor | None = field(repr=False)
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+
+def layer_geometry(module: nn.Module) -> dict[str, int]:
+    """Stride, padding, dilation and groups of a layer.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Returns
+    -------
+    dict
+        Empty for a Linear.
+
+    Raises
+    ------
+    ValueError
+        A padding mode other than zeros, or padding by name.
+
+    Example
+    -------
+    >>> layer_geometry(nn.Conv1d(4, 4, 3, stride=2, groups=2))
+    {'stride': 2, 'padding': 0, 'dilation': 1, 'groups': 2}
+    """
+    if not isinstance(module, nn.Conv1d):
+        return {}
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ValueError(
+            f"a Conv1d with padding {module.padding!r}, mode "
+            f"{module.padding_mode!r} has no integer form; put it in "
+            "quantize.exclude"
+        )
+    return {
+        "stride": module.stride[0],
+        "padding": module.padding[0],
+        "dilation": module.dilation[0],
+        "groups": module.groups,
+    }
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    return None if module.bias is None else module.bias.detach().float()
+
+
+def integer_layer(layer: Layer, quant: LayerQuant) -> IntegerLayer:
+    """The integers and scales of a float layer.
+
+    Arguments
+    ---------
+    layer : Layer
+        The float layer.
+    quant : LayerQuant
+        How it is quantized.
+
+    Returns
+    -------
+    IntegerLayer
+        ``float_weight()`` equals the simulation's weight bit for bit.
+
+    Example
+    -------
+    >>> linear = nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[1.0, -0.5]])
+    >>> layer = Layer("enc", linear, "linear", "head")
+    >>> integer_layer(layer, LayerQuant(8, 8, 2.0)).weight
+    tensor([[127, -64]], dtype=torch.int8)
+    """
+    weight = layer.module.weight.detach().float()
+    amax = weight_amax(weight, quant.weight_bits, quant.weight_method)
+    scale = scale_from_amax(amax, quant.weight_bits)
+    return IntegerLayer(
+        name=layer.name,
+        kind=layer.kind,
+        weight=quantize(weight, scale, quant.weight_bits, axis=0),
+        weight_scale=scale,
+        weight_bits=quant.weight_bits,
+        activation_scale=scale_from_amax(
+            torch.tensor(quant.activation_amax), quant.activation_bits
+        ),
+        activation_bits=quant.activation_bits,
+        bias=_bias(layer.module),
+        **layer_geometry(layer.module),
+    )
+
+
+def float_layer(name: str, module: nn.Module) -> FloatLayer:
+    """A layer as it is.
+
+    Arguments
+    ---------
+    name : str
+        Path of the layer.
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Returns
+    -------
+    FloatLayer
+    """
+    return FloatLayer(
+        name=name,
+        kind="conv1d" if isinstance(module, nn.Conv1d) else "linear",
+        weight=module.weight.detach().float(),
+        bias=_bias(module),
+        **layer_geometry(module),
+    )
+
+
+def integer_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
+    """int8 x int8 -> int32, exact, with plain torch.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        Its weight.
+    q : torch.Tensor
+        int8 input: [..., in] of a Linear, [batch, in, time] of a convolution.
+
+    Returns
+    -------
+    torch.Tensor
+        int32.
+    """
+    # float64 holds every such sum exactly (below 2^53) and has fast products.
+    x, weight = q.double(), layer.weight.double()
+    if layer.kind == "conv1d":
+        out = F.conv1d(
+            x,
+            weight,
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+    else:
+        out = F.linear(x, weight)
+    return out.round_().to(torch.int32)
+
+
+def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
+    """A layer in integer arithmetic: quantize, multiply, scale, add the bias.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer.
+    x : torch.Tensor
+        float input: [..., in] of a Linear, [batch, in, time] of a convolution.
+
+    Returns
+    -------
+    torch.Tensor
+        float32.
+
+    Example
+    -------
+    >>> linear = nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
+    >>> layer = integer_layer(
+    ...     Layer("enc", linear, "linear", "head"), LayerQuant(8, 8, 127.0))
+    >>> reference_forward(layer, torch.tensor([[3.4, 1.0]])).round()
+    tensor([[2.]])
+    """
+    q = quantize(x, layer.activation_scale, layer.activation_bits)
+    out = integer_product(layer, q).float()
+    scale = layer.activation_scale * layer.weight_scale
+    shape = (-1, 1) if layer.kind == "conv1d" else (-1,)
+    out = out * scale.view(shape)
+    if layer.bias is not None:
+        out = out + layer.bias.view(shape)
+    return out

@@ -1,0 +1,117 @@
+"""What a runtime is, and how one takes the place of a float model.
+
+A runtime executes an encoder from its description. `installed` shadows the
+``forward`` of the HuggingFace model on the instance, as the simulation does
+with single layers: the Brain, its wrapper and its checkpoints stay as they
+are. Layers outside the encoder (the heads) are shadowed one by one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class EncoderExecutor(Protocol):
+    """Executes one encoder."""
+
+    def __call__(
+        self, wavs: torch.Tensor, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Encodes a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            float32 [batch, samples], normalised as the model wants it.
+        lengths : torch.Tensor or None
+            int64 [batch], real samples of each utterance; None when the
+            model is to see no mask.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [batch, frames, channels]. Padded frames hold anything
+            finite.
+        """
+
+
+class LayerExecutor(Protocol):
+    """Executes one Linear or Conv1d: float input, float32 output."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
+    """The forward of a HuggingFace model that runs an executor.
+
+    Arguments
+    ---------
+    execute : EncoderExecutor
+        The executor.
+
+    Returns
+    -------
+    callable
+        Takes what SpeechBrain's wrapper passes to the model.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    def forward(
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if output_hidden_states or kwargs.get("output_attentions"):
+            raise ValueError(
+                "an integer runtime gives the last hidden state only; use "
+                "backend: torch for output_all_hiddens"
+            )
+        lengths = None
+        if attention_mask is not None:
+            lengths = attention_mask.long().sum(1)
+        hidden = execute(input_values, lengths)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+    return forward
+
+
+@contextmanager
+def shadowed_forwards(
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Iterator[None]:
+    """Context in which modules compute by other functions.
+
+    Arguments
+    ---------
+    forwards : Mapping
+        The function by module.
+
+    Raises
+    ------
+    RuntimeError
+        A module is shadowed already.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> with shadowed_forwards({linear: lambda x: x + 1}):
+    ...     linear(torch.zeros(1)).item()
+    1.0
+    """
+    done = []
+    try:
+        for module, forward in forwards.items():
+            if "forward" in vars(module):
+                raise RuntimeError(
+                    f"{type(module).__name__}: is shadowed already"
+                )
+            module.forward = forward
+            done.append(module)
+        yield
+    finally:
+        for module in done:
+            del module.forward

@@ -1,0 +1,243 @@
+"""A wav2vec 2.0 or HuBERT encoder as data: what every runtime executes.
+
+The same description is taken from a live model and its integer layers, or
+from a model that was loaded from a quantized folder and whose quantized
+weights do not exist as floats (its parameters are on the ``meta`` device).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..integer import FloatLayer, IntegerLayer, float_layer
+
+AnyLayer = IntegerLayer | FloatLayer
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm over channels, or GroupNorm with one channel a group.
+
+    Arguments
+    ---------
+    weight, bias : torch.Tensor
+        float32 [channels].
+    eps : float
+        Added to the variance.
+    over_time : bool
+        True for the GroupNorm of base models' first convolution: each channel
+        of each utterance is normalised over time.
+    """
+
+    weight: torch.Tensor = field(repr=False)
+    bias: torch.Tensor = field(repr=False)
+    eps: float
+    over_time: bool = False
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """conv -> norm, if any -> GELU."""
+
+    conv: AnyLayer
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A transformer block.
+
+    With ``EncoderSpec.pre_norm``: x += out(attend(norm1(x))); x +=
+    down(gelu(up(norm2(x)))). Otherwise: x = norm1(x + out(attend(x))); x =
+    norm2(x + down(gelu(up(x)))).
+    """
+
+    norm1: Norm
+    query: AnyLayer
+    key: AnyLayer
+    value: AnyLayer
+    out: AnyLayer
+    norm2: Norm
+    up: AnyLayer
+    down: AnyLayer
+
+    def layers(self) -> tuple[AnyLayer, ...]:
+        """The six layers in the order of their use."""
+        return (
+            self.query,
+            self.key,
+            self.value,
+            self.out,
+            self.up,
+            self.down,
+        )
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """The whole encoder.
+
+    wave [B, L] -> convs -> [B, T, C] -> projection_norm -> projection ->
+    x, zero at padded frames -> x + gelu(pos_conv(x)) without its last
+    ``pos_trim`` frames -> (``norm`` here unless pre_norm) -> blocks ->
+    (``norm`` here if pre_norm).
+
+    Arguments
+    ---------
+    convs : tuple of ConvSpec
+        The feature extractor.
+    projection_norm : Norm or None
+        Before the projection; None for a HuBERT without it.
+    projection : IntegerLayer or FloatLayer
+        Linear.
+    pos_conv : IntegerLayer or FloatLayer
+        Grouped convolution, weight norm folded in.
+    pos_trim : int
+        Output frames to drop at the end, 1 for even kernels.
+    norm : Norm
+        Of the encoder.
+    blocks : tuple of BlockSpec
+        The transformer.
+    num_heads : int
+        Attention heads.
+    pre_norm : bool
+        Stable layer norm (large models).
+    """
+
+    convs: tuple[ConvSpec, ...]
+    projection_norm: Norm | None
+    projection: AnyLayer
+    pos_conv: AnyLayer
+    pos_trim: int
+    norm: Norm
+    blocks: tuple[BlockSpec, ...]
+    num_heads: int
+    pre_norm: bool
+
+    def layers(self) -> Iterator[AnyLayer]:
+        """All layers in network order."""
+        for stage in self.convs:
+            yield stage.conv
+        yield self.projection
+        yield self.pos_conv
+        for block in self.blocks:
+            yield from block.layers()
+
+    def frames(self, samples: int) -> int:
+        """Frames that the convolutions make of so many samples."""
+        for stage in self.convs:
+            kernel = stage.conv.weight.shape[-1]
+            samples = max((samples - kernel) // stage.conv.stride + 1, 0)
+        return samples
+
+
+def _norm(module: nn.Module) -> Norm:
+    over_time = isinstance(module, nn.GroupNorm)
+    if over_time and module.num_groups != module.num_channels:
+        raise ValueError(
+            f"GroupNorm with {module.num_groups} groups of "
+            f"{module.num_channels} channels is not supported by the integer "
+            "runtimes; use backend: torch"
+        )
+    return Norm(
+        module.weight.detach().float(),
+        module.bias.detach().float(),
+        module.eps,
+        over_time,
+    )
+
+
+def _check_gelu(module: nn.Module, where: str) -> None:
+    name = type(module).__name__
+    if name not in ("GELU", "GELUActivation"):
+        raise ValueError(
+            f"{where}: activation {name} is not supported by the integer "
+            "runtimes, only GELU; use backend: torch"
+        )
+
+
+def describe_encoder(
+    model: nn.Module, path: str, integers: Mapping[str, IntegerLayer]
+) -> EncoderSpec:
+    """Describes a HuggingFace encoder.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        A ``Wav2Vec2Model`` or ``HubertModel``; parameters of layers that are
+        in ``integers`` are not read.
+    path : str
+        Path of the model in the Brain's modules, the prefix of layer names.
+    integers : Mapping
+        Integer layers by name.
+
+    Returns
+    -------
+    EncoderSpec
+
+    Raises
+    ------
+    ValueError
+        Something that the integer runtimes do not compute: an adapter,
+        another activation, another normalisation.
+    """
+
+    names = {id(m): f"{path}.{n}" for n, m in model.named_modules()}
+
+    def layer(module: nn.Module) -> AnyLayer:
+        name = names[id(module)]
+        found = integers.get(name)
+        return float_layer(name, module) if found is None else found
+
+    encoder = model.encoder
+    convs = []
+    for stage in model.feature_extractor.conv_layers:
+        _check_gelu(stage.activation, f"{path}.feature_extractor")
+        norm = getattr(stage, "layer_norm", None)
+        convs.append(ConvSpec(layer(stage.conv), norm and _norm(norm)))
+    _check_gelu(encoder.pos_conv_embed.activation, f"{path}.pos_conv_embed")
+    if getattr(encoder.pos_conv_embed, "batch_norm", None) is not None:
+        raise ValueError(
+            f"{path}.encoder.pos_conv_embed: batch norm is not supported by "
+            "the integer runtimes; use backend: torch"
+        )
+    if getattr(model, "adapter", None) is not None:
+        raise ValueError(
+            f"{path}.adapter: is not supported by the integer runtimes; use "
+            "backend: torch"
+        )
+    blocks = []
+    for block in encoder.layers:
+        if getattr(block, "adapter_layer", None) is not None:
+            raise ValueError(
+                f"{path}.encoder.layers: attention adapters are not supported "
+                "by the integer runtimes; use backend: torch"
+            )
+        forward = block.feed_forward
+        _check_gelu(forward.intermediate_act_fn, f"{path}.feed_forward")
+        blocks.append(
+            BlockSpec(
+                norm1=_norm(block.layer_norm),
+                query=layer(block.attention.q_proj),
+                key=layer(block.attention.k_proj),
+                value=layer(block.attention.v_proj),
+                out=layer(block.attention.out_proj),
+                norm2=_norm(block.final_layer_norm),
+                up=layer(forward.intermediate_dense),
+                down=layer(forward.output_dense),
+            )
+        )
+    projection_norm = getattr(model.feature_projection, "layer_norm", None)
+    return EncoderSpec(
+        convs=tuple(convs),
+        projection_norm=projection_norm and _norm(projection_norm),
+        projection=layer(model.feature_projection.projection),
+        pos_conv=layer(encoder.pos_conv_embed.conv),
+        pos_trim=encoder.pos_conv_embed.padding.num_pad_remove,
+        norm=_norm(encoder.layer_norm),
+        blocks=tuple(blocks),
+        num_heads=model.config.num_attention_heads,
+        pre_norm=bool(model.config.do_stable_layer_norm),
+    )
