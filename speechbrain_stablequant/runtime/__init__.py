@@ -1,1 +1,269 @@
-"""Ways to execute a plan."""
+"""Ways to execute a plan: which there are, which one runs here.
+
+A runtime is one module with ``make_executor(spec, **options)`` for a whole
+encoder and ``make_layer(layer)`` for a layer outside of it (a head), and one
+line in ``RUNTIMES``. Its module is imported when it is used, so that nothing
+optional is needed before.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..integer import IntegerLayer
+from ..layers import Encoder, find_encoders
+from .base import encoder_forward
+from .cpu import CpuClass, cpu_class, executed_integers
+from .encoder import describe_encoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One line of the table.
+
+    Arguments
+    ---------
+    encoder : str or None
+        ``"module:function"`` that makes an EncoderExecutor of an
+        EncoderSpec, relative to this package; None: layer by layer.
+    layer : str
+        ``"module:function"`` that makes a LayerExecutor of an IntegerLayer.
+    device : str or None
+        Type of the device that it runs on; None for any.
+    needs : tuple of str
+        Python packages that have to be there.
+    install : str
+        What to install if they are not.
+    pair_sums : bool
+        Whether it multiplies by CPU kernels that saturate sums of two
+        products on a CPU without VNNI.
+    """
+
+    encoder: str | None
+    layer: str
+    device: str | None = None
+    needs: tuple[str, ...] = ()
+    install: str = ""
+    pair_sums: bool = False
+
+
+_TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
+
+RUNTIMES: dict[str, Runtime] = {
+    "torch": Runtime(None, "simulated:make_layer"),
+    "torch_int8": Runtime(
+        "torch_int8.executor:make_executor",
+        _TORCH_INT8_LAYER,
+        "cpu",
+        pair_sums=True,
+    ),
+    "openvino": Runtime(
+        "openvino_:make_executor",
+        _TORCH_INT8_LAYER,
+        "cpu",
+        ("openvino",),
+        "speechbrain_stablequant[cpu]",
+        pair_sums=True,
+    ),
+    "onnx": Runtime(
+        "onnx_:make_executor",
+        _TORCH_INT8_LAYER,
+        "cpu",
+        ("onnx", "onnxruntime"),
+        "speechbrain_stablequant[onnx]",
+        pair_sums=True,
+    ),
+    "triton": Runtime(
+        "triton:make_executor",
+        "triton:make_layer",
+        "cuda",
+        ("triton",),
+        "triton",
+    ),
+}
+
+
+def _missing(runtime: Runtime) -> list[str]:
+    return [p for p in runtime.needs if importlib.util.find_spec(p) is None]
+
+
+def _why_not(name: str, device: torch.device) -> str | None:
+    """Why a runtime cannot run on a device, or None if it can."""
+    runtime = RUNTIMES[name]
+    missing = _missing(runtime)
+    if missing:
+        return (
+            f"package '{missing[0]}' is not installed; run "
+            f"pip install '{runtime.install}'"
+        )
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET")
+    if runtime.device not in (None, device.type) and not interpreted:
+        return (
+            f"it runs on {runtime.device}, and the device is {device}; "
+            "write backend: auto"
+        )
+    return None
+
+
+def resolve_backend(backend: str, device: str | torch.device) -> str:
+    """The runtime for a device.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``, or ``"auto"``: triton on a CUDA device; on a
+        CPU openvino if it is installed, else torch_int8; elsewhere torch.
+    device : str or torch.device
+        Where the model runs.
+
+    Returns
+    -------
+    str
+        A key of ``RUNTIMES``.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, or a runtime that cannot run here.
+
+    Example
+    -------
+    >>> resolve_backend("torch", "cpu")
+    'torch'
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        order = {
+            "cpu": ("openvino", "torch_int8"),
+            "cuda": ("triton",),
+        }.get(device.type, ())
+        for name in order:
+            if _why_not(name, device) is None:
+                return name
+        logger.warning(
+            "no integer runtime for device %s: quantization is simulated, "
+            "which is slower than the float model",
+            device,
+        )
+        return "torch"
+    if backend not in RUNTIMES:
+        raise ValueError(
+            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
+        )
+    reason = _why_not(backend, device)
+    if reason is not None:
+        raise ValueError(f"backend: {backend} cannot run: {reason}")
+    return backend
+
+
+def _load(reference: str) -> Callable[..., Any]:
+    module, _, function = reference.partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), function)
+
+
+def _modules_by_name(
+    modules: Mapping[str, nn.Module], names: Mapping[str, IntegerLayer]
+) -> dict[str, nn.Module]:
+    found = {
+        path: child
+        for key, module in modules.items()
+        for path, child in module.named_modules(
+            prefix=key, remove_duplicate=False
+        )
+        if path in names
+    }
+    for name in names:
+        if name not in found:
+            raise ValueError(
+                f"layer '{name}' of the plan is not in the model; use the "
+                "plan of this model"
+            )
+    return found
+
+
+def _encoders(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> list[Encoder]:
+    """Each encoder with an integer layer once, under the key that the layers
+    are named by: a model may stand behind two keys."""
+    chosen: dict[int, Encoder] = {}
+    for encoder in find_encoders(modules):
+        if any(name.startswith(encoder.path + ".") for name in integers):
+            chosen.setdefault(id(encoder.model), encoder)
+    return list(chosen.values())
+
+
+def build_forwards(
+    backend: str,
+    modules: Mapping[str, nn.Module],
+    integers: Mapping[str, IntegerLayer],
+    cpu: CpuClass | None = None,
+    **options: Any,
+) -> dict[nn.Module, Callable[..., Any]]:
+    """The functions that take the place of the float model's forwards.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``.
+    modules : Mapping
+        The Brain's modules by key. Weights of integer layers are not read;
+        they may be on the ``meta`` device.
+    integers : Mapping
+        Integer layers by name.
+    cpu : CpuClass, optional
+        The CPU whose integers are executed; the present one by default.
+    **options
+        Of the runtime's ``make_executor``.
+
+    Returns
+    -------
+    dict
+        Forward by module, for
+        :func:`~speechbrain_stablequant.runtime.base.shadowed_forwards`.
+
+    Raises
+    ------
+    ValueError
+        A layer that is not in the model, or an encoder that the integer
+        runtimes do not compute.
+
+    Example
+    -------
+    >>> from speechbrain_stablequant.integer import integer_layer
+    >>> from speechbrain_stablequant.layers import find_layers
+    >>> from speechbrain_stablequant.plan import LayerQuant
+    >>> modules = {"lin": nn.Linear(4, 2)}
+    >>> (layer,) = find_layers(modules, ["lin"])
+    >>> integers = {"lin": integer_layer(layer, LayerQuant(8, 8, 1.0))}
+    >>> forwards = build_forwards("torch", modules, integers)
+    >>> forwards[modules["lin"]](torch.zeros(1, 4)).shape
+    torch.Size([1, 2])
+    """
+    runtime = RUNTIMES[backend]
+    if runtime.pair_sums:
+        integers = executed_integers(integers, cpu or cpu_class())
+    by_name = _modules_by_name(modules, integers)
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    inside: set[str] = set()
+    if runtime.encoder is not None:
+        make_executor = _load(runtime.encoder)
+        for encoder in _encoders(modules, integers):
+            spec = describe_encoder(encoder.model, encoder.path, integers)
+            executor = make_executor(spec, **options)
+            forwards[encoder.model] = encoder_forward(executor)
+            inside.update(layer.name for layer in spec.layers())
+    make_layer = _load(runtime.layer)
+    for name, layer in integers.items():
+        if name not in inside:
+            forwards[by_name[name]] = make_layer(layer)
+    return forwards

@@ -1,0 +1,72 @@
+"""Layer by layer with fake quantization: any device, any bit width, slow.
+
+The float model's own forward stays; each layer computes as
+:mod:`speechbrain_stablequant.simulate` does, from its integers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from ..integer import IntegerLayer
+from ..numerics import fake_quantize
+
+
+def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The simulated forward of one layer.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer.
+
+    Returns
+    -------
+    callable
+        Of the input, giving the output in the input's dtype.
+
+    Example
+    -------
+    >>> from speechbrain_stablequant.plan import LayerQuant
+    >>> from speechbrain_stablequant.layers import Layer
+    >>> from speechbrain_stablequant.integer import integer_layer
+    >>> linear = torch.nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
+    >>> layer = Layer("enc", linear, "linear", "head")
+    >>> forward = make_layer(integer_layer(layer, LayerQuant(2, 2, 1.0)))
+    >>> forward(torch.tensor([0.6, 7.0])).tolist()
+    [0.0]
+    """
+    # Kept where the input is: the model may move after this.
+    held = {
+        "weight": layer.float_weight(),
+        "scale": layer.activation_scale,
+        "bias": layer.bias,
+    }
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if held["weight"].device != x.device:
+            for key, value in held.items():
+                held[key] = None if value is None else value.to(x.device)
+        weight, bias = held["weight"], held["bias"]
+        # A 16-bit product of grid values would round them a second time.
+        with torch.autocast(x.device.type, enabled=False):
+            grid = fake_quantize(
+                x.float(), held["scale"], layer.activation_bits
+            )
+            if layer.kind == "linear":
+                out = F.linear(grid, weight, bias)
+            else:
+                out = F.conv1d(
+                    grid,
+                    weight,
+                    bias,
+                    layer.stride,
+                    layer.padding,
+                    layer.dilation,
+                    layer.groups,
+                )
+        return out.to(x.dtype)
+
+    return forward
