@@ -37,9 +37,7 @@ def apply_norm(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(
             x, norm.weight.numel(), norm.weight, norm.bias, norm.eps
         )
-    return F.layer_norm(
-        x, norm.weight.shape, norm.weight, norm.bias, norm.eps
-    )
+    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
 def valid_frame_mask(
