@@ -100,5 +100,5 @@ def test_other_activation_is_refused(part, make_tiny_model):
     module = model.encoder.get_submodule(part)
     name = "activation" if "pos" in part else "intermediate_act_fn"
     setattr(module, name, torch.nn.ReLU())
-    with pytest.raises(ValueError, match="activation ReLU.*backend: torch"):
+    with pytest.raises(ValueError, match=r"activation ReLU.*backend: torch"):
         describe_encoder(model, "w", {})
