@@ -1,0 +1,165 @@
+"""The models of the benchmarks: real shapes, random weights, or a folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCTC,
+    HubertConfig,
+    HubertForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
+
+from speechbrain_stablequant.integer import IntegerLayer, integer_layer
+from speechbrain_stablequant.layers import find_layers
+from speechbrain_stablequant.plan import LayerQuant
+
+FAMILIES = {
+    "hubert": (HubertConfig, HubertForCTC),
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2ForCTC),
+}
+SHAPES = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "conv_bias": True,
+    },
+}
+NAMES = [f"{family}-{shape}" for family in FAMILIES for shape in SHAPES]
+SAMPLE_RATE = 16000
+
+
+class Encoder(nn.Module):
+    """What SpeechBrain's wrapper is around a HuggingFace model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, wavs: torch.Tensor) -> torch.Tensor:
+        """[batch, samples] to [batch, frames, channels]."""
+        return self.model(wavs).last_hidden_state
+
+
+class Recogniser(nn.Module):
+    """Encoder and head in one module: wave to logits.
+
+    Arguments
+    ---------
+    modules : Mapping
+        ``wav2vec2`` and ``ctc_lin``.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        super().__init__()
+        self.wav2vec2 = modules["wav2vec2"]
+        self.ctc_lin = modules["ctc_lin"]
+
+    def forward(self, wavs: torch.Tensor) -> torch.Tensor:
+        """[batch, samples] to [batch, frames, labels]."""
+        return self.ctc_lin(self.wav2vec2(wavs))
+
+
+def config_of(name: str):
+    """The HuggingFace configuration and class of a benchmark's model.
+
+    Arguments
+    ---------
+    name : str
+        One of ``NAMES``.
+    """
+    family, shape = name.split("-")
+    config, kind = FAMILIES[family]
+    return config(layerdrop=0.0, vocab_size=32, **SHAPES[shape]), kind
+
+
+def build_modules(name: str) -> dict[str, nn.Module]:
+    """``modules`` of a recipe, as float.
+
+    Arguments
+    ---------
+    name : str
+        One of ``NAMES`` for random weights (always the same ones), or a
+        folder with a CTC model.
+
+    Returns
+    -------
+    dict
+        ``wav2vec2`` and ``ctc_lin``.
+    """
+    if name in NAMES:
+        torch.manual_seed(0)
+        config, kind = config_of(name)
+        ctc = kind(config)
+    else:
+        ctc = AutoModelForCTC.from_pretrained(name, dtype=torch.float32)
+    ctc.eval().requires_grad_(False)
+    encoder = getattr(ctc, ctc.base_model_prefix)
+    return {"wav2vec2": Encoder(encoder), "ctc_lin": ctc.lm_head}
+
+
+def make_wavs(seconds: float, batch: int) -> torch.Tensor:
+    """Noise with a slow envelope, normalised: float32 [batch, samples]."""
+    generator = torch.Generator().manual_seed(1)
+    samples = round(seconds * SAMPLE_RATE)
+    wavs = torch.randn(batch, samples, generator=generator)
+    wavs *= 1 + torch.sin(torch.arange(samples) / 2000)
+    return torch.layer_norm(wavs, (samples,))
+
+
+@dataclass
+class _Range:
+    amax: float = field(default=0.0)
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> None:
+        self.amax = max(self.amax, float(inputs[0].abs().max()))
+
+
+@torch.no_grad()
+def quantize_by_max(
+    modules: Mapping[str, nn.Module],
+    wavs: torch.Tensor,
+    bits: int = 8,
+) -> tuple[dict[str, IntegerLayer], torch.Tensor]:
+    """Integers of every layer from the ranges of one pass.
+
+    Arguments
+    ---------
+    modules : Mapping
+        ``wav2vec2`` and ``ctc_lin``.
+    wavs : torch.Tensor
+        [batch, samples].
+    bits : int
+        Of weights and activations.
+
+    Returns
+    -------
+    dict
+        Integer layers by name.
+    torch.Tensor
+        The float logits of the pass.
+    """
+    layers = find_layers(modules, list(modules))
+    ranges = {layer.name: _Range() for layer in layers}
+    hooks = [
+        layer.module.register_forward_pre_hook(ranges[layer.name])
+        for layer in layers
+    ]
+    logits = Recogniser(modules)(wavs)
+    for hook in hooks:
+        hook.remove()
+    integers = {
+        layer.name: integer_layer(
+            layer, LayerQuant(bits, bits, ranges[layer.name].amax)
+        )
+        for layer in layers
+    }
+    return integers, logits
