@@ -58,7 +58,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     Example
     -------
     >>> pack(torch.tensor([1, -1], dtype=torch.int8), 4).tolist()
-    [249, 0, 0, 0]
+    [241, 0, 0, 0]
     """
     size = packed_size(values.numel(), bits)
     if values.dtype != torch.int8:

@@ -1,0 +1,526 @@
+"""A quantized model on disk: ``model.safetensors`` beside its ``plan.json``.
+
+The file holds each quantized weight packed to its bits, its scales, and every
+other parameter and buffer under its name in the state dict, in half precision
+by default. Its header says what it is, describes each layer, and has a
+checksum over everything and one for each file that belongs to it, so that a
+damaged, mixed up or foreign folder is an error and never a wrong transcript.
+Nothing is pickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from .files import write_atomic
+from .integer import IntegerLayer
+from .packing import pack, unpack
+from .plan import QuantizationPlan
+
+FORMAT = "speechbrain_stablequant"
+VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+PLAN_FILE = "plan.json"
+
+FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+# Of the largest value of a tensor: what half precision loses by rounding.
+_HALF_ERROR = 2**-11
+
+
+class CheckpointError(ValueError):
+    """A quantized model on disk is damaged, mixed up or something else."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds.
+
+    Arguments
+    ---------
+    plan : QuantizationPlan
+        What was decided.
+    integers : dict
+        IntegerLayer by name.
+    floats : dict
+        Everything else by its name in the state dict, floats as float32; the
+        biases of integer layers are here as well.
+    float_dtype : str
+        How the floats are stored: a key of ``FLOAT_DTYPES``.
+    checksum : str
+        Identifies the content, 64 hexadecimal digits.
+    """
+
+    plan: QuantizationPlan
+    integers: dict[str, IntegerLayer] = field(repr=False)
+    floats: dict[str, torch.Tensor] = field(repr=False)
+    float_dtype: str
+    checksum: str
+
+
+# -- what stays float ------------------------------------------------------
+
+
+def float_state(
+    modules: Mapping[str, nn.Module], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that are not the weight of a quantized layer.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+    names : iterable of str
+        Quantized layers.
+
+    Returns
+    -------
+    dict
+        The live tensors by name.
+
+    Raises
+    ------
+    CheckpointError
+        A state that is no tensor.
+
+    Example
+    -------
+    >>> modules = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    >>> sorted(float_state(modules, ["a"]))
+    ['a.bias', 'b.bias', 'b.weight']
+    """
+    weights = {f"{name}.weight" for name in names}
+    # The parts of a weight norm: the integer weight stands for both.
+    parts = tuple(f"{name}.parametrizations.weight." for name in names)
+    state = {}
+    for key, module in modules.items():
+        for name, tensor in module.state_dict(prefix=f"{key}.").items():
+            if name in weights or name.startswith(parts):
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"{name}: is a {type(tensor).__name__}, which cannot be "
+                    "stored without pickle; leave the module out of the "
+                    "recipe's `modules`"
+                )
+            state[name] = tensor.detach()
+    return state
+
+
+def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
+    """A tensor as it is stored.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        Any dtype; integers stay as they are.
+    float_dtype : str
+        A key of ``FLOAT_DTYPES``. A tensor that half precision cannot hold
+        (too large, or all of it tiny) is float32 all the same.
+
+    Returns
+    -------
+    torch.Tensor
+        On the CPU.
+
+    Example
+    -------
+    >>> stored_float(torch.tensor([1.0, 2.0]), "float16").dtype
+    torch.float16
+    >>> stored_float(torch.tensor([1.0, 1e6]), "float16").dtype
+    torch.float32
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.float()
+    if float_dtype == "float32" or tensor.numel() == 0:
+        return tensor
+    half = tensor.half()
+    error = (half.float() - tensor).abs().max()
+    # Also false for NaN: it stays visible as it is.
+    return half if error <= _HALF_ERROR * tensor.abs().max() else tensor
+
+
+@contextmanager
+def rounded_floats(
+    modules: Mapping[str, nn.Module], names: Iterable[str], float_dtype: str
+) -> Iterator[None]:
+    """Context in which modules have the values that a checkpoint stores, so
+    that what is evaluated is what is loaded later.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+    names : iterable of str
+        Quantized layers; their weights are left alone.
+    float_dtype : str
+        A key of ``FLOAT_DTYPES``.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> linear.bias.data.fill_(0.1)
+    tensor([0.1000])
+    >>> with rounded_floats({"a": linear}, ["a"], "float16"):
+    ...     print(f"{linear.bias.item():.6f}")
+    0.099976
+    >>> print(f"{linear.bias.item():.6f}")
+    0.100000
+    """
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for tensor in float_state(modules, list(names)).values():
+            stored = stored_float(tensor, float_dtype)
+            if stored.dtype == torch.float16:
+                kept.append((tensor, tensor.clone()))
+                tensor.copy_(stored)
+        yield
+    finally:
+        # The first copy of a shared tensor is the original: it comes last.
+        for tensor, original in reversed(kept):
+            tensor.copy_(original)
+
+
+# -- writing ---------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    plan: QuantizationPlan,
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str = "float16",
+    companions: Iterable[str] = (),
+) -> str:
+    """Writes a quantized model and its plan.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to. Must exist.
+    plan : QuantizationPlan
+        What was decided.
+    integers : Mapping
+        Exactly the layers that the plan quantizes, by name.
+    floats : Mapping
+        Everything else, from :func:`float_state`; the biases of the integer
+        layers are taken from ``integers``.
+    float_dtype : str
+        ``"float16"`` or ``"float32"``.
+    companions : iterable of str
+        Files of the folder that belong to the model: their content is
+        checked when it is loaded.
+
+    Returns
+    -------
+    str
+        The checksum.
+
+    Raises
+    ------
+    CheckpointError
+        The layers are not those of the plan.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], [])
+    >>> _ = save_checkpoint(folder, plan, {}, {"a": torch.ones(2)})
+    >>> load_checkpoint(folder).floats
+    {'a': tensor([1., 1.])}
+    """
+    folder = Path(folder)
+    if float_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"float_dtype: '{float_dtype}' is not one of "
+            f"{', '.join(FLOAT_DTYPES)}"
+        )
+    _check_layers(
+        {name: _description(layer) for name, layer in integers.items()},
+        plan,
+        "the model to save",
+    )
+    plan.save(folder / PLAN_FILE)
+    files = {
+        name: _file_digest(folder / bare_name(name))
+        for name in (PLAN_FILE, *companions)
+    }
+    description = json.dumps(
+        {
+            "float_dtype": float_dtype,
+            "files": files,
+            "layers": {n: _description(x) for n, x in integers.items()},
+        },
+        sort_keys=True,
+    )
+    tensors = _tensors(integers, floats, float_dtype)
+    checksum = _digest(description, tensors)
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "checksum": checksum,
+        "description": description,
+    }
+    write_atomic(folder / WEIGHTS_FILE, save(tensors, header))
+    return checksum
+
+
+def _tensors(
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> dict[str, torch.Tensor]:
+    tensors = {
+        name: stored_float(value, float_dtype) for name, value in floats.items()
+    }
+    for name, layer in integers.items():
+        weight = layer.weight.cpu().contiguous()
+        tensors[f"{name}.weight"] = pack(weight, layer.weight_bits)
+        for part in ("weight_scale", "activation_scale"):
+            scale = getattr(layer, part).detach().cpu().float()
+            tensors[f"{name}.{part}"] = scale.contiguous()
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = stored_float(layer.bias, float_dtype)
+    # Tied tensors are stored twice: one file must not share memory.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _description(layer: IntegerLayer) -> dict[str, Any]:
+    row = {
+        "kind": layer.kind,
+        "weight_bits": layer.weight_bits,
+        "activation_bits": layer.activation_bits,
+        "shape": list(layer.weight.shape),
+        "bias": layer.bias is not None,
+    }
+    if layer.kind == "conv1d":
+        row.update({key: getattr(layer, key) for key in _GEOMETRY})
+    return row
+
+
+def _check_layers(
+    layers: Mapping[str, Mapping], plan: QuantizationPlan, where: str
+) -> None:
+    """The layers must be those that the plan quantizes, as it says."""
+    planned = {
+        row.name: (row.kind, row.quant.weight_bits, row.quant.activation_bits)
+        for row in plan.layers
+        if row.quant is not None
+    }
+    found = {
+        name: (row["kind"], row["weight_bits"], row["activation_bits"])
+        for name, row in layers.items()
+    }
+    for name in [*planned, *found]:
+        if planned.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{where}: layer '{name}' is {_words(found.get(name))}, in "
+                f"{PLAN_FILE} it is {_words(planned.get(name))}; they belong "
+                "to different models"
+            )
+
+
+def _words(row: tuple | None) -> str:
+    if row is None:
+        return "not there"
+    kind, weight_bits, activation_bits = row
+    return f"{kind} W{weight_bits}A{activation_bits}"
+
+
+# -- checksums and names ---------------------------------------------------
+
+
+def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def bare_name(name: Any) -> str:
+    """A file's name that cannot lead out of its folder."""
+    good = isinstance(name, str) and name not in ("", ".", "..")
+    if not good or any(
+        path(name).name != name for path in (PurePosixPath, PureWindowsPath)
+    ):
+        raise CheckpointError(
+            f"{name!r} is not the plain name of a file in the model's folder"
+        )
+    return name
+
+
+# -- reading ---------------------------------------------------------------
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads a quantized model and checks all of it.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Holds ``model.safetensors`` and ``plan.json``.
+
+    Returns
+    -------
+    Checkpoint
+        Weights of 8 bits are read from the file when they are used.
+
+    Raises
+    ------
+    CheckpointError
+        One line that says which file is missing, damaged, mixed up, of
+        another version or something else altogether.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    header, tensors = _read(path)
+    description = _read_header(path, header)
+    if _digest(header["description"], tensors) != header.get("checksum"):
+        raise CheckpointError(
+            f"{path}: is damaged: its content does not have the checksum in "
+            "its header; copy or make it again"
+        )
+    for name, digest in description["files"].items():
+        _check_companion(Path(folder) / bare_name(name), digest, path)
+    plan = QuantizationPlan.load(Path(folder) / PLAN_FILE)
+    _check_layers(description["layers"], plan, str(path))
+    try:
+        integers = {
+            name: _layer(name, row, tensors)
+            for name, row in description["layers"].items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: is not consistent ({error}); make it again"
+        ) from error
+    floats = {name: _widen(tensor) for name, tensor in tensors.items()}
+    for name, layer in integers.items():
+        if layer.bias is not None:
+            # One copy of each bias.
+            floats[f"{name}.bias"] = layer.bias
+    return Checkpoint(
+        plan, integers, floats, description["float_dtype"], header["checksum"]
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: there is no such file; give the folder that a "
+            "quantization run wrote"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: is damaged or no safetensors file ({reason}); copy or "
+            "make it again"
+        ) from error
+    return header, tensors
+
+
+def _read_header(path: Path, header: Mapping[str, str]) -> dict:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: is not a quantized model of {FORMAT} (its format is "
+            f"{header.get('format')!r}); give the folder that a quantization "
+            "run wrote"
+        )
+    if header.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"{path}: has version {header.get('version')!r} of the format, "
+            f"this package reads {VERSION}; install the version of "
+            f"{FORMAT} that wrote it, or quantize again"
+        )
+    try:
+        description = json.loads(header["description"])
+        good = description["float_dtype"] in FLOAT_DTYPES and all(
+            isinstance(description[key], dict) for key in ("files", "layers")
+        )
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good or PLAN_FILE not in description["files"]:
+        raise CheckpointError(
+            f"{path}: is damaged: its header does not describe its layers; "
+            "copy or make it again"
+        )
+    return description
+
+
+def _check_companion(file: Path, digest: str, path: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: there is no such file, and {path.name} needs it; copy "
+            "the whole folder"
+        )
+    if _file_digest(file) != digest:
+        raise CheckpointError(
+            f"{file}: is not the file that {path.name} was written with: it "
+            "was edited or is of another model; copy the whole folder again"
+        )
+
+
+def _layer(
+    name: str, row: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+) -> IntegerLayer:
+    """Takes a layer's tensors out of the file's."""
+    shape = torch.Size(row["shape"])
+    if row["kind"] not in ("linear", "conv1d"):
+        raise ValueError(f"layer '{name}': kind {row['kind']!r}")
+    weight_scale = tensors.pop(f"{name}.weight_scale")
+    activation_scale = tensors.pop(f"{name}.activation_scale")
+    bias = tensors.pop(f"{name}.bias") if row["bias"] else None
+    for part, tensor, expected in (
+        ("weight_scale", weight_scale, shape[:1]),
+        ("activation_scale", activation_scale, activation_scale.shape[:1]),
+        ("bias", bias, shape[:1]),
+    ):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(
+                f"layer '{name}': {part} has shape {list(tensor.shape)}, "
+                f"the weight needs {list(expected)}"
+            )
+    if activation_scale.numel() != 1:
+        raise ValueError(f"layer '{name}': activation_scale is not one value")
+    bits = row["weight_bits"]
+    try:
+        weight = unpack(tensors.pop(f"{name}.weight"), bits, shape)
+    except ValueError as error:
+        raise ValueError(f"layer '{name}': {error}") from error
+    geometry = {key: row[key] for key in _GEOMETRY if key in row}
+    return IntegerLayer(
+        name=name,
+        kind=row["kind"],
+        weight=weight,
+        weight_scale=weight_scale,
+        weight_bits=bits,
+        activation_scale=activation_scale,
+        activation_bits=row["activation_bits"],
+        bias=None if bias is None else bias.float(),
+        **geometry,
+    )
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,0 +1,424 @@
+"""``EncoderASR`` on a quantized folder.
+
+The folder's ``hyperparams.yaml`` names the two classes of this module: the
+recogniser, an empty shell until its file is read, and the loader that reads
+it from wherever ``from_hparams`` was pointed to. The HuggingFace encoder is
+made on the ``meta`` device: weights that are stored as integers never exist
+as floats, unless the simulated runtime is asked for.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+from speechbrain.utils.fetching import (
+    FetchConfig,
+    FetchFrom,
+    LocalStrategy,
+    fetch,
+    guess_source,
+)
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .checkpoint import (
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    bare_name,
+    float_state,
+    load_checkpoint,
+)
+from .files import read_json
+from .integer import IntegerLayer, layer_geometry
+from .runtime import build_forwards, resolve_backend
+from .runtime.base import shadowed_forwards
+
+CONFIG_FILE = "config.json"
+
+#: What SpeechBrain's wrapper knows beside its model.
+WRAPPER_SETTINGS = ("normalize_wav", "output_norm", "output_all_hiddens")
+
+
+class StoredEncoder(Wav2Vec2):
+    """SpeechBrain's wrapper around a model that is there already.
+
+    It computes by SpeechBrain's own code and downloads nothing.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        A HuggingFace wav2vec 2.0 or HuBERT model.
+    normalize_wav : bool
+        Whether the waveform is normalised.
+    output_norm : bool
+        Whether the output is normalised.
+    output_all_hiddens : bool
+        Whether all hidden states are given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalize_wav: bool,
+        output_norm: bool,
+        output_all_hiddens: bool = False,
+    ):
+        # Not that of Wav2Vec2, which fetches a model.
+        nn.Module.__init__(self)
+        self.model = model
+        self.freeze = True
+        self.normalize_wav = normalize_wav
+        self.output_norm = output_norm
+        self.output_all_hiddens = output_all_hiddens
+
+
+def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
+    """A HuggingFace model without storage.
+
+    Arguments
+    ---------
+    config : Mapping
+        Content of its ``config.json``.
+
+    Returns
+    -------
+    torch.nn.Module
+        On the ``meta`` device, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        A model that this version of transformers does not know.
+    """
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: transformers knows no model_type {kind!r}; "
+            "install the version that the folder was written with"
+        )
+    known = CONFIG_MAPPING[kind].from_dict(dict(config))
+    with torch.device("meta"):
+        return AutoModel.from_config(known, dtype=torch.float32).eval()
+
+
+def fill_modules(
+    modules: Mapping[str, nn.Module],
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    where: str,
+) -> None:
+    """Gives modules their float parameters, and frees the other weights.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key; parameters may be on the ``meta`` device.
+    integers : Mapping
+        Integer layers by name: their weights become None.
+    floats : Mapping
+        All other parameters and buffers by name.
+    where : str
+        The file, for errors.
+
+    Raises
+    ------
+    CheckpointError
+        Names the first layer or tensor that does not fit.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1, device="meta")
+    >>> fill_modules({"a": linear}, {}, {"a.weight": torch.ones(1, 1),
+    ...     "a.bias": torch.ones(1)}, "file")
+    >>> linear(torch.ones(1)).item()
+    2.0
+    """
+    by_name = {
+        name: child
+        for key, module in modules.items()
+        for name, child in module.named_modules(prefix=key)
+    }
+    for name, layer in integers.items():
+        _check_fit(by_name.get(name), layer, where)
+        _free_weight(by_name[name])
+    wanted = float_state(modules, list(integers))
+    for name in [*wanted, *floats]:
+        expected, found = wanted.get(name), floats.get(name)
+        if expected is None or found is None or expected.shape != found.shape:
+            raise CheckpointError(
+                f"{where}: '{name}' is {_shape(found)}, and the model needs "
+                f"{_shape(expected)}; the folder's files belong to different "
+                "models"
+            )
+    for key, module in modules.items():
+        start = len(key) + 1
+        state = {
+            name[start:]: value
+            for name, value in floats.items()
+            if name.startswith(f"{key}.")
+        }
+        module.load_state_dict(state, assign=True)
+        for name, tensor in [
+            *module.named_parameters(),
+            *module.named_buffers(),
+        ]:
+            if tensor.is_meta:
+                raise CheckpointError(
+                    f"{where}: has no value for '{key}.{name}'; make it again"
+                )
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "not there" if tensor is None else str(list(tensor.shape))
+
+
+def _check_fit(
+    module: nn.Module | None, layer: IntegerLayer, where: str
+) -> None:
+    kinds = {"linear": nn.Linear, "conv1d": nn.Conv1d}
+    if not isinstance(module, kinds[layer.kind]):
+        raise CheckpointError(
+            f"{where}: the model has no {layer.kind} layer '{layer.name}'; "
+            "the folder's files belong to different models"
+        )
+    geometry = {key: getattr(layer, key) for key in layer_geometry(module)}
+    if (
+        module.weight.shape != layer.weight.shape
+        or layer_geometry(module) != geometry
+        or (module.bias is None) != (layer.bias is None)
+    ):
+        raise CheckpointError(
+            f"{where}: layer '{layer.name}' of shape "
+            f"{list(layer.weight.shape)} {geometry or ''} is not the model's, "
+            f"which is {module}; the folder's files belong to different models"
+        )
+
+
+def _free_weight(module: nn.Module) -> None:
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight")
+    module.weight = None
+
+
+class QuantizedRecogniser(nn.Module):
+    """An encoder and what follows it, from audio to log probabilities.
+
+    Arguments
+    ---------
+    checksum : str
+        Of the ``model.safetensors`` that this was written with.
+    encoder : dict
+        ``key``, the wrapper's settings, and ``use_lengths``: whether the
+        recipe tells the encoder what is padding.
+    heads : dict
+        The modules behind the encoder, by key, in order.
+    backend : str
+        What computes: ``auto`` chooses by device; see
+        :func:`~speechbrain_stablequant.runtime.resolve_backend`.
+    options : dict, optional
+        Of the runtime, such as its number of threads.
+    """
+
+    def __init__(
+        self,
+        checksum: str,
+        encoder: Mapping[str, Any],
+        heads: Mapping[str, nn.Module],
+        backend: str = "auto",
+        options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.checksum = checksum
+        self.encoder_settings = dict(encoder)
+        self.backend = backend
+        self.options = dict(options or {})
+        self.parts = nn.ModuleDict(heads)
+        self.folder: Path | None = None
+        #: The runtime that computes; None before the first batch.
+        self.runtime: str | None = None
+        self._integers: dict[str, IntegerLayer] | None = None
+        self._device: torch.device | None = None
+        self._shadows = ExitStack()
+
+    def load(self, folder: str | Path) -> None:
+        """Reads the model.
+
+        Arguments
+        ---------
+        folder : str or Path
+            The quantized folder.
+
+        Raises
+        ------
+        CheckpointError
+            See :func:`~speechbrain_stablequant.checkpoint.load_checkpoint`.
+        """
+        self.folder = Path(folder).absolute()
+        path = self.folder / WEIGHTS_FILE
+        checkpoint = load_checkpoint(self.folder)
+        if checkpoint.checksum != self.checksum:
+            raise CheckpointError(
+                f"{path}: is not the model that hyperparams.yaml was written "
+                "for; copy the whole folder, and give from_hparams no savedir "
+                "that another model was loaded with"
+            )
+        settings = dict(self.encoder_settings)
+        key = settings.pop("key")
+        self._use_lengths = settings.pop("use_lengths")
+        config = read_json(self.folder / CONFIG_FILE, "encoder configuration")
+        encoder = StoredEncoder(empty_encoder(config), **settings)
+        parts = {key: encoder, **self.parts}
+        fill_modules(parts, checkpoint.integers, checkpoint.floats, str(path))
+        self.parts = nn.ModuleDict(parts)
+        self._integers = checkpoint.integers
+        self.eval()
+
+    def train(self, mode: bool = True) -> "QuantizedRecogniser":
+        """Stays in evaluation mode: integers are not trained."""
+        return super().train(False)
+
+    def _prepare(self) -> None:
+        """Builds the runtime for the device that the modules are on."""
+        if self.folder is None:
+            raise RuntimeError("the recogniser is empty; call load() first")
+        device = next(self.parameters()).device
+        if device == self._device:
+            return
+        self._shadows.close()
+        self._device = None
+        self.runtime = resolve_backend(self.backend, device)
+        integers = self._integers
+        if integers is None:
+            integers = load_checkpoint(self.folder).integers
+        # The runtime keeps what it needs; a second copy would stay for ever.
+        self._integers = None
+        forwards = build_forwards(
+            self.runtime,
+            dict(self.parts.items()),
+            {name: _moved(layer, device) for name, layer in integers.items()},
+            **self.options,
+        )
+        self._shadows.enter_context(shadowed_forwards(forwards))
+        self._device = device
+
+    @torch.no_grad()
+    def forward(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Recognises a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            float32 [batch, samples].
+        wav_lens : torch.Tensor, optional
+            Relative lengths, [batch].
+
+        Returns
+        -------
+        torch.Tensor
+            Log probabilities, float32 [batch, frames, labels].
+        """
+        self._prepare()
+        encoder, *heads = self.parts.values()
+        x = encoder(wavs, wav_lens if self._use_lengths else None)
+        for head in heads:
+            x = head(x)
+        return x.float().log_softmax(-1)
+
+
+def _moved(layer: IntegerLayer, device: torch.device) -> IntegerLayer:
+    parts = ("weight", "weight_scale", "activation_scale", "bias")
+    tensors = {part: getattr(layer, part) for part in parts}
+    return replace(
+        layer,
+        **{
+            part: None if tensor is None else tensor.to(device)
+            for part, tensor in tensors.items()
+        },
+    )
+
+
+class FolderLoader:
+    """The ``pretrainer`` of a quantized folder.
+
+    SpeechBrain's own looks for ``.ckpt`` files and trusts what an earlier
+    call left in ``savedir``. This one reads the folder's own files, wherever
+    the folder is.
+
+    Arguments
+    ---------
+    recogniser : QuantizedRecogniser
+        To be loaded.
+    tokenizer : CTCTextEncoder or SentencePieceProcessor
+        To be loaded.
+    tokenizer_file : str
+        Its file in the folder.
+    """
+
+    def __init__(
+        self,
+        recogniser: QuantizedRecogniser,
+        tokenizer: Any,
+        tokenizer_file: str,
+    ):
+        self.recogniser = recogniser
+        self.tokenizer = tokenizer
+        self.tokenizer_file = bare_name(tokenizer_file)
+        self.savedir: str | Path | None = None
+        self.folder: Path | None = None
+
+    def set_collect_in(self, path: str | Path | None) -> None:
+        """Where files of a web address are put."""
+        self.savedir = path
+
+    def collect_files(
+        self,
+        default_source: Any = None,
+        local_strategy: LocalStrategy = LocalStrategy.NO_LINK,
+        fetch_config: FetchConfig | None = None,
+    ) -> None:
+        """Finds the folder, or fetches its files.
+
+        Arguments
+        ---------
+        default_source : str or FetchSource
+            As of ``from_hparams``.
+        local_strategy : LocalStrategy
+            Ignored: local files are read where they are.
+        fetch_config : FetchConfig, optional
+            As of ``from_hparams``.
+        """
+        kind, source = guess_source(default_source)
+        if kind == FetchFrom.LOCAL:
+            self.folder = Path(source).absolute()
+            return
+        names = (PLAN_FILE, CONFIG_FILE, self.tokenizer_file, WEIGHTS_FILE)
+        for name in names:
+            path = fetch(
+                name,
+                default_source,
+                # A web address has no cache of its own, the hub has.
+                savedir=self.savedir if kind == FetchFrom.URI else None,
+                local_strategy=LocalStrategy.NO_LINK,
+                fetch_config=fetch_config or FetchConfig(),
+            )
+        self.folder = Path(path).parent
+
+    def load_collected(self) -> None:
+        """Reads the model and the tokenizer."""
+        self.recogniser.load(self.folder)
+        path = str(self.folder / self.tokenizer_file)
+        if isinstance(self.tokenizer, CTCTextEncoder):
+            self.tokenizer.load(path)
+            self.tokenizer.expect_len(len(self.tokenizer))
+        else:
+            self.tokenizer.Load(path)
