@@ -5,6 +5,7 @@ anything runs. An error names the key and says what to write instead.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -12,9 +13,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .checkpoint import FLOAT_DTYPES
+from .runtime import RUNTIMES
+
 # Simple calibrators, and the search that this package is about.
 METHODS = ("stablequant", "max", "percentile", "entropy", "mse")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", *RUNTIMES)
 WEIGHT_METHODS = ("max", "mse")
 
 
@@ -112,7 +116,14 @@ class QuantizeConfig:
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
     backend : str
-        What executes the plan: ``auto`` or ``torch`` (simulated).
+        What executes the plan when the test sets are evaluated: ``auto``
+        (triton on CUDA; openvino, else torch_int8 on a CPU), ``torch``
+        (simulated), ``torch_int8``, ``openvino``, ``onnx`` or ``triton``.
+    backend_options : dict
+        Of the runtime, such as its number of threads.
+    float_dtype : str
+        ``float16`` or ``float32``: how the file stores all that is not
+        quantized; it is evaluated as it is stored.
     output_folder : str or None
         Where to write; None is ``quantized`` below the recipe's own.
     seed : int
@@ -143,6 +154,8 @@ class QuantizeConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     plan: str | None = None
     backend: str = "auto"
+    backend_options: dict = field(default_factory=dict)
+    float_dtype: str = "float16"
     output_folder: str | None = None
     seed: int = 0
     metric_attribute: str = "wer_metric"
@@ -200,7 +213,7 @@ class QuantizeConfig:
                 if isinstance(changes.get(part), Mapping):
                     changes[part] = {**base[part], **changes[part]}
             config = _build(QuantizeConfig, {**base, **changes}, where)
-            _check_values(config)
+            _check_values(config, where)
             configs[name] = config
         return configs
 
@@ -233,7 +246,7 @@ class QuantizeConfig:
 unknown key; did you mean 'weight_bits'?
         """
         config = _build(cls, block, "quantize")
-        _check_values(config)
+        _check_values(config, "quantize")
         config.variant_configs()
         return config
 
@@ -289,63 +302,69 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _require(good: bool, where: str, what: str) -> None:
-    if not good:
-        raise ConfigError(f"quantize.{where}: {what}")
+def _check_values(config: QuantizeConfig, path: str) -> None:
+    """Raises an error that names the first wrong value below ``path``."""
 
+    def require(good: bool, where: str, what: str) -> None:
+        if not good:
+            raise ConfigError(f"{path}.{where}: {what}")
 
-def _check_values(config: QuantizeConfig) -> None:
     for key, known in (
         ("method", METHODS),
         ("backend", BACKENDS),
+        ("float_dtype", tuple(FLOAT_DTYPES)),
         ("weight_method", (None, *WEIGHT_METHODS)),
     ):
         value = getattr(config, key)
         names = ", ".join(str(k) for k in known if k is not None)
-        _require(value in known, key, f"'{value}' is not one of {names}")
+        require(value in known, key, f"'{value}' is not one of {names}")
     for key in ("weight_bits", "activation_bits"):
         bits = getattr(config, key)
-        _require(2 <= bits <= 8, key, f"must be 2 to 8, not {bits}")
-    _require(len(config.target) > 0, "target", "names no module")
-    _require(config.sample_rate > 0, "sample_rate", "must be positive")
+        require(2 <= bits <= 8, key, f"must be 2 to 8, not {bits}")
+    require(len(config.target) > 0, "target", "names no module")
+    require(config.sample_rate > 0, "sample_rate", "must be positive")
     for name in ("calibration", "search"):
         part = getattr(config, name)
         count = part.num_utterances
-        _require(
+        require(
             count is None or count > 0,
             f"{name}.num_utterances",
             f"must be at least 1, not {count}",
         )
-        _require(
+        require(
             part.batch_size > 0,
             f"{name}.batch_size",
             f"must be at least 1, not {part.batch_size}",
         )
     bins = config.calibration.num_bins
-    _require(
+    require(
         128 <= bins <= 2**20 and bins & (bins - 1) == 0,
         "calibration.num_bins",
         f"must be a power of two from 128 to 1048576, not {bins}",
     )
     percentile = config.calibration.percentile
-    _require(
+    require(
         0 < percentile <= 100,
         "calibration.percentile",
         f"must be in percent, above 0 and at most 100, not {percentile}",
     )
     search = config.search
-    _require(
+    require(
         search.metric == "WER",
         "search.metric",
         f"'{search.metric}' is not one of WER",
     )
-    _require(
-        search.threshold >= 0,
+    require(
+        0 <= search.threshold < math.inf,
         "search.threshold",
-        f"must not be negative, not {search.threshold}",
+        f"must be finite and not negative, not {search.threshold}",
     )
-    _require(search.cache_gb >= 0, "search.cache_gb", "must not be negative")
-    _require(
+    require(
+        0 <= search.cache_gb < math.inf,
+        "search.cache_gb",
+        f"must be finite and not negative, not {search.cache_gb}",
+    )
+    require(
         len(search.cutoffs) > 0
         and all(0 < ratio <= 100 for ratio in search.cutoffs),
         "search.cutoffs",

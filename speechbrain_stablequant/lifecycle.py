@@ -8,12 +8,14 @@ import functools
 import inspect
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -24,22 +26,34 @@ from .brain import (
     metric_of,
     shadowed,
 )
-from .config import QuantizeConfig
+from .checkpoint import PLAN_FILE, rounded_floats
+from .config import ConfigError, QuantizeConfig
 from .data import Batches, check_audio, dataset_of, draw_subset
 from .files import check_writable_folder, write_atomic, write_json
+from .folder import (
+    RecogniserSource,
+    describe_recogniser,
+    folder_size,
+    write_folder,
+)
 from .histogram import Histogram
-from .layers import find_encoders, find_layers
+from .integer import IntegerLayer, integer_layer
+from .layers import Layer, find_encoders, find_layers
 from .plan import QuantizationPlan
 from .report import summary_table, write_report
 from .results import (
     Evaluation,
+    Execution,
     SetResult,
     build_report,
     comparison,
     comparison_markdown,
 )
-from .simulate import Simulator
-from .stage import PLAN_FILE, Stage
+from .runtime import RUNTIMES, build_forwards, resolve_backend
+from .runtime.base import shadowed_forwards
+from .runtime.cpu import PAIR_SUM_BITS, cpu_class
+from .runtime.encoder import describe_encoder
+from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +124,21 @@ class Run:
     config : QuantizeConfig
         The block with the variant's changes.
     folder : Path
-        Where its plan and report are written.
+        Where its plan, its model and its report are written.
+    backend : str
+        What executes it.
+    warnings : list of str
+        What a reader of the report should know.
     """
 
     name: str
     config: QuantizeConfig
     folder: Path
+    backend: str
+    warnings: list[str]
     plan: QuantizationPlan | None = None
-    simulator: Simulator | None = None
+    integers: dict[str, IntegerLayer] = field(default_factory=dict)
+    source: RecogniserSource | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
 
@@ -150,7 +171,7 @@ class StableQuant:
         self.config = config
         self.folder = self._check_setting()
         self.runs = [
-            Run(name, variant, self.folder / name)
+            Run(name, variant, self.folder / name, *self._choose(variant))
             for name, variant in config.variant_configs().items()
         ]
         self._recovered: tuple | None = None
@@ -210,7 +231,7 @@ class StableQuant:
                     f"quantize: --{option} replaces modules that have to be "
                     "quantized; run without it"
                 )
-        modules = dict(brain.modules.items())
+        modules = self._modules()
         layers = find_layers(
             modules, config.target, config.include, config.exclude
         )
@@ -221,6 +242,48 @@ class StableQuant:
         return check_writable_folder(
             self._output_folder(), "quantize.output_folder"
         )
+
+    def _choose(self, config: QuantizeConfig) -> tuple[str, list[str]]:
+        """The runtime of a variant, and what is to be said about it."""
+        try:
+            name = resolve_backend(config.backend, self.brain.device)
+            if RUNTIMES[name].encoder is not None:
+                self._check_encoders(config)
+        except ValueError as error:
+            if config.backend != "auto":
+                raise ConfigError(f"quantize.{error}") from error
+            reason = str(error).partition(";")[0].removeprefix("backend: ")
+            return "torch", [f"Evaluated by simulation: {reason}."]
+        cpu = cpu_class()
+        if (
+            RUNTIMES[name].pair_sums
+            and not cpu.exact
+            and config.weight_bits > PAIR_SUM_BITS
+        ):
+            return name, [
+                f"This CPU (class {cpu.name}) has no VNNI: weights of "
+                f"{config.weight_bits} bits were executed with "
+                f"{PAIR_SUM_BITS}."
+            ]
+        return name, []
+
+    def _check_encoders(self, config: QuantizeConfig) -> None:
+        """Raises if the integer runtimes do not compute an encoder."""
+        modules = self._modules()
+        encoders = find_encoders({key: modules[key] for key in config.target})
+        for encoder in encoders:
+            if getattr(encoder.wrapper, "output_all_hiddens", False):
+                raise ValueError(
+                    "backend: the integer runtimes give the last hidden state "
+                    "only, and the recipe wants all; write backend: torch"
+                )
+            try:
+                describe_encoder(encoder.model, encoder.path, {})
+            except ValueError as error:
+                raise ValueError(f"backend: {error}") from error
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.brain.modules.items())
 
     def _output_folder(self) -> Path:
         if self.config.output_folder is not None:
@@ -235,7 +298,7 @@ class StableQuant:
 
     def _min_samples(self) -> int:
         """Samples that give one frame of the encoder."""
-        encoders = find_encoders(dict(self.brain.modules.items()))
+        encoders = find_encoders(self._modules())
         samples = 1
         for encoder in encoders[:1]:
             for kernel, stride in reversed(encoder.conv_geometry()):
@@ -361,7 +424,8 @@ class StableQuant:
         kept = vars(self.brain).copy()
         for run in self.runs:
             if run.plan is None:
-                self._make_plan(run)
+                layers = self._make_plan(run)
+                self._write_model(run, layers, test_set, options)
             quantized = self._evaluate_quantized(
                 run, baseline, test_set, options, name
             )
@@ -433,7 +497,7 @@ class StableQuant:
 
     # -- plan, quantized evaluation, report --------------------------------
 
-    def _make_plan(self, run: Run) -> None:
+    def _make_plan(self, run: Run) -> list[Layer]:
         recogniser = BrainRecogniser(
             self.brain,
             self._subsets,
@@ -445,7 +509,50 @@ class StableQuant:
         stage = Stage(recogniser, run.config, self.folder)
         run.plan, run.histograms = stage.make_plan()
         run.plan.save(run.folder / PLAN_FILE)
-        run.simulator = stage.simulator
+        return stage.layers
+
+    def _as_stored(self, run: Run) -> AbstractContextManager[None]:
+        """Context in which all that stays float is as the file stores it."""
+        return rounded_floats(
+            self._modules(), run.plan.quants(), run.config.float_dtype
+        )
+
+    def _write_model(
+        self,
+        run: Run,
+        layers: Iterable[Layer],
+        test_set: Dataset | DataLoader,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Converts to integers and writes them, with all that loads them."""
+        quants = run.plan.quants()
+        with self._as_stored(run):
+            run.integers = {
+                layer.name: integer_layer(layer, quants[layer.name])
+                for layer in layers
+                if layer.name in quants
+            }
+        try:
+            batch = next(iter(self._loader(test_set, options)))
+            run.source = describe_recogniser(
+                self.brain, batch, run.config, list(quants)
+            )
+        except Exception as error:
+            # A recipe may do anything. What was measured must not be lost,
+            # so the report says what is missing and why.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            run.warnings.append(
+                f"No inference folder (EncoderASR cannot load it): {reason}."
+            )
+            logger.warning("quantize: %s", run.warnings[-1])
+        write_folder(
+            run.folder,
+            self._modules(),
+            run.plan,
+            run.integers,
+            run.config.float_dtype,
+            run.source,
+        )
 
     def _loader(
         self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
@@ -469,7 +576,9 @@ class StableQuant:
         What an earlier, killed run has finished is read from disk.
         """
         path = run.folder / f"transcripts_{name}.json"
-        key = baseline.key(run.plan)
+        key = baseline.key(
+            run.plan, run.backend, run.config.float_dtype, *run.warnings
+        )
         known = Evaluation.read(path, key)
         if known is not None:
             return known
@@ -478,7 +587,7 @@ class StableQuant:
         if self.brain.debug:
             total = min(total, self.brain.debug_batches)
         clock = self._clock()
-        with run.simulator.apply(run.plan.quants()), clock.running():
+        with self._as_stored(run), self._executed(run), clock.running():
             steps = evaluation_steps(
                 self.brain,
                 loader,
@@ -504,6 +613,16 @@ class StableQuant:
         evaluation.write(path, key)
         return evaluation
 
+    def _executed(self, run: Run) -> AbstractContextManager[None]:
+        """Context in which the Brain's modules compute by the runtime."""
+        forwards = build_forwards(
+            run.backend,
+            self._modules(),
+            run.integers,
+            **run.config.backend_options,
+        )
+        return shadowed_forwards(forwards)
+
     def _clock(self) -> ForwardClock:
         config = self.config
         return ForwardClock(self.brain, config.signal, config.sample_rate)
@@ -522,11 +641,20 @@ class StableQuant:
         report = build_report(
             run.plan,
             run.results,
-            dict(self.brain.modules.items()),
+            self._modules(),
             run.histograms,
             str(self.brain.device),
+            execution=Execution(
+                run.backend,
+                run.config.float_dtype,
+                folder_size(run.folder),
+                None if run.source is None else run.source.keys,
+            ),
+            warnings=run.warnings,
         )
         write_report(report, run.folder)
+        for warning in run.warnings:
+            print(f"warning: {warning}")
         print(summary_table(report))
         print(f"report: {run.folder / 'report.html'}", flush=True)
 

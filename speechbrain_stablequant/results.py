@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .brain import ForwardClock, transcripts_of
+from .checkpoint import PLAN_FILE, WEIGHTS_FILE
 from .evaluation import (
     Transcript,
     bootstrap_delta_wer,
@@ -22,8 +23,10 @@ from .evaluation import (
     size_on_disk,
 )
 from .files import read_json, write_json
+from .folder import HYPERPARAMS_FILE
 from .histogram import Histogram
 from .plan import QuantizationPlan
+from .runtime.cpu import cpu_class
 
 FLOAT_BITS = 32
 # Bars of a histogram in the report.
@@ -53,11 +56,25 @@ class Evaluation:
         """What a metric and a clock have collected."""
         return cls(transcripts_of(metric), clock.seconds, clock.audio_seconds)
 
-    def key(self, plan: QuantizationPlan) -> str:
-        """Identifies the quantized evaluation of the same utterances."""
+    def key(self, plan: QuantizationPlan, *execution: str) -> str:
+        """Identifies the quantized evaluation of the same utterances.
+
+        Arguments
+        ---------
+        plan : QuantizationPlan
+            What is evaluated.
+        *execution : str
+            How it is executed.
+
+        Returns
+        -------
+        str
+            32 hexadecimal digits.
+        """
         pairs = [(t.id, t.reference) for t in self.transcripts]
         quants = {n: asdict(q) for n, q in plan.quants().items()}
-        text = json.dumps([plan.fingerprint, quants, pairs], sort_keys=True)
+        content = [plan.fingerprint, quants, pairs, execution]
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def write(self, path: Path, key: str) -> None:
@@ -74,6 +91,33 @@ class Evaluation:
             return None
         raw["transcripts"] = [Transcript(**t) for t in raw["transcripts"]]
         return cls(**raw)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What was evaluated as the quantized model.
+
+    Arguments
+    ---------
+    backend : str
+        The runtime; ``torch`` is the simulation.
+    float_dtype : str
+        How all that is not quantized is stored.
+    size : int
+        Bytes of ``model.safetensors``.
+    keys : sequence of str or None
+        Modules that it holds; None for all.
+    """
+
+    backend: str
+    float_dtype: str
+    size: int
+    keys: Sequence[str] | None = None
+
+    @property
+    def loads(self) -> bool:
+        """Whether ``EncoderASR`` can load the folder."""
+        return self.keys is not None
 
 
 @dataclass(frozen=True)
@@ -129,61 +173,30 @@ class SetResult:
         }
 
 
-def model_sizes(
-    plan: QuantizationPlan, modules: Mapping[str, nn.Module]
-) -> tuple[int, int]:
-    """Bytes of the float model and of the quantized one on disk.
+def float_size(modules: Mapping[str, nn.Module]) -> int:
+    """Bytes of a float model on disk.
 
     Arguments
     ---------
-    plan : QuantizationPlan
-        Which layers have how many bits.
     modules : Mapping
-        All modules of the recogniser by key.
+        The modules of the recogniser by key.
 
     Returns
     -------
     int
-        Every parameter as float32.
-    int
-        Weights packed to their bits, a float32 scale for each output channel
-        and each input, everything else as float32.
+        Every parameter once, as float32.
 
     Example
     -------
-    >>> plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], [])
-    >>> model_sizes(plan, {"enc": nn.Linear(3, 2)})
-    (32, 32)
+    >>> float_size({"enc": nn.Linear(3, 2)})
+    32
     """
-    quants = plan.quants()
-    parameters: dict[int, int] = {}
-    weights: list[tuple[int, float]] = []
-    num_scales, replaced = 0, set()
-    for key, module in modules.items():
-        for name, child in module.named_modules(prefix=key):
-            for parameter in child.parameters(recurse=False):
-                parameters[id(parameter)] = parameter.numel()
-            if name in quants and id(child) not in replaced:
-                weight = child.weight
-                weights.append((weight.numel(), quants[name].weight_bits))
-                num_scales += weight.shape[0] + 1
-                replaced.add(id(child))
-                replaced.update(_weight_parameters(child))
-    every = [(count, FLOAT_BITS) for count in parameters.values()]
-    rest = [
-        (count, FLOAT_BITS)
-        for identity, count in parameters.items()
-        if identity not in replaced
-    ]
-    return size_on_disk(every), size_on_disk([*weights, *rest], num_scales)
-
-
-def _weight_parameters(module: nn.Module) -> set[int]:
-    """What a quantized weight replaces: also the parts of a weight norm."""
-    if hasattr(module, "parametrizations"):
-        parts = module.parametrizations["weight"].parameters()
-        return {id(part) for part in parts}
-    return {id(module.weight)}
+    counts = {
+        id(parameter): parameter.numel()
+        for module in modules.values()
+        for parameter in module.parameters()
+    }
+    return size_on_disk((count, FLOAT_BITS) for count in counts.values())
 
 
 def environment(device: str) -> dict[str, str | int]:
@@ -203,6 +216,7 @@ def environment(device: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "speechbrain": version("speechbrain"),
         "cpu": _cpu_name(),
+        "cpu class": cpu_class().name,
         "threads": torch.get_num_threads(),
         "device": (
             torch.cuda.get_device_name(device)
@@ -227,6 +241,7 @@ def build_report(
     modules: Mapping[str, nn.Module],
     histograms: Mapping[str, Histogram],
     device: str,
+    execution: Execution,
     warnings: Sequence[str] = (),
 ) -> dict:
     """Everything that ``report.json`` holds.
@@ -243,6 +258,8 @@ def build_report(
         Histograms by layer name; empty for a plan that was given.
     device : str
         The Brain's device.
+    execution : Execution
+        What was evaluated, and its size on disk.
     warnings : sequence of str
         What a reader should know.
 
@@ -251,7 +268,10 @@ def build_report(
     dict
         See :mod:`speechbrain_stablequant.report.schema`.
     """
-    sizes = model_sizes(plan, modules)
+    stored = {
+        key: modules[key]
+        for key in (execution.keys if execution.loads else modules)
+    }
     seconds = sum(r.baseline.audio_seconds for r in results.values())
     spent = (
         sum(r.baseline.seconds for r in results.values()),
@@ -267,11 +287,15 @@ def build_report(
             "weight": plan.weight_bits,
             "activation": plan.activation_bits,
         },
-        "backend": "simulated",
+        "backend": (
+            "simulated" if execution.backend == "torch" else execution.backend
+        ),
         "environment": environment(device),
         "test": {name: result.to_dict() for name, result in results.items()},
         "size_mb": {
-            name: size / 1e6 for name, size in zip(names, sizes, strict=True)
+            "float": float_size(stored) / 1e6,
+            "quantized": execution.size / 1e6,
+            "quantized_floats": execution.float_dtype,
         },
         "rtf": {
             name: real_time_factor(time, seconds)
@@ -280,7 +304,15 @@ def build_report(
         "units": _units(plan, modules),
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
-        "files": {"plan": "plan.json"},
+        "files": {
+            "plan": PLAN_FILE,
+            "quantized model": WEIGHTS_FILE,
+            **(
+                {"recogniser, for EncoderASR": HYPERPARAMS_FILE}
+                if execution.loads
+                else {}
+            ),
+        },
     }
     if plan.search:
         report["search"] = plan.search

@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 BeforeBatch = Callable[[int], None]
 
-PLAN_FILE = "plan.json"
 JOURNAL_FILE = "search.jsonl"
 HISTOGRAM_FILE = "histograms.json"
 

@@ -8,7 +8,8 @@
      "test": {SET: {"float": RATES, "quantized": RATES,
                     "delta_wer": points, "delta_wer_ci": [low, high],
                     "delta_cer": points, "delta_cer_ci": [low, high]}},
-     "size_mb": {"float": MB, "quantized": MB, "float_stored_as": str},
+     "size_mb": {"float": MB, "quantized": MB, "float_stored_as": str,
+                 "quantized_floats": "float16"},
      "rtf": {"float": ratio, "quantized": ratio},
      "search": {"num_utterances", "baseline_wer", "threshold",
                 "evaluations", "seconds", "metric"},
@@ -21,9 +22,9 @@
 
 RATES are what ``ErrorRates.to_dict`` gives. Rates and cut-offs are in
 percent, differences in points; a number that was not measured is null. May
-be left out: what concerns CER differences, ``float_stored_as``, ``search``,
-``histograms``, ``warnings``, ``files``, and of a unit all that is not in
-``_UNIT``.
+be left out: what concerns CER differences, ``float_stored_as``,
+``quantized_floats``, ``search``, ``histograms``, ``warnings``, ``files``, and
+of a unit all that is not in ``_UNIT``.
 """
 
 from collections.abc import Iterator

@@ -4,14 +4,12 @@ import copy
 
 import pytest
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from speechbrain_stablequant.evaluation import (
     Transcript,
     bootstrap_delta_wer,
     score,
 )
-from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import (
     LayerPlan,
     LayerQuant,
@@ -23,7 +21,7 @@ from speechbrain_stablequant.results import (
     SetResult,
     comparison,
     comparison_markdown,
-    model_sizes,
+    float_size,
 )
 
 
@@ -54,58 +52,23 @@ def bits(weight_bits):
 
 
 def test_size_of_a_linear():
-    modules = {"enc": nn.Linear(3, 2)}
-    # 6 weights and 2 of bias as float32; 6 x 6 bits are 5 bytes, the bias 8,
-    # two output scales and one of the input 12.
-    assert model_sizes(plan_of({"enc": bits(6)}), modules) == (32, 25)
-    assert model_sizes(plan_of({"enc": bits(8)}), modules) == (32, 26)
+    assert float_size({"enc": nn.Linear(3, 2)}) == 4 * (6 + 2)
+    assert float_size({"enc": nn.Linear(3, 2, bias=False)}) == 4 * 6
 
 
-def test_size_without_bias():
-    modules = {"enc": nn.Linear(3, 2, bias=False)}
-    assert model_sizes(plan_of({"enc": bits(8)}), modules) == (24, 18)
-
-
-def test_size_of_a_weight_norm_convolution():
-    """What replaces the weight also replaces the parts of its norm."""
-    conv = weight_norm(nn.Conv1d(4, 4, 3, groups=2), dim=2)
-    modules = {"enc": nn.Sequential(conv)}
-    # 24 directions, 3 gains and 4 of bias; 24 x 4 bits are 12 bytes, the
-    # bias 16, four output scales and one of the input 20.
-    plan = plan_of({"enc.0": bits(4)})
-    assert model_sizes(plan, modules) == (124, 48)
-
-
-def test_layers_that_stay_float():
-    modules = {"enc": nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))}
-    everything = 4 * (6 + 2 + 10 + 5)
-    assert model_sizes(plan_of({}), modules) == (everything, everything)
-    assert model_sizes(plan_of({"enc.0": None}), modules) == (
-        everything,
-        everything,
-    )
-    plan = plan_of({"enc.0": bits(8), "enc.1": None})
-    assert model_sizes(plan, modules) == (everything, everything - 24 + 6 + 12)
+def test_size_of_half_precision_is_that_of_float32():
+    assert float_size({"enc": nn.Linear(3, 2).half()}) == 4 * (6 + 2)
 
 
 def test_a_module_behind_two_keys_counts_once():
     shared = nn.Linear(3, 2)
     modules = {"a": shared, "b": nn.Sequential(shared)}
-    assert model_sizes(plan_of({"a": bits(8)}), modules) == (32, 26)
-    assert model_sizes(plan_of({"b.0": bits(8)}), modules) == (32, 26)
+    assert float_size(modules) == 4 * (6 + 2)
 
 
 def test_size_of_a_whole_model(tiny_modules):
-    layers = find_layers(tiny_modules, list(tiny_modules))
-    plan = plan_of({layer.name: bits(8) for layer in layers})
-    before, after = model_sizes(plan, dict(tiny_modules))
-    assert before == 4 * sum(p.numel() for p in tiny_modules.parameters())
-    weights = sum(layer.numel for layer in layers)
-    channels = sum(layer.module.weight.shape[0] for layer in layers)
-    pos_conv = tiny_modules["wav2vec2"].model.encoder.pos_conv_embed.conv
-    gains = pos_conv.parametrizations.weight.original0.numel()
-    scales = 4 * (channels + len(layers))
-    assert after == before - 3 * weights - 4 * gains + scales
+    count = sum(p.numel() for p in tiny_modules.parameters())
+    assert float_size(dict(tiny_modules)) == 4 * count
 
 
 # -- both evaluations of a set -------------------------------------------------
@@ -216,6 +179,8 @@ def test_key_is_about_the_plan_and_the_utterances():
         base.key(plan_of({"enc": LayerQuant(8, 8, 1.5)})),
         base.key(plan_of({"lin": bits(8)})),
         base.key(plan_of({"enc": bits(8)}, fingerprint="other")),
+        base.key(PLAN, "openvino"),
+        base.key(PLAN, "openvino", "float32"),
         evaluation(FLOAT[:2]).key(PLAN),
         evaluation([*FLOAT[:2], Transcript("u9", "EIGHT", "")]).key(PLAN),
         evaluation([*FLOAT[:2], Transcript("u3", "NINE", "")]).key(PLAN),

@@ -1,0 +1,585 @@
+"""Writes the folder that ``EncoderASR.from_hparams`` loads, from a Brain.
+
+What a recipe computes is code. So nothing is guessed: one batch is run, the
+modules that it calls are seen, and what the folder would rebuild (the chain
+of modules, the encoder's wrapper, each head) is compared with what they gave.
+A recipe that cannot be described so gets no inference folder, and a reason.
+"""
+
+import copy
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ruamel.yaml
+import sentencepiece
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml.compat import StringIO
+from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+from speechbrain.nnet.linear import Linear as SpeechBrainLinear
+from torch import nn
+
+from .checkpoint import WEIGHTS_FILE, float_state, save_checkpoint
+from .config import QuantizeConfig
+from .data import audio_of
+from .files import write_atomic
+from .inference import (
+    CONFIG_FILE,
+    WRAPPER_SETTINGS,
+    StoredEncoder,
+    empty_encoder,
+)
+from .integer import IntegerLayer
+from .plan import QuantizationPlan
+
+HYPERPARAMS_FILE = "hyperparams.yaml"
+
+_HEADER = """\
+# A quantized speech recogniser, written by speechbrain_stablequant:
+#
+#   from speechbrain.inference.ASR import EncoderASR
+#   asr = EncoderASR.from_hparams(source="this folder")
+#   print(asr.transcribe_file("speech.flac"))
+#
+# The runtime is chosen by device; run_opts={"device": "cuda"} and
+# overrides={"backend": "torch"} force one.
+"""
+
+# What plain modules are made from again.
+_ARGUMENTS = {
+    nn.Identity: (),
+    nn.Linear: ("in_features", "out_features"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.BatchNorm1d: ("num_features", "eps", "affine"),
+    nn.Dropout: ("p",),
+    nn.ReLU: (),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.GELU: ("approximate",),
+    nn.SiLU: (),
+    nn.Tanh: (),
+    nn.LogSoftmax: ("dim",),
+}
+
+
+class NoFolderError(ValueError):
+    """Why a recipe cannot be rebuilt from a folder, in one line."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module of the Brain.
+
+    Arguments
+    ---------
+    key : str
+        Key of the module.
+    args : tuple
+        What it was called with, keyword arguments behind.
+    output : object
+        What it gave.
+    """
+
+    key: str
+    args: tuple = field(repr=False)
+    output: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RecogniserSource:
+    """What a folder needs beside the weights.
+
+    Arguments
+    ---------
+    keys : tuple of str
+        Modules of the Brain, the encoder first, in the order of their use.
+    encoder : dict
+        Settings of the encoder's wrapper.
+    config : str
+        ``config.json`` of the encoder.
+    heads : dict
+        YAML of each module behind the encoder.
+    tokenizer_class, tokenizer_file : str
+        What the tokenizer is made from.
+    tokenizer : bytes
+        Content of its file.
+    blank_index : int
+        Of the CTC blank.
+    sample_rate : int
+        In Hz.
+    """
+
+    keys: tuple[str, ...]
+    encoder: dict
+    config: str = field(repr=False)
+    heads: dict[str, str]
+    tokenizer_class: str
+    tokenizer_file: str
+    tokenizer: bytes = field(repr=False)
+    blank_index: int
+    sample_rate: int
+
+    def hyperparams(self, checksum: str) -> str:
+        """Text of ``hyperparams.yaml``.
+
+        Arguments
+        ---------
+        checksum : str
+            Of the ``model.safetensors`` beside it.
+        """
+        encoder = json.dumps(self.encoder)
+        heads = "".join(_indented(text, 8) for text in self.heads.values())
+        return (
+            f"{_HEADER}"
+            f"backend: auto\n"
+            f"backend_options: {{}}\n"
+            f"sample_rate: {self.sample_rate}\n"
+            f"blank_index: {self.blank_index}\n"
+            f"\n"
+            f"encoder: !new:speechbrain_stablequant.inference."
+            f"QuantizedRecogniser\n"
+            f"    checksum: {json.dumps(checksum)}\n"
+            f"    encoder: {encoder}\n"
+            f"    heads:{heads or ' {}'}\n"
+            f"    backend: !ref <backend>\n"
+            f"    options: !ref <backend_options>\n"
+            f"\n"
+            f"modules:\n"
+            f"    encoder: !ref <encoder>\n"
+            f"\n"
+            f"tokenizer: !new:{self.tokenizer_class}\n"
+            f"\n"
+            f"decoding_function: !name:speechbrain.decoders."
+            f"ctc_greedy_decode\n"
+            f"    blank_id: !ref <blank_index>\n"
+            f"\n"
+            f"audio_normalizer: !new:speechbrain.dataio.preprocess."
+            f"AudioNormalizer\n"
+            f"    sample_rate: !ref <sample_rate>\n"
+            f"\n"
+            f"pretrainer: !new:speechbrain_stablequant.inference."
+            f"FolderLoader\n"
+            f"    recogniser: !ref <encoder>\n"
+            f"    tokenizer: !ref <tokenizer>\n"
+            f"    tokenizer_file: {json.dumps(self.tokenizer_file)}\n"
+        )
+
+
+def _indented(text: str, width: int) -> str:
+    lines = text.strip("\n").splitlines()
+    return "".join(f"\n{' ' * width}{line}" for line in lines)
+
+
+# -- writing ---------------------------------------------------------------
+
+
+def write_folder(
+    folder: str | Path,
+    modules: Mapping[str, nn.Module],
+    plan: QuantizationPlan,
+    integers: Mapping[str, IntegerLayer],
+    float_dtype: str,
+    source: RecogniserSource | None,
+) -> None:
+    """Writes a quantized model, and what loads it if that is known.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to. Must exist.
+    modules : Mapping
+        Modules of the Brain by key.
+    plan : QuantizationPlan
+        What was decided.
+    integers : Mapping
+        Integer layers by name.
+    float_dtype : str
+        How everything else is stored.
+    source : RecogniserSource or None
+        None: only the weights and the plan.
+    """
+    folder = Path(folder)
+    # Old ones would name the files of another model.
+    (folder / HYPERPARAMS_FILE).unlink(missing_ok=True)
+    companions = []
+    if source is not None:
+        modules = {key: modules[key] for key in source.keys}
+        write_atomic(folder / CONFIG_FILE, source.config)
+        write_atomic(folder / source.tokenizer_file, source.tokenizer)
+        companions = [CONFIG_FILE, source.tokenizer_file]
+    checksum = save_checkpoint(
+        folder,
+        plan,
+        integers,
+        float_state(modules, list(integers)),
+        float_dtype,
+        companions,
+    )
+    if source is not None:
+        text = source.hyperparams(checksum)
+        write_atomic(folder / HYPERPARAMS_FILE, text)
+
+
+# -- what a recipe is ------------------------------------------------------
+
+
+def describe_recogniser(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig, names: Iterable[str]
+) -> RecogniserSource:
+    """Finds out what a Brain computes, from one batch.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's, with its float modules.
+    batch : PaddedBatch
+        Any batch of its data.
+    config : QuantizeConfig
+        The block.
+    names : iterable of str
+        Layers that are quantized.
+
+    Returns
+    -------
+    RecogniserSource
+
+    Raises
+    ------
+    NoFolderError
+        What cannot be rebuilt, and why.
+    """
+    modules = _keyed_modules(brain, config.target)
+    calls = _observe(brain, batch, modules)
+    _check_chain(calls, batch, config.signal, str(brain.device))
+    first, *rest = calls
+    keys = tuple(call.key for call in calls)
+    for name in names:
+        if name.partition(".")[0] not in keys:
+            raise NoFolderError(
+                f"layer '{name}' was not used: the recipe calls "
+                f"{', '.join(keys)}"
+            )
+    wrapper = modules[first.key]
+    nodes = _recipe_nodes(brain)
+    tokenizer = _find_tokenizer(brain)
+    encoder = _describe_wrapper(first, wrapper)
+    heads = {
+        call.key: _describe_head(call, modules[call.key], nodes, brain.device)
+        for call in rest
+    }
+    tokenizer_class, tokenizer_file, content = _describe_tokenizer(tokenizer)
+    return RecogniserSource(
+        keys=keys,
+        encoder=encoder,
+        config=_encoder_config(wrapper.model),
+        heads=heads,
+        tokenizer_class=tokenizer_class,
+        tokenizer_file=tokenizer_file,
+        tokenizer=content,
+        blank_index=_blank_index(brain, tokenizer),
+        sample_rate=config.sample_rate,
+    )
+
+
+def _keyed_modules(
+    brain: sb.Brain, target: Iterable[str]
+) -> dict[str, nn.Module]:
+    """The Brain's modules, each once, under the key that names its layers."""
+    every = dict(brain.modules.items())
+    order = [*target, *(key for key in every if key not in target)]
+    keyed: dict[int, str] = {}
+    for key in order:
+        keyed.setdefault(id(every[key]), key)
+    return {key: every[key] for key in keyed.values()}
+
+
+@torch.no_grad()
+def _observe(
+    brain: sb.Brain, batch: Any, modules: Mapping[str, nn.Module]
+) -> list[Call]:
+    """The calls of the Brain's modules while it recognises a batch."""
+    calls: list[Call] = []
+
+    def hook(key: str):
+        def record(module, args, kwargs, output) -> None:
+            calls.append(Call(key, (*args, *kwargs.values()), output))
+
+        return record
+
+    brain.modules.eval()
+    handles = [
+        module.register_forward_hook(hook(key), with_kwargs=True)
+        for key, module in modules.items()
+    ]
+    try:
+        with brain.evaluation_ctx:
+            brain.compute_forward(copy.copy(batch), stage=sb.Stage.VALID)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _check_chain(
+    calls: list[Call], batch: Any, signal: str, device: str
+) -> None:
+    """Each module must be called once, on what the one before it gave."""
+    if not calls:
+        raise NoFolderError("the recipe calls none of its `modules`")
+    for call in calls:
+        if sum(other.key == call.key for other in calls) > 1:
+            raise NoFolderError(f"the recipe calls '{call.key}' repeatedly")
+    wavs, _ = audio_of(batch, signal)
+    if not _same(calls[0].args[:1], (wavs.to(device),)):
+        raise NoFolderError(
+            f"'{calls[0].key}' gets something other than the audio: the "
+            "recipe changes it first"
+        )
+    for before, after in itertools.pairwise(calls):
+        if not _same(after.args, (before.output,)):
+            raise NoFolderError(
+                f"'{after.key}' gets something other than the output of "
+                f"'{before.key}'"
+            )
+
+
+def _same(one: tuple, two: tuple) -> bool:
+    return len(one) == len(two) and all(
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and torch.equal(a, b)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def _check_rebuilt(call: Call, output: Any, what: str) -> None:
+    if not isinstance(output, torch.Tensor) or not isinstance(
+        call.output, torch.Tensor
+    ):
+        raise NoFolderError(f"'{call.key}' does not give one tensor")
+    if output.shape != call.output.shape or not torch.allclose(
+        output.float(), call.output.float(), rtol=1e-4, atol=1e-4
+    ):
+        raise NoFolderError(
+            f"'{call.key}' gives something other than {what}; its code or "
+            "its settings were changed"
+        )
+
+
+# -- the encoder -----------------------------------------------------------
+
+
+@torch.no_grad()
+def _describe_wrapper(call: Call, wrapper: nn.Module) -> dict:
+    if not isinstance(wrapper, Wav2Vec2):
+        raise NoFolderError(
+            f"'{call.key}' is a {type(wrapper).__name__}, not SpeechBrain's "
+            "Wav2Vec2 with a HuggingFace model"
+        )
+    lengths = [arg for arg in call.args[1:] if arg is not None]
+    settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
+    rebuilt = StoredEncoder(wrapper.model, **settings)
+    rebuilt.train(wrapper.training)
+    output = rebuilt(call.args[0], *lengths)
+    _check_rebuilt(call, output, "SpeechBrain's wrapper of the model")
+    return {"key": call.key, "use_lengths": bool(lengths), **settings}
+
+
+def _encoder_config(model: nn.Module) -> str:
+    """``config.json`` that makes the same model again."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    # Where it came from is nobody's business.
+    config.pop("_name_or_path", None)
+    empty = empty_encoder(config).state_dict()
+    state = model.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != {name: tensor.shape for name, tensor in empty.items()}:
+        raise NoFolderError(
+            f"the encoder ({type(model).__name__}) is not the model that its "
+            "configuration describes"
+        )
+    return json.dumps(config, indent=1, sort_keys=True) + "\n"
+
+
+# -- heads -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def _describe_head(
+    call: Call, module: nn.Module, nodes: Mapping[str, Any], device: str
+) -> str:
+    """YAML that makes a module again: ``key: !new:...``."""
+    for name, child in module.named_modules(prefix=call.key):
+        if getattr(child, "max_norm", None) is not None:
+            raise NoFolderError(f"'{name}' has a max_norm: it needs its floats")
+    text = _plain_node(module)
+    if text is not None:
+        text = f"{call.key}: {text}"
+    elif call.key in nodes:
+        text = _node_text(call.key, nodes[call.key])
+    else:
+        raise NoFolderError(
+            f"'{call.key}' ({type(module).__name__}) has no `!new:` node in "
+            "the hyperparams.yaml of the recipe's output_folder; write it as "
+            "one in the recipe's YAML"
+        )
+    rebuilt = load_hyperpyyaml(text)[call.key]
+    try:
+        rebuilt.load_state_dict(module.state_dict())
+    except RuntimeError as error:
+        raise NoFolderError(
+            f"'{call.key}' does not have the parameters of its YAML node: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    output = rebuilt.to(device).eval()(*call.args)
+    _check_rebuilt(call, output, "its YAML node")
+    return text
+
+
+def _plain_node(module: nn.Module) -> str | None:
+    """A module of a plain kind as one YAML node; None for other kinds.
+
+    Example
+    -------
+    >>> _plain_node(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    '!new:torch.nn.Sequential [!new:torch.nn.Linear {"in_features": 2, \
+"out_features": 3, "bias": true}, !new:torch.nn.ReLU {}]'
+    """
+    kind = type(module)
+    if kind is nn.Sequential:
+        nodes = [_plain_node(child) for child in module]
+        if None in nodes:
+            return None
+        return f"!new:torch.nn.Sequential [{', '.join(nodes)}]"
+    if kind is SpeechBrainLinear:
+        settings = {
+            "input_size": module.w.in_features,
+            "n_neurons": module.w.out_features,
+            "bias": module.w.bias is not None,
+            "max_norm": module.max_norm,
+            "combine_dims": module.combine_dims,
+        }
+        return f"!new:speechbrain.nnet.linear.Linear {json.dumps(settings)}"
+    if kind not in _ARGUMENTS:
+        return None
+    settings = {name: getattr(module, name) for name in _ARGUMENTS[kind]}
+    if kind in (nn.Linear, nn.LayerNorm):
+        settings["bias"] = module.bias is not None
+    return f"!new:torch.nn.{kind.__name__} {json.dumps(settings)}"
+
+
+def _recipe_nodes(brain: sb.Brain) -> dict[str, Any]:
+    """YAML nodes of the recipe's modules, without references.
+
+    SpeechBrain saves the recipe's YAML in its output folder, overrides and
+    references resolved.
+    """
+    folder = getattr(brain.hparams, "output_folder", None)
+    path = Path(str(folder)) / HYPERPARAMS_FILE
+    if folder is None or not path.is_file():
+        return {}
+    with open(path, encoding="utf-8") as stream:
+        tree = ruamel.yaml.YAML().load(stream)
+    modules = tree.get("modules") if isinstance(tree, dict) else None
+    nodes = modules if isinstance(modules, dict) else {}
+    return {key: node for key, node in nodes.items() if _is_made(node)}
+
+
+def _tag(node: Any) -> str:
+    return getattr(getattr(node, "tag", None), "value", None) or ""
+
+
+def _is_made(node: Any) -> bool:
+    """Whether a node makes an object, and calls nothing else on the way."""
+    return _tag(node).startswith("!new:") and not _calls(node)
+
+
+def _calls(node: Any) -> bool:
+    if _tag(node).startswith("!apply"):
+        return True
+    if isinstance(node, dict):
+        return any(_calls(value) for value in node.values())
+    return isinstance(node, list) and any(_calls(value) for value in node)
+
+
+def _node_text(key: str, node: Any) -> str:
+    out = StringIO()
+    # A copy outside of its tree: nothing else refers to its anchors.
+    ruamel.yaml.YAML().dump({key: copy.deepcopy(node)}, out)
+    return out.getvalue()
+
+
+# -- tokenizer -------------------------------------------------------------
+
+
+def _find_tokenizer(brain: sb.Brain) -> Any:
+    """The recipe's CTCTextEncoder or SentencePieceProcessor."""
+    places = {**vars(brain.hparams), **vars(brain)}
+    names = [n for n in ("tokenizer", "label_encoder") if n in places]
+    for name in [*names, *places]:
+        value = places[name]
+        # SpeechBrain's SentencePiece holds the processor.
+        value = getattr(value, "sp", value)
+        if isinstance(
+            value, CTCTextEncoder | sentencepiece.SentencePieceProcessor
+        ):
+            return value
+    raise NoFolderError(
+        "neither the Brain nor its hparams hold a CTCTextEncoder or a "
+        "SentencePiece tokenizer; set brain.tokenizer"
+    )
+
+
+def _describe_tokenizer(tokenizer: Any) -> tuple[str, str, bytes]:
+    """Class, file name and content of the file."""
+    if isinstance(tokenizer, CTCTextEncoder):
+        return (
+            "speechbrain.dataio.encoder.CTCTextEncoder",
+            "label_encoder.txt",
+            _label_encoder_text(tokenizer),
+        )
+    return (
+        "sentencepiece.SentencePieceProcessor",
+        "tokenizer.model",
+        tokenizer.serialized_model_proto(),
+    )
+
+
+def _label_encoder_text(encoder: CTCTextEncoder) -> bytes:
+    # SpeechBrain's encoder only writes to files.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "label_encoder.txt"
+        encoder.save(str(path))
+        return path.read_bytes()
+
+
+def _blank_index(brain: sb.Brain, tokenizer: Any) -> int:
+    index = getattr(brain.hparams, "blank_index", None)
+    if index is None and hasattr(tokenizer, "blank_label"):
+        index = tokenizer.get_blank_index()
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise NoFolderError(
+            "the recipe has no key `blank_index`, and its tokenizer no blank"
+        )
+    return index
+
+
+def folder_size(folder: str | Path) -> int:
+    """Bytes of the model's file.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The folder.
+
+    Returns
+    -------
+    int
+    """
+    return (Path(folder) / WEIGHTS_FILE).stat().st_size
