@@ -1,0 +1,77 @@
+"""Device functions that several kernels use."""
+
+import triton
+import triton.language as tl
+
+# Adding 1.5 * 2^23 to a float32 of at most 22 bits rounds it to an integer,
+# ties to even, and leaves that integer in the low bits of the sum.
+ROUNDER = tl.constexpr(12582912.0)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def round_to_int8(x, inverse, limit):
+    """``clamp(round(x * inverse))`` as ``numerics.quantize`` does it.
+
+    The limits are integers, so clamping before rounding gives the same; it
+    also keeps the product and the sum from being fused into one rounding.
+    """
+    v = tl.minimum(tl.maximum(x * inverse, -limit), limit)
+    return (v + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def gelu_erf(x):
+    """The exact GELU."""
+    return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def standardize_rows(y, columns, inside, eps):
+    """Rows of a tile that holds whole rows, to mean 0 and variance 1.
+
+    ``inside`` [1, BLOCK] marks the real columns, ``columns`` is their number.
+    """
+    mean = tl.sum(tl.where(inside, y, 0.0), axis=1) / columns
+    y = tl.where(inside, y - mean[:, None], 0.0)
+    variance = tl.sum(y * y, axis=1) / columns
+    return y * tl.rsqrt(variance + eps)[:, None]
+
+
+@triton.jit
+def affine_columns(y, weight, bias, column, inside):
+    """``y * weight + bias`` by column."""
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    b = tl.load(bias + column, mask=inside, other=0.0)
+    return y * w[None, :] + b[None, :]
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns.
+
+    What follows a product is done half by half where all of it at once would
+    not fit into the registers.
+    """
+    pair = tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1)
+    return pair.split()
+
+
+@triton.jit
+def scale_and_bias(acc, scale, bias, channels, inside, HAS_BIAS: tl.constexpr):
+    """int32 sums to float32: ``acc * scale + bias`` by column."""
+    s = tl.load(scale + channels, mask=inside, other=0.0)
+    y = acc.to(tl.float32) * s[None, :]
+    if HAS_BIAS:
+        b = tl.load(bias + channels, mask=inside, other=0.0)
+        y += b[None, :]
+    return y
+
+
+@triton.jit
+def store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE: tl.constexpr):
+    """Stores a float32 tile as int8 or in the dtype of ``out``."""
+    if QUANTIZE:
+        tl.store(out + offsets, round_to_int8(y, inverse, limit), mask=mask)
+    else:
+        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)

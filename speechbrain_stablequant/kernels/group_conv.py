@@ -1,0 +1,292 @@
+"""The positional convolution: grouped, 128 taps, with GELU and residual.
+
+Each group is an implicit product of its own over (tap, channel). The padding
+is a mask of the loads, and no window is ever written out.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from .device import gelu_erf, scale_and_bias, store_tile
+from .library import check_int8, declare
+from .plain import finish, scaled
+from .tuning import Config, rank_by_waves, select, shape_bucket
+
+#: (block_m, channels of one step, warps, stages)
+TILES = (
+    (128, 128, 4, 4),
+    (128, 64, 4, 4),
+    (64, 256, 4, 3),
+    (64, 128, 4, 4),
+    (64, 64, 4, 4),
+)
+
+
+def pack_group_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """[out, in / groups, taps] to [groups, out / groups, taps, width].
+
+    The channels of a group are padded with zeros to a power of two of at
+    least 32, so that a step of the reduction holds whole taps.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        int8.
+    groups : int
+        Groups of the convolution.
+
+    Returns
+    -------
+    torch.Tensor
+        int8, contiguous.
+
+    Example
+    -------
+    >>> pack_group_weight(torch.ones(6, 3, 5, dtype=torch.int8), 2).shape
+    torch.Size([2, 3, 5, 32])
+    """
+    out, channels, taps = weight.shape
+    width = max(triton.next_power_of_2(channels), 32)
+    packed = weight.transpose(1, 2).reshape(
+        groups, out // groups, taps, channels
+    )
+    return F.pad(packed, (0, width - channels)).contiguous()
+
+
+def _frames(frames: int, taps: int, padding: int, trim: int) -> int:
+    return frames + 2 * padding - taps + 1 - trim
+
+
+def reference(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    padding: int,
+    trim: int,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A grouped convolution of stride 1 on integers.
+
+    Arguments
+    ---------
+    q : torch.Tensor
+        int8 [batch, time, in], contiguous.
+    weight : torch.Tensor
+        int8 [groups, out / groups, taps, width], of `pack_group_weight`.
+    scale : torch.Tensor
+        float32 [out]: scale of the input times scale of the weight.
+    bias : torch.Tensor or None
+        float32 [out].
+    residual : torch.Tensor or None
+        float [batch, frames, out], added last.
+    padding : int
+        Zeros before and after.
+    trim : int
+        Last frames that are not wanted.
+    gelu : bool
+        Whether GELU is applied, before the residual.
+    dtype : torch.dtype
+        Of the result, a float dtype.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, frames, out].
+    """
+    check_int8("group_conv1d", q=q, weight=weight)
+    groups, out, taps, _ = weight.shape
+    channels = q.shape[2] // groups
+    frames = _frames(q.shape[1], taps, padding, trim)
+    kernel = weight[..., :channels].reshape(groups * out, taps, channels)
+    total = F.conv1d(
+        q.transpose(1, 2).double(),
+        kernel.transpose(1, 2).double(),
+        padding=padding,
+        groups=groups,
+    )
+    total = total[:, :, :frames].transpose(1, 2).round()
+    y = scaled(total, scale, bias)
+    return finish(y, gelu, dtype, 1.0, 127, None, residual)
+
+
+@triton.jit
+def group_conv_kernel(
+    x,
+    weight,
+    out,
+    scale,
+    bias,
+    residual,
+    rows,
+    frames,
+    frames_in,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr,
+    PADDING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # COLUMNS and CHANNELS are those of one group.
+    step: tl.constexpr = BLOCK_K // WIDTH
+    across: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    group = tl.program_id(1) // across
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    channel = depth % WIDTH
+    m = tl.minimum(row, rows - 1)
+    utterance = (m // frames).to(tl.int64)
+    n = tl.minimum(column, COLUMNS - 1)
+    # The input frame under each (row, tap of the first step).
+    under = (m % frames - PADDING)[:, None] + (depth // WIDTH)[None, :]
+    x_tile = (
+        x
+        + (utterance * frames_in)[:, None] * (GROUPS * CHANNELS)
+        + under * (GROUPS * CHANNELS)
+        + (group * CHANNELS + channel)[None, :]
+    )
+    w_tile = (
+        weight
+        + (group * COLUMNS + n)[:, None] * (TAPS * WIDTH)
+        + depth[None, :]
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for tap in range(0, TAPS, step):
+        here = (under >= 0) & (under < frames_in)
+        if CHANNELS != WIDTH:
+            here = here & (channel < CHANNELS)[None, :]
+        a = tl.load(x_tile, mask=here, other=0)
+        if TAPS % step == 0:
+            b = tl.load(w_tile)
+        else:
+            # Taps beyond the last have no weight; they must count as zero.
+            left = (depth // WIDTH)[None, :] < TAPS - tap
+            b = tl.load(w_tile, mask=left, other=0)
+        acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        under += step
+        x_tile += step * GROUPS * CHANNELS
+        w_tile += BLOCK_K
+
+    inside = column < COLUMNS
+    place = group * COLUMNS + column
+    y = scale_and_bias(acc, scale, bias, place, inside, HAS_BIAS)
+    if GELU:
+        y = gelu_erf(y)
+    mask = (row[:, None] < rows) & inside[None, :]
+    offsets = row.to(tl.int64)[:, None] * (GROUPS * COLUMNS) + place[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+    store_tile(out, offsets, y, 1.0, 127.0, mask, QUANTIZE=False)
+
+
+def launch(
+    q,
+    weight,
+    scale,
+    bias,
+    residual,
+    padding,
+    trim,
+    gelu,
+    dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """:func:`reference` in Triton. ``config`` overrides the tile; its
+    ``block_k`` is a multiple of the weight's width."""
+    check_int8("group_conv1d", q=q, weight=weight)
+    groups, columns, taps, width = weight.shape
+    batch, frames_in, channels = q.shape
+    frames = _frames(frames_in, taps, padding, trim)
+    out_shape = (batch, frames, groups * columns)
+    if frames < 1:
+        raise ValueError(
+            f"stablequant::group_conv1d: {frames_in} frames with padding "
+            f"{padding} are fewer than the kernel's {taps}"
+        )
+    for name, tensor, expected in (
+        ("q", q, tuple(q.shape)),
+        ("residual", residual, out_shape),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected or not tensor.is_contiguous():
+            raise ValueError(
+                f"stablequant::group_conv1d: {name} must be contiguous "
+                f"{list(expected)}, got {list(tensor.shape)} with strides "
+                f"{list(tensor.stride())}"
+            )
+    out = torch.empty(out_shape, dtype=dtype, device=q.device)
+    rows = batch * frames
+    block_n = min(max(triton.next_power_of_2(columns), 16), 128)
+    tiles = [Config(m, block_n, max(k, width), w, s) for m, k, w, s in TILES]
+
+    def run(tile: Config) -> None:
+        grid = (
+            triton.cdiv(rows, tile.block_m),
+            groups * triton.cdiv(columns, tile.block_n),
+        )
+        group_conv_kernel[grid](
+            q,
+            weight,
+            out,
+            scale,
+            scale if bias is None else bias,
+            out if residual is None else residual,
+            rows,
+            frames,
+            frames_in,
+            GROUPS=groups,
+            CHANNELS=channels // groups,
+            WIDTH=width,
+            COLUMNS=columns,
+            TAPS=taps,
+            PADDING=padding,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            GELU=gelu,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    if config is None:
+        config = select(
+            f"group_conv1d/{shape_bucket(rows)}x{groups}x{columns}x{taps}"
+            f"x{width}/{int(gelu)}{int(residual is not None)}"
+            f"/{str(dtype).removeprefix('torch.')}",
+            rank_by_waves(tiles, rows, groups * columns, q.device),
+            run,
+        )
+    run(config)
+    return out
+
+
+def shape(q, weight, scale, bias, residual, padding, trim, gelu, dtype):
+    """An empty result."""
+    groups, columns, taps, _ = weight.shape
+    frames = _frames(q.shape[1], taps, padding, trim)
+    return q.new_empty((q.shape[0], frames, groups * columns), dtype=dtype)
+
+
+declare(
+    "group_conv1d",
+    "(Tensor q, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, "
+    "int padding, int trim, bool gelu, ScalarType dtype) -> Tensor",
+    reference,
+    launch,
+    shape,
+)

@@ -1,0 +1,192 @@
+"""LayerNorm over the channels: to int8, to floating point, or to both.
+
+A post-norm block needs both: the integers go into its product, the 16-bit
+values into its residual stream.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import affine_columns, gelu_erf, standardize_rows, store_tile
+from .library import check_rows, declare
+from .plain import finish
+
+#: A row is held in registers.
+MAX_CHANNELS = 16384
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    gelu: bool,
+    dtype: torch.dtype,
+    inverse: float = 1.0,
+    limit: int = 127,
+) -> torch.Tensor:
+    """LayerNorm, GELU if asked, then int8 or a float dtype.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        float [..., channels].
+    weight, bias : torch.Tensor
+        float32 [channels].
+    eps : float
+        Added to the variance.
+    gelu : bool
+        Whether a GELU follows.
+    dtype : torch.dtype
+        Of the result; int8 means that it is quantized.
+    inverse : float
+        1 / scale of the quantized result.
+    limit : int
+        Its largest integer.
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Example
+    -------
+    >>> x, one, zero = torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2)
+    >>> reference(x, one, zero, 0.0, False, torch.int8, 10.0)
+    tensor([[-10,  10]], dtype=torch.int8)
+    """
+    norm = (weight, bias, eps)
+    return finish(x.float(), gelu, dtype, inverse, limit, norm)
+
+
+def reference_both(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    inverse: float,
+    limit: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm as float of ``dtype`` and as int8, from one pass."""
+    return (
+        reference(x, weight, bias, eps, False, dtype),
+        reference(x, weight, bias, eps, False, torch.int8, inverse, limit),
+    )
+
+
+@triton.jit
+def layer_norm_kernel(
+    x,
+    out,
+    out_int8,
+    weight,
+    bias,
+    rows,
+    x_stride,
+    eps,
+    inverse,
+    limit,
+    COLUMNS: tl.constexpr,
+    GELU: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = column < COLUMNS
+    mask = (row[:, None] < rows) & inside[None, :]
+    row = row.to(tl.int64)[:, None]
+    y = tl.load(x + row * x_stride + column[None, :], mask=mask, other=0.0)
+    y = standardize_rows(y.to(tl.float32), COLUMNS, inside[None, :], eps)
+    y = affine_columns(y, weight, bias, column, inside)
+    if GELU:
+        y = gelu_erf(y)
+    offsets = row * COLUMNS + column[None, :]
+    store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE)
+    if BOTH:
+        store_tile(out_int8, offsets, y, inverse, limit, mask, QUANTIZE=True)
+
+
+def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, both):
+    rows = check_rows("layer_norm", x)
+    count, columns = rows.shape
+    if columns > MAX_CHANNELS:
+        raise ValueError(
+            f"stablequant::layer_norm: {columns} channels, at most "
+            f"{MAX_CHANNELS} are supported"
+        )
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out_int8 = (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device) if both else out
+    )
+    block_n = triton.next_power_of_2(columns)
+    block_m = max(1024 // block_n, 1)
+    layer_norm_kernel[(triton.cdiv(count, block_m),)](
+        rows,
+        out,
+        out_int8,
+        weight,
+        bias,
+        count,
+        rows.stride(0),
+        eps,
+        inverse,
+        float(limit),
+        COLUMNS=columns,
+        GELU=gelu,
+        QUANTIZE=dtype == torch.int8,
+        BOTH=both,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4 if block_n <= 2048 else 8,
+    )
+    return out, out_int8
+
+
+def launch(
+    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127
+) -> torch.Tensor:
+    """:func:`reference` in Triton; rows of ``x`` may be strided."""
+    return _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, False)[0]
+
+
+def launch_both(
+    x, weight, bias, eps, dtype, inverse, limit
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`reference_both` in Triton."""
+    return _launch(x, weight, bias, eps, False, dtype, inverse, limit, True)
+
+
+def shape(x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127):
+    """An empty result."""
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def shape_both(x, weight, bias, eps, dtype, inverse, limit):
+    """Empty results."""
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape, dtype=torch.int8),
+    )
+
+
+declare(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, bool gelu, "
+    "ScalarType dtype, float inverse=1.0, int limit=127) -> Tensor",
+    reference,
+    launch,
+    shape,
+)
+declare(
+    "layer_norm_both",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, "
+    "float inverse, int limit) -> (Tensor, Tensor)",
+    reference_both,
+    launch_both,
+    shape_both,
+)

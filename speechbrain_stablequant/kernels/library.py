@@ -1,0 +1,103 @@
+"""How an operator is declared: reference, kernel and shape function."""
+
+from collections.abc import Callable
+
+import torch
+import triton
+
+NAMESPACE = "stablequant"
+
+#: Whether kernels run on CPU, in Triton's interpreter.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def declare(
+    name: str,
+    schema: str,
+    reference: Callable,
+    launch: Callable,
+    shape: Callable,
+) -> None:
+    """Declares ``torch.ops.stablequant.<name>``.
+
+    Arguments
+    ---------
+    name : str
+        Name of the operator.
+    schema : str
+        Its arguments and results in torch's schema language.
+    reference : callable
+        Computes it with plain torch, on any device.
+    launch : callable
+        Computes it with a Triton kernel.
+    shape : callable
+        Returns empty results of the right shape and dtype, for torch.compile.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    default = launch if INTERPRETED else reference
+    torch.library.impl(qualified, "default", default)
+    torch.library.impl(qualified, "cuda", launch)
+    torch.library.register_fake(qualified, shape)
+
+
+def check_rows(name: str, x: torch.Tensor) -> torch.Tensor:
+    """A tensor as rows: [..., channels] to [rows, channels] without a copy.
+
+    Arguments
+    ---------
+    name : str
+        The operator, for the error.
+    x : torch.Tensor
+        Channels innermost.
+
+    Returns
+    -------
+    torch.Tensor
+        A view, its last axis contiguous.
+
+    Raises
+    ------
+    ValueError
+        The tensor has no such view.
+
+    Example
+    -------
+    >>> check_rows("quantize", torch.zeros(2, 3, 4)).shape
+    torch.Size([6, 4])
+    """
+    rows = x if x.dim() == 2 else None
+    if rows is None:
+        try:
+            rows = x.view(-1, x.shape[-1])
+        except RuntimeError:
+            rows = None
+    if rows is None or (rows.shape[1] > 1 and rows.stride(1) != 1):
+        raise ValueError(
+            f"stablequant::{name}: strides {list(x.stride())} of a tensor of "
+            f"shape {list(x.shape)} are not those of rows; make it contiguous"
+        )
+    return rows
+
+
+def check_int8(name: str, **tensors: torch.Tensor) -> None:
+    """Raises unless every tensor is int8.
+
+    Arguments
+    ---------
+    name : str
+        The operator, for the error.
+    **tensors : torch.Tensor
+        Tensors by the name of their argument.
+
+    Raises
+    ------
+    TypeError
+        Names the argument.
+    """
+    for argument, tensor in tensors.items():
+        if tensor.dtype != torch.int8:
+            raise TypeError(
+                f"stablequant::{name}: {argument} must be int8, "
+                f"got {tensor.dtype}"
+            )

@@ -1,0 +1,103 @@
+"""A float tensor to int8, after a GELU if asked."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import gelu_erf, store_tile
+from .library import check_rows, declare
+from .plain import finish
+
+
+def reference(
+    x: torch.Tensor, inverse: float, limit: int, gelu: bool = False
+) -> torch.Tensor:
+    """``clamp(round(x * inverse), -limit, limit)``.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        float, any shape.
+    inverse : float
+        1 / scale, a float32 value.
+    limit : int
+        The largest integer.
+    gelu : bool
+        Whether a GELU comes first.
+
+    Returns
+    -------
+    torch.Tensor
+        int8, the shape of ``x``.
+
+    Example
+    -------
+    >>> reference(torch.tensor([0.5, 1.5, -9.0]), 1.0, 7)
+    tensor([ 0,  2, -7], dtype=torch.int8)
+    """
+    return finish(x.float(), gelu, torch.int8, inverse, limit)
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    out,
+    rows,
+    x_stride,
+    inverse,
+    limit,
+    COLUMNS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row[:, None] < rows) & (column[None, :] < COLUMNS)
+    row = row.to(tl.int64)[:, None]
+    y = tl.load(x + row * x_stride + column[None, :], mask=mask, other=0.0)
+    y = y.to(tl.float32)
+    if GELU:
+        y = gelu_erf(y)
+    offsets = row * COLUMNS + column[None, :]
+    store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE=True)
+
+
+def launch(
+    x: torch.Tensor, inverse: float, limit: int, gelu: bool = False
+) -> torch.Tensor:
+    """:func:`reference` in Triton; rows of ``x`` may be strided."""
+    rows = check_rows("quantize", x)
+    count, columns = rows.shape
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    block_n = min(triton.next_power_of_2(columns), 1024)
+    block_m = max(2048 // block_n, 1)
+    grid = (triton.cdiv(count, block_m), triton.cdiv(columns, block_n))
+    quantize_kernel[grid](
+        rows,
+        out,
+        count,
+        rows.stride(0),
+        inverse,
+        float(limit),
+        COLUMNS=columns,
+        GELU=gelu,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return out
+
+
+def shape(x, inverse, limit, gelu=False):
+    """An empty result."""
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+declare(
+    "quantize",
+    "(Tensor x, float inverse, int limit, bool gelu=False) -> Tensor",
+    reference,
+    launch,
+    shape,
+)

@@ -1,0 +1,223 @@
+"""What compiled kernels need, found without a device.
+
+`record_launches` notes what a launch function would run, with tensors on the
+``meta`` device; `compile_launch` compiles that for a GPU that need not be
+there and asks the assembler, which comes with Triton, what it used.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+
+_TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Arguments
+    ---------
+    kernel : triton.JITFunction
+        The kernel.
+    grid : tuple of int
+        Blocks along each axis.
+    arguments : dict
+        Value of each argument by name.
+    options : dict
+        ``num_warps`` and ``num_stages``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any] = field(repr=False)
+    options: dict[str, int]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the whole grid."""
+        total = 1
+        for size in self.grid:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses.
+
+    Arguments
+    ---------
+    registers : int
+        Of a thread.
+    spill_bytes : int
+        Stores and loads of registers to local memory.
+    stack_bytes : int
+        Stack frame of a thread.
+    shared_bytes : int
+        Of a block.
+    warps : int
+        Of a block.
+    tensor_core : tuple of str
+        Distinct matrix instructions in the PTX.
+    ptx : str
+        The code.
+    """
+
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    warps: int
+    tensor_core: tuple[str, ...]
+    ptx: str = field(repr=False)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Context in which kernels are noted instead of run.
+
+    Returns
+    -------
+    list of Launch
+        Filled as launch functions are called.
+    """
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        options = {
+            key: kwargs.pop(key)
+            for key in ("num_warps", "num_stages")
+            if key in kwargs
+        }
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launch(self, tuple(grid), arguments, options))
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def launches_of(function: Callable, *args: Any, **kwargs: Any) -> list[Launch]:
+    """What a launch function runs for these arguments.
+
+    Arguments
+    ---------
+    function : callable
+        A launch function of this package.
+    *args, **kwargs
+        Its arguments; tensors may be on the ``meta`` device.
+
+    Returns
+    -------
+    list of Launch
+    """
+    with record_launches() as launches:
+        function(*args, **kwargs)
+    return launches
+
+
+def _specialise(launch: Launch) -> ASTSource:
+    """The source with the types, constants and alignments of a launch, as
+    Triton derives them from values: divisibility by 16, and ones."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list] = {}
+    aligned = [["tt.divisibility", 16]]
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            signature[name] = "*" + type_canonicalisation_dict[dtype]
+            attributes[(index,)] = aligned
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = aligned
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _assemble(ptx: str, arch: int) -> str:
+    """What the assembler says about a kernel."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "kernel.ptx"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [
+                str(folder / "ptxas"),
+                "-v",
+                f"--gpu-name=sm_{arch}{suffix}",
+                str(source),
+                "-o",
+                str(Path(scratch) / "kernel.cubin"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[0]}")
+    return done.stderr
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compiles a launch for an architecture.
+
+    Arguments
+    ---------
+    launch : Launch
+        What to compile.
+    arch : int
+        Compute capability times ten: 80, 86, 90.
+
+    Returns
+    -------
+    Resources
+
+    Raises
+    ------
+    RuntimeError
+        The assembler refuses it.
+    """
+    compiled = triton.compile(
+        _specialise(launch),
+        target=GPUTarget("cuda", arch, 32),
+        options=launch.options,
+    )
+    ptx = compiled.asm["ptx"]
+    report = _assemble(ptx, arch)
+
+    def number(pattern: str) -> int:
+        return sum(int(n) for n in re.findall(pattern, report))
+
+    return Resources(
+        registers=number(r"Used (\d+) registers"),
+        spill_bytes=number(r"(\d+) bytes spill"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
+        shared_bytes=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(ptx)))),
+        ptx=ptx,
+    )

@@ -1,0 +1,321 @@
+"""Which tile a kernel runs with: by rule, or by measurement kept on disk.
+
+A kernel names its candidates, best guess first. Without a tuner it takes the
+first. Inside ``Tuner.active()`` each new shape is measured once on the device
+and the winner kept, in memory and, after ``save``, in a JSON file.
+"""
+
+import logging
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from ..files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+#: Streaming multiprocessors and shared memory a block, where no device tells.
+_DEFAULT_DEVICE = (108, 163 * 1024)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile and how it is run.
+
+    Arguments
+    ---------
+    block_m, block_n, block_k : int
+        Rows, columns and reduction of one step.
+    num_warps : int
+        Warps of a block.
+    num_stages : int
+        Steps whose operands are in shared memory at once.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self) -> int:
+        """Shared memory of the int8 operands."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have.
+
+    Arguments
+    ---------
+    device : torch.device
+        Where the kernel runs; on CPU the figures of an A100.
+
+    Returns
+    -------
+    tuple of int
+    """
+    if device.type != "cuda":
+        return _DEFAULT_DEVICE
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def shape_bucket(size: int) -> int:
+    """Rounds up to 1, 1.5, 2, 3, 4, 6, 8 ... : shapes tuned as one.
+
+    Arguments
+    ---------
+    size : int
+        Positive.
+
+    Returns
+    -------
+    int
+
+    Example
+    -------
+    >>> [shape_bucket(n) for n in (1, 60, 65, 97, 250)]
+    [64, 64, 96, 128, 256]
+    """
+    power = 64
+    while power < size:
+        if power * 3 // 2 >= size:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def rank_by_waves(
+    candidates: Sequence[Config],
+    rows: int,
+    columns: int,
+    device: torch.device,
+) -> list[Config]:
+    """Orders candidates by rule: the largest tile that still fills the device.
+
+    Arguments
+    ---------
+    candidates : sequence of Config
+        From the largest tile to the smallest.
+    rows, columns : int
+        Of the result.
+    device : torch.device
+        Where the kernel runs.
+
+    Returns
+    -------
+    list of Config
+        Those that fit into shared memory; at least one.
+
+    Raises
+    ------
+    ValueError
+        None fits.
+    """
+    processors, shared = device_limits(device)
+    fitting = [c for c in candidates if c.shared_bytes() <= shared]
+    if not fitting:
+        raise ValueError(
+            f"no tile of this kernel fits into {shared} bytes of shared "
+            "memory; use backend: torch on this device"
+        )
+
+    def tiles(config: Config) -> int:
+        across = triton.cdiv(columns, config.block_n)
+        return triton.cdiv(rows, config.block_m) * across
+
+    full = [c for c in fitting if tiles(c) >= processors]
+    rest = sorted(
+        (c for c in fitting if tiles(c) < processors), key=tiles, reverse=True
+    )
+    return full + rest
+
+
+def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
+    """Milliseconds of a launch: median over device events.
+
+    Arguments
+    ---------
+    run : callable
+        Launches the kernel.
+    repeats : int
+        Launches timed, after three that are not.
+
+    Returns
+    -------
+    float
+        Infinity for a tile that this device cannot run.
+    """
+    try:
+        for _ in range(3):
+            run()
+    except triton.OutOfResources:
+        return float("inf")
+    times = []
+    for _ in range(repeats):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+class Tuner:
+    """Measures tiles and remembers the fastest.
+
+    Arguments
+    ---------
+    path : str, Path or None
+        JSON file of earlier measurements; None keeps them in memory only.
+    device : str
+        Name of the card: another card's file is refused.
+    measure : callable
+        Takes a function that launches, returns its time.
+
+    Raises
+    ------
+    ValueError
+        The file holds something else, or another card's measurements.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        device: str,
+        measure: Callable[[Callable[[], None]], float] = time_on_device,
+    ):
+        self.path = None if path is None else Path(path)
+        self.device = device
+        self.measure = measure
+        self.table = self._read()
+        self._changed = False
+
+    def _read(self) -> dict[str, Config]:
+        if self.path is None or not self.path.exists():
+            return {}
+        raw = read_json(self.path, "tuning cache")
+        head = raw if isinstance(raw, dict) else {}
+        found = (head.get("format"), head.get("device"), head.get("triton"))
+        if found != (FORMAT, self.device, triton.__version__):
+            raise ValueError(
+                f"{self.path}: not a tuning cache of {self.device} and "
+                f"Triton {triton.__version__}; delete it or name another file"
+            )
+        try:
+            return {k: Config(*v) for k, v in head["tiles"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path}: damaged tuning cache; delete it"
+            ) from error
+
+    def save(self) -> None:
+        """Writes new measurements beside those that others wrote meanwhile."""
+        if self.path is None or not self._changed:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tiles = {**self._read(), **self.table}
+        content = {
+            "format": FORMAT,
+            "device": self.device,
+            "triton": triton.__version__,
+            "tiles": {k: list(astuple(tiles[k])) for k in sorted(tiles)},
+        }
+        write_json(self.path, content)
+        self._changed = False
+
+    def choose(
+        self,
+        key: str,
+        candidates: Sequence[Config],
+        run: Callable[[Config], None],
+    ) -> Config:
+        """The fastest candidate, measured at the first call for a key.
+
+        Arguments
+        ---------
+        key : str
+            Kernel and bucketed shape.
+        candidates : sequence of Config
+            At least one.
+        run : callable
+            Launches the kernel with a candidate.
+
+        Returns
+        -------
+        Config
+
+        Raises
+        ------
+        RuntimeError
+            This device can run none.
+        """
+        known = self.table.get(key)
+        if known is not None:
+            return known
+        times = {c: self.measure(lambda c=c: run(c)) for c in candidates}
+        best = min(times, key=times.get)
+        if times[best] == float("inf"):
+            raise RuntimeError(f"{key}: this device can run none of the tiles")
+        logger.info("%s: %s, %.4f ms", key, best, times[best])
+        self.table[key] = best
+        self._changed = True
+        return best
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context in which kernels ask this tuner."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+_current: ContextVar[Tuner | None] = ContextVar("tuner", default=None)
+
+
+def select(
+    key: str, candidates: Sequence[Config], run: Callable[[Config], None]
+) -> Config:
+    """The tile to run with.
+
+    Arguments
+    ---------
+    key : str
+        Kernel and bucketed shape.
+    candidates : sequence of Config
+        Best guess first.
+    run : callable
+        Launches the kernel with a candidate.
+
+    Returns
+    -------
+    Config
+        The tuner's choice if one is active, else the first.
+    """
+    tuner = _current.get()
+    if tuner is None or len(candidates) == 1:
+        return candidates[0]
+    return tuner.choose(key, candidates, run)
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept by default, as XDG has it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "speechbrain_stablequant" / "triton"

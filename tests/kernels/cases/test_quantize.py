@@ -1,0 +1,44 @@
+"""The quantize kernel equals ``numerics.quantize`` bit for bit."""
+
+import pytest
+import torch
+
+from speechbrain_stablequant import numerics
+from speechbrain_stablequant.kernels import quantize
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ties_and_saturation(bits, surrounded):
+    scale = torch.tensor(0.37)
+    steps = torch.arange(-300, 300) * 0.25  # every fourth or second is a tie
+    x = torch.cat([steps * scale, torch.tensor([0.0, -0.0, 1e30, -1e30])])
+    found = quantize.launch(
+        surrounded(x), float(1.0 / scale), numerics.qmax(bits)
+    )
+    assert torch.equal(found.cpu(), numerics.quantize(x, scale, bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float])
+@pytest.mark.parametrize(
+    ("shape", "gap"),
+    [((1, 1), 0), ((7, 33), 5), ((3, 5, 70), 2), ((2, 1500), 0)],
+)
+def test_shapes_and_strides(dtype, shape, gap, surrounded):
+    x = torch.randn(shape).to(dtype)
+    scale = torch.tensor(0.0213)
+    found = quantize.launch(surrounded(x, gap), float(1.0 / scale), 127)
+    assert torch.equal(found.cpu(), numerics.quantize(x, scale, 8))
+
+
+def test_gelu(surrounded, check_close):
+    x = torch.randn(9, 130) * 3
+    found = quantize.launch(surrounded(x), 31.7, 127, gelu=True)
+    check_close(found, quantize.reference(x, 31.7, 127, gelu=True))
+
+
+def test_refuses_columns_that_are_not_contiguous(device):
+    x = torch.empty(8, 8, device=device).T
+    with pytest.raises(ValueError, match="make it contiguous"):
+        quantize.launch(x, 1.0, 127)

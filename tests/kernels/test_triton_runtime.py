@@ -1,0 +1,254 @@
+"""The triton runtime on tiny models: plain torch here, interpreter elsewhere.
+
+`test_cases.py` runs this file once more in Triton's interpreter; with a CUDA
+device its kernels run on that.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from speechbrain_stablequant.integer import (
+    FloatLayer,
+    IntegerLayer,
+    float_layer,
+    integer_layer,
+    reference_forward,
+)
+from speechbrain_stablequant.layers import find_layers
+from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.runtime.encoder import describe_encoder
+from speechbrain_stablequant.runtime.reference import ReferenceExecutor
+from speechbrain_stablequant.runtime.triton import make_executor, make_layer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAMPLES = 3333
+
+
+def quantized_layers(model, bits=8):
+    """Integers of every layer, from the ranges of one pass."""
+    modules = {"enc": torch.nn.ModuleDict({"model": model})}
+    layers = find_layers(modules, ["enc"])
+    amax = {}
+
+    def note(name):
+        def hook(_, inputs):
+            amax[name] = float(inputs[0].abs().max())
+
+        return hook
+
+    hooks = [
+        la.module.register_forward_pre_hook(note(la.name)) for la in layers
+    ]
+    with torch.no_grad():
+        model(torch.randn(2, SAMPLES))
+    for hook in hooks:
+        hook.remove()
+    return {
+        la.name: integer_layer(la, LayerQuant(bits, bits, amax[la.name]))
+        for la in layers
+    }
+
+
+def describe(model, keep=lambda name: True, bits=8):
+    """The spec of a model with the layers that ``keep`` wants as integers."""
+    integers = quantized_layers(model, bits)
+    kept = {n: layer for n, layer in integers.items() if keep(n)}
+    return describe_encoder(model, "enc.model", kept)
+
+
+def relative_error(found, expected):
+    """Distance over the spread of what is expected."""
+    found = found.cpu()
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    spread = (expected - expected.mean()).norm()
+    return float((found - expected).norm() / spread)
+
+
+def rounding_noise(spec, wavs, lengths=None):
+    """How far the exact reference moves when its input moves by a rounding
+    of 16 bit: what a runtime that rounds to 16 bit can be asked for."""
+    expected = ReferenceExecutor(spec)(wavs, lengths)
+    moved = ReferenceExecutor(spec)(wavs * (1 + 2**-9), lengths)
+    return expected, relative_error(moved, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_agrees_with_the_reference(tiny_model, bits):
+    """In float32 the runtime differs from the reference by the order of its
+    sums only: a few integers at a tie."""
+    spec = describe(tiny_model, bits=bits)
+    wavs = torch.randn(2, SAMPLES)
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_agrees_within_16_bit(tiny_model, dtype):
+    spec = describe(tiny_model)
+    wavs = torch.randn(2, SAMPLES)
+    expected, noise = rounding_noise(spec, wavs)
+    found = make_executor(spec, DEVICE, dtype=dtype)(wavs.to(DEVICE), None)
+    # bfloat16 rounds the residual stream to 2^-9 some ten times
+    assert relative_error(found, expected) < max(4 * noise, 0.03)
+
+
+def test_masks_the_padding(tiny_model):
+    """Real frames of a padded batch are those of the reference with a mask."""
+    spec = describe(tiny_model)
+    wavs = torch.randn(3, SAMPLES)
+    lengths = torch.tensor([SAMPLES, 2000, 450])
+    for row, length in zip(wavs, lengths, strict=True):
+        row[length:] = 0
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    found = execute(wavs.to(DEVICE), lengths.to(DEVICE)).cpu()
+    expected = ReferenceExecutor(spec)(wavs, lengths)
+    for i, length in enumerate(lengths):
+        frames = spec.frames(int(length))
+        assert frames > 0
+        error = relative_error(found[i, :frames], expected[i, :frames])
+        assert error < 5e-3
+
+
+def test_an_utterance_without_a_frame_is_finite(make_tiny_model):
+    spec = describe(make_tiny_model("hubert-large"))
+    execute = make_executor(spec, DEVICE)
+    wavs = torch.randn(2, SAMPLES).to(DEVICE)
+    found = execute(wavs, torch.tensor([SAMPLES, 3]).to(DEVICE))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("samples", [400, 719, 720, 2999, 3333])
+def test_the_bucket_does_not_matter(tiny_model, samples):
+    """Every length, also those that a GroupNorm over the padding would get
+    wrong, equals the reference, which pads nothing."""
+    spec = describe(tiny_model)
+    wavs = torch.randn(1, samples)
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+MIXED = {
+    "no conv": lambda name: "conv_layers" not in name,
+    "first conv float": lambda name: "conv_layers.0." not in name,
+    "third conv float": lambda name: "conv_layers.2." not in name,
+    "only conv": lambda name: "conv_layers" in name,
+    "no projection": lambda name: "projection" not in name,
+    "no position": lambda name: "pos_conv" not in name,
+    "no key": lambda name: "k_proj" not in name,
+    "no up": lambda name: "intermediate_dense" not in name,
+    "no down": lambda name: "output_dense" not in name,
+    "no out": lambda name: "out_proj" not in name,
+    "nothing": lambda name: False,
+}
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
+@pytest.mark.parametrize("keep", MIXED.values(), ids=MIXED)
+def test_any_layer_may_stay_float(make_tiny_model, variant, keep):
+    spec = describe(make_tiny_model(variant), keep)
+    kinds = {type(layer) for layer in spec.layers()}
+    assert FloatLayer in kinds
+    wavs = torch.randn(2, 1500)
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+def test_projections_on_scales_of_their_own(make_tiny_model):
+    """Query, key and value with different scales are three products."""
+    spec = describe(make_tiny_model("hubert-large"))
+    block = spec.blocks[0]
+    key = replace(block.key, activation_scale=block.key.activation_scale * 0.9)
+    spec = replace(spec, blocks=(replace(block, key=key), *spec.blocks[1:]))
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    counts = [len(b.qkv.parts) for b in execute.network.blocks]
+    assert counts == [3, 1]
+    wavs = torch.randn(1, 1500)
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+def test_wide_norms_are_computed_apart(make_tiny_model):
+    """More channels than one tile holds: LayerNorm by its own kernel."""
+    model = make_tiny_model(
+        "hubert-large", conv_dim=(16, 520), conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+    )  # fmt: skip
+    spec = describe(model)
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    assert [s.fused for s in execute.network.stages] == [True, False]
+    wavs = torch.randn(1, 300)
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+def _layer(kind="linear", **changes) -> IntegerLayer:
+    module = (
+        torch.nn.Linear(20, 7)
+        if kind == "linear"
+        else torch.nn.Conv1d(20, 7, 3, stride=2)
+    )
+    plain = float_layer("ctc_lin.w", module)
+    weight = torch.randint(-127, 128, plain.weight.shape, dtype=torch.int8)
+    layer = IntegerLayer(
+        "ctc_lin.w", kind, weight, torch.rand(7) * 0.01, 8,
+        torch.tensor(0.02), 8, plain.bias, plain.stride,
+    )  # fmt: skip
+    return replace(layer, **changes)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_head(has_bias):
+    layer = _layer()
+    layer = layer if has_bias else replace(layer, bias=None)
+    x = torch.randn(2, 5, 20)
+    found = make_layer(layer, DEVICE)(x.to(DEVICE)).cpu()
+    torch.testing.assert_close(found, reference_forward(layer, x))
+
+
+def test_a_convolution_outside_the_encoder():
+    layer = _layer("conv1d")
+    x = torch.randn(2, 20, 9)
+    found = make_layer(layer, DEVICE)(x.to(DEVICE)).cpu()
+    torch.testing.assert_close(found, reference_forward(layer, x))
+
+
+def test_errors_say_what_to_do(make_tiny_model, monkeypatch):
+    with pytest.raises(ValueError, match=r"ctc_lin.w: .* padding 1, dilat"):
+        make_layer(_layer("conv1d", padding=1), DEVICE)
+    spec = describe(make_tiny_model("hubert-large"))
+    with pytest.raises(ValueError, match="dtype 'int4' is none of float16,"):
+        make_executor(spec, DEVICE, dtype="int4")
+    execute = make_executor(spec, DEVICE)
+    with pytest.raises(ValueError, match="100 samples are shorter than one"):
+        execute(torch.zeros(1, 100, device=DEVICE), None)
+    with pytest.raises(ValueError, match=f"the encoder is on {DEVICE}"):
+        execute(torch.zeros(1, 1000, device="meta"), None)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a CUDA device")
+def test_without_a_device_it_is_refused(make_tiny_model, monkeypatch):
+    from speechbrain_stablequant.kernels import library
+
+    monkeypatch.setattr(library, "INTERPRETED", False)
+    spec = describe(make_tiny_model("hubert-large"))
+    with pytest.raises(ValueError, match="no CUDA device; write backend: au"):
+        make_executor(spec)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_graphs_equal_launches(tiny_model):  # pragma: no cover
+    spec = describe(tiny_model)
+    plain = make_executor(spec, max_graphs=0, tune=False)
+    graphs = make_executor(spec, max_graphs=2, tune=False)
+    for samples in (3333, 1500, 700, 3333):
+        wavs = torch.randn(2, samples, device=DEVICE)
+        expected = plain(wavs, None)
+        assert torch.equal(graphs(wavs, None), expected)
+    assert len(graphs.graphs.items) == 2
