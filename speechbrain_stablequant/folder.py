@@ -442,36 +442,48 @@ def _describe_head(
     return text
 
 
-def _plain_node(module: nn.Module) -> str | None:
-    """A module of a plain kind as one YAML node; None for other kinds.
+def _plain_node(module: nn.Module, indent: str = "  ") -> str | None:
+    """A module of a plain kind as a YAML node; None for other kinds.
 
     Example
     -------
-    >>> _plain_node(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
-    '!new:torch.nn.Sequential [!new:torch.nn.Linear {"in_features": 2, \
-"out_features": 3, "bias": true}, !new:torch.nn.ReLU {}]'
+    >>> print(_plain_node(nn.Sequential(nn.Linear(2, 3), nn.ReLU())))
+    !new:torch.nn.Sequential
+      - !new:torch.nn.Linear
+        in_features: 2
+        out_features: 3
+        bias: true
+      - !new:torch.nn.ReLU {}
     """
     kind = type(module)
     if kind is nn.Sequential:
-        nodes = [_plain_node(child) for child in module]
-        if None in nodes:
+        nodes = [_plain_node(child, f"{indent}  ") for child in module]
+        if None in nodes or not nodes:
             return None
-        return f"!new:torch.nn.Sequential [{', '.join(nodes)}]"
+        return _block("torch.nn.Sequential", [f"- {n}" for n in nodes], indent)
     if kind is SpeechBrainLinear:
+        name = "speechbrain.nnet.linear.Linear"
         settings = {
             "input_size": module.w.in_features,
             "n_neurons": module.w.out_features,
             "bias": module.w.bias is not None,
-            "max_norm": module.max_norm,
             "combine_dims": module.combine_dims,
         }
-        return f"!new:speechbrain.nnet.linear.Linear {json.dumps(settings)}"
-    if kind not in _ARGUMENTS:
+    elif kind in _ARGUMENTS:
+        name = f"torch.nn.{kind.__name__}"
+        settings = {key: getattr(module, key) for key in _ARGUMENTS[kind]}
+        if kind in (nn.Linear, nn.LayerNorm):
+            settings["bias"] = module.bias is not None
+    else:
         return None
-    settings = {name: getattr(module, name) for name in _ARGUMENTS[kind]}
-    if kind in (nn.Linear, nn.LayerNorm):
-        settings["bias"] = module.bias is not None
-    return f"!new:torch.nn.{kind.__name__} {json.dumps(settings)}"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in settings.items()]
+    return _block(name, lines, indent)
+
+
+def _block(name: str, lines: list[str], indent: str) -> str:
+    if not lines:
+        return f"!new:{name} {{}}"
+    return f"!new:{name}" + "".join(f"\n{indent}{line}" for line in lines)
 
 
 def _recipe_nodes(brain: sb.Brain) -> dict[str, Any]:

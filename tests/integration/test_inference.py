@@ -1,0 +1,377 @@
+"""The folder of a run, loaded as its user loads it: elsewhere and offline."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from speechbrain.inference.ASR import EncoderASR
+from torch import nn
+from trained_recipe import RECIPE
+
+from speechbrain_stablequant import inference
+from speechbrain_stablequant.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    rounded_floats,
+)
+from speechbrain_stablequant.runtime import build_forwards, resolve_backend
+from speechbrain_stablequant.runtime.base import shadowed_forwards
+
+BLOCK = """
+quantize: !apply:speechbrain_stablequant.register
+    target: [wav2vec2, enc, ctc_lin]
+    weight_bits: 8
+    activation_bits: 8
+    method: max
+    calibration: {num_utterances: 6}
+    backend: torch
+"""
+SIMULATED = {"overrides": {"backend": "torch"}}
+
+FOUR_LINES = """\
+from speechbrain.inference.ASR import EncoderASR
+asr = EncoderASR.from_hparams(source={folder!r})
+text = asr.transcribe_file({audio!r})
+print(text)
+"""
+
+
+def recipe_script():
+    """The recipe's ``train.py`` as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "recipe_of_inference", RECIPE / "train.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def written(trained) -> Path:
+    """The output folder of a run of eight bits."""
+    output = trained.root / "for_inference"
+    finished = trained.run(output, block=BLOCK)
+    assert finished.code == 0, finished.err
+    return output
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    """A copy of its quantized folder."""
+    return Path(shutil.copytree(written / "quantized", tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def brain(trained, written):
+    """The recipe's float Brain with its best checkpoint."""
+    script = recipe_script()
+    output = trained.root / "brain"
+    arguments = trained.test_arguments(output, block="")
+    brain, sets, _ = script.prepare([str(part) for part in arguments])
+    brain.checkpointer.recover_if_possible(min_key="WER")
+    brain.modules.eval()
+    return brain, sets
+
+
+def audio_files(trained, name: str = "clean") -> list[Path]:
+    """Audio of a test set."""
+    files = sorted((trained.root / "corpus").glob(f"{name}-*.wav"))
+    assert files
+    return files
+
+
+def load(folder: Path, **options) -> EncoderASR:
+    """The recogniser, simulated unless options say otherwise."""
+    return EncoderASR.from_hparams(
+        source=str(folder), **{**SIMULATED, **options}
+    )
+
+
+def padded(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of audio files, and relative lengths."""
+    waves = [
+        torch.from_numpy(soundfile.read(f, dtype="float32")[0]) for f in files
+    ]
+    longest = max(len(wave) for wave in waves)
+    lengths = torch.tensor([len(wave) / longest for wave in waves])
+    return nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths
+
+
+# -- what is written -----------------------------------------------------------
+
+
+def test_files_of_the_folder(written):
+    folder = written / "quantized"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "plan.json",
+        "hyperparams.yaml",
+        "config.json",
+        "label_encoder.txt",
+    }
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    size = (folder / "model.safetensors").stat().st_size
+    assert report["size_mb"]["quantized"] == size / 1e6
+    assert report["backend"] == "simulated"
+    assert report["warnings"] == []
+    assert set(report["files"].values()) == {
+        "model.safetensors",
+        "plan.json",
+        "hyperparams.yaml",
+    }
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "all else as float16, as it was evaluated" in text
+
+
+def test_no_path_of_the_training_machine(trained, written):
+    root = str(trained.root)
+    folder = written / "quantized"
+    for name in ("hyperparams.yaml", "config.json", "label_encoder.txt"):
+        assert root not in (folder / name).read_text(encoding="utf-8")
+    assert root.encode() not in (folder / "model.safetensors").read_bytes()
+
+
+def test_no_float_weight_of_a_quantized_layer(written):
+    tensors = load_file(written / "quantized" / "model.safetensors")
+    weights = {
+        name for name, tensor in tensors.items() if tensor.dtype == torch.int8
+    }
+    assert "ctc_lin.w.weight" in weights
+    assert "enc.linear.w.weight" in weights or any(
+        name.startswith("enc.") for name in weights
+    )
+    assert not any("original" in name for name in tensors)
+
+
+# -- what it computes ----------------------------------------------------------
+
+
+@torch.no_grad()
+def simulated_output(brain, folder, wavs, lengths):
+    """Log probabilities of the recipe's own modules with the plan."""
+    checkpoint = load_checkpoint(folder)
+    modules = dict(brain.modules.items())
+    integers = checkpoint.integers
+    forwards = build_forwards("torch", modules, integers)
+    with (
+        rounded_floats(modules, list(integers), checkpoint.float_dtype),
+        shadowed_forwards(forwards),
+    ):
+        hidden = modules["enc"](modules["wav2vec2"](wavs, lengths))
+        return brain.hparams.log_softmax(modules["ctc_lin"](hidden))
+
+
+def test_output_is_that_of_the_recipe(trained, folder, brain):
+    wavs, lengths = padded(audio_files(trained))
+    assert lengths.min() < 1
+    expected = simulated_output(brain[0], folder, wavs, lengths)
+    asr = load(folder)
+    assert torch.equal(asr.encode_batch(wavs, lengths), expected)
+    assert asr.mods.encoder.runtime == "torch"
+
+
+def test_output_is_close_to_the_float_model(trained, folder, brain):
+    wavs, lengths = padded(audio_files(trained))
+    modules = brain[0].modules
+    with torch.no_grad():
+        hidden = modules.enc(modules.wav2vec2(wavs, lengths))
+        expected = modules.ctc_lin(hidden).log_softmax(-1).exp()
+    found = load(folder).encode_batch(wavs, lengths).exp()
+    assert (found - expected).abs().mean() < 0.02
+    assert not torch.equal(found, expected)
+
+
+def test_transcribe_file_and_batch(trained, folder, brain):
+    files = audio_files(trained) + audio_files(trained, "noisy")
+    asr = load(folder)
+    one_by_one = [asr.transcribe_file(str(file)) for file in files]
+    assert len(set(one_by_one)) > 1
+    references = {
+        item["id"]: item["wrd"]
+        for name in ("clean", "noisy")
+        for item in brain[1][name]
+    }
+    right = sum(
+        text == references[file.stem]
+        for text, file in zip(one_by_one, files, strict=True)
+    )
+    # A system that recognises: most sentences are right as a whole.
+    assert right >= len(files) / 2
+    for file, text in zip(files, one_by_one, strict=True):
+        words, tokens = asr.transcribe_batch(*padded([file]))
+        assert words == [text]
+        assert len(tokens[0]) == len(text)
+    words, _ = asr.transcribe_batch(*padded(files))
+    assert len(words) == len(files)
+
+
+def test_four_lines_elsewhere_and_offline(trained, folder, tmp_path):
+    """No argument; the recipe, its checkpoint and its data are gone."""
+    audio = tmp_path / "speech.flac"
+    data, rate = soundfile.read(audio_files(trained)[0])
+    soundfile.write(audio, data, rate)
+    script = tmp_path / "four.py"
+    script.write_text(
+        FOUR_LINES.format(folder=str(folder), audio=str(audio)),
+        encoding="utf-8",
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    gone = trained.root.with_name(trained.root.name + "-gone")
+    trained.root.rename(gone)
+    try:
+        finished = trained.starter.run(script, cwd=empty)
+    finally:
+        gone.rename(trained.root)
+    assert finished.code == 0, finished.err
+    text = finished.out.strip().splitlines()[-1]
+    assert text == load(folder, overrides={}).transcribe_file(str(audio))
+    # Nothing is left where it ran.
+    assert not list(empty.iterdir())
+
+
+def test_runtime_of_the_device(trained, folder):
+    asr = load(folder, overrides={})
+    wavs, lengths = padded(audio_files(trained)[:1])
+    out = asr.encode_batch(wavs, lengths)
+    assert asr.mods.encoder.runtime == resolve_backend("auto", "cpu") != "torch"
+    expected = load(folder).encode_batch(wavs, lengths)
+    assert (out.exp() - expected.exp()).abs().mean() < 0.02
+
+
+def test_an_unknown_backend(trained, folder):
+    asr = load(folder, overrides={"backend": "tpu"})
+    with pytest.raises(ValueError, match=r"^backend: 'tpu' is none of auto"):
+        asr.transcribe_file(str(audio_files(trained)[0]))
+
+
+def test_weights_never_are_floats(folder, monkeypatch):
+    """Nothing of the size of a quantized weight is made on a device."""
+    shells = []
+
+    def keep(config):
+        shells.append(original(config))
+        # One vector of transformers' is made by a way that knows no device.
+        stored = {n for n, p in shells[-1].named_parameters() if not p.is_meta}
+        assert stored <= {"masked_spec_embed"}
+        return shells[-1]
+
+    original = inference.empty_encoder
+    monkeypatch.setattr(inference, "empty_encoder", keep)
+    asr = load(folder)
+    (shell,) = shells
+    linears = [m for m in shell.modules() if isinstance(m, nn.Linear)]
+    assert linears
+    assert all(m.weight is None for m in linears)
+    conv = shell.encoder.pos_conv_embed.conv
+    assert conv.weight is None
+    assert not hasattr(conv, "parametrizations")
+    assert asr.mods.encoder.parts["ctc_lin"].w.weight is None
+    assert not any(p.is_meta for p in asr.mods.parameters())
+
+
+def test_stays_in_evaluation_mode(folder):
+    asr = load(folder, freeze_params=False)
+    asr.train()
+    assert not any(module.training for module in asr.mods.encoder.modules())
+
+
+# -- where it is ---------------------------------------------------------------
+
+
+def test_relative_source(trained, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    asr = load(Path(folder.name))
+    monkeypatch.chdir("/")
+    assert asr.transcribe_file(str(audio_files(trained)[0]))
+
+
+def test_savedir_of_another_model(trained, written, folder, tmp_path):
+    """SpeechBrain takes hyperparams.yaml from savedir if there is one."""
+    savedir = tmp_path / "saved"
+    assert load(folder, savedir=str(savedir))
+    # The same once more is fine.
+    assert load(folder, savedir=str(savedir))
+    output = trained.root / "six_bits"
+    if not output.exists():
+        finished = trained.run(
+            output, "--quantize", "{weight_bits: 6}", block=BLOCK
+        )
+        assert finished.code == 0, finished.err
+    with pytest.raises(CheckpointError, match="give from_hparams no savedir"):
+        load(output / "quantized", savedir=str(savedir))
+    # And with links that lead nowhere the new one is found.
+    shutil.rmtree(folder)
+    asr = load(output / "quantized", savedir=str(savedir))
+    assert asr.mods.encoder.folder == (output / "quantized").absolute()
+
+
+# -- folders that were damaged or mixed up -------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "plan.json", "config.json", "label_encoder.txt"],
+)
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    text = str(caught.value)
+    assert f"{name}: there is no such file" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["plan.json", "config.json", "label_encoder.txt"]
+)
+def test_edited_file(folder, name):
+    path = folder / name
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"{name}: is not the file that"):
+        load(folder)
+
+
+def test_checksum_of_hyperparams(folder):
+    path = folder / "hyperparams.yaml"
+    text = path.read_text(encoding="utf-8")
+    checksum = load_checkpoint(folder).checksum
+    path.write_text(text.replace(checksum, "0" * 64), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not the model that hyperparams"):
+        load(folder)
+
+
+def test_heads_of_another_model(folder):
+    path = folder / "hyperparams.yaml"
+    text = path.read_text(encoding="utf-8")
+    changed = text.replace("n_neurons: 6", "n_neurons: 7")
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"layer 'ctc_lin\.w' of shape"):
+        load(folder)
+
+
+def test_tokenizer_file_stays_in_the_folder(folder):
+    path = folder / "hyperparams.yaml"
+    text = path.read_text(encoding="utf-8")
+    changed = text.replace('"label_encoder.txt"', '"../label_encoder.txt"')
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not the plain name"):
+        load(folder)
+
+
+def test_nothing_is_unpickled(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch.load was called")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(sys.modules["pickle"], "load", refuse)
+    assert load(folder)
