@@ -1,0 +1,217 @@
+"""Every kernel compiled for GPUs that need not be there.
+
+Shapes are those of HuBERT-Large and wav2vec2-Base at 10 s. What is checked:
+products run on the integer tensor cores, nothing is spilled, and the block
+fits onto the multiprocessor.
+"""
+
+import os
+
+import pytest
+import torch
+
+from speechbrain_stablequant.kernels import (
+    group_conv,
+    layer_norm,
+    matmul,
+    quantize,
+    wave_conv,
+)
+from speechbrain_stablequant.kernels.resources import (
+    compile_launch,
+    launches_of,
+)
+from speechbrain_stablequant.kernels.tuning import Config
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="interpreted kernels are not compiled",
+)
+
+#: Architecture -> bytes of shared memory that a block may have.
+ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
+REGISTERS = 65536
+INT8, HALF = torch.int8, torch.float16
+FRAMES = 499
+#: After a product: bias and GELU, quantized.
+ACTIVATED = (True, INT8, 2.0, 127)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compiled(arch: int, function, *args, **kwargs):
+    """Resources of the one kernel that a call launches."""
+    (launch,) = launches_of(function, *args, **kwargs)
+    return compile_launch(launch, arch)
+
+
+def check(arch: int, found, product: bool = True) -> None:
+    """What holds for every kernel."""
+    assert found.spill_bytes == 0
+    assert found.stack_bytes == 0
+    assert found.shared_bytes <= ARCHITECTURES[arch]
+    assert found.registers * found.warps * 32 <= REGISTERS
+    if not product:
+        assert found.tensor_core == ()
+        return
+    assert found.tensor_core
+    assert all(".s32.s8.s8" in name for name in found.tensor_core)
+
+
+def is_wgmma(found) -> bool:
+    """Whether the product runs on a whole warp group (Hopper)."""
+    return all(name.startswith("wgmma") for name in found.tensor_core)
+
+
+def linear(columns: int, depth: int, has_residual: bool, end, tile=None):
+    """Arguments of a linear layer on a batch of 8 utterances."""
+    rows = 8 * FRAMES
+    residual = meta(rows, columns, dtype=HALF) if has_residual else None
+    return matmul.launch_linear, (
+        meta(rows, depth, dtype=INT8),
+        meta(columns, depth, dtype=INT8),
+        meta(columns),
+        meta(columns),
+        residual,
+        *end,
+        tile,
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tile", matmul.TILES, ids=str)
+def test_gelu_and_quantize(arch, tile):
+    function, arguments = linear(4096, 1024, False, ACTIVATED, tile)
+    found = compiled(arch, function, *arguments)
+    check(arch, found)
+    assert is_wgmma(found) == (arch == 90)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tile", matmul.TILES, ids=str)
+def test_residual(arch, tile):
+    end = (False, HALF, 1.0, 127)
+    function, arguments = linear(1024, 4096, True, end, tile)
+    found = compiled(arch, function, *arguments)
+    check(arch, found)
+    assert is_wgmma(found) == (arch == 90)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [768, 1024])
+def test_projections(arch, channels):
+    end = (False, HALF, 1.0, 127)
+    function, arguments = linear(3 * channels, channels, False, end)
+    check(arch, compiled(arch, function, *arguments))
+
+
+def test_depth_that_is_no_multiple_of_the_tile():
+    function, arguments = linear(32, 1000, False, (False, HALF, 1.0, 127))
+    for arch in ARCHITECTURES:
+        check(arch, compiled(arch, function, *arguments))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("m, k, warps, stages", matmul.ROW_TILES)
+def test_convolution_with_layer_norm(arch, m, k, warps, stages):
+    vectors = [meta(512) for _ in range(4)]
+    found = compiled(
+        arch,
+        matmul.launch_conv1d,
+        meta(1, 31999, 512, dtype=INT8),
+        meta(512, 1536, dtype=INT8),
+        *vectors[:2],
+        3,
+        2,
+        *vectors[2:],
+        1e-5,
+        *ACTIVATED,
+        config=Config(m, 512, k, warps, stages),
+    )
+    check(arch, found)
+    # an instruction of a warp group multiplies 64 rows
+    assert is_wgmma(found) == (arch == 90 and m >= 64)
+
+
+def wave_arguments(by_utterance: bool, has_norm: bool):
+    """Arguments of the first convolution on 10 s."""
+    shape = (1, 512) if by_utterance else (512,)
+    norm = (meta(512), meta(512)) if has_norm else (None, None)
+    weight = meta(512, 10, dtype=INT8)
+    scale, bias = meta(*shape), meta(*shape)
+    return (
+        *(meta(1, 160000), 3.0, 127, weight, scale, bias, 5),
+        *(*norm, 1e-5, *ACTIVATED),
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("m, warps", wave_conv.ROW_TILES)
+def test_first_convolution_with_layer_norm(arch, m, warps):
+    found = compiled(
+        arch,
+        wave_conv.launch,
+        *wave_arguments(False, True),
+        config=Config(m, 512, 32, warps, 1),
+    )
+    check(arch, found)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("m, n, warps", wave_conv.TILES)
+def test_first_convolution_with_a_scale_of_its_own(arch, m, n, warps):
+    found = compiled(
+        arch,
+        wave_conv.launch,
+        *wave_arguments(True, False),
+        config=Config(m, n, 32, warps, 1),
+    )
+    check(arch, found)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sums_for_group_norm(arch):
+    frames = meta(dtype=torch.int64)
+    found = compiled(
+        arch,
+        wave_conv.launch_sums,
+        *(meta(1, 160000), 3.0, 127, meta(512, 10, dtype=INT8), 5, frames),
+    )
+    check(arch, found)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("m, k, warps, stages", group_conv.TILES)
+@pytest.mark.parametrize("channels", [48, 64])
+def test_positional_convolution(arch, m, k, warps, stages, channels):
+    if channels == 48 and m != 64:
+        pytest.skip("the smaller tile stands for wav2vec2-Base")
+    width = 16 * channels
+    found = compiled(
+        arch,
+        group_conv.launch,
+        meta(1, FRAMES, width, dtype=INT8),
+        meta(16, channels, 128, 64, dtype=INT8),
+        meta(width),
+        meta(width),
+        meta(1, FRAMES, width, dtype=HALF),
+        *(64, 1, True, HALF),
+        config=Config(m, 64, k, warps, stages),
+    )
+    check(arch, found)
+    assert is_wgmma(found) == (arch == 90)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_no_product(arch):
+    x, vector = meta(FRAMES, 1024, dtype=HALF), meta(1024)
+    norm = (x, vector, vector, 1e-5)
+    for function, arguments in (
+        (layer_norm.launch, (*norm, False, INT8, 2.0, 127)),
+        (layer_norm.launch_both, (*norm, HALF, 2.0, 127)),
+        (quantize.launch, (x, 2.0, 127)),
+    ):
+        check(arch, compiled(arch, function, *arguments), product=False)

@@ -1,0 +1,133 @@
+"""Tiles: the rule, the measurements and their file; buckets of lengths."""
+
+import json
+
+import pytest
+import torch
+
+from speechbrain_stablequant.kernels import group_conv, matmul, tuning
+from speechbrain_stablequant.kernels.tuning import Config, Tuner
+from speechbrain_stablequant.runtime.encoder import describe_encoder
+from speechbrain_stablequant.runtime.triton.buckets import (
+    LeastRecent,
+    bucket_samples,
+    round_frames,
+    samples_for,
+)
+
+SLOW, FAST = Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)
+CPU = torch.device("cpu")
+
+
+def make_tuner(path, log, device="a card", fail=()):
+    """A tuner whose clock says how large the tile is."""
+
+    def measure(run):
+        log.append(None)
+        run()
+        config = log[-1]
+        return float("inf") if config in fail else float(config.block_m)
+
+    return Tuner(path, device, measure)
+
+
+def test_measures_a_shape_once_and_keeps_the_fastest(tmp_path):
+    path, log = tmp_path / "new" / "tiles.json", []
+    tuner = make_tuner(path, log)
+    with tuner.active():
+        for _ in range(3):
+            assert tuning.select("linear/64", [SLOW, FAST], log.append) == FAST
+    assert [c for c in log if c] == [SLOW, FAST]
+    tuner.save()
+    again = make_tuner(path, log)
+    assert again.choose("linear/64", [SLOW, FAST], None) == FAST
+    # outside the context the rule's first candidate runs, nothing is timed
+    assert tuning.select("linear/64", [SLOW, FAST], None) == SLOW
+
+
+def test_a_tile_that_cannot_run_is_not_chosen():
+    log = []
+    tuner = make_tuner(None, log, fail=(FAST,))
+    assert tuner.choose("key", [SLOW, FAST], log.append) == SLOW
+    tuner = make_tuner(None, log, fail=(FAST, SLOW))
+    with pytest.raises(RuntimeError, match="key: this device can run none"):
+        tuner.choose("key", [SLOW, FAST], log.append)
+
+
+def test_saving_keeps_what_another_process_measured(tmp_path):
+    path, log = tmp_path / "tiles.json", []
+    one, other = make_tuner(path, log), make_tuner(path, log)
+    one.choose("a", [SLOW, FAST], log.append)
+    other.choose("b", [SLOW, FAST], log.append)
+    one.save()
+    other.save()
+    assert set(json.loads(path.read_text())["tiles"]) == {"a", "b"}
+    assert [file.name for file in tmp_path.iterdir()] == ["tiles.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "device"', "not valid JSON"),
+        ('{"format": 9}', "not a tuning cache of a card and Triton"),
+        ("[]", "not a tuning cache of a card"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    path = tmp_path / "tiles.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        make_tuner(path, [])
+
+
+def test_a_file_of_another_card_is_refused(tmp_path):
+    path, log = tmp_path / "tiles.json", []
+    tuner = make_tuner(path, log)
+    tuner.choose("a", [SLOW, FAST], log.append)
+    tuner.save()
+    with pytest.raises(ValueError, match=r"tiles.json: not a tuning cache"):
+        make_tuner(path, log, device="another card")
+
+
+def test_the_rule_fills_the_device(monkeypatch):
+    def best(rows, columns):
+        return tuning.rank_by_waves(matmul.TILES, rows, columns, CPU)[0]
+
+    large, short = best(32 * 1499, 4096), best(249, 1024)
+    assert large == matmul.TILES[0]
+    assert short.block_m * short.block_n <= 64 * 64
+    # every kernel has a tile for the cards with the least shared memory
+    monkeypatch.setattr(tuning, "device_limits", lambda _: (82, 99 * 1024))
+    assert matmul._candidates(499, 512, True, CPU)
+    assert matmul._candidates(499, 1024, False, CPU)
+    tiles = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
+    assert tuning.rank_by_waves(tiles, 499, 1024, CPU)
+    monkeypatch.setattr(tuning, "device_limits", lambda _: (1, 100))
+    with pytest.raises(ValueError, match="no tile of this kernel fits"):
+        best(1, 1)
+
+
+def test_buckets_hold_what_they_must(make_tiny_model):
+    spec = describe_encoder(make_tiny_model("hubert-large"), "enc", {})
+    assert samples_for(spec, 1) == 400
+    buckets = set()
+    for samples in range(400, 30000, 97):
+        padded = bucket_samples(spec, samples)
+        assert padded >= samples
+        assert bucket_samples(spec, padded) == padded
+        frames = spec.frames(padded)
+        assert frames % 8 == 0
+        assert frames <= 1.125 * spec.frames(samples) + 9
+        buckets.add(padded)
+    assert len(buckets) < 20
+    assert all(round_frames(n) >= n for n in range(1, 3000))
+
+
+def test_what_is_not_used_is_discarded():
+    gone = []
+    kept = LeastRecent(2, gone.append)
+    for key in "abacab":
+        assert kept.get(key, str.upper) == key.upper()
+    assert gone == ["B", "C"]
+    with pytest.raises(ValueError, match="at least 1"):
+        LeastRecent(0)
