@@ -24,8 +24,15 @@ from torch import nn
 
 from .files import write_atomic
 from .integer import FloatLayer, IntegerLayer, float_layer
+from .layers import find_encoders
 from .numerics import qmax
-from .runtime.encoder import AnyLayer, BlockSpec, EncoderSpec, Norm
+from .runtime.encoder import (
+    AnyLayer,
+    BlockSpec,
+    EncoderSpec,
+    Norm,
+    describe_encoder,
+)
 
 EXPORT_FORMAT = 1
 
@@ -53,7 +60,8 @@ class Activation:
     Arguments
     ---------
     op : str
-        ``"Relu"``, ``"LeakyRelu"`` or ``"Gelu"``.
+        ``"Relu"``, ``"LeakyRelu"``, ``"Gelu"``, ``"Tanh"`` or
+        ``"LogSoftmax"`` (over the last axis).
     slope : float
         Of LeakyRelu, below 0.
     """
@@ -61,6 +69,8 @@ class Activation:
     op: str
     slope: float = 0.01
 
+
+_ACTIVATIONS = {nn.ReLU: "Relu", nn.Tanh: "Tanh"}
 
 HeadPart = AnyLayer | Norm | Activation
 
@@ -137,10 +147,13 @@ def _head_part(
         )
     if isinstance(module, nn.LeakyReLU):
         return Activation("LeakyRelu", module.negative_slope)
-    if isinstance(module, nn.ReLU):
-        return Activation("Relu")
+    for kind, op in _ACTIVATIONS.items():
+        if isinstance(module, kind):
+            return Activation(op)
     if isinstance(module, nn.GELU) and module.approximate == "none":
         return Activation("Gelu")
+    if isinstance(module, nn.LogSoftmax) and module.dim == -1:
+        return Activation("LogSoftmax")
     if isinstance(module, nn.Identity | nn.Dropout) or any(module.children()):
         return None
     raise ValueError(
@@ -577,7 +590,7 @@ def _position_as_conv(graph: Graph, spec: EncoderSpec, x: str) -> str:
 
 
 def _block(
-    graph: Graph, spec: EncoderSpec, block: BlockSpec, x: str, mask: str
+    graph: Graph, spec: EncoderSpec, block: BlockSpec, x: str, mask: str | None
 ) -> str:
     heads = spec.num_heads
     width = block.query.weight.shape[0]
@@ -592,7 +605,8 @@ def _block(
     value = split(graph.linear(y, block.value), 0, 2, 1, 3)
     scores = graph.add("MatMul", [query, key])
     scores = graph.add("Mul", [scores, graph.number(head**-0.5)])
-    scores = graph.add("Add", [scores, mask])
+    if mask is not None:
+        scores = graph.add("Add", [scores, mask])
     weights = graph.add("Softmax", [scores], axis=-1)
     attended = graph.add("MatMul", [weights, value])
     attended = graph.transpose(attended, 0, 2, 1, 3)
@@ -606,8 +620,24 @@ def _block(
     return x if spec.pre_norm else graph.norm(x, block.norm2)
 
 
+def _valid_frames(
+    graph: Graph, spec: EncoderSpec, lengths: str, frames: str
+) -> str:
+    """Which frames are real, bool [batch, frames]."""
+    for stage in spec.convs:
+        lengths = _frames_of(graph, lengths, stage.conv)
+    count = graph.add("Squeeze", [frames, graph.constant([0])])
+    index = graph.add("Range", [graph.constant(0), count, graph.constant(1)])
+    real = graph.add("Unsqueeze", [lengths, graph.constant([1])])
+    return graph.add("Less", [index, real])
+
+
 def _encoder(
-    graph: Graph, spec: EncoderSpec, wave: str, lengths: str, as_products: bool
+    graph: Graph,
+    spec: EncoderSpec,
+    wave: str,
+    lengths: str | None,
+    as_products: bool,
 ) -> str:
     convs = _convs_as_products if as_products else _convs_as_convs
     position = _position_as_products if as_products else _position_as_conv
@@ -615,25 +645,14 @@ def _encoder(
     x = graph.norm(x, spec.projection_norm)
     x = graph.linear(x, spec.projection)
 
-    real = lengths
-    for stage in spec.convs:
-        real = _frames_of(graph, real, stage.conv)
-    count = graph.add("Squeeze", [graph.size(x, 1), graph.constant([0])])
-    index = graph.add("Range", [graph.constant(0), count, graph.constant(1)])
-    valid = graph.add(
-        "Less", [index, graph.add("Unsqueeze", [real, graph.constant([1])])]
-    )
-    rows = graph.add("Unsqueeze", [valid, graph.constant([2])])
-    x = graph.add("Where", [rows, x, graph.number(0.0)])
-    mask = graph.add(
-        "Where",
-        [
-            graph.add("Unsqueeze", [valid, graph.constant([1, 2])]),
-            graph.number(0.0),
-            graph.number(MASKED),
-        ],
-    )
-
+    mask = None
+    if lengths is not None:
+        valid = _valid_frames(graph, spec, lengths, graph.size(x, 1))
+        rows = graph.add("Unsqueeze", [valid, graph.constant([2])])
+        x = graph.add("Where", [rows, x, graph.number(0.0)])
+        columns = graph.add("Unsqueeze", [valid, graph.constant([1, 2])])
+        ends = [graph.number(0.0), graph.number(MASKED)]
+        mask = graph.add("Where", [columns, *ends])
     added = graph.add("Gelu", [position(graph, spec, x)])
     x = graph.add("Add", [x, added])
     if not spec.pre_norm:
@@ -648,8 +667,11 @@ def _head(graph: Graph, x: str, head: Iterable[HeadPart]) -> str:
         if isinstance(part, Norm):
             x = graph.norm(x, part)
         elif isinstance(part, Activation):
-            slope = {"alpha": part.slope} if part.op == "LeakyRelu" else {}
-            x = graph.add(part.op, [x], **slope)
+            options = {
+                "LeakyRelu": {"alpha": part.slope},
+                "LogSoftmax": {"axis": -1},
+            }
+            x = graph.add(part.op, [x], **options.get(part.op, {}))
         else:
             x = graph.linear(x, part)
     return x
@@ -683,6 +705,7 @@ def export_onnx(
     *,
     normalize_wav: bool = False,
     output_norm: bool = False,
+    use_lengths: bool = True,
     sample_rate: int = 16000,
     target: str = "onnxruntime",
     metadata: Mapping[str, str] | None = None,
@@ -709,6 +732,9 @@ def export_onnx(
         normalised waves.
     output_norm : bool
         The same for the encoder's output, as the wrapper's ``output_norm``.
+    use_lengths : bool
+        False for a model that is not told what is padding: there is no input
+        ``lengths`` then.
     sample_rate : int
         Written into the file.
     target : str
@@ -745,7 +771,12 @@ def export_onnx(
             "2 GB; quantize more layers"
         )
     graph = Graph(unsigned=target == "onnxruntime")
-    wave, lengths = graph.name("wave"), graph.name("lengths")
+    wave = graph.name("wave")
+    inputs = {wave: ["batch", "samples"]}
+    lengths = None
+    if use_lengths:
+        lengths = graph.name("lengths")
+        inputs[lengths] = ["batch"]
     output = graph.name("logits" if head else "hidden")
     x = graph.standardize(wave, [1]) if normalize_wav else wave
     x = _encoder(graph, spec, x, lengths, target == "onnxruntime")
@@ -759,7 +790,7 @@ def export_onnx(
         if isinstance(layer, IntegerLayer)
     }
     model = graph.model(
-        {wave: ["batch", "samples"], lengths: ["batch"]},
+        inputs,
         output,
         ["batch", "frames", width],
         {
@@ -773,3 +804,84 @@ def export_onnx(
         },
     )
     return write_atomic(path, model.SerializeToString())
+
+
+def export_folder(
+    folder: str | Path, path: str | Path, target: str = "onnxruntime"
+) -> Path:
+    """Writes the model of a quantized folder as one ONNX file.
+
+    It takes audio as it is: the normalisation that the model wants is in the
+    graph. The labels, as a JSON list, and the index of the blank are in the
+    file's metadata, under ``labels`` and ``blank_index``.
+
+    Arguments
+    ---------
+    folder : str or Path
+        A folder that ``EncoderASR.from_hparams`` loads.
+    path : str or Path
+        The file. Its folder must exist.
+    target : str
+        As of :func:`export_onnx`.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ImportError
+        onnx is not installed.
+    CheckpointError
+        The folder is damaged or holds something else.
+    ValueError
+        A model that cannot be exported.
+    """
+    # The package below needs no SpeechBrain; this does.
+    from hyperpyyaml import load_hyperpyyaml
+
+    from .checkpoint import load_checkpoint
+
+    require_onnx()
+    integers = load_checkpoint(folder).integers
+    yaml = Path(folder) / "hyperparams.yaml"
+    if not yaml.is_file():
+        raise ValueError(
+            f"{yaml}: there is no such file; the run that wrote the folder "
+            "says in its report why it has no recogniser"
+        )
+    with open(yaml, encoding="utf-8") as stream:
+        hparams = load_hyperpyyaml(stream)
+    loader = hparams["pretrainer"]
+    loader.collect_files(default_source=str(folder))
+    loader.load_collected()
+    recogniser, tokenizer = loader.recogniser, loader.tokenizer
+    settings = recogniser.encoder_settings
+    if settings.get("output_all_hiddens"):
+        raise ValueError(
+            f"{yaml}: a model with output_all_hiddens cannot be exported"
+        )
+    parts = dict(recogniser.parts.items())
+    (encoder,) = find_encoders({settings["key"]: parts.pop(settings["key"])})
+    return export_onnx(
+        path,
+        describe_encoder(encoder.model, encoder.path, integers),
+        describe_head(parts, integers),
+        normalize_wav=settings["normalize_wav"],
+        output_norm=settings["output_norm"],
+        use_lengths=settings["use_lengths"],
+        sample_rate=hparams["sample_rate"],
+        target=target,
+        metadata={
+            "labels": json.dumps(_labels(tokenizer), ensure_ascii=False),
+            "blank_index": str(hparams["blank_index"]),
+        },
+    )
+
+
+def _labels(tokenizer: Any) -> list[str]:
+    """What each index stands for, of SpeechBrain's encoder or SentencePiece."""
+    if hasattr(tokenizer, "ind2lab"):
+        return [tokenizer.ind2lab[i] for i in range(len(tokenizer))]
+    return [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]

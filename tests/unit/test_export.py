@@ -7,16 +7,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.inference.ASR import EncoderASR
+from speechbrain.nnet.linear import Linear
 from torch import nn
 from torch.nn import functional as F
 
 from speechbrain_stablequant import export
+from speechbrain_stablequant.checkpoint import load_checkpoint
 from speechbrain_stablequant.export import (
     TARGETS,
     Graph,
     describe_head,
+    export_folder,
     export_onnx,
 )
+from speechbrain_stablequant.folder import RecogniserSource, write_folder
+from speechbrain_stablequant.inference import StoredEncoder
 from speechbrain_stablequant.integer import (
     FloatLayer,
     IntegerLayer,
@@ -24,7 +31,11 @@ from speechbrain_stablequant.integer import (
 )
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.numerics import fake_quantize, qmax
-from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.plan import (
+    LayerPlan,
+    LayerQuant,
+    QuantizationPlan,
+)
 from speechbrain_stablequant.runtime.encoder import describe_encoder
 from speechbrain_stablequant.runtime.reference import (
     ReferenceExecutor,
@@ -254,6 +265,101 @@ def test_metadata(make_tiny_model, tmp_path):
         "output_normalization": "none",
         "labels": "abc",
     }
+
+
+def test_without_lengths(make_tiny_model, tmp_path):
+    """A model that is not told what is padding takes it for audio."""
+    spec = describe_encoder(make_tiny_model("wav2vec2-large"), "w", {})
+    path = export_onnx(tmp_path / "m.onnx", spec, use_lengths=False)
+    session = ort.InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
+    assert [x.name for x in session.get_inputs()] == ["wave"]
+    (out,) = session.run(None, {"wave": waves().numpy()})
+    expected = ReferenceExecutor(spec)(waves(), None)
+    error = (torch.from_numpy(out) - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
+
+
+@pytest.fixture
+def quantized_folder(make_tiny_model, tmp_path):
+    """What a run writes, of a recogniser with a Linear head."""
+    modules = {
+        "wav2vec2": StoredEncoder(
+            make_tiny_model("wav2vec2-large"), True, False
+        ),
+        "ctc_lin": Linear(input_size=32, n_neurons=12),
+    }
+    layers = find_layers(modules, list(modules))
+    quants = {x.name: LayerQuant(8, 8, 3.0) for x in layers}
+    labels = CTCTextEncoder()
+    labels.insert_blank("<blank>", 0)
+    for label in " ABCDEFGHIJ":
+        labels.add_label(label)
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    labels.save(str(tmp_path / "labels.txt"))
+    rows = [
+        LayerPlan(x.name, x.unit, x.kind, quants[x.name], 3.0, 100.0, "test")
+        for x in layers
+    ]
+    source = RecogniserSource(
+        keys=tuple(modules),
+        encoder={
+            "key": "wav2vec2",
+            "use_lengths": True,
+            "normalize_wav": True,
+            "output_norm": False,
+            "output_all_hiddens": False,
+        },
+        config=json.dumps(modules["wav2vec2"].model.config.to_dict()),
+        heads={
+            "ctc_lin": "ctc_lin: !new:speechbrain.nnet.linear.Linear\n"
+            "  input_size: 32\n"
+            "  n_neurons: 12\n"
+        },
+        tokenizer_class="speechbrain.dataio.encoder.CTCTextEncoder",
+        tokenizer_file="labels.txt",
+        tokenizer=(tmp_path / "labels.txt").read_bytes(),
+        blank_index=0,
+        sample_rate=16000,
+    )
+    write_folder(
+        folder,
+        modules,
+        QuantizationPlan("max", 8, 8, "", {}, {}, [], rows),
+        {x.name: integer_layer(x, quants[x.name]) for x in layers},
+        "float16",
+        source,
+    )
+    return folder
+
+
+def test_quantized_folder(quantized_folder, tmp_path):
+    path = export_folder(quantized_folder, tmp_path / "m.onnx")
+    asr = EncoderASR.from_hparams(
+        source=str(quantized_folder), overrides={"backend": "torch"}
+    )
+    loud = 5.0 * waves() + 0.2
+    expected = asr.mods.encoder(loud, LENGTHS / 4000)
+    spec = describe_encoder(
+        asr.mods.encoder.parts["wav2vec2"].model,
+        "wav2vec2.model",
+        load_checkpoint(quantized_folder).integers,
+    )
+    out = run(path, loud, LENGTHS).log_softmax(-1)
+    assert_same(spec, out, expected, 0.02)
+    props = {x.key: x.value for x in onnx.load(path).metadata_props}
+    assert json.loads(props["labels"]) == ["<blank>", *" ABCDEFGHIJ"]
+    assert props["blank_index"] == "0" and props["sample_rate"] == "16000"
+    assert props["input_normalization"] == "layer_norm"
+
+
+def test_folder_without_recogniser(quantized_folder, tmp_path):
+    (quantized_folder / "hyperparams.yaml").unlink()
+    with pytest.raises(ValueError, match=r"hyperparams.yaml: there is no"):
+        export_folder(quantized_folder, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_refusals(make_tiny_model, tmp_path, monkeypatch):
