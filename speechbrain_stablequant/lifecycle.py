@@ -28,7 +28,13 @@ from .brain import (
 )
 from .checkpoint import PLAN_FILE, rounded_floats
 from .config import ConfigError, QuantizeConfig
-from .data import Batches, check_audio, dataset_of, draw_subset
+from .data import (
+    Batches,
+    check_audio,
+    dataset_of,
+    draw_subset,
+    utterance_ids,
+)
 from .files import check_writable_folder, write_atomic, write_json
 from .folder import (
     RecogniserSource,
@@ -129,6 +135,8 @@ class Run:
         What executes it.
     warnings : list of str
         What a reader of the report should know.
+    subsets : dict
+        Its calibration and search sets.
     """
 
     name: str
@@ -136,6 +144,7 @@ class Run:
     folder: Path
     backend: str
     warnings: list[str]
+    subsets: dict[str, Batches] = field(default_factory=dict)
     plan: QuantizationPlan | None = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecogniserSource | None = None
@@ -175,7 +184,6 @@ class StableQuant:
             for name, variant in config.variant_configs().items()
         ]
         self._recovered: tuple | None = None
-        self._subsets: dict[str, Batches] = {}
         if valid_set is not None:
             self._take_valid_set(valid_set, {})
         # Shadowed on the instance: also right for a Brain that overrides them.
@@ -320,37 +328,35 @@ class StableQuant:
         valid_set: Dataset | DataLoader,
         loader_options: Mapping[str, Any],
     ) -> None:
-        """Draws and checks the calibration and search sets."""
+        """Draws and checks the calibration and search sets of each run."""
         dataset = dataset_of(valid_set)
         if isinstance(valid_set, DataLoader):
             loader_options = {"collate_fn": valid_set.collate_fn}
-        for name in ("calibration", "search"):
-            if name == "search" and not any(
-                run.config.needs_search for run in self.runs
-            ):
-                continue
-            part = getattr(self.config, name)
-            count, most = part.num_utterances, DEFAULT_UTTERANCES[name]
-            if self.brain.debug:
-                most = self.brain.debug_batches * part.batch_size
-                count = None
-            subset = draw_subset(dataset, count, most, self.config.seed, name)
-            self._check_audio(subset)
-            self._subsets[name] = Batches(
-                subset, part.batch_size, loader_options, self.config.signal
-            )
-        self._share_batches()
+        # Equal sets hold their audio once.
+        drawn: dict[tuple, Batches] = {}
+        for run in self.runs:
+            for name in ("calibration", "search"):
+                if name == "search" and not run.config.needs_search:
+                    continue
+                subset = self._draw(dataset, run.config, name)
+                size = getattr(run.config, name).batch_size
+                key = (tuple(utterance_ids(subset)), size)
+                if key not in drawn:
+                    self._check_audio(subset)
+                    drawn[key] = Batches(
+                        subset, size, loader_options, self.config.signal
+                    )
+                run.subsets[name] = drawn[key]
 
-    def _share_batches(self) -> None:
-        """Holds the audio once when both sets are the same."""
-        one, two = map(self._subsets.get, ("calibration", "search"))
-        if (
-            two is not None
-            and one.ids == two.ids
-            and self.config.calibration.batch_size
-            == self.config.search.batch_size
-        ):
-            self._subsets["search"] = one
+    def _draw(
+        self, dataset: Dataset, config: QuantizeConfig, name: str
+    ) -> Dataset:
+        part = getattr(config, name)
+        count, most = part.num_utterances, DEFAULT_UTTERANCES[name]
+        if self.brain.debug:
+            most = self.brain.debug_batches * part.batch_size
+            count = None
+        return draw_subset(dataset, count, most, config.seed, name)
 
     # -- the Brain's two verbs ---------------------------------------------
 
@@ -475,7 +481,7 @@ class StableQuant:
             )
 
     def _require_subsets(self) -> None:
-        if not self._subsets:
+        if not self.runs[0].subsets:
             raise ValueError(
                 "quantize.calibration: no validation set; the recipe's fit() "
                 "got none, so give one to StableQuant.attach(brain, "
@@ -500,7 +506,7 @@ class StableQuant:
     def _make_plan(self, run: Run) -> list[Layer]:
         recogniser = BrainRecogniser(
             self.brain,
-            self._subsets,
+            run.subsets,
             self.config.metric_attribute,
             self._show_progress,
         )
