@@ -1,0 +1,113 @@
+"""What a layer takes in: unsigned bytes on a grid, or floats.
+
+oneDNN's fast int8 kernels want unsigned activations. A signed integer q of
+the plan is held as the byte q + 128; the kernels take the zero point back out
+of their int32 sums, so nothing is lost.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...integer import FloatLayer, IntegerLayer
+from ...numerics import qmax
+
+#: The byte that stands for 0.
+ZERO = 128
+
+#: Quantizing goes through int32 without saturation. With a smaller scale, of
+#: a layer that saw next to nothing in calibration, inputs are cut before.
+_SAFE_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that a quantized layer takes in.
+
+    Arguments
+    ---------
+    scale : float
+        Of the plan; a float32.
+    bits : int
+        2 to 8.
+
+    Example
+    -------
+    >>> Grid(0.5, 8).prepare(torch.tensor([[1.0, -1.0, 1e9]]))
+    tensor([[130, 126, 255]], dtype=torch.uint8)
+    """
+
+    scale: float
+    bits: int
+
+    dtype = torch.uint8
+
+    def clip_(self, q: torch.Tensor) -> torch.Tensor:
+        """Cuts bytes to the narrow range, in place: kernels fill all 256."""
+        limit = qmax(self.bits)
+        return q.clamp_(ZERO - limit, ZERO + limit)
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantizes floats, as :func:`~speechbrain_stablequant.numerics\
+.quantize` does.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Float.
+
+        Returns
+        -------
+        torch.Tensor
+            uint8.
+        """
+        x = x.float().contiguous()
+        if self.scale < _SAFE_SCALE:
+            edge = ZERO * self.scale
+            x = x.clamp(-edge, edge)
+        # The one vectorised conversion to bytes that torch has.
+        wrapped = torch.quantize_per_tensor(
+            x, self.scale, ZERO, torch.quint8
+        )
+        q = torch.empty(0, dtype=torch.uint8)
+        q.set_(wrapped.untyped_storage(), 0, wrapped.shape, wrapped.stride())
+        return self.clip_(q)
+
+
+@dataclass(frozen=True)
+class Floats:
+    """The floats that a layer without quantization takes in.
+
+    Arguments
+    ---------
+    dtype : torch.dtype
+        float32 or bfloat16.
+    """
+
+    dtype: torch.dtype
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """Converts floats."""
+        return x.to(self.dtype)
+
+
+Form = Grid | Floats
+
+
+def form_of(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Form:
+    """What a layer takes in.
+
+    Arguments
+    ---------
+    layer : IntegerLayer or FloatLayer
+        The layer.
+    dtype : torch.dtype
+        Of a layer that is not quantized.
+
+    Returns
+    -------
+    Grid or Floats
+    """
+    if isinstance(layer, FloatLayer):
+        return Floats(dtype)
+    return Grid(float(layer.activation_scale), layer.activation_bits)
