@@ -7,6 +7,7 @@ CUDA a Triton kernel computes it. One file holds one family:
 - ``quantize``: a float tensor to int8, after a GELU if asked;
 - ``layer_norm``: LayerNorm to int8, to 16 bit or to both;
 - ``matmul``: a linear layer, and a strided convolution as implicit product;
+- ``attention``: over the real frames of each utterance;
 - ``wave_conv``: the first convolution, from the waveform;
 - ``group_conv``: the positional convolution.
 
@@ -17,6 +18,20 @@ The operators know tensors only, not layers or plans. With
 interpreter.
 """
 
-from . import group_conv, layer_norm, matmul, quantize, wave_conv
+from . import (
+    attention,
+    group_conv,
+    layer_norm,
+    matmul,
+    quantize,
+    wave_conv,
+)
 
-__all__ = ["group_conv", "layer_norm", "matmul", "quantize", "wave_conv"]
+__all__ = [
+    "attention",
+    "group_conv",
+    "layer_norm",
+    "matmul",
+    "quantize",
+    "wave_conv",
+]

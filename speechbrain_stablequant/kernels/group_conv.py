@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .device import gelu_erf, scale_and_bias, store_tile
 from .library import check_int8, declare
 from .plain import finish, scaled
-from .tuning import Config, rank_by_waves, select, shape_bucket
+from .tuning import Config, rank, select, shape_bucket
 
 #: (block_m, channels of one step, warps, stages)
 TILES = (
@@ -268,7 +268,7 @@ def launch(
             f"group_conv1d/{shape_bucket(rows)}x{groups}x{columns}x{taps}"
             f"x{width}/{int(gelu)}{int(residual is not None)}"
             f"/{str(dtype).removeprefix('torch.')}",
-            rank_by_waves(tiles, rows, groups * columns, q.device),
+            rank(tiles, rows, groups * columns, q.device),
             run,
         )
     run(config)

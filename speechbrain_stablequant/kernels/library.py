@@ -1,5 +1,6 @@
 """How an operator is declared: reference, kernel and shape function."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,26 @@ NAMESPACE = "stablequant"
 
 #: Whether kernels run on CPU, in Triton's interpreter.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def _let_the_interpreter_loop() -> None:
+    """Bounds of loops are arrays of one element to Triton 3.6's interpreter,
+    and NumPy from 2.4 on takes these for no integers any more."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(
+            tensor, "__index__", lambda self: self.handle.data.item()
+        )
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _let_the_interpreter_loop()
 
 
 def declare(
@@ -37,8 +58,20 @@ def declare(
     torch.library.define(qualified, schema)
     default = launch if INTERPRETED else reference
     torch.library.impl(qualified, "default", default)
-    torch.library.impl(qualified, "cuda", launch)
+    torch.library.impl(qualified, "cuda", _on_its_device(launch))
     torch.library.register_fake(qualified, shape)
+
+
+def _on_its_device(launch: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the one that
+    the tensors are on."""
+
+    @functools.wraps(launch)
+    def run(first: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device(first.device):
+            return launch(first, *args, **kwargs)
+
+    return run
 
 
 def check_rows(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -24,19 +24,25 @@ from .device import (
 )
 from .library import check_int8, check_rows, declare
 from .plain import finish, scaled
-from .tuning import Config, rank_by_waves, select, shape_bucket
+from .tuning import Config, rank, select, shape_bucket
 
-#: From the largest tile to the smallest.
+#: Candidates; of two that the rule cannot tell apart, the better one first.
+#: The compiler waits for each step's product before it goes on (Triton 3.6
+#: overlaps products with float sums only), so two blocks should share a
+#: multiprocessor or a step should be long.
 TILES = (
     Config(128, 256, 128, 8, 3),
     Config(128, 128, 128, 8, 3),
     Config(128, 128, 64, 8, 4),
+    Config(64, 256, 128, 4, 2),
     Config(128, 64, 128, 4, 4),
     Config(64, 128, 128, 4, 3),
     Config(64, 64, 256, 4, 3),
     Config(64, 64, 128, 4, 4),
     Config(64, 32, 256, 4, 3),
 )
+#: Where no step divides the depth, masks take registers.
+RAGGED_TILES = (Config(64, 64, 64, 4, 3), Config(64, 32, 64, 4, 3))
 #: (block_m, block_k, warps, stages) where one tile holds whole rows.
 ROW_TILES = (
     (64, 128, 8, 2),
@@ -293,13 +299,14 @@ def matmul_kernel(
 
 
 def _candidates(
-    rows: int, columns: int, norm: bool, device: torch.device
+    rows: int, columns: int, depth: int, norm: bool, device: torch.device
 ) -> list[Config]:
-    if not norm:
-        return rank_by_waves(TILES, rows, columns, device)
-    width = max(triton.next_power_of_2(columns), 32)
-    tiles = [Config(m, width, k, w, s) for m, k, w, s in ROW_TILES]
-    return rank_by_waves(tiles, rows, columns, device)
+    if norm:
+        width = max(triton.next_power_of_2(columns), 32)
+        tiles = [Config(m, width, k, w, s) for m, k, w, s in ROW_TILES]
+    else:
+        tiles = [c for c in TILES if depth % c.block_k == 0] or RAGGED_TILES
+    return rank(tiles, rows, columns, device)
 
 
 def _launch(
@@ -366,7 +373,9 @@ def _launch(
             f"{name}/{shape_bucket(rows)}x{columns}x{weight.shape[1]}"
             f"/{int(norm is not None)}{int(gelu)}{int(residual is not None)}"
             f"/{str(out.dtype).removeprefix('torch.')}",
-            _candidates(rows, columns, norm is not None, out.device),
+            _candidates(
+                rows, columns, weight.shape[1], norm is not None, out.device
+            ),
             run,
         )
     run(config)

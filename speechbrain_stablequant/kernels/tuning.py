@@ -3,6 +3,9 @@
 A kernel names its candidates, best guess first. Without a tuner it takes the
 first. Inside ``Tuner.active()`` each new shape is measured once on the device
 and the winner kept, in memory and, after ``save``, in a JSON file.
+
+The rule estimates: a multiprocessor works off its share of the tiles one
+after the other, and each takes as long as its products or its loads do.
 """
 
 import logging
@@ -23,8 +26,41 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 
-#: Streaming multiprocessors and shared memory a block, where no device tells.
-_DEFAULT_DEVICE = (108, 163 * 1024)
+#: Cycles that the device idles before a timed launch: 100 microseconds or so.
+_AHEAD_CYCLES = 200_000
+
+#: How many of the rule's best candidates are measured: each has to be
+#: compiled, which takes a second or two.
+MEASURED = 5
+
+#: int8 products that a multiprocessor finishes in a cycle, by capability.
+_PRODUCTS = {(8, 0): 2048, (9, 0): 4096}
+_OTHER_PRODUCTS = 1024
+#: Bytes that it loads from the second-level cache in a cycle, in practice.
+_LOADED_BYTES = 40
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the rule has to know about a device.
+
+    Arguments
+    ---------
+    processors : int
+        Streaming multiprocessors.
+    shared_bytes : int
+        Shared memory that a block may have.
+    products : int
+        int8 products that a multiprocessor finishes in a cycle.
+    """
+
+    processors: int
+    shared_bytes: int
+    products: int
+
+
+#: Those of an A100, where no device tells.
+_DEFAULT_LIMITS = Limits(108, 163 * 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -52,8 +88,8 @@ class Config:
         return self.num_stages * (self.block_m + self.block_n) * self.block_k
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a block may have.
+def device_limits(device: torch.device) -> Limits:
+    """What a device has.
 
     Arguments
     ---------
@@ -62,14 +98,16 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
     Returns
     -------
-    tuple of int
+    Limits
     """
     if device.type != "cuda":
-        return _DEFAULT_DEVICE
+        return _DEFAULT_LIMITS
     properties = torch.cuda.get_device_properties(device)
-    return (
+    capability = (properties.major, properties.minor)
+    return Limits(
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        _PRODUCTS.get(capability, _OTHER_PRODUCTS),
     )
 
 
@@ -98,18 +136,18 @@ def shape_bucket(size: int) -> int:
     return power
 
 
-def rank_by_waves(
+def rank(
     candidates: Sequence[Config],
     rows: int,
     columns: int,
     device: torch.device,
 ) -> list[Config]:
-    """Orders candidates by rule: the largest tile that still fills the device.
+    """Orders candidates by rule, the one that should be fastest first.
 
     Arguments
     ---------
     candidates : sequence of Config
-        From the largest tile to the smallest.
+        Where two should be equally fast, the earlier one comes first.
     rows, columns : int
         Of the result.
     device : torch.device
@@ -125,7 +163,8 @@ def rank_by_waves(
     ValueError
         None fits.
     """
-    processors, shared = device_limits(device)
+    limits = device_limits(device)
+    shared = limits.shared_bytes
     fitting = [c for c in candidates if c.shared_bytes() <= shared]
     if not fitting:
         raise ValueError(
@@ -133,15 +172,14 @@ def rank_by_waves(
             "memory; use backend: torch on this device"
         )
 
-    def tiles(config: Config) -> int:
-        across = triton.cdiv(columns, config.block_n)
-        return triton.cdiv(rows, config.block_m) * across
+    def cycles(config: Config) -> float:
+        """Of the busiest multiprocessor, for one step of the reduction."""
+        m, n = config.block_m, config.block_n
+        tiles = triton.cdiv(rows, m) * triton.cdiv(columns, n)
+        share = triton.cdiv(tiles, limits.processors)
+        return share * max(m * n / limits.products, (m + n) / _LOADED_BYTES)
 
-    full = [c for c in fitting if tiles(c) >= processors]
-    rest = sorted(
-        (c for c in fitting if tiles(c) < processors), key=tiles, reverse=True
-    )
-    return full + rest
+    return sorted(fitting, key=cycles)
 
 
 def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
@@ -163,11 +201,20 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
         for _ in range(3):
             run()
     except triton.OutOfResources:
+        logger.debug("a tile does not fit onto this device")
         return float("inf")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    cache = torch.empty(
+        2 * properties.L2_cache_size, dtype=torch.int8, device="cuda"
+    )
     times = []
     for _ in range(repeats):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
+        # What goes ahead keeps the device from waiting for the host between
+        # the two events, and the weights out of the cache, as in a network.
+        torch.cuda._sleep(_AHEAD_CYCLES)
+        cache.zero_()
         start.record()
         run()
         end.record()
@@ -228,7 +275,6 @@ class Tuner:
         """Writes new measurements beside those that others wrote meanwhile."""
         if self.path is None or not self._changed:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         tiles = {**self._read(), **self.table}
         content = {
             "format": FORMAT,
@@ -236,8 +282,18 @@ class Tuner:
             "triton": triton.__version__,
             "tiles": {k: list(astuple(tiles[k])) for k in sorted(tiles)},
         }
-        write_json(self.path, content)
         self._changed = False
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, content)
+        except OSError as error:
+            # An evaluation need not stop for this: it measures again.
+            logger.warning(
+                "%s: the measured tiles cannot be kept (%s); name a file that "
+                "can be written with backend_options: {cache: FILE}",
+                self.path,
+                error.strerror,
+            )
 
     def choose(
         self,
@@ -266,8 +322,10 @@ class Tuner:
             This device can run none.
         """
         known = self.table.get(key)
-        if known is not None:
+        # a file of an earlier version may name a tile that is gone
+        if known in candidates:
             return known
+        candidates = candidates[:MEASURED]
         times = {c: self.measure(lambda c=c: run(c)) for c in candidates}
         best = min(times, key=times.get)
         if times[best] == float("inf"):

@@ -24,7 +24,7 @@ from .device import (
 from .library import check_int8, declare
 from .matmul import MAX_NORM_CHANNELS, frames_out
 from .plain import finish, scaled
-from .tuning import Config, rank_by_waves, select, shape_bucket
+from .tuning import Config, rank, select, shape_bucket
 
 #: Taps that fit into one step.
 MAX_TAPS = 128
@@ -427,7 +427,7 @@ def launch(
             f"wave_conv/{shape_bucket(batch * frames)}x{columns}x{taps}"
             f"/{int(has_norm)}{int(gelu)}{int(by_utterance)}"
             f"/{str(dtype).removeprefix('torch.')}",
-            rank_by_waves(tiles, batch * frames, columns, wave.device),
+            rank(tiles, batch * frames, columns, wave.device),
             run,
         )
     run(config)

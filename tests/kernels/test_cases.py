@@ -12,8 +12,11 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted((HERE / "cases").glob("test_*.py"))
-FILES.append(HERE / "test_triton_runtime.py")
+#: One process for each: most of a short one's time would go into imports.
+GROUPS = {
+    "operators": HERE / "cases",
+    "runtime": HERE / "test_triton_runtime.py",
+}
 
 
 @pytest.mark.skipif(
@@ -23,15 +26,15 @@ FILES.append(HERE / "test_triton_runtime.py")
     os.environ.get("TRITON_INTERPRET") == "1",
     reason="this process runs the files in the interpreter",
 )
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter(file):
+@pytest.mark.parametrize("group", GROUPS)
+def test_in_the_interpreter(group):
     done = subprocess.run(
         [
             sys.executable,
-            *("-m", "pytest", "-q", str(file)),
-            *("-p", "no:cacheprovider", "--durations=3"),
+            *("-m", "pytest", "-q", str(GROUPS[group])),
+            *("-p", "no:cacheprovider", "--durations=10"),
         ],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from speechbrain_stablequant.kernels import (
+    attention,
     group_conv,
     layer_norm,
     matmul,
@@ -48,17 +49,17 @@ def compiled(arch: int, function, *args, **kwargs):
     return compile_launch(launch, arch)
 
 
-def check(arch: int, found, product: bool = True) -> None:
-    """What holds for every kernel."""
+def check(arch: int, found, kind: str | None = ".s32.s8.s8") -> None:
+    """What holds for every kernel; ``kind`` is that of its products."""
     assert found.spill_bytes == 0
     assert found.stack_bytes == 0
     assert found.shared_bytes <= ARCHITECTURES[arch]
     assert found.registers * found.warps * 32 <= REGISTERS
-    if not product:
+    if kind is None:
         assert found.tensor_core == ()
         return
     assert found.tensor_core
-    assert all(".s32.s8.s8" in name for name in found.tensor_core)
+    assert all(kind in name for name in found.tensor_core)
 
 
 def is_wgmma(found) -> bool:
@@ -108,10 +109,33 @@ def test_projections(arch, channels):
     check(arch, compiled(arch, function, *arguments))
 
 
-def test_depth_that_is_no_multiple_of_the_tile():
-    function, arguments = linear(32, 1000, False, (False, HALF, 1.0, 127))
+@pytest.mark.parametrize("tile", matmul.RAGGED_TILES, ids=str)
+def test_depth_that_is_no_multiple_of_the_tile(tile):
+    end = (False, HALF, 1.0, 127)
+    function, arguments = linear(32, 1000, False, end, tile)
     for arch in ARCHITECTURES:
         check(arch, compiled(arch, function, *arguments))
+
+
+def test_fits_onto_cards_with_little_shared_memory():
+    """What the candidates are chosen by is an upper bound of what they need."""
+    little = 99 * 1024
+    vectors = [meta(512) for _ in range(4)]
+    for m, k, warps, stages in matmul.ROW_TILES:
+        tile = Config(m, 512, k, warps, stages)
+        if tile.shared_bytes() > little:
+            continue
+        found = compiled(
+            86,
+            matmul.launch_conv1d,
+            meta(1, 31999, 512, dtype=INT8),
+            meta(512, 1536, dtype=INT8),
+            *vectors[:2],
+            *(3, 2, *vectors[2:], 1e-5, *ACTIVATED),
+            config=tile,
+        )
+        assert found.spill_bytes == 0
+        assert found.shared_bytes <= tile.shared_bytes()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -206,6 +230,22 @@ def test_positional_convolution(arch, m, k, warps, stages, channels):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("m, n, warps, stages", attention.TILES)
+def test_attention(arch, m, n, warps, stages):
+    found = compiled(
+        arch,
+        attention.launch,
+        *(meta(1, 512, 3072, dtype=HALF), 16, meta(1, dtype=torch.int64)),
+        *(INT8, 2.0, 127),
+        config=Config(m, n, 64, warps, stages),
+    )
+    check(arch, found, kind=".f32.f16.f16")
+    assert is_wgmma(found) == (arch == 90 and m >= 64)
+    # integers leave in whole vectors
+    assert "st.global.v4.b32" in found.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_what_is_no_product(arch):
     x, vector = meta(FRAMES, 1024, dtype=HALF), meta(1024)
     norm = (x, vector, vector, 1e-5)
@@ -214,4 +254,4 @@ def test_what_is_no_product(arch):
         (layer_norm.launch_both, (*norm, HALF, 2.0, 127)),
         (quantize.launch, (x, 2.0, 127)),
     ):
-        check(arch, compiled(arch, function, *arguments), product=False)
+        check(arch, compiled(arch, function, *arguments), kind=None)

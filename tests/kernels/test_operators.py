@@ -26,6 +26,13 @@ def _calls():
     half, int8 = torch.float16, torch.int8
     norm = (vector, vector, 1e-5)
     return {
+        "attention": (
+            torch.randn(2, 9, 96),
+            2,
+            torch.tensor([9, 4]),
+            int8,
+            9.0,
+        ),
         "quantize": (x, 20.0, 31, True),
         "layer_norm": (x, *norm, True, int8, 20.0, 127),
         "layer_norm_both": (x, *norm, half, 20.0, 127),

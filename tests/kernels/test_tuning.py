@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 
-from speechbrain_stablequant.kernels import group_conv, matmul, tuning
+from speechbrain_stablequant.kernels import (
+    attention,
+    group_conv,
+    matmul,
+    tuning,
+)
 from speechbrain_stablequant.kernels.tuning import Config, Tuner
 from speechbrain_stablequant.runtime.encoder import describe_encoder
 from speechbrain_stablequant.runtime.triton.buckets import (
@@ -43,6 +48,34 @@ def test_measures_a_shape_once_and_keeps_the_fastest(tmp_path):
     assert again.choose("linear/64", [SLOW, FAST], None) == FAST
     # outside the context the rule's first candidate runs, nothing is timed
     assert tuning.select("linear/64", [SLOW, FAST], None) == SLOW
+
+
+def test_a_kept_tile_that_is_gone_is_measured_anew(tmp_path):
+    path, log = tmp_path / "tiles.json", []
+    gone = Config(16, 16, 16, 1, 1)
+    tuner = make_tuner(path, log)
+    tuner.choose("key", [gone], log.append)
+    tuner.save()
+    again = make_tuner(path, log)
+    assert again.choose("key", [SLOW, FAST], log.append) == FAST
+
+
+def test_only_the_rules_best_are_measured():
+    log, many = [], [Config(2**i, 64, 64, 4, 2) for i in range(12, 2, -1)]
+    tuner = make_tuner(None, log)
+    found = tuner.choose("key", many, log.append)
+    assert [c for c in log if c] == many[: tuning.MEASURED]
+    assert found == many[tuning.MEASURED - 1]
+
+
+def test_a_file_that_cannot_be_written_is_only_warned_of(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    path, log = tmp_path / "file" / "tiles.json", []
+    tuner = make_tuner(path, log)
+    tuner.choose("key", [SLOW, FAST], log.append)
+    tuner.save()
+    assert "measured tiles cannot be kept" in caplog.text
+    assert tuner.choose("key", [SLOW, FAST], None) == FAST
 
 
 def test_a_tile_that_cannot_run_is_not_chosen():
@@ -90,21 +123,37 @@ def test_a_file_of_another_card_is_refused(tmp_path):
 
 
 def test_the_rule_fills_the_device(monkeypatch):
-    def best(rows, columns):
-        return tuning.rank_by_waves(matmul.TILES, rows, columns, CPU)[0]
+    hopper = tuning.Limits(132, 227 * 1024, 4096)
+    monkeypatch.setattr(tuning, "device_limits", lambda _: hopper)
 
-    large, short = best(32 * 1499, 4096), best(249, 1024)
-    assert large == matmul.TILES[0]
+    def best(rows, columns):
+        return tuning.rank(matmul.TILES, rows, columns, CPU)[0]
+
+    assert best(32 * 1499, 4096) == matmul.TILES[0]
+    # 128 tiles for 132 multiprocessors
+    wide = best(499, 4096)
+    assert (wide.block_m, wide.block_n) == (128, 128)
+    short = best(249, 1024)
     assert short.block_m * short.block_n <= 64 * 64
-    # every kernel has a tile for the cards with the least shared memory
-    monkeypatch.setattr(tuning, "device_limits", lambda _: (82, 99 * 1024))
-    assert matmul._candidates(499, 512, True, CPU)
-    assert matmul._candidates(499, 1024, False, CPU)
+
+
+def test_every_kernel_has_a_tile_for_small_shared_memory(monkeypatch):
+    small = tuning.Limits(82, 99 * 1024, 1024)
+    for module in (tuning, attention):
+        monkeypatch.setattr(module, "device_limits", lambda _: small)
+    assert matmul._candidates(499, 512, 1536, True, CPU)
+    assert len(matmul._candidates(499, 1024, 4096, False, CPU)) > 2
+    assert matmul._candidates(499, 1024, 1000, False, CPU)
+    assert attention._candidates(499, 16, 64, 2, CPU)
     tiles = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
-    assert tuning.rank_by_waves(tiles, 499, 1024, CPU)
-    monkeypatch.setattr(tuning, "device_limits", lambda _: (1, 100))
+    assert tuning.rank(tiles, 499, 1024, CPU)
+    none = tuning.Limits(1, 100, 1024)
+    for module in (tuning, attention):
+        monkeypatch.setattr(module, "device_limits", lambda _: none)
     with pytest.raises(ValueError, match="no tile of this kernel fits"):
-        best(1, 1)
+        tuning.rank(matmul.TILES, 1, 1, CPU)
+    with pytest.raises(ValueError, match="do not fit into 100 bytes"):
+        attention._candidates(499, 16, 64, 2, CPU)
 
 
 def test_buckets_hold_what_they_must(make_tiny_model):

@@ -53,7 +53,7 @@ def make_executor(
     spec: EncoderSpec,
     device: str | torch.device | None = None,
     dtype: str = "float16",
-    max_graphs: int = 16,
+    max_graphs: int = 48,
     tune: bool = True,
     cache: str | Path | None = None,
 ) -> Callable[..., torch.Tensor]:
@@ -64,14 +64,17 @@ def make_executor(
     spec : EncoderSpec
         The encoder.
     device : str, torch.device or None
-        Where it runs; by default the current CUDA device. On ``"cpu"`` the
-        operators are computed by plain torch, or by Triton's interpreter
-        under ``TRITON_INTERPRET=1``: slow, for tests.
+        Where it runs; by default the CUDA device that the model is on, else
+        the current one. On ``"cpu"`` the operators are computed by plain
+        torch, or by Triton's interpreter under ``TRITON_INTERPRET=1``: slow,
+        for tests.
     dtype : str
         ``"float16"``, ``"bfloat16"`` or ``"float32"``: of the residual stream
         and of the attention.
     max_graphs : int
         CUDA graphs to keep, one for each (batch, length) bucket; 0: none.
+        There are eight lengths between a power of two and the next, so the
+        default holds all from half a second to 32 s at one batch size.
     tune : bool
         Whether tiles are measured when a shape is first seen; otherwise they
         are chosen by rule.
@@ -97,6 +100,8 @@ def make_executor(
             f"backend triton: dtype '{dtype}' is none of "
             f"{', '.join(executor.DTYPES)}"
         )
+    if device is None and spec.norm.weight.is_cuda:
+        device = spec.norm.weight.device
     device = _device(device)
     return executor.TritonExecutor(
         spec,
@@ -130,30 +135,6 @@ def make_layer(
         A convolution that there is no kernel for.
     """
     layers = _import(".layers")
-    device = _device(device)
-    form = layers.Form(torch.float32)
-    if layer.kind == "linear":
-        linear = layers.Linear((layer,), torch.float32, device)
-
-        @torch.no_grad()
-        def run(x: torch.Tensor) -> torch.Tensor:
-            return linear(layers.convert(x, linear.form), form)
-
-        return run
-    layers.check_plain_conv(layer)
-    matmul = _import("...kernels.matmul")
-    weight = matmul.pack_conv_weight(layer.weight).to(device)
-    scale = layer.activation_scale.to(device) * layer.weight_scale.to(device)
-    bias = None if layer.bias is None else layer.bias.to(device)
-    wanted = layers.input_form(layer, torch.float32)
-
-    @torch.no_grad()
-    def run_conv(x: torch.Tensor) -> torch.Tensor:
-        x = layers.convert(x.transpose(1, 2).contiguous(), wanted)
-        y = layers.OPS.conv1d(
-            x, weight, scale, bias, layer.weight.shape[-1], layer.stride,
-            None, None, 0.0, False, torch.float32,
-        )  # fmt: skip
-        return y.transpose(1, 2)
-
-    return run_conv
+    if layer.kind != "linear":
+        layers.check_plain_conv(layer)
+    return layers.Head(layer, _device(device))

@@ -1,5 +1,7 @@
 """Executes an encoder on CUDA: buckets of lengths, one CUDA graph for each."""
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from ...kernels.tuning import Tuner, cache_folder
 from ..encoder import EncoderSpec
 from .buckets import LeastRecent, bucket_samples
-from .network import Network, convolved
+from .network import Network
 
 DTYPES = {
     "float16": torch.float16,
@@ -18,6 +20,8 @@ DTYPES = {
 }
 #: Compute capability of the first cards with these integer instructions.
 MIN_CAPABILITY = (8, 0)
+#: Shapes that are remembered as seen once, before which nothing is captured.
+MAX_SEEN = 4096
 
 
 @dataclass
@@ -27,24 +31,36 @@ class Inputs:
     Arguments
     ---------
     wave : torch.Tensor
-        float32 [batch, samples].
-    frames : tuple of torch.Tensor
-        int64 scalars, see :class:`~.network.Network`.
-    real : torch.Tensor or None
+        float32 [batch, samples of the bucket].
+    samples : torch.Tensor
+        int64 scalar, see :class:`~.network.Network`.
+    lengths : torch.Tensor
         int64 [batch].
     """
 
     wave: torch.Tensor
-    frames: tuple[torch.Tensor, ...]
-    real: torch.Tensor | None
+    samples: torch.Tensor
+    lengths: torch.Tensor
 
-    def fill(self, other: "Inputs") -> None:
-        """Takes over the values of other inputs of the same shape."""
-        self.wave.copy_(other.wave)
-        for mine, its in zip(self.frames, other.frames, strict=True):
-            mine.copy_(its)
-        if self.real is not None:
-            self.real.copy_(other.real)
+    @classmethod
+    def empty(cls, batch: int, samples: int, device: torch.device) -> "Inputs":
+        """Memory for inputs of a shape."""
+        return cls(
+            torch.zeros((batch, samples), device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    def fill(self, wavs: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Takes over a batch and pads it. Nothing here waits for the device."""
+        samples = wavs.shape[1]
+        self.wave[:, :samples].copy_(wavs)
+        self.wave[:, samples:].zero_()
+        self.samples.fill_(samples)
+        if lengths is None:
+            self.lengths.fill_(samples)
+        else:
+            self.lengths.copy_(lengths)
 
 
 @dataclass
@@ -55,20 +71,91 @@ class Capture:
     graph: "torch.cuda.CUDAGraph" = field(repr=False)
     output: torch.Tensor = field(repr=False)
 
-    def replay(self, inputs: Inputs) -> torch.Tensor:
-        """Runs the graph; the result is valid until another one runs."""
-        self.inputs.fill(inputs)
-        self.graph.replay()
-        return self.output
+
+class Graphs:
+    """CUDA graphs by shape, with scratch memory in common.
+
+    A graph's output is valid until another one runs. What was used least
+    recently goes first.
+
+    Arguments
+    ---------
+    network : callable
+        Runs on the tensors of `Inputs`.
+    device : torch.device
+        A CUDA device.
+    limit : int
+        How many to keep.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Inputs], torch.Tensor],
+        device: torch.device,
+        limit: int,
+    ):
+        self.network = network
+        self.device = device
+        self.kept = LeastRecent(limit, self._discard)
+        self.side = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        # A pool dies with the last graph that uses it and cannot be used
+        # again. An empty graph keeps it.
+        self._holder = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with self._capturing(self._holder):
+                pass
+
+    def _capturing(self, graph: "torch.cuda.CUDAGraph"):
+        # Other threads, such as one that pins a loader's memory, may go on.
+        return torch.cuda.graph(
+            graph,
+            pool=self.pool,
+            stream=self.side,
+            capture_error_mode="thread_local",
+        )
+
+    def _discard(self, capture: Capture) -> None:
+        torch.cuda.synchronize(self.device)
+        capture.graph.reset()
+
+    def _capture(self, key: tuple[int, int]) -> Capture:
+        inputs = Inputs.empty(*key, self.device)
+        inputs.samples.fill_(key[1])
+        inputs.lengths.fill_(key[1])
+        current = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(current)
+        with torch.cuda.stream(self.side):
+            # Once for all that must not happen during the capture: loading
+            # of kernels, workspaces of libraries.
+            self.network(inputs)
+        current.wait_stream(self.side)
+        graph = torch.cuda.CUDAGraph()
+        with self._capturing(graph):
+            output = self.network(inputs)
+        return Capture(inputs, graph, output)
+
+    def __call__(
+        self,
+        key: tuple[int, int],
+        wavs: torch.Tensor,
+        lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The network's output for a batch, by the graph of its shape."""
+        capture = self.kept.get(key, self._capture)
+        capture.inputs.fill(wavs, lengths)
+        capture.graph.replay()
+        return capture.output
 
 
 class TritonExecutor:
     """Executes an encoder with int8 kernels in Triton.
 
-    An input is padded to its bucket and the padding masked out, so that its
-    result does not depend on the bucket. On CUDA the launches of a bucket are
-    captured once; the graphs share their scratch memory, and only the last
-    used ones are kept.
+    An input is padded to its bucket and the padding is not attended to, so
+    that its result does not depend on the bucket. On CUDA the launches of a
+    bucket are captured when it is met for the second time; the graphs share
+    their scratch memory, and only the last used ones are kept.
 
     Arguments
     ---------
@@ -97,62 +184,31 @@ class TritonExecutor:
         self.network = Network(spec, dtype, device)
         self.tuner = tuner
         self.graphs = None
+        self._seen: set[tuple[int, int]] = set()
         if device.type == "cuda" and max_graphs > 0:
-            self.graphs = LeastRecent(max_graphs, lambda c: c.graph.reset())
-            self._pool = torch.cuda.graph_pool_handle()
-
-    def _geometry(self) -> list[tuple[int, int]]:
-        return [
-            (stage.conv.weight.shape[-1], stage.conv.stride)
-            for stage in self.spec.convs
-        ]
-
-    def _inputs(
-        self, wavs: torch.Tensor, lengths: torch.Tensor | None
-    ) -> Inputs:
-        """Pads a batch to its bucket."""
-        batch, samples = wavs.shape
-        padded = bucket_samples(self.spec, samples)
-        wave = torch.zeros(
-            (batch, padded), dtype=torch.float32, device=self.device
-        )
-        wave[:, :samples] = wavs
-        counts, count = [], samples
-        real = None
-        if lengths is not None:
-            real = lengths.to(self.device, torch.int64)
-        elif padded != samples:
-            real = torch.full((batch,), samples, device=self.device)
-        for kernel, stride in self._geometry():
-            count = convolved(count, kernel, stride)
-            counts.append(torch.tensor(count, device=self.device))
-            if real is not None:
-                real = convolved(real, kernel, stride).clamp_(min=0)
-        if real is not None:
-            # softmax over nothing is not finite
-            real.clamp_(min=1)
-        return Inputs(wave, tuple(counts), real)
+            with torch.cuda.device(device):
+                self.graphs = Graphs(self._run, device, max_graphs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
+        arguments = (inputs.wave, inputs.samples, inputs.lengths)
         if self.tuner is None:
-            return self.network(inputs.wave, inputs.frames, inputs.real)
+            return self.network(*arguments)
         with self.tuner.active():
-            out = self.network(inputs.wave, inputs.frames, inputs.real)
+            out = self.network(*arguments)
         self.tuner.save()
         return out
 
-    def _capture(self, inputs: Inputs) -> Capture:
-        """Runs once to compile and tune, then captures the launches."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self._run(inputs)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._run(inputs)
-        return Capture(inputs, graph, output)
+    def _met(self, key: tuple[int, int]) -> bool:
+        """Whether a shape was met before; notes it."""
+        if key in self._seen:
+            return True
+        if len(self._seen) >= MAX_SEEN:
+            self._seen.clear()
+        self._seen.add(key)
+        return False
 
+    # Tensors made in inference mode could not be filled outside of it.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
@@ -176,26 +232,32 @@ class TritonExecutor:
         ValueError
             The input is on another device, or shorter than a frame.
         """
-        if wavs.device.type != self.device.type:
+        if wavs.device != self.device:
             raise ValueError(
                 f"backend triton: the encoder is on {self.device}, the audio "
                 f"on {wavs.device}; move one of them"
             )
-        frames = self.spec.frames(wavs.shape[1])
+        batch, samples = wavs.shape
+        frames = self.spec.frames(samples)
         if frames == 0:
             raise ValueError(
-                f"backend triton: {wavs.shape[1]} samples are shorter than "
+                f"backend triton: {samples} samples are shorter than "
                 "one frame; drop such utterances"
             )
-        inputs = self._inputs(wavs, lengths)
-        if self.graphs is None:
-            out = self._run(inputs)
-        else:
-            key = (*inputs.wave.shape, inputs.real is not None)
-            capture = self.graphs.get(key, lambda _: self._capture(inputs))
-            out = capture.replay(inputs)
-        # a copy: the next replay overwrites the graph's output
-        return out[:, :frames].to(torch.float32, copy=True)
+        key = (batch, bucket_samples(self.spec, samples))
+        on_cuda = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_cuda else _NOWHERE:
+            if self.graphs is not None and self._met(key):
+                out = self.graphs(key, wavs, lengths)
+            else:
+                inputs = Inputs.empty(*key, self.device)
+                inputs.fill(wavs, lengths)
+                out = self._run(inputs)
+            # a copy: the next replay overwrites the graph's output
+            return out[:, :frames].to(torch.float32, copy=True)
+
+
+_NOWHERE = contextlib.nullcontext()
 
 
 def check_capability(device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
-from ...kernels import group_conv, matmul
+from ...kernels import group_conv, matmul, wave_conv
 from ...numerics import qmax
 from ..encoder import AnyLayer, Norm
 
@@ -303,8 +303,9 @@ class ConvStage:
         self.dtype = dtype
         self.norm = move_norm(norm, device)
         self.kernel, self.stride = conv.weight.shape[-1], conv.stride
+        self.over_time = self.norm is not None and self.norm.over_time
         self.fused = self.norm is None or (
-            not self.norm.over_time
+            not self.over_time
             and conv.weight.shape[0] <= matmul.MAX_NORM_CHANNELS
         )
         self.float_conv = None
@@ -320,24 +321,26 @@ class ConvStage:
             return None, None, 0.0
         return self.norm.weight, self.norm.bias, self.norm.eps
 
-    def _finish(self, y: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    def _finish(
+        self, y: torch.Tensor, frames: torch.Tensor | None
+    ) -> torch.Tensor:
         """What could not be fused."""
-        if self.norm is not None and self.norm.over_time:
+        if self.over_time:
             y = masked_group_norm(y, self.norm, frames)
             return convert(y, self.out, gelu=True)
         return normalize(self.norm, y, self.out, gelu=True)
 
-    def _wave(self, wave: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    def _wave(
+        self, wave: torch.Tensor, frames: torch.Tensor | None
+    ) -> torch.Tensor:
         quantized = (self.form.inverse, self.form.limit)
         scale, bias = self.scale, self.bias
-        if self.norm is not None and self.norm.over_time:
-            from ...kernels.wave_conv import normalized_scale
-
+        if self.over_time:
             sums = OPS.wave_conv_sums(
                 wave, *quantized, self.weight, self.stride, frames
             )
             norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-            scale, bias = normalized_scale(sums, frames, scale, *norm)
+            scale, bias = wave_conv.normalized_scale(sums, frames, scale, *norm)
         elif not self.fused:
             y = OPS.wave_conv(
                 wave, *quantized, self.weight, scale, bias, self.stride,
@@ -356,7 +359,9 @@ class ConvStage:
             *self.out.arguments(),
         )
 
-    def __call__(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, frames: torch.Tensor | None
+    ) -> torch.Tensor:
         """One stage.
 
         Arguments
@@ -364,8 +369,8 @@ class ConvStage:
         x : torch.Tensor
             [batch, time, in] in the stage's form; float32 [batch, samples]
             if it is the first.
-        frames : torch.Tensor
-            int64 scalar: real frames of the output.
+        frames : torch.Tensor or None
+            int64 scalar: real frames of the output; read by a norm over time.
 
         Returns
         -------
@@ -447,3 +452,48 @@ class PositionalConv:
             True,
             self.dtype,
         )
+
+
+class Head:
+    """A layer outside the encoder: float input as the float layer takes it,
+    float32 output.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        A Linear, or a Conv1d without padding, dilation or groups.
+    device : torch.device
+        Where it runs first; it follows its input to another.
+    """
+
+    def __init__(self, layer: IntegerLayer, device: torch.device):
+        self.layer = layer
+        self.form = input_form(layer, torch.float32)
+        self._place(device)
+
+    def _place(self, device: torch.device) -> None:
+        layer = self.layer
+        self.device = device
+        packed = layer.weight
+        if layer.kind != "linear":
+            packed = matmul.pack_conv_weight(packed)
+        self.weight = packed.contiguous().to(device)
+        self.scale, self.bias = _scale(layer, device), _bias(layer, device)
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] of a Linear, [batch, in, time] of a convolution."""
+        if x.device != self.device:
+            self._place(x.device)
+        if self.layer.kind == "linear":
+            q = convert(x.contiguous(), self.form)
+            return OPS.linear(
+                q, self.weight, self.scale, self.bias, None, False,
+                torch.float32,
+            )  # fmt: skip
+        q = convert(x.transpose(1, 2).contiguous(), self.form)
+        y = OPS.conv1d(
+            q, self.weight, self.scale, self.bias, self.layer.weight.shape[-1],
+            self.layer.stride, None, None, 0.0, False, torch.float32,
+        )  # fmt: skip
+        return y.transpose(1, 2)

@@ -4,10 +4,9 @@ What depends on the values of the input (how many frames are real) comes in
 tensors, so that one capture of the launches serves every input of a shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
-from torch.nn import functional as F
 
 from ..encoder import BlockSpec, EncoderSpec
 from .layers import (
@@ -23,9 +22,35 @@ from .layers import (
 )
 
 
-def convolved(frames, kernel: int, stride: int):
-    """Frames after a convolution: of a number or of a tensor of them."""
-    return (frames - kernel) // stride + 1
+class Windows:
+    """Frames that several convolutions in a row make of so many samples.
+
+    Nested roundings down are one: a frame for each ``stride`` samples, the
+    first of ``width``.
+
+    Arguments
+    ---------
+    geometry : iterable of tuple of int
+        Kernel and stride of each convolution.
+
+    Example
+    -------
+    >>> windows = Windows([(10, 5), (3, 2)])
+    >>> windows.width, windows.stride
+    (20, 10)
+    >>> windows.count(torch.tensor([19, 20, 30]))
+    tensor([0, 1, 2])
+    """
+
+    def __init__(self, geometry: Iterable[tuple[int, int]]):
+        self.width = self.stride = 1
+        for kernel, stride in geometry:
+            self.width += (kernel - 1) * self.stride
+            self.stride *= stride
+
+    def count(self, samples: torch.Tensor) -> torch.Tensor:
+        """Frames; less than 1 if there are too few samples for one."""
+        return (samples - self.width) // self.stride + 1
 
 
 class Block:
@@ -60,16 +85,14 @@ class Block:
         self.num_heads = num_heads
 
     def attend(
-        self, y: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None
+        self, y: torch.Tensor, x: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
         """``x + out(attention(y))``; ``y`` in the form of the projections."""
-        batch, frames, channels = x.shape
-        qkv = self.qkv(y).view(batch, frames, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value, mask)
-        attended = attended.transpose(1, 2).reshape(batch, frames, channels)
-        quantized = normalize(None, attended, self.out.form)
-        return self.out(quantized, residual=x)
+        form = self.out.form
+        attended = OPS.attention(
+            self.qkv(y), self.num_heads, real, *form.arguments()
+        )
+        return self.out(attended, residual=x)
 
     def feed(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``x + down(gelu(up(y)))``; ``y`` in the form of ``up``."""
@@ -123,26 +146,29 @@ class Network:
         self.position = PositionalConv(
             spec.pos_conv, spec.pos_trim, dtype, device
         )
+        geometry = [
+            (s.conv.weight.shape[-1], s.conv.stride) for s in spec.convs
+        ]
+        self.windows = [
+            Windows(geometry[: i + 1]) for i in range(len(geometry))
+        ]
         self.blocks = [
             Block(block, spec.num_heads, dtype, device) for block in spec.blocks
         ]
 
-    def front(
-        self, wave: torch.Tensor, frames: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def front(self, wave: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """The convolutions: float32 [batch, samples] to the projection."""
         x = wave
-        for stage, count in zip(self.stages, frames, strict=True):
-            x = stage(x, count)
+        for stage, windows in zip(self.stages, self.windows, strict=True):
+            # only a norm over time has to know
+            frames = windows.count(samples) if stage.over_time else None
+            x = stage(x, frames)
         if self.projection_norm is not None:
             x = normalize(self.projection_norm, x, self.projection.form)
         return self.projection(x)
 
     def __call__(
-        self,
-        wave: torch.Tensor,
-        frames: Sequence[torch.Tensor],
-        real: torch.Tensor | None,
+        self, wave: torch.Tensor, samples: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Encodes a batch.
 
@@ -150,37 +176,35 @@ class Network:
         ---------
         wave : torch.Tensor
             float32 [batch, samples], contiguous.
-        frames : sequence of torch.Tensor
-            int64 scalars: frames of each convolution's output that are no
-            padding to a bucket.
-        real : torch.Tensor or None
-            int64 [batch]: real frames of each utterance, at least 1; None:
-            all of them.
+        samples : torch.Tensor
+            int64 scalar: samples of the batch that are no padding to a
+            bucket.
+        lengths : torch.Tensor
+            int64 [batch]: samples of each utterance that are no padding.
 
         Returns
         -------
         torch.Tensor
             16 bit [batch, frames, channels].
         """
-        x = self.front(wave, frames)
-        mask = None
-        if real is not None:
-            inside = torch.arange(x.shape[1], device=x.device) < real[:, None]
-            # a product would keep what is not finite
-            x = x.masked_fill(~inside[:, :, None], 0.0)
-            mask = inside[:, None, None, :]
+        x = self.front(wave, samples)
+        # softmax over nothing is not finite
+        real = self.windows[-1].count(lengths).clamp_(1, x.shape[1])
+        inside = torch.arange(x.shape[1], device=x.device) < real[:, None]
+        # a product would keep what is not finite
+        x = x.masked_fill_(~inside[:, :, None], 0.0)
         x = self.position(x)
         if self.pre_norm:
             for block in self.blocks:
                 y = normalize(block.norm1, x, block.qkv.form)
-                x = block.attend(y, x, mask)
+                x = block.attend(y, x, real)
                 y = normalize(block.norm2, x, block.up.form)
                 x = block.feed(y, x)
             return normalize(self.norm, x, Form(self.dtype))
         norm = self.norm
         for block in self.blocks:
             x, y = _norm_both(norm, x, block.qkv.form, self.dtype)
-            x = block.attend(y, x, mask)
+            x = block.attend(y, x, real)
             x, y = _norm_both(block.norm1, x, block.up.form, self.dtype)
             x = block.feed(y, x)
             norm = block.norm2

@@ -1,0 +1,327 @@
+"""Attention over the real frames of each utterance, to int8 if asked.
+
+Lengths come as numbers, not as a mask: no mask is built or read, what is
+padding is not computed, and an utterance that was padded to a bucket costs
+hardly more than one that was not. Scores stay in registers, and the integers
+of the output projection are written without a 16-bit tensor in between.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from .device import store_tile
+from .library import declare
+from .plain import finish
+from .tuning import Config, device_limits, select, shape_bucket
+
+#: (queries, keys of a step, warps, stages)
+TILES = (
+    (128, 128, 8, 2),
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (64, 64, 4, 3),
+    (64, 32, 4, 2),
+    (32, 32, 4, 2),
+)
+#: Widest head.
+MAX_HEAD = 256
+_LOG2_E = 1.4426950408889634
+
+
+def _check(qkv: torch.Tensor, heads: int) -> int:
+    """Channels of a head."""
+    if qkv.dim() != 3 or not qkv.is_contiguous():
+        raise ValueError(
+            "stablequant::attention: qkv must be contiguous [batch, time, "
+            f"3 * channels], got {list(qkv.shape)} with strides "
+            f"{list(qkv.stride())}"
+        )
+    size, rest = divmod(qkv.shape[2], 3 * heads)
+    if rest or not 1 <= size <= MAX_HEAD:
+        raise ValueError(
+            f"stablequant::attention: {qkv.shape[2]} columns are not those of "
+            f"query, key and value with {heads} heads of at most {MAX_HEAD}"
+        )
+    return size
+
+
+def reference(
+    qkv: torch.Tensor,
+    heads: int,
+    real: torch.Tensor | None,
+    dtype: torch.dtype,
+    inverse: float = 1.0,
+    limit: int = 127,
+) -> torch.Tensor:
+    """Scaled dot-product attention of each head.
+
+    Arguments
+    ---------
+    qkv : torch.Tensor
+        float [batch, time, 3 * channels], contiguous: query, key and value
+        side by side, each with its heads side by side.
+    heads : int
+        Attention heads.
+    real : torch.Tensor or None
+        int64 [batch]: only so many keys are attended to, at least 1; None:
+        all.
+    dtype : torch.dtype
+        Of the result; int8 means that it is quantized.
+    inverse : float
+        1 / scale of the quantized result.
+    limit : int
+        Its largest integer.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, time, channels]. Frames that are not real hold anything
+        finite.
+
+    Example
+    -------
+    >>> qkv = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]]])
+    >>> reference(qkv, 1, None, torch.float32)
+    tensor([[[2.],
+             [2.]]])
+    >>> reference(qkv, 1, torch.tensor([1]), torch.int8, 10.0)[0, 0]
+    tensor([10], dtype=torch.int8)
+    """
+    _check(qkv, heads)
+    batch, frames, columns = qkv.shape
+    parts = qkv.view(batch, frames, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    mask = None
+    if real is not None:
+        mask = torch.arange(frames, device=qkv.device) < real[:, None]
+        mask = mask[:, None, None, :]
+    y = F.scaled_dot_product_attention(*parts.unbind(0), mask)
+    y = y.transpose(1, 2).reshape(batch, frames, columns // 3)
+    return finish(y.float(), False, dtype, inverse, limit)
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    largest,
+    q,
+    keys,
+    values,
+    start,
+    count,
+    stride,
+    scale,
+    inside,
+    FULL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds one step of keys and values to the sums of a tile of queries."""
+    column = start + tl.arange(0, BLOCK_N)
+    offsets = tl.minimum(column, count - 1)[:, None] * stride
+    if WHOLE:
+        k = tl.load(keys + offsets)
+        v = tl.load(values + offsets)
+    else:
+        k = tl.load(keys + offsets, mask=inside, other=0.0)
+        v = tl.load(values + offsets, mask=inside, other=0.0)
+    s = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    if not FULL:
+        s = tl.where((column < count)[None, :], s, float("-inf"))
+    new = tl.maximum(largest, tl.max(s, axis=1))
+    p = tl.exp2(s - new[:, None])
+    shrink = tl.exp2(largest - new)
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new
+
+
+@triton.jit
+def attention_kernel(
+    qkv,
+    out,
+    real,
+    frames,
+    scale,
+    inverse,
+    limit,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HAS_REAL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    utterance = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    stride: tl.constexpr = 3 * HEADS * SIZE
+    whole: tl.constexpr = SIZE == WIDTH
+    channel = tl.arange(0, WIDTH)
+    inside = (channel < SIZE)[None, :]
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    base = qkv + utterance * frames * stride + head * SIZE + channel[None, :]
+    count = frames
+    if HAS_REAL:
+        count = tl.minimum(tl.load(real + utterance).to(tl.int32), frames)
+    # Queries that are all padding attend to nothing and give zeros.
+    end = tl.where(tl.program_id(0) * BLOCK_M < count, count, 0)
+
+    q_offsets = tl.minimum(row, frames - 1)[:, None] * stride
+    if whole:
+        q = tl.load(base + q_offsets)
+    else:
+        q = tl.load(base + q_offsets, mask=inside, other=0.0)
+    keys = base + HEADS * SIZE
+    values = base + 2 * HEADS * SIZE
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    full = end // BLOCK_N * BLOCK_N
+    for start in range(0, full, BLOCK_N):
+        acc, total, largest = _attend(
+            acc,
+            total,
+            largest,
+            q,
+            keys,
+            values,
+            start,
+            count,
+            stride,
+            scale,
+            inside,
+            True,
+            whole,
+            BLOCK_N,
+            PRECISION,
+        )
+    if full < end:
+        acc, total, largest = _attend(
+            acc,
+            total,
+            largest,
+            q,
+            keys,
+            values,
+            full,
+            count,
+            stride,
+            scale,
+            inside,
+            False,
+            whole,
+            BLOCK_N,
+            PRECISION,
+        )
+    y = acc / tl.where(total > 0, total, 1.0)[:, None]
+    mask = (row < frames)[:, None] & inside
+    offsets = (utterance * frames + row)[:, None] * (HEADS * SIZE)
+    offsets += head * SIZE + channel[None, :]
+    store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE)
+
+
+def _candidates(
+    frames: int,
+    instances: int,
+    width: int,
+    item: int,
+    device: torch.device,
+) -> list[Config]:
+    """Tiles that fit, the one that should be fastest first."""
+    limits = device_limits(device)
+
+    def shared(tile: Config) -> int:
+        loaded = 2 * tile.num_stages * tile.block_n
+        return (tile.block_m + loaded) * width * item
+
+    def cycles(tile: Config) -> float:
+        blocks = triton.cdiv(frames, tile.block_m) * instances
+        # beside its own queries each tile loads all the keys
+        return triton.cdiv(blocks, limits.processors) * (tile.block_m + 32)
+
+    tiles = [Config(m, n, width, w, s) for m, n, w, s in TILES]
+    fitting = [t for t in tiles if shared(t) <= limits.shared_bytes]
+    if not fitting:
+        raise ValueError(
+            f"stablequant::attention: heads of {width} channels do not fit "
+            f"into {limits.shared_bytes} bytes of shared memory; use backend: "
+            "torch on this device"
+        )
+    return sorted(fitting, key=cycles)
+
+
+def launch(
+    qkv,
+    heads,
+    real,
+    dtype,
+    inverse=1.0,
+    limit=127,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """:func:`reference` in Triton. ``config`` overrides the tile; its
+    ``block_k`` is the width of a head, rounded up to a power of two."""
+    size = _check(qkv, heads)
+    batch, frames, _ = qkv.shape
+    out = torch.empty(
+        (batch, frames, heads * size), dtype=dtype, device=qkv.device
+    )
+    width = max(triton.next_power_of_2(size), 16)
+
+    def run(tile: Config) -> None:
+        attention_kernel[(triton.cdiv(frames, tile.block_m), batch * heads)](
+            qkv,
+            out,
+            qkv if real is None else real,
+            frames,
+            size**-0.5 * _LOG2_E,
+            inverse,
+            float(limit),
+            HEADS=heads,
+            SIZE=size,
+            HAS_REAL=real is not None,
+            QUANTIZE=dtype == torch.int8,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            WIDTH=width,
+            # float32 is for comparisons, not for speed
+            PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    if config is None:
+        config = select(
+            f"attention/{batch * heads}x{shape_bucket(frames)}x{size}"
+            f"/{int(real is not None)}"
+            f"/{str(qkv.dtype).removeprefix('torch.')}"
+            f"/{str(dtype).removeprefix('torch.')}",
+            _candidates(
+                frames, batch * heads, width, qkv.element_size(), qkv.device
+            ),
+            run,
+        )
+    run(config)
+    return out
+
+
+def shape(qkv, heads, real, dtype, inverse=1.0, limit=127):
+    """An empty result."""
+    batch, frames, columns = qkv.shape
+    return qkv.new_empty((batch, frames, columns // 3), dtype=dtype)
+
+
+declare(
+    "attention",
+    "(Tensor qkv, int heads, Tensor? real, ScalarType dtype, "
+    "float inverse=1.0, int limit=127) -> Tensor",
+    reference,
+    launch,
+    shape,
+)
