@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -34,6 +34,8 @@ PLAN_FILE = "plan.json"
 FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
+# Not there where a layer does not use them.
+_EXTRAS = ("activation_offset", "weight_group")
 # Of the largest value of a tensor: what half precision loses by rounding.
 _HALF_ERROR = 2**-11
 
@@ -150,6 +152,26 @@ def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
     error = (half.float() - tensor).abs().max()
     # Also false for NaN: it stays visible as it is.
     return half if error <= _HALF_ERROR * tensor.abs().max() else tensor
+
+
+def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
+    """A layer with the bias that a checkpoint stores.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer.
+    float_dtype : str
+        A key of ``FLOAT_DTYPES``.
+
+    Returns
+    -------
+    IntegerLayer
+    """
+    if layer.bias is None:
+        return layer
+    bias = stored_float(layer.bias, float_dtype).float()
+    return replace(layer, bias=bias.to(layer.bias.device))
 
 
 @contextmanager
@@ -307,6 +329,9 @@ def _description(layer: IntegerLayer) -> dict[str, Any]:
     }
     if layer.kind == "conv1d":
         row.update({key: getattr(layer, key) for key in _GEOMETRY})
+    for key in _EXTRAS:
+        if getattr(layer, key):
+            row[key] = getattr(layer, key)
     return row
 
 
@@ -399,7 +424,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         )
     for name, digest in description["files"].items():
         _check_companion(Path(folder) / bare_name(name), digest, path)
-    plan = QuantizationPlan.load(Path(folder) / PLAN_FILE)
+    # What the plan's own tensors decided is in the integers.
+    plan = QuantizationPlan.load(Path(folder) / PLAN_FILE, with_tensors=False)
     _check_layers(description["layers"], plan, str(path))
     try:
         integers = {
@@ -491,8 +517,12 @@ def _layer(
     weight_scale = tensors.pop(f"{name}.weight_scale")
     activation_scale = tensors.pop(f"{name}.activation_scale")
     bias = tensors.pop(f"{name}.bias") if row["bias"] else None
+    group = row.get("weight_group", 0)
+    if group and (len(shape) != 2 or shape[1] % group):
+        raise ValueError(f"layer '{name}': weight_group {group}")
+    scales = (shape[0], shape[1] // group) if group else shape[:1]
     for part, tensor, expected in (
-        ("weight_scale", weight_scale, shape[:1]),
+        ("weight_scale", weight_scale, scales),
         ("activation_scale", activation_scale, activation_scale.shape[:1]),
         ("bias", bias, shape[:1]),
     ):
@@ -508,7 +538,7 @@ def _layer(
         weight = unpack(tensors.pop(f"{name}.weight"), bits, shape)
     except ValueError as error:
         raise ValueError(f"layer '{name}': {error}") from error
-    geometry = {key: row[key] for key in _GEOMETRY if key in row}
+    geometry = {key: row[key] for key in _GEOMETRY + _EXTRAS if key in row}
     return IntegerLayer(
         name=name,
         kind=row["kind"],

@@ -147,8 +147,12 @@ def fill_modules(
         for name, child in module.named_modules(prefix=key)
     }
     for name, layer in integers.items():
-        _check_fit(by_name.get(name), layer, where)
-        _free_weight(by_name[name])
+        module = by_name.get(name)
+        _check_fit(module, layer, where)
+        _free_weight(module)
+        if module.bias is None and layer.bias is not None:
+            # A correction of a layer that had none.
+            module.bias = nn.Parameter(torch.empty_like(layer.bias))
     wanted = float_state(modules, list(integers))
     for name in [*wanted, *floats]:
         expected, found = wanted.get(name), floats.get(name)
@@ -193,7 +197,7 @@ def _check_fit(
     if (
         module.weight.shape != layer.weight.shape
         or layer_geometry(module) != geometry
-        or (module.bias is None) != (layer.bias is None)
+        or (module.bias is not None and layer.bias is None)
     ):
         raise CheckpointError(
             f"{where}: layer '{layer.name}' of shape "

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .calibrators import weight_amax
+from .adjusted import LayerTensors
 from .layers import Layer
-from .numerics import dequantize, quantize, scale_from_amax
-from .plan import LayerQuant
+from .numerics import quantize, scale_from_amax
+from .plan import LayerQuant, layer_extras
+from .simulate import check_offset, offset_bias
+from .weights import restore_weight, round_weight, weight_scale
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class IntegerLayer:
     weight : torch.Tensor
         int8 in ``[-qmax, qmax]``; [out, in] or [out, in / groups, kernel].
     weight_scale : torch.Tensor
-        float32 [out].
+        float32 [out]; [out, in / weight_group] with groups.
     weight_bits : int
         2 to 8.
     activation_scale : torch.Tensor
@@ -41,6 +43,11 @@ class IntegerLayer:
         float32 [out].
     stride, padding, dilation, groups : int
         Of a convolution.
+    activation_offset : float
+        Subtracted from the input before it is quantized. The bias is that of
+        the layer; :meth:`full_bias` has the offset's share in it.
+    weight_group : int
+        Inputs of a Linear that share a scale; 0 for all.
     """
 
     name: str
@@ -55,10 +62,24 @@ class IntegerLayer:
     padding: int = 0
     dilation: int = 1
     groups: int = 1
+    activation_offset: float = 0.0
+    weight_group: int = 0
 
     def float_weight(self) -> torch.Tensor:
         """The weight that the integers stand for, float32."""
-        return dequantize(self.weight, self.weight_scale, axis=0)
+        return restore_weight(self.weight, self.weight_scale)
+
+    def full_bias(self) -> torch.Tensor | None:
+        """What is added to the product with the quantized input."""
+        if not self.activation_offset:
+            return self.bias
+        shift = offset_bias(self.float_weight(), self.activation_offset)
+        return shift if self.bias is None else self.bias + shift
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What a runtime must be able to do beyond plain integers."""
+        return layer_extras(self.activation_offset, self.weight_group)
 
 
 @dataclass(frozen=True)
@@ -130,7 +151,9 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
     return None if module.bias is None else module.bias.detach().float()
 
 
-def integer_layer(layer: Layer, quant: LayerQuant) -> IntegerLayer:
+def integer_layer(
+    layer: Layer, quant: LayerQuant, tensors: LayerTensors | None = None
+) -> IntegerLayer:
     """The integers and scales of a float layer.
 
     Arguments
@@ -139,6 +162,8 @@ def integer_layer(layer: Layer, quant: LayerQuant) -> IntegerLayer:
         The float layer.
     quant : LayerQuant
         How it is quantized.
+    tensors : LayerTensors, optional
+        Integers and bias to use in place of the nearest ones.
 
     Returns
     -------
@@ -153,20 +178,29 @@ def integer_layer(layer: Layer, quant: LayerQuant) -> IntegerLayer:
     >>> integer_layer(layer, LayerQuant(8, 8, 2.0)).weight
     tensor([[127, -64]], dtype=torch.int8)
     """
-    weight = layer.module.weight.detach().float()
-    amax = weight_amax(weight, quant.weight_bits, quant.weight_method)
-    scale = scale_from_amax(amax, quant.weight_bits)
+    tensors = tensors or LayerTensors()
+    weight, scale = tensors.weight, tensors.weight_scale
+    own = layer.module.weight.detach().float()
+    bits, group = quant.weight_bits, quant.weight_group
+    if weight is None:
+        scale = weight_scale(own, bits, quant.weight_method, group)
+        weight = round_weight(own, scale, bits)
+    if quant.activation_offset:
+        check_offset(layer.module)
+    bias = _bias(layer.module) if tensors.bias is None else tensors.bias
     return IntegerLayer(
         name=layer.name,
         kind=layer.kind,
-        weight=quantize(weight, scale, quant.weight_bits, axis=0),
-        weight_scale=scale,
+        weight=weight.to(own.device),
+        weight_scale=scale.to(own.device),
         weight_bits=quant.weight_bits,
         activation_scale=scale_from_amax(
             torch.tensor(quant.activation_amax), quant.activation_bits
         ),
         activation_bits=quant.activation_bits,
-        bias=_bias(layer.module),
+        bias=None if bias is None else bias.float().to(own.device),
+        activation_offset=quant.activation_offset,
+        weight_group=group,
         **layer_geometry(layer.module),
     )
 
@@ -250,11 +284,24 @@ def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
     >>> reference_forward(layer, torch.tensor([[3.4, 1.0]])).round()
     tensor([[2.]])
     """
+    if layer.activation_offset:
+        x = x - layer.activation_offset
     q = quantize(x, layer.activation_scale, layer.activation_bits)
-    out = integer_product(layer, q).float()
-    scale = layer.activation_scale * layer.weight_scale
     shape = (-1, 1) if layer.kind == "conv1d" else (-1,)
-    out = out * scale.view(shape)
-    if layer.bias is not None:
-        out = out + layer.bias.view(shape)
-    return out
+    if layer.weight_group:
+        out = _grouped_product(layer, q) * layer.activation_scale
+    else:
+        scale = layer.activation_scale * layer.weight_scale
+        out = integer_product(layer, q).float() * scale.view(shape)
+    bias = layer.full_bias()
+    return out if bias is None else out + bias.view(shape)
+
+
+def _grouped_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
+    """The sum over groups of exact integer products times their scales."""
+    size = layer.weight_group
+    parts = zip(q.split(size, -1), layer.weight.split(size, 1), strict=True)
+    sums = [F.linear(x.double(), weight.double()) for x, weight in parts]
+    scales = layer.weight_scale.unbind(1)
+    scaled = [s.float() * w for s, w in zip(sums, scales, strict=True)]
+    return torch.stack(scaled).sum(0)

@@ -8,8 +8,8 @@ import functools
 import inspect
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .adjusted import adjusted_floats
 from .brain import (
     BrainRecogniser,
     ForwardClock,
@@ -26,7 +27,7 @@ from .brain import (
     metric_of,
     shadowed,
 )
-from .checkpoint import PLAN_FILE, rounded_floats
+from .checkpoint import PLAN_FILE, rounded_floats, stored_layer
 from .config import ConfigError, QuantizeConfig
 from .data import (
     Batches,
@@ -247,6 +248,7 @@ class StableQuant:
             plan = QuantizationPlan.load(config.plan)
             kinds = {layer.name: layer.kind for layer in layers}
             plan.check_matches(kinds, config.plan)
+            plan.check_tensors(layers, modules, config.plan)
         return check_writable_folder(
             self._output_folder(), "quantize.output_folder"
         )
@@ -517,11 +519,22 @@ class StableQuant:
         run.plan.save(run.folder / PLAN_FILE)
         return stage.layers
 
-    def _as_stored(self, run: Run) -> AbstractContextManager[None]:
+    def _adjusted(self, run: Run) -> AbstractContextManager[None]:
+        """Context in which all that stays float is as the plan changed it."""
+        tensors = run.plan.tensors
+        floats = {} if tensors is None else tensors.floats
+        return adjusted_floats(self._modules(), floats)
+
+    @contextmanager
+    def _as_stored(self, run: Run) -> Iterator[None]:
         """Context in which all that stays float is as the file stores it."""
-        return rounded_floats(
-            self._modules(), run.plan.quants(), run.config.float_dtype
-        )
+        with (
+            self._adjusted(run),
+            rounded_floats(
+                self._modules(), run.plan.quants(), run.config.float_dtype
+            ),
+        ):
+            yield
 
     def _write_model(
         self,
@@ -532,9 +545,16 @@ class StableQuant:
     ) -> None:
         """Converts to integers and writes them, with all that loads them."""
         quants = run.plan.quants()
+        tensors = run.plan.tensors
+        decided = {} if tensors is None else tensors.layers
         with self._as_stored(run):
             run.integers = {
-                layer.name: integer_layer(layer, quants[layer.name])
+                layer.name: stored_layer(
+                    integer_layer(
+                        layer, quants[layer.name], decided.get(layer.name)
+                    ),
+                    run.config.float_dtype,
+                )
                 for layer in layers
                 if layer.name in quants
             }
@@ -551,14 +571,15 @@ class StableQuant:
                 f"No inference folder (EncoderASR cannot load it): {reason}."
             )
             logger.warning("quantize: %s", run.warnings[-1])
-        write_folder(
-            run.folder,
-            self._modules(),
-            run.plan,
-            run.integers,
-            run.config.float_dtype,
-            run.source,
-        )
+        with self._adjusted(run):
+            write_folder(
+                run.folder,
+                self._modules(),
+                run.plan,
+                run.integers,
+                run.config.float_dtype,
+                run.source,
+            )
 
     def _loader(
         self, test_set: Dataset | DataLoader, options: Mapping[str, Any]

@@ -1,10 +1,17 @@
 """The decisions of a quantization run: what was chosen for each layer, why."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from .adjusted import AdjustedTensors
 from .files import read_json, write_json
+from .layers import Layer
+from .numerics import qmax
 
 PLAN_FORMAT = 1
 
@@ -23,12 +30,82 @@ class LayerQuant:
         Largest \\|input\\| that is represented.
     weight_method : str
         ``"max"`` or ``"mse"``: the calibrator of the weight's channels.
+    activation_offset : float
+        Subtracted from the input before it is quantized, so that a lopsided
+        input uses all integers; a whole number of quantization steps.
+    weight_group : int
+        0: one weight scale per output channel. Else so many neighbouring
+        inputs of a Linear share one.
     """
 
     weight_bits: int
     activation_bits: int
     activation_amax: float
     weight_method: str = "max"
+    activation_offset: float = 0.0
+    weight_group: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, without those that only some methods use and this
+        layer does not: files and keys of all others stay as they are.
+
+        Example
+        -------
+        >>> sorted(LayerQuant(8, 8, 1.0, weight_group=64).to_dict())
+        ['activation_amax', 'activation_bits', 'weight_bits', \
+'weight_group', 'weight_method']
+        """
+        raw = asdict(self)
+        for name in ("activation_offset", "weight_group"):
+            if not raw[name]:
+                del raw[name]
+        return raw
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What a runtime must be able to do beyond plain integers."""
+        return layer_extras(self.activation_offset, self.weight_group)
+
+
+def layer_extras(activation_offset: float, weight_group: int) -> frozenset[str]:
+    """What a layer needs of a runtime, by the names of the switches.
+
+    Arguments
+    ---------
+    activation_offset : float
+        As of :class:`LayerQuant`.
+    weight_group : int
+        As of :class:`LayerQuant`.
+
+    Returns
+    -------
+    frozenset of str
+        Of ``"asymmetric"`` and ``"weight_groups"``.
+    """
+    needs = {
+        "asymmetric": activation_offset != 0,
+        "weight_groups": weight_group != 0,
+    }
+    return frozenset(name for name, needed in needs.items() if needed)
+
+
+def _read_quant(raw: Mapping | None, name: str) -> LayerQuant | None:
+    """A plan is a file that a user may edit: its numbers are checked."""
+    if raw is None:
+        return None
+    quant = LayerQuant(**raw)
+    for key in ("weight_bits", "activation_bits"):
+        qmax(getattr(quant, key))
+    for key in ("activation_amax", "activation_offset"):
+        if not math.isfinite(getattr(quant, key)):
+            raise ValueError(f"layer '{name}': {key} is not finite")
+    if quant.activation_amax < 0 or quant.weight_group < 0:
+        raise ValueError(f"layer '{name}': a range or group is negative")
+    if quant.weight_method not in ("max", "mse"):
+        raise ValueError(
+            f"layer '{name}': weight_method {quant.weight_method!r}"
+        )
+    return quant
 
 
 @dataclass(frozen=True)
@@ -106,6 +183,9 @@ class QuantizationPlan:
         In network order.
     layers : list of LayerPlan
         In network order.
+    tensors : AdjustedTensors or None
+        What a method decided beyond numbers: integers, biases, parameters of
+        normalisations. Kept in a file beside the plan's.
     """
 
     method: str
@@ -116,6 +196,9 @@ class QuantizationPlan:
     search: dict
     units: list[UnitPlan]
     layers: list[LayerPlan]
+    tensors: AdjustedTensors | None = field(
+        default=None, compare=False, repr=False
+    )
 
     def quants(self) -> dict[str, LayerQuant]:
         """The quantized layers by name."""
@@ -125,24 +208,54 @@ class QuantizationPlan:
             if layer.quant is not None
         }
 
+    @property
+    def extras(self) -> frozenset[str]:
+        """What a runtime must be able to do beyond plain integers."""
+        return frozenset().union(*(q.extras for q in self.quants().values()))
+
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all.
 
         Arguments
         ---------
         path : str or Path
-            The file to write.
+            The file to write. Tensors are written beside it, under the same
+            name with the ending ``.safetensors``.
         """
-        write_json(path, {"format": PLAN_FORMAT, **asdict(self)})
+        path = Path(path)
+        raw: dict[str, Any] = {"format": PLAN_FORMAT}
+        for name in (f.name for f in fields(self)):
+            if name not in ("units", "layers", "tensors"):
+                raw[name] = getattr(self, name)
+        raw["units"] = [asdict(unit) for unit in self.units]
+        raw["layers"] = [
+            {
+                **asdict(layer),
+                "quant": layer.quant and layer.quant.to_dict(),
+            }
+            for layer in self.layers
+        ]
+        if self.tensors:
+            bits = {n: q.weight_bits for n, q in self.quants().items()}
+            file = path.with_suffix(".safetensors")
+            # First the tensors: a plan that names them finds them.
+            sha256 = self.tensors.save(file, bits)
+            raw["tensors"] = {"file": file.name, "sha256": sha256}
+        write_json(path, raw)
 
     @classmethod
-    def load(cls, path: str | Path) -> "QuantizationPlan":
+    def load(
+        cls, path: str | Path, with_tensors: bool = True
+    ) -> "QuantizationPlan":
         """Reads a plan.
 
         Arguments
         ---------
         path : str or Path
             A ``plan.json``.
+        with_tensors : bool
+            Whether the tensors beside it are read as well; a quantized
+            folder's own file has them already.
 
         Returns
         -------
@@ -151,7 +264,8 @@ class QuantizationPlan:
         Raises
         ------
         ValueError
-            The file is missing, is not JSON or is not a plan.
+            The file or that of its tensors is missing, damaged or something
+            else.
         """
         raw = read_json(path, "quantization plan")
         if not isinstance(raw, dict) or raw.get("format") != PLAN_FORMAT:
@@ -160,11 +274,19 @@ class QuantizationPlan:
                 "give the plan.json of a finished run"
             )
         try:
-            return cls._from_dict(raw)
-        except (KeyError, TypeError) as error:
+            beside = raw.pop("tensors", None)
+            plan = cls._from_dict(raw)
+            if beside is None or not with_tensors:
+                return plan
+            name, sha256 = str(beside["file"]), beside["sha256"]
+            if Path(name).name != name:
+                raise KeyError(f"tensors in {name}")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: damaged plan ({error}); make it again"
             ) from error
+        tensors = AdjustedTensors.load(Path(path).with_name(name), sha256)
+        return replace(plan, tensors=tensors)
 
     @classmethod
     def _from_dict(cls, raw: Mapping) -> "QuantizationPlan":
@@ -174,7 +296,7 @@ class QuantizationPlan:
             LayerPlan(
                 **{
                     **layer,
-                    "quant": layer["quant"] and LayerQuant(**layer["quant"]),
+                    "quant": _read_quant(layer["quant"], layer["name"]),
                 }
             )
             for layer in fields["layers"]
@@ -205,3 +327,36 @@ class QuantizationPlan:
                     "or is of another kind; use the plan of this model and "
                     "the same target, include and exclude"
                 )
+
+    def check_tensors(
+        self,
+        layers: Iterable[Layer],
+        modules: Mapping[str, nn.Module],
+        path: str,
+    ) -> None:
+        """Raises unless the plan's tensors fit the model.
+
+        Arguments
+        ---------
+        layers : iterable of Layer
+            The layers of the model.
+        modules : Mapping
+            Its modules by key.
+        path : str
+            Where the plan came from, for the error.
+
+        Raises
+        ------
+        ValueError
+            Names the first tensor that does not fit.
+        """
+        if self.tensors is None:
+            return
+        quants = self.quants()
+        for name in self.tensors.layers:
+            if name not in quants:
+                raise ValueError(
+                    f"quantize.plan: {path}: has integers of layer '{name}', "
+                    "which it does not quantize; make it again"
+                )
+        self.tensors.check_matches(layers, modules, path)

@@ -72,8 +72,10 @@ class Evaluation:
             32 hexadecimal digits.
         """
         pairs = [(t.id, t.reference) for t in self.transcripts]
-        quants = {n: asdict(q) for n, q in plan.quants().items()}
+        quants = {n: q.to_dict() for n, q in plan.quants().items()}
         content = [plan.fingerprint, quants, pairs, execution]
+        if plan.tensors:
+            content.append(plan.tensors.digest())
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .calibrators import weight_amax
+from .adjusted import LayerTensors
 from .layers import Layer
 from .numerics import fake_quantize, scale_from_amax
 from .plan import LayerQuant
+from .weights import restore_weight, round_weight, weight_scale
 
 
 def quantize_weight(
-    weight: torch.Tensor, bits: int, method: str
+    weight: torch.Tensor, bits: int, method: str, group: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fake-quantized weight and its scales.
 
@@ -32,13 +33,15 @@ def quantize_weight(
         2 to 8.
     method : str
         ``"max"`` or ``"mse"``.
+    group : int
+        Inputs of a Linear that share a scale; 0 for all.
 
     Returns
     -------
     torch.Tensor
         Weight of the same shape, on the quantization grid.
     torch.Tensor
-        float32 scales, one per output channel.
+        float32 scales, one per output channel or [out, groups].
 
     Example
     -------
@@ -47,12 +50,70 @@ def quantize_weight(
     (tensor([[1., 0.]]), tensor([1.]))
     """
     weight = weight.detach().float()
-    scale = scale_from_amax(weight_amax(weight, bits, method), bits)
+    scale = weight_scale(weight, bits, method, group)
+    if group:
+        return restore_weight(round_weight(weight, scale, bits), scale), scale
     return fake_quantize(weight, scale, bits, axis=0), scale
 
 
+def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    """What an activation offset adds to a layer's bias: the product of its
+    weight with a constant input.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        On the quantization grid, output channels first.
+    offset : float
+        As of :class:`~speechbrain_stablequant.plan.LayerQuant`.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [out].
+
+    Example
+    -------
+    >>> offset_bias(torch.tensor([[1.0, 2.0]]), 0.5)
+    tensor([1.5000])
+    """
+    return weight.flatten(1).sum(1).float() * offset
+
+
+def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
+    """A layer's input as its integers stand for it.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        float32.
+    quant : LayerQuant
+        How it is quantized.
+
+    Returns
+    -------
+    torch.Tensor
+        On the quantization grid.
+
+    Example
+    -------
+    >>> quantize_input(torch.tensor([0.9, 9.0]), LayerQuant(4, 2, 1.0))
+    tensor([1., 1.])
+    """
+    bits = quant.activation_bits
+    scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
+    scale = scale.to(x.device)
+    if not quant.activation_offset:
+        return fake_quantize(x, scale, bits)
+    offset = quant.activation_offset
+    return fake_quantize(x - offset, scale, bits) + offset
+
+
 def quantized_forward(
-    module: nn.Module, quant: LayerQuant, weight: torch.Tensor
+    module: nn.Module,
+    quant: LayerQuant,
+    weight: torch.Tensor,
+    new_bias: torch.Tensor | None = None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward of a layer under simulation.
 
@@ -64,6 +125,8 @@ def quantized_forward(
         How its input is quantized.
     weight : torch.Tensor
         Its weight on the quantization grid.
+    new_bias : torch.Tensor or None
+        In place of the module's own.
 
     Returns
     -------
@@ -74,12 +137,23 @@ def quantized_forward(
     scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
     scale = scale.to(weight.device)
     is_conv = isinstance(module, nn.Conv1d)
+    offset, shift = quant.activation_offset, None
+    if offset:
+        check_offset(module)
+        shift = offset_bias(weight, offset)
+    if new_bias is not None:
+        new_bias = new_bias.to(weight.device)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         # A 16-bit product of grid values would round them a second time.
         with torch.autocast(x.device.type, enabled=False):
-            grid = fake_quantize(x.float(), scale, bits)
-            bias = None if module.bias is None else module.bias.float()
+            bias = module.bias if new_bias is None else new_bias
+            bias = None if bias is None else bias.float()
+            if shift is None:
+                grid = fake_quantize(x.float(), scale, bits)
+            else:
+                grid = fake_quantize(x.float() - offset, scale, bits)
+                bias = shift if bias is None else bias + shift
             if is_conv:
                 # Zero padding stays exact: the zero point is 0.
                 out = module._conv_forward(grid, weight, bias)
@@ -88,6 +162,26 @@ def quantized_forward(
         return out.to(x.dtype)
 
     return forward
+
+
+def check_offset(module: nn.Module) -> None:
+    """Raises if a layer cannot have an activation offset.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Raises
+    ------
+    ValueError
+        A convolution that pads with zeros, which the offset would change.
+    """
+    if isinstance(module, nn.Conv1d) and module.padding not in (0, (0,)):
+        raise ValueError(
+            f"{type(module).__name__} with padding {module.padding}: an "
+            "activation offset is not exact where zeros are padded"
+        )
 
 
 class Simulator:
@@ -99,6 +193,10 @@ class Simulator:
     ---------
     layers : iterable of Layer
         All layers that may be quantized.
+    tensors : Mapping, optional
+        LayerTensors by name: integers and biases to use in place of the
+        nearest ones. The attribute of this name may be changed between two
+        contexts.
 
     Example
     -------
@@ -110,16 +208,26 @@ class Simulator:
     [0.0]
     """
 
-    def __init__(self, layers: Iterable[Layer]):
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        tensors: Mapping[str, LayerTensors] | None = None,
+    ):
         self.layers = {layer.name: layer for layer in layers}
-        self._weights: dict[tuple[str, int, str], torch.Tensor] = {}
+        self.tensors = dict(tensors or {})
+        self._weights: dict[tuple[str, int, str, int], torch.Tensor] = {}
 
     def _weight(self, name: str, quant: LayerQuant) -> torch.Tensor:
-        key = (name, quant.weight_bits, quant.weight_method)
+        module = self.layers[name].module
+        known = self.tensors.get(name)
+        if known is not None and known.weight is not None:
+            weight = restore_weight(known.weight, known.weight_scale)
+            return weight.to(module.weight.device)
+        bits, method = quant.weight_bits, quant.weight_method
+        key = (name, bits, method, quant.weight_group)
         if key not in self._weights:
-            module = self.layers[name].module
             self._weights[key], _ = quantize_weight(
-                module.weight, quant.weight_bits, quant.weight_method
+                module.weight, bits, method, quant.weight_group
             )
         return self._weights[key]
 
@@ -143,8 +251,12 @@ class Simulator:
                 module = self.layers[name].module
                 if "forward" in vars(module):
                     raise RuntimeError(f"{name}: is being simulated already")
+                known = self.tensors.get(name)
                 forward = quantized_forward(
-                    module, quant, self._weight(name, quant)
+                    module,
+                    quant,
+                    self._weight(name, quant),
+                    None if known is None else known.bias,
                 )
                 module.forward = forward
                 shadowed.append(module)

@@ -173,6 +173,9 @@ class Stage:
         plan = QuantizationPlan.load(self.config.plan)
         kinds = {layer.name: layer.kind for layer in self.layers}
         plan.check_matches(kinds, self.config.plan)
+        plan.check_tensors(
+            self.layers, self.recogniser.modules, self.config.plan
+        )
         if plan.fingerprint != weights:
             logger.warning(
                 "quantize.plan: %s was made for other weights of the same "

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,10 @@ class Runtime:
     pair_sums : bool
         Whether it multiplies by CPU kernels that saturate sums of two
         products on a CPU without VNNI.
+    extras : frozenset of str
+        What it can do beyond integers with one scale per output channel and
+        inputs around zero: ``"asymmetric"`` (an activation offset),
+        ``"weight_groups"``.
     """
 
     encoder: str | None
@@ -54,12 +58,17 @@ class Runtime:
     needs: tuple[str, ...] = ()
     install: str = ""
     pair_sums: bool = False
+    extras: frozenset[str] = frozenset()
 
 
 _TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
 
 RUNTIMES: dict[str, Runtime] = {
-    "torch": Runtime(None, "simulated:make_layer"),
+    "torch": Runtime(
+        None,
+        "simulated:make_layer",
+        extras=frozenset({"asymmetric", "weight_groups"}),
+    ),
     "torch_int8": Runtime(
         "torch_int8.executor:make_executor",
         _TORCH_INT8_LAYER,
@@ -202,6 +211,59 @@ def _encoders(
     return list(chosen.values())
 
 
+def runtimes_with(extras: Iterable[str]) -> list[str]:
+    """The runtimes that can do something more.
+
+    Arguments
+    ---------
+    extras : iterable of str
+        As of :class:`Runtime`.
+
+    Returns
+    -------
+    list of str
+
+    Example
+    -------
+    >>> runtimes_with(["weight_groups"])
+    ['torch']
+    """
+    wanted = frozenset(extras)
+    return [name for name, row in RUNTIMES.items() if wanted <= row.extras]
+
+
+def check_extras(backend: str, extras: Iterable[str]) -> None:
+    """Raises unless a runtime can do all that a plan needs.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``.
+    extras : iterable of str
+        As of :class:`Runtime`.
+
+    Raises
+    ------
+    ValueError
+        Names what it cannot do, and who can.
+
+    Example
+    -------
+    >>> check_extras("triton", ["asymmetric"])
+    Traceback (most recent call last):
+    ValueError: backend: triton cannot execute a plan with asymmetric; write \
+backend: torch, or leave that switch off
+    """
+    extras = frozenset(extras)
+    missing = sorted(extras - RUNTIMES[backend].extras)
+    if missing:
+        raise ValueError(
+            f"backend: {backend} cannot execute a plan with "
+            f"{', '.join(missing)}; write backend: "
+            f"{' or '.join(runtimes_with(extras))}, or leave that switch off"
+        )
+
+
 def build_forwards(
     backend: str,
     modules: Mapping[str, nn.Module],
@@ -234,8 +296,8 @@ def build_forwards(
     Raises
     ------
     ValueError
-        A layer that is not in the model, or an encoder that the integer
-        runtimes do not compute.
+        A layer that is not in the model, an encoder that the integer
+        runtimes do not compute, or a layer that this runtime cannot execute.
 
     Example
     -------
@@ -250,6 +312,10 @@ def build_forwards(
     torch.Size([1, 2])
     """
     runtime = RUNTIMES[backend]
+    check_extras(
+        backend,
+        frozenset().union(*(layer.extras for layer in integers.values())),
+    )
     if runtime.pair_sums:
         integers = executed_integers(integers, cpu or cpu_class())
     by_name = _modules_by_name(modules, integers)

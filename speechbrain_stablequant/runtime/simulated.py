@@ -42,7 +42,7 @@ def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
     held = {
         "weight": layer.float_weight(),
         "scale": layer.activation_scale,
-        "bias": layer.bias,
+        "bias": layer.full_bias(),
     }
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -52,9 +52,10 @@ def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
         weight, bias = held["weight"], held["bias"]
         # A 16-bit product of grid values would round them a second time.
         with torch.autocast(x.device.type, enabled=False):
-            grid = fake_quantize(
-                x.float(), held["scale"], layer.activation_bits
-            )
+            x32 = x.float()
+            if layer.activation_offset:
+                x32 = x32 - layer.activation_offset
+            grid = fake_quantize(x32, held["scale"], layer.activation_bits)
             if layer.kind == "linear":
                 out = F.linear(grid, weight, bias)
             else:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from ..plan import LayerQuant
@@ -38,7 +37,7 @@ def evaluation_key(
     >>> evaluation_key("m", quants) == evaluation_key("m", {})
     False
     """
-    content = {name: asdict(quant) for name, quant in quants.items()}
+    content = {name: quant.to_dict() for name, quant in quants.items()}
     text = json.dumps([fingerprint, content, give_up_above], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
