@@ -60,7 +60,31 @@ class Limits:
 
 
 #: Those of an A100, where no device tells.
-_DEFAULT_LIMITS = Limits(108, 163 * 1024, 2048)
+_assumed: ContextVar[Limits] = ContextVar(
+    "limits", default=Limits(108, 163 * 1024, 2048)
+)
+
+
+@contextmanager
+def assume_limits(limits: Limits) -> Iterator[None]:
+    """Context in which tiles are chosen for a device that is not there.
+
+    Arguments
+    ---------
+    limits : Limits
+        Of the device; on a CUDA device its own count.
+
+    Example
+    -------
+    >>> with assume_limits(Limits(82, 99 * 1024, 1024)):
+    ...     device_limits(torch.device("cpu")).processors
+    82
+    """
+    token = _assumed.set(limits)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 @dataclass(frozen=True)
@@ -94,14 +118,15 @@ def device_limits(device: torch.device) -> Limits:
     Arguments
     ---------
     device : torch.device
-        Where the kernel runs; on CPU the figures of an A100.
+        Where the kernel runs; if it is no CUDA device, those of an A100 or
+        of `assume_limits`.
 
     Returns
     -------
     Limits
     """
     if device.type != "cuda":
-        return _DEFAULT_LIMITS
+        return _assumed.get()
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     return Limits(

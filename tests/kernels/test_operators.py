@@ -23,13 +23,14 @@ def _calls():
     grouped = group_conv.pack_group_weight(_int8(32, 16, 4), 2)
     wave, taps = torch.randn(2, 100), _int8(32, 10)
     frames = torch.tensor(15)
+    real = torch.tensor([9, 4])
     half, int8 = torch.float16, torch.int8
     norm = (vector, vector, 1e-5)
     return {
         "attention": (
             torch.randn(2, 9, 96),
             2,
-            torch.tensor([9, 4]),
+            real,
             int8,
             9.0,
         ),

@@ -122,12 +122,12 @@ def test_a_file_of_another_card_is_refused(tmp_path):
         make_tuner(path, log, device="another card")
 
 
-def test_the_rule_fills_the_device(monkeypatch):
+def test_the_rule_fills_the_device():
     hopper = tuning.Limits(132, 227 * 1024, 4096)
-    monkeypatch.setattr(tuning, "device_limits", lambda _: hopper)
 
     def best(rows, columns):
-        return tuning.rank(matmul.TILES, rows, columns, CPU)[0]
+        with tuning.assume_limits(hopper):
+            return tuning.rank(matmul.TILES, rows, columns, CPU)[0]
 
     assert best(32 * 1499, 4096) == matmul.TILES[0]
     # 128 tiles for 132 multiprocessors
@@ -137,23 +137,19 @@ def test_the_rule_fills_the_device(monkeypatch):
     assert short.block_m * short.block_n <= 64 * 64
 
 
-def test_every_kernel_has_a_tile_for_small_shared_memory(monkeypatch):
-    small = tuning.Limits(82, 99 * 1024, 1024)
-    for module in (tuning, attention):
-        monkeypatch.setattr(module, "device_limits", lambda _: small)
-    assert matmul._candidates(499, 512, 1536, True, CPU)
-    assert len(matmul._candidates(499, 1024, 4096, False, CPU)) > 2
-    assert matmul._candidates(499, 1024, 1000, False, CPU)
-    assert attention._candidates(499, 16, 64, 2, CPU)
-    tiles = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
-    assert tuning.rank(tiles, 499, 1024, CPU)
-    none = tuning.Limits(1, 100, 1024)
-    for module in (tuning, attention):
-        monkeypatch.setattr(module, "device_limits", lambda _: none)
-    with pytest.raises(ValueError, match="no tile of this kernel fits"):
-        tuning.rank(matmul.TILES, 1, 1, CPU)
-    with pytest.raises(ValueError, match="do not fit into 100 bytes"):
-        attention._candidates(499, 16, 64, 2, CPU)
+def test_every_kernel_has_a_tile_for_small_shared_memory():
+    with tuning.assume_limits(tuning.Limits(82, 99 * 1024, 1024)):
+        assert matmul._candidates(499, 512, 1536, True, CPU)
+        assert len(matmul._candidates(499, 1024, 4096, False, CPU)) > 2
+        assert matmul._candidates(499, 1024, 1000, False, CPU)
+        assert attention._candidates(499, 16, 64, 2, CPU)
+        tiles = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
+        assert tuning.rank(tiles, 499, 1024, CPU)
+    with tuning.assume_limits(tuning.Limits(1, 100, 1024)):
+        with pytest.raises(ValueError, match="no tile of this kernel fits"):
+            tuning.rank(matmul.TILES, 1, 1, CPU)
+        with pytest.raises(ValueError, match="do not fit into 100 bytes"):
+            attention._candidates(499, 16, 64, 2, CPU)
 
 
 def test_buckets_hold_what_they_must(make_tiny_model):

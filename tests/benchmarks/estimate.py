@@ -1,0 +1,373 @@
+"""Estimates the triton runtime's time from a card's data sheet, without one.
+
+For each operator and shape: the floor in bytes and operations, the time that
+a card of given bandwidth and int8 peak needs for it, and how much of a
+multiprocessor the compiled kernel's registers and shared memory let it use.
+
+    python tests/benchmarks/estimate.py --seconds 10 --batch 1 8 32
+    python tests/benchmarks/estimate.py --bandwidth 1008 --tops 660 --arch 86
+
+Nothing here is measured. No kernel reaches its floor: launches, waiting for
+memory and the arithmetic after a product come on top.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from shapes import MODELS, Op, operators
+
+from speechbrain_stablequant.kernels.resources import (
+    Launch,
+    Resources,
+    compile_launch,
+    launches_of,
+)
+from speechbrain_stablequant.kernels.tuning import Limits, assume_limits
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the cards of a compute capability have in common.
+
+    Arguments
+    ---------
+    shared_kb : int
+        Shared memory of a multiprocessor; a block may have 1 kB less.
+    max_warps, max_blocks : int
+        That a multiprocessor holds.
+    products : int
+        int8 products that it finishes in a cycle.
+    """
+
+    shared_kb: int
+    max_warps: int
+    max_blocks: int
+    products: int
+
+
+ARCHITECTURES = {
+    80: Architecture(164, 64, 32, 2048),
+    86: Architecture(100, 48, 16, 1024),
+    90: Architecture(228, 64, 32, 4096),
+}
+REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Card:
+    """Figures of a data sheet, without sparsity.
+
+    Arguments
+    ---------
+    arch : int
+        Compute capability times ten.
+    processors : int
+        Streaming multiprocessors.
+    bandwidth : float
+        Of its memory, GB/s.
+    tops : float
+        int8, 10^12 operations a second.
+    tflops : float
+        bfloat16 with float32 sums, 10^12 operations a second.
+    """
+
+    arch: int
+    processors: int
+    bandwidth: float
+    tops: float
+    tflops: float
+
+    def microseconds(
+        self, moved: float, integer_ops: float, float_ops: float
+    ) -> float:
+        """The longer of moving and computing."""
+        computing = integer_ops / self.tops + float_ops / self.tflops
+        return max(moved / self.bandwidth * 1e-3, computing * 1e-6)
+
+
+CARDS = {
+    "A100": Card(80, 108, 2039, 624, 312),
+    "H100": Card(90, 132, 3350, 1979, 989),
+    "H200": Card(90, 132, 4800, 1979, 989),
+    "RTX3090": Card(86, 82, 936, 284, 71),
+}
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How much of a multiprocessor a kernel uses.
+
+    Arguments
+    ---------
+    blocks : int
+        Of the kernel that fit at once.
+    warps : float
+        Their share of the warps that it can hold.
+    waves : float
+        How often all multiprocessors together have to be filled.
+    """
+
+    blocks: int
+    warps: float
+    waves: float
+
+
+def occupancy(found: Resources, launch: Launch, card: Card) -> Occupancy:
+    """What registers and shared memory allow.
+
+    Arguments
+    ---------
+    found : Resources
+        Of the compiled kernel.
+    launch : Launch
+        How many blocks there are.
+    card : Card
+        The card.
+
+    Returns
+    -------
+    Occupancy
+    """
+    arch = ARCHITECTURES[card.arch]
+    # registers are handed out to a warp by 256, shared memory by 128 bytes,
+    # and each block takes 1 kB of it for itself
+    per_warp = -(-found.registers * 32 // 256) * 256
+    shared = -(-found.shared_bytes // 128) * 128 + 1024
+    blocks = min(
+        REGISTERS // (per_warp * found.warps),
+        arch.shared_kb * 1024 // shared,
+        arch.max_warps // found.warps,
+        arch.max_blocks,
+    )
+    waves = launch.blocks / max(blocks * card.processors, 1)
+    return Occupancy(blocks, blocks * found.warps / arch.max_warps, waves)
+
+
+def choose(op: Op, card: Card) -> Launch:
+    """The launch with the tile that the rule chooses for a card."""
+    arch = ARCHITECTURES[card.arch]
+    limits = Limits(card.processors, (arch.shared_kb - 1) * 1024, arch.products)
+    with assume_limits(limits):
+        (launch,) = launches_of(op.launch, *op.arguments)
+    return launch
+
+
+_compiled: dict[tuple, Resources] = {}
+
+
+def compile_once(launch: Launch, arch: int) -> Resources:
+    """Compiles a kernel once for all the shapes that it serves."""
+    values = {
+        name: (str(value.dtype) if hasattr(value, "dtype") else value)
+        for name, value in launch.arguments.items()
+    }
+    for parameter in launch.kernel.params:
+        value = values[parameter.name]
+        if not parameter.is_constexpr and isinstance(value, int):
+            values[parameter.name] = (value == 1, value % 16 == 0)
+        elif isinstance(value, float):
+            values[parameter.name] = "float"
+    key = (
+        launch.kernel.__name__,
+        arch,
+        *map(str, values.items()),
+        *launch.options.items(),
+    )
+    if key not in _compiled:
+        _compiled[key] = compile_launch(launch, arch)
+    return _compiled[key]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One operator on one card; times are of all its launches.
+
+    Arguments
+    ---------
+    op : Op
+        The operator.
+    int8_us, bf16_us : float
+        Its floor as it is, and with 16 bit in the place of int8.
+    """
+
+    op: Op
+    int8_us: float
+    bf16_us: float
+
+
+def estimate(op: Op, card: Card) -> Estimate:
+    """The floors of an operator on a card."""
+    int8 = card.microseconds(op.moved_bytes(), op.integer_ops, op.float_ops)
+    bf16 = 0.0
+    if not op.only_int8:
+        every = op.integer_ops + op.float_ops
+        bf16 = card.microseconds(op.moved_bytes(integer_size=2), 0.0, every)
+    return Estimate(op, int8 * op.count, bf16 * op.count)
+
+
+def _tile(launch: Launch) -> str:
+    sizes = (launch.arguments.get(f"BLOCK_{axis}") for axis in "MNK")
+    return "x".join(str(size) for size in sizes if size)
+
+
+def _table(
+    title: str, ops: Sequence[Op], name: str, card: Card, compiled: bool
+) -> str:
+    """The lines for one card."""
+    rows = [estimate(op, card) for op in ops]
+    total = sum(row.int8_us for row in rows)
+    float_total = sum(row.bf16_us for row in rows)
+    lines = [
+        f"{title}, {name}: estimate from {card.bandwidth:g} GB/s, "
+        f"{card.tops:g} int8 TOPS, {card.tflops:g} bf16 TFLOPS",
+        f"{'operator':26} {'shape':>18} {'n':>3} {'MB':>8} {'Gop':>8} "
+        f"{'us':>8} {'share':>6} {'bf16 us':>8}"
+        + (
+            f"  {'tile':>12} {'regs':>4} {'kB':>4} {'blocks':>6} "
+            f"{'warps':>5} {'waves':>6}"
+            if compiled
+            else ""
+        ),
+    ]
+    for row in rows:
+        op = row.op
+        gop = (op.integer_ops + op.float_ops) * op.count * 1e-9
+        line = (
+            f"{op.name:26} {'x'.join(map(str, op.shape)):>18} {op.count:3} "
+            f"{op.moved_bytes() * op.count * 1e-6:8.1f} {gop:8.1f} "
+            f"{row.int8_us:8.1f} {row.int8_us / total:6.1%} "
+            f"{row.bf16_us:8.1f}"
+        )
+        if compiled:
+            launch = choose(op, card)
+            found = compile_once(launch, card.arch)
+            fit = occupancy(found, launch, card)
+            line += (
+                f"  {_tile(launch):>12} {found.registers:4} "
+                f"{found.shared_bytes // 1024:4} {fit.blocks:6} "
+                f"{fit.warps:5.0%} {fit.waves:6.2f}"
+            )
+        lines.append(line)
+    lines.append(
+        f"{'estimated floor':26} {'':>18} {'':>3} {'':>8} {'':>8} "
+        f"{total:8.1f} {'100.0%':>6} {float_total:8.1f}  ideal ratio "
+        f"{float_total / total:.2f}"
+    )
+    return "\n".join(lines)
+
+
+def _summary(models, seconds, batches, cards) -> str:
+    """Totals of all models and shapes."""
+    lines = [
+        "estimated floors, milliseconds: int8 / bf16 / ideal ratio",
+        f"{'model':14} {'seconds':>7} {'batch':>5} "
+        + " ".join(f"{name:>22}" for name in cards),
+    ]
+    for model in models:
+        for length in seconds:
+            for batch in batches:
+                ops = operators(model, length, batch)
+                cells = []
+                for card in cards.values():
+                    rows = [estimate(op, card) for op in ops]
+                    int8 = sum(row.int8_us for row in rows) * 1e-3
+                    bf16 = sum(row.bf16_us for row in rows) * 1e-3
+                    cells.append(f"{int8:7.2f} {bf16:8.2f} {bf16 / int8:5.2f}")
+                lines.append(
+                    f"{model:14} {length:7g} {batch:5} "
+                    + " ".join(f"{cell:>22}" for cell in cells)
+                )
+    return "\n".join(lines)
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Estimated floors of the triton runtime; nothing is "
+        "measured and no GPU is needed."
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--seconds", nargs="+", type=float, default=[5.0, 10.0, 20.0, 30.0])
+    add("--batch", nargs="+", type=int, default=[1, 8, 32])
+    add("--cards", nargs="*", choices=CARDS, default=list(CARDS))
+    add("--bandwidth", type=float, help="of another card, GB/s")
+    add("--tops", type=float, help="of another card, int8 without sparsity")
+    add("--tflops", type=float, help="of it in bf16; default half of --tops")
+    add("--arch", type=int, choices=ARCHITECTURES, default=90)
+    add("--processors", type=int, default=132, help="of the other card")
+    add(
+        "--summary",
+        action="store_true",
+        help="totals only; nothing is compiled",
+    )
+    add(
+        "--no-compile",
+        action="store_true",
+        help="floors only, without registers and occupancy",
+    )
+    return parser
+
+
+def cards_of(options: argparse.Namespace) -> dict[str, Card]:
+    """The cards that were asked for.
+
+    Raises
+    ------
+    ValueError
+        Half of another card's figures, or figures that are not positive.
+    """
+    if options.bandwidth is None and options.tops is None:
+        if options.tflops is not None:
+            raise ValueError("--tflops: give --bandwidth and --tops as well")
+        return {name: CARDS[name] for name in options.cards}
+    if options.bandwidth is None or options.tops is None:
+        raise ValueError("--bandwidth and --tops: give both or none")
+    tflops = options.tops / 2 if options.tflops is None else options.tflops
+    figures = (options.processors, options.bandwidth, options.tops, tflops)
+    if min(figures) <= 0:
+        raise ValueError("the figures of a card must be positive")
+    return {"this card": Card(options.arch, *figures)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the estimates.
+
+    Arguments
+    ---------
+    argv : sequence of str, optional
+        The command line.
+
+    Returns
+    -------
+    int
+        0, or 2 for options that cannot be.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        cards = cards_of(options)
+        if min(*options.seconds, *options.batch) <= 0:
+            raise ValueError("--seconds and --batch must be positive")
+    except ValueError as error:
+        print(f"estimate.py: {error}", file=sys.stderr)
+        return 2
+    print("Estimates from data sheets; nothing below was measured.\n")
+    if not options.summary:
+        for model in options.model:
+            for seconds in options.seconds:
+                for batch in options.batch:
+                    title = f"{model}, {seconds:g} s x {batch}"
+                    ops = operators(model, seconds, batch)
+                    for name, card in cards.items():
+                        compiled = not options.no_compile
+                        table = _table(title, ops, name, card, compiled)
+                        print(table, end="\n\n", flush=True)
+    print(_summary(options.model, options.seconds, options.batch, cards))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
