@@ -140,15 +140,13 @@ def check_audio(
             if info.frames == 0:
                 raise AudioError(f"{where} is empty; remove the utterance")
             plain = info.samplerate == sample_rate and info.channels == 1
-            if plain and info.frames < min_samples:
-                raise AudioError(
-                    f"{where} has {info.frames} samples, fewer than the "
-                    f"{min_samples} of one frame; remove the utterance"
-                )
+            if plain:
+                _check_long_enough(where, info.frames, min_samples)
             if not plain or info.subtype in FLOAT_SUBTYPES:
                 seconds = info.frames / info.samplerate
                 wave = dataset[index][signal]
                 _check_signal(where, wave, seconds, info, sample_rate)
+                _check_long_enough(where, wave.shape[0], min_samples)
 
 
 def _header(name: str, path: str) -> Any:
@@ -162,6 +160,14 @@ def _header(name: str, path: str) -> Any:
         raise AudioError(
             f"utterance {name}: {path} cannot be read as audio ({error})"
         ) from error
+
+
+def _check_long_enough(where: str, samples: int, least: int) -> None:
+    if samples < least:
+        raise AudioError(
+            f"{where} has {samples} samples, fewer than the {least} of one "
+            "frame; remove the utterance"
+        )
 
 
 def _check_signal(

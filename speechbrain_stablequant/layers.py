@@ -150,8 +150,10 @@ def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
     Returns
     -------
     list of Encoder
+        A model behind two keys once, under the first.
     """
     encoders = []
+    seen: set[int] = set()
     for key, module in modules.items():
         for path, child in module.named_modules(prefix=key):
             extractor = getattr(child, "feature_extractor", None)
@@ -162,7 +164,9 @@ def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
                 and hasattr(encoder, "pos_conv_embed")
                 and hasattr(encoder, "layers")
             ):
-                encoders.append(Encoder(key, path, module, child))
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    encoders.append(Encoder(key, path, module, child))
                 break
     return encoders
 
@@ -254,8 +258,11 @@ def find_layers(
     _check_patterns([name for name, _ in found.values()], include, exclude)
     kept = [(n, m) for n, m in found.values() if _keep(n, include, exclude)]
     if not kept:
+        key, patterns = "exclude", list(exclude)
+        if not include:
+            key, patterns = "include", []
         raise ValueError(
-            f"quantize.exclude: {list(exclude)} leaves no layer to quantize"
+            f"quantize.{key}: {patterns} leaves no layer to quantize"
         )
     _refuse_functional(functional, kept)
     encoders = find_encoders({key: modules[key] for key in target})

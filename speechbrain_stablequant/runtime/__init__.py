@@ -205,9 +205,10 @@ def _encoders(
     """Each encoder with an integer layer once, under the key that the layers
     are named by: a model may stand behind two keys."""
     chosen: dict[int, Encoder] = {}
-    for encoder in find_encoders(modules):
-        if any(name.startswith(encoder.path + ".") for name in integers):
-            chosen.setdefault(id(encoder.model), encoder)
+    for key, module in modules.items():
+        for encoder in find_encoders({key: module}):
+            if any(name.startswith(encoder.path + ".") for name in integers):
+                chosen.setdefault(id(encoder.model), encoder)
     return list(chosen.values())
 
 

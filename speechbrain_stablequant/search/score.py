@@ -17,7 +17,8 @@ class Score:
     errors, words : int
         Word errors and reference words.
     loss : float
-        Secondary metric: the recipe's mean loss per utterance.
+        Secondary metric: the recipe's mean loss per utterance; one that is
+        not finite counts as infinite.
     complete : bool
         False when the evaluation was given up because it could not win any
         more: ``errors`` is then a lower bound over the same ``words``.
@@ -32,6 +33,11 @@ class Score:
     words: int
     loss: float
     complete: bool = True
+
+    def __post_init__(self) -> None:
+        # Losses are compared: NaN would make the order depend on chance.
+        if not math.isfinite(self.loss):
+            object.__setattr__(self, "loss", math.inf)
 
     @property
     def wer(self) -> float:

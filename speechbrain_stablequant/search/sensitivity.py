@@ -68,5 +68,8 @@ def select_units(
     for unit, quants in units.items():
         score = evaluate(quants, start=unit, label=f"{unit} alone")
         delta = score.wer - baseline.wer
-        found.append(Sensitivity(unit, score, delta, delta > threshold))
+        # In whole words: the rates' rounding must not decide.
+        more = 100 * (score.errors - baseline.errors)
+        selected = more > threshold * baseline.words
+        found.append(Sensitivity(unit, score, delta, selected))
     return baseline, found
