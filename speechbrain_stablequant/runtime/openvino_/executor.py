@@ -16,10 +16,16 @@ from .graph import GraphBuilder
 
 logger = logging.getLogger(__name__)
 
+#: What everything but the integer products may be computed in.
+PRECISIONS = ("auto", "bf16", "f32")
+
 #: Samples between the buckets of inputs up to 20 times as long; doubled for
 #: inputs up to twice as long, and so on.
 BUCKET_STEP = 4000
 _STEPS = 20
+
+#: Key of the graph of any shape.
+_ANY = (-1, -1)
 
 
 def bucket(samples: int) -> int:
@@ -65,9 +71,18 @@ class OpenVINOExecutor:
     threads : int or None
         Threads; None for as many as torch uses.
     cache_folder : str, Path or None
-        Where compiled graphs are kept for the next process; None for nowhere.
+        Where compiled graphs are kept for the next process, each as large as
+        the integer weights; None for nowhere.
     max_models : int
         Graphs of fixed shape, 0 for none.
+    precision : str
+        Of everything but the integer products: ``"bf16"``, ``"f32"``, or
+        ``"auto"`` for bf16 where the CPU multiplies it.
+
+    Raises
+    ------
+    ValueError
+        Another precision.
     """
 
     def __init__(
@@ -76,7 +91,14 @@ class OpenVINOExecutor:
         threads: int | None = None,
         cache_folder: str | Path | None = None,
         max_models: int = 3,
+        precision: str = "auto",
     ):
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: '{precision}' is none of {', '.join(PRECISIONS)}"
+            )
+        if precision == "auto":
+            precision = "bf16" if cpu_class().bf16 else "f32"
         self.spec = spec
         self.max_models = max_models
         self._core = ov.Core()
@@ -85,20 +107,33 @@ class OpenVINOExecutor:
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "bf16" if cpu_class().bf16 else "f32",
+            "INFERENCE_PRECISION_HINT": precision,
         }
         self._requests: dict[tuple[int, int], ov.InferRequest] = {}
 
+    def compile(self, batch: int, samples: int) -> ov.CompiledModel:
+        """Compiles a graph.
+
+        Arguments
+        ---------
+        batch, samples : int
+            Its shape; -1 for any.
+
+        Returns
+        -------
+        openvino.CompiledModel
+        """
+        model = GraphBuilder(self.spec, batch, samples).build()
+        return self._core.compile_model(model, "CPU", self._settings)
+
     def _request(self, batch: int, samples: int) -> ov.InferRequest:
         key = (batch, samples)
-        fixed = len(self._requests) - ((-1, -1) in self._requests)
+        fixed = len(self._requests) - (_ANY in self._requests)
         if key not in self._requests and fixed >= self.max_models:
-            key = (-1, -1)
+            key = _ANY
         if key not in self._requests:
-            logger.info("compiling for batch %d, %d samples", *key)
-            model = GraphBuilder(self.spec, *key).build()
-            compiled = self._core.compile_model(model, "CPU", self._settings)
-            self._requests[key] = compiled.create_infer_request()
+            logger.info("compiling for batch %d, %d samples (-1: any)", *key)
+            self._requests[key] = self.compile(*key).create_infer_request()
         return self._requests[key]
 
     @torch.no_grad()
@@ -157,6 +192,7 @@ def make_executor(
     threads: int | None = None,
     cache_folder: str | Path | None = None,
     max_models: int = 3,
+    precision: str = "auto",
 ) -> OpenVINOExecutor:
     """The runtime's entry, see :class:`OpenVINOExecutor`.
 
@@ -170,9 +206,11 @@ def make_executor(
         Where compiled graphs are kept.
     max_models : int
         Graphs of fixed shape.
+    precision : str
+        Of everything but the integer products.
 
     Returns
     -------
     OpenVINOExecutor
     """
-    return OpenVINOExecutor(spec, threads, cache_folder, max_models)
+    return OpenVINOExecutor(spec, threads, cache_folder, max_models, precision)

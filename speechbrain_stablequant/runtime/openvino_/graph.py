@@ -6,6 +6,8 @@ scale, which OpenVINO executes as int8), so that no float copy of them exists
 at any time. Layer inputs pass a FakeQuantize on the plan's scale.
 """
 
+import math
+
 import numpy as np
 import openvino as ov
 import torch
@@ -17,7 +19,13 @@ from ..encoder import AnyLayer, BlockSpec, EncoderSpec, Norm
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
-VAR = 1
+
+#: GELU is nowhere below this.
+GELU_MINIMUM = -0.17
+
+#: Added to integers so that none is negative: oneDNN multiplies unsigned by
+#: signed bytes, and takes longer for signed inputs.
+ZERO_POINT = 128
 
 
 def _f32(value: torch.Tensor | float) -> ov.Node:
@@ -35,7 +43,8 @@ def _in_compute_precision(node: ov.Node) -> ov.Node:
 
     OpenVINO keeps all that lies between the output and the last product in
     float32, to the accuracy's benefit; through the residual additions that is
-    the whole encoder, and each addition then converts forth and back.
+    the whole encoder, and each addition then converts forth and back, and
+    into another layout as well.
     """
     node.set_rt_info(True, "enforceBF16evenForGraphTail")
     return node
@@ -61,40 +70,53 @@ class GraphBuilder:
         self.spec = spec
         self.batch = batch
         self.samples = samples
+        self.inputs: list[ov.Node] = []
         # Layers that share an input with one scale share its integers.
         self._quantized: dict[tuple[int, float, int], ov.Node] = {}
         self._alive: list[ov.Node] = []
 
-    def quantize(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
-        """The input of a layer on the plan's grid."""
-        if isinstance(layer, FloatLayer):
-            return x
+    def input(self, name: str, shape: list[int]) -> ov.Node:
+        """A float32 input of the graph."""
+        node = op.parameter(shape, np.float32)
+        node.set_friendly_name(name)
+        node.output(0).set_names({name})
+        self.inputs.append(node)
+        return node
+
+    def quantize(
+        self, x: ov.Node, layer: IntegerLayer, least: float = -math.inf
+    ) -> ov.Node:
+        """The input of a layer on the plan's grid, which OpenVINO knows in
+        its width of 8 bits only: 256 levels.
+
+        Arguments
+        ---------
+        x : openvino.Node
+            The input.
+        layer : IntegerLayer
+            The layer.
+        least : float
+            Lower bound of ``x``.
+
+        Returns
+        -------
+        openvino.Node
+            Of a convolution's input the values on the grid; of a Linear's
+            these plus ``ZERO_POINT`` scales.
+        """
         scale, bits = float(layer.activation_scale), layer.activation_bits
         key = (id(x), scale, bits)
         if key not in self._quantized:
-            edge = qmax(bits) * scale
-            if VAR == 1 and layer.kind == "linear" and bits == 8:
-                low, high = _f32(-edge), _f32(edge)
-                node = op.fake_quantize(x, low, high, low, high, 255)
-            else:
-                low, high = _f32(-128 * scale), _f32(127 * scale)
-                node = op.fake_quantize(
-                    op.clamp(x, -edge, edge) if VAR != 2 else x,
-                    low,
-                    high,
-                    low,
-                    high,
-                    256,
-                )
-            if VAR == 5 and layer.kind == "linear":
-                node = op.fake_quantize(
-                    op.clamp(x, -edge, edge),
-                    low,
-                    high,
-                    _f32(0),
-                    _f32(255 * scale),
-                    256,
-                )
+            node, edge = x, qmax(bits) * scale
+            top = qmax(8) * scale
+            low, high = _f32(top - 255 * scale), _f32(top)
+            # 256 levels are one too many, at the lower end.
+            if bits < 8 or least < -edge - scale / 2:
+                node = op.clamp(x, -edge, edge)
+            out = low, high
+            if layer.kind == "linear":
+                out = _f32(0.0), _f32(255 * scale)
+            node = op.fake_quantize(node, low, high, *out, 256)
             self._quantized[key] = node
             self._alive.append(x)  # its id stays its own
         return self._quantized[key]
@@ -115,30 +137,36 @@ class GraphBuilder:
         integers = op.constant(weight.contiguous().cpu().numpy())
         return op.multiply(op.convert(integers, "f32"), _f32(scale * gain))
 
-    def linear(self, x: ov.Node, layer: AnyLayer, gain: float = 1.0) -> ov.Node:
+    def linear(
+        self,
+        x: ov.Node,
+        layer: AnyLayer,
+        gain: float = 1.0,
+        least: float = -math.inf,
+    ) -> ov.Node:
         """[..., in] to [..., out], times a constant."""
-        y = op.matmul(
-            self.quantize(x, layer), self.weight(layer, gain), False, True
-        )
-        bias = layer.bias
-        if VAR == 5:
-            shift = (
-                layer.weight.sum(1, dtype=torch.int64)
-                * layer.weight_scale
-                * layer.activation_scale
-                * 128
-            )
-            bias = bias - shift
-        if layer.bias is not None:
-            y = op.add(y, _f32(bias * gain))
+        bias = 0 if layer.bias is None else layer.bias.double()
+        if isinstance(layer, IntegerLayer):
+            x = self.quantize(x, layer, least)
+            sums = layer.weight.sum(1, dtype=torch.int64).double()
+            scale = layer.activation_scale.double() * layer.weight_scale
+            bias = bias - ZERO_POINT * scale * sums
+        y = op.matmul(x, self.weight(layer, gain), False, True)
+        y = _in_compute_precision(y)
+        if isinstance(bias, torch.Tensor):
+            y = _in_compute_precision(op.add(y, _f32((bias * gain).float())))
         return y
 
-    def conv(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
+    def conv(
+        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
+    ) -> ov.Node:
         """[batch, in, time] to [batch, out, time]."""
+        if isinstance(layer, IntegerLayer):
+            x = self.quantize(x, layer, least)
         make = op.convolution if layer.groups == 1 else op.group_convolution
         pads = [layer.padding]
         y = make(
-            self.quantize(x, layer),
+            x,
             self.weight(layer),
             [layer.stride],
             pads,
@@ -154,6 +182,11 @@ class GraphBuilder:
         """LayerNorm over the last axis."""
         y = op.mvn(x, _i64(-1), True, norm.eps, "inside_sqrt")
         return op.add(op.multiply(y, _f32(norm.weight)), _f32(norm.bias))
+
+    @staticmethod
+    def gelu(x: ov.Node) -> ov.Node:
+        """The exact one."""
+        return op.gelu(x, "erf")
 
     @staticmethod
     def turn(x: ov.Node) -> ov.Node:
@@ -187,28 +220,27 @@ class GraphBuilder:
         if not pre:
             x = self.norm(x, block.norm1)
         y = self.norm(x, block.norm2) if pre else x
-        y = op.gelu(self.linear(y, block.up), "tanh" if VAR == 4 else "erf")
-        x = _in_compute_precision(op.add(x, self.linear(y, block.down)))
+        y = self.gelu(self.linear(y, block.up))
+        y = self.linear(y, block.down, least=GELU_MINIMUM)
+        x = _in_compute_precision(op.add(x, y))
         return x if pre else self.norm(x, block.norm2)
 
-    def features(self, x: ov.Node, inputs: list[ov.Node]) -> ov.Node:
+    def features(self, x: ov.Node) -> ov.Node:
         """The convolutions: [batch, 1, samples] to [batch, frames, C]."""
+        least = -math.inf
         for stage in self.spec.convs:
-            x = self.conv(x, stage.conv)
+            x = self.conv(x, stage.conv, least)
             if stage.norm is None:
-                x = op.gelu(x, "tanh" if VAR == 4 else "erf")
+                x = self.gelu(x)
             elif stage.norm.over_time:
                 shape = [self.batch, stage.conv.weight.shape[0], 1]
-                gain = op.parameter(shape, np.float32, "gain")
-                shift = op.parameter(shape, np.float32, "shift")
-                inputs += [gain, shift]
-                x = op.gelu(
-                    op.add(op.multiply(x, gain), shift),
-                    "tanh" if VAR == 4 else "erf",
-                )
+                gain = self.input("gain", shape)
+                shift = self.input("shift", shape)
+                x = self.gelu(op.add(op.multiply(x, gain), shift))
             else:
                 y = self.norm(self.turn(x), stage.norm)
-                x = self.turn(op.gelu(y, "tanh" if VAR == 4 else "erf"))
+                x = self.turn(self.gelu(y))
+            least = GELU_MINIMUM
         return self.turn(x)
 
     def build(self) -> ov.Model:
@@ -220,36 +252,29 @@ class GraphBuilder:
         """
         spec = self.spec
         frames = -1 if self.samples < 0 else spec.frames(self.samples)
-        wave = op.parameter([self.batch, 1, self.samples], np.float32, "wave")
-        keep = op.parameter([self.batch, frames, 1], np.float32, "keep")
-        inputs = [wave, keep]
-        x = self.features(wave, inputs)
+        wave = self.input("wave", [self.batch, 1, self.samples])
+        keep = self.input("keep", [self.batch, frames, 1])
+        x = self.features(wave)
+        least = -math.inf
         if spec.projection_norm is not None:
             x = self.norm(x, spec.projection_norm)
-        x = op.multiply(self.linear(x, spec.projection), keep)
+        else:
+            least = GELU_MINIMUM
+        x = op.multiply(self.linear(x, spec.projection, least=least), keep)
         position = self.conv(self.turn(x), spec.pos_conv)
         if spec.pos_trim:
             position = op.slice(
                 position, _i64(0), _i64(-spec.pos_trim), _i64(1), _i64(2)
             )
-        x = op.add(
-            x, self.turn(op.gelu(position, "tanh" if VAR == 4 else "erf"))
-        )
+        x = op.add(x, self.turn(self.gelu(position)))
         if not spec.pre_norm:
             x = self.norm(x, spec.norm)
         # Computed from `keep` rather than an input of its own: a float32
         # input to the fused attention is misread in bfloat16 (2026.4).
-        if VAR == 3:
-            mask = op.parameter(
-                [self.batch, 1, 1, frames], ov.Type.bf16, "mask"
-            )
-            inputs.append(mask)
-            mask = op.convert(mask, "f32")
-        else:
-            mask = op.multiply(op.subtract(keep, _f32(1.0)), _f32(MASKED))
-            mask = op.unsqueeze(self.turn(mask), _i64(1))
+        mask = op.multiply(op.subtract(keep, _f32(1.0)), _f32(MASKED))
+        mask = op.unsqueeze(self.turn(mask), _i64(1))
         for block in spec.blocks:
             x = self.block(block, x, mask)
         if spec.pre_norm:
             x = self.norm(x, spec.norm)
-        return ov.Model([op.result(x, "hidden")], inputs, "encoder")
+        return ov.Model([op.result(x)], self.inputs, "encoder")
