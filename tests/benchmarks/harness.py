@@ -1,12 +1,14 @@
 """What the benchmarks share: options, turns, processes of their own, rows.
 
-An *executor* is a function of a :class:`Workload` that loads something and
-returns a :class:`Prepared`. All executors of a run live in one process and
-take turns, round by round, so that a change of the machine's speed hits all
-of them. Peak memory and load time come from one process for each executor.
+First each executor writes the files that it needs, in a process of its own.
+Then all of them are loaded into one process and take turns, round by round,
+so that a change of the machine's speed hits all of them. Last, peak memory
+and load time of each come from one more process for each. An executor that
+fails in one of these steps gets a row with its error.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,105 +18,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from models import (
-    NAMES,
-    Recogniser,
-    build_modules,
-    make_wavs,
-    quantize_by_max,
+from models import NAMES
+from workload import Executor, Options, Prepared, Workload, time_once
+
+RIVALS = (
+    "transformers",
+    "openvino",
+    "nncf",
+    "onnxruntime",
+    "torchao",
+    "triton",
 )
-from torch import nn
-
-from speechbrain_stablequant.integer import IntegerLayer
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a run, see :func:`parse`."""
-
-    model: str
-    seconds: float
-    batch: int
-    threads: int
-    executors: tuple[str, ...]
-    rounds: int
-    json: str | None
-    bits: int
-    device: str
-    peak: bool
-    child: str | None
-
-
-class Workload:
-    """The model and the input of a run; all of it is made when first used.
-
-    Arguments
-    ---------
-    options : Options
-        The run.
-    folder : Path
-        Scratch space of this run.
-    """
-
-    def __init__(self, options: Options, folder: Path):
-        self.options = options
-        self.folder = folder
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The float modules, on the device."""
-        modules = build_modules(self.options.model)
-        return {k: m.to(self.options.device) for k, m in modules.items()}
-
-    @cached_property
-    def wavs(self) -> torch.Tensor:
-        """float32 [batch, samples], on the device."""
-        wavs = make_wavs(self.options.seconds, self.options.batch)
-        return wavs.to(self.options.device)
-
-    @cached_property
-    def _quantized(self) -> tuple[dict[str, IntegerLayer], torch.Tensor]:
-        return quantize_by_max(self.modules, self.wavs, self.options.bits)
-
-    @property
-    def integers(self) -> dict[str, IntegerLayer]:
-        """Integer layers by name."""
-        return self._quantized[0]
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """Logits of the float model for :attr:`wavs`."""
-        return self._quantized[1]
-
-    def recogniser(self) -> Recogniser:
-        """The float model as one module; a shallow one, the weights are
-        shared between all of them."""
-        return Recogniser(self.modules)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An executor that is ready.
-
-    Arguments
-    ---------
-    run : callable
-        wavs [batch, samples] to logits [batch, frames, labels].
-    size_mb : float
-        What it takes on disk, in 10^6 bytes.
-    """
-
-    run: Callable[[torch.Tensor], torch.Tensor]
-    size_mb: float
-
-
-Executor = Callable[[Workload], Prepared]
+_STEPS = ("make", "peak")
 
 
 @dataclass
@@ -125,14 +46,21 @@ class Row:
     model: str
     seconds: float
     batch: int
-    median_ms: float = 0.0
-    min_ms: float = 0.0
-    rtf: float = 0.0
+    median_ms: float | None = None
+    min_ms: float | None = None
+    rtf: float | None = None
     peak_mb: float | None = None
+    process_mb: float | None = None
     load_s: float | None = None
-    size_mb: float = 0.0
-    cosine: float = 0.0
+    size_mb: float | None = None
+    cosine: float | None = None
+    error: str | None = None
     times_ms: list[float] = field(default_factory=list)
+
+    def fail(self, message: str) -> None:
+        """Notes the first error."""
+        self.error = self.error or message
+        print(f"{self.executor}: {message}", file=sys.stderr, flush=True)
 
 
 def parse(
@@ -166,7 +94,7 @@ def parse(
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0: no timing")
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument(
         "--executors",
@@ -174,36 +102,31 @@ def parse(
         help=f"comma-separated, of {', '.join(executors)}",
     )
     parser.add_argument(
+        "--folder",
+        help="where made files are kept for the next run; by default they "
+        "are deleted",
+    )
+    parser.add_argument(
         "--no-peak",
         dest="peak",
         action="store_false",
         help="no processes of their own for peak memory and load time",
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=_STEPS, help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     names = tuple(args.pop("executors").split(","))
     for name in names:
         if name not in executors:
             parser.error(f"executor '{name}' is none of {', '.join(executors)}")
+    if args["model"] not in NAMES and not Path(args["model"]).is_dir():
+        parser.error(
+            f"model '{args['model']}' is none of {', '.join(NAMES)}, and no "
+            "folder"
+        )
     return Options(executors=names, device=device, **args)
 
 
-def synchronize(device: str) -> None:
-    """Waits for a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_once(
-    run: Callable[[torch.Tensor], torch.Tensor],
-    wavs: torch.Tensor,
-) -> float:
-    """Milliseconds of one call."""
-    synchronize(wavs.device)
-    start = time.perf_counter()
-    run(wavs)
-    synchronize(wavs.device)
-    return (time.perf_counter() - start) * 1e3
+# -- measuring -------------------------------------------------------------
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -218,6 +141,12 @@ def peak_bytes(device: str) -> int:
     """Largest memory of this process so far, or of the GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # ru_maxrss would begin with the memory of the process that forked.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -250,33 +179,70 @@ def interleave(
     return times
 
 
-def _child(executor: Executor, workload: Workload) -> dict[str, float]:
-    """Peak memory above the imports, and load time, of one executor."""
-    before = peak_bytes(workload.options.device)
+# -- processes of their own ------------------------------------------------
+
+
+def _peak(executor: Executor, workload: Workload) -> dict[str, float]:
+    """Memory and load time of an executor in this process."""
+    device = workload.options.device
+    before = peak_bytes(device)
     wavs = workload.wavs
     start = time.perf_counter()
-    prepared = executor(workload)
+    prepared = executor.load(workload)
     prepared.run(wavs)
     load_s = time.perf_counter() - start
     prepared.run(wavs)
-    synchronize(wavs.device)
-    peak = peak_bytes(workload.options.device) - before
-    return {"peak_mb": round(peak / 1e6, 1), "load_s": round(load_s, 2)}
+    peak = peak_bytes(device)
+    return {
+        "peak_mb": round((peak - before) / 1e6, 1),
+        "process_mb": round(peak / 1e6, 1),
+        "load_s": round(load_s, 2),
+    }
 
 
-def _in_own_process(name: str, argv: Sequence[str], folder: Path) -> dict:
-    command = [sys.executable, *argv, "--executors", name]
+def _child(executor: Executor, workload: Workload) -> None:
+    """One step of one executor; its result is the last line of the output."""
+    try:
+        if workload.options.step == "make":
+            executor.make(workload)
+            result = {}
+        else:
+            result = _peak(executor, workload)
+    except Exception as error:
+        result = {"error": first_line(error)}
+    print(json.dumps(result))
+
+
+def _in_own_process(
+    row: Row, step: str, argv: Sequence[str], folder: Path
+) -> dict:
+    """Runs a step of an executor; notes its error."""
+    print(f"{row.executor}: {step}", file=sys.stderr, flush=True)
+    script = str(Path(sys.argv[0]).resolve())
+    command = [sys.executable, script, *argv, "--executors", row.executor]
     result = subprocess.run(
-        [*command, "--child", str(folder)],
+        [*command, "--folder", str(folder), "--step", step],
         capture_output=True,
         text=True,
         check=False,
     )
     if result.returncode:
-        raise RuntimeError(
-            f"{name}: its own process failed: {result.stderr.strip()[-400:]}"
-        )
-    return json.loads(result.stdout.splitlines()[-1])
+        lines = result.stderr.strip().splitlines() or [""]
+        row.fail(f"{step}: exit code {result.returncode}: {lines[-1][:200]}")
+        return {}
+    out = json.loads(result.stdout.splitlines()[-1])
+    if "error" in out:
+        row.fail(f"{step}: {out.pop('error')}")
+    return out
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"[:200]
+
+
+# -- the table -------------------------------------------------------------
 
 
 def machine(device: str) -> dict[str, str]:
@@ -293,27 +259,67 @@ def machine(device: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
     }
+    for package in RIVALS:
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            out[package] = "not installed"
     if torch.device(device).type == "cuda":
         out["gpu"] = torch.cuda.get_device_name()
     return out
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Prints the rows, the fastest first, with ratios to the slowest."""
-    slowest = max(row.median_ms for row in rows)
-    head = (
-        f"{'executor':22} {'median ms':>10} {'min ms':>9} {'ratio':>6} "
-        f"{'rtf':>7} {'peak MB':>8} {'load s':>7} {'MB':>7} {'cosine':>8}"
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(rows: Sequence[Row], about: Mapping[str, object]) -> str:
+    """The rows as text, the fastest first.
+
+    Arguments
+    ---------
+    rows : sequence of Row
+        Of one run.
+    about : Mapping
+        The machine.
+
+    Returns
+    -------
+    str
+        Speed is relative to ``torch_fp32``, or else to the slowest.
+    """
+    timed = [row for row in rows if row.median_ms is not None]
+    base = max((row.median_ms for row in timed), default=0.0)
+    base = next(
+        (r.median_ms for r in timed if r.executor == "torch_fp32"), base
     )
-    print(head)
-    for row in sorted(rows, key=lambda r: r.median_ms):
-        peak = "-" if row.peak_mb is None else f"{row.peak_mb:.0f}"
-        load = "-" if row.load_s is None else f"{row.load_s:.1f}"
-        print(
+    one = rows[0]
+    lines = [
+        ", ".join(f"{key}: {value}" for key, value in about.items()),
+        f"{one.model}, {one.seconds:g} s, batch {one.batch}",
+        f"{'executor':22} {'median ms':>10} {'min ms':>9} {'speed':>6} "
+        f"{'rtf':>7} {'peak MB':>8} {'load s':>7} {'MB':>7} {'cosine':>8}",
+    ]
+    for row in sorted(timed, key=lambda r: r.median_ms):
+        lines.append(
             f"{row.executor:22} {row.median_ms:10.1f} {row.min_ms:9.1f} "
-            f"{slowest / row.median_ms:6.2f} {row.rtf:7.4f} {peak:>8} "
-            f"{load:>7} {row.size_mb:7.0f} {row.cosine:8.5f}"
+            f"{base / row.median_ms:6.2f} {row.rtf:7.4f} "
+            f"{_number(row.peak_mb, 0):>8} {_number(row.load_s, 1):>7} "
+            f"{_number(row.size_mb, 0):>7} {_number(row.cosine, 5):>8}"
         )
+    for row in rows:
+        if row.median_ms is None and row.peak_mb is not None:
+            lines.append(
+                f"{row.executor:22} {'-':>10} {'-':>9} {'-':>6} {'-':>7} "
+                f"{_number(row.peak_mb, 0):>8} {_number(row.load_s, 1):>7} "
+                f"{_number(row.size_mb, 0):>7} {'-':>8}"
+            )
+        if row.error is not None:
+            lines.append(f"{row.executor:22} FAILED: {row.error}")
+    return "\n".join(lines)
+
+
+# -- the run ---------------------------------------------------------------
 
 
 def main(
@@ -345,49 +351,86 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(executors, default, device, argv)
     torch.set_num_threads(options.threads)
-    if options.child is not None:
-        workload = Workload(options, Path(options.child))
+    warnings.simplefilter("ignore")
+    if options.step is not None:
+        workload = Workload(options, Path(options.folder))
         with torch.no_grad():
-            print(json.dumps(_child(executors[options.executors[0]], workload)))
+            _child(executors[options.executors[0]], workload)
         return []
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        rows = _run(executors, Workload(options, Path(folder)), argv)
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        folder = Path(options.folder or scratch).resolve()
+        rows = _run(executors, Workload(options, folder), argv, folder)
     about = {**machine(device), **describe(), "threads": options.threads}
-    print(json.dumps(about))
-    print_table(rows)
+    print(table(rows, about))
     if options.json:
         content = {"machine": about, "rows": [asdict(row) for row in rows]}
         Path(options.json).write_text(json.dumps(content, indent=1))
     return rows
 
 
-def _run(
-    executors: Mapping[str, Executor], workload: Workload, argv: Sequence[str]
-) -> list[Row]:
-    options = workload.options
-    prepared, rows = {}, {}
-    for name in options.executors:
-        print(f"preparing {name}", file=sys.stderr, flush=True)
-        row = Row(name, options.model, options.seconds, options.batch)
-        start = time.perf_counter()
-        prepared[name] = executors[name](workload)
-        out = prepared[name].run(workload.wavs)
-        synchronize(options.device)
+def _load(executor: Executor, row: Row, workload: Workload) -> Prepared | None:
+    """Gets an executor ready and warm; notes its error."""
+    print(f"{row.executor}: load", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    try:
+        prepared = executor.load(workload)
+        out = prepared.run(workload.wavs)
         row.load_s = round(time.perf_counter() - start, 2)
         for _ in range(2):
-            prepared[name].run(workload.wavs)
-        row.cosine = cosine(out, workload.logits)
-        row.size_mb = round(prepared[name].size_mb, 1)
-        rows[name] = row
-    times = interleave(prepared, workload.wavs, options.rounds)
+            prepared.run(workload.wavs)
+    except Exception as error:
+        row.fail(first_line(error))
+        return None
+    row.cosine = round(cosine(out, workload.logits), 6)
+    row.size_mb = round(prepared.size_mb, 1)
+    return prepared
+
+
+def _run(
+    executors: Mapping[str, Executor],
+    workload: Workload,
+    argv: Sequence[str],
+    folder: Path,
+) -> list[Row]:
+    options = workload.options
+    workload.make()
+    rows = {
+        name: Row(name, options.model, options.seconds, options.batch)
+        for name in options.executors
+    }
     for name, row in rows.items():
-        row.times_ms = [round(t, 2) for t in times[name]]
-        row.median_ms = round(statistics.median(times[name]), 2)
-        row.min_ms = round(min(times[name]), 2)
-        seconds = options.seconds * options.batch
-        row.rtf = round(row.median_ms / 1e3 / seconds, 5)
-        if options.peak:
-            script = str(Path(sys.argv[0]).resolve())
-            own = _in_own_process(name, [script, *argv], workload.folder)
-            row.peak_mb, row.load_s = own["peak_mb"], own["load_s"]
+        if executors[name].make is not None:
+            _in_own_process(row, "make", argv, folder)
+    if options.rounds:
+        _time(executors, rows, workload)
+    for row in rows.values():
+        if options.peak and row.error is None:
+            for key, value in _in_own_process(
+                row, "peak", argv, folder
+            ).items():
+                setattr(row, key, value)
     return list(rows.values())
+
+
+def _time(
+    executors: Mapping[str, Executor],
+    rows: Mapping[str, Row],
+    workload: Workload,
+) -> None:
+    """Fills in the times of the rows without an error."""
+    options = workload.options
+    prepared = {}
+    for name, row in rows.items():
+        if row.error is None:
+            ready = _load(executors[name], row, workload)
+            if ready is not None:
+                prepared[name] = ready
+    print("timing", file=sys.stderr, flush=True)
+    times = interleave(prepared, workload.wavs, options.rounds)
+    for name, values in times.items():
+        row = rows[name]
+        row.times_ms = [round(t, 3) for t in values]
+        row.median_ms = round(statistics.median(values), 3)
+        row.min_ms = round(min(values), 3)
+        seconds = options.seconds * options.batch
+        row.rtf = round(row.median_ms / 1e3 / seconds, 6)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,9 +14,14 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from speechbrain_stablequant.integer import IntegerLayer, integer_layer
+from speechbrain_stablequant.checkpoint import float_state, save_checkpoint
+from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_layers
-from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.plan import (
+    LayerPlan,
+    LayerQuant,
+    QuantizationPlan,
+)
 
 FAMILIES = {
     "hubert": (HubertConfig, HubertForCTC),
@@ -68,39 +74,37 @@ class Recogniser(nn.Module):
         return self.ctc_lin(self.wav2vec2(wavs))
 
 
-def config_of(name: str):
-    """The HuggingFace configuration and class of a benchmark's model.
+def save_random(name: str, folder: str | Path) -> None:
+    """Writes a model with random weights, always the same ones.
 
     Arguments
     ---------
     name : str
         One of ``NAMES``.
+    folder : str or Path
+        Where to.
     """
+    torch.manual_seed(0)
     family, shape = name.split("-")
     config, kind = FAMILIES[family]
-    return config(layerdrop=0.0, vocab_size=32, **SHAPES[shape]), kind
+    settings = {"layerdrop": 0.0, "vocab_size": 32, **SHAPES[shape]}
+    kind(config(**settings)).save_pretrained(folder)
 
 
-def build_modules(name: str) -> dict[str, nn.Module]:
+def load_modules(folder: str | Path) -> dict[str, nn.Module]:
     """``modules`` of a recipe, as float.
 
     Arguments
     ---------
-    name : str
-        One of ``NAMES`` for random weights (always the same ones), or a
-        folder with a CTC model.
+    folder : str or Path
+        Holds a HuggingFace CTC model.
 
     Returns
     -------
     dict
         ``wav2vec2`` and ``ctc_lin``.
     """
-    if name in NAMES:
-        torch.manual_seed(0)
-        config, kind = config_of(name)
-        ctc = kind(config)
-    else:
-        ctc = AutoModelForCTC.from_pretrained(name, dtype=torch.float32)
+    ctc = AutoModelForCTC.from_pretrained(folder, dtype=torch.float32)
     ctc.eval().requires_grad_(False)
     encoder = getattr(ctc, ctc.base_model_prefix)
     return {"wav2vec2": Encoder(encoder), "ctc_lin": ctc.lm_head}
@@ -124,12 +128,13 @@ class _Range:
 
 
 @torch.no_grad()
-def quantize_by_max(
+def save_quantized(
     modules: Mapping[str, nn.Module],
     wavs: torch.Tensor,
-    bits: int = 8,
-) -> tuple[dict[str, IntegerLayer], torch.Tensor]:
-    """Integers of every layer from the ranges of one pass.
+    bits: int,
+    folder: Path,
+) -> None:
+    """Writes integers of every layer by the ranges of one pass.
 
     Arguments
     ---------
@@ -139,13 +144,8 @@ def quantize_by_max(
         [batch, samples].
     bits : int
         Of weights and activations.
-
-    Returns
-    -------
-    dict
-        Integer layers by name.
-    torch.Tensor
-        The float logits of the pass.
+    folder : Path
+        Where to.
     """
     layers = find_layers(modules, list(modules))
     ranges = {layer.name: _Range() for layer in layers}
@@ -153,13 +153,21 @@ def quantize_by_max(
         layer.module.register_forward_pre_hook(ranges[layer.name])
         for layer in layers
     ]
-    logits = Recogniser(modules)(wavs)
+    Recogniser(modules)(wavs)
     for hook in hooks:
         hook.remove()
-    integers = {
-        layer.name: integer_layer(
-            layer, LayerQuant(bits, bits, ranges[layer.name].amax)
+    rows, integers = [], {}
+    for layer in layers:
+        amax = ranges[layer.name].amax
+        quant = LayerQuant(bits, bits, amax)
+        integers[layer.name] = integer_layer(layer, quant)
+        rows.append(
+            LayerPlan(
+                layer.name, layer.unit, layer.kind, quant, amax, 100.0, ""
+            )
         )
-        for layer in layers
-    }
-    return integers, logits
+    plan = QuantizationPlan("max", bits, bits, "", {}, {}, [], rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    floats = float_state(modules, list(integers))
+    save_checkpoint(folder, plan, integers, floats)
+    modules["wav2vec2"].model.config.save_pretrained(folder)

@@ -1,0 +1,23 @@
+"""Times this project's CPU runtimes and their rivals, in turns.
+
+Example
+-------
+python tests/benchmarks/cpu.py --model hubert-large --seconds 10 --batch 1
+"""
+
+import harness
+from executors import openvino_, ort, ours, torch_
+
+from speechbrain_stablequant.runtime.cpu import cpu_class
+
+EXECUTORS = {**ours.CPU, **torch_.CPU, **ort.CPU, **openvino_.CPU}
+
+
+def describe() -> dict[str, str]:
+    """What of the CPU decides the speed of integers."""
+    found = cpu_class()
+    return {"cpu_class": found.name, "bf16": str(found.bf16)}
+
+
+if __name__ == "__main__":
+    harness.main(EXECUTORS, list(EXECUTORS), "cpu", describe)

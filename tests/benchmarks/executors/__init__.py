@@ -1,0 +1,1 @@
+"""Ways to compute the model: this project's runtimes, and their rivals."""

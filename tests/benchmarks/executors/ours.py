@@ -1,0 +1,63 @@
+"""This project's runtimes, from a checkpoint of integers."""
+
+from dataclasses import replace
+from functools import partial
+
+from models import Encoder, Recogniser
+from torch import nn
+from workload import Executor, Prepared, Workload, size_of
+
+from speechbrain_stablequant.checkpoint import WEIGHTS_FILE, load_checkpoint
+from speechbrain_stablequant.files import read_json
+from speechbrain_stablequant.inference import (
+    CONFIG_FILE,
+    empty_encoder,
+    fill_modules,
+)
+from speechbrain_stablequant.integer import IntegerLayer
+from speechbrain_stablequant.runtime import build_forwards, resolve_backend
+
+
+def _load(backend: str, workload: Workload, **options) -> Prepared:
+    """As ``speechbrain_stablequant.inference`` does it: the float weights of
+    integer layers never exist."""
+    folder = workload.integer_folder
+    device = workload.options.device
+    checkpoint = load_checkpoint(folder)
+    config = read_json(folder / CONFIG_FILE, "encoder configuration")
+    encoder = empty_encoder(config)
+    width = config["hidden_size"]
+    labels = config["vocab_size"]
+    modules = {
+        "wav2vec2": Encoder(encoder),
+        "ctc_lin": nn.Linear(width, labels, device="meta"),
+    }
+    fill_modules(modules, checkpoint.integers, checkpoint.floats, str(folder))
+    modules = {key: module.to(device) for key, module in modules.items()}
+    forwards = build_forwards(
+        resolve_backend(backend, device),
+        modules,
+        {k: layer_on(v, device) for k, v in checkpoint.integers.items()},
+        **options,
+    )
+    for module, forward in forwards.items():
+        module.forward = forward
+    return Prepared(
+        Recogniser(modules).eval(), size_of([folder / WEIGHTS_FILE])
+    )
+
+
+def layer_on(layer: IntegerLayer, device: str) -> IntegerLayer:
+    """An integer layer on a device."""
+    parts = ("weight", "weight_scale", "activation_scale", "bias")
+    tensors = {part: getattr(layer, part) for part in parts}
+    moved = {k: None if t is None else t.to(device) for k, t in tensors.items()}
+    return replace(layer, **moved)
+
+
+CPU = {
+    "ours_openvino": Executor(partial(_load, "openvino")),
+    "ours_torch": Executor(partial(_load, "torch_int8")),
+    "ours_onnx": Executor(partial(_load, "onnx")),
+}
+GPU = {"ours_triton": Executor(partial(_load, "triton"))}

@@ -1,0 +1,186 @@
+"""What executors get and give: the run's files, its input, a callable."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from models import (
+    NAMES,
+    Recogniser,
+    load_modules,
+    make_wavs,
+    save_quantized,
+    save_random,
+)
+from torch import nn
+
+from speechbrain_stablequant.checkpoint import WEIGHTS_FILE
+
+#: Seconds of audio that ranges are taken from.
+CALIBRATION = 5.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a run, see ``harness.parse``."""
+
+    model: str
+    seconds: float
+    batch: int
+    threads: int
+    executors: tuple[str, ...]
+    rounds: int
+    json: str | None
+    bits: int
+    device: str
+    folder: str | None
+    peak: bool
+    step: str | None
+
+
+class Workload:
+    """The files and the input of a run.
+
+    Arguments
+    ---------
+    options : Options
+        The run.
+    folder : Path
+        Where the files of all runs are.
+    """
+
+    def __init__(self, options: Options, folder: Path):
+        self.options = options
+        self.folder = folder / Path(options.model).name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    # -- files -------------------------------------------------------------
+
+    @property
+    def float_folder(self) -> Path:
+        """The float model."""
+        if self.options.model in NAMES:
+            return self.folder / "float"
+        return Path(self.options.model)
+
+    @property
+    def integer_folder(self) -> Path:
+        """The quantized model."""
+        return self.folder / f"int{self.options.bits}"
+
+    def shape_folder(self) -> Path:
+        """For what is made for inputs of the run's shape alone."""
+        seconds, batch = self.options.seconds, self.options.batch
+        folder = self.folder / f"{seconds:g}s-{batch}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def make(self) -> None:
+        """Writes the float and the quantized model, unless they exist."""
+        if not self.float_folder.is_dir():
+            save_random(self.options.model, self.float_folder)
+        if not (self.integer_folder / WEIGHTS_FILE).is_file():
+            save_quantized(
+                load_modules(self.float_folder),
+                self.calibration_wavs(),
+                self.options.bits,
+                self.integer_folder,
+            )
+
+    # -- what is computed --------------------------------------------------
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The float modules, on the device, newly read."""
+        modules = load_modules(self.float_folder)
+        return {k: m.to(self.options.device) for k, m in modules.items()}
+
+    def recogniser(self) -> Recogniser:
+        """The float model as one module, newly read."""
+        return Recogniser(self.modules()).eval()
+
+    @cached_property
+    def shared_recogniser(self) -> Recogniser:
+        """The float model, one for all who leave it as it is."""
+        return self.recogniser()
+
+    @cached_property
+    def wavs(self) -> torch.Tensor:
+        """float32 [batch, samples], on the device."""
+        wavs = make_wavs(self.options.seconds, self.options.batch)
+        return wavs.to(self.options.device)
+
+    def calibration_wavs(self, batch: int = 1) -> torch.Tensor:
+        """float32 [batch, samples], on the CPU."""
+        return make_wavs(CALIBRATION, batch)
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """Logits of the float model for :attr:`wavs`."""
+        with torch.no_grad():
+            return self.shared_recogniser(self.wavs)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An executor that is ready.
+
+    Arguments
+    ---------
+    run : callable
+        wavs [batch, samples] to logits [batch, frames, labels].
+    size_mb : float
+        What its weights take on disk, in 10^6 bytes.
+    """
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    size_mb: float
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A way to compute the model.
+
+    Arguments
+    ---------
+    load : callable
+        Reads its files and gets ready.
+    make : callable or None
+        Writes these files unless they exist, in a process of its own.
+    """
+
+    load: Callable[[Workload], Prepared]
+    make: Callable[[Workload], None] | None = None
+
+
+def size_of(paths: Sequence[Path]) -> float:
+    """Size of files in 10^6 bytes."""
+    return sum(path.stat().st_size for path in paths) / 1e6
+
+
+def size_of_tensors(tensors: Sequence[torch.Tensor]) -> float:
+    """Size of tensors in 10^6 bytes, each storage once."""
+    storages = {
+        (s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors
+    }
+    return sum(storages.values()) / 1e6
+
+
+def time_once(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    wavs: torch.Tensor,
+) -> float:
+    """Milliseconds of one call; on a GPU between two events of its stream."""
+    if wavs.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run(wavs)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    run(wavs)
+    return (time.perf_counter() - begin) * 1e3
