@@ -114,6 +114,13 @@ def _why_not(name: str, device: torch.device) -> str | None:
             f"package '{missing[0]}' is not installed; run "
             f"pip install '{runtime.install}'"
         )
+    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        # without the triton package there would have been an answer above
+        from .triton.executor import why_not
+
+        reason = why_not(device)
+        if reason is not None:
+            return reason
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET")
     if runtime.device not in (None, device.type) and not interpreted:
         return (
@@ -155,13 +162,17 @@ def resolve_backend(backend: str, device: str | torch.device) -> str:
             "cpu": ("openvino", "torch_int8"),
             "cuda": ("triton",),
         }.get(device.type, ())
+        reasons = []
         for name in order:
-            if _why_not(name, device) is None:
+            reason = _why_not(name, device)
+            if reason is None:
                 return name
+            reasons.append(f"{name}: {reason}")
         logger.warning(
             "no integer runtime for device %s: quantization is simulated, "
-            "which is slower than the float model",
+            "which is slower than the float model%s",
             device,
+            f" ({'; '.join(reasons)})" if reasons else "",
         )
         return "torch"
     if backend not in RUNTIMES:

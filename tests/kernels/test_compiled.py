@@ -92,7 +92,9 @@ def test_gelu_and_quantize(arch, tile):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("tile", matmul.TILES, ids=str)
+@pytest.mark.parametrize(
+    "tile", [*matmul.TILES[:2], matmul.TILES[3], matmul.TILES[-1]], ids=str
+)
 def test_residual(arch, tile):
     end = (False, HALF, 1.0, 127)
     function, arguments = linear(1024, 4096, True, end, tile)

@@ -19,9 +19,12 @@ from speechbrain_stablequant.integer import (
 )
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.runtime import build_forwards, resolve_backend
+from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.runtime.encoder import describe_encoder
 from speechbrain_stablequant.runtime.reference import ReferenceExecutor
 from speechbrain_stablequant.runtime.triton import make_executor, make_layer
+from speechbrain_stablequant.runtime.triton.executor import check_capability
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,10 +37,10 @@ host_only = pytest.mark.skipif(
 )
 
 
-def quantized_layers(model, bits=8):
+@torch.no_grad()
+def quantized_layers(modules, keys, run, bits=8):
     """Integers of every layer, from the ranges of one pass."""
-    modules = {"enc": torch.nn.ModuleDict({"model": model})}
-    layers = find_layers(modules, ["enc"])
+    layers = find_layers(modules, keys)
     amax = {}
 
     def note(name):
@@ -49,8 +52,7 @@ def quantized_layers(model, bits=8):
     hooks = [
         la.module.register_forward_pre_hook(note(la.name)) for la in layers
     ]
-    with torch.no_grad():
-        model(torch.randn(2, SAMPLES))
+    run()
     for hook in hooks:
         hook.remove()
     return {
@@ -61,7 +63,10 @@ def quantized_layers(model, bits=8):
 
 def describe(model, keep=lambda name: True, bits=8):
     """The spec of a model with the layers that ``keep`` wants as integers."""
-    integers = quantized_layers(model, bits)
+    modules = {"enc": torch.nn.ModuleDict({"model": model})}
+    integers = quantized_layers(
+        modules, ["enc"], lambda: model(torch.randn(2, SAMPLES)), bits
+    )
     kept = {n: layer for n, layer in integers.items() if keep(n)}
     return describe_encoder(model, "enc.model", kept)
 
@@ -247,6 +252,63 @@ def test_errors_say_what_to_do(make_tiny_model, monkeypatch):
         execute(torch.zeros(1, 100, device=DEVICE), None)
     with pytest.raises(ValueError, match=f"the encoder is on {DEVICE}"):
         execute(torch.zeros(1, 1000, device="meta"), None)
+
+
+def test_a_card_that_is_too_old_is_named(monkeypatch, caplog):
+    """Explicitly: an error. By ``auto``: simulation, and why."""
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(cuda, "get_device_name", lambda _: "an old card")
+    old = "an old card has compute capability 7.5, 8.0 or more is needed"
+    with pytest.raises(ValueError, match=old):
+        resolve_backend("triton", "cuda")
+    with pytest.raises(ValueError, match=old):
+        check_capability(torch.device("cuda"))
+    assert resolve_backend("auto", "cuda") == "torch"
+    assert "quantization is simulated" in caplog.text
+    assert old in caplog.text
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="heads run on a CUDA device or in the interpreter",
+)
+@pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
+def test_in_the_place_of_a_brains_modules(make_tiny_modules, variant):
+    """Encoder and heads as a Brain or an EncoderASR runs them: the Hugging
+    Face model called with a mask, then the layers of the heads."""
+    modules = make_tiny_modules(variant)
+    wavs, mask = torch.randn(2, 1200), torch.ones(2, 1200, dtype=torch.long)
+    mask[1, 900:] = 0
+    wavs = wavs * mask
+
+    def logits(device="cpu"):
+        model = modules["wav2vec2"].model
+        hidden = model(wavs.to(device), attention_mask=mask.to(device))
+        return modules["ctc_lin"](modules["enc"](hidden.last_hidden_state))
+
+    keys = ["wav2vec2", "enc", "ctc_lin"]
+    integers = quantized_layers(modules, keys, lambda: logits())
+    spec = describe_encoder(
+        modules["wav2vec2"].model, "wav2vec2.model", integers
+    )
+    hidden = ReferenceExecutor(spec)(wavs, mask.sum(1))
+    frames = [spec.frames(1200), spec.frames(900)]
+    heads = {n: la for n, la in integers.items() if "wav2vec2" not in n}
+    with shadowed_forwards(build_forwards("torch", modules, heads)):
+        expected = modules["ctc_lin"](modules["enc"](hidden))
+
+    modules = modules.to(DEVICE)
+    forwards = build_forwards(
+        "triton", modules, integers, dtype="float32", tune=False
+    )
+    with shadowed_forwards(forwards), torch.no_grad():
+        found = logits(DEVICE)
+    for i, count in enumerate(frames):
+        error = relative_error(found[i, :count], expected[i, :count])
+        assert error < 5e-3
+    assert modules["wav2vec2"].model.forward not in forwards.values()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a CUDA device")

@@ -260,15 +260,32 @@ class TritonExecutor:
 _NOWHERE = contextlib.nullcontext()
 
 
+def why_not(device: torch.device) -> str | None:
+    """Why a CUDA device lacks what the kernels need, or None if it does not.
+
+    Arguments
+    ---------
+    device : torch.device
+        A CUDA device that is there.
+
+    Returns
+    -------
+    str or None
+    """
+    found = torch.cuda.get_device_capability(device)
+    if found >= MIN_CAPABILITY:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability "
+        f"{found[0]}.{found[1]}, 8.0 or more is needed; use backend: torch"
+    )
+
+
 def check_capability(device: torch.device) -> None:
     """Raises unless a CUDA device has the instructions that kernels need."""
-    found = torch.cuda.get_device_capability(device)
-    if found < MIN_CAPABILITY:
-        raise ValueError(
-            f"backend triton: {torch.cuda.get_device_name(device)} has compute "
-            f"capability {found[0]}.{found[1]}, 8.0 or more is needed; use "
-            "backend: torch"
-        )
+    reason = why_not(device)
+    if reason is not None:
+        raise ValueError(f"backend triton: {reason}")
 
 
 def make_tuner(
