@@ -50,6 +50,15 @@ def _in_compute_precision(node: ov.Node) -> ov.Node:
     return node
 
 
+def _named(model: ov.Model) -> ov.Model:
+    """Names operations by their place: OpenVINO counts them through a whole
+    process, and finds a compiled graph again by these names too."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() != "Parameter":
+            node.set_friendly_name(f"{node.get_type_name()}_{place}")
+    return model
+
+
 class GraphBuilder:
     """Builds the graph of one encoder.
 
@@ -277,4 +286,5 @@ class GraphBuilder:
             x = self.block(block, x, mask)
         if spec.pre_norm:
             x = self.norm(x, spec.norm)
-        return ov.Model([op.result(x)], self.inputs, "encoder")
+        x.output(0).set_names({"hidden"})
+        return _named(ov.Model([op.result(x)], self.inputs, "encoder"))

@@ -1,0 +1,362 @@
+"""OpenVINO as a runtime: the same integers, and whether they are integers."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_stablequant.integer import (
+    FloatLayer,
+    IntegerLayer,
+    integer_layer,
+    integer_product,
+)
+from speechbrain_stablequant.layers import find_layers
+from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.runtime.base import (
+    encoder_forward,
+    shadowed_forwards,
+)
+from speechbrain_stablequant.runtime.cpu import (
+    cpu_class,
+    executed_integers,
+    executed_layer,
+)
+from speechbrain_stablequant.runtime.encoder import describe_encoder
+from speechbrain_stablequant.runtime.reference import ReferenceExecutor
+
+ov = pytest.importorskip("openvino", reason="needs the extra cpu")
+
+from speechbrain_stablequant.runtime.openvino_ import (  # noqa: E402
+    make_executor,
+)
+from speechbrain_stablequant.runtime.openvino_.executor import (  # noqa: E402
+    bucket,
+)
+from speechbrain_stablequant.runtime.openvino_.graph import (  # noqa: E402
+    GraphBuilder,
+)
+
+LENGTHS = torch.tensor([4300, 2500, 3000])
+
+#: One thread, and float32 around the integer products.
+EXACT = {"threads": 1, "precision": "f32"}
+
+SEEDS = (1, 2, 3, 4)
+
+
+def waves(seed: int = 1) -> torch.Tensor:
+    torch.manual_seed(seed)
+    mask = torch.arange(4300)[None] < LENGTHS[:, None]
+    return torch.randn(3, 4300) * mask
+
+
+def executed(modules, target, bits=(8, 8), keep_float=()):
+    """The integers that this CPU computes with."""
+    return executed_integers(
+        {
+            x.name: integer_layer(x, LayerQuant(*bits, 3.0))
+            for x in find_layers(modules, target)
+            if not any(part in x.name for part in keep_float)
+        },
+        cpu_class(),
+    )
+
+
+def describe(model, **options):
+    return describe_encoder(
+        model, "w", executed({"w": model}, ["w"], **options)
+    )
+
+
+def errors(spec, out, expected, lengths=LENGTHS) -> list[float]:
+    """Of each utterance the largest error of a real frame, relative to the
+    largest value."""
+    assert out.shape == expected.shape and out.dtype == torch.float32
+    assert torch.isfinite(out).all()
+    pairs = zip(out, expected, lengths, strict=True)
+    return [
+        float((row - other)[: spec.frames(int(n))].abs().max())
+        / float(other[: spec.frames(int(n))].abs().max())
+        for row, other, n in pairs
+    ]
+
+
+def assert_same(found: list[float]):
+    """A value at a tie may round the other way, and that moves everything
+    behind it: not in every utterance, and not far."""
+    assert min(found) < 1e-5 and max(found) < 0.2, found
+
+
+def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
+    """What the plugin says of the executed nodes of a kind."""
+    found = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = {k: v.astype(str) for k, v in node.get_rt_info().items()}
+        if info["layerType"] == kind:
+            found.append(info)
+    return found
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (6, 6)])
+@pytest.mark.parametrize("max_models", [0, 2], ids=["dynamic", "fixed"])
+def test_executor_is_the_reference(tiny_model, bits, max_models):
+    spec = describe(tiny_model, bits=bits)
+    execute = make_executor(spec, max_models=max_models, **EXACT)
+    reference = ReferenceExecutor(spec)
+    # Padded to the bucket, which neither GroupNorm nor attention may see.
+    assert bucket(4300) == 8000
+    batches, alone = [], []
+    for seed in SEEDS:
+        wavs = waves(seed)
+        expected = reference(wavs, LENGTHS)
+        batches += errors(spec, execute(wavs, LENGTHS), expected)
+        # Without a mask, with another length.
+        wavs = wavs[:1, :3333]
+        expected = reference(wavs, None)
+        alone += errors(spec, execute(wavs, None), expected, [3333])
+    assert_same(batches)
+    assert_same(alone)
+
+
+@pytest.mark.parametrize(
+    "keep_float",
+    [("conv_layers",), ("attention", "pos_conv"), ("projection", "dense")],
+    ids=lambda parts: parts[0],
+)
+def test_layers_left_float(tiny_model, keep_float):
+    spec = describe(tiny_model, keep_float=keep_float)
+    kept = [x.name for x in spec.layers() if isinstance(x, FloatLayer)]
+    assert kept and len(kept) < len(list(spec.layers()))
+    execute = make_executor(spec, **EXACT)
+    reference = ReferenceExecutor(spec)
+    found = []
+    for wavs in map(waves, SEEDS):
+        expected = reference(wavs, LENGTHS)
+        found += errors(spec, execute(wavs, LENGTHS), expected)
+    assert_same(found)
+
+
+def test_half_precision_is_near(tiny_model):
+    spec = describe(tiny_model)
+    out = make_executor(spec, threads=1, precision="bf16")(waves(), LENGTHS)
+    expected = ReferenceExecutor(spec)(waves(), LENGTHS)
+    # A rounding to bfloat16 moves some values to the next integer.
+    assert max(errors(spec, out, expected)) < 0.4
+    frames = spec.frames(LENGTHS[0])
+    cosine = torch.cosine_similarity(out[0, :frames], expected[0, :frames])
+    assert cosine.mean() > 0.99
+
+
+def test_silence_of_no_frame_is_finite(make_tiny_model):
+    spec = describe(make_tiny_model("hubert-large"))
+    wavs = torch.stack([waves()[0], torch.zeros(4300)])
+    out = make_executor(spec, threads=1)(wavs, torch.tensor([4300, 3]))
+    assert torch.isfinite(out).all()
+
+
+def test_shapes_beyond_the_first_share_a_graph(make_tiny_model):
+    spec = describe(make_tiny_model("wav2vec2-base"))
+    execute = make_executor(spec, max_models=1, **EXACT)
+    reference = ReferenceExecutor(spec)
+    found = []
+    for samples in (3000, 9000, 3500, 13000):
+        wavs = torch.randn(1, samples)
+        expected = reference(wavs)
+        found += errors(spec, execute(wavs), expected, [samples])
+    assert_same(found)
+    assert list(execute._requests) == [(1, 4000), (-1, -1)]
+
+
+def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
+    spec = describe(make_tiny_model("wav2vec2-large"))
+    first = make_executor(spec, cache_folder=tmp_path, **EXACT)
+    out = first(waves(), LENGTHS)
+    (blob,) = tmp_path.glob("*.blob")
+    again = make_executor(spec, cache_folder=tmp_path, **EXACT)
+    assert again.compile(3, 8000).get_property("LOADED_FROM_CACHE")
+    assert torch.equal(again(waves(), LENGTHS), out)
+    # Other weights are another graph.
+    other = describe(make_tiny_model("wav2vec2-large"))
+    fresh = make_executor(other, cache_folder=tmp_path, **EXACT)
+    assert not fresh.compile(3, 8000).get_property("LOADED_FROM_CACHE")
+    assert len(list(tmp_path.glob("*.blob"))) == 2
+    assert blob.is_file()
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("samples", [-1, 8000], ids=["dynamic", "fixed"])
+def test_every_layer_is_executed_in_integers(tiny_model, precision, samples):
+    if precision == "bf16" and not cpu_class().bf16:
+        pytest.skip("this CPU does not multiply bfloat16")
+    spec = describe(tiny_model)
+    execute = make_executor(spec, threads=1, precision=precision)
+    compiled = execute.compile(-1 if samples < 0 else 1, samples)
+    linear = executed_nodes(compiled, "FullyConnected")
+    convs = executed_nodes(compiled, "Convolution")
+    assert len(linear) == 1 + 6 * len(spec.blocks)
+    assert len(convs) == len(spec.convs) + 1
+    # A float fallback of an integer layer would be named so here.
+    assert {x["runtimePrecision"] for x in linear} == {"u8"}
+    assert {x["runtimePrecision"] for x in convs} <= {"u8", "i8"}
+
+
+def worst_case(shape, kind, **geometry) -> IntegerLayer:
+    """Weights at both ends of their range, scales that round nothing."""
+    weight = torch.full(shape, 127, dtype=torch.int8)
+    weight[1::2] = -127
+    weight[0, ::3] = -127
+    layer = IntegerLayer(
+        "w",
+        kind,
+        weight,
+        torch.full(shape[:1], 0.5),
+        8,
+        torch.tensor([0.25]),
+        8,
+        None,
+        **geometry,
+    )
+    # Without VNNI the registry hands the runtime 7-bit weights.
+    return executed_layer(layer, cpu_class())
+
+
+def run_layer(layer: IntegerLayer, q: torch.Tensor, precision="f32"):
+    """A layer as a graph of its own, on inputs that lie on its grid."""
+    builder = GraphBuilder(None, 1, -1)
+    x = builder.input("x", [-1] * q.dim())
+    build = builder.linear if layer.kind == "linear" else builder.conv
+    model = ov.Model([build(x, layer)], [x], "layer")
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": 1,
+    }
+    compiled = ov.Core().compile_model(model, "CPU", settings)
+    kind = "FullyConnected" if layer.kind == "linear" else "Convolution"
+    (node,) = executed_nodes(compiled, kind)
+    assert node["runtimePrecision"] in ("u8", "i8")
+    (out,) = compiled(
+        {"x": (q.float() * layer.activation_scale).numpy()}
+    ).values()
+    return torch.from_numpy(np.array(out))
+
+
+def assert_exact(layer: IntegerLayer, q: torch.Tensor):
+    scale = layer.activation_scale * layer.weight_scale
+    if layer.kind == "conv1d":
+        scale = scale[:, None]
+    product = integer_product(layer, q)
+    # Two float32 roundings: of the sum, and of the zero point's share.
+    tolerance = 1e-6 * 256 * layer.weight[0].numel() * 127
+    error = (run_layer(layer, q) / scale - product).abs().max()
+    assert error <= max(tolerance, 1e-6 * product.abs().max())
+
+
+def extremes(*shape) -> torch.Tensor:
+    """Integers of which each row is all 127, all -127 or a mixture."""
+    q = torch.full(shape, 127, dtype=torch.int8)
+    q[..., 1::3, :] = -127
+    q[..., 2::3, ::2] = -127
+    return q
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("inputs,outputs", [(10, 32), (4096, 48), (1023, 7)])
+def test_worst_case_linear(rows, inputs, outputs):
+    layer = worst_case((outputs, inputs), "linear")
+    assert_exact(layer, extremes(1, rows, inputs))
+
+
+@pytest.mark.parametrize(
+    "shape,geometry",
+    [
+        ((32, 1, 10), {"stride": 5}),
+        ((32, 256, 3), {"stride": 2}),
+        ((64, 16, 128), {"padding": 64, "groups": 4}),
+    ],
+    ids=["first", "strided", "positional"],
+)
+def test_worst_case_convolution(shape, geometry):
+    layer = worst_case(shape, "conv1d", **geometry)
+    q = extremes(1, 61, shape[1] * layer.groups).transpose(1, 2)
+    assert_exact(layer, q.contiguous())
+
+
+def test_worst_case_without_vnni():
+    """The class of CPU that this one may not be: the products saturate there,
+    and 7-bit weights keep them from it."""
+    script = """
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+import test_openvino as t
+assert not t.cpu_class().exact
+layer = t.worst_case((48, 1024), "linear")
+assert layer.weight_bits == 7
+q = t.extremes(1, 5, 1024)
+t.assert_exact(layer, q)
+# What would happen with 8 bits, so that OpenVINO does heed the variable.
+wide = t.replace(layer, weight=layer.weight.sign() * 127, weight_bits=8)
+try:
+    t.assert_exact(wide, q)
+except AssertionError:
+    pass
+else:
+    sys.exit("8-bit weights are exact here: are 7 bits still needed?")
+layer = t.worst_case((32, 256, 3), "conv1d", stride=2)
+t.assert_exact(layer, t.extremes(1, 61, 256).transpose(1, 2).contiguous())
+"""
+    here = Path(__file__).resolve().parent
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(here)],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@torch.no_grad()
+def test_in_the_place_of_the_model(make_tiny_modules):
+    modules = make_tiny_modules("wav2vec2-large")
+    model = modules["wav2vec2"].model
+    integers = executed({"wav2vec2": modules["wav2vec2"]}, ["wav2vec2"])
+    spec = describe_encoder(model, "wav2vec2.model", integers)
+    reference = ReferenceExecutor(spec)
+    forward = encoder_forward(make_executor(spec, **EXACT))
+    found = []
+    for wavs in map(waves, SEEDS):
+        with shadowed_forwards({model: forward}):
+            out = modules["wav2vec2"](wavs, LENGTHS / 4300)
+        found += errors(spec, out, reference(wavs, LENGTHS))
+    assert_same(found)
+
+
+def test_refusals(make_tiny_model):
+    spec = describe_encoder(make_tiny_model("hubert-base"), "w", {})
+    with pytest.raises(ValueError, match="precision: 'f16' is none of auto"):
+        make_executor(spec, precision="f16")
+    with pytest.raises(ValueError, match="300 samples is too short"):
+        make_executor(spec, threads=1)(torch.zeros(1, 300))
+
+
+def test_one_grid_is_quantized_once(make_tiny_model):
+    spec = describe(make_tiny_model("hubert-large"))
+    model = GraphBuilder(spec, 1, 8000).build()
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    # Query, key and value share theirs.
+    assert kinds.count("FakeQuantize") == len(list(spec.layers())) - 2 * len(
+        spec.blocks
+    )
+    # With other ranges they do not.
+    block = spec.blocks[0]
+    key = replace(block.key, activation_scale=block.key.activation_scale * 2)
+    blocks = (replace(block, key=key), *spec.blocks[1:])
+    other = GraphBuilder(replace(spec, blocks=blocks), 1, 8000).build()
+    more = [node.get_type_name() for node in other.get_ops()]
+    assert more.count("FakeQuantize") == kinds.count("FakeQuantize") + 1
