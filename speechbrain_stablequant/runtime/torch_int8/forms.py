@@ -42,12 +42,30 @@ class Grid:
 
     dtype = torch.uint8
 
-    def clip_(self, q: torch.Tensor) -> torch.Tensor:
-        """Cuts bytes to the narrow range, in place: kernels fill all 256."""
-        limit = qmax(self.bits)
-        return q.clamp_(ZERO - limit, ZERO + limit)
+    def clip(
+        self, q: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cuts bytes to the narrow range: kernels fill all 256.
 
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        Arguments
+        ---------
+        q : torch.Tensor
+            uint8.
+        out : torch.Tensor, optional
+            Where to; in place by default.
+
+        Returns
+        -------
+        torch.Tensor
+            uint8.
+        """
+        limit = qmax(self.bits)
+        out = q if out is None else out
+        return torch.clamp(q, ZERO - limit, ZERO + limit, out=out)
+
+    def prepare(
+        self, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Quantizes floats, as :func:`~speechbrain_stablequant.numerics\
 .quantize` does.
 
@@ -55,6 +73,8 @@ class Grid:
         ---------
         x : torch.Tensor
             Float.
+        out : torch.Tensor, optional
+            Where to.
 
         Returns
         -------
@@ -66,12 +86,10 @@ class Grid:
             edge = ZERO * self.scale
             x = x.clamp(-edge, edge)
         # The one vectorised conversion to bytes that torch has.
-        wrapped = torch.quantize_per_tensor(
-            x, self.scale, ZERO, torch.quint8
-        )
+        wrapped = torch.quantize_per_tensor(x, self.scale, ZERO, torch.quint8)
         q = torch.empty(0, dtype=torch.uint8)
         q.set_(wrapped.untyped_storage(), 0, wrapped.shape, wrapped.stride())
-        return self.clip_(q)
+        return self.clip(q, out)
 
 
 @dataclass(frozen=True)
@@ -86,9 +104,11 @@ class Floats:
 
     dtype: torch.dtype
 
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+    def prepare(
+        self, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Converts floats."""
-        return x.to(self.dtype)
+        return x.to(self.dtype) if out is None else out.copy_(x)
 
 
 Form = Grid | Floats

@@ -1,16 +1,15 @@
 """The feature extractor: wave to frames."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer
 from ..encoder import ConvSpec, Norm
 from ..time_norm import gain_and_shift
-from .forms import Floats, Form
+from .forms import Form
 from .linear import make_linear
-
-#: Output frames computed at a time: what they need stays in the caches.
-CHUNK = 1024
 
 
 def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -37,6 +36,9 @@ class Stage:
         A convolution with padding, dilation or groups.
     """
 
+    #: Frames computed at a time: what they need stays in the caches.
+    rows = 1024
+
     def __init__(self, spec: ConvSpec, then: Form, dtype: torch.dtype):
         conv = spec.conv
         if conv.padding or conv.dilation != 1 or conv.groups != 1:
@@ -51,6 +53,14 @@ class Stage:
         self.form = self.product.form
         self.channels = conv.weight.shape[0]
 
+    def inputs(self, frames: int) -> int:
+        """Input frames that so many frames are made of."""
+        return (frames - 1) * self.stride + self.kernel
+
+    def frames(self, inputs: int) -> int:
+        """Frames that so many input frames give."""
+        return max((inputs - self.kernel) // self.stride + 1, 0)
+
     def _windows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
         width = x.shape[1]
         step = self.stride * width
@@ -60,16 +70,18 @@ class Stage:
             x.storage_offset() + start * step,
         ).contiguous()
 
-    def _result(
+    def _write(
         self,
         windows: torch.Tensor,
         gain: torch.Tensor | None,
         shift: torch.Tensor | None,
-    ) -> torch.Tensor:
+        out: torch.Tensor,
+    ) -> None:
         if self.norm is None or self.norm.over_time:
-            return self.product.gelu(windows, self.then, gain, shift)
+            self.product.gelu(windows, self.then, gain, shift, out)
+            return
         y = layer_norm(self.product(windows, torch.float32), self.norm)
-        return self.then.prepare(F.gelu(y))
+        self.then.prepare(F.gelu(y), out)
 
     def __call__(
         self,
@@ -77,7 +89,7 @@ class Stage:
         gain: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the stage on one utterance.
+        """Runs the stage on a stretch of one utterance.
 
         Arguments
         ---------
@@ -91,12 +103,12 @@ class Stage:
         torch.Tensor
             [frames, out] in the next layer's form.
         """
-        frames = (x.shape[0] - self.kernel) // self.stride + 1
+        frames = self.frames(x.shape[0])
         out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
-        for start in range(0, frames, CHUNK):
-            count = min(CHUNK, frames - start)
+        for start in range(0, frames, self.rows):
+            count = min(self.rows, frames - start)
             windows = self._windows(x, start, count)
-            out[start : start + count] = self._result(windows, gain, shift)
+            self._write(windows, gain, shift, out[start : start + count])
         return out
 
 
@@ -112,6 +124,9 @@ class FeatureExtractor:
     dtype : torch.dtype
         Of layers that are not quantized.
     """
+
+    #: Frames for which all convolutions are computed before the next ones.
+    stretch = 128
 
     def __init__(
         self, convs: tuple[ConvSpec, ...], then: Form, dtype: torch.dtype
@@ -132,8 +147,29 @@ class FeatureExtractor:
     def frames(self, samples: int) -> int:
         """Frames of so many samples."""
         for stage in self.stages:
-            samples = max((samples - stage.kernel) // stage.stride + 1, 0)
+            samples = stage.frames(samples)
         return samples
+
+    def _utterance(
+        self,
+        wave: torch.Tensor,
+        gain: torch.Tensor | None,
+        shift: torch.Tensor | None,
+    ) -> torch.Tensor:
+        first, *others = self.stages
+        x = first.form.prepare(wave[:, None])
+        frames = self.frames(len(wave))
+        hop = math.prod(stage.stride for stage in self.stages)
+        parts = []
+        for start in range(0, frames, self.stretch):
+            needed = min(self.stretch, frames - start)
+            for stage in reversed(self.stages):
+                needed = stage.inputs(needed)
+            part = first(x[start * hop : start * hop + needed], gain, shift)
+            for stage in others:
+                part = stage(part)
+            parts.append(part)
+        return torch.cat(parts)
 
     def __call__(
         self, wavs: torch.Tensor, lengths: list[int]
@@ -152,17 +188,13 @@ class FeatureExtractor:
         list of torch.Tensor
             [frames, channels] in the form that was asked for.
         """
-        first, *others = self.stages
         gains = shifts = [None] * len(lengths)
         if self._over_time is not None:
             # The float model's norm sees the padding, too.
             gains, shifts = gain_and_shift(self._over_time, wavs)
-        results = []
-        for wav, n, gain, shift in zip(
-            wavs, lengths, gains, shifts, strict=True
-        ):
-            x = first(first.form.prepare(wav[:n, None]), gain, shift)
-            for stage in others:
-                x = stage(x)
-            results.append(x)
-        return results
+        return [
+            self._utterance(wav[:n], gain, shift)
+            for wav, n, gain, shift in zip(
+                wavs, lengths, gains, shifts, strict=True
+            )
+        ]

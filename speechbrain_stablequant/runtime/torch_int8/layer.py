@@ -49,7 +49,7 @@ def make_layer(layer: IntegerLayer) -> LayerExecutor:
 
     @torch.no_grad()
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = linear.form.prepare(x.flatten(0, -2))
+        rows = linear.form.prepare(x.reshape(-1, x.shape[-1]))
         return linear(rows, dtype).view(*x.shape[:-1], outputs)
 
     return forward

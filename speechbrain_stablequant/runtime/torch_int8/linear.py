@@ -101,7 +101,7 @@ class IntegerLinear:
     def _run(
         self,
         x: torch.Tensor,
-        out: tuple[float, int, torch.dtype],
+        target: tuple[float, int, torch.dtype],
         gelu: bool = False,
         scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
@@ -114,7 +114,7 @@ class IntegerLinear:
             self.scale if scale is None else scale,
             self._zeros,
             self.bias if bias is None else bias,
-            *out,
+            *target,
             "gelu" if gelu else "none",
             [],
             "none" if gelu else "",
@@ -143,6 +143,7 @@ class IntegerLinear:
         form: Form,
         gain: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """GELU of the product in another form.
 
@@ -155,6 +156,8 @@ class IntegerLinear:
         gain, shift : torch.Tensor, optional
             float32 [out]: the GELU is that of product * gain + shift, without
             the bias.
+        out : torch.Tensor, optional
+            Where to.
 
         Returns
         -------
@@ -163,9 +166,10 @@ class IntegerLinear:
         """
         scale = None if gain is None else self.scale * gain
         if isinstance(form, Grid):
-            out = (form.scale, ZERO, torch.uint8)
-            return form.clip_(self._run(x, out, True, scale, shift))
-        return self._run(x, (1.0, 0, form.dtype), True, scale, shift)
+            target = (form.scale, ZERO, torch.uint8)
+            return form.clip(self._run(x, target, True, scale, shift), out)
+        y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
+        return y if out is None else out.copy_(y)
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """Adds the product to a sum, in place.
@@ -229,13 +233,14 @@ class FloatLinear:
         form: Form,
         gain: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`IntegerLinear`."""
         if gain is None:
             y = F.linear(x, self._weight, self._bias)
         else:
             y = F.linear(x, self._weight) * gain + shift
-        return form.prepare(F.gelu(y))
+        return form.prepare(F.gelu(y), out)
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """See :class:`IntegerLinear`."""
