@@ -22,6 +22,17 @@ BACKENDS = ("auto", *RUNTIMES)
 WEIGHT_METHODS = ("max", "mse")
 
 
+# What all variants of a block have in common.
+_SHARED_KEYS = (
+    "variants",
+    "output_folder",
+    "metric_attribute",
+    "signal",
+    "audio",
+    "sample_rate",
+    "require_checkpoint",
+)
+
 # A variant's name is a folder's name.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -206,7 +217,7 @@ class QuantizeConfig:
                 )
             if name in configs:
                 raise ConfigError(f"{where}.name: '{name}' is used twice")
-            for key in ("variants", "output_folder"):
+            for key in _SHARED_KEYS:
                 if key in changes:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
             for part in ("calibration", "search"):

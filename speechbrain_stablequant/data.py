@@ -155,11 +155,22 @@ def _header(name: str, path: str) -> Any:
             f"utterance {name}: {path} is not there; prepare the data again"
         )
     try:
-        return soundfile.info(path)
+        info = soundfile.info(path)
+        if info.frames:
+            _read_last_sample(path)
+        return info
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"utterance {name}: {path} cannot be read as audio ({error})"
         ) from error
+
+
+def _read_last_sample(path: str) -> None:
+    """A header may promise more than a file that was cut off holds."""
+    with soundfile.SoundFile(path) as file:
+        file.seek(file.frames - 1)
+        if len(file.read(1)) != 1:
+            raise soundfile.LibsndfileError(0, "it ends too early: ")
 
 
 def _check_long_enough(where: str, samples: int, least: int) -> None:

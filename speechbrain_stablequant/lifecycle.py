@@ -60,7 +60,7 @@ from .runtime import RUNTIMES, build_forwards, resolve_backend
 from .runtime.base import shadowed_forwards
 from .runtime.cpu import PAIR_SUM_BITS, cpu_class
 from .runtime.encoder import describe_encoder
-from .stage import Stage
+from .stage import Stage, check_earlier_run
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,12 @@ class StableQuant:
 
     def _check_setting(self) -> Path:
         """Checks all that is known when the Brain is made."""
-        brain, config = self.brain, self.config
+        brain = self.brain
+        if hasattr(brain, "stablequant"):
+            raise ValueError(
+                "quantize: StableQuant is attached to this Brain already; "
+                "attach it once, or use a YAML block without attach()"
+            )
         if getattr(brain, "distributed_launch", False):
             raise ValueError(
                 "quantize: runs in one process; quantize with `python "
@@ -241,17 +246,20 @@ class StableQuant:
                     "quantized; run without it"
                 )
         modules = self._modules()
-        layers = find_layers(
-            modules, config.target, config.include, config.exclude
-        )
-        if config.plan is not None:
-            plan = QuantizationPlan.load(config.plan)
-            kinds = {layer.name: layer.kind for layer in layers}
-            plan.check_matches(kinds, config.plan)
-            plan.check_tensors(layers, modules, config.plan)
-        return check_writable_folder(
+        for config in self.config.variant_configs().values():
+            layers = find_layers(
+                modules, config.target, config.include, config.exclude
+            )
+            if config.plan is not None:
+                plan = QuantizationPlan.load(config.plan)
+                kinds = {layer.name: layer.kind for layer in layers}
+                plan.check_matches(kinds, config.plan)
+                plan.check_tensors(layers, modules, config.plan)
+        folder = check_writable_folder(
             self._output_folder(), "quantize.output_folder"
         )
+        check_earlier_run(folder)
+        return folder
 
     def _choose(self, config: QuantizeConfig) -> tuple[str, list[str]]:
         """The runtime of a variant, and what is to be said about it."""
@@ -370,6 +378,7 @@ class StableQuant:
         *args, **kwargs
             As of ``Brain.fit``.
         """
+        self._check_metric_early()
         call = inspect.signature(self._fit).bind(*args, **kwargs).arguments
         valid_set = call.get("valid_set")
         if valid_set is not None and any(
@@ -411,6 +420,11 @@ class StableQuant:
         if any(run.config.plan is None for run in self.runs):
             self._require_subsets()
         name = self._set_name()
+        if len(test_set) == 0:
+            raise ValueError(
+                f"quantize: the test set '{name}' is empty; evaluate() needs "
+                "at least one utterance"
+            )
         self._check_audio(dataset_of(test_set))
         self._check_metric()
         with shadowed(
@@ -494,6 +508,16 @@ class StableQuant:
         if self.runs[0].results:
             return
         self.brain.on_stage_start(sb.Stage.VALID, epoch=None)
+        self._metric()
+
+    def _check_metric_early(self) -> None:
+        """The same before a training, where a recipe allows it."""
+        try:
+            self.brain.on_stage_start(sb.Stage.VALID, epoch=None)
+        except Exception as error:
+            # Some recipes prepare this in their training.
+            logger.debug("quantize: metric not checked yet: %s", error)
+            return
         self._metric()
 
     def _metric(self) -> Any:

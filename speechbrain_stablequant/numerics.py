@@ -21,7 +21,8 @@ import torch
 #: Smallest amax: a dead channel or silence must not give a scale of 0.
 MIN_AMAX = 1e-8
 
-_MIN_BITS, _MAX_BITS = 2, 8
+#: Widths that are supported.
+MIN_BITS, MAX_BITS = 2, 8
 
 
 def qmax(bits: int) -> int:
@@ -48,9 +49,9 @@ def qmax(bits: int) -> int:
     (127, 31, 1)
     """
     is_int = isinstance(bits, int) and not isinstance(bits, bool)
-    if not is_int or not _MIN_BITS <= bits <= _MAX_BITS:
+    if not is_int or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
-            f"bits must be an integer from {_MIN_BITS} to {_MAX_BITS}, "
+            f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, "
             f"got {bits!r}"
         )
     return 2 ** (bits - 1) - 1

@@ -11,7 +11,7 @@ from torch import nn
 from .adjusted import AdjustedTensors
 from .files import read_json, write_json
 from .layers import Layer
-from .numerics import qmax
+from .numerics import MAX_BITS, MIN_BITS
 
 PLAN_FORMAT = 1
 
@@ -94,17 +94,23 @@ def _read_quant(raw: Mapping | None, name: str) -> LayerQuant | None:
     if raw is None:
         return None
     quant = LayerQuant(**raw)
-    for key in ("weight_bits", "activation_bits"):
-        qmax(getattr(quant, key))
-    for key in ("activation_amax", "activation_offset"):
-        if not math.isfinite(getattr(quant, key)):
-            raise ValueError(f"layer '{name}': {key} is not finite")
-    if quant.activation_amax < 0 or quant.weight_group < 0:
-        raise ValueError(f"layer '{name}': a range or group is negative")
-    if quant.weight_method not in ("max", "mse"):
-        raise ValueError(
-            f"layer '{name}': weight_method {quant.weight_method!r}"
-        )
+
+    def is_number(value: Any) -> bool:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        return real and math.isfinite(value)
+
+    checks = {
+        "weight_bits": lambda x: x in range(MIN_BITS, MAX_BITS + 1),
+        "activation_bits": lambda x: x in range(MIN_BITS, MAX_BITS + 1),
+        "activation_amax": lambda x: is_number(x) and x >= 0,
+        "activation_offset": is_number,
+        "weight_method": lambda x: x in ("max", "mse"),
+        "weight_group": lambda x: isinstance(x, int) and x >= 0,
+    }
+    for key, good in checks.items():
+        value = getattr(quant, key)
+        if not good(value):
+            raise ValueError(f"layer '{name}': {key} cannot be {value!r}")
     return quant
 
 

@@ -78,6 +78,25 @@ class Calibration:
     in_order: bool
 
 
+def check_earlier_run(folder: Path) -> None:
+    """Raises if what an earlier run left in a folder cannot be read.
+
+    Arguments
+    ---------
+    folder : Path
+        The output folder.
+
+    Raises
+    ------
+    ValueError
+        Names the damaged file.
+    """
+    path = folder / HISTOGRAM_FILE
+    if path.exists():
+        read_json(path, "calibration histograms")
+    Journal(folder / JOURNAL_FILE, "")
+
+
 def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
     """Identifies the weights of a model.
 
