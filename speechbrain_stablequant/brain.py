@@ -196,6 +196,7 @@ class BrainRecogniser:
         subset: str,
         before_batch: Callable[[int], None],
         first_only: bool = False,
+        turns: int = 1,
     ) -> torch.Tensor | None:
         """Runs ``compute_forward`` over a subset.
 
@@ -207,6 +208,8 @@ class BrainRecogniser:
             Called with the index of each batch before it is run.
         first_only : bool
             Whether to stop after the first batch.
+        turns : int
+            How often each batch is run, one time after the other.
 
         Returns
         -------
@@ -216,14 +219,15 @@ class BrainRecogniser:
         self.brain.modules.eval()
         output = None
         for index, batch in enumerate(self.subsets[subset].load()):
-            before_batch(index)
-            try:
-                with self.brain.evaluation_ctx:
-                    output = self.brain.compute_forward(
-                        copy.copy(batch), stage=sb.Stage.VALID
-                    )
-            except StopForward:
-                output = None
+            for _ in range(turns):
+                before_batch(index)
+                try:
+                    with self.brain.evaluation_ctx:
+                        output = self.brain.compute_forward(
+                            copy.copy(batch), stage=sb.Stage.VALID
+                        )
+                except StopForward:
+                    output = None
             if first_only:
                 break
         return _first_tensor(output)

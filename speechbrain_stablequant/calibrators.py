@@ -299,6 +299,36 @@ def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
     return function(hist, bits, **options)
 
 
+def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
+    """Step 3 of StableQuant for one layer.
+
+    Arguments
+    ---------
+    histogram : Histogram
+        Of |input|.
+    edge : float
+        Where the outliers are cut.
+    bits : int
+        Of the activations.
+
+    Returns
+    -------
+    float
+        The amax, not above ``edge``, that minimises the expected squared
+        quantization error of the histogram clipped at ``edge``.
+
+    Example
+    -------
+    >>> histogram = Histogram()
+    >>> histogram.add(torch.linspace(0, 1, 1000))
+    >>> clipped_mse(histogram, 0.5, 8) <= 0.5
+    True
+    """
+    if edge <= 0:
+        return edge
+    return calibrate("mse", histogram.clip(edge), bits, upper=edge)
+
+
 @torch.no_grad()
 def weight_amax(
     weight: torch.Tensor, bits: int, method: str = "mse", axis: int = 0

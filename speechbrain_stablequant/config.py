@@ -7,7 +7,7 @@ anything runs. An error names the key and says what to write instead.
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -17,7 +17,15 @@ from .checkpoint import FLOAT_DTYPES
 from .runtime import RUNTIMES
 
 # Simple calibrators, and the search that this package is about.
-METHODS = ("stablequant", "max", "percentile", "entropy", "mse")
+METHODS = (
+    "stablequant",
+    "max",
+    "percentile",
+    "entropy",
+    "mse",
+    "adaround",
+    "stablequant_plus",
+)
 BACKENDS = ("auto", *RUNTIMES)
 WEIGHT_METHODS = ("max", "mse")
 
@@ -104,6 +112,102 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class AdaRoundConfig:
+    """``quantize.adaround``: adaptive rounding, with its authors' settings.
+
+    It sees all frames of the calibration set at once (its loss is a
+    quadratic form in their second moments), so there is no batch size.
+
+    Arguments
+    ---------
+    iterations : int
+        Steps for each layer.
+    lr : float
+        Learning rate.
+    weight : float
+        Of the term that makes the rounding hard.
+    beta_start, beta_end : float
+        Its exponent, at first and at last.
+    warm_start : float
+        Fraction of the steps without it.
+    calibrator : str
+        Of the activations: ``max``, ``percentile``, ``entropy`` or ``mse``.
+    """
+
+    iterations: int = 10000
+    lr: float = 0.01
+    weight: float = 0.01
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    warm_start: float = 0.2
+    calibrator: str = "mse"
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """``quantize.plus.budget``: bits for each unit by its sensitivity.
+
+    Arguments
+    ---------
+    size : float or None
+        Size of the model on disk as a fraction of its float32 size; None
+        gives every unit ``weight_bits``.
+    bits : tuple of int
+        To choose from; 16 leaves a unit float.
+    """
+
+    size: float | None = None
+    bits: tuple[int, ...] = (4, 5, 6, 8, 16)
+
+
+@dataclass(frozen=True)
+class PlusConfig:
+    """``quantize.plus``: the parts of ``method: stablequant_plus``.
+
+    Arguments
+    ---------
+    equalize : bool
+        Moves factors from the channels of activations to those of weights,
+        where that leaves the float model as it is.
+    strengths : tuple of float
+        How far, from 0 (not at all) to 1; the best by the search's metric is
+        taken.
+    cutoffs : bool
+        Searches cut-offs as StableQuant does.
+    compensate : bool
+        Rounds with compensation of the error (GPTQ).
+    damping : float
+        Of the compensation, as a fraction of the inputs' mean energy.
+    earlier_errors : bool
+        Whether it also compensates the errors of earlier layers.
+    adaround : bool
+        Rounds the layers of selected units by AdaRound instead, with the
+        settings of ``quantize.adaround``.
+    bias_correction : bool
+        Takes the mean error of each output channel out of its bias.
+    asymmetric : bool
+        All integers for inputs behind a GELU, which are hardly negative.
+    weight_groups : int
+        Below 6 bits, so many neighbouring weights of a row share a scale; 0
+        for whole rows.
+    budget : BudgetConfig
+        Mixed precision.
+    """
+
+    equalize: bool = True
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
+    cutoffs: bool = True
+    compensate: bool = True
+    damping: float = 0.01
+    earlier_errors: bool = True
+    adaround: bool = False
+    bias_correction: bool = True
+    asymmetric: bool = False
+    weight_groups: int = 0
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """The whole ``quantize:`` block.
 
@@ -117,13 +221,18 @@ class QuantizeConfig:
         2 to 8.
     method : str
         ``stablequant``, or one calibrator for all layers: ``max``,
-        ``percentile``, ``entropy``, ``mse``.
+        ``percentile``, ``entropy``, ``mse``; or ``adaround``; or
+        ``stablequant_plus``, which adds parts to StableQuant.
     weight_method : str or None
         ``max`` or ``mse``; None takes what the method defines.
     calibration : CalibrationConfig
         Where the histograms come from.
     search : SearchConfig
         The search set and the rules of the search.
+    adaround : AdaRoundConfig
+        For ``method: adaround``.
+    plus : PlusConfig
+        For ``method: stablequant_plus``.
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
     backend : str
@@ -163,6 +272,8 @@ class QuantizeConfig:
     weight_method: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    adaround: AdaRoundConfig = field(default_factory=AdaRoundConfig)
+    plus: PlusConfig = field(default_factory=PlusConfig)
     plan: str | None = None
     backend: str = "auto"
     backend_options: dict = field(default_factory=dict)
@@ -178,8 +289,22 @@ class QuantizeConfig:
 
     @property
     def needs_search(self) -> bool:
-        """Whether units are selected and cut-offs searched."""
-        return self.method == "stablequant" and self.plan is None
+        """Whether the method measures on the search set."""
+        return self.plan is None and self.method in (
+            "stablequant",
+            "stablequant_plus",
+        )
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What the plan will need of a runtime beyond plain integers."""
+        if self.plan is not None or self.method != "stablequant_plus":
+            return frozenset()
+        switches = {
+            "asymmetric": self.plus.asymmetric,
+            "weight_groups": self.plus.weight_groups > 0,
+        }
+        return frozenset(name for name, on in switches.items() if on)
 
     def variant_configs(self) -> dict[str, "QuantizeConfig"]:
         """This block with the changes of each variant, by name.
@@ -220,7 +345,7 @@ class QuantizeConfig:
             for key in _SHARED_KEYS:
                 if key in changes:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
-            for part in ("calibration", "search"):
+            for part in ("calibration", "search", "adaround", "plus"):
                 if isinstance(changes.get(part), Mapping):
                     changes[part] = {**base[part], **changes[part]}
             config = _build(QuantizeConfig, {**base, **changes}, where)
@@ -347,6 +472,8 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
             f"{name}.batch_size",
             f"must be at least 1, not {part.batch_size}",
         )
+    _check_adaround(config.adaround, require)
+    _check_plus(config.plus, require)
     bins = config.calibration.num_bins
     require(
         128 <= bins <= 2**20 and bins & (bins - 1) == 0,
@@ -380,4 +507,60 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
         and all(0 < ratio <= 100 for ratio in search.cutoffs),
         "search.cutoffs",
         "must be ratios in percent, above 0 and at most 100, such as 99.9",
+    )
+
+
+def _check_adaround(part: AdaRoundConfig, require: Callable) -> None:
+    require(
+        part.iterations > 0,
+        "adaround.iterations",
+        f"must be at least 1, not {part.iterations}",
+    )
+    for key in ("lr", "weight", "beta_start", "beta_end"):
+        value = getattr(part, key)
+        require(
+            0 < value < math.inf,
+            f"adaround.{key}",
+            f"must be positive and finite, not {value}",
+        )
+    require(
+        0 <= part.warm_start <= 1,
+        "adaround.warm_start",
+        f"must be a fraction from 0 to 1, not {part.warm_start}",
+    )
+    known = ("max", "percentile", "entropy", "mse")
+    require(
+        part.calibrator in known,
+        "adaround.calibrator",
+        f"'{part.calibrator}' is not one of {', '.join(known)}",
+    )
+
+
+def _check_plus(part: PlusConfig, require: Callable) -> None:
+    require(
+        len(part.strengths) > 0 and all(0 <= s <= 1 for s in part.strengths),
+        "plus.strengths",
+        "must be fractions from 0 to 1, such as 0.5",
+    )
+    require(
+        0 < part.damping <= 1,
+        "plus.damping",
+        f"must be a fraction above 0 and at most 1, not {part.damping}",
+    )
+    groups = part.weight_groups
+    require(
+        groups == 0 or groups >= 8,
+        "plus.weight_groups",
+        f"must be 0 (whole rows) or at least 8, not {groups}",
+    )
+    size, bits = part.budget.size, part.budget.bits
+    require(
+        size is None or 0 < size <= 1,
+        "plus.budget.size",
+        f"must be a fraction of the float32 size such as 0.22, not {size}",
+    )
+    require(
+        len(bits) > 0 and all(2 <= b <= 8 or b == 16 for b in bits),
+        "plus.budget.bits",
+        "must be bits from 2 to 8, or 16 for units that stay float",
     )

@@ -678,6 +678,13 @@ def _head(graph: Graph, x: str, head: Iterable[HeadPart]) -> str:
 
 
 def _check(spec: EncoderSpec, head: Sequence[HeadPart]) -> None:
+    for layer in [*spec.layers(), *head]:
+        extras = sorted(getattr(layer, "extras", ()))
+        if extras:
+            raise ValueError(
+                f"{layer.name}: a plan with {', '.join(extras)} cannot be "
+                "exported; leave that switch off"
+            )
     for stage in spec.convs:
         layer = stage.conv
         if layer.groups != 1 or layer.dilation != 1 or layer.padding:

@@ -47,7 +47,7 @@ from .histogram import Histogram
 from .integer import IntegerLayer, integer_layer
 from .layers import Layer, find_encoders, find_layers
 from .plan import QuantizationPlan
-from .report import summary_table, write_report
+from .report import comparison_figures, summary_table, write_report
 from .results import (
     Evaluation,
     Execution,
@@ -55,8 +55,14 @@ from .results import (
     build_report,
     comparison,
     comparison_markdown,
+    float_size,
 )
-from .runtime import RUNTIMES, build_forwards, resolve_backend
+from .runtime import (
+    RUNTIMES,
+    build_forwards,
+    check_extras,
+    resolve_backend,
+)
 from .runtime.base import shadowed_forwards
 from .runtime.cpu import PAIR_SUM_BITS, cpu_class
 from .runtime.encoder import describe_encoder
@@ -265,6 +271,7 @@ class StableQuant:
         """The runtime of a variant, and what is to be said about it."""
         try:
             name = resolve_backend(config.backend, self.brain.device)
+            check_extras(name, self._extras(config))
             if RUNTIMES[name].encoder is not None:
                 self._check_encoders(config)
         except ValueError as error:
@@ -284,6 +291,13 @@ class StableQuant:
                 f"{PAIR_SUM_BITS}."
             ]
         return name, []
+
+    @staticmethod
+    def _extras(config: QuantizeConfig) -> frozenset[str]:
+        """What the plan of a variant needs of a runtime."""
+        if config.plan is None:
+            return config.extras
+        return QuantizationPlan.load(config.plan, with_tensors=False).extras
 
     def _check_encoders(self, config: QuantizeConfig) -> None:
         """Raises if the integer runtimes do not compute an encoder."""
@@ -711,10 +725,18 @@ class StableQuant:
 
     def _write_comparison(self) -> None:
         """One table of all variants."""
+        modules = self._modules()
+        source = self.runs[0].source
+        if source is not None:
+            modules = {key: modules[key] for key in source.keys}
         table = comparison(
-            {run.name: (run.plan, run.results) for run in self.runs}
+            {run.name: (run.plan, run.results) for run in self.runs},
+            {run.name: folder_size(run.folder) / 1e6 for run in self.runs},
+            float_size(modules) / 1e6,
         )
         write_json(self.folder / "comparison.json", table)
+        for name, image in comparison_figures(table).items():
+            write_atomic(self.folder / name, image)
         text = comparison_markdown(table)
         path = write_atomic(self.folder / "comparison.md", text)
         print(text)

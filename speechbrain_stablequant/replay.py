@@ -95,6 +95,10 @@ class Replay:
         """Says which batch the next forward pass is about."""
         self._batch = index
 
+    def holds(self, unit: str) -> bool:
+        """Whether the results before a unit are kept."""
+        return self._cut is not None and self._cut.unit == unit
+
     def drop(self) -> None:
         """Forgets everything that was kept."""
         self._cut, self._prefix = None, {}

@@ -365,6 +365,8 @@ def _histograms(
 
 def comparison(
     runs: Mapping[str, tuple[QuantizationPlan, Mapping[str, SetResult]]],
+    sizes: Mapping[str, float] | None = None,
+    float_mb: float | None = None,
 ) -> dict:
     """One row for each variant and test set.
 
@@ -372,6 +374,10 @@ def comparison(
     ---------
     runs : Mapping
         Plan and results by the variant's name.
+    sizes : Mapping, optional
+        Size of each variant's model on disk, in MB.
+    float_mb : float, optional
+        Size of the float32 model.
 
     Returns
     -------
@@ -391,7 +397,12 @@ def comparison(
                     **result.to_dict(),
                 }
             )
-    return {"rows": rows}
+            if sizes is not None:
+                rows[-1]["size_mb"] = sizes[name]
+    table = {"rows": rows}
+    if float_mb is not None:
+        table["float_mb"] = float_mb
+    return table
 
 
 def comparison_markdown(table: Mapping[str, list]) -> str:
@@ -406,9 +417,11 @@ def comparison_markdown(table: Mapping[str, list]) -> str:
     -------
     str
     """
+    sized = all("size_mb" in row for row in table["rows"])
+    head = "| set | variant | WER % | change | 95 % interval | CER % | change |"
     lines = [
-        "| set | variant | WER % | change | 95 % interval | CER % | change |",
-        "|---|---|---|---|---|---|---|",
+        head + " MB |" * sized,
+        "|---|---|---|---|---|---|---|" + "---|" * sized,
     ]
     seen = set()
     for row in table["rows"]:
@@ -418,6 +431,7 @@ def comparison_markdown(table: Mapping[str, list]) -> str:
             lines.append(
                 f"| {row['set']} | float | {rates['WER']:.2f} | | | "
                 f"{rates['CER']:.2f} | |"
+                + _size_cell(table.get("float_mb"), sized)
             )
         rates = row["quantized"]
         low, high = row["delta_wer_ci"]
@@ -425,5 +439,12 @@ def comparison_markdown(table: Mapping[str, list]) -> str:
             f"| {row['set']} | {row['variant']} | {rates['WER']:.2f} | "
             f"{row['delta_wer']:+.2f} | {low:+.2f} to {high:+.2f} | "
             f"{rates['CER']:.2f} | {row['delta_cer']:+.2f} |"
+            + _size_cell(row.get("size_mb"), sized)
         )
     return "\n".join(lines) + "\n"
+
+
+def _size_cell(size: float | None, sized: bool) -> str:
+    if not sized:
+        return ""
+    return " |" if size is None else f" {size:.1f} |"

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,12 +19,17 @@ from torch import nn
 from tqdm import tqdm
 
 from . import calibrators
+from .adjusted import AdjustedTensors, LayerTensors
+from .baselines import AdaRound, LayerStore, PrefixWalk, refine
+from .baselines.refine import Solve
+from .calibrators import clipped_mse
 from .config import QuantizeConfig
 from .files import read_json, write_json
 from .histogram import Histogram
-from .layers import find_encoders, find_layers, group_units
+from .layers import Cut, Layer, find_encoders, find_layers, group_units
 from .observers import Observer
 from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from .plus import make_plus_plan
 from .replay import Replay
 from .search import Evaluate, Journal, Score, search_cutoffs, select_units
 from .simulate import Simulator
@@ -34,6 +40,7 @@ BeforeBatch = Callable[[int], None]
 
 JOURNAL_FILE = "search.jsonl"
 HISTOGRAM_FILE = "histograms.json"
+LAYER_FOLDER = "finished_layers"
 
 
 class Recogniser(Protocol):
@@ -52,9 +59,14 @@ class Recogniser(Protocol):
         """Samples of a padded batch, and real samples of each utterance."""
 
     def forward(
-        self, subset: str, before_batch: BeforeBatch, first_only: bool = False
+        self,
+        subset: str,
+        before_batch: BeforeBatch,
+        first_only: bool = False,
+        turns: int = 1,
     ) -> torch.Tensor:
-        """Runs the model over a subset; returns the last output."""
+        """Runs the model over a subset, each batch so many times in a row;
+        returns the last output."""
 
     def score(
         self, before_batch: BeforeBatch, give_up_above: int | None
@@ -159,6 +171,11 @@ class Stage:
             {key: recogniser.modules[key] for key in config.target}
         )
         self.simulator = Simulator(self.layers)
+        self._exact_cuts: list[Cut] | None = None
+
+    def fingerprint(self) -> str:
+        """Identifies the weights of the model as they are now."""
+        return fingerprint_modules(self.recogniser.modules)
 
     # -- the plan ----------------------------------------------------------
 
@@ -180,12 +197,18 @@ class Stage:
         weights = fingerprint_modules(self.recogniser.modules)
         if self.config.plan is not None:
             return self._given_plan(weights), {}
-        calibration = self._calibrate(weights)
+        calibration = self.calibrate(weights)
         histograms = calibration.histograms
+        if self.config.method == "stablequant_plus":
+            return make_plus_plan(self, weights, calibration)
         if self.config.method == "stablequant":
             plan = self._search(weights, calibration)
+        elif self.config.method == "adaround":
+            plan = self._adaround(weights, calibration)
         else:
-            plan = self._calibrator_plan(weights, histograms)
+            plan = self._calibrator_plan(
+                weights, histograms, self.config.method
+            )
         return plan, histograms
 
     def _given_plan(self, weights: str) -> QuantizationPlan:
@@ -209,15 +232,21 @@ class Stage:
             settings.pop(key)
         # Memory for reuse changes the time, not the outcome.
         settings["search"].pop("cache_gb")
+        # What the method does not read decided nothing.
+        if self.config.method != "stablequant_plus":
+            settings.pop("plus")
+        if self.config.method not in ("adaround", "stablequant_plus"):
+            settings.pop("adaround")
         return json.loads(json.dumps(settings))
 
-    def _assemble(
+    def assemble(
         self,
         weights: str,
         units: list[UnitPlan],
         layers: list[LayerPlan],
         search: dict,
     ) -> QuantizationPlan:
+        """A plan with the settings of this stage."""
         return QuantizationPlan(
             method=self.config.method,
             weight_bits=self.config.weight_bits,
@@ -231,8 +260,31 @@ class Stage:
 
     # -- calibration -------------------------------------------------------
 
-    def _calibrate(self, weights: str) -> Calibration:
-        """One pass over the calibration set, remembered on disk."""
+    def calibrate(
+        self,
+        weights: str,
+        file: str = HISTOGRAM_FILE,
+        layers: Sequence[Layer] | None = None,
+        observe: type[Observer] = Observer,
+    ) -> Calibration:
+        """One pass over the calibration set, remembered on disk.
+
+        Arguments
+        ---------
+        weights : str
+            Fingerprint of the float model.
+        file : str
+            Name of the file that remembers.
+        layers : sequence of Layer, optional
+            Layers to observe; all by default.
+        observe : type
+            What observes them.
+
+        Returns
+        -------
+        Calibration
+        """
+        layers = self.layers if layers is None else layers
         ids = self.recogniser.ids("calibration")
         key = _digest(
             [
@@ -240,15 +292,15 @@ class Stage:
                 ids,
                 self.config.calibration.batch_size,
                 self.config.calibration.num_bins,
-                [layer.name for layer in self.layers],
+                [layer.name for layer in layers],
             ]
         )
-        path = self.folder / HISTOGRAM_FILE
+        path = self.folder / file
         known = self._read_calibration(path, key)
         if known is not None:
             return known
-        observer = Observer(
-            self.layers, self._geometry(), self.config.calibration.num_bins
+        observer = observe(
+            layers, self._geometry(), self.config.calibration.num_bins
         )
         batches = -(-len(ids) // self.config.calibration.batch_size)
         bar = self._bar(batches, "calibration")
@@ -260,7 +312,7 @@ class Stage:
         with bar, observer.watch():
             self.recogniser.forward("calibration", before_batch)
         observer.check_all_called()
-        names = [layer.name for layer in self.layers]
+        names = [layer.name for layer in layers]
         called = [self._unit_index(name) for name in observer.call_order]
         calibration = Calibration(
             {name: observer.histograms[name] for name in names},
@@ -314,10 +366,12 @@ class Stage:
     # -- one calibrator for all layers -------------------------------------
 
     def _calibrator_plan(
-        self, weights: str, histograms: Mapping[str, Histogram]
+        self,
+        weights: str,
+        histograms: Mapping[str, Histogram],
+        method: str,
     ) -> QuantizationPlan:
         config = self.config
-        method = config.method
         options = {}
         if method == "percentile":
             options["percentile"] = config.calibration.percentile
@@ -344,7 +398,117 @@ class Stage:
                 )
             )
         units = [UnitPlan(name) for name in self.units]
-        return self._assemble(weights, units, layers, {})
+        return self.assemble(weights, units, layers, {})
+
+    # -- adaptive rounding -------------------------------------------------
+
+    def _adaround(
+        self, weights: str, calibration: Calibration
+    ) -> QuantizationPlan:
+        """AdaRound on the scales that a calibrator gives."""
+        settings = asdict(self.config.adaround)
+        calibrator = settings.pop("calibrator")
+        plan = self._calibrator_plan(
+            weights, calibration.histograms, calibrator
+        )
+        solve = AdaRound(**settings)
+        tensors = self.refine(
+            weights,
+            calibration.in_order,
+            plan.quants(),
+            "adaround",
+            lambda _: solve,
+        )
+        layers = [
+            replace(
+                layer,
+                reason=f"{calibrator} calibration, then adaptive rounding",
+            )
+            for layer in plan.layers
+        ]
+        return replace(
+            plan, layers=layers, tensors=AdjustedTensors(layers=tensors)
+        )
+
+    def refine(
+        self,
+        weights: str,
+        in_order: bool,
+        quants: Mapping[str, LayerQuant],
+        what: str,
+        solve: Callable[[Layer], Solve | None],
+        corrects_bias: Callable[[Layer], bool] = lambda _: False,
+    ) -> dict[str, LayerTensors]:
+        """Decides integers and biases layer by layer, remembered on disk.
+
+        Arguments
+        ---------
+        weights : str
+            Fingerprint of the float model.
+        in_order : bool
+            Whether layers are called in the order of their units.
+        quants : Mapping
+            LayerQuant by name; layers that are not named stay float.
+        what : str
+            Name of the method, for the progress bar.
+        solve : callable
+            Of a layer: what finds its integers; None for the nearest ones.
+        corrects_bias : callable
+            Of a layer: whether its bias is corrected.
+
+        Returns
+        -------
+        dict
+            LayerTensors by name.
+        """
+        recogniser = self.recogniser
+        names = set(quants)
+        content = [
+            weights,
+            recogniser.ids("calibration"),
+            self.config.calibration.batch_size,
+            {name: quant.to_dict() for name, quant in quants.items()},
+            [
+                [layer.name, repr(solve(layer)), corrects_bias(layer)]
+                for layer in self.layers
+                if layer.name in names
+            ],
+        ]
+        store = LayerStore(self.folder / LAYER_FOLDER, _digest(content))
+        limit = int(self.config.search.cache_gb * 1e9)
+        simulator = Simulator(self.layers)
+        walk = PrefixWalk(
+            simulator,
+            list(self.units),
+            partial(recogniser.forward, "calibration"),
+            lambda batch: recogniser.lengths("calibration", batch),
+            self._geometry(),
+            self._cuts(in_order and limit > 0),
+            limit,
+        )
+        with self._bar(len(names), what) as bar:
+
+            def on_layer(name: str) -> None:
+                bar.update(1)
+                bar.set_postfix_str(name.rpartition(".")[2])
+
+            found = refine(walk, quants, store, solve, corrects_bias, on_layer)
+        missing = sorted(names - set(found))
+        if missing:
+            raise ValueError(
+                f"{missing[0]}: was not called in the first batch; add it to "
+                "quantize.exclude"
+            )
+        if store.reused:
+            logger.info("%s: %d layers from disk", what, store.reused)
+        return found
+
+    def _cuts(self, wanted: bool) -> list[Cut]:
+        """Places where a forward pass can be started again."""
+        if len(self.encoders) != 1 or not wanted:
+            return []
+        cuts = self.encoders[0].cuts()
+        return [cut for cut in cuts if cut.unit in self.units]
 
     @property
     def _progress(self) -> bool:
@@ -366,35 +530,15 @@ class Stage:
         """The four steps of StableQuant (ICASSP 2025)."""
         config = self.config
         histograms = calibration.histograms
-        evaluate, journal, bar = self._search_evaluate(weights, calibration)
+        evaluate, journal, bar = self.search_evaluate(weights, calibration)
         started = time.monotonic()
-
-        def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
-            return {
-                layer.name: self._quant(
-                    histograms[layer.name].quantile(ratio / 100), "max"
-                )
-                for layer in self.units[unit]
-            }
-
-        with bar:
-            bar.total = 1 + len(self.units)
-            baseline, sensitivities = select_units(
-                {unit: cut_unit(unit, 100.0) for unit in self.units},
-                evaluate,
-                config.search.threshold,
-            )
-            selected = [s.unit for s in sensitivities if s.selected]
-            bar.total += len(selected) * len(config.search.cutoffs)
-            bar.refresh()
-            cuts = search_cutoffs(
-                selected, config.search.cutoffs, cut_unit, evaluate
-            )
-        cutoffs = {cut.unit: cut for cut in cuts}
-        units = [
-            self._unit_plan(sensitivity, cutoffs.get(sensitivity.unit))
-            for sensitivity in sensitivities
-        ]
+        baseline, units = self.search_units(
+            evaluate,
+            bar,
+            lambda layer, ratio: self._quant(
+                histograms[layer.name].quantile(ratio / 100), "max"
+            ),
+        )
         layers = self._final_layers(units, histograms)
         final = evaluate(
             {layer.name: layer.quant for layer in layers}, label="final"
@@ -414,7 +558,55 @@ class Stage:
             "baseline_wer": baseline.wer,
             "final_wer": final.wer,
         }
-        return self._assemble(weights, units, layers, search)
+        return self.assemble(weights, units, layers, search)
+
+    def search_units(
+        self,
+        evaluate: Evaluate,
+        bar: tqdm,
+        quantize: Callable[[Layer, float], LayerQuant],
+    ) -> tuple[Score, list[UnitPlan]]:
+        """Steps 1 and 2 of StableQuant: selection and cut-offs.
+
+        Arguments
+        ---------
+        evaluate : Evaluate
+            Measures on the search set.
+        bar : tqdm
+            Shows how far it is; closed at the end.
+        quantize : callable
+            Of a layer and a cut-off ratio in percent.
+
+        Returns
+        -------
+        Score
+            Of the float model.
+        list of UnitPlan
+            What was found out about each unit.
+        """
+        search = self.config.search
+
+        def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
+            return {
+                layer.name: quantize(layer, ratio) for layer in self.units[unit]
+            }
+
+        with bar:
+            bar.total = 1 + len(self.units)
+            baseline, sensitivities = select_units(
+                {unit: cut_unit(unit, 100.0) for unit in self.units},
+                evaluate,
+                search.threshold,
+            )
+            selected = [s.unit for s in sensitivities if s.selected]
+            bar.total += len(selected) * len(search.cutoffs)
+            bar.refresh()
+            cuts = search_cutoffs(selected, search.cutoffs, cut_unit, evaluate)
+        cutoffs = {cut.unit: cut for cut in cuts}
+        return baseline, [
+            self._unit_plan(sensitivity, cutoffs.get(sensitivity.unit))
+            for sensitivity in sensitivities
+        ]
 
     @staticmethod
     def _unit_plan(sensitivity, cut) -> UnitPlan:
@@ -472,10 +664,27 @@ class Stage:
             )
         return layers
 
-    def _search_evaluate(
+    def search_evaluate(
         self, weights: str, calibration: Calibration
     ) -> tuple[Evaluate, Journal, tqdm]:
-        """The evaluate function of the search, remembered in the journal."""
+        """The evaluate function of the search, remembered in the journal.
+
+        Arguments
+        ---------
+        weights : str
+            Identifies the model, with the tensors that its simulator holds.
+        calibration : Calibration
+            Says whether layers are called in the order of their units.
+
+        Returns
+        -------
+        Evaluate
+            Measures on the search set.
+        Journal
+            What remembers.
+        tqdm
+            Counts the evaluations.
+        """
         ids = self.recogniser.ids("search")
         search = self.config.search
         journal = Journal(
@@ -532,13 +741,12 @@ class Stage:
 
     def _replay(self, in_order: bool) -> Replay:
         limit = int(self.config.search.cache_gb * 1e9)
-        cuts: Sequence = []
-        if len(self.encoders) == 1 and in_order and limit:
-            cuts = [
-                cut for cut in self.encoders[0].cuts() if cut.unit in self.units
-            ]
-        replay = Replay(cuts, list(self.units), limit)
-        return verified(replay, self.recogniser)
+        cuts = self._cuts(in_order and limit > 0)
+        if self._exact_cuts is None:
+            replay = Replay(cuts, list(self.units), limit)
+            replay = verified(replay, self.recogniser)
+            self._exact_cuts = list(replay.cuts.values())
+        return Replay(self._exact_cuts, list(self.units), limit)
 
 
 def verified(replay: Replay, recogniser: Recogniser) -> Replay:
@@ -581,33 +789,3 @@ def verified(replay: Replay, recogniser: Recogniser) -> Replay:
                 continue
         good.append(cut)
     return Replay(good, replay.units, replay.limit_bytes)
-
-
-def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
-    """Step 3 of StableQuant for one layer.
-
-    Arguments
-    ---------
-    histogram : Histogram
-        Of |input|.
-    edge : float
-        Where the outliers are cut.
-    bits : int
-        Of the activations.
-
-    Returns
-    -------
-    float
-        The amax, not above ``edge``, that minimises the expected squared
-        quantization error of the histogram clipped at ``edge``.
-
-    Example
-    -------
-    >>> histogram = Histogram()
-    >>> histogram.add(torch.linspace(0, 1, 1000))
-    >>> clipped_mse(histogram, 0.5, 8) <= 0.5
-    True
-    """
-    if edge <= 0:
-        return edge
-    return calibrators.calibrate("mse", histogram.clip(edge), bits, upper=edge)

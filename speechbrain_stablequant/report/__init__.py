@@ -10,11 +10,16 @@ from ..files import write_atomic, write_json
 from .build import build_document
 from .html import render_html
 from .markdown import render_markdown
-from .plots import FIGURES, draw_figures
+from .plots import FIGURES, comparison_figures, draw_figures
 from .schema import check_report
 from .summary import summary_table
 
-__all__ = ["check_report", "summary_table", "write_report"]
+__all__ = [
+    "check_report",
+    "comparison_figures",
+    "summary_table",
+    "write_report",
+]
 
 
 def write_report(report: dict, folder: str | Path) -> list[Path]:

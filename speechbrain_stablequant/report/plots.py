@@ -34,6 +34,18 @@ _STYLE = {
     "ytick.color": "#b9c4cf",
     "ytick.labelcolor": _INK,
 }
+# Eight colours that colour-blind people tell apart, and shapes besides.
+_METHOD_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8a6d3b",
+    "#1c2733",
+)
+_MARKERS = "osD^vPX*"
 _DPI = 150
 _MAX_HISTOGRAMS = 6
 _MAX_NAME = 44
@@ -340,6 +352,96 @@ def _shorten(name: str, width: int = _MAX_NAME) -> str:
         return name
     head = (width - 1) // 3
     return f"{name[:head]}\u2026{name[len(name) - (width - 1 - head) :]}"
+
+
+def comparison_figures(table: dict) -> dict[str, bytes]:
+    """WER against size of all variants, a picture for each test set.
+
+    Arguments
+    ---------
+    table : dict
+        Of ``comparison.json``, with sizes.
+
+    Returns
+    -------
+    dict[str, bytes]
+        File name to PNG data.
+    """
+    images = {}
+    for name in dict.fromkeys(row["set"] for row in table["rows"]):
+        rows = [row for row in table["rows"] if row["set"] == name]
+        part = {**table, "rows": rows}
+        image = _to_png(draw_comparison, part)
+        if image is not None:
+            images[f"comparison_{name}.png"] = image
+    return images
+
+
+def draw_comparison(table: dict) -> "Figure | None":
+    """WER against size: a line for each method, a point for each variant.
+
+    Arguments
+    ---------
+    table : dict
+        Of ``comparison.json``, the rows of one test set.
+
+    Returns
+    -------
+    Figure or None
+        None when a size is not known.
+    """
+    rows = table["rows"]
+    if not rows or any(row.get("size_mb") is None for row in rows):
+        return None
+    figure = _new_figure(10, 5)
+    axes = figure.add_subplot()
+    rates = [row["quantized"]["WER"] for row in rows]
+    floor = rows[0]["float"]["WER"]
+    label = f"float model, {number(floor)} %"
+    axes.axhline(floor, color=_GREY, lw=1, ls="--", label=label)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for index, method in enumerate(methods):
+        points = sorted(
+            (row["size_mb"], row["quantized"]["WER"], _bits_of(row))
+            for row in rows
+            if row["method"] == method
+        )
+        color = _METHOD_COLORS[index % len(_METHOD_COLORS)]
+        axes.plot(
+            [size for size, *_ in points],
+            [rate for _, rate, _ in points],
+            color=color,
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            lw=1,
+            label=_shorten(method),
+        )
+    # Points of one width lie close together: it is named once.
+    for bits in dict.fromkeys(_bits_of(row) for row in rows):
+        same = [row for row in rows if _bits_of(row) == bits]
+        best = min(same, key=lambda row: row["quantized"]["WER"])
+        axes.annotate(
+            bits,
+            (best["size_mb"], best["quantized"]["WER"]),
+            xytext=(0, -12),
+            textcoords="offset points",
+            ha="center",
+            color=_GREY,
+        )
+    if floor > 0 and max(rates) > 3 * floor:
+        _use_log_rates(axes)
+    axes.margins(x=0.08, y=0.12)
+    float_mb = table.get("float_mb")
+    beside = "" if float_mb is None else f" (float32: {number(float_mb, 1)})"
+    axes.set_xlabel(f"size on disk, MB{beside}")
+    axes.set_ylabel("WER, %")
+    axes.set_title(_shorten(rows[0]["set"], 60), loc="left")
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+def _bits_of(row: dict) -> str:
+    return f"W{row['weight_bits']}A{row['activation_bits']}"
 
 
 # File name to drawing function, in the order of the report.

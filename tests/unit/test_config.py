@@ -80,7 +80,8 @@ def test_one_name_stands_for_a_list():
 @pytest.mark.parametrize("plan", [None, "plan.json"])
 def test_needs_search(method, plan):
     config = QuantizeConfig.from_dict({"method": method, "plan": plan})
-    assert config.needs_search == (method == "stablequant" and plan is None)
+    searches = method in ("stablequant", "stablequant_plus")
+    assert config.needs_search == (searches and plan is None)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +235,65 @@ def test_wrong_choice_lists_the_right_ones():
     text = error_of({"method": "awq"})
     assert text == (
         "quantize.method: 'awq' is not one of stablequant, max, percentile, "
-        "entropy, mse"
+        "entropy, mse, adaround, stablequant_plus"
     )
     assert "auto, torch" in error_of({"backend": "awq"})
+
+
+# -- the parts of methods ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, value, what",
+    [
+        ("adaround.iterations", 0, "at least 1"),
+        ("adaround.lr", 0.0, "positive"),
+        ("adaround.weight", INF, "finite"),
+        ("adaround.warm_start", 1.5, "fraction"),
+        ("adaround.calibrator", "median", "'median' is not one of max"),
+        ("adaround.batch_size", 32, "unknown key"),
+        ("plus.strengths", [], "fractions"),
+        ("plus.strengths", [2.0], "fractions"),
+        ("plus.damping", 0.0, "above 0"),
+        ("plus.weight_groups", 4, "at least 8"),
+        ("plus.equalise", True, "did you mean 'equalize'"),
+        ("plus.budget", 0.22, "must be a block"),
+        ("plus.budget.size", 22.0, "fraction"),
+        ("plus.budget.bits", [1], "from 2 to 8, or 16"),
+    ],
+)
+def test_wrong_values_of_parts(key, value, what):
+    text = error_of(nested(key, value))
+    assert text.startswith(f"quantize.{key}")
+    assert what in text
+
+
+def test_a_variant_changes_one_key_of_a_part():
+    block = {
+        "method": "stablequant_plus",
+        "plus": {"equalize": False, "budget": {"size": 0.2}},
+        "variants": [{"name": "a", "plus": {"compensate": False}}],
+    }
+    (config,) = QuantizeConfig.from_dict(block).variant_configs().values()
+    assert not config.plus.equalize
+    assert not config.plus.compensate
+    assert config.plus.budget.size == 0.2
+
+
+@pytest.mark.parametrize(
+    "changes, extras",
+    [
+        ({}, set()),
+        ({"asymmetric": True}, {"asymmetric"}),
+        ({"weight_groups": 64}, {"weight_groups"}),
+    ],
+)
+def test_extras(changes, extras):
+    block = {"method": "stablequant_plus", "plus": changes}
+    assert QuantizeConfig.from_dict(block).extras == extras
+    block["plan"] = "plan.json"
+    assert not QuantizeConfig.from_dict(block).extras
+    assert not QuantizeConfig.from_dict({"plus": changes}).extras
 
 
 # -- variants ------------------------------------------------------------------

@@ -16,6 +16,7 @@ from speechbrain_stablequant.plan import (
     QuantizationPlan,
     UnitPlan,
 )
+from speechbrain_stablequant.report import comparison_figures
 from speechbrain_stablequant.results import (
     Evaluation,
     SetResult,
@@ -227,3 +228,32 @@ def test_comparison():
         [" clean ", " w6 ", " 42.86 "],
     ]
     assert all(line.count("|") == 8 for line in lines)
+
+
+def test_comparison_with_sizes():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    table = comparison(
+        {
+            "w8": (PLAN, {"clean": result}),
+            "w6": (plan_of({}, weight_bits=6), {"clean": result}),
+        },
+        {"w8": 8.0, "w6": 6.04},
+        32.0,
+    )
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[-2] for line in lines] == [
+        " MB ",
+        "---",
+        " 32.0 ",
+        " 8.0 ",
+        " 6.0 ",
+    ]
+    images = comparison_figures(table)
+    assert list(images) == ["comparison_clean.png"]
+    assert images["comparison_clean.png"].startswith(b"\x89PNG")
+    assert images == comparison_figures(table)
+
+
+def test_no_picture_without_sizes():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    assert not comparison_figures(comparison({"a": (PLAN, {"s": result})}))

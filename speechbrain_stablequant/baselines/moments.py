@@ -1,0 +1,174 @@
+"""First and second moments of a layer's inputs.
+
+A layer is linear: its squared output error over any number of frames is a
+quadratic form in its weights, whose matrix is the second moment of its
+inputs (a convolution's: unfolded into windows). It is exact for the whole
+calibration set, costs [inputs x inputs] numbers however long the set is, and
+an iteration over it costs less than one over the few thousand frames that a
+minibatch would hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Moments:
+    """Means over the real frames of the calibration set.
+
+    ``x`` is an input of the float model, ``q`` of the quantized prefix, on
+    the layer's own activation grid; both unfolded in the order of a row of
+    the weight. A convolution with groups has moments for each group.
+
+    Arguments
+    ---------
+    rows : int
+        Frames.
+    float_mean, mean : torch.Tensor
+        E[x] and E[q], [groups, inputs].
+    gram : torch.Tensor or None
+        E[q q'], [groups, inputs, inputs].
+    cross : torch.Tensor or None
+        E[x q'], the same shape.
+    """
+
+    rows: int
+    float_mean: torch.Tensor = field(repr=False)
+    mean: torch.Tensor = field(repr=False)
+    gram: torch.Tensor | None = field(repr=False, default=None)
+    cross: torch.Tensor | None = field(repr=False, default=None)
+
+
+def conv_groups(module: nn.Module) -> int:
+    """Groups of a layer whose outputs see different inputs.
+
+    Example
+    -------
+    >>> conv_groups(nn.Linear(2, 2)), conv_groups(nn.Conv1d(4, 4, 3, groups=2))
+    (1, 2)
+    """
+    return module.groups if isinstance(module, nn.Conv1d) else 1
+
+
+def unfolded(
+    module: nn.Module,
+    x: torch.Tensor,
+    frames: Sequence[int] | None = None,
+    groups: slice = slice(None),
+) -> torch.Tensor:
+    """Inputs of a layer as rows that its weight is multiplied with.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+    x : torch.Tensor
+        [..., in] of a Linear, [batch, in, time] of a Conv1d.
+    frames : sequence of int, optional
+        Real input frames of each utterance; None for all.
+    groups : slice
+        Groups of a convolution to unfold.
+
+    Returns
+    -------
+    torch.Tensor
+        [groups, rows, inputs].
+
+    Example
+    -------
+    >>> conv, x = nn.Conv1d(2, 4, 3, 2, 1, groups=2), torch.randn(1, 2, 9)
+    >>> rows = unfolded(conv, x)
+    >>> rows.shape
+    torch.Size([2, 5, 3])
+    >>> out = torch.einsum("grk,gok->gor", rows, conv.weight.view(2, 2, 3))
+    >>> expected = conv(x) - conv.bias[:, None]
+    >>> torch.allclose(out.reshape(1, 4, 5), expected, atol=1e-6)
+    True
+    """
+    if not isinstance(module, nn.Conv1d):
+        if frames is not None and x.dim() == 3:
+            rows = [row[:n] for row, n in zip(x, frames, strict=True)]
+            return torch.cat(rows)[None]
+        return x.reshape(1, -1, x.shape[-1])
+    (kernel,), (stride,) = module.kernel_size, module.stride
+    (dilation,), (padding,) = module.dilation, module.padding
+    count = module.groups
+    x = x.view(x.shape[0], count, -1, x.shape[2])[:, groups]
+    span = dilation * (kernel - 1) + 1
+    padded = F.pad(x, (padding, padding))
+    windows = padded.unfold(3, span, stride)[..., ::dilation]
+    # [batch, groups, in / groups, time, kernel] -> rows of the weight
+    windows = windows.permute(1, 0, 3, 2, 4).flatten(3)
+    if frames is None:
+        return windows.flatten(1, 2)
+    kept = [
+        windows[:, i, : max((n + 2 * padding - span) // stride + 1, 0)]
+        for i, n in enumerate(frames)
+    ]
+    return torch.cat(kept, 1)
+
+
+class MomentSum:
+    """Adds up the moments batch by batch.
+
+    Arguments
+    ---------
+    second : bool
+        Whether second moments are wanted.
+    cross : bool
+        Whether those between the float and the quantized input are.
+
+    Example
+    -------
+    >>> total = MomentSum(second=True, cross=False)
+    >>> x = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+    >>> total.add(x, x)
+    >>> total.result().gram
+    tensor([[[5., 1.],
+             [1., 2.]]])
+    """
+
+    def __init__(self, second: bool, cross: bool):
+        self.second = second
+        self.cross = cross
+        self._rows = 0
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value
+
+    def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
+        """Adds a batch.
+
+        Arguments
+        ---------
+        x, q : torch.Tensor
+            [groups, rows, inputs] of the float and the quantized model.
+        """
+        self._rows += q.shape[1]
+        self._add("float_mean", x.sum(1, dtype=torch.float64))
+        self._add("mean", q.sum(1, dtype=torch.float64))
+        if self.second:
+            self._add("gram", q.mT @ q)
+        if self.cross:
+            self._add("cross", x.mT @ q)
+
+    def result(self) -> Moments:
+        """The means of all that was added.
+
+        Raises
+        ------
+        ValueError
+            Nothing was added.
+        """
+        if not self._rows:
+            raise ValueError("the calibration set gives a layer no frame")
+        means = {k: (v / self._rows).float() for k, v in self._sums.items()}
+        return Moments(self._rows, **means)

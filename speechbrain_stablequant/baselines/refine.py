@@ -1,0 +1,288 @@
+"""Decides the integers and biases of all layers, one after the other."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..adjusted import AdjustedTensors, LayerTensors
+from ..layers import Layer
+from ..plan import LayerQuant
+from ..weights import restore_weight, round_weight, weight_scale
+from .moments import Moments, conv_groups
+from .walk import PrefixWalk
+
+# Second moments that are held at once: those of a wide grouped convolution
+# are taken some groups at a time.
+MOMENT_BYTES = 2 * 10**9
+
+
+class Solve(Protocol):
+    """Finds the integers of some rows of a weight that see the same inputs."""
+
+    #: Whether it uses E[x q'].
+    cross: bool
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        bits: int,
+        method: str,
+        group: int,
+        gram: torch.Tensor,
+        cross: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Solves.
+
+        Arguments
+        ---------
+        weight : torch.Tensor
+            float32 [out, inputs].
+        bits : int
+            Of the integers.
+        method : str
+            Calibrator of their scales.
+        group : int
+            Inputs that share a scale; 0 for all.
+        gram, cross : torch.Tensor
+            E[q q'] and E[x q'].
+
+        Returns
+        -------
+        torch.Tensor
+            int8 [out, inputs].
+        torch.Tensor
+            float32 scales [out] or [out, groups].
+        """
+
+
+@dataclass
+class LayerStore:
+    """Finished layers on disk, so that a killed run goes on.
+
+    Arguments
+    ---------
+    folder : Path
+        Where to; made when it is not there.
+    key : str
+        Identifies all that decides the result.
+    reused : int
+        Layers that were found.
+    """
+
+    folder: Path
+    key: str
+    reused: int = field(default=0, init=False)
+
+    def _path(self, name: str) -> Path:
+        text = f"{self.key}:{name}".encode()
+        return self.folder / f"{hashlib.sha256(text).hexdigest()[:32]}.st"
+
+    def read(self, name: str) -> LayerTensors | None:
+        """A finished layer.
+
+        Arguments
+        ---------
+        name : str
+            Of the layer.
+
+        Returns
+        -------
+        LayerTensors or None
+        """
+        path = self._path(name)
+        if not path.exists():
+            return None
+        self.reused += 1
+        return AdjustedTensors.load(path).layers[name]
+
+    def write(self, name: str, tensors: LayerTensors, bits: int) -> None:
+        """Keeps a finished layer.
+
+        Arguments
+        ---------
+        name : str
+            Of the layer.
+        tensors : LayerTensors
+            What was decided.
+        bits : int
+            Of its weight.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        AdjustedTensors({name: tensors}).save(self._path(name), {name: bits})
+
+
+def refine(
+    walk: PrefixWalk,
+    quants: Mapping[str, LayerQuant],
+    store: LayerStore,
+    solve: Callable[[Layer], Solve | None] = lambda _: None,
+    corrects_bias: Callable[[Layer], bool] = lambda _: False,
+    on_layer: Callable[[str], None] = lambda _: None,
+) -> dict[str, LayerTensors]:
+    """Decides layer by layer, each behind the decided ones before it.
+
+    Arguments
+    ---------
+    walk : PrefixWalk
+        Gives the moments; its simulator gets what is decided.
+    quants : Mapping
+        LayerQuant of the layers to quantize, by name; others stay float.
+    store : LayerStore
+        Finished layers.
+    solve : callable
+        Of a layer: what finds its integers; None: the nearest ones.
+    corrects_bias : callable
+        Of a layer: whether its bias takes up the mean error of its output.
+    on_layer : callable
+        Called with the name of each finished layer.
+
+    Returns
+    -------
+    dict
+        LayerTensors by name.
+    """
+    decided: dict[str, LayerQuant] = {}
+    result: dict[str, LayerTensors] = {}
+    for group in walk.groups():
+        layers = [layer for layer in group if layer.name in quants]
+        found = {layer.name: store.read(layer.name) for layer in layers}
+        problems = [
+            _Problem(layer, quants[layer.name], solve(layer))
+            for layer in layers
+            if found[layer.name] is None
+        ]
+        # Layers of one group see the same inputs: one pass serves them all.
+        for same in _same_inputs(problems):
+            for problem, tensors in _solve_together(
+                walk, same, decided, corrects_bias
+            ):
+                name = problem.layer.name
+                found[name] = tensors
+                store.write(name, tensors, problem.quant.weight_bits)
+        for layer in layers:
+            result[layer.name] = found[layer.name]
+            walk.simulator.tensors[layer.name] = found[layer.name]
+            decided[layer.name] = quants[layer.name]
+            on_layer(layer.name)
+    return result
+
+
+@dataclass
+class _Problem:
+    layer: Layer
+    quant: LayerQuant
+    solve: Solve | None
+
+
+def _same_inputs(problems: list[_Problem]) -> list[list[_Problem]]:
+    """Problems whose inputs are quantized and unfolded alike."""
+    alike: dict[tuple, list[_Problem]] = {}
+    for problem in problems:
+        quant, module = problem.quant, problem.layer.module
+        key = (
+            quant.activation_bits,
+            quant.activation_amax,
+            quant.activation_offset,
+            getattr(module, "kernel_size", None),
+            getattr(module, "stride", None),
+            getattr(module, "padding", None),
+            getattr(module, "dilation", None),
+            conv_groups(module),
+        )
+        alike.setdefault(key, []).append(problem)
+    return list(alike.values())
+
+
+def _solve_together(
+    walk: PrefixWalk,
+    problems: list[_Problem],
+    decided: Mapping[str, LayerQuant],
+    corrects_bias: Callable[[Layer], bool],
+) -> Iterator[tuple[_Problem, LayerTensors]]:
+    first = problems[0]
+    solves = [p.solve for p in problems if p.solve is not None]
+    centred = [corrects_bias(p.layer) for p in problems]
+    if not solves and not any(centred):
+        for problem in problems:
+            yield problem, _nearest(problem)
+        return
+    second = bool(solves)
+    cross = any(solve.cross for solve in solves)
+    count = conv_groups(first.layer.module)
+    inputs = first.layer.module.weight[0].numel()
+    held = 4 * inputs**2 * (1 + cross) if second else 1
+    step = max(1, min(count, MOMENT_BYTES // held))
+    weights = [p.layer.module.weight.detach().float() for p in problems]
+    parts: list[list[tuple]] = [[] for _ in problems]
+    for start in range(0, count, step):
+        chunk = slice(start, min(start + step, count))
+        moments = walk.moments(
+            first.layer, first.quant, decided, second, cross, chunk
+        )
+        for i, problem in enumerate(problems):
+            rows = weights[i].view(count, -1, inputs)[chunk]
+            for g, weight in enumerate(rows):
+                parts[i].append(
+                    _solve_rows(problem, weight, moments, g, centred[i])
+                )
+        del moments
+    for i, problem in enumerate(problems):
+        yield problem, _joined(problem, weights[i], parts[i], centred[i])
+
+
+def _nearest(problem: _Problem) -> LayerTensors:
+    quant = problem.quant
+    weight = problem.layer.module.weight.detach().float()
+    scale = weight_scale(
+        weight, quant.weight_bits, quant.weight_method, quant.weight_group
+    )
+    return LayerTensors(round_weight(weight, scale, quant.weight_bits), scale)
+
+
+def _solve_rows(
+    problem: _Problem,
+    weight: torch.Tensor,
+    moments: Moments,
+    g: int,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Integers, scales and mean output error of the rows of one group."""
+    quant = problem.quant
+    bits, method = quant.weight_bits, quant.weight_method
+    mean, float_mean = moments.mean[g], moments.float_mean[g]
+    if problem.solve is None:
+        scale = weight_scale(weight, bits, method, quant.weight_group)
+        integers = round_weight(weight, scale, bits)
+    else:
+        gram = moments.gram[g]
+        cross = moments.cross[g] if problem.solve.cross else None
+        if centred:
+            # The bias takes up the mean error: only the rest is minimised.
+            gram = gram - torch.outer(mean, mean)
+            if cross is not None:
+                cross = cross - torch.outer(float_mean, mean)
+        integers, scale = problem.solve(
+            weight, bits, method, quant.weight_group, gram, cross
+        )
+    grid = restore_weight(integers, scale)
+    return integers, scale, weight @ float_mean - grid @ mean
+
+
+def _joined(
+    problem: _Problem,
+    weight: torch.Tensor,
+    parts: list[tuple],
+    centred: bool,
+) -> LayerTensors:
+    integers, scale, error = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    bias = None
+    if centred:
+        own = problem.layer.module.bias
+        bias = error if own is None else own.detach().float() + error
+    return LayerTensors(integers.view(weight.shape), scale, bias)

@@ -1,0 +1,143 @@
+"""AdaRound and StableQuant-plus in an unedited recipe, and their folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from speechbrain.inference.ASR import EncoderASR
+
+from speechbrain_stablequant import QuantizationPlan
+from speechbrain_stablequant.checkpoint import load_checkpoint
+
+BLOCK = """
+quantize: !apply:speechbrain_stablequant.register
+    target: [wav2vec2, enc, ctc_lin]
+    weight_bits: 4
+    activation_bits: 6
+    calibration: {num_utterances: 4}
+    search: {num_utterances: 4, cutoffs: [100, 99]}
+    adaround: {iterations: 20, lr: 0.1}
+    plus: {strengths: [0.5]}
+    output_folder: !ref <output_folder>/quantized
+"""
+VARIANTS = """\
+    variants:
+        - {name: ada, method: adaround}
+        - {name: plus, method: stablequant_plus}
+        - name: odd
+          method: stablequant_plus
+          plus: {equalize: False, compensate: False, asymmetric: True}
+        - name: mixed
+          method: stablequant_plus
+          plus:
+              equalize: False
+              cutoffs: False
+              budget: {size: 0.6, bits: [4, 16]}
+"""
+ONE_SET = ("--test_sets", "[clean]")
+
+
+@pytest.fixture(scope="module")
+def written(trained) -> Path:
+    """The folder of a run of all of them."""
+    output = trained.root / "methods"
+    finished = trained.run(output, *ONE_SET, block=BLOCK + VARIANTS)
+    assert finished.code == 0, finished.out + finished.err
+    return output / "quantized"
+
+
+def test_comparison(written):
+    table = json.loads((written / "comparison.json").read_text("utf-8"))
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert set(rows) == {"ada", "plus", "odd", "mixed"}
+    for name, row in rows.items():
+        size = (written / name / "model.safetensors").stat().st_size
+        assert row["size_mb"] == size / 1e6
+        assert row["size_mb"] < table["float_mb"]
+    picture = (written / "comparison_clean.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    text = (written / "comparison.md").read_text("utf-8")
+    assert "| MB |" in text
+
+
+@pytest.mark.parametrize("name", ["ada", "plus", "odd", "mixed"])
+def test_folder_holds_what_the_plan_decided(written, name):
+    folder = written / name
+    plan = QuantizationPlan.load(folder / "plan.json")
+    assert (folder / "plan.safetensors").exists()
+    checkpoint = load_checkpoint(folder)
+    assert set(checkpoint.integers) == set(plan.quants())
+    for key, tensors in plan.tensors.layers.items():
+        found = checkpoint.integers[key]
+        assert torch.equal(found.weight, tensors.weight)
+        assert torch.equal(found.weight_scale, tensors.weight_scale)
+        if tensors.bias is not None:
+            assert torch.equal(found.bias, tensors.bias.half().float())
+    for key, value in plan.tensors.floats.items():
+        if f"{key.removesuffix('.bias')}" in checkpoint.integers:
+            continue  # corrected once more
+        assert torch.allclose(checkpoint.floats[key], value, rtol=1e-3)
+
+
+def test_a_plan_that_one_runtime_executes(written):
+    report = json.loads((written / "odd/report.json").read_text("utf-8"))
+    assert report["backend"] == "simulated"
+    assert any("asymmetric" in text for text in report["warnings"])
+    assert report["search"]["runtimes"] == ["torch"]
+
+
+@pytest.mark.parametrize("name", ["plus", "odd"])
+def test_folder_recognises(trained, written, name):
+    audio = next(iter(sorted((trained.root / "corpus").glob("clean-*.wav"))))
+    wave = torch.from_numpy(soundfile.read(audio, dtype="float32")[0])[None]
+    outputs = []
+    backends = ["torch"] if name == "odd" else ["torch", "torch_int8"]
+    for backend in backends:
+        asr = EncoderASR.from_hparams(
+            source=str(written / name), overrides={"backend": backend}
+        )
+        outputs.append(asr.encode_batch(wave, torch.ones(1)))
+    assert torch.isfinite(outputs[0]).all()
+    difference = (outputs[0] - outputs[-1]).abs().mean()
+    assert difference < 0.1 * outputs[0].abs().mean()
+    if name == "odd":
+        asr = EncoderASR.from_hparams(
+            source=str(written / name), overrides={"backend": "torch_int8"}
+        )
+        with pytest.raises(ValueError, match=r"torch_int8 cannot.*asymmetric"):
+            asr.encode_batch(wave, torch.ones(1))
+
+
+def test_the_plan_is_used_again(trained, written, tmp_path):
+    plan = written / "plus" / "plan.json"
+    output = tmp_path / "again"
+    block = BLOCK + f"    plan: {plan}\n"
+    finished = trained.run(output, *ONE_SET, block=block)
+    assert finished.code == 0, finished.out + finished.err
+    names = ("plan.safetensors", "wer_clean.txt", "model.safetensors")
+    for name in names:
+        one = (output / "quantized" / name).read_bytes()
+        two = (written / "plus" / name).read_bytes()
+        assert len(one) == len(two)
+        if name != "model.safetensors":  # its header is in any order
+            assert one == two
+    damaged = tmp_path / "plan.json"
+    damaged.write_bytes(plan.read_bytes())
+    block = BLOCK + f"    plan: {damaged}\n"
+    finished = trained.run(tmp_path / "no", *ONE_SET, block=block)
+    assert finished.code != 0
+    assert "plan.safetensors: cannot read the tensors" in finished.err
+
+
+def test_a_runtime_that_cannot_is_refused_at_once(trained, tmp_path):
+    block = (
+        BLOCK
+        + "    method: stablequant_plus\n    backend: torch_int8\n"
+        + "    plus: {asymmetric: True}\n"
+    ).replace("    plus: {strengths: [0.5]}\n", "")
+    finished = trained.run(tmp_path / "refused", *ONE_SET, block=block)
+    assert finished.code != 0
+    assert "quantize.backend: torch_int8 cannot execute" in finished.err
+    assert not (tmp_path / "refused/quantized/histograms.json").exists()
