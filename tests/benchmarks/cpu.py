@@ -5,6 +5,8 @@ Example
 python tests/benchmarks/cpu.py --model hubert-large --seconds 10 --batch 1
 """
 
+from collections.abc import Sequence
+
 import harness
 from executors import openvino_, ort, ours, torch_
 
@@ -19,5 +21,22 @@ def describe() -> dict[str, str]:
     return {"cpu_class": found.name, "bf16": str(found.bf16)}
 
 
+def main(argv: Sequence[str] | None = None) -> list[harness.Row]:
+    """Runs the benchmark from the command line.
+
+    Arguments
+    ---------
+    argv : sequence of str, optional
+        Instead of the command line.
+
+    Returns
+    -------
+    list of Row
+    """
+    return harness.main(
+        EXECUTORS, list(EXECUTORS), "cpu", __file__, describe, argv
+    )
+
+
 if __name__ == "__main__":
-    harness.main(EXECUTORS, list(EXECUTORS), "cpu", describe)
+    main()

@@ -13,7 +13,7 @@ memory and the arithmetic after a product come on top.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -215,23 +215,25 @@ def _tile(launch: Launch) -> str:
 
 def _table(
     title: str, ops: Sequence[Op], name: str, card: Card, compiled: bool
-) -> str:
-    """The lines for one card."""
+) -> Iterator[str]:
+    """The lines for one card, each as soon as its kernel is compiled."""
     rows = [estimate(op, card) for op in ops]
     total = sum(row.int8_us for row in rows)
     float_total = sum(row.bf16_us for row in rows)
-    lines = [
+    yield (
         f"{title}, {name}: estimate from {card.bandwidth:g} GB/s, "
-        f"{card.tops:g} int8 TOPS, {card.tflops:g} bf16 TFLOPS",
+        f"{card.tops:g} int8 TOPS, {card.tflops:g} bf16 TFLOPS"
+    )
+    head = (
         f"{'operator':26} {'shape':>18} {'n':>3} {'MB':>8} {'Gop':>8} "
         f"{'us':>8} {'share':>6} {'bf16 us':>8}"
-        + (
+    )
+    if compiled:
+        head += (
             f"  {'tile':>12} {'regs':>4} {'kB':>4} {'blocks':>6} "
             f"{'warps':>5} {'waves':>6}"
-            if compiled
-            else ""
-        ),
-    ]
+        )
+    yield head
     for row in rows:
         op = row.op
         gop = (op.integer_ops + op.float_ops) * op.count * 1e-9
@@ -250,13 +252,12 @@ def _table(
                 f"{found.shared_bytes // 1024:4} {fit.blocks:6} "
                 f"{fit.warps:5.0%} {fit.waves:6.2f}"
             )
-        lines.append(line)
-    lines.append(
+        yield line
+    yield (
         f"{'estimated floor':26} {'':>18} {'':>3} {'':>8} {'':>8} "
         f"{total:8.1f} {'100.0%':>6} {float_total:8.1f}  ideal ratio "
         f"{float_total / total:.2f}"
     )
-    return "\n".join(lines)
 
 
 def _summary(models, seconds, batches, cards) -> str:
@@ -363,8 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     ops = operators(model, seconds, batch)
                     for name, card in cards.items():
                         compiled = not options.no_compile
-                        table = _table(title, ops, name, card, compiled)
-                        print(table, end="\n\n", flush=True)
+                        for line in _table(title, ops, name, card, compiled):
+                            print(line, flush=True)
+                        print()
     print(_summary(options.model, options.seconds, options.batch, cards))
     return 0
 

@@ -214,12 +214,11 @@ def _child(executor: Executor, workload: Workload) -> None:
 
 
 def _in_own_process(
-    row: Row, step: str, argv: Sequence[str], folder: Path
+    row: Row, step: str, command: Sequence[str], folder: Path
 ) -> dict:
     """Runs a step of an executor; notes its error."""
     print(f"{row.executor}: {step}", file=sys.stderr, flush=True)
-    script = str(Path(sys.argv[0]).resolve())
-    command = [sys.executable, script, *argv, "--executors", row.executor]
+    command = [sys.executable, *command, "--executors", row.executor]
     result = subprocess.run(
         [*command, "--folder", str(folder), "--step", step],
         capture_output=True,
@@ -326,6 +325,7 @@ def main(
     executors: Mapping[str, Executor],
     default: Sequence[str],
     device: str,
+    script: str,
     describe: Callable[[], Mapping[str, str]] = dict,
     argv: Sequence[str] | None = None,
 ) -> list[Row]:
@@ -339,6 +339,8 @@ def main(
         Those that run if none are named.
     device : str
         Where they run.
+    script : str
+        The file that calls this, for the processes of their own.
     describe : callable
         More about the machine, for the JSON file.
     argv : sequence of str, optional
@@ -359,7 +361,8 @@ def main(
         return []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         folder = Path(options.folder or scratch).resolve()
-        rows = _run(executors, Workload(options, folder), argv, folder)
+        command = [str(Path(script).resolve()), *argv]
+        rows = _run(executors, Workload(options, folder), command, folder)
     about = {**machine(device), **describe(), "threads": options.threads}
     print(table(rows, about))
     if options.json:
@@ -382,14 +385,14 @@ def _load(executor: Executor, row: Row, workload: Workload) -> Prepared | None:
         row.fail(first_line(error))
         return None
     row.cosine = round(cosine(out, workload.logits), 6)
-    row.size_mb = round(prepared.size_mb, 1)
+    row.size_mb = round(prepared.size_mb, 3)
     return prepared
 
 
 def _run(
     executors: Mapping[str, Executor],
     workload: Workload,
-    argv: Sequence[str],
+    command: Sequence[str],
     folder: Path,
 ) -> list[Row]:
     options = workload.options
@@ -400,13 +403,13 @@ def _run(
     }
     for name, row in rows.items():
         if executors[name].make is not None:
-            _in_own_process(row, "make", argv, folder)
+            _in_own_process(row, "make", command, folder)
     if options.rounds:
         _time(executors, rows, workload)
     for row in rows.values():
         if options.peak and row.error is None:
             for key, value in _in_own_process(
-                row, "peak", argv, folder
+                row, "peak", command, folder
             ).items():
                 setattr(row, key, value)
     return list(rows.values())

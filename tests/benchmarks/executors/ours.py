@@ -60,4 +60,4 @@ CPU = {
     "ours_torch": Executor(partial(_load, "torch_int8")),
     "ours_onnx": Executor(partial(_load, "onnx")),
 }
-GPU = {"ours_triton": Executor(partial(_load, "triton"))}
+CUDA = {"ours_triton": Executor(partial(_load, "triton"))}

@@ -87,10 +87,10 @@ def torchao_int8_compile(workload: Workload) -> Prepared:
 
     model = _bf16(workload)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return Prepared(in_bf16(_compiled(model)), _torchao_mb(model))
+    return Prepared(in_bf16(_compiled(model)), torchao_mb(model))
 
 
-def _torchao_mb(model: nn.Module) -> float:
+def torchao_mb(model: nn.Module) -> float:
     """Size of a model with tensors that are made of tensors."""
     parts = []
     for tensor in chain(model.parameters(), model.buffers()):

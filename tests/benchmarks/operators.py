@@ -1,0 +1,276 @@
+"""Times each operator of the triton runtime against ceilings of the same card.
+
+For each launch of a forward: the time on the device, achieved operations and
+bytes a second, and their share of what library calls reach on this card.
+
+    python tests/benchmarks/operators.py --model hubert-large --batch 1 8 32
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import describe, require_device
+from harness import first_line, machine
+from shapes import MODELS, Op, operators
+
+from speechbrain_stablequant.kernels.tuning import Tuner, time_on_device
+
+_SQUARE = 8192
+_COPY = 2**30
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What library calls reach on the card.
+
+    Arguments
+    ---------
+    int8_tops : float or None
+        ``torch._int_mm``, the best of its shapes.
+    float8_tops : float or None
+        ``torch._scaled_mm``, whose arithmetic is as fast as int8; None where
+        the card has none.
+    bf16_tops : float
+        ``torch.matmul``.
+    copy_gbs : float
+        A large copy, bytes read and written.
+    """
+
+    int8_tops: float | None
+    float8_tops: float | None
+    bf16_tops: float
+    copy_gbs: float
+
+
+@dataclass
+class Row:
+    """One operator at one shape; times are of one launch."""
+
+    model: str
+    seconds: float
+    batch: int
+    operator: str
+    shape: tuple[int, ...]
+    count: int
+    us: float | None = None
+    tops: float | None = None
+    gbs: float | None = None
+    of_compute: float | None = None
+    of_bandwidth: float | None = None
+    error: str | None = None
+
+
+def time_us(run: Callable[[], Any], rounds: int) -> float:
+    """Median microseconds on the device, with cold caches.
+
+    Arguments
+    ---------
+    run : callable
+        Launches.
+    rounds : int
+        How often.
+    """
+    return time_on_device(run, rounds) * 1e3
+
+
+def _best(ops: float, calls: Iterator[Callable], rounds: int) -> float | None:
+    """10^12 operations a second of the fastest; None if none runs."""
+    found = []
+    for call in calls:
+        try:
+            found.append(time_us(call, rounds))
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"ceiling left out: {first_line(error)}")
+    return ops / min(found) * 1e-6 if found else None
+
+
+def measure_ceilings(rounds: int) -> Ceilings:
+    """Times library calls on the card."""
+    n = _SQUARE
+    ops = 2.0 * n**3
+    ints = torch.randint(-127, 128, (2, n, n), dtype=torch.int8, device="cuda")
+    halves = torch.randn(2, n, n, dtype=torch.bfloat16, device="cuda")
+    one = torch.ones((), device="cuda")
+    eights = halves.to(torch.float8_e4m3fn)
+    source = torch.empty(_COPY, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    copy_us = time_us(lambda: target.copy_(source), rounds)
+    return Ceilings(
+        int8_tops=_best(
+            ops,
+            iter(
+                [
+                    lambda: torch._int_mm(ints[0], ints[1].T),
+                    lambda: torch._int_mm(ints[0], ints[1]),
+                ]
+            ),
+            rounds,
+        ),
+        float8_tops=_best(
+            ops,
+            iter(
+                [
+                    lambda: torch._scaled_mm(
+                        eights[0],
+                        eights[1].T,
+                        scale_a=one,
+                        scale_b=one,
+                        out_dtype=torch.bfloat16,
+                        use_fast_accum=True,
+                    )
+                ]
+            ),
+            rounds,
+        ),
+        bf16_tops=_best(ops, iter([lambda: halves[0] @ halves[1].T]), rounds),
+        copy_gbs=2 * _COPY / copy_us * 1e-3,
+    )
+
+
+def filled(op: Op, device: str) -> tuple:
+    """An operator's arguments as tensors on a device.
+
+    Arguments
+    ---------
+    op : Op
+        From :func:`shapes.operators`, on the ``meta`` device.
+    device : str
+        Where to.
+
+    Returns
+    -------
+    tuple
+    """
+    batch, *_ = op.arguments[0].shape
+    frames = {0: op.shape[0] // batch, 1: op.arguments[0].shape[1]}
+    return tuple(_fill(a, device, frames) for a in op.arguments)
+
+
+def _fill(value: Any, device: str, frames: Mapping[int, int]) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape, dtype = value.shape, value.dtype
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype, device=device)
+    if dtype == torch.int64:
+        # All is real: frames of the output, or those of each utterance.
+        real = frames[len(shape)]
+        return torch.full(shape, real, dtype=dtype, device=device)
+    # Small scales: sums of products must fit into 16 bit.
+    return torch.rand(shape, device=device).mul_(1e-3).to(dtype)
+
+
+def measure(op: Op, row: Row, ceilings: Ceilings, rounds: int) -> None:
+    """Fills in the figures of a row."""
+    arguments = filled(op, "cuda")
+    row.us = time_us(lambda: op.launch(*arguments), rounds)
+    row.gbs = op.moved_bytes() / row.us * 1e-3
+    row.of_bandwidth = row.gbs / ceilings.copy_gbs
+    row.tops = (op.integer_ops + op.float_ops) / row.us * 1e-6
+    tops = ceilings.int8_tops if op.integer_ops else ceilings.bf16_tops
+    if row.tops and tops:
+        row.of_compute = row.tops / tops
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if not value else format(value, form)
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    head = (
+        f"{row.operator:26} {'x'.join(map(str, row.shape)):>18} {row.count:3}"
+    )
+    if row.error is not None:
+        return f"{head} FAILED: {row.error}"
+    return (
+        f"{head} {row.us:9.1f} {_number(row.tops, '.1f'):>8} "
+        f"{_number(row.of_compute, '.0%'):>6} {_number(row.gbs, '.0f'):>8} "
+        f"{_number(row.of_bandwidth, '.0%'):>6}"
+    )
+
+
+HEADER = (
+    f"{'operator':26} {'shape':>18} {'n':>3} {'us':>9} {'TOPS':>8} {'of':>6} "
+    f"{'GB/s':>8} {'of':>6}"
+)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add = parser.add_argument
+    add("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--seconds", nargs="+", type=float, default=[5.0, 10.0, 20.0, 30.0])
+    add("--batch", nargs="+", type=int, default=[1, 8, 32])
+    add("--rounds", type=int, default=21)
+    add("--no-tune", action="store_true", help="tiles by rule")
+    add("--json", help="file for the rows")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Runs the benchmark from the command line.
+
+    Arguments
+    ---------
+    argv : sequence of str, optional
+        Instead of the command line.
+
+    Returns
+    -------
+    list of Row
+    """
+    options = _parse(argv)
+    require_device("operators.py")
+    about = {**machine("cuda"), **describe()}
+    ceilings = measure_ceilings(options.rounds)
+    print(", ".join(f"{key}: {value}" for key, value in about.items()))
+    print(f"ceilings: {ceilings}")
+    rows = []
+    for name in options.model:
+        for seconds in options.seconds:
+            for batch in options.batch:
+                print(f"\n{name}, {seconds:g} s x {batch}\n{HEADER}")
+                for op in operators(name, seconds, batch):
+                    row = Row(name, seconds, batch, op.name, op.shape, op.count)
+                    _attempt(op, row, ceilings, options)
+                    rows.append(row)
+                    print(line(row), flush=True)
+    if options.json:
+        content = {
+            "machine": about,
+            "ceilings": asdict(ceilings),
+            "rows": [asdict(row) for row in rows],
+        }
+        Path(options.json).write_text(json.dumps(content, indent=1))
+    return rows
+
+
+def _attempt(
+    op: Op, row: Row, ceilings: Ceilings, options: argparse.Namespace
+) -> None:
+    tuner = None if options.no_tune else Tuner(None, about_card())
+    try:
+        if tuner is None:
+            measure(op, row, ceilings, options.rounds)
+            return
+        with tuner.active():
+            measure(op, row, ceilings, options.rounds)
+    except (RuntimeError, ValueError) as error:
+        row.error = first_line(error)
+        torch.cuda.empty_cache()
+
+
+def about_card() -> str:
+    """Name of the card."""
+    return torch.cuda.get_device_name()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The benchmark scripts, on a model so small that figures come at once."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HubertForCTC
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+#: Loads the triton runtime's executor as gpu.py does, in the interpreter.
+INTERPRETED = """
+import sys
+import torch
+import gpu
+import harness
+import operators
+import shapes
+from workload import Workload
+
+folder, model = sys.argv[1:]
+argv = ["--model", model, "--seconds", "0.3", "--executors", "ours_triton"]
+options = harness.parse(gpu.EXECUTORS, list(gpu.EXECUTORS), "cpu", argv)
+workload = Workload(options, harness.Path(folder))
+workload.make()
+prepared = gpu.EXECUTORS["ours_triton"].load(workload)
+with torch.no_grad():
+    found = prepared.run(workload.wavs)
+print("cosine", harness.cosine(found, workload.logits))
+for op in shapes.operators("wav2vec2-base", 0.1, 1):
+    if op.name in ("norms of the blocks", "projection", "attention"):
+        results = op.launch(*operators.filled(op, "cpu"))
+        first = results if isinstance(results, torch.Tensor) else results[0]
+        print(op.name, bool(first.float().isfinite().all()))
+"""
+
+
+def run_script(*arguments: object, **environment: str):
+    """A script of the benchmarks in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=BENCHMARKS,
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Their modules can be imported."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def ctc_folder(make_tiny_model, tmp_path) -> Path:
+    """A tiny CTC model on disk."""
+    encoder = make_tiny_model("hubert-large")
+    model = HubertForCTC(encoder.config)
+    model.hubert.load_state_dict(encoder.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_cpu_gives_real_figures(benchmarks, ctc_folder, tmp_path, capsys):
+    names = ["torch_fp32", "ours_torch"]
+    importlib.import_module("cpu").main(
+        [
+            *("--model", str(ctc_folder), "--seconds", "0.5", "--batch", "2"),
+            *("--executors", ",".join(names), "--rounds", "3"),
+            *("--threads", "1", "--json", str(tmp_path / "rows.json")),
+        ]
+    )
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "rows.json").read_text())
+    for part in ("cpu_class: ", "threads: 1", *names):
+        assert part in printed
+    assert content["machine"]["threads"] == 1
+    rows = {row["executor"]: row for row in content["rows"]}
+    assert list(rows) == names
+    for row in rows.values():
+        assert row["error"] is None
+        assert len(row["times_ms"]) == 3
+        assert row["median_ms"] == sorted(row["times_ms"])[1]
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert row["rtf"] == pytest.approx(row["median_ms"] / 1e3, abs=1e-6)
+        assert row["process_mb"] > row["peak_mb"] > 0
+        assert row["load_s"] > 0
+        assert row["size_mb"] > 0
+    assert rows["torch_fp32"]["cosine"] == 1
+    assert 0.9 < rows["ours_torch"]["cosine"] < 1
+
+
+def test_failed_executor_is_a_row(benchmarks, ctc_folder):
+    import harness
+    from executors import torch_
+    from workload import Executor
+
+    def fail(workload):
+        raise RuntimeError("this CPU has no such unit\nand more")
+
+    executors = {"good": Executor(torch_.fp32), "bad": Executor(fail)}
+    arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
+    rows = harness.main(
+        executors,
+        list(executors),
+        "cpu",
+        "none.py",
+        argv=[*arguments, "--rounds", "1", "--threads", "1"],
+    )
+    assert [row.error for row in rows] == [
+        None,
+        "RuntimeError: this CPU has no such unit",
+    ]
+    text = harness.table(rows, {"cpu": "any"})
+    assert "bad                    FAILED: RuntimeError: this CPU" in text
+    assert rows[0].median_ms > 0 and rows[1].median_ms is None
+
+
+def test_everyone_gets_the_same_turns(benchmarks):
+    import harness
+    from workload import Prepared
+
+    calls = []
+    prepared = {
+        name: Prepared(lambda wavs, name=name: calls.append(name), 0.0)
+        for name in "abc"
+    }
+    times = harness.interleave(prepared, torch.zeros(1), 3)
+    assert "".join(calls) == "abcbcacab"
+    assert {name: len(values) for name, values in times.items()} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
+
+
+@pytest.mark.parametrize("script", ["gpu", "operators"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_gpu_scripts_need_a_device(benchmarks, script):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main([])
+    assert stopped.value.code == (
+        f"{script}.py: needs a CUDA device, and torch finds none here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["--executors", "torch_fp32,mine"],
+            "executor 'mine' is none of ours_triton, torch_fp32, ",
+        ),
+        (["--model", "none"], "model 'none' is none of hubert-base, "),
+    ],
+)
+def test_unknown_names_are_errors(benchmarks, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        importlib.import_module("gpu").main(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_triton_executor_in_the_interpreter(ctc_folder, tmp_path):
+    finished = run_script(
+        *("-c", INTERPRETED, tmp_path / "files", ctc_folder),
+        TRITON_INTERPRET="1",
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    lines = finished.stdout.splitlines()
+    assert 0.9 < float(lines[0].split()[1]) < 1
+    assert lines[1:] == [
+        "projection True",
+        "norms of the blocks True",
+        "attention True",
+    ]
