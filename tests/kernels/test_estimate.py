@@ -143,8 +143,8 @@ def test_compiles_what_it_prints(scripts, capsys):
         for op in shapes.operators("wav2vec2-base", 5.0, 1)
         if op.name == "last norm"
     ]
-    text = estimate._table("x", ops, "H100", estimate.CARDS["H100"], True)
-    numbers = text.splitlines()[2].split()[-5:]
+    table = estimate._table("x", ops, "H100", estimate.CARDS["H100"], True)
+    numbers = list(table)[2].split()[-5:]
     registers, _, blocks = map(int, numbers[:3])
     assert 8 <= registers <= 255
     assert blocks >= 1
