@@ -19,11 +19,11 @@ def _let_the_interpreter_loop() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(
-            tensor, "__index__", lambda self: self.handle.data.item()
-        )
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        # earlier versions of Triton have no scope
+        put = scope[0].set_attr if scope else setattr
+        put(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
 

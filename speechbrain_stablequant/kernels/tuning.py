@@ -59,10 +59,9 @@ class Limits:
     products: int
 
 
-#: Those of an A100, where no device tells.
-_assumed: ContextVar[Limits] = ContextVar(
-    "limits", default=Limits(108, 163 * 1024, 2048)
-)
+#: Where no device tells.
+_A100 = Limits(108, 163 * 1024, 2048)
+_assumed: ContextVar[Limits] = ContextVar("limits", default=_A100)
 
 
 @contextmanager
