@@ -361,7 +361,7 @@ def drift(walk, quants, data, tensors=()):
     "solve, centred, gain",
     [
         (QUICK, False, 0.9),
-        (Compensate(cross=False), False, 0.9),
+        (Compensate(cross=False), False, 1.0),
         (Compensate(), True, 0.8),
         (None, True, 1.0),
     ],
