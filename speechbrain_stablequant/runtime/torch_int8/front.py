@@ -37,7 +37,7 @@ class Stage:
     """
 
     #: Frames computed at a time: what they need stays in the caches.
-    rows = 1024
+    rows = 2048
 
     def __init__(self, spec: ConvSpec, then: Form, dtype: torch.dtype):
         conv = spec.conv
@@ -126,7 +126,7 @@ class FeatureExtractor:
     """
 
     #: Frames for which all convolutions are computed before the next ones.
-    stretch = 128
+    stretch = 256
 
     def __init__(
         self, convs: tuple[ConvSpec, ...], then: Form, dtype: torch.dtype
