@@ -56,6 +56,9 @@ def run_script(*arguments: object, **environment: str):
 def benchmarks(monkeypatch):
     """Their modules can be imported."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

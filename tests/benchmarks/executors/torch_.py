@@ -103,7 +103,8 @@ def torchao_mb(model: nn.Module) -> float:
 
 
 def pt2e_x86(workload: Workload) -> Prepared:
-    """Static int8 by export, with the quantizer for Inductor on x86."""
+    """Static int8 by export, with the quantizer for Inductor on x86; it
+    knows linear layers, and no convolution in one dimension."""
     from torchao.quantization.pt2e.quantize_pt2e import (
         convert_pt2e,
         prepare_pt2e,
@@ -114,10 +115,16 @@ def pt2e_x86(workload: Workload) -> Prepared:
     quantizer.set_global(
         x86_inductor_quantizer.get_default_x86_inductor_quantization_config()
     )
-    exported = torch.export.export(workload.recogniser(), (workload.wavs,))
+    # Only a strict export says which operators were a linear layer, and the
+    # quantizer passes over the others without a word.
+    exported = torch.export.export(
+        workload.recogniser(), (workload.wavs,), strict=True
+    )
     model = prepare_pt2e(exported.module(), quantizer)
     model(workload.wavs)
     model = convert_pt2e(model)
+    if not any("quantize" in str(node.target) for node in model.graph.nodes):
+        raise RuntimeError("X86InductorQuantizer quantized no layer")
     return Prepared(_compiled(model), model_mb(model))
 
 
