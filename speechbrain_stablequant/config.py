@@ -347,7 +347,7 @@ class QuantizeConfig:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
             for part in ("calibration", "search", "adaround", "plus"):
                 if isinstance(changes.get(part), Mapping):
-                    changes[part] = {**base[part], **changes[part]}
+                    changes[part] = _merged(base[part], changes[part])
             config = _build(QuantizeConfig, {**base, **changes}, where)
             _check_values(config, where)
             configs[name] = config
@@ -385,6 +385,21 @@ unknown key; did you mean 'weight_bits'?
         _check_values(config, "quantize")
         config.variant_configs()
         return config
+
+
+def _merged(base: Mapping, changes: Mapping) -> dict:
+    """A part of the block with some of its keys changed.
+
+    Example
+    -------
+    >>> _merged({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 4}})
+    {'a': 1, 'b': {'c': 4, 'd': 3}}
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        result[key] = _merged(base[key], value) if both else value
+    return result
 
 
 def _build(cls: type, block: Any, path: str) -> Any:

@@ -145,6 +145,23 @@ def refine(
     dict
         LayerTensors by name.
     """
+    # SpeechBrain allows TF32: 10 bits are too few for second moments.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return _refine(walk, quants, store, solve, corrects_bias, on_layer)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _refine(
+    walk: PrefixWalk,
+    quants: Mapping[str, LayerQuant],
+    store: LayerStore,
+    solve: Callable[[Layer], Solve | None],
+    corrects_bias: Callable[[Layer], bool],
+    on_layer: Callable[[str], None],
+) -> dict[str, LayerTensors]:
     decided: dict[str, LayerQuant] = {}
     result: dict[str, LayerTensors] = {}
     for group in walk.groups():

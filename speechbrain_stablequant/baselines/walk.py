@@ -156,11 +156,13 @@ class PrefixWalk:
         def hook(module: nn.Module, args: tuple) -> None:
             x = args[0].detach().float()
             frames = self._frames(layer, x, batch)
-            if turn == 0:
-                kept.append(unfolded(module, x, frames, groups))
-                raise StopForward
-            q = unfolded(module, quantize_input(x, quant), frames, groups)
-            total.add(kept.pop(), q)
+            # The recipe may evaluate in 16 bits; sums need more.
+            with torch.autocast(x.device.type, enabled=False):
+                if turn == 0:
+                    kept.append(unfolded(module, x, frames, groups))
+                    raise StopForward
+                q = unfolded(module, quantize_input(x, quant), frames, groups)
+                total.add(kept.pop(), q)
             raise StopForward
 
         handle = layer.module.register_forward_pre_hook(hook)

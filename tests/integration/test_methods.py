@@ -34,7 +34,7 @@ VARIANTS = """\
           plus:
               equalize: False
               cutoffs: False
-              budget: {size: 0.6, bits: [4, 16]}
+              budget: {size: 0.45, bits: [4, 16]}
 """
 ONE_SET = ("--test_sets", "[clean]")
 

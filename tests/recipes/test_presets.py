@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 
@@ -42,3 +44,41 @@ def test_preset_with_a_wrong_key_is_refused(path, tmp_path):
     copy.write_text(text.rstrip() + "\n    weigth_bits: 8\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"quantize\.weigth_bits"):
         load(copy)
+
+
+# -- blocks of the recipe's studies --------------------------------------------
+
+STUDIES = ("compare", "study", "study_parts")
+
+
+def plain(node):
+    """A YAML node without its references."""
+    if isinstance(node, dict):
+        items = {key: plain(value) for key, value in node.items()}
+        return {k: v for k, v in items.items() if v is not REFERENCE}
+    if isinstance(node, list):
+        return [plain(value) for value in node]
+    return REFERENCE if isinstance(node, TaggedScalar) else node
+
+
+REFERENCE = object()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study(name):
+    path = ROOT / f"recipes/LibriSpeech/ASR/CTC/hparams/{name}.yaml"
+    with open(path, encoding="utf-8") as stream:
+        block = plain(YAML().load(stream)["quantize"])
+    configs = QuantizeConfig.from_dict(block).variant_configs()
+    for variant, config in configs.items():
+        bits = f"w{config.weight_bits}a{config.activation_bits}"
+        first, _, method = variant.partition("-")
+        if first == bits:
+            method = method.partition("-")[0]
+            names = {"plus": "stablequant_plus"}
+            assert config.method == names.get(method, method)
+        else:
+            assert config.method == "stablequant_plus"
+    if name == "study_parts":
+        switches = [config.plus for config in configs.values()]
+        assert len(set(switches)) == len(switches)

@@ -271,10 +271,15 @@ def test_wrong_values_of_parts(key, value, what):
 def test_a_variant_changes_one_key_of_a_part():
     block = {
         "method": "stablequant_plus",
-        "plus": {"equalize": False, "budget": {"size": 0.2}},
-        "variants": [{"name": "a", "plus": {"compensate": False}}],
+        "plus": {"equalize": False, "budget": {"size": 0.2, "bits": [4, 8]}},
+        "variants": [
+            {"name": "a", "plus": {"compensate": False}},
+            {"name": "b", "plus": {"budget": {"size": 0.3}}},
+        ],
     }
-    (config,) = QuantizeConfig.from_dict(block).variant_configs().values()
+    config, other = QuantizeConfig.from_dict(block).variant_configs().values()
+    assert other.plus.budget.size == 0.3
+    assert other.plus.budget.bits == (4, 8)
     assert not config.plus.equalize
     assert not config.plus.compensate
     assert config.plus.budget.size == 0.2
