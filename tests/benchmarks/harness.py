@@ -402,7 +402,7 @@ def _run(
         for name in options.executors
     }
     for name, row in rows.items():
-        if executors[name].make is not None:
+        if not executors[name].is_made(workload):
             _in_own_process(row, "make", command, folder)
     if options.rounds:
         _time(executors, rows, workload)

@@ -148,11 +148,18 @@ class Executor:
     load : callable
         Reads its files and gets ready.
     make : callable or None
-        Writes these files unless they exist, in a process of its own.
+        Writes these files, in a process of its own.
+    made : callable or None
+        The last of them that ``make`` writes; if it exists, they all do.
     """
 
     load: Callable[[Workload], Prepared]
     make: Callable[[Workload], None] | None = None
+    made: Callable[[Workload], Path] | None = None
+
+    def is_made(self, workload: Workload) -> bool:
+        """Whether nothing has to be made."""
+        return self.make is None or self.made(workload).exists()
 
 
 def size_of(paths: Sequence[Path]) -> float:

@@ -45,7 +45,7 @@ def _convert(workload: Workload) -> None:
         _write(path, model)
 
 
-def _int8_path(workload: Workload, fixed: bool) -> Path:
+def _int8_path(fixed: bool, workload: Workload) -> Path:
     folder = workload.shape_folder() if fixed else workload.folder
     return folder / "nncf.xml"
 
@@ -54,7 +54,7 @@ def _quantize(fixed: bool, workload: Workload) -> None:
     import nncf
     import openvino as ov
 
-    path = _int8_path(workload, fixed)
+    path = _int8_path(fixed, workload)
     if path.exists():
         return
     _convert(workload)
@@ -112,17 +112,25 @@ def _load_float(precision: str, workload: Workload) -> Prepared:
 def _load_int8(fixed: bool, workload: Workload) -> Prepared:
     # What is left in floating point: as fast as the CPU can.
     precision = "bf16" if cpu_class().bf16 else "f32"
-    path = _int8_path(workload, fixed)
+    path = _int8_path(fixed, workload)
     return _load(path, fixed, precision, workload)
 
 
+def _float(precision: str) -> Executor:
+    return Executor(partial(_load_float, precision), _convert, _float_path)
+
+
+def _int8(fixed: bool) -> Executor:
+    return Executor(
+        partial(_load_int8, fixed),
+        partial(_quantize, fixed),
+        partial(_int8_path, fixed),
+    )
+
+
 CPU = {
-    "openvino_fp32": Executor(partial(_load_float, "f32"), _convert),
-    "openvino_bf16": Executor(partial(_load_float, "bf16"), _convert),
-    "openvino_nncf_static": Executor(
-        partial(_load_int8, True), partial(_quantize, True)
-    ),
-    "openvino_nncf_dynamic": Executor(
-        partial(_load_int8, False), partial(_quantize, False)
-    ),
+    "openvino_fp32": _float("f32"),
+    "openvino_bf16": _float("bf16"),
+    "openvino_nncf_static": _int8(fixed=True),
+    "openvino_nncf_dynamic": _int8(fixed=False),
 }

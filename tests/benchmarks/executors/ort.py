@@ -15,7 +15,7 @@ UTTERANCES = 4
 TRIALS = 5
 
 
-def _folder(workload: Workload, name: str) -> Path:
+def _folder(name: str, workload: Workload) -> Path:
     return workload.folder / f"ort-{name}"
 
 
@@ -25,7 +25,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _export(workload: Workload) -> None:
     """Exports any batch and length."""
-    folder = _folder(workload, "fp32")
+    folder = _folder("fp32", workload)
     if folder.exists():
         return
     part = folder.with_name(f"part-{folder.name}")
@@ -95,7 +95,7 @@ def _quantize(workload: Workload) -> None:
     """Makes both variants and keeps the faster one."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    folder = _folder(workload, "int8")
+    folder = _folder("int8", workload)
     if folder.exists():
         return
     _export(workload)
@@ -104,7 +104,7 @@ def _quantize(workload: Workload) -> None:
     part.mkdir()
     # Its own inference of shapes does not know all that was exported.
     quant_pre_process(
-        _folder(workload, "fp32") / "model.onnx",
+        _folder("fp32", workload) / "model.onnx",
         part / "model.onnx",
         skip_symbolic_shape=True,
         save_as_external_data=True,
@@ -139,12 +139,16 @@ def _open(folder: Path, threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _load(name: str, workload: Workload) -> Prepared:
-    folder = _folder(workload, name)
+    folder = _folder(name, workload)
     run = _open(folder, workload.options.threads)
     return Prepared(run, size_of(_files(folder)))
 
 
+def _executor(name: str, make: Callable[[Workload], None]) -> Executor:
+    return Executor(partial(_load, name), make, partial(_folder, name))
+
+
 CPU = {
-    "ort_fp32": Executor(partial(_load, "fp32"), _export),
-    "ort_int8": Executor(partial(_load, "int8"), _quantize),
+    "ort_fp32": _executor("fp32", _export),
+    "ort_int8": _executor("int8", _quantize),
 }
