@@ -128,7 +128,8 @@ def test_the_plan_is_used_again(trained, written, tmp_path):
     block = BLOCK + f"    plan: {damaged}\n"
     finished = trained.run(tmp_path / "no", *ONE_SET, block=block)
     assert finished.code != 0
-    assert "plan.safetensors: cannot read the tensors" in finished.err
+    said = finished.out + finished.err
+    assert "plan.safetensors: cannot read the tensors" in said
 
 
 def test_a_runtime_that_cannot_is_refused_at_once(trained, tmp_path):
@@ -139,5 +140,6 @@ def test_a_runtime_that_cannot_is_refused_at_once(trained, tmp_path):
     ).replace("    plus: {strengths: [0.5]}\n", "")
     finished = trained.run(tmp_path / "refused", *ONE_SET, block=block)
     assert finished.code != 0
-    assert "quantize.backend: torch_int8 cannot execute" in finished.err
+    said = finished.out + finished.err
+    assert "quantize.backend: torch_int8 cannot execute" in said
     assert not (tmp_path / "refused/quantized/histograms.json").exists()
