@@ -179,7 +179,9 @@ class PlusConfig:
     damping : float
         Of the compensation, as a fraction of the inputs' mean energy.
     earlier_errors : bool
-        Whether it also compensates the errors of earlier layers.
+        Whether it also compensates the errors of earlier layers. Needs many
+        more calibration frames than a layer has inputs: with a few seconds
+        of audio it harms.
     adaround : bool
         Rounds the layers of selected units by AdaRound instead, with the
         settings of ``quantize.adaround``.
@@ -199,7 +201,7 @@ class PlusConfig:
     cutoffs: bool = True
     compensate: bool = True
     damping: float = 0.01
-    earlier_errors: bool = True
+    earlier_errors: bool = False
     adaround: bool = False
     bias_correction: bool = True
     asymmetric: bool = False

@@ -345,7 +345,7 @@ def test_everything_off_is_mse(large, tmp_path):
     [
         ({"equalize": True, "strengths": [0.5]}, "equalize"),
         ({"compensate": True}, "weights"),
-        ({"compensate": True, "earlier_errors": False}, "weights"),
+        ({"compensate": True, "earlier_errors": True}, "weights"),
         ({"bias_correction": True}, "biases"),
         ({"cutoffs": True, "compensate": True, "adaround": True}, "weights"),
     ],
