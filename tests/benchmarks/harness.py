@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from models import NAMES
-from workload import Executor, Options, Prepared, Workload, time_once
+from workload import Call, Executor, Options, Prepared, Workload, time_once
 
 RIVALS = (
     "transformers",
@@ -48,6 +48,7 @@ class Row:
     batch: int
     median_ms: float | None = None
     min_ms: float | None = None
+    cpu_ms: float | None = None
     rtf: float | None = None
     peak_mb: float | None = None
     process_mb: float | None = None
@@ -153,7 +154,7 @@ def peak_bytes(device: str) -> int:
 
 def interleave(
     prepared: Mapping[str, Prepared], wavs: torch.Tensor, rounds: int
-) -> dict[str, list[float]]:
+) -> dict[str, list[Call]]:
     """Times executors in turns.
 
     Arguments
@@ -168,9 +169,9 @@ def interleave(
     Returns
     -------
     dict
-        Milliseconds of each call by name.
+        Calls by name.
     """
-    times: dict[str, list[float]] = {name: [] for name in prepared}
+    times: dict[str, list[Call]] = {name: [] for name in prepared}
     names = list(prepared)
     for turn in range(rounds):
         shift = turn % len(names)  # nobody always follows the same one
@@ -296,20 +297,22 @@ def table(rows: Sequence[Row], about: Mapping[str, object]) -> str:
     lines = [
         ", ".join(f"{key}: {value}" for key, value in about.items()),
         f"{one.model}, {one.seconds:g} s, batch {one.batch}",
-        f"{'executor':22} {'median ms':>10} {'min ms':>9} {'speed':>6} "
-        f"{'rtf':>7} {'peak MB':>8} {'load s':>7} {'MB':>7} {'cosine':>8}",
+        f"{'executor':22} {'median ms':>10} {'min ms':>9} {'cpu ms':>9} "
+        f"{'speed':>6} {'rtf':>7} {'peak MB':>8} {'load s':>7} {'MB':>7} "
+        f"{'cosine':>8}",
     ]
     for row in sorted(timed, key=lambda r: r.median_ms):
         lines.append(
             f"{row.executor:22} {row.median_ms:10.1f} {row.min_ms:9.1f} "
-            f"{base / row.median_ms:6.2f} {row.rtf:7.4f} "
+            f"{row.cpu_ms:9.1f} {base / row.median_ms:6.2f} {row.rtf:7.4f} "
             f"{_number(row.peak_mb, 0):>8} {_number(row.load_s, 1):>7} "
             f"{_number(row.size_mb, 0):>7} {_number(row.cosine, 5):>8}"
         )
     for row in rows:
         if row.median_ms is None and row.peak_mb is not None:
             lines.append(
-                f"{row.executor:22} {'-':>10} {'-':>9} {'-':>6} {'-':>7} "
+                f"{row.executor:22} {'-':>10} {'-':>9} {'-':>9} {'-':>6} "
+                f"{'-':>7} "
                 f"{_number(row.peak_mb, 0):>8} {_number(row.load_s, 1):>7} "
                 f"{_number(row.size_mb, 0):>7} {'-':>8}"
             )
@@ -430,10 +433,12 @@ def _time(
                 prepared[name] = ready
     print("timing", file=sys.stderr, flush=True)
     times = interleave(prepared, workload.wavs, options.rounds)
-    for name, values in times.items():
+    for name, calls in times.items():
         row = rows[name]
+        values = [call.ms for call in calls]
         row.times_ms = [round(t, 3) for t in values]
         row.median_ms = round(statistics.median(values), 3)
         row.min_ms = round(min(values), 3)
+        row.cpu_ms = round(statistics.median(c.cpu_ms for c in calls), 3)
         seconds = options.seconds * options.batch
         row.rtf = round(row.median_ms / 1e3 / seconds, 6)

@@ -175,11 +175,28 @@ def size_of_tensors(tensors: Sequence[torch.Tensor]) -> float:
     return sum(storages.values()) / 1e6
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call took.
+
+    Arguments
+    ---------
+    ms : float
+        Milliseconds by the clock, or on the device.
+    cpu_ms : float
+        Milliseconds of all threads of this process together.
+    """
+
+    ms: float
+    cpu_ms: float
+
+
 def time_once(
     run: Callable[[torch.Tensor], torch.Tensor],
     wavs: torch.Tensor,
-) -> float:
-    """Milliseconds of one call; on a GPU between two events of its stream."""
+) -> Call:
+    """Times a call; on a GPU between two events of its stream."""
+    begin, cpu = time.perf_counter(), time.process_time()
     if wavs.device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -187,7 +204,8 @@ def time_once(
         run(wavs)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    run(wavs)
-    return (time.perf_counter() - begin) * 1e3
+        ms = start.elapsed_time(end)
+    else:
+        run(wavs)
+        ms = (time.perf_counter() - begin) * 1e3
+    return Call(ms, (time.process_time() - cpu) * 1e3)

@@ -91,6 +91,7 @@ def test_cpu_gives_real_figures(benchmarks, ctc_folder, tmp_path, capsys):
         assert row["error"] is None
         assert len(row["times_ms"]) == 3
         assert row["median_ms"] == sorted(row["times_ms"])[1]
+        assert row["cpu_ms"] > 0
         assert 0 < row["min_ms"] <= row["median_ms"]
         assert row["rtf"] == pytest.approx(row["median_ms"] / 1e3, abs=1e-6)
         assert row["process_mb"] > row["peak_mb"] > 0

@@ -116,7 +116,7 @@ def _quantize(workload: Workload) -> None:
         quantize(part / "model.onnx", part / name / "model.onnx", wavs)
         run = _open(part / name, workload.options.threads)
         run(wavs[:1])
-        times[name] = min(time_once(run, wavs[:1]) for _ in range(TRIALS))
+        times[name] = min(time_once(run, wavs[:1]).ms for _ in range(TRIALS))
     best = min(times, key=times.get)
     (part / best).rename(folder)
     shutil.rmtree(part)
