@@ -128,7 +128,10 @@ class GraphBuilder:
         scale = layer.weight_scale.reshape(
             (*shape[:lead], *[1] * (len(shape) - lead))
         )
-        integers = op.constant(weight.contiguous().cpu().numpy())
+        # Shared, not copied: compiling makes a packed copy anyway.
+        integers = op.constant(
+            weight.contiguous().cpu().numpy(), shared_memory=True
+        )
         return op.multiply(op.convert(integers, "f32"), _f32(scale * gain))
 
     @staticmethod
