@@ -44,6 +44,28 @@ class LayerExecutor(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
+def require_frame(frames: int, samples: int) -> None:
+    """Raises unless an input gives a frame.
+
+    Arguments
+    ---------
+    frames : int
+        Frames that the encoder makes of it.
+    samples : int
+        Its length.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    if frames < 1:
+        raise ValueError(
+            f"an input of {samples} samples is too short for the model; "
+            "leave out utterances below 0.03 s"
+        )
+
+
 def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
     """The forward of a HuggingFace model that runs an executor.
 

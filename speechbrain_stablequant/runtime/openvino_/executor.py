@@ -8,6 +8,7 @@ import openvino as ov
 import torch
 from torch.nn import functional as F
 
+from ..base import require_frame
 from ..cpu import cpu_class
 from ..encoder import EncoderSpec
 from ..reference import valid_frame_mask
@@ -61,7 +62,7 @@ class OpenVINOExecutor:
     """Executes an encoder.
 
     The first ``max_models`` shapes each get a graph of their own, which is
-    a sixth faster and holds a copy of the weights; all others share one graph
+    faster and holds a copy of the weights; all others share one graph
     of any shape.
 
     Arguments
@@ -163,11 +164,7 @@ class OpenVINOExecutor:
         wavs = wavs.detach().float().cpu()
         batch, samples = wavs.shape
         frames = spec.frames(samples)
-        if frames < 1:
-            raise ValueError(
-                f"an input of {samples} samples is too short for the model; "
-                "leave out utterances below 0.03 s"
-            )
+        require_frame(frames, samples)
         size = bucket(samples)
         if lengths is None:
             lengths = torch.full((batch,), samples)

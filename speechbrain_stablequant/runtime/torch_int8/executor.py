@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
+from ..base import require_frame
 from ..cpu import cpu_class
 from ..encoder import BlockSpec, EncoderSpec
 from .attention import attend
@@ -173,11 +174,7 @@ class TorchInt8Executor:
         wavs = wavs.detach().float().cpu()
         batch, samples = wavs.shape
         frames = self.features.frames(samples)
-        if frames < 1:
-            raise ValueError(
-                f"an input of {samples} samples is too short for the model; "
-                "leave out utterances below 0.03 s"
-            )
+        require_frame(frames, samples)
         real = [samples] * batch if lengths is None else lengths.tolist()
         real = [min(n, samples) for n in real]
         counts = [self.features.frames(n) for n in real]
