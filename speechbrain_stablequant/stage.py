@@ -69,9 +69,13 @@ class Recogniser(Protocol):
         returns the last output."""
 
     def score(
-        self, before_batch: BeforeBatch, give_up_above: int | None
+        self,
+        before_batch: BeforeBatch,
+        give_up_above: int | None,
+        only: Sequence[int] | None = None,
     ) -> Score:
-        """Measures the recogniser on the search subset."""
+        """Measures the recogniser on the search subset, or on some of its
+        batches."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,8 @@ class Stage:
             settings.pop("plus")
         if self.config.method not in ("adaround", "stablequant_plus"):
             settings.pop("adaround")
+        if not self.config.is_rival:
+            settings.pop("nncf")
         return json.loads(json.dumps(settings))
 
     def assemble(

@@ -93,8 +93,9 @@ def build_document(report: dict, figures: Sequence[str]) -> Document:
     sections = [
         _verdict(report),
         _size_and_speed(report),
-        _units(report, figures),
     ]
+    if report["units"]:
+        sections.append(_units(report, figures))
     if "histograms.png" in figures:
         sections.append(
             Section("Activation ranges", [_figure("histograms.png")])
@@ -451,6 +452,7 @@ def _measurement(report: dict) -> Section:
         )
     else:
         blocks.append(Table(["Search", "Value"], _search_rows(search)))
+    if search is not None and report["units"]:
         blocks.append(
             Text(
                 "WER alone: one unit quantized with its largest activation "
