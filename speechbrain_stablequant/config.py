@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .checkpoint import FLOAT_DTYPES
 from .runtime import RUNTIMES
+from .search.paired import RULES
 
 # Simple calibrators, and the search that this package is about.
 METHODS = (
@@ -93,6 +94,12 @@ class SearchConfig:
     threshold : float
         A unit is selected when quantizing it alone raises the WER by more
         than this, in points.
+    selection : str
+        ``threshold``: by the figures as they are, as published. ``interval``:
+        by paired intervals, and by the loss where the WER leaves it open,
+        for sets that are too small for the threshold.
+    level : float
+        Coverage of these intervals.
     cutoffs : tuple of float
         Cut-off ratios to try, in percent.
     cache_gb : float
@@ -104,6 +111,8 @@ class SearchConfig:
     batch_size: int = 1
     metric: str = "WER"
     threshold: float = 0.25
+    selection: str = "threshold"
+    level: float = 0.8
     cutoffs: tuple[float, ...] = (
         100.0,
         99.999,
@@ -551,6 +560,16 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
         0 <= search.threshold < math.inf,
         "search.threshold",
         f"must be finite and not negative, not {search.threshold}",
+    )
+    require(
+        search.selection in RULES,
+        "search.selection",
+        f"'{search.selection}' is not one of {', '.join(RULES)}",
+    )
+    require(
+        0 < search.level < 1,
+        "search.level",
+        f"must be a coverage between 0 and 1, such as 0.8, not {search.level}",
     )
     require(
         0 <= search.cache_gb < math.inf,

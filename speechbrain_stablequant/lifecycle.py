@@ -58,7 +58,13 @@ from .results import (
     comparison_markdown,
     float_size,
 )
-from .rivals.nncf_ import MODEL_FILE, Rival, make_rival, require_nncf
+from .rivals.nncf_ import (
+    MODEL_FILE,
+    Rival,
+    make_rival,
+    require_nncf,
+    require_one,
+)
 from .runtime import (
     RUNTIMES,
     build_forwards,
@@ -459,6 +465,7 @@ class StableQuant:
                 "at least one utterance"
             )
         self._check_audio(dataset_of(test_set))
+        self._check_batches(test_set, options)
         self._check_metric()
         with shadowed(
             self.brain,
@@ -530,6 +537,18 @@ class StableQuant:
                 "first, or set quantize.require_checkpoint to false if the "
                 "weights come from elsewhere"
             )
+
+    def _check_batches(
+        self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
+    ) -> None:
+        """Rivals see no padding. A loader that samples batches itself says
+        no size: its batches are checked when they come."""
+        rivals = [run for run in self.runs if run.config.is_rival]
+        if not rivals:
+            return
+        size = self._loader(test_set, options).batch_size
+        if size is not None:
+            require_one(size)
 
     def _require_subsets(self) -> None:
         if not self.runs[0].subsets:

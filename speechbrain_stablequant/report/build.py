@@ -408,7 +408,7 @@ def _units(report: dict, figures: Sequence[str]) -> Section:
             _count(unit.get("layers")),
             _count(unit.get("parameters")),
             number(unit.get("wer")),
-            signed(unit["delta_wer"]),
+            _delta(unit["delta_wer"], unit.get("delta_wer_ci")),
             "yes" if unit["selected"] else "no",
             percent(unit["cutoff"]),
         ]
@@ -458,7 +458,8 @@ def _measurement(report: dict) -> Section:
                 "WER alone: one unit quantized with its largest activation "
                 "as range, the rest of the model in floating point, on the "
                 "search set. A unit is selected when its WER rises by more "
-                "than the threshold."
+                "than the threshold. In brackets: paired interval of the "
+                "rise."
             )
         )
     notes = [
@@ -497,6 +498,8 @@ def _search_rows(search: dict) -> list[list[str]]:
         ["Metric", str(search.get("metric") or NOT_MEASURED)],
         ["WER of the float model, %", number(search.get("baseline_wer"))],
         ["Selection threshold, points", percent(search.get("threshold"))],
+        ["Selected by", str(search.get("selection") or NOT_MEASURED)],
+        ["Coverage of the units' intervals", number(search.get("level"))],
         ["Evaluations", _count(search.get("evaluations"))],
         ["Seconds", number(search.get("seconds"), 0)],
     ]

@@ -90,6 +90,26 @@ def require_nncf(method: str) -> None:
             )
 
 
+def require_one(utterances: int) -> None:
+    """Raises unless a batch is of one utterance.
+
+    Arguments
+    ---------
+    utterances : int
+        Size of the batch.
+
+    Raises
+    ------
+    ValueError
+        It is another one: the graph knows no padding.
+    """
+    if utterances != 1:
+        raise ValueError(
+            "quantize.method: nncf takes one utterance at a time, not a batch "
+            f"of {utterances}; give test_loader_kwargs a batch_size of 1"
+        )
+
+
 class Chain(nn.Module):
     """Modules that are called one after the other, as one.
 
@@ -313,7 +333,7 @@ def _convert(
     """The float model as a graph for one utterance of any length."""
     import openvino as ov
 
-    _require_one(wave)
+    require_one(len(wave))
     module = Chain(chain).eval()
     model = ov.convert_model(
         module, example_input=wave, input=[ov.PartialShape([1, -1])]
@@ -338,7 +358,7 @@ def _calibration_waves(
     waves: list[np.ndarray] = []
 
     def keep(module: nn.Module, args: tuple) -> None:
-        _require_one(args[0])
+        require_one(len(args[0]))
         waves.append(_array(args[0]))
         raise StopForward
 
@@ -348,14 +368,6 @@ def _calibration_waves(
     finally:
         handle.remove()
     return waves
-
-
-def _require_one(wave: torch.Tensor) -> None:
-    if wave.shape[0] != 1:
-        raise ValueError(
-            f"quantize.method: nncf takes one utterance at a time, not a batch "
-            f"of {wave.shape[0]}; give test_loader_kwargs a batch_size of 1"
-        )
 
 
 def _array(wave: torch.Tensor) -> np.ndarray:
@@ -383,7 +395,7 @@ def _forwards(
 
     def compute(wave: torch.Tensor, *lengths: Any) -> torch.Tensor:
         # Of one utterance all frames are real, whatever the lengths say.
-        _require_one(wave)
+        require_one(len(wave))
         request.infer([_array(wave)], share_inputs=True)
         found = np.array(request.get_output_tensor(0).data)
         return torch.from_numpy(found).to(wave.device)
@@ -433,13 +445,16 @@ def _control(
     def validate(
         compiled: "ov.CompiledModel", items: Iterable[int]
     ) -> tuple[float, list[float]]:
-        """The metric, of which more is better, in all and by utterance."""
+        """The metric, of which more is better, in all and by utterance.
+
+        NNCF divides by the float model's, so no error is not 0.
+        """
         only = list(items)
         with shadowed_forwards(_forwards(chain, compiled)):
             score = recogniser.score(lambda _: None, None, only)
         if len(only) == count:
             rates.append(score.wer)
-        return -score.wer, [-float(n) for n in score.utterance_errors]
+        return 100 - score.wer, [-float(n) for n in score.utterance_errors]
 
     part = config.nncf
     quantized = nncf.quantize_with_accuracy_control(
@@ -464,7 +479,7 @@ def _control(
 
     settings = _settings(precision="f32")
     compiled = ov.Core().compile_model(quantized, "CPU", settings)
-    final = -validate(compiled, range(count))[0]
+    final = 100 - validate(compiled, range(count))[0]
     return quantized, {
         "num_utterances": count,
         "metric": config.search.metric,
