@@ -38,6 +38,7 @@ from .data import (
 )
 from .files import check_writable_folder, write_atomic, write_json
 from .folder import (
+    NoFolderError,
     RecogniserSource,
     describe_recogniser,
     find_chain,
@@ -603,7 +604,13 @@ class StableQuant:
         """Lets others quantize; the plan only says who, and holds no layer."""
         stage = self._stage(run)
         batch = next(iter(self._loader(test_set, options)))
-        calls = find_chain(self.brain, batch, run.config)
+        try:
+            calls = find_chain(self.brain, batch, run.config)
+        except NoFolderError as error:
+            raise ValueError(
+                f"quantize.method: {run.config.method} needs modules that are "
+                f"called one after the other; {error}"
+            ) from error
         modules = self._modules()
         run.rival = make_rival(
             stage.recogniser,
@@ -748,7 +755,7 @@ class StableQuant:
     def _executed(self, run: Run) -> AbstractContextManager[None]:
         """Context in which the Brain's modules compute by the runtime."""
         if run.rival is not None:
-            return shadowed_forwards(run.rival.forwards)
+            return shadowed_forwards(run.rival.forwards())
         forwards = build_forwards(
             run.backend,
             self._modules(),

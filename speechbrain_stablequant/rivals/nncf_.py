@@ -35,6 +35,9 @@ MODEL_FILE = "model.xml"
 RECORD_FILE = "nncf.json"
 PACKAGES = ("openvino", "nncf")
 
+# So many float operations are named in a report.
+NAMES = 8
+
 # What multiplies, and how many factors it has: the operations that
 # quantization is about.
 PRODUCTS = {
@@ -151,10 +154,10 @@ class Rival:
         Names of its products: those of integers, those with a float factor.
     search : dict
         What accuracy control measured; empty without it.
-    chain : tuple of str
-        Keys of the modules that it takes the place of.
-    forwards : dict
-        What takes the place of each module's forward.
+    chain : Mapping
+        The modules that it takes the place of, in the order of their calls.
+    options : Mapping
+        Of ``backend: openvino``: ``threads`` and ``precision``.
     """
 
     key: str
@@ -162,8 +165,8 @@ class Rival:
     integer: tuple[str, ...]
     floating: tuple[str, ...]
     search: dict
-    chain: tuple[str, ...]
-    forwards: dict[nn.Module, Callable[..., Any]] = field(repr=False)
+    chain: Mapping[str, nn.Module] = field(repr=False)
+    options: Mapping[str, Any]
 
     @property
     def size(self) -> int:
@@ -175,12 +178,24 @@ class Rival:
         """How many products are computed in which arithmetic."""
         return {"integer": len(self.integer), "float": len(self.floating)}
 
+    def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        """What takes the place of each module's forward, newly compiled."""
+        import openvino as ov
+
+        settings = _settings(**self.options)
+        path = self.folder / MODEL_FILE
+        compiled = ov.Core().compile_model(path, "CPU", settings)
+        return _forwards(self.chain, compiled)
+
     def notes(self) -> list[str]:
         """What a reader of the report should know."""
         count = len(self.integer) + len(self.floating)
         note = f"NNCF quantized {len(self.integer)} of {count} products"
         if self.floating:
-            note += f"; in floating point are {', '.join(self.floating)}"
+            some = ", ".join(self.floating[:NAMES])
+            rest = len(self.floating) - NAMES
+            more = f" and {rest} more, see {RECORD_FILE}" if rest > 0 else ""
+            note += f"; in floating point are {some}{more}"
         notes = [
             f"{note}.",
             "No inference folder: an OpenVINO model of NNCF has no plan.",
@@ -252,19 +267,14 @@ def make_rival(
             "sha256": _checksums(folder),
         }
         write_json(folder / RECORD_FILE, record)
-    import openvino as ov
-
-    compiled = ov.Core().compile_model(
-        folder / MODEL_FILE, "CPU", _settings(**config.backend_options)
-    )
     return Rival(
         key=key,
         folder=folder,
         integer=tuple(record["integer"]),
         floating=tuple(record["floating"]),
         search=record["search"],
-        chain=tuple(chain),
-        forwards=_forwards(chain, compiled),
+        chain=dict(chain),
+        options=config.backend_options,
     )
 
 

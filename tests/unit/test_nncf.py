@@ -15,6 +15,7 @@ from speechbrain_stablequant.replay import StopForward
 from speechbrain_stablequant.rivals import nncf_
 from speechbrain_stablequant.rivals.nncf_ import (
     Chain,
+    Rival,
     make_rival,
     products,
     require_nncf,
@@ -127,8 +128,8 @@ def test_executes_in_the_place_of_the_modules(recogniser, folder, no_nncf):
     rival = rival_of(recogniser, folder, backend_options={"precision": "f32"})
     files = (folder / "model.xml", folder / "model.bin")
     assert rival.size == sum(len(path.read_bytes()) for path in files)
-    assert rival.chain == ("wav2vec2", "enc", "ctc_lin")
-    with shadowed_forwards(rival.forwards):
+    assert list(rival.chain) == ["wav2vec2", "enc", "ctc_lin"]
+    with shadowed_forwards(rival.forwards()):
         found = [recogniser.output(wave) for wave in recogniser.waves]
     for out, truth in zip(found, recogniser.truth, strict=True):
         assert out.shape == truth.shape
@@ -136,7 +137,7 @@ def test_executes_in_the_place_of_the_modules(recogniser, folder, no_nncf):
         assert 1e-3 < error < 0.5
     batch = torch.zeros(2, 1000)
     with (
-        shadowed_forwards(rival.forwards),
+        shadowed_forwards(rival.forwards()),
         pytest.raises(ValueError, match="one utterance at a time"),
     ):
         recogniser.output(batch)
@@ -220,7 +221,7 @@ def test_accuracy_control_makes_operations_float(recogniser, tmp_path):
     assert search["baseline_wer"] == 0
     whole = [errors for errors in measured if len(errors) == 4]
     assert search["evaluations"] == len(whole)
-    with shadowed_forwards(rival.forwards):
+    with shadowed_forwards(rival.forwards()):
         score = recogniser.score(lambda _: None, None)
     # Stored in half precision since it was measured.
     assert score.wer == pytest.approx(search["final_wer"], abs=2)
@@ -231,6 +232,15 @@ def test_accuracy_control_makes_operations_float(recogniser, tmp_path):
         "float": 3 - len(rival.integer),
     }
     assert len(rival.notes()) == 3 - search["reached"]
+
+
+def test_a_report_names_some_operations_only(tmp_path):
+    names = tuple(f"layer.{i}" for i in range(20))
+    rival = Rival("key", tmp_path, (), names, {}, {}, {})
+    (first, _) = rival.notes()
+    assert "layer.7 and 12 more, see nncf.json" in first
+    rival = Rival("key", tmp_path, names, (), {}, {}, {})
+    assert rival.notes()[0] == "NNCF quantized 20 of 20 products."
 
 
 # -- graphs, by hand -----------------------------------------------------------
