@@ -2,7 +2,13 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from typing import Any
 
@@ -233,7 +239,10 @@ class BrainRecogniser:
         return _first_tensor(output)
 
     def score(
-        self, before_batch: Callable[[int], None], give_up_above: int | None
+        self,
+        before_batch: Callable[[int], None],
+        give_up_above: int | None,
+        only: Sequence[int] | None = None,
     ) -> Score:
         """Measures the Brain on the search subset, in its VALID stage.
 
@@ -243,34 +252,43 @@ class BrainRecogniser:
             Called with the index of each batch before it is run.
         give_up_above : int or None
             Word errors beyond which the rest is left out.
+        only : sequence of int or None
+            Batches to measure on; all by default.
 
         Returns
         -------
         Score
         """
-        batches = self.subsets["search"]
-        loss_sum, errors, words = 0.0, 0, 0
-        scored, complete = 0, True
+        batches = self.subsets["search"].load()
+        if only is not None:
+            batches = [batches[index] for index in only]
+        loss_sum, complete = 0.0, True
+        errors: list[int] = []
+        words: list[int] = []
+        losses: list[float] = []
         for index, (loss, metric, size) in enumerate(
             evaluation_steps(
                 self.brain,
-                batches.load(),
+                batches,
                 sb.Stage.VALID,
                 self.metric_attribute,
                 before_batch,
             )
         ):
             loss_sum += loss * size
-            rows = metric.scores[scored:]
-            scored = len(metric.scores)
-            errors += sum(row["num_edits"] for row in rows)
-            words += sum(row["num_ref_tokens"] for row in rows)
-            if give_up_above is not None and errors > give_up_above:
+            losses.append(float(f"{loss:.7g}"))
+            rows = metric.scores[len(errors) :]
+            errors += [row["num_edits"] for row in rows]
+            words += [row["num_ref_tokens"] for row in rows]
+            if give_up_above is not None and sum(errors) > give_up_above:
                 complete = index + 1 == len(batches)
                 break
-        if words == 0:
+        if sum(words) == 0:
             raise ValueError("search set: the transcripts hold no word")
-        return Score(errors, words, loss_sum / scored, complete)
+        total = sum(errors), sum(words), loss_sum / len(errors)
+        if not complete:
+            return Score(*total, complete)
+        return Score(*total, complete, *map(tuple, (errors, words, losses)))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .checkpoint import FLOAT_DTYPES
 from .runtime import RUNTIMES
+from .search.paired import RULES
 
 # Simple calibrators, and the search that this package is about.
 METHODS = (
@@ -25,7 +26,12 @@ METHODS = (
     "mse",
     "adaround",
     "stablequant_plus",
+    "nncf",
+    "nncf_accuracy_control",
 )
+# Made by others: they have no plan, and are only compared.
+RIVALS = ("nncf", "nncf_accuracy_control")
+NNCF_PRESETS = ("mixed", "performance")
 BACKENDS = ("auto", *RUNTIMES)
 WEIGHT_METHODS = ("max", "mse")
 
@@ -88,6 +94,12 @@ class SearchConfig:
     threshold : float
         A unit is selected when quantizing it alone raises the WER by more
         than this, in points.
+    selection : str
+        ``threshold``: by the figures as they are, as published. ``interval``:
+        by paired intervals, and by the loss where the WER leaves it open,
+        for sets that are too small for the threshold.
+    level : float
+        Coverage of these intervals.
     cutoffs : tuple of float
         Cut-off ratios to try, in percent.
     cache_gb : float
@@ -99,6 +111,8 @@ class SearchConfig:
     batch_size: int = 1
     metric: str = "WER"
     threshold: float = 0.25
+    selection: str = "threshold"
+    level: float = 0.8
     cutoffs: tuple[float, ...] = (
         100.0,
         99.999,
@@ -210,6 +224,28 @@ class PlusConfig:
 
 
 @dataclass(frozen=True)
+class NncfConfig:
+    """``quantize.nncf``: OpenVINO models quantized by NNCF, as rivals.
+
+    Arguments
+    ---------
+    preset : str
+        NNCF's: ``mixed`` has asymmetric activations and is its choice for
+        transformers, ``performance`` symmetric ones.
+    max_drop : float
+        For ``nncf_accuracy_control``: operations are made float again until
+        the WER of the search set rises by at most this, in points.
+    ranking_utterances : int or None
+        Utterances of the search set on which it ranks operations, those that
+        suffer most; None for all.
+    """
+
+    preset: str = "mixed"
+    max_drop: float = 0.5
+    ranking_utterances: int | None = None
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """The whole ``quantize:`` block.
 
@@ -224,7 +260,8 @@ class QuantizeConfig:
     method : str
         ``stablequant``, or one calibrator for all layers: ``max``,
         ``percentile``, ``entropy``, ``mse``; or ``adaround``; or
-        ``stablequant_plus``, which adds parts to StableQuant.
+        ``stablequant_plus``, which adds parts to StableQuant; or a rival
+        from outside, to compare with: ``nncf``, ``nncf_accuracy_control``.
     weight_method : str or None
         ``max`` or ``mse``; None takes what the method defines.
     calibration : CalibrationConfig
@@ -235,6 +272,8 @@ class QuantizeConfig:
         For ``method: adaround``.
     plus : PlusConfig
         For ``method: stablequant_plus``.
+    nncf : NncfConfig
+        For ``method: nncf`` and ``nncf_accuracy_control``.
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
     backend : str
@@ -276,6 +315,7 @@ class QuantizeConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     adaround: AdaRoundConfig = field(default_factory=AdaRoundConfig)
     plus: PlusConfig = field(default_factory=PlusConfig)
+    nncf: NncfConfig = field(default_factory=NncfConfig)
     plan: str | None = None
     backend: str = "auto"
     backend_options: dict = field(default_factory=dict)
@@ -295,7 +335,13 @@ class QuantizeConfig:
         return self.plan is None and self.method in (
             "stablequant",
             "stablequant_plus",
+            "nncf_accuracy_control",
         )
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether others quantize: there is no plan then."""
+        return self.plan is None and self.method in RIVALS
 
     @property
     def extras(self) -> frozenset[str]:
@@ -347,7 +393,7 @@ class QuantizeConfig:
             for key in _SHARED_KEYS:
                 if key in changes:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
-            for part in ("calibration", "search", "adaround", "plus"):
+            for part in ("calibration", "search", "adaround", "plus", "nncf"):
                 if isinstance(changes.get(part), Mapping):
                     changes[part] = _merged(base[part], changes[part])
             config = _build(QuantizeConfig, {**base, **changes}, where)
@@ -491,6 +537,7 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
         )
     _check_adaround(config.adaround, require)
     _check_plus(config.plus, require)
+    _check_nncf(config, require)
     bins = config.calibration.num_bins
     require(
         128 <= bins <= 2**20 and bins & (bins - 1) == 0,
@@ -513,6 +560,16 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
         0 <= search.threshold < math.inf,
         "search.threshold",
         f"must be finite and not negative, not {search.threshold}",
+    )
+    require(
+        search.selection in RULES,
+        "search.selection",
+        f"'{search.selection}' is not one of {', '.join(RULES)}",
+    )
+    require(
+        0 < search.level < 1,
+        "search.level",
+        f"must be a coverage between 0 and 1, such as 0.8, not {search.level}",
     )
     require(
         0 <= search.cache_gb < math.inf,
@@ -551,6 +608,44 @@ def _check_adaround(part: AdaRoundConfig, require: Callable) -> None:
         "adaround.calibrator",
         f"'{part.calibrator}' is not one of {', '.join(known)}",
     )
+
+
+def _check_nncf(config: QuantizeConfig, require: Callable) -> None:
+    part = config.nncf
+    require(
+        part.preset in NNCF_PRESETS,
+        "nncf.preset",
+        f"'{part.preset}' is not one of {', '.join(NNCF_PRESETS)}",
+    )
+    require(
+        0 <= part.max_drop < math.inf,
+        "nncf.max_drop",
+        f"must be finite and not negative, not {part.max_drop}",
+    )
+    count = part.ranking_utterances
+    require(
+        count is None or count > 0,
+        "nncf.ranking_utterances",
+        f"must be at least 1, not {count}",
+    )
+    if not config.is_rival:
+        return
+    for key in ("weight_bits", "activation_bits"):
+        bits = getattr(config, key)
+        require(bits == 8, key, f"NNCF quantizes to 8 bits, not to {bits}")
+    for name in ("calibration", "search"):
+        size = getattr(config, name).batch_size
+        require(
+            size == 1,
+            f"{name}.batch_size",
+            f"method {config.method} takes one utterance at a time, not {size}",
+        )
+    for key, default in (("include", ("*",)), ("exclude", ())):
+        require(
+            getattr(config, key) == default,
+            key,
+            f"method {config.method} chooses its operations; leave it out",
+        )
 
 
 def _check_plus(part: PlusConfig, require: Callable) -> None:

@@ -255,8 +255,7 @@ def describe_recogniser(
         What cannot be rebuilt, and why.
     """
     modules = _keyed_modules(brain, config.target)
-    calls = _observe(brain, batch, modules)
-    _check_chain(calls, batch, config.signal, str(brain.device))
+    calls = find_chain(brain, batch, config)
     first, *rest = calls
     keys = tuple(call.key for call in calls)
     for name in names:
@@ -285,6 +284,35 @@ def describe_recogniser(
         blank_index=_blank_index(brain, tokenizer),
         sample_rate=config.sample_rate,
     )
+
+
+def find_chain(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig
+) -> list[Call]:
+    """The modules that a Brain calls one after the other, from the audio on.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's, with its float modules.
+    batch : PaddedBatch
+        Any batch of its data.
+    config : QuantizeConfig
+        The block.
+
+    Returns
+    -------
+    list of Call
+        In order; the input of each is the output of the one before it.
+
+    Raises
+    ------
+    NoFolderError
+        The recipe computes something else.
+    """
+    calls = _observe(brain, batch, _keyed_modules(brain, config.target))
+    _check_chain(calls, batch, config.signal, str(brain.device))
+    return calls
 
 
 def _keyed_modules(

@@ -38,8 +38,10 @@ from .data import (
 )
 from .files import check_writable_folder, write_atomic, write_json
 from .folder import (
+    NoFolderError,
     RecogniserSource,
     describe_recogniser,
+    find_chain,
     folder_size,
     write_folder,
 )
@@ -56,6 +58,13 @@ from .results import (
     comparison,
     comparison_markdown,
     float_size,
+)
+from .rivals.nncf_ import (
+    MODEL_FILE,
+    Rival,
+    make_rival,
+    require_nncf,
+    require_one,
 )
 from .runtime import (
     RUNTIMES,
@@ -155,6 +164,7 @@ class Run:
     plan: QuantizationPlan | None = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecogniserSource | None = None
+    rival: Rival | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
 
@@ -269,6 +279,8 @@ class StableQuant:
 
     def _choose(self, config: QuantizeConfig) -> tuple[str, list[str]]:
         """The runtime of a variant, and what is to be said about it."""
+        if config.is_rival:
+            return self._choose_rival(config)
         try:
             name = resolve_backend(config.backend, self.brain.device)
             check_extras(name, self._extras(config))
@@ -291,6 +303,20 @@ class StableQuant:
                 f"{PAIR_SUM_BITS}."
             ]
         return name, []
+
+    def _choose_rival(self, config: QuantizeConfig) -> tuple[str, list[str]]:
+        """What executes a rival."""
+        try:
+            require_nncf(config.method)
+        except ValueError as error:
+            raise ConfigError(f"quantize.{error}") from error
+        device = str(self.brain.device)
+        if device != "cpu":
+            raise ConfigError(
+                f"quantize.method: {config.method} runs on a CPU, and the "
+                f"device is {device}; run with --device cpu"
+            )
+        return "openvino", []
 
     @staticmethod
     def _extras(config: QuantizeConfig) -> frozenset[str]:
@@ -440,6 +466,7 @@ class StableQuant:
                 "at least one utterance"
             )
         self._check_audio(dataset_of(test_set))
+        self._check_batches(test_set, options)
         self._check_metric()
         with shadowed(
             self.brain,
@@ -459,7 +486,9 @@ class StableQuant:
         baseline = Evaluation.of(self._metric(), clock)
         kept = vars(self.brain).copy()
         for run in self.runs:
-            if run.plan is None:
+            if run.plan is None and run.config.is_rival:
+                self._make_rival(run, test_set, options)
+            elif run.plan is None:
                 layers = self._make_plan(run)
                 self._write_model(run, layers, test_set, options)
             quantized = self._evaluate_quantized(
@@ -510,6 +539,18 @@ class StableQuant:
                 "weights come from elsewhere"
             )
 
+    def _check_batches(
+        self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
+    ) -> None:
+        """Rivals see no padding. A loader that samples batches itself says
+        no size: its batches are checked when they come."""
+        rivals = [run for run in self.runs if run.config.is_rival]
+        if not rivals:
+            return
+        size = self._loader(test_set, options).batch_size
+        if size is not None:
+            require_one(size)
+
     def _require_subsets(self) -> None:
         if not self.runs[0].subsets:
             raise ValueError(
@@ -543,7 +584,7 @@ class StableQuant:
 
     # -- plan, quantized evaluation, report --------------------------------
 
-    def _make_plan(self, run: Run) -> list[Layer]:
+    def _stage(self, run: Run) -> Stage:
         recogniser = BrainRecogniser(
             self.brain,
             run.subsets,
@@ -552,7 +593,39 @@ class StableQuant:
         )
         run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
-        stage = Stage(recogniser, run.config, self.folder)
+        return Stage(recogniser, run.config, self.folder)
+
+    def _make_rival(
+        self,
+        run: Run,
+        test_set: Dataset | DataLoader,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Lets others quantize; the plan only says who, and holds no layer."""
+        stage = self._stage(run)
+        batch = next(iter(self._loader(test_set, options)))
+        try:
+            calls = find_chain(self.brain, batch, run.config)
+        except NoFolderError as error:
+            raise ValueError(
+                f"quantize.method: {run.config.method} needs modules that are "
+                f"called one after the other; {error}"
+            ) from error
+        modules = self._modules()
+        run.rival = make_rival(
+            stage.recogniser,
+            {call.key: modules[call.key] for call in calls},
+            calls[0].args[0],
+            calls[-1].output,
+            stage.fingerprint(),
+            run.config,
+            run.folder,
+        )
+        run.warnings += run.rival.notes()
+        run.plan = stage.assemble(stage.fingerprint(), [], [], run.rival.search)
+
+    def _make_plan(self, run: Run) -> list[Layer]:
+        stage = self._stage(run)
         run.plan, run.histograms = stage.make_plan()
         run.plan.save(run.folder / PLAN_FILE)
         return stage.layers
@@ -641,9 +714,10 @@ class StableQuant:
         What an earlier, killed run has finished is read from disk.
         """
         path = run.folder / f"transcripts_{name}.json"
-        key = baseline.key(
-            run.plan, run.backend, run.config.float_dtype, *run.warnings
-        )
+        how = [run.backend, run.config.float_dtype, *run.warnings]
+        if run.rival is not None:
+            how.append(run.rival.key)
+        key = baseline.key(run.plan, *how)
         known = Evaluation.read(path, key)
         if known is not None:
             return known
@@ -680,6 +754,8 @@ class StableQuant:
 
     def _executed(self, run: Run) -> AbstractContextManager[None]:
         """Context in which the Brain's modules compute by the runtime."""
+        if run.rival is not None:
+            return shadowed_forwards(run.rival.forwards())
         forwards = build_forwards(
             run.backend,
             self._modules(),
@@ -702,6 +778,25 @@ class StableQuant:
             unique = f"{name}-{number}"
         return unique
 
+    @staticmethod
+    def _execution(run: Run) -> Execution:
+        if run.rival is not None:
+            keys = tuple(run.rival.chain)
+            return Execution(
+                run.backend,
+                run.config.float_dtype,
+                run.rival.size,
+                keys,
+                {"OpenVINO model": MODEL_FILE},
+                run.rival.operations,
+            )
+        return Execution(
+            run.backend,
+            run.config.float_dtype,
+            folder_size(run.folder),
+            None if run.source is None else run.source.keys,
+        )
+
     def _write_report(self, run: Run) -> None:
         report = build_report(
             run.plan,
@@ -709,12 +804,7 @@ class StableQuant:
             self._modules(),
             run.histograms,
             str(self.brain.device),
-            execution=Execution(
-                run.backend,
-                run.config.float_dtype,
-                folder_size(run.folder),
-                None if run.source is None else run.source.keys,
-            ),
+            execution=self._execution(run),
             warnings=run.warnings,
         )
         write_report(report, run.folder)
@@ -726,12 +816,14 @@ class StableQuant:
     def _write_comparison(self) -> None:
         """One table of all variants."""
         modules = self._modules()
-        source = self.runs[0].source
-        if source is not None:
-            modules = {key: modules[key] for key in source.keys}
+        executions = {run.name: self._execution(run) for run in self.runs}
+        for execution in executions.values():
+            if execution.keys is not None:
+                modules = {key: modules[key] for key in execution.keys}
+                break
         table = comparison(
             {run.name: (run.plan, run.results) for run in self.runs},
-            {run.name: folder_size(run.folder) / 1e6 for run in self.runs},
+            executions,
             float_size(modules) / 1e6,
         )
         write_json(self.folder / "comparison.json", table)

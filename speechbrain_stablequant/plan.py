@@ -152,6 +152,8 @@ class UnitPlan:
     wer, delta_wer : float or None
         WER in percent with this unit alone quantized by MAX calibration, and
         its difference from the float model; None without a search.
+    delta_wer_ci : list of float or None
+        Ends of the difference's paired interval, at the level of the search.
     selected : bool
         Whether the unit's outliers were searched.
     cutoff : float
@@ -164,6 +166,7 @@ class UnitPlan:
     name: str
     wer: float | None = None
     delta_wer: float | None = None
+    delta_wer_ci: list[float] | None = None
     selected: bool = False
     cutoff: float = 100.0
     curve: list[dict] = field(default_factory=list)

@@ -255,6 +255,8 @@ class _Plus:
         search = {
             "num_utterances": len(stage.recogniser.ids("search")),
             "metric": self.config.search.metric,
+            "selection": self.config.search.selection,
+            "level": self.config.search.level,
             "threshold": self.config.search.threshold,
             "evaluations": self.evaluations,
             "baseline_wer": baseline.wer,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -109,17 +109,28 @@ class Execution:
         Bytes of ``model.safetensors``.
     keys : sequence of str or None
         Modules that it holds; None for all.
+    files : Mapping or None
+        Its files by what they are; None for those of an inference folder.
+    operations : Mapping or None
+        How many products are computed with ``integer`` and with ``float``
+        arithmetic, where that is not what the plan says.
     """
 
     backend: str
     float_dtype: str
     size: int
     keys: Sequence[str] | None = None
+    files: Mapping[str, str] | None = None
+    operations: Mapping[str, int] | None = None
 
-    @property
-    def loads(self) -> bool:
-        """Whether ``EncoderASR`` can load the folder."""
-        return self.keys is not None
+    def list_files(self) -> dict[str, str]:
+        """Its files, for the report."""
+        if self.files is not None:
+            return dict(self.files)
+        files = {"plan": PLAN_FILE, "quantized model": WEIGHTS_FILE}
+        if self.keys is not None:
+            files["recogniser, for EncoderASR"] = HYPERPARAMS_FILE
+        return files
 
 
 @dataclass(frozen=True)
@@ -272,14 +283,8 @@ def build_report(
     """
     stored = {
         key: modules[key]
-        for key in (execution.keys if execution.loads else modules)
+        for key in (modules if execution.keys is None else execution.keys)
     }
-    seconds = sum(r.baseline.audio_seconds for r in results.values())
-    spent = (
-        sum(r.baseline.seconds for r in results.values()),
-        sum(r.quantized.seconds for r in results.values()),
-    )
-    names = ("float", "quantized")
     report = {
         "format": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -299,26 +304,30 @@ def build_report(
             "quantized": execution.size / 1e6,
             "quantized_floats": execution.float_dtype,
         },
-        "rtf": {
-            name: real_time_factor(time, seconds)
-            for name, time in zip(names, spent, strict=True)
-        },
+        "rtf": _speeds(results.values()),
         "units": _units(plan, modules),
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
-        "files": {
-            "plan": PLAN_FILE,
-            "quantized model": WEIGHTS_FILE,
-            **(
-                {"recogniser, for EncoderASR": HYPERPARAMS_FILE}
-                if execution.loads
-                else {}
-            ),
-        },
+        "files": execution.list_files(),
     }
     if plan.search:
         report["search"] = plan.search
     return report
+
+
+def _speeds(results: Iterable[SetResult]) -> dict[str, float]:
+    """Real-time factors over all sets."""
+    pairs = {
+        "float": [result.baseline for result in results],
+        "quantized": [result.quantized for result in results],
+    }
+    return {
+        name: real_time_factor(
+            sum(e.seconds for e in evaluations),
+            sum(e.audio_seconds for e in evaluations),
+        )
+        for name, evaluations in pairs.items()
+    }
 
 
 def _units(
@@ -365,7 +374,7 @@ def _histograms(
 
 def comparison(
     runs: Mapping[str, tuple[QuantizationPlan, Mapping[str, SetResult]]],
-    sizes: Mapping[str, float] | None = None,
+    executions: Mapping[str, Execution] | None = None,
     float_mb: float | None = None,
 ) -> dict:
     """One row for each variant and test set.
@@ -374,8 +383,8 @@ def comparison(
     ---------
     runs : Mapping
         Plan and results by the variant's name.
-    sizes : Mapping, optional
-        Size of each variant's model on disk, in MB.
+    executions : Mapping, optional
+        What was evaluated, and its size on disk, by the variant's name.
     float_mb : float, optional
         Size of the float32 model.
 
@@ -397,8 +406,13 @@ def comparison(
                     **result.to_dict(),
                 }
             )
-            if sizes is not None:
-                rows[-1]["size_mb"] = sizes[name]
+            if executions is not None:
+                execution = executions[name]
+                rows[-1]["size_mb"] = execution.size / 1e6
+                rows[-1]["backend"] = execution.backend
+                rows[-1]["rtf"] = _speeds([result])
+                if execution.operations is not None:
+                    rows[-1]["operations"] = dict(execution.operations)
     table = {"rows": rows}
     if float_mb is not None:
         table["float_mb"] = float_mb
@@ -417,21 +431,24 @@ def comparison_markdown(table: Mapping[str, list]) -> str:
     -------
     str
     """
-    sized = all("size_mb" in row for row in table["rows"])
+    rows = table["rows"]
+    columns = ["MB", "RTF"] if all("size_mb" in row for row in rows) else []
+    if any("operations" in row for row in rows):
+        columns.append("float products")
     head = "| set | variant | WER % | change | 95 % interval | CER % | change |"
     lines = [
-        head + " MB |" * sized,
-        "|---|---|---|---|---|---|---|" + "---|" * sized,
+        head + "".join(f" {column} |" for column in columns),
+        "|---|---|---|---|---|---|---|" + "---|" * len(columns),
     ]
     seen = set()
-    for row in table["rows"]:
+    for row in rows:
         if row["set"] not in seen:
             seen.add(row["set"])
             rates = row["float"]
             lines.append(
                 f"| {row['set']} | float | {rates['WER']:.2f} | | | "
                 f"{rates['CER']:.2f} | |"
-                + _size_cell(table.get("float_mb"), sized)
+                + _float_cells(row, table.get("float_mb"), columns)
             )
         rates = row["quantized"]
         low, high = row["delta_wer_ci"]
@@ -439,12 +456,34 @@ def comparison_markdown(table: Mapping[str, list]) -> str:
             f"| {row['set']} | {row['variant']} | {rates['WER']:.2f} | "
             f"{row['delta_wer']:+.2f} | {low:+.2f} to {high:+.2f} | "
             f"{rates['CER']:.2f} | {row['delta_cer']:+.2f} |"
-            + _size_cell(row.get("size_mb"), sized)
+            + _cells(row, columns)
         )
     return "\n".join(lines) + "\n"
 
 
-def _size_cell(size: float | None, sized: bool) -> str:
-    if not sized:
-        return ""
-    return " |" if size is None else f" {size:.1f} |"
+def _float_cells(
+    row: Mapping, size: float | None, columns: Sequence[str]
+) -> str:
+    values = {
+        "MB": None if size is None else f"{size:.1f}",
+        "RTF": f"{row['rtf']['float']:.3f}" if "rtf" in row else None,
+    }
+    return _joined(values.get(column) for column in columns)
+
+
+def _cells(row: Mapping, columns: Sequence[str]) -> str:
+    values = {}
+    if "size_mb" in row:
+        values["MB"] = f"{row['size_mb']:.1f}"
+        # Of a simulation it says nothing.
+        if row["backend"] != "torch":
+            values["RTF"] = f"{row['rtf']['quantized']:.3f}"
+    if "operations" in row:
+        count = row["operations"]
+        total = count["float"] + count["integer"]
+        values["float products"] = f"{count['float']} of {total}"
+    return _joined(values.get(column) for column in columns)
+
+
+def _joined(cells: Iterable[str | None]) -> str:
+    return "".join(" |" if cell is None else f" {cell} |" for cell in cells)

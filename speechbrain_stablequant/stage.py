@@ -31,7 +31,14 @@ from .observers import Observer
 from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from .plus import make_plus_plan
 from .replay import Replay
-from .search import Evaluate, Journal, Score, search_cutoffs, select_units
+from .search import (
+    Evaluate,
+    Journal,
+    Score,
+    Selection,
+    search_cutoffs,
+    select_units,
+)
 from .simulate import Simulator
 
 logger = logging.getLogger(__name__)
@@ -69,9 +76,13 @@ class Recogniser(Protocol):
         returns the last output."""
 
     def score(
-        self, before_batch: BeforeBatch, give_up_above: int | None
+        self,
+        before_batch: BeforeBatch,
+        give_up_above: int | None,
+        only: Sequence[int] | None = None,
     ) -> Score:
-        """Measures the recogniser on the search subset."""
+        """Measures the recogniser on the search subset, or on some of its
+        batches."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +248,8 @@ class Stage:
             settings.pop("plus")
         if self.config.method not in ("adaround", "stablequant_plus"):
             settings.pop("adaround")
+        if not self.config.is_rival:
+            settings.pop("nncf")
         return json.loads(json.dumps(settings))
 
     def assemble(
@@ -553,6 +566,8 @@ class Stage:
         search = {
             "num_utterances": len(self.recogniser.ids("search")),
             "metric": config.search.metric,
+            "selection": config.search.selection,
+            "level": config.search.level,
             "threshold": config.search.threshold,
             "evaluations": journal.measured + journal.reused,
             "baseline_wer": baseline.wer,
@@ -585,6 +600,7 @@ class Stage:
             What was found out about each unit.
         """
         search = self.config.search
+        selection = Selection(search.selection, search.level)
 
         def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
             return {
@@ -597,11 +613,14 @@ class Stage:
                 {unit: cut_unit(unit, 100.0) for unit in self.units},
                 evaluate,
                 search.threshold,
+                selection,
             )
             selected = [s.unit for s in sensitivities if s.selected]
             bar.total += len(selected) * len(search.cutoffs)
             bar.refresh()
-            cuts = search_cutoffs(selected, search.cutoffs, cut_unit, evaluate)
+            cuts = search_cutoffs(
+                selected, search.cutoffs, cut_unit, evaluate, selection
+            )
         cutoffs = {cut.unit: cut for cut in cuts}
         return baseline, [
             self._unit_plan(sensitivity, cutoffs.get(sensitivity.unit))
@@ -611,10 +630,12 @@ class Stage:
     @staticmethod
     def _unit_plan(sensitivity, cut) -> UnitPlan:
         curve = [] if cut is None else cut.curve
+        interval = sensitivity.interval
         return UnitPlan(
             name=sensitivity.unit,
             wer=sensitivity.score.wer,
             delta_wer=sensitivity.delta_wer,
+            delta_wer_ci=None if interval is None else [*interval[1:]],
             selected=sensitivity.selected,
             cutoff=100.0 if cut is None else cut.cutoff,
             curve=[
@@ -690,6 +711,7 @@ class Stage:
         journal = Journal(
             self.folder / JOURNAL_FILE,
             _digest([weights, ids, search.batch_size, search.metric]),
+            search.selection == "interval",
         )
         replay = self._replay(calibration.in_order)
         bar = self._bar(1, "search")

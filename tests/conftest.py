@@ -184,7 +184,7 @@ def make_tiny_model():
     return build_tiny_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_modules():
     """:func:`build_tiny_modules`, for tests that need others."""
     return build_tiny_modules

@@ -93,8 +93,9 @@ def build_document(report: dict, figures: Sequence[str]) -> Document:
     sections = [
         _verdict(report),
         _size_and_speed(report),
-        _units(report, figures),
     ]
+    if report["units"]:
+        sections.append(_units(report, figures))
     if "histograms.png" in figures:
         sections.append(
             Section("Activation ranges", [_figure("histograms.png")])
@@ -407,7 +408,7 @@ def _units(report: dict, figures: Sequence[str]) -> Section:
             _count(unit.get("layers")),
             _count(unit.get("parameters")),
             number(unit.get("wer")),
-            signed(unit["delta_wer"]),
+            _delta(unit["delta_wer"], unit.get("delta_wer_ci")),
             "yes" if unit["selected"] else "no",
             percent(unit["cutoff"]),
         ]
@@ -451,12 +452,14 @@ def _measurement(report: dict) -> Section:
         )
     else:
         blocks.append(Table(["Search", "Value"], _search_rows(search)))
+    if search is not None and report["units"]:
         blocks.append(
             Text(
                 "WER alone: one unit quantized with its largest activation "
                 "as range, the rest of the model in floating point, on the "
                 "search set. A unit is selected when its WER rises by more "
-                "than the threshold."
+                "than the threshold. In brackets: paired interval of the "
+                "rise."
             )
         )
     notes = [
@@ -495,6 +498,8 @@ def _search_rows(search: dict) -> list[list[str]]:
         ["Metric", str(search.get("metric") or NOT_MEASURED)],
         ["WER of the float model, %", number(search.get("baseline_wer"))],
         ["Selection threshold, points", percent(search.get("threshold"))],
+        ["Selected by", str(search.get("selection") or NOT_MEASURED)],
+        ["Coverage of the units' intervals", number(search.get("level"))],
         ["Evaluations", _count(search.get("evaluations"))],
         ["Seconds", number(search.get("seconds"), 0)],
     ]

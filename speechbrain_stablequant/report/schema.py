@@ -14,7 +14,7 @@
      "search": {"num_utterances", "baseline_wer", "threshold",
                 "evaluations", "seconds", "metric"},
      "units": [{"name", "layers", "parameters", "wer", "delta_wer",
-                "selected", "cutoff",
+                "delta_wer_ci", "selected", "cutoff",
                 "curve": [{"cutoff", "wer", "secondary"}]}],
      "histograms": {LAYER: {"unit", "range", "counts", "max",
                             "cutoff_amax", "amax"}},
@@ -112,6 +112,7 @@ def _check_unit(unit: Any, place: str) -> None:
         _number(unit, key, place)
     for key in _UNIT_OPTIONAL:
         _number(unit, key, place, required=False)
+    _interval(unit.get("delta_wer_ci"), f"{place}.delta_wer_ci")
     _expect(_get(unit, "selected", place), bool, f"{place}.selected")
     for point_place, point in _items(unit, "curve", place):
         _number(point, "cutoff", point_place)

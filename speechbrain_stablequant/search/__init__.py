@@ -6,7 +6,15 @@ the recogniser does when some layers are quantized.
 
 from .cutoff import search_cutoffs
 from .journal import Journal
+from .paired import Selection
 from .score import Evaluate, Score
 from .sensitivity import select_units
 
-__all__ = ["Evaluate", "Journal", "Score", "search_cutoffs", "select_units"]
+__all__ = [
+    "Evaluate",
+    "Journal",
+    "Score",
+    "Selection",
+    "search_cutoffs",
+    "select_units",
+]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..plan import LayerQuant
+from .paired import PUBLISHED, Selection, better
 from .score import Evaluate, Score
 
 
@@ -53,11 +54,46 @@ def best_cutoff(curve: Sequence[tuple[float, Score]]) -> float:
     return ratio
 
 
+def surest_cutoff(curve: Sequence[tuple[float, Score]], level: float) -> float:
+    """The ratio that no smaller one beats beyond noise.
+
+    From the largest ratio down, each takes the place of the best so far only
+    if it is better in pairs: fewer word errors, or the same within their
+    interval and a smaller loss.
+
+    Arguments
+    ---------
+    curve : sequence of (float, Score)
+        Ratios in percent and what they gave.
+    level : float
+        Coverage of the intervals, between 0 and 1.
+
+    Returns
+    -------
+    float
+        The chosen ratio in percent.
+
+    Example
+    -------
+    >>> def score(loss):
+    ...     return Score(9, 50, loss, batch_losses=(loss, loss))
+    >>> surest_cutoff([(100, score(1.0)), (99.9, score(0.9)),
+    ...     (99, score(0.9))], level=0.8)
+    99.9
+    """
+    (best, fewest), *rest = sorted(curve, key=lambda row: -row[0])
+    for ratio, score in rest:
+        if better(score, fewest, level):
+            best, fewest = ratio, score
+    return best
+
+
 def search_cutoffs(
     selected: Sequence[str],
     grid: Sequence[float],
     quantize_unit: Callable[[str, float], Mapping[str, LayerQuant]],
     evaluate: Evaluate,
+    selection: Selection = PUBLISHED,
 ) -> list[UnitCutoff]:
     """Searches the cut-off of each selected unit, in network order, with the
     earlier decisions in place and the later units float.
@@ -72,6 +108,10 @@ def search_cutoffs(
         Of a unit and a ratio: its layers, amax at that quantile of |input|.
     evaluate : Evaluate
         Measures on the search set.
+    selection : Selection
+        By the rule ``threshold`` the fewest word errors win
+        (:func:`best_cutoff`), by ``interval`` what is better beyond noise
+        (:func:`surest_cutoff`), for which none can be given up.
 
     Returns
     -------
@@ -90,6 +130,7 @@ def search_cutoffs(
     """
     decided: dict[str, LayerQuant] = {}
     found = []
+    by_interval = selection.rule == "interval"
     for unit in selected:
         curve: list[tuple[float, Score]] = []
         fewest: int | None = None
@@ -101,9 +142,15 @@ def search_cutoffs(
                 label=f"{unit} cut at {ratio:g} %",
             )
             curve.append((ratio, score))
-            if score.complete and (fewest is None or score.errors < fewest):
+            if by_interval or not score.complete:
+                continue
+            if fewest is None or score.errors < fewest:
                 fewest = score.errors
-        ratio = best_cutoff(curve)
+        ratio = (
+            surest_cutoff(curve, selection.level)
+            if by_interval
+            else best_cutoff(curve)
+        )
         decided.update(quantize_unit(unit, ratio))
         found.append(UnitCutoff(unit, ratio, curve))
     return found

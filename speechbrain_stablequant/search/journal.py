@@ -52,6 +52,9 @@ class Journal:
     fingerprint : str
         Of the float model, the search set and its metric: lines of another
         fingerprint are kept and not used.
+    by_utterance : bool
+        Whether complete lines without counts by utterance, as earlier
+        versions wrote them, are not used either.
 
     Example
     -------
@@ -69,9 +72,15 @@ class Journal:
     ['float']
     """
 
-    def __init__(self, path: str | Path, fingerprint: str):
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: str,
+        by_utterance: bool = False,
+    ):
         self.path = Path(path)
         self.fingerprint = fingerprint
+        self.by_utterance = by_utterance
         self.measured = 0
         self.reused = 0
         self._scores = self._read()
@@ -97,6 +106,10 @@ class Journal:
                     "to search anew"
                 ) from error
         return scores
+
+    def _serves(self, score: Score) -> bool:
+        counted = score.utterance_errors or not score.complete
+        return bool(counted) or not self.by_utterance
 
     def _append(self, key: str, label: str, score: Score) -> None:
         row = {"key": key, "label": label, "wer": round(score.wer, 4)}
@@ -126,9 +139,10 @@ class Journal:
             label: str = "",
         ) -> Score:
             key = evaluation_key(self.fingerprint, quants, give_up_above)
-            if key in self._scores:
+            known = self._scores.get(key)
+            if known is not None and self._serves(known):
                 self.reused += 1
-                return self._scores[key]
+                return known
             score = evaluate(quants, start, give_up_above, label)
             self._scores[key] = score
             self.measured += 1

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from ..plan import LayerQuant
 
+# In the order of the fields.
+_BY_UTTERANCE = ("utterance_errors", "utterance_words", "batch_losses")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -22,6 +25,11 @@ class Score:
     complete : bool
         False when the evaluation was given up because it could not win any
         more: ``errors`` is then a lower bound over the same ``words``.
+    utterance_errors, utterance_words : tuple of int
+        The same by utterance, in the order of the set, so that two scores of
+        the same set can be compared in pairs; empty where that is not known.
+    batch_losses : tuple of float
+        The loss of each batch; empty where one is not finite.
 
     Example
     -------
@@ -33,11 +41,16 @@ class Score:
     words: int
     loss: float
     complete: bool = True
+    utterance_errors: tuple[int, ...] = ()
+    utterance_words: tuple[int, ...] = ()
+    batch_losses: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         # Losses are compared: NaN would make the order depend on chance.
         if not math.isfinite(self.loss):
             object.__setattr__(self, "loss", math.inf)
+        if not all(map(math.isfinite, self.batch_losses)):
+            object.__setattr__(self, "batch_losses", ())
 
     @property
     def wer(self) -> float:
@@ -45,8 +58,9 @@ class Score:
         return 100.0 * self.errors / self.words
 
     def to_dict(self) -> dict:
-        """JSON-safe; a loss that is not finite becomes None."""
-        raw = asdict(self)
+        """JSON-safe; a loss that is not finite becomes None, and what is
+        empty is left out."""
+        raw = {k: v for k, v in asdict(self).items() if v != ()}
         if not math.isfinite(self.loss):
             raw["loss"] = None
         return raw
@@ -55,7 +69,13 @@ class Score:
     def from_dict(cls, raw: Mapping) -> "Score":
         """The inverse of :meth:`to_dict`."""
         loss = math.inf if raw["loss"] is None else raw["loss"]
-        return cls(raw["errors"], raw["words"], loss, raw["complete"])
+        return cls(
+            raw["errors"],
+            raw["words"],
+            loss,
+            raw["complete"],
+            *(tuple(raw.get(name, ())) for name in _BY_UTTERANCE),
+        )
 
 
 class Evaluate(Protocol):

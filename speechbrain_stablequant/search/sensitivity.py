@@ -1,9 +1,12 @@
 """Step 1, layer selection: which units suffer when quantized alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..evaluation import DeltaInterval
 from ..plan import LayerQuant
+from .paired import PUBLISHED, Selection, loss_rise, points_per_loss, wer_rise
 from .score import Evaluate, Score
 
 
@@ -20,21 +23,32 @@ class Sensitivity:
     delta_wer : float
         Rise of the WER over the float model, in points.
     selected : bool
-        Whether the rise is above the threshold.
+        Whether it counts as above the threshold.
+    interval : DeltaInterval or None
+        Of the rise; None where the counts by utterance are not known.
     """
 
     unit: str
     score: Score
     delta_wer: float
     selected: bool
+    interval: DeltaInterval | None = None
 
 
 def select_units(
     units: Mapping[str, Mapping[str, LayerQuant]],
     evaluate: Evaluate,
     threshold: float,
+    selection: Selection = PUBLISHED,
 ) -> tuple[Score, list[Sensitivity]]:
     """Measures every unit alone and selects those that suffer.
+
+    By the rule ``threshold`` a unit is selected when its rise is above the
+    threshold. By the rule ``interval`` it is when the whole interval of the
+    rise is, and it is not when the whole interval is below. Where the
+    threshold lies within the interval, the loss decides: its rise, in points
+    as the units have them on average, must be above the threshold and its
+    interval above zero.
 
     Arguments
     ---------
@@ -45,6 +59,8 @@ def select_units(
         Measures on the search set.
     threshold : float
         Points of WER (absolute) above which a unit is selected.
+    selection : Selection
+        How that is decided.
 
     Returns
     -------
@@ -64,12 +80,35 @@ def select_units(
     [('u', 3.0, True), ('v', 0.0, False)]
     """
     baseline = evaluate({}, label="float")
+    scores = {
+        unit: evaluate(quants, start=unit, label=f"{unit} alone")
+        for unit, quants in units.items()
+    }
+    worth = points_per_loss(
+        (score.wer - baseline.wer, score.loss - baseline.loss)
+        for score in scores.values()
+        if math.isfinite(score.loss - baseline.loss)
+    )
     found = []
-    for unit, quants in units.items():
-        score = evaluate(quants, start=unit, label=f"{unit} alone")
-        delta = score.wer - baseline.wer
+    for unit, score in scores.items():
+        interval = wer_rise(baseline, score, selection.level)
         # In whole words: the rates' rounding must not decide.
         more = 100 * (score.errors - baseline.errors)
         selected = more > threshold * baseline.words
-        found.append(Sensitivity(unit, score, delta, selected))
+        if selection.rule == "interval":
+            if interval is None:
+                raise ValueError(
+                    "search: the recogniser counts no errors by utterance, "
+                    "which selection: interval needs; write selection: "
+                    "threshold"
+                )
+            if interval.low <= threshold < interval.high:
+                loss = loss_rise(baseline, score, selection.level)
+                selected = (
+                    loss is not None
+                    and loss.low > 0
+                    and worth * loss.delta > threshold
+                )
+        delta = score.wer - baseline.wer
+        found.append(Sensitivity(unit, score, delta, selected, interval))
     return baseline, found

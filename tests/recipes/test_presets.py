@@ -48,7 +48,7 @@ def test_preset_with_a_wrong_key_is_refused(path, tmp_path):
 
 # -- blocks of the recipe's studies --------------------------------------------
 
-STUDIES = ("compare", "study", "study_parts")
+STUDIES = ("compare", "study", "study_parts", "rivals")
 
 
 def plain(node):

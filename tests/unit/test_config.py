@@ -80,7 +80,11 @@ def test_one_name_stands_for_a_list():
 @pytest.mark.parametrize("plan", [None, "plan.json"])
 def test_needs_search(method, plan):
     config = QuantizeConfig.from_dict({"method": method, "plan": plan})
-    searches = method in ("stablequant", "stablequant_plus")
+    searches = method in (
+        "stablequant",
+        "stablequant_plus",
+        "nncf_accuracy_control",
+    )
     assert config.needs_search == (searches and plan is None)
 
 
@@ -235,9 +239,21 @@ def test_wrong_choice_lists_the_right_ones():
     text = error_of({"method": "awq"})
     assert text == (
         "quantize.method: 'awq' is not one of stablequant, max, percentile, "
-        "entropy, mse, adaround, stablequant_plus"
+        "entropy, mse, adaround, stablequant_plus, nncf, nncf_accuracy_control"
     )
     assert "auto, torch" in error_of({"backend": "awq"})
+
+
+@pytest.mark.parametrize(
+    "key, value, what",
+    [
+        ("search.selection", "median", "'median' is not one of threshold"),
+        ("search.level", 0, "between 0 and 1"),
+        ("search.level", 95, "between 0 and 1"),
+    ],
+)
+def test_rules_of_the_search(key, value, what):
+    assert what in error_of(nested(key, value))
 
 
 # -- the parts of methods ------------------------------------------------------

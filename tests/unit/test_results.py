@@ -19,6 +19,7 @@ from speechbrain_stablequant.plan import (
 from speechbrain_stablequant.report import comparison_figures
 from speechbrain_stablequant.results import (
     Evaluation,
+    Execution,
     SetResult,
     comparison,
     comparison_markdown,
@@ -231,27 +232,63 @@ def test_comparison():
 
 
 def test_comparison_with_sizes():
-    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    quantized = evaluation(QUANTIZED, seconds=1.5)
+    result = SetResult.pair(evaluation(FLOAT), quantized)
     table = comparison(
         {
             "w8": (PLAN, {"clean": result}),
             "w6": (plan_of({}, weight_bits=6), {"clean": result}),
         },
-        {"w8": 8.0, "w6": 6.04},
+        {
+            "w8": Execution("openvino", "float16", 8_000_000),
+            "w6": Execution("torch", "float16", 6_040_000),
+        },
         32.0,
     )
     lines = comparison_markdown(table).splitlines()
-    assert [line.split("|")[-2] for line in lines] == [
-        " MB ",
-        "---",
-        " 32.0 ",
-        " 8.0 ",
-        " 6.0 ",
+    # A simulation's speed is none.
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" MB ", " RTF "],
+        ["---", "---"],
+        [" 32.0 ", " 0.200 "],
+        [" 8.0 ", " 0.150 "],
+        [" 6.0 ", " "],
     ]
     images = comparison_figures(table)
     assert list(images) == ["comparison_clean.png"]
     assert images["comparison_clean.png"].startswith(b"\x89PNG")
     assert images == comparison_figures(table)
+
+
+def test_comparison_with_a_rival():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    rival = Execution(
+        "openvino",
+        "float16",
+        9_000_000,
+        files={"OpenVINO model": "model.xml"},
+        operations={"integer": 30, "float": 4},
+    )
+    assert rival.list_files() == {"OpenVINO model": "model.xml"}
+    ours = Execution("openvino", "float16", 8_000_000)
+    table = comparison(
+        {
+            "nncf": (plan_of({}, method="nncf"), {"clean": result}),
+            "w8": (PLAN, {"clean": result}),
+        },
+        {"nncf": rival, "w8": ours},
+    )
+    assert table["rows"][0]["operations"] == {"integer": 30, "float": 4}
+    assert "operations" not in table["rows"][1]
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[-2] for line in lines] == [
+        " float products ",
+        "---",
+        " ",
+        " 4 of 34 ",
+        " ",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_no_picture_without_sizes():

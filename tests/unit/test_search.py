@@ -10,10 +10,11 @@ from speechbrain_stablequant.plan import LayerQuant
 from speechbrain_stablequant.search import (
     Journal,
     Score,
+    Selection,
     search_cutoffs,
     select_units,
 )
-from speechbrain_stablequant.search.cutoff import best_cutoff
+from speechbrain_stablequant.search.cutoff import best_cutoff, surest_cutoff
 from speechbrain_stablequant.search.journal import evaluation_key
 
 GRID = (100.0, 99.9, 99.5, 99.0, 98.0)
@@ -420,3 +421,153 @@ def test_broken_loss_decides_the_same_after_a_restart(path):
         (found,) = search_cutoffs(["head"], GRID, quantize_unit, evaluate)
         choices.append(found.cutoff)
     assert choices[0] == choices[1]
+
+
+# -- by intervals --------------------------------------------------------------
+
+INTERVAL = Selection("interval", 0.8)
+
+
+def paired(errors, losses=(1.0,) * 4, words=25):
+    """A score with counts by utterance, each of as many words."""
+    return Score(
+        sum(errors),
+        words * len(errors),
+        sum(losses) / len(losses),
+        True,
+        tuple(errors),
+        (words,) * len(errors),
+        tuple(losses),
+    )
+
+
+def by_unit(scores, baseline):
+    """Evaluates each unit alone."""
+
+    def evaluate(quants, start=None, give_up_above=None, label=""):
+        assert give_up_above is None
+        return scores[start] if quants else baseline
+
+    return evaluate
+
+
+def test_interval_decides_where_it_is_on_one_side():
+    baseline = paired([5] * 40)
+    scores = {
+        "conv.0": paired([6] * 40),  # each utterance is worse
+        "conv.1": paired([5] * 40),
+        # One utterance has all the errors: the interval reaches below the
+        # threshold, and the loss does not rise.
+        "block.0": paired([5] * 39 + [10]),
+        "head": paired([4] * 40),
+    }
+    evaluate = by_unit(scores, baseline)
+    _, found = select_units(single_units(), evaluate, 0.25, INTERVAL)
+    assert [row.selected for row in found] == [True, False, False, False]
+    assert tuple(found[0].interval) == (4.0, 4.0, 4.0)
+    low, high = found[2].interval[1:]
+    assert low == 0 < 0.25 < high
+    # As published it would have been selected, by chance.
+    _, found = select_units(single_units(), evaluate, 0.25)
+    assert [row.selected for row in found] == [True, False, True, False]
+    assert found[2].interval[1:] == (low, high)
+
+
+def test_loss_decides_what_the_words_leave_open():
+    baseline = paired([5] * 40, [1.0] * 40)
+    undecided = [5] * 39 + [10]
+    scores = {
+        # What a rise of the loss is worth: 4 points for 0.4.
+        "conv.0": paired([6] * 40, [1.4] * 40),
+        # Worth 0.4 points.
+        "conv.1": paired(undecided, [1.04] * 40),
+        # Worth 0.1 points.
+        "block.0": paired(undecided, [1.01] * 40),
+        # Worth 0.4 points, by one utterance: the interval reaches zero.
+        "head": paired(undecided, [1.0] * 39 + [2.6]),
+    }
+    evaluate = by_unit(scores, baseline)
+    _, found = select_units(single_units(), evaluate, 0.25, INTERVAL)
+    assert [row.selected for row in found] == [True, True, False, False]
+
+
+def test_interval_needs_counts_by_utterance():
+    fake = Fake(rising({"head": 3}))
+    with pytest.raises(ValueError, match=r"selection: threshold$"):
+        select_units(single_units(), fake, 0.25, INTERVAL)
+    _, found = select_units(single_units(), fake, 0.25)
+    assert found[0].interval is None
+
+
+@pytest.mark.parametrize(
+    "curve, surest",
+    [
+        # Fewer errors in each utterance.
+        ([(100, [5] * 40, 1.0), (99, [4] * 40, 2.0)], 99),
+        # Fewer errors, by one utterance: within the noise; same loss.
+        ([(100, [5] * 40, 1.0), (99, [5] * 39 + [0], 1.0)], 100),
+        # The same, and the loss decides.
+        ([(100, [5] * 40, 1.0), (99, [5] * 39 + [0], 0.9)], 99),
+        ([(100, [5] * 39 + [0], 1.0), (99, [5] * 40, 0.9)], 99),
+        # Each step against the best so far, not the last.
+        (
+            [(100, [5] * 40, 0.8), (99, [5] * 40, 0.9), (98, [5] * 40, 0.85)],
+            100,
+        ),
+        # Never a smaller loss against more errors in each utterance.
+        ([(100, [5] * 40, 1.0), (99, [6] * 40, 0.1)], 100),
+    ],
+)
+def test_surest_cutoff(curve, surest):
+    rows = [(r, paired(errors, [loss] * 40)) for r, errors, loss in curve]
+    for order in (rows, rows[::-1]):
+        assert surest_cutoff(order, 0.8) == surest
+
+
+def test_cutoffs_by_interval_give_up_nothing():
+    scores = {r: paired([5] * 40, [r / 100] * 40) for r in GRID}
+    limits = []
+
+    def evaluate(quants, start=None, give_up_above=None, label=""):
+        limits.append(give_up_above)
+        return scores[quants["head.a"].activation_amax]
+
+    (found,) = search_cutoffs(["head"], GRID, quantize_unit, evaluate, INTERVAL)
+    assert found.cutoff == min(GRID)
+    assert limits == [None] * len(GRID)
+
+
+def test_unknown_rule():
+    with pytest.raises(ValueError, match="threshold, interval"):
+        Selection("mean")
+
+
+def test_counts_by_utterance_come_back(path):
+    score = paired([1, 2, 0, 3], [0.1 + 0.2, 1e-9, 2.0, 3.0])
+    Journal(path, "m").wrap(lambda *_: score)({})
+    assert Journal(path, "m", by_utterance=True).wrap(None)({}) == score
+
+
+def test_a_loss_that_is_not_finite_leaves_none_by_batch(path):
+    score = paired([1, 2, 0, 3], [1.0, math.nan, 2.0, 3.0])
+    assert score.batch_losses == ()
+    Journal(path, "m").wrap(lambda *_: score)({})
+    assert Journal(path, "m").wrap(None)({}) == score
+
+
+def test_lines_of_earlier_versions(path):
+    """They have no counts by utterance: read where these are not needed."""
+    old = Score(2, 100, 1.0)
+    Journal(path, "m").wrap(lambda *_: old)({}, label="float")
+    assert "utterance" not in path.read_text()
+    assert Journal(path, "m").wrap(None)({}) == old
+    new = paired([1, 1, 0, 0])
+    journal = Journal(path, "m", by_utterance=True)
+    assert journal.wrap(lambda *_: new)({}) == new
+    assert (journal.measured, journal.reused) == (1, 0)
+    assert Journal(path, "m", by_utterance=True).wrap(None)({}) == new
+    # What was given up has none either, and needs none.
+    given_up = Score(9, 50, 1.0, complete=False)
+    Journal(path, "n").wrap(lambda *_: given_up)({}, give_up_above=8)
+    again = Journal(path, "n", by_utterance=True).wrap(None)
+    assert again({}, give_up_above=8) == given_up
