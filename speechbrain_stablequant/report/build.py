@@ -451,14 +451,15 @@ def _measurement(report: dict) -> Section:
         )
     else:
         blocks.append(Table(["Search", "Value"], _search_rows(search)))
-        blocks.append(
-            Text(
-                "WER alone: one unit quantized with its largest activation "
-                "as range, the rest of the model in floating point, on the "
-                "search set. A unit is selected when its WER rises by more "
-                "than the threshold."
+        if search.get("threshold") is not None:
+            blocks.append(
+                Text(
+                    "WER alone: one unit quantized with its largest activation "
+                    "as range, the rest of the model in floating point, on the "
+                    "search set. A unit is selected when its WER rises by more "
+                    "than the threshold."
+                )
             )
-        )
     notes = [
         "WER and CER: all errors of a set divided by all words (characters) "
         "of its references, as jiwer counts. Characters include the spaces "
