@@ -425,8 +425,11 @@ class StableQuant:
         *args, **kwargs
             As of ``Brain.fit``.
         """
-        self._check_metric_early()
         call = inspect.signature(self._fit).bind(*args, **kwargs).arguments
+        self._take_train_set(
+            call.get("train_set"), call.get("train_loader_kwargs") or {}
+        )
+        self._check_metric_early()
         valid_set = call.get("valid_set")
         if valid_set is not None and any(
             run.config.plan is None for run in self.runs
@@ -434,9 +437,6 @@ class StableQuant:
             self._take_valid_set(
                 valid_set, call.get("valid_loader_kwargs") or {}
             )
-        self._take_train_set(
-            call.get("train_set"), call.get("train_loader_kwargs") or {}
-        )
         return self._fit(*args, **kwargs)
 
     def evaluate(

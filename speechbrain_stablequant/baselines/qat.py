@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -29,13 +29,13 @@ from ..files import read_json, write_atomic, write_json
 from ..layers import Layer
 from ..numerics import qmax, scale_from_amax
 from ..plan import LayerQuant
+from ..search.score import Score
 from ..simulate import multiply
 from ..weights import round_weight, weight_scale
 
 Quants = dict[str, LayerQuant]
 Optimizers = Mapping[str, torch.optim.Optimizer]
-# WER in percent, word errors, loss: of quants with their tensors.
-Measure = Callable[[Quants, AdjustedTensors], Any]
+Measure = Callable[[Quants, AdjustedTensors], Score]
 
 
 class _Quantize(torch.autograd.Function):
@@ -43,19 +43,19 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, limit, factor):
-        ratio = x * (1.0 / scale)
-        rounded = ratio.round()
-        # As torch's operators: what rounds into the range is in it.
-        inside = rounded.abs() <= limit
-        rounded = rounded.clamp_(-limit, limit)
         ctx.learns, ctx.factor = ctx.needs_input_grad[1], factor
         ctx.shape = scale.shape
+        ratio = x * (1.0 / scale)
+        rounded = ratio.round() if ctx.learns else ratio.round_()
+        grid = rounded.clamp(-limit, limit)
+        # As torch's operators: what rounds into the range is in it.
+        kept = grid == rounded
         if ctx.learns:
             # By how much the output grows with the scale. At most 1/2 inside
             # of the range and at least 1 outside: it says which of the two.
-            inside = torch.where(inside, rounded - ratio, rounded)
-        ctx.save_for_backward(inside)
-        return rounded.mul_(scale)
+            kept = torch.where(kept, rounded - ratio, grid)
+        ctx.save_for_backward(kept)
+        return grid.mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient):
