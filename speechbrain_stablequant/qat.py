@@ -61,7 +61,7 @@ def make_qat_plan(stage: "Stage", start: QuantizationPlan) -> QuantizationPlan:
         settings.keep,
     )
     batches = len(trainer)
-    store = EpochStore(stage.folder / EPOCH_FOLDER, _key(stage, start, batches))
+    store = EpochStore(stage.folder / EPOCH_FOLDER, _key(stage, start))
 
     def measure(
         quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
@@ -71,9 +71,7 @@ def make_qat_plan(stage: "Stage", start: QuantizationPlan) -> QuantizationPlan:
             simulator.apply(quants),
             adjusted_floats(recogniser.modules, tensors.floats),
         ):
-            score = recogniser.score(lambda _: None, None)
-        logger.info("qat: WER %.2f on the search set", score.wer)
-        return score
+            return recogniser.score(lambda _: None, None)
 
     with tqdm(
         total=settings.epochs * batches,
@@ -91,8 +89,19 @@ def make_qat_plan(stage: "Stage", start: QuantizationPlan) -> QuantizationPlan:
             bar.set_postfix_str(f"epoch {epoch}", refresh=False)
             bar.update(done - bar.n)
 
+        def on_epoch(entry: Mapping) -> None:
+            said = [
+                f"{what} {entry[name]:{form}}"
+                for what, name, form in (
+                    ("loss", "loss", ".4f"),
+                    ("WER on the search set", "wer", ".2f"),
+                )
+                if entry[name] is not None
+            ]
+            logger.info("qat: epoch %d: %s", entry["epoch"], ", ".join(said))
+
         quants, tensors, history = training.run(
-            student, trainer, measure, store, on_batch
+            student, trainer, measure, store, on_batch, on_epoch
         )
         bar.update(bar.total - bar.n)
     layers = [
@@ -116,7 +125,7 @@ def make_qat_plan(stage: "Stage", start: QuantizationPlan) -> QuantizationPlan:
     return replace(start, layers=layers, search=search, tensors=tensors)
 
 
-def _key(stage: "Stage", start: QuantizationPlan, batches: int) -> str:
+def _key(stage: "Stage", start: QuantizationPlan) -> str:
     """All that decides the outcome."""
     config, recogniser = stage.config, stage.recogniser
     content = [
@@ -125,7 +134,7 @@ def _key(stage: "Stage", start: QuantizationPlan, batches: int) -> str:
         asdict(config.qat),
         config.seed,
         recogniser.trainer.ids,
-        batches,
+        dict(recogniser.trainer.settings),
     ]
     if config.qat.keep == "best":
         content.append(recogniser.ids("search"))

@@ -70,9 +70,23 @@ class BrainTrainer:
                 self._length = len(self._loader())
         return self._length
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome beside the data and their order."""
+        options = ("batch_size", "shuffle", "drop_last")
+        found = {
+            name: self.loader_options[name]
+            for name in options
+            if name in self.loader_options
+        }
+        for name in ("precision", "max_grad_norm", "grad_accumulation_factor"):
+            found[name] = getattr(self.brain, name)
+        return {**found, "batches": len(self)}
+
     def _loader(self) -> DataLoader:
         brain, loader = self.brain, self.train_set
         if not isinstance(loader, DataLoader):
+            brain.train_sampler = None  # that of another loader
             options = {**self.loader_options, "ckpt_prefix": None}
             loader = brain.make_dataloader(loader, sb.Stage.TRAIN, **options)
         # Brain.fit tells it the epoch: the same order each time.
@@ -330,7 +344,9 @@ def trainable(
     with ExitStack() as stack:
         for module in modules.modules():
             for switch in ("freeze", "_requires_grad"):
-                if vars(module).get(switch) is True:
+                # Of use to it only where it computes things twice.
+                twice = getattr(module, "gradient_checkpointing", False)
+                if vars(module).get(switch) is True and not twice:
                     stack.enter_context(shadowed(module, switch, False))
         try:
             for parameter, _ in wanted:

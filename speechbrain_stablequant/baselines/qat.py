@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -533,6 +533,8 @@ class Trainer(Protocol):
     """A toolkit's training loop and its data."""
 
     ids: list[str]
+    #: What decides the outcome beside them; JSON-safe.
+    settings: Mapping[str, Any]
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -674,6 +676,7 @@ class Training:
         measure: Measure,
         store: EpochStore,
         on_batch: Callable[[int, int], None] = lambda epoch, index: None,
+        on_epoch: Callable[[dict], None] = lambda entry: None,
     ) -> tuple[Quants, AdjustedTensors, list[dict]]:
         """Trains, or goes on with a training that was killed.
 
@@ -689,6 +692,8 @@ class Training:
             Finished epochs.
         on_batch : callable
             Called before each batch with the epoch and the batch's index.
+        on_epoch : callable
+            Called with the entry of each epoch that was just finished.
 
         Returns
         -------
@@ -724,6 +729,7 @@ class Training:
                         student.resting,
                     )
             history.append(self._entry(number, loss, student, measure))
+            on_epoch(history[-1])
             state = {**student.parameters, **_state_of(optimizers)}
             store.write(state, history, self.kept(history)["epoch"])
         best = self.kept(history)["epoch"]

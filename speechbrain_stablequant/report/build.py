@@ -451,6 +451,9 @@ def _measurement(report: dict) -> Section:
         )
     else:
         blocks.append(Table(["Search", "Value"], _search_rows(search)))
+        training = search.get("training")
+        if training:
+            blocks.append(_training_table(training, search.get("epoch")))
         if search.get("threshold") is not None:
             blocks.append(
                 Text(
@@ -500,6 +503,19 @@ def _search_rows(search: dict) -> list[list[str]]:
         ["Seconds", number(search.get("seconds"), 0)],
     ]
     return [row for row in rows if row[1] != NOT_MEASURED]
+
+
+def _training_table(history: list[dict], best: int | None) -> Table:
+    rows = [
+        [
+            str(entry["epoch"]),
+            number(entry["loss"], 4),
+            number(entry["wer"]),
+        ]
+        for entry in history
+    ]
+    columns = ["Epoch of training", "Loss", "WER of the search set, %"]
+    return Table(columns, rows, {best})
 
 
 def _warnings(report: dict) -> Section:

@@ -66,6 +66,9 @@ def test_training_helps(written):
     assert min(errors) < errors[0]
     losses = [entry["valid_loss"] for entry in history]
     assert min(losses) < 0.8 * losses[0]
+    report = (written / "ste/report.md").read_text("utf-8")
+    assert "Epoch of training" in report
+    assert "WER alone" not in report.partition("How it was measured")[2]
     history = training_of(written / "lsq")
     assert [entry["errors"] for entry in history] == [None, None]
 

@@ -80,7 +80,7 @@ def test_one_name_stands_for_a_list():
 @pytest.mark.parametrize("plan", [None, "plan.json"])
 def test_needs_search(method, plan):
     config = QuantizeConfig.from_dict({"method": method, "plan": plan})
-    searches = method in ("stablequant", "stablequant_plus")
+    searches = method in ("stablequant", "stablequant_plus", "qat")
     assert config.needs_search == (searches and plan is None)
 
 

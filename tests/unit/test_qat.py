@@ -236,6 +236,7 @@ class Loop:
     def __init__(self, modules, batches, fail_in=None):
         self.modules, self.batches, self.fail_in = modules, batches, fail_in
         self.ids = [str(index) for index in range(len(batches))]
+        self.settings = {}
         with torch.no_grad():
             self.expected = [run(modules, batch) for batch in batches]
         self.epochs, self.rates = [], []
