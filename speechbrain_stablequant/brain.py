@@ -16,6 +16,7 @@ import speechbrain as sb
 import torch
 from torch import nn
 
+from .baselines.qat import Trainer
 from .data import Batches, audio_of
 from .evaluation import Transcript
 from .replay import StopForward
@@ -169,6 +170,8 @@ class BrainRecogniser:
         Attribute with the word error statistics.
     show_progress : bool
         Whether progress bars are shown.
+    trainer : Trainer or None
+        Its training loop, for methods that train.
     """
 
     def __init__(
@@ -177,11 +180,13 @@ class BrainRecogniser:
         subsets: Mapping[str, Batches],
         metric_attribute: str,
         show_progress: bool,
+        trainer: Trainer | None = None,
     ):
         self.brain = brain
         self.subsets = dict(subsets)
         self.metric_attribute = metric_attribute
         self.show_progress = show_progress
+        self.trainer = trainer
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -236,7 +241,7 @@ class BrainRecogniser:
                     output = None
             if first_only:
                 break
-        return _first_tensor(output)
+        return first_tensor(output)
 
     def score(
         self,
@@ -336,14 +341,30 @@ def evaluation_steps(
         yield float(loss), metric, len(metric.scores) - before
 
 
-def _first_tensor(output: Any) -> torch.Tensor | None:
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The first tensor of what ``compute_forward`` gives.
+
+    Arguments
+    ---------
+    output : Any
+        A tensor, or lists, tuples and dicts that hold some.
+
+    Returns
+    -------
+    torch.Tensor or None
+
+    Example
+    -------
+    >>> first_tensor((None, {"a": torch.ones(1)}))
+    tensor([1.])
+    """
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, list | tuple):
         for part in output:
-            found = _first_tensor(part)
+            found = first_tensor(part)
             if found is not None:
                 return found
     return None

@@ -26,6 +26,7 @@ METHODS = (
     "mse",
     "adaround",
     "stablequant_plus",
+    "qat",
     "nncf",
     "nncf_accuracy_control",
 )
@@ -36,6 +37,8 @@ BACKENDS = ("auto", *RUNTIMES)
 WEIGHT_METHODS = ("max", "mse")
 
 
+# Blocks inside of the block.
+_PARTS = ("calibration", "search", "adaround", "plus", "qat", "nncf")
 # What all variants of a block have in common.
 _SHARED_KEYS = (
     "variants",
@@ -158,6 +161,50 @@ class AdaRoundConfig:
 
 
 @dataclass(frozen=True)
+class QatConfig:
+    """``quantize.qat``: training of the quantized model, a tenth as long as
+    the float model's and with a hundredth of its learning rate.
+
+    Arguments
+    ---------
+    epochs : int
+        Over the recipe's training set, with the recipe's loader options.
+    lr : float
+        Learning rate, falling to 0 along half a cosine.
+    learn_scales : bool
+        Whether the scales are trained as well (LSQ), or stay as calibrated.
+    scale_lr : float
+        Learning rate of scales, as a fraction of the scale.
+    calibrator : str
+        Of the model that the training begins with: ``max``, ``percentile``,
+        ``entropy`` or ``mse``.
+    keep : str
+        ``best``: the epoch with the lowest WER on the search set, the
+        calibrated model being one of them; or ``last``, without a search set.
+    distill : float
+        0: the recipe's loss; 1: the divergence from the float model, which
+        needs no transcripts; or a mixture.
+    freeze_feature_extractor : bool
+        Whether the encoder's convolutions stay as calibrated, which saves
+        time and memory.
+    bfloat16 : bool
+        Whether products are computed in bfloat16 while training: faster
+        where the device has such instructions. What is measured and stored
+        is exact in any case.
+    """
+
+    epochs: int = 3
+    lr: float = 1e-5
+    learn_scales: bool = False
+    scale_lr: float = 1e-3
+    calibrator: str = "mse"
+    keep: str = "best"
+    distill: float = 0.0
+    freeze_feature_extractor: bool = False
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True)
 class BudgetConfig:
     """``quantize.plus.budget``: bits for each unit by its sensitivity.
 
@@ -260,8 +307,9 @@ class QuantizeConfig:
     method : str
         ``stablequant``, or one calibrator for all layers: ``max``,
         ``percentile``, ``entropy``, ``mse``; or ``adaround``; or
-        ``stablequant_plus``, which adds parts to StableQuant; or a rival
-        from outside, to compare with: ``nncf``, ``nncf_accuracy_control``.
+        ``stablequant_plus``, which adds parts to StableQuant; or ``qat``,
+        which trains the quantized model; or a rival from outside, to compare
+        with: ``nncf``, ``nncf_accuracy_control``.
     weight_method : str or None
         ``max`` or ``mse``; None takes what the method defines.
     calibration : CalibrationConfig
@@ -274,6 +322,8 @@ class QuantizeConfig:
         For ``method: stablequant_plus``.
     nncf : NncfConfig
         For ``method: nncf`` and ``nncf_accuracy_control``.
+    qat : QatConfig
+        For ``method: qat``.
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
     backend : str
@@ -316,6 +366,7 @@ class QuantizeConfig:
     adaround: AdaRoundConfig = field(default_factory=AdaRoundConfig)
     plus: PlusConfig = field(default_factory=PlusConfig)
     nncf: NncfConfig = field(default_factory=NncfConfig)
+    qat: QatConfig = field(default_factory=QatConfig)
     plan: str | None = None
     backend: str = "auto"
     backend_options: dict = field(default_factory=dict)
@@ -332,6 +383,8 @@ class QuantizeConfig:
     @property
     def needs_search(self) -> bool:
         """Whether the method measures on the search set."""
+        if self.needs_training:
+            return self.qat.keep == "best"
         return self.plan is None and self.method in (
             "stablequant",
             "stablequant_plus",
@@ -342,6 +395,11 @@ class QuantizeConfig:
     def is_rival(self) -> bool:
         """Whether others quantize: there is no plan then."""
         return self.plan is None and self.method in RIVALS
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the method trains on the recipe's training set."""
+        return self.plan is None and self.method == "qat"
 
     @property
     def extras(self) -> frozenset[str]:
@@ -393,7 +451,7 @@ class QuantizeConfig:
             for key in _SHARED_KEYS:
                 if key in changes:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
-            for part in ("calibration", "search", "adaround", "plus", "nncf"):
+            for part in _PARTS:
                 if isinstance(changes.get(part), Mapping):
                     changes[part] = _merged(base[part], changes[part])
             config = _build(QuantizeConfig, {**base, **changes}, where)
@@ -538,6 +596,7 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
     _check_adaround(config.adaround, require)
     _check_plus(config.plus, require)
     _check_nncf(config, require)
+    _check_qat(config.qat, require)
     bins = config.calibration.num_bins
     require(
         128 <= bins <= 2**20 and bins & (bins - 1) == 0,
@@ -645,6 +704,36 @@ def _check_nncf(config: QuantizeConfig, require: Callable) -> None:
             getattr(config, key) == default,
             key,
             f"method {config.method} chooses its operations; leave it out",
+        )
+
+
+def _check_qat(part: QatConfig, require: Callable) -> None:
+    require(
+        part.epochs > 0,
+        "qat.epochs",
+        f"must be at least 1, not {part.epochs}",
+    )
+    for key in ("lr", "scale_lr"):
+        value = getattr(part, key)
+        require(
+            0 < value < math.inf,
+            f"qat.{key}",
+            f"must be positive and finite, not {value}",
+        )
+    require(
+        0 <= part.distill <= 1,
+        "qat.distill",
+        f"must be a fraction from 0 to 1, not {part.distill}",
+    )
+    for key, known in (
+        ("calibrator", ("max", "percentile", "entropy", "mse")),
+        ("keep", ("best", "last")),
+    ):
+        value = getattr(part, key)
+        require(
+            value in known,
+            f"qat.{key}",
+            f"'{value}' is not one of {', '.join(known)}",
         )
 
 

@@ -76,6 +76,7 @@ from .runtime.base import shadowed_forwards
 from .runtime.cpu import PAIR_SUM_BITS, cpu_class
 from .runtime.encoder import describe_encoder
 from .stage import Stage, check_earlier_run
+from .training import BrainTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,8 @@ class StableQuant:
         The validated block.
     valid_set : Dataset or DataLoader, optional
         For calibration and search; without it, the one given to ``fit``.
+    train_set : Dataset or DataLoader, optional
+        For methods that train; without it, the one given to ``fit``.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class StableQuant:
         brain: sb.Brain,
         config: QuantizeConfig,
         valid_set: Dataset | DataLoader | None = None,
+        train_set: Dataset | DataLoader | None = None,
     ):
         self.brain = brain
         self.config = config
@@ -201,8 +205,11 @@ class StableQuant:
             for name, variant in config.variant_configs().items()
         ]
         self._recovered: tuple | None = None
+        self._trainer: BrainTrainer | None = None
         if valid_set is not None:
             self._take_valid_set(valid_set, {})
+        if train_set is not None:
+            self._take_train_set(train_set, {})
         # Shadowed on the instance: also right for a Brain that overrides them.
         self._fit, self._evaluate = brain.fit, brain.evaluate
         brain.fit = self.fit
@@ -214,6 +221,7 @@ class StableQuant:
         cls,
         brain: sb.Brain,
         valid_set: Dataset | DataLoader | None = None,
+        train_set: Dataset | DataLoader | None = None,
         **block: Any,
     ) -> "StableQuant":
         """Attaches to a Brain from Python, without any global hook.
@@ -224,6 +232,8 @@ class StableQuant:
             The recipe's Brain.
         valid_set : Dataset or DataLoader, optional
             For calibration and search; without it, the one given to ``fit``.
+        train_set : Dataset or DataLoader, optional
+            For methods that train; without it, the one given to ``fit``.
         **block
             Keys of :class:`~speechbrain_stablequant.config.QuantizeConfig`.
 
@@ -233,7 +243,8 @@ class StableQuant:
             After ``brain.evaluate`` the plan and the results of each of its
             ``runs`` are there.
         """
-        return cls(brain, QuantizeConfig.from_dict(block), valid_set)
+        config = QuantizeConfig.from_dict(block)
+        return cls(brain, config, valid_set, train_set)
 
     # -- checks before long work -------------------------------------------
 
@@ -408,18 +419,43 @@ class StableQuant:
             count = None
         return draw_subset(dataset, count, most, config.seed, name)
 
+    def _take_train_set(
+        self,
+        train_set: Dataset | DataLoader | None,
+        loader_options: Mapping[str, Any],
+    ) -> None:
+        """Keeps the training set for methods that train."""
+        if not any(run.config.needs_training for run in self.runs):
+            return
+        if train_set is None or len(dataset_of(train_set)) == 0:
+            raise ConfigError(
+                "quantize.method: qat trains, and the recipe's training set "
+                "is empty; name training data (such as train_splits) or "
+                "choose another method"
+            )
+        self._trainer = BrainTrainer(
+            self.brain,
+            train_set,
+            loader_options,
+            self.config.signal,
+            self.config.seed,
+        )
+
     # -- the Brain's two verbs ---------------------------------------------
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """``Brain.fit``; keeps the validation set for later.
+        """``Brain.fit``; keeps the data sets for later.
 
         Arguments
         ---------
         *args, **kwargs
             As of ``Brain.fit``.
         """
-        self._check_metric_early()
         call = inspect.signature(self._fit).bind(*args, **kwargs).arguments
+        self._take_train_set(
+            call.get("train_set"), call.get("train_loader_kwargs") or {}
+        )
+        self._check_metric_early()
         valid_set = call.get("valid_set")
         if valid_set is not None and any(
             run.config.plan is None for run in self.runs
@@ -558,6 +594,8 @@ class StableQuant:
                 "got none, so give one to StableQuant.attach(brain, "
                 "valid_set=...) or set quantize.plan"
             )
+        if self._trainer is None:
+            self._take_train_set(None, {})
 
     def _check_metric(self) -> None:
         if self.runs[0].results:
@@ -590,6 +628,7 @@ class StableQuant:
             run.subsets,
             self.config.metric_attribute,
             self._show_progress,
+            self._trainer,
         )
         run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.

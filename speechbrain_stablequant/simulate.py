@@ -109,6 +109,37 @@ def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
     return fake_quantize(x - offset, scale, bits) + offset
 
 
+def multiply(
+    module: nn.Module,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """A layer's product with a weight and a bias that are not its own.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+    x, weight, bias : torch.Tensor
+        In place of its input and parameters.
+
+    Returns
+    -------
+    torch.Tensor
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> multiply(linear, torch.ones(1), torch.ones(1, 1), torch.ones(1)).item()
+    2.0
+    """
+    if isinstance(module, nn.Conv1d):
+        # Zero padding stays exact: the zero point is 0.
+        return module._conv_forward(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def quantized_forward(
     module: nn.Module,
     quant: LayerQuant,
@@ -136,7 +167,6 @@ def quantized_forward(
     bits = quant.activation_bits
     scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
     scale = scale.to(weight.device)
-    is_conv = isinstance(module, nn.Conv1d)
     offset, shift = quant.activation_offset, None
     if offset:
         check_offset(module)
@@ -154,11 +184,7 @@ def quantized_forward(
             else:
                 grid = fake_quantize(x.float() - offset, scale, bits)
                 bias = shift if bias is None else bias + shift
-            if is_conv:
-                # Zero padding stays exact: the zero point is 0.
-                out = module._conv_forward(grid, weight, bias)
-            else:
-                out = F.linear(grid, weight, bias)
+            out = multiply(module, grid, weight, bias)
         return out.to(x.dtype)
 
     return forward

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from . import calibrators
 from .adjusted import AdjustedTensors, LayerTensors
 from .baselines import AdaRound, LayerStore, PrefixWalk, refine
+from .baselines.qat import Trainer
 from .baselines.refine import Solve
 from .calibrators import clipped_mse
 from .config import QuantizeConfig
@@ -30,6 +31,7 @@ from .layers import Cut, Layer, find_encoders, find_layers, group_units
 from .observers import Observer
 from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from .plus import make_plus_plan
+from .qat import make_qat_plan
 from .replay import Replay
 from .search import (
     Evaluate,
@@ -58,6 +60,8 @@ class Recogniser(Protocol):
 
     modules: Mapping[str, nn.Module]
     show_progress: bool
+    #: The training loop; None where nothing is trained.
+    trainer: Trainer | None
 
     def ids(self, subset: str) -> list[str]:
         """Utterances of a subset, in the order in which they are run."""
@@ -216,6 +220,11 @@ class Stage:
             plan = self._search(weights, calibration)
         elif self.config.method == "adaround":
             plan = self._adaround(weights, calibration)
+        elif self.config.method == "qat":
+            start = self._calibrator_plan(
+                weights, histograms, self.config.qat.calibrator
+            )
+            plan = make_qat_plan(self, start)
         else:
             plan = self._calibrator_plan(
                 weights, histograms, self.config.method
@@ -250,6 +259,8 @@ class Stage:
             settings.pop("adaround")
         if not self.config.is_rival:
             settings.pop("nncf")
+        if self.config.method != "qat":
+            settings.pop("qat")
         return json.loads(json.dumps(settings))
 
     def assemble(

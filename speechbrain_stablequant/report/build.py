@@ -452,16 +452,19 @@ def _measurement(report: dict) -> Section:
         )
     else:
         blocks.append(Table(["Search", "Value"], _search_rows(search)))
-    if search is not None and report["units"]:
-        blocks.append(
-            Text(
-                "WER alone: one unit quantized with its largest activation "
-                "as range, the rest of the model in floating point, on the "
-                "search set. A unit is selected when its WER rises by more "
-                "than the threshold. In brackets: paired interval of the "
-                "rise."
+        training = search.get("training")
+        if training:
+            blocks.append(_training_table(training, search.get("epoch")))
+        if search.get("threshold") is not None:
+            blocks.append(
+                Text(
+                    "WER alone: one unit quantized with its largest activation "
+                    "as range, the rest of the model in floating point, on the "
+                    "search set. A unit is selected when its WER rises by more "
+                    "than the threshold. In brackets: paired interval of the "
+                    "rise."
+                )
             )
-        )
     notes = [
         "WER and CER: all errors of a set divided by all words (characters) "
         "of its references, as jiwer counts. Characters include the spaces "
@@ -504,6 +507,19 @@ def _search_rows(search: dict) -> list[list[str]]:
         ["Seconds", number(search.get("seconds"), 0)],
     ]
     return [row for row in rows if row[1] != NOT_MEASURED]
+
+
+def _training_table(history: list[dict], best: int | None) -> Table:
+    rows = [
+        [
+            str(entry["epoch"]),
+            number(entry["loss"], 4),
+            number(entry["wer"]),
+        ]
+        for entry in history
+    ]
+    columns = ["Epoch of training", "Loss", "WER of the search set, %"]
+    return Table(columns, rows, {best})
 
 
 def _warnings(report: dict) -> Section:

@@ -83,6 +83,7 @@ def test_needs_search(method, plan):
     searches = method in (
         "stablequant",
         "stablequant_plus",
+        "qat",
         "nncf_accuracy_control",
     )
     assert config.needs_search == (searches and plan is None)
@@ -239,7 +240,8 @@ def test_wrong_choice_lists_the_right_ones():
     text = error_of({"method": "awq"})
     assert text == (
         "quantize.method: 'awq' is not one of stablequant, max, percentile, "
-        "entropy, mse, adaround, stablequant_plus, nncf, nncf_accuracy_control"
+        "entropy, mse, adaround, stablequant_plus, qat, nncf, "
+        "nncf_accuracy_control"
     )
     assert "auto, torch" in error_of({"backend": "awq"})
 
@@ -276,6 +278,14 @@ def test_rules_of_the_search(key, value, what):
         ("plus.budget", 0.22, "must be a block"),
         ("plus.budget.size", 22.0, "fraction"),
         ("plus.budget.bits", [1], "from 2 to 8, or 16"),
+        ("qat.epochs", 0, "at least 1"),
+        ("qat.lr", 0.0, "positive"),
+        ("qat.scale_lr", INF, "finite"),
+        ("qat.distill", 1.5, "fraction"),
+        ("qat.calibrator", "stablequant", "is not one of max"),
+        ("qat.keep", "first", "'first' is not one of best, last"),
+        ("qat.learn_scale", True, "did you mean 'learn_scales'"),
+        ("qat.learn_scales", 1, "must be bool"),
     ],
 )
 def test_wrong_values_of_parts(key, value, what):
@@ -299,6 +309,19 @@ def test_a_variant_changes_one_key_of_a_part():
     assert not config.plus.equalize
     assert not config.plus.compensate
     assert config.plus.budget.size == 0.2
+
+
+def test_what_training_needs():
+    block = {"method": "qat", "variants": [{"name": "last"}, {"name": "mse"}]}
+    block["variants"][0]["qat"] = {"keep": "last"}
+    block["variants"][1]["method"] = "mse"
+    best = QuantizeConfig.from_dict(block)
+    last, other = best.variant_configs().values()
+    assert best.needs_training and best.needs_search
+    assert last.needs_training and not last.needs_search
+    assert not other.needs_training and not other.needs_search
+    given = QuantizeConfig.from_dict({"method": "qat", "plan": "plan.json"})
+    assert not given.needs_training and not given.needs_search
 
 
 @pytest.mark.parametrize(
