@@ -23,6 +23,7 @@ from torch import nn
 from .files import write_atomic
 from .layers import Layer
 from .packing import pack, unpack
+from .rotation import attached_rotations, is_rotation, rotated_encoder
 
 TENSORS_FORMAT = "speechbrain_stablequant.plan"
 
@@ -62,7 +63,7 @@ class AdjustedTensors:
         LayerTensors of quantized layers, by name.
     floats : dict
         Changed parameters of everything else, float32, by their name in the
-        state dict of the Brain's modules.
+        state dict of the Brain's modules, and rotations of encoders' streams.
     """
 
     layers: dict[str, LayerTensors] = field(default_factory=dict)
@@ -256,8 +257,11 @@ class AdjustedTensors:
                 _check_shape(f"{name}.{part}", value, want, path)
         state = _parameters(modules)
         for name, value in self.floats.items():
-            found = state.get(name)
-            shape = None if found is None else found.shape
+            if is_rotation(name):
+                shape = _rotation_shape(modules, name)
+            else:
+                found = state.get(name)
+                shape = None if found is None else found.shape
             _check_shape(name, value, shape, path)
 
 
@@ -276,6 +280,16 @@ def _check_shape(
     )
 
 
+def _rotation_shape(
+    modules: Mapping[str, nn.Module], name: str
+) -> tuple[int, int] | None:
+    try:
+        channels = rotated_encoder(modules, name).layer_norm.weight.numel()
+    except KeyError:
+        return None
+    return channels, channels
+
+
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """The live parameters by their name in the state dict."""
     return {
@@ -289,14 +303,15 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
 def adjusted_floats(
     modules: Mapping[str, nn.Module], floats: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Context in which parameters have other values.
+    """Context in which parameters have other values, and streams are rotated.
 
     Arguments
     ---------
     modules : Mapping
         Modules by key.
     floats : Mapping
-        Values by the parameter's name in the state dict.
+        Values by the parameter's name in the state dict; rotations by that
+        of their buffer.
 
     Raises
     ------
@@ -314,13 +329,14 @@ def adjusted_floats(
     """
     state = _parameters(modules) if floats else {}
     # All names are looked up before anything is changed.
-    targets = {name: state[name] for name in floats}
+    targets = {name: state[name] for name in floats if not is_rotation(name)}
     kept = {name: t.detach().clone() for name, t in targets.items()}
     try:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(floats[name])
-        yield
+        with attached_rotations(modules, floats):
+            yield
     finally:
         with torch.no_grad():
             for name, target in targets.items():

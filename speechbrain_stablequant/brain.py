@@ -233,15 +233,42 @@ class BrainRecogniser:
             for _ in range(turns):
                 before_batch(index)
                 try:
-                    with self.brain.evaluation_ctx:
-                        output = self.brain.compute_forward(
-                            copy.copy(batch), stage=sb.Stage.VALID
-                        )
+                    output = self._compute(batch)
                 except StopForward:
                     output = None
             if first_only:
                 break
         return first_tensor(output)
+
+    @torch.no_grad()
+    def outputs(
+        self, subset: str, before_batch: Callable[[int], None]
+    ) -> Iterator[torch.Tensor | None]:
+        """Runs ``compute_forward`` over a subset.
+
+        Arguments
+        ---------
+        subset : str
+            ``calibration`` or ``search``.
+        before_batch : callable
+            Called with the index of each batch before it is run.
+
+        Yields
+        ------
+        torch.Tensor or None
+            First tensor of each batch's output, such as its log
+            probabilities; None where the recipe returns none.
+        """
+        self.brain.modules.eval()
+        for index, batch in enumerate(self.subsets[subset].load()):
+            before_batch(index)
+            yield first_tensor(self._compute(batch))
+
+    def _compute(self, batch: Any) -> Any:
+        with self.brain.evaluation_ctx:
+            return self.brain.compute_forward(
+                copy.copy(batch), stage=sb.Stage.VALID
+            )
 
     def score(
         self,

@@ -37,6 +37,8 @@ BACKENDS = ("auto", *RUNTIMES)
 WEIGHT_METHODS = ("max", "mse")
 
 
+# What gets a cut-off of its own in StableQuant-plus.
+CUTOFFS = ("layers", "units", "none")
 # Blocks inside of the block.
 _PARTS = ("calibration", "search", "adaround", "plus", "qat", "nncf")
 # What all variants of a block have in common.
@@ -227,14 +229,23 @@ class PlusConfig:
 
     Arguments
     ---------
+    rotate : bool
+        Rotates the residual stream of encoders that normalise before each
+        sublayer (QuaRot): linears behind a normalisation take in mixtures of
+        all channels, without outliers. Costs two products per frame.
+    keep_wave : bool
+        The first convolution, which takes in the audio itself, stays float:
+        8 bits of audio are among the largest errors of all, and it has a
+        thousandth of the weights.
     equalize : bool
         Moves factors from the channels of activations to those of weights,
         where that leaves the float model as it is.
     strengths : tuple of float
-        How far, from 0 (not at all) to 1; the best by the search's metric is
-        taken.
-    cutoffs : bool
-        Searches cut-offs as StableQuant does.
+        How far, from 0 (not at all) to 1; the one with the least divergence
+        from the float model is taken.
+    cutoffs : str
+        ``layers``: a cut-off for each layer by the divergence that it alone
+        causes; ``units``: as StableQuant does, by word errors; ``none``.
     compensate : bool
         Rounds with compensation of the error (GPTQ).
     damping : float
@@ -257,15 +268,17 @@ class PlusConfig:
         Mixed precision.
     """
 
+    rotate: bool = True
+    keep_wave: bool = True
     equalize: bool = True
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
-    cutoffs: bool = True
+    strengths: tuple[float, ...] = (0.5, 0.75)
+    cutoffs: str = "layers"
     compensate: bool = True
     damping: float = 0.01
     earlier_errors: bool = False
     adaround: bool = False
     bias_correction: bool = True
-    asymmetric: bool = False
+    asymmetric: bool = True
     weight_groups: int = 0
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
@@ -738,6 +751,16 @@ def _check_qat(part: QatConfig, require: Callable) -> None:
 
 
 def _check_plus(part: PlusConfig, require: Callable) -> None:
+    require(
+        part.cutoffs in CUTOFFS,
+        "plus.cutoffs",
+        f"'{part.cutoffs}' is not one of {', '.join(CUTOFFS)}",
+    )
+    require(
+        not part.adaround or part.cutoffs == "units",
+        "plus.adaround",
+        "rounds the units that are selected: set plus.cutoffs to units",
+    )
     require(
         len(part.strengths) > 0 and all(0 <= s <= 1 for s in part.strengths),
         "plus.strengths",

@@ -1,19 +1,25 @@
 """StableQuant-plus: more parts, each with a switch of its own.
 
-In this order: factors move from activations to weights (equalisation), units
-are selected and cut off as in StableQuant, scales minimise the squared error,
-bits are given to units under a budget, weights are rounded with compensation,
-biases take up what mean error is left. What each part brought is in the
-plan's ``search`` block.
+In this order: the stream of the transformer is rotated, factors move from
+activations to weights (equalisation), ranges are cut off layer by layer or as
+StableQuant does, scales minimise the squared error, bits are given to units
+under a budget, weights are rounded with compensation, biases take up what
+mean error is left. The layer that takes in the audio itself may stay float.
+
+StableQuant decides by word errors. With many parts, each of which changes
+little, they are too few: here the divergence of the outputs from those of the
+float model decides (see :mod:`.search.divergence`). What each part brought is
+in the plan's ``search`` block.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
+from tqdm import tqdm
 
 from .adjusted import AdjustedTensors, LayerTensors
 from .baselines import AdaRound, Compensate
@@ -30,13 +36,15 @@ from .baselines.offset import (
     behind_gelu,
     lopsided_range,
 )
+from .baselines.rotate import can_rotate, is_rotated, rotated, rotated_floats
 from .calibrators import clipped_mse
 from .histogram import Histogram
 from .layers import Layer
+from .observers import Observer
 from .packing import packed_size
 from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from .runtime import runtimes_with
-from .search import Evaluate, Score
+from .search import Evaluate, Score, search_layers
 from .search.mixed import Option, choose_bits, harms
 from .simulate import Simulator
 
@@ -91,6 +99,12 @@ class _Plus:
         self.config = stage.config
         self.plus = stage.config.plus
         self.original = _State(weights, calibration)
+        self.rotated = []
+        if self.plus.rotate:
+            self.rotated = [e for e in stage.encoders if can_rotate(e)]
+        self.waves: set[str] = set()
+        if self.plus.keep_wave:
+            self.waves = _take_in_audio(stage)
         self.parts: list[dict] = []
         self.evaluations = 0
         self.gelu: set[str] = set()
@@ -98,66 +112,80 @@ class _Plus:
             self.gelu = behind_gelu(stage.encoders, stage.layers)
 
     def make(self) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-        sites = find_sites(self.stage.encoders, self.stage.layers)
-        strength, context = 0.0, nullcontext
-        if self.plus.equalize and sites:
-            strength, context = self._best_strength(sites)
-        with context():
-            self.stage.simulator = Simulator(self.stage.layers)
+        stage = self.stage
+        with ExitStack() as stack:
+            stack.callback(self._fresh_simulator)
+            stack.enter_context(rotated(self.rotated, self.config.seed))
+            self._fresh_simulator()
+            sites = [
+                site
+                for site in find_sites(stage.encoders, stage.layers)
+                if not is_rotated(site.producer, self.rotated)
+            ]
+            strength = 0.0
+            if self.plus.equalize and sites:
+                strength, context = self._best_strength(sites)
+                stack.enter_context(context)
+                self._fresh_simulator()
             state = self._state(strength)
-            try:
-                return self._decide(state, sites if strength else [])
-            finally:
-                self.stage.simulator = Simulator(self.stage.layers)
+            return self._decide(state, sites if strength else [])
+
+    def _fresh_simulator(self) -> None:
+        """Without the fake-quantized weights of another float model."""
+        self.stage.simulator = Simulator(self.stage.layers)
 
     # -- equalisation ------------------------------------------------------
 
-    def _best_strength(self, sites) -> tuple[float, partial]:
-        """The strength with the fewest word errors, then the least loss."""
+    def _best_strength(
+        self, sites: list
+    ) -> tuple[float, AbstractContextManager[None]]:
+        """The strength with the least divergence, and its context."""
         stage = self.stage
         maxima = ChannelMaxima([site.consumers[0] for site in sites])
         with maxima.watch():
             stage.recogniser.forward("calibration", lambda _: None)
-        best: tuple | None = None
-        for strength in sorted({0.0, *self.plus.strengths}):
+
+        def context(strength: float) -> AbstractContextManager[None]:
+            if not strength:
+                return nullcontext()
             by_site = {
                 site.name: factors(
                     site, maxima.values[site.consumers[0].name], strength
                 )
                 for site in sites
             }
-            context = partial(equalized, sites, by_site)
-            with context() if strength else nullcontext():
-                stage.simulator = Simulator(stage.layers)
+            return equalized(sites, by_site)
+
+        found: list[tuple[float, float]] = []
+        for strength in sorted({0.0, *self.plus.strengths}):
+            with context(strength):
+                self._fresh_simulator()
                 state = self._state(strength)
-                quants = {
-                    layer.name: self._quant(layer, state, 100.0)
-                    for layer in stage.layers
-                }
-                score = self._measure(
+                quants = self._quants(state, {}, {})
+                harm = self._measure(
                     state, quants, "equalize", strength=strength
                 )
-            rank = (score.errors, score.loss, strength)
-            if best is None or rank < best[0]:
-                best = rank, strength, context if strength else nullcontext
-        stage.simulator = Simulator(stage.layers)
-        return best[1], best[2]
+            found.append((harm, strength))
+        self._fresh_simulator()
+        _, best = min(found)
+        return best, context(best)
 
     def _state(self, strength: float) -> _State:
         """Fingerprint and histograms of the model as it is now."""
         stage, state = self.stage, self.original
+        suffix = "_rotated" if self.rotated else ""
         if strength:
-            weights = stage.fingerprint()
-            file = f"histograms_equalized_{strength:g}.json"
-            state = _State(weights, stage.calibrate(weights, file))
+            suffix += f"_equalized_{strength:g}"
+        weights = stage.fingerprint() if suffix else state.weights
+        wanted = {f"histograms{suffix}.json": (stage.layers, Observer)}
         if self.gelu:
             layers = [x for x in stage.layers if x.name in self.gelu]
-            file = f"histograms_shifted_{strength:g}.json"
-            shifted = stage.calibrate(
-                state.weights, file, layers, ShiftedObserver
-            )
-            state = _State(state.weights, state.calibration, shifted.histograms)
-        return state
+            file = f"histograms{suffix}_shifted.json"
+            wanted[file] = (layers, ShiftedObserver)
+        calibration, *shifted = stage.calibrations(weights, wanted)
+        return _State(
+            weights, calibration, shifted[0].histograms if shifted else {}
+        )
 
     # -- numbers of a layer ------------------------------------------------
 
@@ -215,6 +243,26 @@ class _Plus:
             self._group(layer, config.weight_bits),
         )
 
+    def _quants(
+        self,
+        state: _State,
+        cutoffs: Mapping[str, float],
+        bits: Mapping[str, int],
+    ) -> dict[str, LayerQuant]:
+        """All layers that are quantized; by layer or unit: what differs from
+        no cut-off and the block's bits."""
+        return {
+            layer.name: self._quant(
+                layer,
+                state,
+                cutoffs.get(layer.name, 100.0),
+                bits.get(layer.unit),
+            )
+            for layer in self.stage.layers
+            if layer.name not in self.waves
+            and bits.get(layer.unit) != FLOAT_BITS
+        }
+
     def _group(self, layer: Layer, weight_bits: int) -> int:
         """Groups below 6 bits, of linears that they divide."""
         group = self.plus.weight_groups
@@ -228,25 +276,22 @@ class _Plus:
         self, state: _State, sites: list
     ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
         stage, plus = self.stage, self.plus
-        baseline, units = self._units(state)
-        cutoffs = {unit.name: unit.cutoff for unit in units}
-        bits = self._bits(state, baseline, cutoffs)
-        quants = {
-            layer.name: self._quant(
-                layer, state, cutoffs[layer.unit], bits.get(layer.unit)
-            )
-            for layer in stage.layers
-            if bits.get(layer.unit) != FLOAT_BITS
-        }
-        score = self._measure(state, quants, "scales")
+        units, cutoffs = self._cutoffs(state)
+        bits = self._bits(state, cutoffs)
+        quants = self._quants(state, cutoffs, bits)
+        self._measure(state, quants, "scales")
         tensors: dict[str, LayerTensors] = {}
         rounds = plus.compensate or plus.adaround
-        if sites or rounds or plus.bias_correction:
+        if sites or self.rotated or rounds or plus.bias_correction:
             tensors = self._round(state, quants, units)
         if rounds or plus.bias_correction:
             stage.simulator.tensors = tensors
-            score = self._measure(state, quants, "rounding and biases", tensors)
+            self._measure(state, quants, "rounding and biases", tensors)
+        stage.simulator.tensors = tensors
+        baseline, final = self._word_errors(state, quants, tensors)
         floats = changed_floats(sites, quants)
+        # Where both changed a parameter, both copies are the present value.
+        floats |= rotated_floats(self.rotated, quants)
         adjusted = AdjustedTensors(tensors, floats)
         layers = [
             self._layer_plan(layer, state, cutoffs, quants.get(layer.name))
@@ -260,7 +305,7 @@ class _Plus:
             "threshold": self.config.search.threshold,
             "evaluations": self.evaluations,
             "baseline_wer": baseline.wer,
-            "final_wer": score.wer,
+            "final_wer": final.wer,
             "parts": self.parts,
             "runtimes": self._runtimes(quants),
         }
@@ -270,50 +315,69 @@ class _Plus:
         )
         return plan, state.histograms
 
-    def _units(self, state: _State) -> tuple[Score, list[UnitPlan]]:
+    def _cutoffs(
+        self, state: _State
+    ) -> tuple[list[UnitPlan], dict[str, float]]:
+        """What was found out about units, and the cut-off of each layer."""
         stage = self.stage
-        evaluate, journal, bar = stage.search_evaluate(
-            state.weights, state.calibration
-        )
-        if self.plus.cutoffs:
-            baseline, units = stage.search_units(
+        if self.plus.cutoffs == "units":
+            evaluate, journal, bar = stage.search_evaluate(
+                state.weights, state.calibration
+            )
+            _, units = stage.search_units(
                 evaluate, bar, partial(self._cut_quant, state)
             )
-        else:
-            with bar:
-                baseline = evaluate({}, label="float")
-            units = [UnitPlan(name) for name in stage.units]
+            self.evaluations += journal.measured + journal.reused
+            by_unit = {unit.name: unit.cutoff for unit in units}
+            return units, {x.name: by_unit[x.unit] for x in stage.layers}
+        units = [UnitPlan(name) for name in stage.units]
+        if self.plus.cutoffs == "none":
+            return units, {}
+        evaluate, journal, bar = stage.search_evaluate(
+            state.weights, state.calibration, "divergence"
+        )
+        by_name = {layer.name: layer for layer in stage.layers}
+        names = {
+            unit: [x.name for x in layers if x.name not in self.waves]
+            for unit, layers in stage.units.items()
+        }
+        with bar:
+            # Most layers need no more than the first ratio and one worse.
+            bar.total = 2 * sum(map(len, names.values()))
+            found = search_layers(
+                names,
+                self.config.search.cutoffs,
+                lambda name, ratio: self._quant(by_name[name], state, ratio),
+                evaluate,
+            )
         self.evaluations += journal.measured + journal.reused
-        return baseline, units
+        self.parts.append(
+            {
+                "part": "cutoffs",
+                "layers": {
+                    x.layer: [list(row) for row in x.curve] for x in found
+                },
+            }
+        )
+        return units, {x.layer: x.cutoff for x in found}
 
     def _bits(
-        self, state: _State, baseline: Score, cutoffs: Mapping[str, float]
+        self, state: _State, cutoffs: Mapping[str, float]
     ) -> dict[str, int]:
         """Bits by unit under the budget; empty without one."""
         budget, stage = self.plus.budget, self.stage
         if budget.size is None:
             return {}
         evaluate, journal, bar = stage.search_evaluate(
-            state.weights, state.calibration
+            state.weights, state.calibration, "divergence"
         )
         widths = sorted(set(budget.bits))
         options = {}
         with bar:
-            bar.total = 1 + len(stage.units) * len(
-                [b for b in widths if b != FLOAT_BITS]
-            )
-            evaluate({}, label="float")
+            bar.total = len(stage.units) * len(widths)
             for unit, layers in stage.units.items():
                 options[unit] = [
-                    self._option(
-                        state,
-                        unit,
-                        layers,
-                        cutoffs[unit],
-                        b,
-                        evaluate,
-                        baseline,
-                    )
+                    self._option(state, unit, layers, cutoffs, b, evaluate)
                     for b in widths
                 ]
         self.evaluations += journal.measured + journal.reused
@@ -329,7 +393,7 @@ class _Plus:
                     unit: {
                         "bits": chosen[unit],
                         "options": [
-                            {**asdict(option), "harm": harm}
+                            {**asdict(option), "counted": harm}
                             for option, harm in zip(
                                 options[unit], found[unit], strict=True
                             )
@@ -346,28 +410,26 @@ class _Plus:
         state: _State,
         unit: str,
         layers: list[Layer],
-        cutoff: float,
+        cutoffs: Mapping[str, float],
         bits: int,
         evaluate: Evaluate,
-        baseline: Score,
     ) -> Option:
-        if bits == FLOAT_BITS:
-            return Option(bits, self._size(layers, bits), 0.0, 0.0)
-        quants = {x.name: self._quant(x, state, cutoff, bits) for x in layers}
-        label = f"{unit} at {bits} bits"
-        score = evaluate(quants, start=unit, label=label)
-        return Option(
-            bits,
-            self._size(layers, bits),
-            score.wer - baseline.wer,
-            score.loss - baseline.loss,
-        )
+        size = self._size(layers, bits)
+        layers = [x for x in layers if x.name not in self.waves]
+        if bits == FLOAT_BITS or not layers:
+            return Option(bits, size, 0.0)
+        quants = {
+            x.name: self._quant(x, state, cutoffs.get(x.name, 100.0), bits)
+            for x in layers
+        }
+        score = evaluate(quants, start=unit, label=f"{unit} at {bits} bits")
+        return Option(bits, size, score.loss)
 
     def _size(self, layers: list[Layer], bits: int) -> int:
         """Bytes of layers on disk, biases not counted."""
         size = 0
         for layer in layers:
-            if bits == FLOAT_BITS:
+            if bits == FLOAT_BITS or layer.name in self.waves:
                 size += layer.numel * self._float_bytes()
                 continue
             group = self._group(layer, bits)
@@ -441,27 +503,49 @@ class _Plus:
         part: str,
         tensors: Mapping[str, LayerTensors] | None = None,
         **values: float,
-    ) -> Score:
-        """Measures the whole model, and writes down what a part brought."""
+    ) -> float:
+        """Divergence of the whole model; writes down what a part brought."""
+        words = " ".join([part, *(f"{value:g}" for value in values.values())])
+        evaluate, bar = self._evaluate(state, tensors, "divergence")
+        with bar:
+            found = evaluate(quants, label=words).loss
+        self.parts.append({"part": part, **values, "divergence": found})
+        return found
+
+    def _word_errors(
+        self,
+        state: _State,
+        quants: Mapping[str, LayerQuant],
+        tensors: Mapping[str, LayerTensors],
+    ) -> tuple[Score, Score]:
+        """Of the float model, and of what was decided."""
+        # The float model is the same, rotated and equalised or not.
+        evaluate, bar = self._evaluate(self.original, None)
+        with bar:
+            baseline = evaluate({}, label="float")
+        evaluate, bar = self._evaluate(state, tensors)
+        with bar:
+            return baseline, evaluate(quants, label="final")
+
+    def _evaluate(
+        self,
+        state: _State,
+        tensors: Mapping[str, LayerTensors] | None,
+        metric: str | None = None,
+    ) -> tuple[Evaluate, tqdm]:
+        """Of the model with some tensors, which its simulator holds."""
         weights = state.weights
         if tensors:
             weights += AdjustedTensors(dict(tensors)).digest()
-        evaluate, journal, bar = self.stage.search_evaluate(
-            weights, state.calibration
+        evaluate, _, bar = self.stage.search_evaluate(
+            weights, state.calibration, metric
         )
-        words = " ".join([part, *(f"{value:g}" for value in values.values())])
-        with bar:
-            score = evaluate(quants, label=words)
-        self.evaluations += journal.measured + journal.reused
-        self.parts.append(
-            {
-                "part": part,
-                **values,
-                "wer": score.wer,
-                "secondary": score.to_dict()["loss"],
-            }
-        )
-        return score
+
+        def counted(*args, **options) -> Score:
+            self.evaluations += 1
+            return evaluate(*args, **options)
+
+        return counted, bar
 
     def _layer_plan(
         self,
@@ -470,8 +554,10 @@ class _Plus:
         cutoffs: Mapping[str, float],
         quant: LayerQuant | None,
     ) -> LayerPlan:
-        cutoff = cutoffs[layer.unit]
-        if quant is None:
+        cutoff = cutoffs.get(layer.name, 100.0)
+        if layer.name in self.waves:
+            reason = "stays float: it takes in the audio itself"
+        elif quant is None:
             reason = "stays float: its unit suffers more than its size is worth"
         else:
             words = [f"cut at {cutoff:g} %, then smallest squared error"]
@@ -495,3 +581,12 @@ class _Plus:
     def _runtimes(self, quants: Mapping[str, LayerQuant]) -> list[str]:
         needs = (quant.extras for quant in quants.values())
         return runtimes_with(frozenset().union(*needs))
+
+
+def _take_in_audio(stage: "Stage") -> set[str]:
+    """The first convolution of each encoder."""
+    first = {
+        id(encoder.model.feature_extractor.conv_layers[0].conv)
+        for encoder in stage.encoders
+    }
+    return {layer.name for layer in stage.layers if id(layer.module) in first}

@@ -204,7 +204,7 @@ def attach_rotations(
     encoders = [rotated_encoder(modules, name) for name in names]
     for encoder, name in zip(encoders, names, strict=True):
         device = encoder.layer_norm.weight.device
-        attach_rotation(encoder, floats[name].to(device))
+        attach_rotation(encoder, floats[name].detach().clone().to(device))
     return encoders
 
 

@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from .plus import make_plus_plan
 from .qat import make_qat_plan
 from .replay import Replay
 from .search import (
+    Divergence,
     Evaluate,
     Journal,
     Score,
@@ -87,6 +89,11 @@ class Recogniser(Protocol):
     ) -> Score:
         """Measures the recogniser on the search subset, or on some of its
         batches."""
+
+    def outputs(
+        self, subset: str, before_batch: BeforeBatch
+    ) -> Iterator[torch.Tensor | None]:
+        """Runs the model over a subset, and gives the output of each batch."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ class Stage:
         )
         self.simulator = Simulator(self.layers)
         self._exact_cuts: list[Cut] | None = None
+        self._divergence: Divergence | None = None
 
     def fingerprint(self) -> str:
         """Identifies the weights of the model as they are now."""
@@ -285,11 +293,7 @@ class Stage:
     # -- calibration -------------------------------------------------------
 
     def calibrate(
-        self,
-        weights: str,
-        file: str = HISTOGRAM_FILE,
-        layers: Sequence[Layer] | None = None,
-        observe: type[Observer] = Observer,
+        self, weights: str, file: str = HISTOGRAM_FILE
     ) -> Calibration:
         """One pass over the calibration set, remembered on disk.
 
@@ -299,51 +303,95 @@ class Stage:
             Fingerprint of the float model.
         file : str
             Name of the file that remembers.
-        layers : sequence of Layer, optional
-            Layers to observe; all by default.
-        observe : type
-            What observes them.
 
         Returns
         -------
         Calibration
         """
-        layers = self.layers if layers is None else layers
+        (found,) = self.calibrations(weights, {file: (self.layers, Observer)})
+        return found
+
+    def calibrations(
+        self,
+        weights: str,
+        wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
+    ) -> list[Calibration]:
+        """Several kinds of histograms from one pass, remembered on disk.
+
+        Arguments
+        ---------
+        weights : str
+            Fingerprint of the float model.
+        wanted : Mapping
+            For each file that remembers: the layers to observe, and what
+            observes them.
+
+        Returns
+        -------
+        list of Calibration
+            In the order of the files.
+        """
         ids = self.recogniser.ids("calibration")
-        key = _digest(
-            [
-                weights,
-                ids,
-                self.config.calibration.batch_size,
-                self.config.calibration.num_bins,
-                [layer.name for layer in layers],
-            ]
-        )
-        path = self.folder / file
-        known = self._read_calibration(path, key)
-        if known is not None:
-            return known
-        observer = observe(
-            layers, self._geometry(), self.config.calibration.num_bins
-        )
-        batches = -(-len(ids) // self.config.calibration.batch_size)
-        bar = self._bar(batches, "calibration")
+        part = self.config.calibration
+        keys = {
+            file: _digest(
+                [
+                    weights,
+                    ids,
+                    part.batch_size,
+                    part.num_bins,
+                    [layer.name for layer in layers],
+                ]
+            )
+            for file, (layers, _) in wanted.items()
+        }
+        known = {
+            file: self._read_calibration(self.folder / file, key)
+            for file, key in keys.items()
+        }
+        missing = {
+            file: observe(layers, self._geometry(), part.num_bins)
+            for file, (layers, observe) in wanted.items()
+            if known[file] is None
+        }
+        if missing:
+            self._observe(list(missing.values()))
+        for file, observer in missing.items():
+            known[file] = self._calibration(wanted[file][0], observer)
+            self._write_calibration(file, keys[file], known[file])
+        return [known[file] for file in wanted]
+
+    def _observe(self, observers: Sequence[Observer]) -> None:
+        part = self.config.calibration
+        ids = self.recogniser.ids("calibration")
+        bar = self._bar(-(-len(ids) // part.batch_size), "calibration")
 
         def before_batch(index: int) -> None:
-            observer.start_batch(*self.recogniser.lengths("calibration", index))
+            lengths = self.recogniser.lengths("calibration", index)
+            for observer in observers:
+                observer.start_batch(*lengths)
             bar.update(1)
 
-        with bar, observer.watch():
+        with bar, ExitStack() as stack:
+            for observer in observers:
+                stack.enter_context(observer.watch())
             self.recogniser.forward("calibration", before_batch)
+
+    def _calibration(
+        self, layers: Sequence[Layer], observer: Observer
+    ) -> Calibration:
         observer.check_all_called()
-        names = [layer.name for layer in layers]
         called = [self._unit_index(name) for name in observer.call_order]
-        calibration = Calibration(
-            {name: observer.histograms[name] for name in names},
+        return Calibration(
+            {layer.name: observer.histograms[layer.name] for layer in layers},
             called == sorted(called),
         )
+
+    def _write_calibration(
+        self, file: str, key: str, calibration: Calibration
+    ) -> None:
         write_json(
-            path,
+            self.folder / file,
             {
                 "key": key,
                 "in_order": calibration.in_order,
@@ -353,7 +401,6 @@ class Stage:
                 },
             },
         )
-        return calibration
 
     @staticmethod
     def _read_calibration(path: Path, key: str) -> Calibration | None:
@@ -697,7 +744,10 @@ class Stage:
         return layers
 
     def search_evaluate(
-        self, weights: str, calibration: Calibration
+        self,
+        weights: str,
+        calibration: Calibration,
+        metric: str | None = None,
     ) -> tuple[Evaluate, Journal, tqdm]:
         """The evaluate function of the search, remembered in the journal.
 
@@ -707,6 +757,9 @@ class Stage:
             Identifies the model, with the tensors that its simulator holds.
         calibration : Calibration
             Says whether layers are called in the order of their units.
+        metric : str, optional
+            ``"divergence"``: from the float model's outputs, as a score's
+            loss; else the block's metric.
 
         Returns
         -------
@@ -721,8 +774,8 @@ class Stage:
         search = self.config.search
         journal = Journal(
             self.folder / JOURNAL_FILE,
-            _digest([weights, ids, search.batch_size, search.metric]),
-            search.selection == "interval",
+            _digest([weights, ids, search.batch_size, metric or search.metric]),
+            metric is None and search.selection == "interval",
         )
         replay = self._replay(calibration.in_order)
         bar = self._bar(1, "search")
@@ -734,17 +787,18 @@ class Stage:
             label: str = "",
         ) -> Score:
             bar.set_postfix_str(label)
+            score = self.recogniser.score
+            if metric == "divergence":
+                score = self._float_outputs().score
             with self.simulator.apply(quants):
                 if start is None or not replay.prepare(
                     start,
                     self._prefix(quants, start),
                     lambda before: self.recogniser.forward("search", before),
                 ):
-                    return self.recogniser.score(lambda _: None, give_up_above)
+                    return score(lambda _: None, give_up_above)
                 with replay.active():
-                    return self.recogniser.score(
-                        replay.start_batch, give_up_above
-                    )
+                    return score(replay.start_batch, give_up_above)
 
         remembered = journal.wrap(measure)
         float_words: list[int] = []
@@ -760,6 +814,14 @@ class Stage:
             return score
 
         return counted, journal, bar
+
+    def _float_outputs(self) -> Divergence:
+        """Of the float model, on the search set; no layer is quantized."""
+        if self._divergence is None:
+            self._divergence = Divergence(
+                partial(self.recogniser.outputs, "search")
+            )
+        return self._divergence
 
     def _prefix(
         self, quants: Mapping[str, LayerQuant], start: str

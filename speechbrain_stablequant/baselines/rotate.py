@@ -42,6 +42,29 @@ def can_rotate(encoder: Encoder) -> bool:
     )
 
 
+def is_rotated(module: nn.Module, encoders: Iterable[Encoder]) -> bool:
+    """Whether a module is a normalisation whose output is rotated.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Any module.
+    encoders : iterable of Encoder
+        The rotated ones.
+
+    Returns
+    -------
+    bool
+    """
+    norms = {
+        id(norm)
+        for encoder in encoders
+        for block in encoder.model.encoder.layers
+        for norm, _ in _block_parts(block)[0]
+    }
+    return id(module) in norms
+
+
 def _block_parts(
     block: nn.Module,
 ) -> tuple[list[tuple[nn.Module, list[nn.Module]]], list[nn.Module]]:

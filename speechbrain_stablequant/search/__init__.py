@@ -5,16 +5,20 @@ the recogniser does when some layers are quantized.
 """
 
 from .cutoff import search_cutoffs
+from .divergence import Divergence
 from .journal import Journal
+from .layerwise import search_layers
 from .paired import Selection
 from .score import Evaluate, Score
 from .sensitivity import select_units
 
 __all__ = [
+    "Divergence",
     "Evaluate",
     "Journal",
     "Score",
     "Selection",
     "search_cutoffs",
+    "search_layers",
     "select_units",
 ]

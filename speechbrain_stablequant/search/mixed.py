@@ -2,16 +2,13 @@
 
 Pure: it takes what was measured of each unit alone at each width, and
 returns the widths. Two assumptions make that a knapsack: the harm of units
-adds up, and a unit is not harmed by more bits. The harm is measured in word
-errors, which are what counts but are few and noisy, and in the loss, which
-moves with every change; the loss is brought to the scale of the word errors
-by the line through zero that fits all units best, and both count half.
+adds up, and a unit is not harmed by more bits. The harm is the divergence of
+the outputs from those of the float model: word errors are what counts, but of
+one unit alone they are few, and noise would choose.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from .paired import points_per_loss
 
 # Steps of the budget: sizes are rounded up to them, so that the sum of what
 # is chosen never is above the budget.
@@ -28,20 +25,17 @@ class Option:
         Of its weights; 16 for a unit that stays float.
     size : int
         Bytes of its layers on disk.
-    delta_wer : float
-        Rise of the WER in points.
-    delta_loss : float
-        Rise of the secondary metric.
+    harm : float
+        Divergence that it alone causes.
     """
 
     bits: int
     size: int
-    delta_wer: float
-    delta_loss: float
+    harm: float
 
 
 def harms(options: Mapping[str, Sequence[Option]]) -> dict[str, list[float]]:
-    """Harm of each option in points of WER, as the module says.
+    """Harm of each option, as the module says.
 
     Arguments
     ---------
@@ -55,17 +49,12 @@ def harms(options: Mapping[str, Sequence[Option]]) -> dict[str, list[float]]:
 
     Example
     -------
-    >>> harms({"u": [Option(4, 1, 2.0, 1.0), Option(8, 2, 0.0, 0.5)]})
-    {'u': [1.8, 0.4]}
+    >>> harms({"u": [Option(4, 1, 0.2), Option(6, 2, 0.3), Option(8, 3, 0.1)]})
+    {'u': [0.3, 0.3, 0.1]}
     """
-    rises = {
-        unit: [(max(o.delta_wer, 0.0), max(o.delta_loss, 0.0)) for o in row]
-        for unit, row in options.items()
-    }
-    slope = points_per_loss(pair for row in rises.values() for pair in row)
     found = {}
-    for unit, row in rises.items():
-        values = [0.5 * wer + 0.5 * slope * loss for wer, loss in row]
+    for unit, row in options.items():
+        values = [option.harm for option in row]
         # Noise may make fewer bits look better: they never are.
         for i in range(len(values) - 2, -1, -1):
             values[i] = max(values[i], values[i + 1])
@@ -98,8 +87,8 @@ def choose_bits(
     Example
     -------
     >>> options = {
-    ...     "a": [Option(4, 50, 9.0, 0.9), Option(8, 100, 0.0, 0.0)],
-    ...     "b": [Option(4, 50, 0.1, 0.0), Option(8, 100, 0.0, 0.0)]}
+    ...     "a": [Option(4, 50, 0.9), Option(8, 100, 0.0)],
+    ...     "b": [Option(4, 50, 0.1), Option(8, 100, 0.0)]}
     >>> choose_bits(options, 150)
     {'a': 8, 'b': 4}
     """

@@ -21,10 +21,16 @@ from speechbrain_stablequant.baselines.offset import (
     behind_gelu,
     lopsided_range,
 )
+from speechbrain_stablequant.baselines.rotate import (
+    is_rotated,
+    rotated,
+    rotated_floats,
+)
 from speechbrain_stablequant.histogram import Histogram
 from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_encoders, find_layers
 from speechbrain_stablequant.replay import StopForward
+from speechbrain_stablequant.rotation import is_rotation
 from speechbrain_stablequant.runtime import build_forwards
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.search import Score
@@ -71,6 +77,13 @@ class Recogniser:
             if first_only:
                 break
         return out
+
+    @torch.no_grad()
+    def outputs(self, subset, before_batch):
+        for index, wavs in enumerate(self.batches):
+            before_batch(index)
+            self.runs += 1
+            yield self.output(wavs)
 
     @torch.no_grad()
     def score(self, before_batch, give_up_above):
@@ -249,6 +262,68 @@ def test_strength_one_makes_channels_equal(large):
         assert torch.allclose(values, torch.ones_like(values), rtol=1e-3)
 
 
+# -- rotation ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_rotated_float_model_is_the_same(large):
+    recogniser = Recogniser(large)
+    (encoder,) = find_encoders(recogniser.modules)
+    layers = find_layers(recogniser.modules, TARGET)
+    quantized = [layer.name for layer in layers[:-2]]
+    before = state(large)
+    with rotated([encoder]):
+        assert recogniser.score(lambda _: None, None).loss < 1e-5
+        floats = rotated_floats([encoder], quantized)
+        changed = {
+            name: value
+            for name, value in state(large).items()
+            if name not in before or not torch.equal(value, before[name])
+        }
+        block = encoder.model.encoder.layers[0]
+        assert is_rotated(block.final_layer_norm, [encoder])
+        assert not is_rotated(encoder.model.encoder.layer_norm, [encoder])
+    assert_unchanged(large, before)
+    assert set(state(large)) == set(before)
+    left = set(changed) - set(floats)
+    assert left and left <= {f"{name}.weight" for name in quantized}
+    assert all(
+        torch.equal(floats[n], changed[n]) for n in changed if n in floats
+    )
+
+
+def test_rotation_spreads_what_one_channel_holds(large):
+    (encoder,) = find_encoders({"wav2vec2": large["wav2vec2"]})
+    block = encoder.model.encoder.layers[0]
+    block.final_layer_norm.weight.data[3] *= 30
+    largest = []
+
+    def peak(module, args):
+        x = args[0].flatten(0, -2)
+        largest.append(float(x.abs().max() / x.square().mean().sqrt()))
+
+    linear = block.feed_forward.intermediate_dense
+    handle = linear.register_forward_pre_hook(peak)
+    recogniser = Recogniser(large)
+    with rotated([encoder]):
+        recogniser.forward("search", lambda _: None, first_only=True)
+    handle.remove()
+    assert largest[-1] < 0.7 * largest[0]
+
+
+def test_cut_offs_of_layers_follow_the_divergence(large, tmp_path):
+    block = {"method": "stablequant_plus", "weight_bits": 8}
+    block["plus"] = {**OFF, "cutoffs": "layers"}
+    block["search"] = {"cutoffs": [100, 99, 95]}
+    _, plan = run(large, tmp_path, **block)
+    (part,) = [p for p in plan.search["parts"] if p["part"] == "cutoffs"]
+    by_name = {layer.name: layer for layer in plan.layers}
+    assert set(part["layers"]) == set(by_name)
+    for name, curve in part["layers"].items():
+        ratio, _ = min(curve, key=lambda row: (row[1], -row[0]))
+        assert by_name[name].cutoff == ratio
+
+
 # -- inputs behind a GELU ------------------------------------------------------
 
 
@@ -301,12 +376,23 @@ def test_plus_is_better_than_stablequant(make_tiny_modules, shape, tmp_path):
     assert loss < loss_of(stage, plain)
     parts = plan.search["parts"]
     names = [part["part"] for part in parts]
-    assert names == ["equalize"] * 2 + ["scales", "rounding and biases"]
+    assert names == [
+        *["equalize"] * 2,
+        "cutoffs",
+        "scales",
+        "rounding and biases",
+    ]
     # What was measured while searching is what the integers compute.
-    assert parts[-1]["secondary"] == pytest.approx(loss, rel=0.05)
-    assert plan.search["final_wer"] == parts[-1]["wer"]
-    assert plan.search["runtimes"][:2] == ["torch", "torch_int8"]
-    assert not plan.extras
+    frames = sum(x[..., 0].numel() for x in stage.recogniser.truth)
+    assert parts[-1]["divergence"] == pytest.approx(loss / frames, rel=0.05)
+    assert plan.search["final_wer"] > plan.search["baseline_wer"] == 0
+    assert "torch" in plan.search["runtimes"]
+    assert plan.extras == {"asymmetric"}
+    (first,) = [x for x in plan.layers if "conv_layers.0" in x.name]
+    assert first.quant is None
+    # A model that normalises behind each sublayer cannot be rotated.
+    rotations = [n for n in plan.tensors.floats if is_rotation(n)]
+    assert len(rotations) == shape.endswith("large")
     path = tmp_path / "plan.json"
     plan.save(path)
     assert QuantizationPlan.load(path) == plan
@@ -315,7 +401,7 @@ def test_plus_is_better_than_stablequant(make_tiny_modules, shape, tmp_path):
 def test_a_second_run_is_the_same(large, tmp_path):
     block = {"method": "stablequant_plus", "plus": {"strengths": [0.5]}}
     stage, plan = run(large, tmp_path, **block)
-    assert stage.recogniser.scores > 10
+    assert stage.recogniser.runs > 40
     stage, again = run(large, tmp_path, **block)
     assert stage.recogniser.scores == 0
     assert isinstance(stage.simulator, Simulator)
@@ -326,7 +412,9 @@ def test_a_second_run_is_the_same(large, tmp_path):
 
 OFF = {
     "equalize": False,
-    "cutoffs": False,
+    "rotate": False,
+    "keep_wave": False,
+    "cutoffs": "none",
     "compensate": False,
     "bias_correction": False,
 }
@@ -347,7 +435,7 @@ def test_everything_off_is_mse(large, tmp_path):
         ({"compensate": True}, "weights"),
         ({"compensate": True, "earlier_errors": True}, "weights"),
         ({"bias_correction": True}, "biases"),
-        ({"cutoffs": True, "compensate": True, "adaround": True}, "weights"),
+        ({"cutoffs": "units", "compensate": True, "adaround": True}, "weights"),
     ],
 )
 def test_one_part(large, tmp_path, part, kind):
