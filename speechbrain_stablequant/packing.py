@@ -6,10 +6,13 @@ bits really take 6 bits. Values of 8 bits are stored as they are.
 
 import torch
 
+from .memory import transient
 from .numerics import qmax
 
 # Values that share a word.
 _GROUP = 8
+# Words that are unpacked at a time.
+_ROWS = 1 << 14
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -79,6 +82,32 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     return _split(words, 8, bits).to(torch.uint8).reshape(-1)
 
 
+def check_packed(packed: torch.Tensor, bits: int, shape: torch.Size) -> None:
+    """Raises unless a tensor has the dtype and the size of packed values.
+
+    Arguments
+    ---------
+    packed : torch.Tensor
+        From :func:`pack`; it may be on the ``meta`` device.
+    bits : int
+        2 to 8.
+    shape : torch.Size
+        Of the values.
+
+    Raises
+    ------
+    ValueError
+        It is not what so many values of so many bits make.
+    """
+    size = packed_size(shape.numel(), bits)
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    if packed.dtype != dtype or packed.numel() != size:
+        raise ValueError(
+            f"{shape.numel()} values of {bits} bits are {size} x {dtype}, "
+            f"not {packed.numel()} x {packed.dtype}"
+        )
+
+
 def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     """Gives back what :func:`pack` was given.
 
@@ -109,21 +138,21 @@ def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     (3, True)
     """
     shape = torch.Size(shape)
-    size = packed_size(shape.numel(), bits)
-    dtype = torch.int8 if bits == 8 else torch.uint8
-    if packed.dtype != dtype or packed.numel() != size:
-        raise ValueError(
-            f"{shape.numel()} values of {bits} bits are {size} x {dtype}, "
-            f"not {packed.numel()} x {packed.dtype}"
-        )
+    check_packed(packed, bits, shape)
     if bits == 8:
         return packed.reshape(shape)
-    groups = packed.long().view(-1, bits)
-    words = (groups << _shifts(8, bits)).sum(1)
-    codes = _split(words, bits, _GROUP).reshape(-1)[: shape.numel()]
-    sign = 2 ** (bits - 1)
-    # Of a two's complement code: flip the sign bit, then subtract it.
-    return ((codes ^ sign) - sign).to(torch.int8).reshape(shape)
+    out = transient(shape, torch.int8)
+    flat = out.view(-1)
+    rows = packed.view(-1, bits)
+    # Each byte is 64 bits wide on its way.
+    for start in range(0, len(rows), _ROWS):
+        words = (rows[start : start + _ROWS].long() << _shifts(8, bits)).sum(1)
+        codes = _split(words, bits, _GROUP).reshape(-1)
+        place = flat[start * _GROUP : start * _GROUP + len(codes)]
+        sign = 2 ** (bits - 1)
+        # Of a two's complement code: flip the sign bit, then subtract it.
+        place.copy_(((codes ^ sign) - sign)[: len(place)])
+    return out
 
 
 def _shifts(bits: int, count: int) -> torch.Tensor:

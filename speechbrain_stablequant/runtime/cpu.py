@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..integer import IntegerLayer
+from ..memory import transient
 from ..numerics import qmax
 
 logger = logging.getLogger(__name__)
@@ -156,12 +157,18 @@ def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
     if cpu.exact or layer.weight_bits <= PAIR_SUM_BITS:
         return layer
     ratio = qmax(PAIR_SUM_BITS) / qmax(layer.weight_bits)
-    weight = torch.round(layer.weight.float() * ratio).to(torch.int8)
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        out = transient(weight.shape, torch.int8)
+        return out.copy_(weight.float().mul_(ratio).round_())
+
+    read = layer.read
     return replace(
         layer,
-        weight=weight,
+        weight=rounded(layer.weight) if read is None else layer.weight,
         weight_scale=layer.weight_scale / ratio,
         weight_bits=PAIR_SUM_BITS,
+        read=None if read is None else lambda: rounded(read()),
     )
 
 
