@@ -9,6 +9,9 @@ import torch
 #: Bytes from which on tensors get pages of their own.
 _LARGE = 1 << 16
 
+# Windows has no such flag, and no need of it.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+
 
 def transient(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor for what is soon dropped again.
@@ -37,5 +40,5 @@ def transient(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     size = count * dtype.itemsize
     if size < _LARGE:
         return torch.empty(tuple(shape), dtype=dtype)
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, **_PRIVATE)
     return torch.frombuffer(pages, dtype=dtype, count=count).view(*shape)

@@ -141,7 +141,9 @@ class GraphBuilder:
         zero point has in it."""
         bias = None if layer.bias is None else layer.bias.double()
         if isinstance(layer, IntegerLayer):
-            sums = layer.weight.flatten(1).sum(1, dtype=torch.int64).double()
+            # By numpy: torch would make a copy of the weight in 64 bits.
+            rows = layer.weight.flatten(1).cpu().numpy()
+            sums = torch.from_numpy(rows.sum(1, dtype=np.int64)).double()
             scale = layer.activation_scale.double() * layer.weight_scale
             share = ZERO_POINT * scale * sums
             bias = -share if bias is None else bias - share
