@@ -29,6 +29,9 @@ CLASSES = ("other", "avx2", "avx_vnni", "avx512_vnni", "amx")
 #: Widest weights whose pair sums with unsigned bytes fit an int16.
 PAIR_SUM_BITS = 7
 
+#: Weights that are floats at a time while they are rounded.
+_PART = 1 << 14
+
 # What oneDNN is told not to use (ONEDNN_MAX_CPU_ISA), by the class left.
 _CAPS = {
     "SSE41": "avx2",
@@ -160,7 +163,14 @@ def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
         out = transient(weight.shape, torch.int8)
-        return out.copy_(weight.float().mul_(ratio).round_())
+        parts = zip(
+            out.view(-1).split(_PART),
+            weight.reshape(-1).split(_PART),
+            strict=True,
+        )
+        for rows, part in parts:
+            rows.copy_(part.float().mul_(ratio).round_())
+        return out
 
     read = layer.read
     return replace(
