@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
+from ...memory import transient
 from .forms import ZERO, Floats, Form, Grid, form_of
+
+#: GELU is nowhere below this.
+GELU_MINIMUM = -0.17
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def rows_of(
     -------
     Rows
     """
-    weight = layer.weight
+    weight = layer.loaded().weight
     if layer.kind == "conv1d":
         weight = weight.transpose(1, 2).flatten(1)
     bias = layer.bias if layer.bias is None else layer.bias * gain
@@ -76,7 +80,10 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
     scale = None
     if rows[0].scale is not None:
         scale = torch.cat([r.scale for r in rows])
-    weight = torch.cat([r.weight for r in rows])
+    weights = [r.weight for r in rows]
+    count = sum(len(w) for w in weights)
+    weight = transient((count, weights[0].shape[1]), weights[0].dtype)
+    torch.cat(weights, out=weight)
     return Rows(weight, scale, bias, rows[0].form)
 
 
@@ -167,7 +174,8 @@ class IntegerLinear:
         scale = None if gain is None else self.scale * gain
         if isinstance(form, Grid):
             target = (form.scale, ZERO, torch.uint8)
-            return form.clip(self._run(x, target, True, scale, shift), out)
+            q = self._run(x, target, True, scale, shift)
+            return form.clip(q, out, GELU_MINIMUM)
         y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
         return y if out is None else out.copy_(y)
 
