@@ -1,8 +1,12 @@
 """Quantizes SpeechBrain's wav2vec 2.0 and HuBERT recognisers by WER."""
 
-from .config import ConfigError, QuantizeConfig
-from .lifecycle import StableQuant, register
-from .plan import QuantizationPlan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ConfigError, QuantizeConfig
+    from .lifecycle import StableQuant, register
+    from .plan import QuantizationPlan
 
 __version__ = "0.1.0"
 
@@ -13,3 +17,19 @@ __all__ = [
     "StableQuant",
     "register",
 ]
+
+_PLACES = {
+    "ConfigError": "config",
+    "QuantizationPlan": "plan",
+    "QuantizeConfig": "config",
+    "StableQuant": "lifecycle",
+    "register": "lifecycle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used: who only transcribes
+    needs neither the search nor transformers."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)

@@ -10,21 +10,23 @@ Nothing is pickled.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
 from .files import write_atomic
 from .integer import IntegerLayer
-from .packing import pack, unpack
+from .packing import check_packed, pack, unpack
 from .plan import QuantizationPlan
+from .tensor_file import TensorFile
 
 FORMAT = "speechbrain_stablequant"
 VERSION = 1
@@ -368,16 +370,33 @@ def _words(row: tuple | None) -> str:
 
 
 def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    def chunks(name: str) -> Iterator[Any]:
+        yield tensors[name].reshape(-1).view(torch.uint8).numpy()
+
+    return _digest_of(description, tensors, chunks)
+
+
+def _digest_of(
+    description: str,
+    outlines: Mapping[str, torch.Tensor],
+    chunks: Callable[[str], Iterable[Any]],
+) -> str:
+    """Of tensors of which a piece at a time is there."""
     digest = hashlib.sha256(description.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name in sorted(outlines):
+        tensor = outlines[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        for chunk in chunks(name):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def bare_name(name: Any) -> str:
@@ -395,18 +414,20 @@ def bare_name(name: Any) -> str:
 # -- reading ---------------------------------------------------------------
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
+def load_checkpoint(folder: str | Path, weights: bool = True) -> Checkpoint:
     """Reads a quantized model and checks all of it.
 
     Arguments
     ---------
     folder : str or Path
         Holds ``model.safetensors`` and ``plan.json``.
+    weights : bool
+        False leaves integer weights in the file, which stays open: each is
+        read by :meth:`~speechbrain_stablequant.integer.IntegerLayer.loaded`.
 
     Returns
     -------
     Checkpoint
-        Weights of 8 bits are read from the file when they are used.
 
     Raises
     ------
@@ -415,9 +436,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         another version or something else altogether.
     """
     path = Path(folder) / WEIGHTS_FILE
-    header, tensors = _read(path)
-    description = _read_header(path, header)
-    if _digest(header["description"], tensors) != header.get("checksum"):
+    file = _open(path)
+    description = _read_header(path, file.metadata)
+    outlines = {name: file.outline(name) for name in file.names}
+    text, checksum = file.metadata["description"], file.metadata["checksum"]
+    if _digest_of(text, outlines, file.chunks) != checksum:
         raise CheckpointError(
             f"{path}: is damaged: its content does not have the checksum in "
             "its header; copy or make it again"
@@ -429,41 +452,39 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     _check_layers(description["layers"], plan, str(path))
     try:
         integers = {
-            name: _layer(name, row, tensors)
+            name: _layer(name, row, file, outlines)
             for name, row in description["layers"].items()
         }
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: is not consistent ({error}); make it again"
         ) from error
-    floats = {name: _widen(tensor) for name, tensor in tensors.items()}
+    if weights:
+        integers = {name: layer.loaded() for name, layer in integers.items()}
+    floats = {name: _widen(file.read(name)) for name in outlines}
     for name, layer in integers.items():
         if layer.bias is not None:
             # One copy of each bias.
             floats[f"{name}.bias"] = layer.bias
     return Checkpoint(
-        plan, integers, floats, description["float_dtype"], header["checksum"]
+        plan, integers, floats, description["float_dtype"], checksum
     )
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _open(path: Path) -> TensorFile:
     if not path.is_file():
         raise CheckpointError(
             f"{path}: there is no such file; give the folder that a "
             "quantization run wrote"
         )
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+        return TensorFile(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: is damaged or no safetensors file ({reason}); copy or "
             "make it again"
         ) from error
-    return header, tensors
 
 
 def _read_header(path: Path, header: Mapping[str, str]) -> dict:
@@ -486,7 +507,11 @@ def _read_header(path: Path, header: Mapping[str, str]) -> dict:
         )
     except (KeyError, TypeError, ValueError):
         good = False
-    if not good or PLAN_FILE not in description["files"]:
+    if (
+        not good
+        or PLAN_FILE not in description["files"]
+        or "checksum" not in header
+    ):
         raise CheckpointError(
             f"{path}: is damaged: its header does not describe its layers; "
             "copy or make it again"
@@ -508,15 +533,24 @@ def _check_companion(file: Path, digest: str, path: Path) -> None:
 
 
 def _layer(
-    name: str, row: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+    name: str,
+    row: Mapping[str, Any],
+    file: TensorFile,
+    outlines: dict[str, torch.Tensor],
 ) -> IntegerLayer:
-    """Takes a layer's tensors out of the file's."""
+    """A layer whose weight is still in the file; takes its tensors out of
+    ``outlines``, those of the file."""
     shape = torch.Size(row["shape"])
     if row["kind"] not in ("linear", "conv1d"):
         raise ValueError(f"layer '{name}': kind {row['kind']!r}")
-    weight_scale = tensors.pop(f"{name}.weight_scale")
-    activation_scale = tensors.pop(f"{name}.activation_scale")
-    bias = tensors.pop(f"{name}.bias") if row["bias"] else None
+
+    def take(part: str) -> torch.Tensor:
+        outlines.pop(f"{name}.{part}")
+        return file.read(f"{name}.{part}")
+
+    weight_scale = take("weight_scale")
+    activation_scale = take("activation_scale")
+    bias = take("bias") if row["bias"] else None
     group = row.get("weight_group", 0)
     if group and (len(shape) != 2 or shape[1] % group):
         raise ValueError(f"layer '{name}': weight_group {group}")
@@ -535,21 +569,28 @@ def _layer(
         raise ValueError(f"layer '{name}': activation_scale is not one value")
     bits = row["weight_bits"]
     try:
-        weight = unpack(tensors.pop(f"{name}.weight"), bits, shape)
+        check_packed(outlines.pop(f"{name}.weight"), bits, shape)
     except ValueError as error:
         raise ValueError(f"layer '{name}': {error}") from error
     geometry = {key: row[key] for key in _GEOMETRY + _EXTRAS if key in row}
     return IntegerLayer(
         name=name,
         kind=row["kind"],
-        weight=weight,
+        weight=torch.empty(shape, dtype=torch.int8, device="meta"),
         weight_scale=weight_scale,
         weight_bits=bits,
         activation_scale=activation_scale,
         activation_bits=row["activation_bits"],
         bias=None if bias is None else bias.float(),
+        read=partial(_read_weight, file, f"{name}.weight", bits, shape),
         **geometry,
     )
+
+
+def _read_weight(
+    file: TensorFile, name: str, bits: int, shape: torch.Size
+) -> torch.Tensor:
+    return unpack(file.read(name), bits, shape)
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,14 +30,10 @@ from .checkpoint import WEIGHTS_FILE, float_state, save_checkpoint
 from .config import QuantizeConfig
 from .data import audio_of
 from .files import write_atomic
-from .inference import (
-    CONFIG_FILE,
-    WRAPPER_SETTINGS,
-    StoredEncoder,
-    empty_encoder,
-)
+from .inference import CONFIG_FILE, empty_encoder
 from .integer import IntegerLayer
 from .plan import QuantizationPlan
+from .wrapper import WRAPPER_SETTINGS, StoredEncoder
 
 HYPERPARAMS_FILE = "hyperparams.yaml"
 

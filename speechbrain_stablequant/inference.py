@@ -2,9 +2,10 @@
 
 The folder's ``hyperparams.yaml`` names the two classes of this module: the
 recogniser, an empty shell until its file is read, and the loader that reads
-it from wherever ``from_hparams`` was pointed to. The HuggingFace encoder is
-made on the ``meta`` device: weights that are stored as integers never exist
-as floats, unless the simulated runtime is asked for.
+it from wherever ``from_hparams`` was pointed to. The encoder's modules are
+made on the ``meta`` device, and integer weights are read one after the other
+when a runtime takes them: they never exist as floats, nor all at once beside
+what the runtime makes of them, unless the simulated runtime is asked for.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speechbrain.dataio.dataio import length_to_mask
 from speechbrain.dataio.encoder import CTCTextEncoder
-from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.utils.fetching import (
     FetchConfig,
     FetchFrom,
@@ -24,6 +25,7 @@ from speechbrain.utils.fetching import (
     guess_source,
 )
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .checkpoint import (
@@ -36,30 +38,29 @@ from .checkpoint import (
 )
 from .files import read_json
 from .integer import IntegerLayer, layer_geometry
-from .runtime import build_forwards, resolve_backend
+from .runtime import RUNTIMES, build_forwards, resolve_backend
 from .runtime.base import shadowed_forwards
+from .shell import empty_shell, folded_norms, has_shell
 
 CONFIG_FILE = "config.json"
 
-#: What SpeechBrain's wrapper knows beside its model.
-WRAPPER_SETTINGS = ("normalize_wav", "output_norm", "output_all_hiddens")
 
+class RuntimeEncoder(nn.Module):
+    """What SpeechBrain's wrapper computes around a model that gives its last
+    hidden state only, as integer runtimes do.
 
-class StoredEncoder(Wav2Vec2):
-    """SpeechBrain's wrapper around a model that is there already.
-
-    It computes by SpeechBrain's own code and downloads nothing.
+    SpeechBrain's own class comes with all of transformers.
 
     Arguments
     ---------
     model : torch.nn.Module
-        A HuggingFace wav2vec 2.0 or HuBERT model.
+        An :class:`~speechbrain_stablequant.shell.EncoderShell`.
     normalize_wav : bool
         Whether the waveform is normalised.
     output_norm : bool
         Whether the output is normalised.
     output_all_hiddens : bool
-        Whether all hidden states are given.
+        Whether all hidden states are wanted; runtimes refuse it.
     """
 
     def __init__(
@@ -69,13 +70,41 @@ class StoredEncoder(Wav2Vec2):
         output_norm: bool,
         output_all_hiddens: bool = False,
     ):
-        # Not that of Wav2Vec2, which fetches a model.
-        nn.Module.__init__(self)
+        super().__init__()
         self.model = model
-        self.freeze = True
         self.normalize_wav = normalize_wav
         self.output_norm = output_norm
         self.output_all_hiddens = output_all_hiddens
+
+    def forward(
+        self, wav: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encodes a batch.
+
+        Arguments
+        ---------
+        wav : torch.Tensor
+            float32 [batch, samples].
+        wav_lens : torch.Tensor, optional
+            Relative lengths, [batch].
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, frames, channels].
+        """
+        mask = None
+        if wav_lens is not None:
+            lengths = torch.round(wav_lens * wav.shape[1])
+            mask = length_to_mask(lengths).bool()
+        if self.normalize_wav:
+            wav = F.layer_norm(wav, wav.shape[1:])
+        out = self.model(
+            wav,
+            attention_mask=mask,
+            output_hidden_states=self.output_all_hiddens,
+        ).last_hidden_state
+        return F.layer_norm(out, out.shape[1:]) if self.output_norm else out
 
 
 def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
@@ -267,7 +296,7 @@ class QuantizedRecogniser(nn.Module):
         """
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
-        checkpoint = load_checkpoint(self.folder)
+        checkpoint = load_checkpoint(self.folder, weights=False)
         if checkpoint.checksum != self.checksum:
             raise CheckpointError(
                 f"{path}: is not the model that hyperparams.yaml was written "
@@ -275,15 +304,47 @@ class QuantizedRecogniser(nn.Module):
                 "that another model was loaded with"
             )
         settings = dict(self.encoder_settings)
-        key = settings.pop("key")
+        self._key = settings.pop("key")
         self._use_lengths = settings.pop("use_lengths")
-        config = read_json(self.folder / CONFIG_FILE, "encoder configuration")
-        encoder = StoredEncoder(empty_encoder(config), **settings)
-        parts = {key: encoder, **self.parts}
-        fill_modules(parts, checkpoint.integers, checkpoint.floats, str(path))
+        self._config = read_json(
+            self.folder / CONFIG_FILE, "encoder configuration"
+        )
+        row = RUNTIMES.get(self.backend)
+        layer_by_layer = row is not None and row.encoder is None
+        floats = checkpoint.floats
+        if layer_by_layer or not has_shell(self._config):
+            encoder = self._with_code(settings)
+        else:
+            encoder = RuntimeEncoder(empty_shell(self._config), **settings)
+            floats = folded_norms(floats)
+        parts = {self._key: encoder, **self.parts}
+        fill_modules(parts, checkpoint.integers, floats, str(path))
         self.parts = nn.ModuleDict(parts)
         self._integers = checkpoint.integers
         self.eval()
+
+    def _with_code(self, settings: Mapping[str, Any]) -> nn.Module:
+        """The encoder as transformers and SpeechBrain compute it."""
+        from .wrapper import StoredEncoder
+
+        return StoredEncoder(empty_encoder(self._config), **settings)
+
+    def _get_code(self, device: torch.device) -> None:
+        """Puts an encoder that computes in the place of a shell."""
+        if not isinstance(self.parts[self._key], RuntimeEncoder):
+            return
+        settings = dict(self.encoder_settings)
+        del settings["key"], settings["use_lengths"]
+        encoder = self._with_code(settings)
+        checkpoint = load_checkpoint(self.folder, weights=False)
+        inside = f"{self._key}."
+        integers, floats = (
+            {name: x for name, x in rows.items() if name.startswith(inside)}
+            for rows in (checkpoint.integers, checkpoint.floats)
+        )
+        where = str(self.folder / WEIGHTS_FILE)
+        fill_modules({self._key: encoder}, integers, floats, where)
+        self.parts[self._key] = encoder.to(device).eval()
 
     def train(self, mode: bool = True) -> "QuantizedRecogniser":
         """Stays in evaluation mode: integers are not trained."""
@@ -301,9 +362,11 @@ class QuantizedRecogniser(nn.Module):
         self.runtime = resolve_backend(self.backend, device)
         integers = self._integers
         if integers is None:
-            integers = load_checkpoint(self.folder).integers
+            integers = load_checkpoint(self.folder, weights=False).integers
         # The runtime keeps what it needs; a second copy would stay for ever.
         self._integers = None
+        if RUNTIMES[self.runtime].encoder is None:
+            self._get_code(device)
         forwards = build_forwards(
             self.runtime,
             dict(self.parts.items()),
@@ -340,6 +403,9 @@ class QuantizedRecogniser(nn.Module):
 
 
 def _moved(layer: IntegerLayer, device: torch.device) -> IntegerLayer:
+    if device.type == "cpu":
+        return layer
+    layer = layer.loaded()
     parts = ("weight", "weight_scale", "activation_scale", "bias")
     tensors = {part: getattr(layer, part) for part in parts}
     return replace(

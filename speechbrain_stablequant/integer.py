@@ -5,7 +5,8 @@ and scales that the simulation stands for; `reference_forward` computes with
 them in exact integer arithmetic. Every runtime is checked against it.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -48,6 +49,9 @@ class IntegerLayer:
         the layer; :meth:`full_bias` has the offset's share in it.
     weight_group : int
         Inputs of a Linear that share a scale; 0 for all.
+    read : callable or None
+        Gives the weight of a layer that is still in its file; ``weight`` is
+        then on the ``meta`` device.
     """
 
     name: str
@@ -64,6 +68,16 @@ class IntegerLayer:
     groups: int = 1
     activation_offset: float = 0.0
     weight_group: int = 0
+    read: Callable[[], torch.Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
+
+    def loaded(self) -> "IntegerLayer":
+        """The layer with its weight in memory. Whoever drops it before the
+        next one holds one weight at a time."""
+        if self.read is None:
+            return self
+        return replace(self, weight=self.read(), read=None)
 
     def float_weight(self) -> torch.Tensor:
         """The weight that the integers stand for, float32."""
@@ -106,6 +120,10 @@ class FloatLayer:
     padding: int = 0
     dilation: int = 1
     groups: int = 1
+
+    def loaded(self) -> "FloatLayer":
+        """The layer: its weight is in memory."""
+        return self
 
 
 def layer_geometry(module: nn.Module) -> dict[str, int]:

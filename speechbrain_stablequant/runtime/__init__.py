@@ -46,6 +46,9 @@ class Runtime:
     pair_sums : bool
         Whether it multiplies by CPU kernels that saturate sums of two
         products on a CPU without VNNI.
+    streams : bool
+        Whether it takes in layers whose weights are still in their file, and
+        reads one after the other.
     extras : frozenset of str
         What it can do beyond integers with one scale per output channel and
         inputs around zero: ``"asymmetric"`` (an activation offset),
@@ -58,6 +61,7 @@ class Runtime:
     needs: tuple[str, ...] = ()
     install: str = ""
     pair_sums: bool = False
+    streams: bool = False
     extras: frozenset[str] = frozenset()
 
 
@@ -74,6 +78,7 @@ RUNTIMES: dict[str, Runtime] = {
         _TORCH_INT8_LAYER,
         "cpu",
         pair_sums=True,
+        streams=True,
     ),
     "openvino": Runtime(
         "openvino_:make_executor",
@@ -82,6 +87,7 @@ RUNTIMES: dict[str, Runtime] = {
         ("openvino",),
         "speechbrain_stablequant[cpu]",
         pair_sums=True,
+        streams=True,
     ),
     "onnx": Runtime(
         "onnx_:make_executor",
@@ -330,6 +336,8 @@ def build_forwards(
     )
     if runtime.pair_sums:
         integers = executed_integers(integers, cpu or cpu_class())
+    if not runtime.streams:
+        integers = {name: x.loaded() for name, x in integers.items()}
     by_name = _modules_by_name(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     inside: set[str] = set()

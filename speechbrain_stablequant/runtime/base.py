@@ -8,7 +8,7 @@ are. Layers outside the encoder (the heads) are shadowed one by one.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -42,6 +42,15 @@ class LayerExecutor(Protocol):
     """Executes one Linear or Conv1d: float input, float32 output."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class EncoderOutput(NamedTuple):
+    """What takes the place of transformers' ``BaseModelOutput``, by the same
+    names and places; transformers takes seconds and 20 MB to import."""
+
+    last_hidden_state: torch.Tensor
+    hidden_states: None = None
+    attentions: None = None
 
 
 def require_frame(frames: int, samples: int) -> None:
@@ -79,14 +88,13 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
     callable
         Takes what SpeechBrain's wrapper passes to the model.
     """
-    from transformers.modeling_outputs import BaseModelOutput
 
     def forward(
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> EncoderOutput:
         if output_hidden_states or kwargs.get("output_attentions"):
             raise ValueError(
                 "an integer runtime gives the last hidden state only; use "
@@ -96,7 +104,7 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
         if attention_mask is not None:
             lengths = attention_mask.long().sum(1)
         hidden = execute(input_values, lengths)
-        return BaseModelOutput(last_hidden_state=hidden)
+        return EncoderOutput(hidden)
 
     return forward
 

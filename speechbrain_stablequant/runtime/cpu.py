@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..integer import IntegerLayer
+from ..memory import transient
 from ..numerics import qmax
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ CLASSES = ("other", "avx2", "avx_vnni", "avx512_vnni", "amx")
 
 #: Widest weights whose pair sums with unsigned bytes fit an int16.
 PAIR_SUM_BITS = 7
+
+#: Weights that are floats at a time while they are rounded.
+_PART = 1 << 14
 
 # What oneDNN is told not to use (ONEDNN_MAX_CPU_ISA), by the class left.
 _CAPS = {
@@ -156,12 +160,25 @@ def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
     if cpu.exact or layer.weight_bits <= PAIR_SUM_BITS:
         return layer
     ratio = qmax(PAIR_SUM_BITS) / qmax(layer.weight_bits)
-    weight = torch.round(layer.weight.float() * ratio).to(torch.int8)
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        out = transient(weight.shape, torch.int8)
+        parts = zip(
+            out.view(-1).split(_PART),
+            weight.reshape(-1).split(_PART),
+            strict=True,
+        )
+        for rows, part in parts:
+            rows.copy_(part.float().mul_(ratio).round_())
+        return out
+
+    read = layer.read
     return replace(
         layer,
-        weight=weight,
+        weight=rounded(layer.weight) if read is None else layer.weight,
         weight_scale=layer.weight_scale / ratio,
         weight_bits=PAIR_SUM_BITS,
+        read=None if read is None else lambda: rounded(read()),
     )
 
 

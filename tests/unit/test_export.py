@@ -24,7 +24,6 @@ from speechbrain_stablequant.export import (
     export_onnx,
 )
 from speechbrain_stablequant.folder import RecogniserSource, write_folder
-from speechbrain_stablequant.inference import StoredEncoder
 from speechbrain_stablequant.integer import (
     FloatLayer,
     IntegerLayer,
@@ -42,6 +41,7 @@ from speechbrain_stablequant.runtime.reference import (
     ReferenceExecutor,
     apply_layer,
 )
+from speechbrain_stablequant.wrapper import StoredEncoder
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")

@@ -20,7 +20,6 @@ from speechbrain_stablequant.folder import (
     describe_recogniser,
     write_folder,
 )
-from speechbrain_stablequant.inference import StoredEncoder
 from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import (
@@ -28,6 +27,7 @@ from speechbrain_stablequant.plan import (
     LayerQuant,
     QuantizationPlan,
 )
+from speechbrain_stablequant.wrapper import StoredEncoder
 
 LABELS = ["<blank>", " ", *"ABCDEFGHIJ"]
 CONFIG = QuantizeConfig.from_dict({})

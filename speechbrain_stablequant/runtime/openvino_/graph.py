@@ -117,7 +117,8 @@ class GraphBuilder:
 
     @staticmethod
     def weight(layer: AnyLayer, gain: float = 1.0) -> ov.Node:
-        """The weight of a layer, grouped if its convolution is."""
+        """The weight of a layer, grouped if its convolution is. The operation
+        keeps the integers that it shares."""
         shape = tuple(layer.weight.shape)
         if layer.groups > 1:
             shape = (layer.groups, shape[0] // layer.groups, *shape[1:])
@@ -140,7 +141,9 @@ class GraphBuilder:
         zero point has in it."""
         bias = None if layer.bias is None else layer.bias.double()
         if isinstance(layer, IntegerLayer):
-            sums = layer.weight.flatten(1).sum(1, dtype=torch.int64).double()
+            # By numpy: torch would make a copy of the weight in 64 bits.
+            rows = layer.weight.flatten(1).cpu().numpy()
+            sums = torch.from_numpy(rows.sum(1, dtype=np.int64)).double()
             scale = layer.activation_scale.double() * layer.weight_scale
             share = ZERO_POINT * scale * sums
             bias = -share if bias is None else bias - share
@@ -154,6 +157,7 @@ class GraphBuilder:
         least: float = -math.inf,
     ) -> ov.Node:
         """[..., in] to [..., out], times a constant."""
+        layer = layer.loaded()
         if isinstance(layer, IntegerLayer):
             x = self.quantize(x, layer, least)
         y = op.matmul(x, self.weight(layer, gain), False, True)
@@ -164,6 +168,7 @@ class GraphBuilder:
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
         """[batch, in, time] to [batch, out, time]."""
+        layer = layer.loaded()
         if layer.padding:
             # Padded before it is quantized: zeros are at the zero point, and
             # the convolution of a margin of its own is 1.7 times as slow.

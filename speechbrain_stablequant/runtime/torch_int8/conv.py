@@ -28,7 +28,7 @@ class IntegerConv:
             layer.groups,
         )
         self._weight = torch.ops.onednn.qconv_prepack(
-            layer.weight.contiguous(),
+            layer.loaded().weight.contiguous(),
             self._scale,
             self.form.scale,
             ZERO,

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
+from ...memory import transient
 from .forms import ZERO, Floats, Form, Grid, form_of
 
 
@@ -51,7 +52,7 @@ def rows_of(
     -------
     Rows
     """
-    weight = layer.weight
+    weight = layer.loaded().weight
     if layer.kind == "conv1d":
         weight = weight.transpose(1, 2).flatten(1)
     bias = layer.bias if layer.bias is None else layer.bias * gain
@@ -76,7 +77,10 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
     scale = None
     if rows[0].scale is not None:
         scale = torch.cat([r.scale for r in rows])
-    weight = torch.cat([r.weight for r in rows])
+    weights = [r.weight for r in rows]
+    count = sum(len(w) for w in weights)
+    weight = transient((count, weights[0].shape[1]), weights[0].dtype)
+    torch.cat(weights, out=weight)
     return Rows(weight, scale, bias, rows[0].form)
 
 

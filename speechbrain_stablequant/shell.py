@@ -1,0 +1,232 @@
+"""An encoder's parameters in their places, without the code that computes.
+
+The integer runtimes compute an encoder by themselves. For them the modules of
+a wav2vec 2.0 or HuBERT model are made here, by transformers' names: importing
+its code takes seconds and 150 MB, a tenth of what a whole float model takes.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+_KINDS = ("wav2vec2", "hubert")
+
+#: What a configuration must say for the modules to be those below.
+_PLAIN = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "add_adapter": False,
+    "adapter_attn_dim": None,
+    "conv_pos_batch_norm": False,
+}
+#: Of these, what a configuration need not name.
+_OPTIONAL = ("add_adapter", "adapter_attn_dim", "conv_pos_batch_norm")
+
+_NEEDED = (
+    "conv_bias",
+    "conv_dim",
+    "conv_kernel",
+    "conv_stride",
+    "do_stable_layer_norm",
+    "feat_extract_norm",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "mask_feature_prob",
+    "mask_time_prob",
+    "num_attention_heads",
+    "num_conv_pos_embedding_groups",
+    "num_conv_pos_embeddings",
+    "num_hidden_layers",
+)
+
+
+class _Part(nn.Module):
+    """Modules by name."""
+
+    def __init__(self, **children: Any):
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+def _extractor(config: Mapping[str, Any]) -> nn.Module:
+    stages = []
+    width = 1
+    for index, (out, kernel, stride) in enumerate(
+        zip(
+            config["conv_dim"],
+            config["conv_kernel"],
+            config["conv_stride"],
+            strict=True,
+        )
+    ):
+        parts = {
+            "conv": nn.Conv1d(
+                width, out, kernel, stride, bias=config["conv_bias"]
+            ),
+            "activation": nn.GELU(),
+        }
+        if config["feat_extract_norm"] == "layer":
+            parts["layer_norm"] = nn.LayerNorm(out)
+        elif index == 0:
+            parts["layer_norm"] = nn.GroupNorm(out, out)
+        stages.append(_Part(**parts))
+        width = out
+    return _Part(conv_layers=nn.ModuleList(stages))
+
+
+def _block(config: Mapping[str, Any]) -> nn.Module:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    eps = config["layer_norm_eps"]
+    return _Part(
+        attention=_Part(
+            k_proj=nn.Linear(width, width),
+            v_proj=nn.Linear(width, width),
+            q_proj=nn.Linear(width, width),
+            out_proj=nn.Linear(width, width),
+        ),
+        layer_norm=nn.LayerNorm(width, eps),
+        feed_forward=_Part(
+            intermediate_dense=nn.Linear(width, inner),
+            intermediate_act_fn=nn.GELU(),
+            output_dense=nn.Linear(inner, width),
+        ),
+        final_layer_norm=nn.LayerNorm(width, eps),
+    )
+
+
+def _transformer(config: Mapping[str, Any]) -> nn.Module:
+    width, kernel = config["hidden_size"], config["num_conv_pos_embeddings"]
+    conv = nn.Conv1d(
+        width,
+        width,
+        kernel,
+        padding=kernel // 2,
+        groups=config["num_conv_pos_embedding_groups"],
+    )
+    return _Part(
+        pos_conv_embed=_Part(
+            conv=conv,
+            padding=SimpleNamespace(num_pad_remove=1 - kernel % 2),
+            activation=nn.GELU(),
+        ),
+        layer_norm=nn.LayerNorm(width, config["layer_norm_eps"]),
+        layers=nn.ModuleList(
+            [_block(config) for _ in range(config["num_hidden_layers"])]
+        ),
+    )
+
+
+class EncoderShell(nn.Module):
+    """The modules of an encoder; a runtime's forward takes the place of its
+    own. Weight norms are folded, see :func:`folded_norms`.
+
+    Arguments
+    ---------
+    config : Mapping
+        Content of the model's ``config.json``, one that :func:`has_shell`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        features, width = config["conv_dim"][-1], config["hidden_size"]
+        self.feature_extractor = _extractor(config)
+        self.feature_projection = _Part(
+            projection=nn.Linear(features, width),
+        )
+        if config.get("feat_proj_layer_norm", True):
+            self.feature_projection.layer_norm = nn.LayerNorm(
+                features, config["layer_norm_eps"]
+            )
+        if config["mask_time_prob"] > 0 or config["mask_feature_prob"] > 0:
+            # Of training only, but it is one of the model's parameters.
+            self.masked_spec_embed = nn.Parameter(torch.empty(width))
+        self.encoder = _transformer(config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """There is none."""
+        raise RuntimeError("a shell computes nothing; a runtime has to")
+
+
+def has_shell(config: Mapping[str, Any]) -> bool:
+    """Whether :class:`EncoderShell` has the modules of a model.
+
+    Arguments
+    ---------
+    config : Mapping
+        Content of its ``config.json``.
+
+    Returns
+    -------
+    bool
+        False of another family, or of one with an adapter, another
+        activation or another norm.
+
+    Example
+    -------
+    >>> has_shell({"model_type": "wavlm"})
+    False
+    """
+    return (
+        config.get("model_type") in _KINDS
+        and all(key in config for key in _NEEDED)
+        and config["feat_extract_norm"] in ("group", "layer")
+        and all(
+            config.get(key, value if key in _OPTIONAL else None) == value
+            for key, value in _PLAIN.items()
+        )
+    )
+
+
+def empty_shell(config: Mapping[str, Any]) -> EncoderShell:
+    """A shell without storage, on the ``meta`` device.
+
+    Arguments
+    ---------
+    config : Mapping
+        Content of the model's ``config.json``.
+
+    Returns
+    -------
+    EncoderShell
+        In evaluation mode.
+    """
+    with torch.device("meta"):
+        return EncoderShell(config).eval()
+
+
+def folded_norms(
+    tensors: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Weights in place of the parts of their weight norms.
+
+    Arguments
+    ---------
+    tensors : Mapping
+        By name in the state dict of a model whose weight norms are over all
+        but the last axis.
+
+    Returns
+    -------
+    dict
+
+    Example
+    -------
+    >>> part = "conv.parametrizations.weight.original"
+    >>> folded_norms({f"{part}0": torch.full((1, 1, 1), 2.0),
+    ...     f"{part}1": torch.full((1, 1, 1), -3.0)})
+    {'conv.weight': tensor([[[-2.]]])}
+    """
+    out = dict(tensors)
+    length, direction = (f".parametrizations.weight.original{i}" for i in "01")
+    for name in tensors:
+        if name.endswith(length):
+            layer = name.removesuffix(length)
+            parts = out.pop(f"{layer}{direction}"), out.pop(name)
+            out[f"{layer}.weight"] = torch._weight_norm(*parts, 2)
+    return out
