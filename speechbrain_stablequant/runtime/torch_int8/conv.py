@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
-from .forms import ZERO, Floats, Grid, form_of
+from .forms import Floats, Grid, form_of
 
 
 class IntegerConv:
@@ -31,7 +31,7 @@ class IntegerConv:
             layer.loaded().weight.contiguous(),
             self._scale,
             self.form.scale,
-            ZERO,
+            self.form.zero,
             *self._geometry,
             None,
         )
@@ -54,7 +54,7 @@ class IntegerConv:
         out = torch.ops.onednn.qconv1d_pointwise.default(
             x.transpose(1, 2),
             self.form.scale,
-            ZERO,
+            self.form.zero,
             self._weight,
             self._scale,
             self._zeros,

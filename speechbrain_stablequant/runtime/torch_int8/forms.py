@@ -12,7 +12,7 @@ import torch
 from ...integer import FloatLayer, IntegerLayer
 from ...numerics import qmax
 
-#: The byte that stands for 0.
+#: The byte that stands for the integer 0.
 ZERO = 128
 
 #: Quantizing goes through int32 without saturation. With a smaller scale, of
@@ -30,6 +30,8 @@ class Grid:
         Of the plan; a float32.
     bits : int
         2 to 8.
+    zero : int
+        The byte that an input of 0 becomes.
 
     Example
     -------
@@ -39,6 +41,7 @@ class Grid:
 
     scale: float
     bits: int
+    zero: int = ZERO
 
     dtype = torch.uint8
 
@@ -83,10 +86,12 @@ class Grid:
         """
         x = x.float().contiguous()
         if self.scale < _SAFE_SCALE:
-            edge = ZERO * self.scale
+            edge = 2 * ZERO * self.scale
             x = x.clamp(-edge, edge)
         # The one vectorised conversion to bytes that torch has.
-        wrapped = torch.quantize_per_tensor(x, self.scale, ZERO, torch.quint8)
+        wrapped = torch.quantize_per_tensor(
+            x, self.scale, self.zero, torch.quint8
+        )
         q = torch.empty(0, dtype=torch.uint8)
         q.set_(wrapped.untyped_storage(), 0, wrapped.shape, wrapped.stride())
         return self.clip(q, out)
@@ -130,4 +135,8 @@ def form_of(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Form:
     """
     if isinstance(layer, FloatLayer):
         return Floats(dtype)
-    return Grid(float(layer.activation_scale), layer.activation_bits)
+    return Grid(
+        float(layer.activation_scale),
+        layer.activation_bits,
+        ZERO + layer.zero_point(),
+    )
