@@ -116,12 +116,16 @@ def describe_lopsided(model, quants):
 
 
 @pytest.mark.parametrize(
-    "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (8, 6))]
+    "variant, bits",
+    [
+        pytest.param("wav2vec2-base", (8, 8), marks=host_only),
+        ("hubert-large", (8, 6)),
+    ],
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
     assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
-    wavs = torch.randn(2, SAMPLES)
+    wavs = torch.randn(1, 1200)
     execute = make_executor(spec, DEVICE, dtype="float32")
     expected = ReferenceExecutor(spec)(wavs)
     assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
