@@ -4,7 +4,8 @@ The graph is built from the description of an encoder
 (:mod:`speechbrain_stablequant.runtime.encoder`), not traced: weights stay
 int8 in the file, batch and time are dynamic, and padding is masked inside.
 
-A layer's input is clipped to ``[-amax, amax]`` and then quantized. Both ends
+A layer's input is clipped to ``[-amax, amax]``, which an offset of the
+activations moves together with the zero point, and then quantized. Both ends
 are values of the grid, so this equals the clamp after the rounding of
 :mod:`speechbrain_stablequant.numerics`, also for 8 bits, where
 QuantizeLinear alone would go down to -128. ONNX divides by the scale where
@@ -51,6 +52,9 @@ MASKED = -1e30
 
 # GELU never falls below this.
 GELU_MIN = -0.17
+
+#: What layers may need beyond plain integers.
+EXECUTED = frozenset({"asymmetric"})
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ class Graph:
     Arguments
     ---------
     unsigned : bool
-        Activations as uint8 with zero point 128 instead of int8 with 0.
+        Activations as uint8 with zero point 128 instead of int8 with 0; an
+        offset moves either.
     """
 
     def __init__(self, unsigned: bool = False):
@@ -316,10 +321,11 @@ class Graph:
         axes, steps = self.constant([axis]), self.constant([step])
         return self.add("Slice", [x, start, end, axes, steps])
 
-    def _zero(self) -> str:
+    def _zero(self, layer: IntegerLayer) -> str:
+        zero = layer.zero_point()
         if self.unsigned:
-            return self.constant(128, np.uint8)
-        return self.constant(0, np.int8)
+            return self.constant(128 + zero, np.uint8)
+        return self.constant(zero, np.int8)
 
     def quantize(
         self, x: str, layer: AnyLayer, lowest: float = -float("inf")
@@ -343,19 +349,20 @@ class Graph:
         if isinstance(layer, FloatLayer):
             return x
         scale = np.float32(layer.activation_scale.item())
-        limit = qmax(layer.activation_bits)
-        key = (x, float(scale), limit)
+        limit, zero = qmax(layer.activation_bits), layer.zero_point()
+        key = (x, float(scale), limit, zero)
         if key in self._quantized:
             return self._quantized[key]
-        amax = np.float32(limit) * scale
+        low = np.float32(-limit - zero) * scale
+        high = np.float32(limit - zero) * scale
         # QuantizeLinear itself ends at 127.
-        if limit < 127 or lowest < -amax:
-            bounds = [self.number(-amax), self.number(amax)]
+        if limit < 127 or lowest < low:
+            bounds = [self.number(low), self.number(high)]
             clipped = self.add("Clip", [x, *bounds])
         else:
             clipped = x
         out = self.add(
-            "QuantizeLinear", [clipped, self.number(scale), self._zero()]
+            "QuantizeLinear", [clipped, self.number(scale), self._zero(layer)]
         )
         self._quantized[key] = out
         return out
@@ -365,7 +372,7 @@ class Graph:
         if isinstance(layer, FloatLayer):
             return q
         scale = self.number(layer.activation_scale.item())
-        return self.add("DequantizeLinear", [q, scale, self._zero()])
+        return self.add("DequantizeLinear", [q, scale, self._zero(layer)])
 
     def weight(
         self,
@@ -657,9 +664,15 @@ def _encoder(
     x = graph.add("Add", [x, added])
     if not spec.pre_norm:
         x = graph.norm(x, spec.norm)
+    if spec.rotation is None:
+        for block in spec.blocks:
+            x = _block(graph, spec, block, x, mask)
+        return graph.norm(x, spec.norm) if spec.pre_norm else x
+    rotation = graph.tensor(spec.rotation, "rotation")
+    x = graph.add("MatMul", [x, graph.transpose(rotation, 1, 0)])
     for block in spec.blocks:
         x = _block(graph, spec, block, x, mask)
-    return graph.norm(x, spec.norm) if spec.pre_norm else x
+    return graph.norm(graph.add("MatMul", [x, rotation]), spec.norm)
 
 
 def _head(graph: Graph, x: str, head: Iterable[HeadPart]) -> str:
@@ -679,7 +692,7 @@ def _head(graph: Graph, x: str, head: Iterable[HeadPart]) -> str:
 
 def _check(spec: EncoderSpec, head: Sequence[HeadPart]) -> None:
     for layer in [*spec.layers(), *head]:
-        extras = sorted(getattr(layer, "extras", ()))
+        extras = sorted(getattr(layer, "extras", frozenset()) - EXECUTED)
         if extras:
             raise ValueError(
                 f"{layer.name}: a plan with {', '.join(extras)} cannot be "
@@ -748,7 +761,8 @@ def export_onnx(
         ``"onnxruntime"``: activations are uint8 with zero point 128 (the same
         integers, moved) and convolutions are products of unfolded inputs,
         which is what ONNX Runtime computes in integers on an x86 CPU;
-        ``"portable"``: int8 with zero point 0 and Conv nodes.
+        ``"portable"``: int8 with zero point 0 and Conv nodes. An offset of
+        the activations moves either zero point.
     metadata : Mapping, optional
         More text by key for the file's metadata.
 

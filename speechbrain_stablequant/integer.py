@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .adjusted import LayerTensors
 from .layers import Layer
-from .numerics import quantize, scale_from_amax
+from .numerics import qmax, quantize, scale_from_amax
 from .plan import LayerQuant, layer_extras
 from .simulate import check_offset, offset_bias
 from .weights import restore_weight, round_weight, weight_scale
@@ -90,6 +90,33 @@ class IntegerLayer:
         shift = offset_bias(self.float_weight(), self.activation_offset)
         return shift if self.bias is None else self.bias + shift
 
+    def zero_point(self) -> int:
+        """The integer that an input of 0 becomes; 0 without an offset.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        ValueError
+            An offset for which there is no such integer, or zeros that are
+            padded.
+        """
+        if not self.activation_offset:
+            return 0
+        steps = self.activation_offset / float(self.activation_scale)
+        zero = -round(steps)
+        whole = abs(steps + zero) < 1e-3
+        if not whole or abs(zero) > qmax(self.activation_bits) or self.padding:
+            raise ValueError(
+                f"{self.name}: an activation offset of "
+                f"{self.activation_offset:g} is executed as whole scales of "
+                f"{float(self.activation_scale):g} within the range and "
+                "without padding only; use backend: torch"
+            )
+        return zero
+
     @property
     def extras(self) -> frozenset[str]:
         """What a runtime must be able to do beyond plain integers."""
@@ -124,6 +151,10 @@ class FloatLayer:
     def loaded(self) -> "FloatLayer":
         """The layer: its weight is in memory."""
         return self
+
+    def full_bias(self) -> torch.Tensor | None:
+        """As of :class:`IntegerLayer`."""
+        return self.bias
 
 
 def layer_geometry(module: nn.Module) -> dict[str, int]:

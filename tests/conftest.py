@@ -29,6 +29,11 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from speechbrain_stablequant.baselines.offset import behind_gelu
+from speechbrain_stablequant.layers import find_encoders, find_layers
+from speechbrain_stablequant.numerics import qmax
+from speechbrain_stablequant.plan import LayerQuant
+
 FAMILIES = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
     "hubert": (HubertConfig, HubertModel),
@@ -160,6 +165,37 @@ def build_tiny_modules(variant: str, **overrides) -> nn.ModuleDict:
     return nn.ModuleDict(modules).eval()
 
 
+def build_lopsided_quants(
+    model: PreTrainedModel, bits: tuple[int, int] = (8, 8), amax: float = 3.0
+) -> dict[str, LayerQuant]:
+    """How a plan with activation offsets quantizes a tiny model.
+
+    Arguments
+    ---------
+    model : transformers.PreTrainedModel
+        The model, behind the key ``w``.
+    bits : tuple of int
+        Of weights and activations.
+    amax : float
+        The upper end of all inputs.
+
+    Returns
+    -------
+    dict
+        LayerQuant by layer name: with an offset behind each GELU.
+    """
+    layers = find_layers({"w": model}, ["w"])
+    behind = behind_gelu(find_encoders({"w": model}), layers)
+    half = qmax(bits[1])
+    below = half // 8
+    scale = amax / (2 * half - below)
+    moved = LayerQuant(
+        *bits, half * scale, activation_offset=(half - below) * scale
+    )
+    even = LayerQuant(*bits, amax)
+    return {x.name: moved if x.name in behind else even for x in layers}
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same random state."""
@@ -188,6 +224,12 @@ def make_tiny_model():
 def make_tiny_modules():
     """:func:`build_tiny_modules`, for tests that need others."""
     return build_tiny_modules
+
+
+@pytest.fixture
+def lopsided_quants():
+    """:func:`build_lopsided_quants`."""
+    return build_lopsided_quants
 
 
 @pytest.fixture

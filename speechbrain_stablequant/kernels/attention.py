@@ -54,6 +54,7 @@ def reference(
     dtype: torch.dtype,
     inverse: float = 1.0,
     limit: int = 127,
+    zero: int = 0,
 ) -> torch.Tensor:
     """Scaled dot-product attention of each head.
 
@@ -73,6 +74,8 @@ def reference(
         1 / scale of the quantized result.
     limit : int
         Its largest integer.
+    zero : int
+        The integer that a result of 0 becomes.
 
     Returns
     -------
@@ -98,7 +101,7 @@ def reference(
         mask = mask[:, None, None, :]
     y = F.scaled_dot_product_attention(*parts.unbind(0), mask)
     y = y.transpose(1, 2).reshape(batch, frames, columns // 3)
-    return finish(y.float(), False, dtype, inverse, limit)
+    return finish(y.float(), False, dtype, inverse, limit, zero=zero)
 
 
 @triton.jit
@@ -149,6 +152,7 @@ def attention_kernel(
     scale,
     inverse,
     limit,
+    zero,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     HAS_REAL: tl.constexpr,
@@ -223,7 +227,7 @@ def attention_kernel(
     mask = (row < frames)[:, None] & inside
     offsets = (utterance * frames + row)[:, None] * (HEADS * SIZE)
     offsets += head * SIZE + channel[None, :]
-    store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE)
+    store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
 def _candidates(
@@ -263,6 +267,7 @@ def launch(
     dtype,
     inverse=1.0,
     limit=127,
+    zero=0,
     config: Config | None = None,
 ) -> torch.Tensor:
     """:func:`reference` in Triton. ``config`` overrides the tile; its
@@ -283,6 +288,7 @@ def launch(
             size**-0.5 * _LOG2_E,
             inverse,
             float(limit),
+            float(zero),
             HEADS=heads,
             SIZE=size,
             HAS_REAL=real is not None,
@@ -311,7 +317,7 @@ def launch(
     return out
 
 
-def shape(qkv, heads, real, dtype, inverse=1.0, limit=127):
+def shape(qkv, heads, real, dtype, inverse=1.0, limit=127, zero=0):
     """An empty result."""
     batch, frames, columns = qkv.shape
     return qkv.new_empty((batch, frames, columns // 3), dtype=dtype)
@@ -320,7 +326,7 @@ def shape(qkv, heads, real, dtype, inverse=1.0, limit=127):
 declare(
     "attention",
     "(Tensor qkv, int heads, Tensor? real, ScalarType dtype, "
-    "float inverse=1.0, int limit=127) -> Tensor",
+    "float inverse=1.0, int limit=127, int zero=0) -> Tensor",
     reference,
     launch,
     shape,

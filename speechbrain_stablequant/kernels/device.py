@@ -10,13 +10,14 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
-def round_to_int8(x, inverse, limit):
-    """``clamp(round(x * inverse))`` as ``numerics.quantize`` does it.
+def round_to_int8(x, inverse, limit, zero):
+    """``clamp(round(x * inverse + zero))`` as ``numerics.quantize`` does it
+    with ``x - offset``, where ``zero`` is ``-offset * inverse``, an integer.
 
     The limits are integers, so clamping before rounding gives the same; it
-    also keeps the product and the sum from being fused into one rounding.
+    also keeps the sums from being fused into one rounding.
     """
-    v = tl.minimum(tl.maximum(x * inverse, -limit), limit)
+    v = tl.minimum(tl.maximum(x * inverse + zero, -limit), limit)
     return (v + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
 
 
@@ -69,9 +70,12 @@ def scale_and_bias(acc, scale, bias, channels, inside, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE: tl.constexpr):
+def store_tile(
+    out, offsets, y, inverse, limit, zero, mask, QUANTIZE: tl.constexpr
+):
     """Stores a float32 tile as int8 or in the dtype of ``out``."""
     if QUANTIZE:
-        tl.store(out + offsets, round_to_int8(y, inverse, limit), mask=mask)
+        q = round_to_int8(y, inverse, limit, zero)
+        tl.store(out + offsets, q, mask=mask)
     else:
         tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)

@@ -188,7 +188,7 @@ def group_conv_kernel(
     offsets = row.to(tl.int64)[:, None] * (GROUPS * COLUMNS) + place[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-    store_tile(out, offsets, y, 1.0, 127.0, mask, QUANTIZE=False)
+    store_tile(out, offsets, y, 1.0, 127.0, 0.0, mask, QUANTIZE=False)
 
 
 def launch(

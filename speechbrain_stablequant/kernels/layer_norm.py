@@ -25,6 +25,7 @@ def reference(
     dtype: torch.dtype,
     inverse: float = 1.0,
     limit: int = 127,
+    zero: int = 0,
 ) -> torch.Tensor:
     """LayerNorm, GELU if asked, then int8 or a float dtype.
 
@@ -44,6 +45,8 @@ def reference(
         1 / scale of the quantized result.
     limit : int
         Its largest integer.
+    zero : int
+        The integer that a result of 0 becomes.
 
     Returns
     -------
@@ -57,7 +60,7 @@ def reference(
     tensor([[-10,  10]], dtype=torch.int8)
     """
     norm = (weight, bias, eps)
-    return finish(x.float(), gelu, dtype, inverse, limit, norm)
+    return finish(x.float(), gelu, dtype, inverse, limit, norm, zero=zero)
 
 
 def reference_both(
@@ -68,11 +71,14 @@ def reference_both(
     dtype: torch.dtype,
     inverse: float,
     limit: int,
+    zero: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm as float of ``dtype`` and as int8, from one pass."""
     return (
         reference(x, weight, bias, eps, False, dtype),
-        reference(x, weight, bias, eps, False, torch.int8, inverse, limit),
+        reference(
+            x, weight, bias, eps, False, torch.int8, inverse, limit, zero
+        ),
     )
 
 
@@ -88,6 +94,7 @@ def layer_norm_kernel(
     eps,
     inverse,
     limit,
+    zero,
     COLUMNS: tl.constexpr,
     GELU: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -106,12 +113,14 @@ def layer_norm_kernel(
     if GELU:
         y = gelu_erf(y)
     offsets = row * COLUMNS + column[None, :]
-    store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE)
+    store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
     if BOTH:
-        store_tile(out_int8, offsets, y, inverse, limit, mask, QUANTIZE=True)
+        store_tile(
+            out_int8, offsets, y, inverse, limit, zero, mask, QUANTIZE=True
+        )
 
 
-def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, both):
+def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, zero, both):
     rows = check_rows("layer_norm", x)
     count, columns = rows.shape
     if columns > MAX_CHANNELS:
@@ -136,6 +145,7 @@ def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, both):
         eps,
         inverse,
         float(limit),
+        float(zero),
         COLUMNS=columns,
         GELU=gelu,
         QUANTIZE=dtype == torch.int8,
@@ -148,25 +158,29 @@ def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, both):
 
 
 def launch(
-    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127
+    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0
 ) -> torch.Tensor:
     """:func:`reference` in Triton; rows of ``x`` may be strided."""
-    return _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, False)[0]
+    return _launch(
+        x, weight, bias, eps, gelu, dtype, inverse, limit, zero, False
+    )[0]
 
 
 def launch_both(
-    x, weight, bias, eps, dtype, inverse, limit
+    x, weight, bias, eps, dtype, inverse, limit, zero=0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`reference_both` in Triton."""
-    return _launch(x, weight, bias, eps, False, dtype, inverse, limit, True)
+    return _launch(
+        x, weight, bias, eps, False, dtype, inverse, limit, zero, True
+    )
 
 
-def shape(x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127):
+def shape(x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0):
     """An empty result."""
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def shape_both(x, weight, bias, eps, dtype, inverse, limit):
+def shape_both(x, weight, bias, eps, dtype, inverse, limit, zero=0):
     """Empty results."""
     return (
         x.new_empty(x.shape, dtype=dtype),
@@ -177,7 +191,7 @@ def shape_both(x, weight, bias, eps, dtype, inverse, limit):
 declare(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, float eps, bool gelu, "
-    "ScalarType dtype, float inverse=1.0, int limit=127) -> Tensor",
+    "ScalarType dtype, float inverse=1.0, int limit=127, int zero=0) -> Tensor",
     reference,
     launch,
     shape,
@@ -185,7 +199,7 @@ declare(
 declare(
     "layer_norm_both",
     "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, "
-    "float inverse, int limit) -> (Tensor, Tensor)",
+    "float inverse, int limit, int zero=0) -> (Tensor, Tensor)",
     reference_both,
     launch_both,
     shape_both,

@@ -65,6 +65,7 @@ def reference_linear(
     dtype: torch.dtype,
     inverse: float = 1.0,
     limit: int = 127,
+    zero: int = 0,
 ) -> torch.Tensor:
     """A linear layer on integers.
 
@@ -88,6 +89,8 @@ def reference_linear(
         1 / scale of the quantized result.
     limit : int
         Its largest integer.
+    zero : int
+        The integer that a result of 0 becomes.
 
     Returns
     -------
@@ -106,7 +109,7 @@ def reference_linear(
     check_int8("linear", q=q, weight=weight)
     # float64 holds every such sum exactly and has fast products
     y = scaled(q.double() @ weight.double().T, scale, bias)
-    return finish(y, gelu, dtype, inverse, limit, None, residual)
+    return finish(y, gelu, dtype, inverse, limit, None, residual, zero)
 
 
 def frames_out(frames: int, kernel: int, stride: int) -> int:
@@ -149,6 +152,7 @@ def reference_conv1d(
     dtype: torch.dtype,
     inverse: float = 1.0,
     limit: int = 127,
+    zero: int = 0,
 ) -> torch.Tensor:
     """A convolution on integers: scale, bias, LayerNorm, GELU, quantize.
 
@@ -176,6 +180,8 @@ def reference_conv1d(
         1 / scale of the quantized result.
     limit : int
         Its largest integer.
+    zero : int
+        The integer that a result of 0 becomes.
 
     Returns
     -------
@@ -191,7 +197,7 @@ def reference_conv1d(
     )
     y = scaled(windows.double() @ weight.double().T, scale, bias)
     norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
-    return finish(y, gelu, dtype, inverse, limit, norm)
+    return finish(y, gelu, dtype, inverse, limit, norm, zero=zero)
 
 
 def pack_conv_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -223,6 +229,7 @@ def matmul_kernel(
     eps,
     inverse,
     limit,
+    zero,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -295,7 +302,7 @@ def matmul_kernel(
             old = residual + wide * residual_stride + column[None, :]
             y += tl.load(old, mask=mask, other=0.0).to(tl.float32)
         offsets = wide * COLUMNS + column[None, :]
-        store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE)
+        store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
 def _candidates(
@@ -324,6 +331,7 @@ def _launch(
     gelu,
     inverse,
     limit,
+    zero,
     config=None,
 ):
     """Runs the kernel; ``out`` is [rows, columns], ``x`` anything with rows at
@@ -353,6 +361,7 @@ def _launch(
             eps,
             inverse,
             float(limit),
+            float(zero),
             COLUMNS=columns,
             DEPTH=weight.shape[1],
             HAS_BIAS=bias is not None,
@@ -391,6 +400,7 @@ def launch_linear(
     dtype,
     inverse=1.0,
     limit=127,
+    zero=0,
     config: Config | None = None,
 ) -> torch.Tensor:
     """:func:`reference_linear` in Triton; rows of ``q`` and ``residual`` may
@@ -414,6 +424,7 @@ def launch_linear(
         gelu,
         inverse,
         limit,
+        zero,
         config,
     )
     return out
@@ -433,6 +444,7 @@ def launch_conv1d(
     dtype,
     inverse=1.0,
     limit=127,
+    zero=0,
     config: Config | None = None,
 ) -> torch.Tensor:
     """:func:`reference_conv1d` in Triton. ``config`` overrides the choice of
@@ -464,13 +476,23 @@ def launch_conv1d(
         gelu,
         inverse,
         limit,
+        zero,
         config,
     )
     return out
 
 
 def shape_linear(
-    q, weight, scale, bias, residual, gelu, dtype, inverse=1.0, limit=127
+    q,
+    weight,
+    scale,
+    bias,
+    residual,
+    gelu,
+    dtype,
+    inverse=1.0,
+    limit=127,
+    zero=0,
 ):
     """An empty result."""
     return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
@@ -490,6 +512,7 @@ def shape_conv1d(
     dtype,
     inverse=1.0,
     limit=127,
+    zero=0,
 ):
     """An empty result."""
     frames = (q.shape[1] - kernel) // stride + 1
@@ -499,7 +522,8 @@ def shape_conv1d(
 declare(
     "linear",
     "(Tensor q, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, "
-    "bool gelu, ScalarType dtype, float inverse=1.0, int limit=127) -> Tensor",
+    "bool gelu, ScalarType dtype, float inverse=1.0, int limit=127, "
+    "int zero=0) -> Tensor",
     reference_linear,
     launch_linear,
     shape_linear,
@@ -508,7 +532,8 @@ declare(
     "conv1d",
     "(Tensor q, Tensor weight, Tensor scale, Tensor? bias, int kernel, "
     "int stride, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "bool gelu, ScalarType dtype, float inverse=1.0, int limit=127) -> Tensor",
+    "bool gelu, ScalarType dtype, float inverse=1.0, int limit=127, "
+    "int zero=0) -> Tensor",
     reference_conv1d,
     launch_conv1d,
     shape_conv1d,

@@ -12,6 +12,7 @@ def finish(
     limit: int,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     residual: torch.Tensor | None = None,
+    zero: int = 0,
 ) -> torch.Tensor:
     """Normalises, activates, adds, and rounds to the dtype of the result.
 
@@ -31,6 +32,8 @@ def finish(
         Weight, bias and eps of a LayerNorm over the channels.
     residual : torch.Tensor or None
         Added last, the shape of ``y``.
+    zero : int
+        The integer that a result of 0 becomes.
 
     Returns
     -------
@@ -51,7 +54,8 @@ def finish(
         y = y + residual.float()
     if dtype != torch.int8:
         return y.to(dtype)
-    return torch.round(y * inverse).clamp_(-limit, limit).to(torch.int8)
+    q = torch.round(y * inverse + zero)
+    return q.clamp_(-limit, limit).to(torch.int8)
 
 
 def scaled(

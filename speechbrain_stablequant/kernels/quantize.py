@@ -10,9 +10,13 @@ from .plain import finish
 
 
 def reference(
-    x: torch.Tensor, inverse: float, limit: int, gelu: bool = False
+    x: torch.Tensor,
+    inverse: float,
+    limit: int,
+    gelu: bool = False,
+    zero: int = 0,
 ) -> torch.Tensor:
-    """``clamp(round(x * inverse), -limit, limit)``.
+    """``clamp(round(x * inverse + zero), -limit, limit)``.
 
     Arguments
     ---------
@@ -24,6 +28,8 @@ def reference(
         The largest integer.
     gelu : bool
         Whether a GELU comes first.
+    zero : int
+        The integer that 0 becomes.
 
     Returns
     -------
@@ -35,7 +41,7 @@ def reference(
     >>> reference(torch.tensor([0.5, 1.5, -9.0]), 1.0, 7)
     tensor([ 0,  2, -7], dtype=torch.int8)
     """
-    return finish(x.float(), gelu, torch.int8, inverse, limit)
+    return finish(x.float(), gelu, torch.int8, inverse, limit, zero=zero)
 
 
 @triton.jit
@@ -46,6 +52,7 @@ def quantize_kernel(
     x_stride,
     inverse,
     limit,
+    zero,
     COLUMNS: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -60,11 +67,15 @@ def quantize_kernel(
     if GELU:
         y = gelu_erf(y)
     offsets = row * COLUMNS + column[None, :]
-    store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE=True)
+    store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE=True)
 
 
 def launch(
-    x: torch.Tensor, inverse: float, limit: int, gelu: bool = False
+    x: torch.Tensor,
+    inverse: float,
+    limit: int,
+    gelu: bool = False,
+    zero: int = 0,
 ) -> torch.Tensor:
     """:func:`reference` in Triton; rows of ``x`` may be strided."""
     rows = check_rows("quantize", x)
@@ -80,6 +91,7 @@ def launch(
         rows.stride(0),
         inverse,
         float(limit),
+        float(zero),
         COLUMNS=columns,
         GELU=gelu,
         BLOCK_M=block_m,
@@ -89,14 +101,15 @@ def launch(
     return out
 
 
-def shape(x, inverse, limit, gelu=False):
+def shape(x, inverse, limit, gelu=False, zero=0):
     """An empty result."""
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
 declare(
     "quantize",
-    "(Tensor x, float inverse, int limit, bool gelu=False) -> Tensor",
+    "(Tensor x, float inverse, int limit, bool gelu=False, int zero=0) "
+    "-> Tensor",
     reference,
     launch,
     shape,

@@ -56,6 +56,7 @@ def reference(
     dtype: torch.dtype,
     inverse: float = 1.0,
     limit: int = 127,
+    zero: int = 0,
 ) -> torch.Tensor:
     """Quantize, convolve, scale, add the bias, LayerNorm, GELU, quantize.
 
@@ -88,6 +89,8 @@ def reference(
         1 / scale of the quantized result.
     limit : int
         Its largest integer.
+    zero : int
+        The integer that a result of 0 becomes.
 
     Returns
     -------
@@ -103,7 +106,7 @@ def reference(
         bias = None if bias is None else bias[:, None]
     norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
     y = scaled(total, scale, bias)
-    return finish(y, gelu, dtype, inverse, limit, norm)
+    return finish(y, gelu, dtype, inverse, limit, norm, zero=zero)
 
 
 def reference_sums(
@@ -198,7 +201,7 @@ def _product(
     tap = tl.arange(0, BLOCK_K)
     here = tap[None, :] < TAPS
     x = tl.load(wave + start[:, None] + tap[None, :], mask=here, other=0.0)
-    q = round_to_int8(x, wave_inverse, wave_limit)
+    q = round_to_int8(x, wave_inverse, wave_limit, 0.0)
     n = tl.minimum(column, COLUMNS - 1)
     w = weight + n[:, None] * TAPS + tap[None, :]
     return tl.dot(q, tl.load(w, mask=here, other=0).T, out_dtype=tl.int32)
@@ -221,6 +224,7 @@ def wave_conv_kernel(
     eps,
     inverse,
     limit,
+    zero,
     COLUMNS: tl.constexpr,
     TAPS: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -277,7 +281,7 @@ def wave_conv_kernel(
             y = gelu_erf(y)
         mask = (row[:, None] < rows) & inside[None, :]
         offsets = wide * COLUMNS + column[None, :]
-        store_tile(out, offsets, y, inverse, limit, mask, QUANTIZE)
+        store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
 @triton.jit
@@ -361,6 +365,7 @@ def launch(
     dtype,
     inverse=1.0,
     limit=127,
+    zero=0,
     config: Config | None = None,
 ) -> torch.Tensor:
     """:func:`reference` in Triton. ``config`` overrides the tile."""
@@ -407,6 +412,7 @@ def launch(
             eps,
             inverse,
             float(limit),
+            float(zero),
             COLUMNS=columns,
             TAPS=taps,
             STRIDE=stride,
@@ -482,6 +488,7 @@ def shape(
     dtype,
     inverse=1.0,
     limit=127,
+    zero=0,
 ):
     """An empty result."""
     frames = (wave.shape[1] - weight.shape[1]) // stride + 1
@@ -500,7 +507,7 @@ declare(
     "(Tensor wave, float wave_inverse, int wave_limit, Tensor weight, "
     "Tensor scale, Tensor? bias, int stride, Tensor? norm_weight, "
     "Tensor? norm_bias, float eps, bool gelu, ScalarType dtype, "
-    "float inverse=1.0, int limit=127) -> Tensor",
+    "float inverse=1.0, int limit=127, int zero=0) -> Tensor",
     reference,
     launch,
     shape,

@@ -65,13 +65,14 @@ class Runtime:
     extras: frozenset[str] = frozenset()
 
 
+_OFFSETS = frozenset({"asymmetric"})
 _TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
 
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(
         None,
         "simulated:make_layer",
-        extras=frozenset({"asymmetric", "weight_groups"}),
+        extras=_OFFSETS | {"weight_groups"},
     ),
     "torch_int8": Runtime(
         "torch_int8.executor:make_executor",
@@ -79,6 +80,7 @@ RUNTIMES: dict[str, Runtime] = {
         "cpu",
         pair_sums=True,
         streams=True,
+        extras=_OFFSETS,
     ),
     "openvino": Runtime(
         "openvino_:make_executor",
@@ -88,6 +90,7 @@ RUNTIMES: dict[str, Runtime] = {
         "speechbrain_stablequant[cpu]",
         pair_sums=True,
         streams=True,
+        extras=_OFFSETS,
     ),
     "onnx": Runtime(
         "onnx_:make_executor",
@@ -96,6 +99,7 @@ RUNTIMES: dict[str, Runtime] = {
         ("onnx", "onnxruntime"),
         "speechbrain_stablequant[onnx]",
         pair_sums=True,
+        extras=_OFFSETS,
     ),
     "triton": Runtime(
         "triton:make_executor",
@@ -103,6 +107,7 @@ RUNTIMES: dict[str, Runtime] = {
         "cuda",
         ("triton",),
         "triton",
+        extras=_OFFSETS,
     ),
 }
 
@@ -267,10 +272,10 @@ def check_extras(backend: str, extras: Iterable[str]) -> None:
 
     Example
     -------
-    >>> check_extras("triton", ["asymmetric"])
+    >>> check_extras("triton", ["weight_groups"])
     Traceback (most recent call last):
-    ValueError: backend: triton cannot execute a plan with asymmetric; write \
-backend: torch, or leave that switch off
+    ValueError: backend: triton cannot execute a plan with weight_groups; \
+write backend: torch, or leave that switch off
     """
     extras = frozenset(extras)
     missing = sorted(extras - RUNTIMES[backend].extras)

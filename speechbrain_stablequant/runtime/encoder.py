@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..integer import FloatLayer, IntegerLayer, float_layer
+from ..rotation import rotation_of
 
 AnyLayer = IntegerLayer | FloatLayer
 
@@ -81,8 +82,8 @@ class EncoderSpec:
 
     wave [B, L] -> convs -> [B, T, C] -> projection_norm -> projection ->
     x, zero at padded frames -> x + gelu(pos_conv(x)) without its last
-    ``pos_trim`` frames -> (``norm`` here unless pre_norm) -> blocks ->
-    (``norm`` here if pre_norm).
+    ``pos_trim`` frames -> (``norm`` here unless pre_norm) -> (x @ rotation.T)
+    -> blocks -> (x @ rotation) -> (``norm`` here if pre_norm).
 
     Arguments
     ---------
@@ -104,6 +105,9 @@ class EncoderSpec:
         Attention heads.
     pre_norm : bool
         Stable layer norm (large models).
+    rotation : torch.Tensor or None
+        float32 [channels, channels], orthogonal, see
+        :mod:`speechbrain_stablequant.rotation`; with ``pre_norm`` only.
     """
 
     convs: tuple[ConvSpec, ...]
@@ -115,6 +119,7 @@ class EncoderSpec:
     blocks: tuple[BlockSpec, ...]
     num_heads: int
     pre_norm: bool
+    rotation: torch.Tensor | None = field(default=None, repr=False)
 
     def layers(self) -> Iterator[AnyLayer]:
         """All layers in network order."""
@@ -181,7 +186,8 @@ def describe_encoder(
     ------
     ValueError
         Something that the integer runtimes do not compute: an adapter,
-        another activation, another normalisation.
+        another activation, another normalisation, a rotation around blocks
+        that normalise behind each sublayer.
     """
 
     names = {id(m): f"{path}.{n}" for n, m in model.named_modules()}
@@ -234,6 +240,12 @@ def describe_encoder(
                 down=layer(forward.output_dense),
             )
         )
+    rotation, pre_norm = rotation_of(encoder), model.config.do_stable_layer_norm
+    if rotation is not None and not pre_norm:
+        raise ValueError(
+            f"{path}.encoder: a rotated stream needs blocks that normalise "
+            "before each sublayer (do_stable_layer_norm); leave that switch off"
+        )
     projection_norm = getattr(model.feature_projection, "layer_norm", None)
     return EncoderSpec(
         convs=tuple(convs),
@@ -244,5 +256,6 @@ def describe_encoder(
         norm=_norm(encoder.layer_norm),
         blocks=tuple(blocks),
         num_heads=model.config.num_attention_heads,
-        pre_norm=bool(model.config.do_stable_layer_norm),
+        pre_norm=bool(pre_norm),
+        rotation=rotation,
     )

@@ -139,6 +139,10 @@ class ReferenceExecutor:
         x = x + F.gelu(position).transpose(1, 2)
         if not spec.pre_norm:
             x = apply_norm(spec.norm, x)
+        if spec.rotation is not None:
+            x = x @ spec.rotation.T
         for block in spec.blocks:
             x = _block(spec, block, x, mask)
+        if spec.rotation is not None:
+            x = x @ spec.rotation
         return apply_norm(spec.norm, x) if spec.pre_norm else x

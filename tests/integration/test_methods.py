@@ -25,10 +25,10 @@ quantize: !apply:speechbrain_stablequant.register
 VARIANTS = """\
     variants:
         - {name: ada, method: adaround}
-        - {name: plus, method: stablequant_plus}
+        - {name: plus, method: stablequant_plus, plus: {asymmetric: True}}
         - name: odd
           method: stablequant_plus
-          plus: {equalize: False, compensate: False, asymmetric: True}
+          plus: {equalize: False, compensate: False, weight_groups: 8}
         - name: mixed
           method: stablequant_plus
           plus:
@@ -84,7 +84,7 @@ def test_folder_holds_what_the_plan_decided(written, name):
 def test_a_plan_that_one_runtime_executes(written):
     report = json.loads((written / "odd/report.json").read_text("utf-8"))
     assert report["backend"] == "simulated"
-    assert any("asymmetric" in text for text in report["warnings"])
+    assert any("weight_groups" in text for text in report["warnings"])
     assert report["search"]["runtimes"] == ["torch"]
 
 
@@ -106,7 +106,9 @@ def test_folder_recognises(trained, written, name):
         asr = EncoderASR.from_hparams(
             source=str(written / name), overrides={"backend": "torch_int8"}
         )
-        with pytest.raises(ValueError, match=r"torch_int8 cannot.*asymmetric"):
+        with pytest.raises(
+            ValueError, match=r"torch_int8 cannot.*weight_groups"
+        ):
             asr.encode_batch(wave, torch.ones(1))
 
 
@@ -136,7 +138,7 @@ def test_a_runtime_that_cannot_is_refused_at_once(trained, tmp_path):
     block = (
         BLOCK
         + "    method: stablequant_plus\n    backend: torch_int8\n"
-        + "    plus: {asymmetric: True}\n"
+        + "    plus: {weight_groups: 8}\n"
     ).replace("    plus: {strengths: [0.5]}\n", "")
     finished = trained.run(tmp_path / "refused", *ONE_SET, block=block)
     assert finished.code != 0

@@ -35,7 +35,7 @@ REGISTERS = 65536
 INT8, HALF = torch.int8, torch.float16
 FRAMES = 499
 #: After a product: bias and GELU, quantized.
-ACTIVATED = (True, INT8, 2.0, 127)
+ACTIVATED = (True, INT8, 2.0, 127, -113)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_gelu_and_quantize(arch, tile):
     "tile", [*matmul.TILES[:2], matmul.TILES[3], matmul.TILES[-1]], ids=str
 )
 def test_residual(arch, tile):
-    end = (False, HALF, 1.0, 127)
+    end = (False, HALF, 1.0, 127, 0)
     function, arguments = linear(1024, 4096, True, end, tile)
     found = compiled(arch, function, *arguments)
     check(arch, found)
@@ -106,14 +106,14 @@ def test_residual(arch, tile):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("channels", [768, 1024])
 def test_projections(arch, channels):
-    end = (False, HALF, 1.0, 127)
+    end = (False, HALF, 1.0, 127, 0)
     function, arguments = linear(3 * channels, channels, False, end)
     check(arch, compiled(arch, function, *arguments))
 
 
 @pytest.mark.parametrize("tile", matmul.RAGGED_TILES, ids=str)
 def test_depth_that_is_no_multiple_of_the_tile(tile):
-    end = (False, HALF, 1.0, 127)
+    end = (False, HALF, 1.0, 127, 0)
     function, arguments = linear(32, 1000, False, end, tile)
     for arch in ARCHITECTURES:
         check(arch, compiled(arch, function, *arguments))
@@ -252,8 +252,8 @@ def test_what_is_no_product(arch):
     x, vector = meta(FRAMES, 1024, dtype=HALF), meta(1024)
     norm = (x, vector, vector, 1e-5)
     for function, arguments in (
-        (layer_norm.launch, (*norm, False, INT8, 2.0, 127)),
+        (layer_norm.launch, (*norm, False, INT8, 2.0, 127, -113)),
         (layer_norm.launch_both, (*norm, HALF, 2.0, 127)),
-        (quantize.launch, (x, 2.0, 127)),
+        (quantize.launch, (x, 2.0, 127, True, -113)),
     ):
         check(arch, compiled(arch, function, *arguments), kind=None)

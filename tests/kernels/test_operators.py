@@ -34,14 +34,14 @@ def _calls():
             int8,
             9.0,
         ),
-        "quantize": (x, 20.0, 31, True),
-        "layer_norm": (x, *norm, True, int8, 20.0, 127),
+        "quantize": (x, 20.0, 31, True, -28),
+        "layer_norm": (x, *norm, True, int8, 20.0, 127, -113),
         "layer_norm_both": (x, *norm, half, 20.0, 127),
         "linear": (q, weight, vector, vector, x, True, half),
         "conv1d": (q, conv_weight, vector, None, 3, 2, *norm, True, int8),
         "wave_conv": (
             *(wave, 40.0, 127, taps, vector, vector, 5),
-            *(*norm, True, int8, 9.0, 31),
+            *(*norm, True, int8, 9.0, 31, -28),
         ),
         "wave_conv_sums": (wave, 40.0, 127, taps, 5, frames),
         "group_conv1d": (q, grouped, vector, vector, x, 2, 1, True, half),
@@ -75,6 +75,9 @@ def test_quantize_equals_numerics():
     x, scale = torch.randn(5, 7), torch.tensor(0.037)
     found = OPS.quantize(x.to(DEVICE), float(1 / scale), 31)
     assert torch.equal(found.cpu(), numerics.quantize(x, scale, 6))
+    moved = OPS.quantize(x.to(DEVICE), float(1 / scale), 31, False, -28)
+    expected = numerics.quantize(x - 28 * scale, scale, 6)
+    assert torch.equal(moved.cpu(), expected)
 
 
 def test_rows_that_are_not_int8_are_refused():

@@ -19,6 +19,7 @@ from speechbrain_stablequant.integer import (
 )
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime import build_forwards, resolve_backend
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.runtime.encoder import describe_encoder
@@ -101,6 +102,44 @@ def test_agrees_with_the_reference(tiny_model, bits):
     execute = make_executor(spec, DEVICE, dtype="float32")
     expected = ReferenceExecutor(spec)(wavs)
     assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+def describe_lopsided(model, quants):
+    """With activation offsets, and a rotation where there may be one."""
+    if model.config.do_stable_layer_norm:
+        attach_rotation(model.encoder, random_rotation(32))
+    integers = {
+        x.name: integer_layer(x, quants[x.name])
+        for x in find_layers({"w": model}, ["w"])
+    }
+    return describe_encoder(model, "w", integers)
+
+
+@pytest.mark.parametrize(
+    "variant, bits",
+    [
+        pytest.param("wav2vec2-base", (8, 8), marks=host_only),
+        ("hubert-large", (8, 6)),
+    ],
+)
+def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
+    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
+    wavs = torch.randn(1, 1200)
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
+@host_only
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
+def test_offsets_and_rotation_in_16_bit(tiny_model, lopsided_quants, dtype):
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
+    wavs = torch.randn(2, SAMPLES)
+    expected, noise = rounding_noise(spec, wavs)
+    found = make_executor(spec, DEVICE, dtype=dtype)(wavs.to(DEVICE), None)
+    assert relative_error(found, expected) < max(4 * noise, 0.03)
 
 
 @host_only
@@ -210,6 +249,21 @@ def test_wide_norms_are_computed_apart(make_tiny_model):
     assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
 
 
+@host_only
+def test_wide_norms_before_an_offset(make_tiny_model, lopsided_quants):
+    """The kernel that writes the moved integers is that of the norm."""
+    model = make_tiny_model(
+        "hubert-large", conv_dim=(16, 520, 16), conv_kernel=(10, 3, 2),
+        conv_stride=(5, 2, 2),
+    )  # fmt: skip
+    spec = describe_lopsided(model, lopsided_quants(model))
+    assert spec.convs[2].conv.zero_point() < 0
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    wavs = torch.randn(1, 300)
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < 5e-3
+
+
 def _layer(kind="linear", **changes) -> IntegerLayer:
     module = (
         torch.nn.Linear(20, 7)
@@ -225,9 +279,10 @@ def _layer(kind="linear", **changes) -> IntegerLayer:
     return replace(layer, **changes)
 
 
+@pytest.mark.parametrize("steps", [0, 100])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_head(has_bias):
-    layer = _layer()
+def test_a_head(has_bias, steps):
+    layer = _layer(activation_offset=steps * 0.02)
     layer = layer if has_bias else replace(layer, bias=None)
     x = torch.randn(2, 5, 20)
     found = make_layer(layer, DEVICE)(x.to(DEVICE)).cpu()
@@ -245,6 +300,13 @@ def test_errors_say_what_to_do(make_tiny_model, monkeypatch):
     with pytest.raises(ValueError, match=r"ctc_lin.w: .* padding 1, dilat"):
         make_layer(_layer("conv1d", padding=1), DEVICE)
     spec = describe(make_tiny_model("hubert-large"))
+    first = spec.convs[0]
+    moved = replace(
+        first.conv, activation_offset=float(first.conv.activation_scale)
+    )
+    odd = replace(spec, convs=(replace(first, conv=moved), *spec.convs[1:]))
+    with pytest.raises(ValueError, match=r"conv_layers.0.conv: .*a waveform"):
+        make_executor(odd, DEVICE)
     with pytest.raises(ValueError, match="dtype 'int4' is none of float16,"):
         make_executor(spec, DEVICE, dtype="int4")
     execute = make_executor(spec, DEVICE)
@@ -323,8 +385,10 @@ def test_without_a_device_it_is_refused(make_tiny_model, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("limit", [1, 2])
-def test_graphs_equal_launches(tiny_model, limit):  # pragma: no cover
-    spec = describe(tiny_model)
+def test_graphs_equal_launches(
+    tiny_model, lopsided_quants, limit
+):  # pragma: no cover
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
     plain = make_executor(spec, max_graphs=0, tune=False)
     graphs = make_executor(spec, max_graphs=limit, tune=False)
     for samples in (3333, 1500, 700, 3333, 1500, 700, 3333, 1500):

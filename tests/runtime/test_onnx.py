@@ -21,6 +21,7 @@ from speechbrain_stablequant.integer import (
 )
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime.base import (
     encoder_forward,
     shadowed_forwards,
@@ -78,6 +79,30 @@ def test_executor_is_the_reference(tiny_model, bits):
     assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+def describe_lopsided(model, quants):
+    """With activation offsets, and a rotation where there may be one."""
+    if model.config.do_stable_layer_norm:
+        attach_rotation(model.encoder, random_rotation(32))
+    integers = {
+        x.name: integer_layer(x, quants[x.name])
+        for x in find_layers({"w": model}, ["w"])
+    }
+    executed = executed_integers(integers, cpu_class())
+    return describe_encoder(model, "w", executed)
+
+
+@pytest.mark.parametrize(
+    "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
+)
+def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
+    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
+    execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
+    out, expected = execute(waves(), None), reference(waves(), None)
+    assert out.shape == expected.shape
+    assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
 def test_silence_of_no_frame_is_finite(make_tiny_model):
     model = make_tiny_model("hubert-large")
     spec = describe_encoder(model, "w", executed({"w": model}, ["w"]))
@@ -88,6 +113,18 @@ def test_silence_of_no_frame_is_finite(make_tiny_model):
 
 def test_every_product_is_in_integers(tiny_model, tmp_path):
     spec = describe_encoder(tiny_model, "w", executed({"w": tiny_model}, ["w"]))
+    assert_integers(spec, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
+def test_every_product_with_an_offset_is_in_integers(
+    tiny_model, lopsided_quants, tmp_path
+):
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
+    assert_integers(spec, tmp_path)
+
+
+def assert_integers(spec, tmp_path):
     path = export_onnx(tmp_path / "m.onnx", spec)
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -99,8 +136,10 @@ def test_every_product_is_in_integers(tiny_model, tmp_path):
     products = len(list(spec.layers())) - 1 + spec.pos_conv.groups
     assert ops["MatMulIntegerToFloat"] == products
     assert ops["DequantizeLinear"] == 0 and ops["Conv"] == 0
-    # What is left are the two products of each attention.
-    assert ops["MatMul"] + ops["FusedMatMul"] == 2 * len(spec.blocks)
+    # What is left are the two products of each attention, and the rotations.
+    rotations = 0 if spec.rotation is None else 2
+    products = 2 * len(spec.blocks) + rotations
+    assert ops["MatMul"] + ops["FusedMatMul"] == products
 
 
 def worst_case(shape, kind, **geometry) -> IntegerLayer:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from speechbrain_stablequant.integer import (
 )
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime.base import (
     encoder_forward,
     shadowed_forwards,
@@ -125,6 +127,32 @@ def test_executor_is_the_reference(tiny_model, bits, max_models):
     assert_same(alone)
 
 
+def describe_lopsided(model, quants):
+    """With activation offsets, and a rotation where there may be one."""
+    if model.config.do_stable_layer_norm:
+        attach_rotation(model.encoder, random_rotation(32))
+    integers = {
+        x.name: integer_layer(x, quants[x.name])
+        for x in find_layers({"w": model}, ["w"])
+    }
+    executed = executed_integers(integers, cpu_class())
+    return describe_encoder(model, "w", executed)
+
+
+@pytest.mark.parametrize(
+    "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
+)
+def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
+    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
+    execute, reference = make_executor(spec, **EXACT), ReferenceExecutor(spec)
+    found = []
+    for wavs in map(waves, SEEDS[:4]):
+        expected = reference(wavs, LENGTHS)
+        found += errors(spec, execute(wavs, LENGTHS), expected)
+    assert_same(found)
+
+
 @pytest.mark.parametrize(
     "keep_float",
     [("conv_layers",), ("attention", "pos_conv"), ("projection", "dense")],
@@ -195,16 +223,28 @@ def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
 def test_every_layer_is_executed_in_integers(tiny_model, precision, samples):
     if precision == "bf16" and not cpu_class().bf16:
         pytest.skip("this CPU does not multiply bfloat16")
-    spec = describe(tiny_model)
+    assert_integers(describe(tiny_model), precision, samples)
+
+
+def assert_integers(spec, precision, samples):
     execute = make_executor(spec, threads=1, precision=precision)
     compiled = execute.compile(-1 if samples < 0 else 1, samples)
     linear = executed_nodes(compiled, "FullyConnected")
     convs = executed_nodes(compiled, "Convolution")
-    assert len(linear) == 1 + 6 * len(spec.blocks)
-    assert len(convs) == len(spec.convs) + 1
     # A float fallback of an integer layer would be named so here.
-    assert {x["runtimePrecision"] for x in linear} == {"u8"}
+    kinds = Counter(x["runtimePrecision"] for x in linear)
+    assert kinds.pop("u8") == 1 + 6 * len(spec.blocks)
+    assert kinds.total() == (0 if spec.rotation is None else 2)
+    assert len(convs) == len(spec.convs) + 1
     assert {x["runtimePrecision"] for x in convs} <= {"u8", "i8"}
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
+def test_layers_with_offsets_are_executed_in_integers(
+    tiny_model, lopsided_quants
+):
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
+    assert_integers(spec, "f32", 8000)
 
 
 def worst_case(shape, kind, **geometry) -> IntegerLayer:
@@ -241,9 +281,9 @@ def run_layer(layer: IntegerLayer, q: torch.Tensor, precision="f32"):
     kind = "FullyConnected" if layer.kind == "linear" else "Convolution"
     (node,) = executed_nodes(compiled, kind)
     assert node["runtimePrecision"] in ("u8", "i8")
-    (out,) = compiled(
-        {"x": (q.float() * layer.activation_scale).numpy()}
-    ).values()
+    # Those of an input of 0 are the zero point.
+    x = (q.float() - layer.zero_point()) * layer.activation_scale
+    (out,) = compiled({"x": x.numpy()}).values()
     return torch.from_numpy(np.array(out))
 
 
@@ -251,7 +291,9 @@ def assert_exact(layer: IntegerLayer, q: torch.Tensor):
     scale = layer.activation_scale * layer.weight_scale
     if layer.kind == "conv1d":
         scale = scale[:, None]
-    product = integer_product(layer, q)
+    sums = layer.weight.flatten(1).sum(1, dtype=torch.int64)
+    sums = sums.view(-1, 1) if layer.kind == "conv1d" else sums
+    product = integer_product(layer, q) - layer.zero_point() * sums
     # Two float32 roundings: of the sum, and of the zero point's share.
     tolerance = 1e-6 * 256 * layer.weight[0].numel() * 127
     error = (run_layer(layer, q) / scale - product).abs().max()
@@ -270,6 +312,9 @@ def extremes(*shape) -> torch.Tensor:
 @pytest.mark.parametrize("inputs,outputs", [(10, 32), (4096, 48), (1023, 7)])
 def test_worst_case_linear(rows, inputs, outputs):
     layer = worst_case((outputs, inputs), "linear")
+    assert_exact(layer, extremes(1, rows, inputs))
+    offset = float(113 * layer.activation_scale)
+    layer = replace(layer, activation_offset=offset)
     assert_exact(layer, extremes(1, rows, inputs))
 
 

@@ -6,6 +6,7 @@ import torch
 from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime.base import (
     encoder_forward,
     shadowed_forwards,
@@ -71,6 +72,49 @@ def test_integers_are_the_simulation(tiny_model):
     # A value at a tie may round the other way, so not to float rounding.
     out = ReferenceExecutor(spec)(wavs, LENGTHS)
     assert_same(spec, out, expected, 0.02)
+
+
+def simulated(model, quants):
+    """The description of a quantized model, and what its simulation gives."""
+    wavs, mask = batch()
+    layers = find_layers({"w": model}, ["w"])
+    with Simulator(layers).apply(quants):
+        expected = model(wavs, attention_mask=mask).last_hidden_state
+    integers = {x.name: integer_layer(x, quants[x.name]) for x in layers}
+    return describe_encoder(model, "w", integers), expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (8, 4))]
+)
+def test_offsets_are_the_simulation(tiny_model, lopsided_quants, bits):
+    quants = lopsided_quants(tiny_model, bits)
+    spec, expected = simulated(tiny_model, quants)
+    moved = [x for x in spec.layers() if x.zero_point()]
+    assert len(moved) == len(spec.convs) - 1 + len(spec.blocks)
+    out = ReferenceExecutor(spec)(batch()[0], LENGTHS)
+    assert_same(spec, out, expected, 0.02)
+
+
+@torch.no_grad()
+def test_rotation_is_the_simulation(make_tiny_model):
+    model, wavs = make_tiny_model("wav2vec2-large"), batch()[0]
+    plain = ReferenceExecutor(describe_encoder(model, "w", {}))(wavs, LENGTHS)
+    attach_rotation(model.encoder, random_rotation(32))
+    layers = find_layers({"w": model}, ["w"])
+    quants = {x.name: LayerQuant(8, 8, 6.0) for x in layers}
+    spec, expected = simulated(model, quants)
+    out = ReferenceExecutor(spec)(wavs, LENGTHS)
+    assert_same(spec, out, expected, 0.02)
+    assert (out - plain).abs().max() > 0.1 * plain.abs().max()
+
+
+def test_rotation_between_other_norms_is_refused(make_tiny_model):
+    model = make_tiny_model("hubert-base")
+    attach_rotation(model.encoder, random_rotation(32))
+    with pytest.raises(ValueError, match=r"w.encoder: .*do_stable_layer_norm"):
+        describe_encoder(model, "w", {})
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from speechbrain_stablequant.integer import (
     reference_forward,
 )
 from speechbrain_stablequant.layers import find_layers
-from speechbrain_stablequant.numerics import quantize
+from speechbrain_stablequant.numerics import qmax, quantize
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime import build_forwards
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.runtime.cpu import (
@@ -122,6 +123,26 @@ def test_executor_is_the_reference(tiny_model, bits, bf16):
     # Without such a value it is float rounding. In bfloat16 there is always
     # one.
     assert bf16 or min(largest) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
+)
+def test_offsets_and_rotation(tiny_model, lopsided_quants, bits, bf16):
+    if tiny_model.config.do_stable_layer_norm:
+        attach_rotation(tiny_model.encoder, random_rotation(32))
+    quants = lopsided_quants(tiny_model, bits)
+    integers = {
+        x.name: integer_layer(x, quants[x.name])
+        for x in find_layers({"w": tiny_model}, ["w"])
+    }
+    executed = executed_integers(integers, cpu_class())
+    spec = describe_encoder(tiny_model, "w", executed)
+    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
+    execute, reference = make_executor(spec), ReferenceExecutor(spec)
+    expected = reference(waves(), LENGTHS)
+    error = errors(spec, execute(waves(), LENGTHS), expected, LENGTHS)
+    assert error.square().mean().sqrt() < SPREAD[bits]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +346,10 @@ def test_worst_case_without_vnni():
     assert result.stdout.strip() == "exact", result.stderr[-2000:]
 
 
-def random_layer(shape, kind="linear", bits=(8, 8), bias=True, **geometry):
+def random_layer(
+    shape, kind="linear", bits=(8, 8), bias=True, steps=0, **geometry
+):
+    """A layer with an activation offset of so many scales."""
     module = (
         torch.nn.Linear(shape[1], shape[0])
         if kind == "linear"
@@ -336,7 +360,10 @@ def random_layer(shape, kind="linear", bits=(8, 8), bias=True, **geometry):
     if not bias:
         module.bias = None
     (layer,) = find_layers({"enc": module}, ["enc"])
-    layer = integer_layer(layer, LayerQuant(*bits, 2.5))
+    offset = steps * 2.5 / qmax(bits[1])
+    layer = integer_layer(
+        layer, LayerQuant(*bits, 2.5, activation_offset=offset)
+    )
     return executed_layer(layer, cpu_class())
 
 
@@ -359,6 +386,34 @@ def test_layers(bits, bias):
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bits, steps", [(8, 113), (8, -127), (6, 28), (2, 1)])
+def test_layers_with_an_offset(bits, steps):
+    linear = random_layer((48, 70), bits=(8, bits), steps=steps)
+    assert linear.zero_point() == -steps
+    middle = linear.activation_offset
+    x = torch.randn(3, 33, 70) * 2 + middle
+    out, expected = make_layer(linear)(x), reference_forward(linear, x)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+    conv = random_layer((16, 8, 5), "conv1d", (8, bits), steps=steps, stride=2)
+    x = torch.randn(2, 8, 33) * 2 + middle
+    out, expected = make_layer(conv)(x), reference_forward(conv, x)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_that_are_no_zero_point():
+    layer = random_layer((4, 4), steps=3)
+    step = layer.activation_offset
+    for offset, padding in ((step * 0.9, 0), (step * 50, 0), (step, 1)):
+        odd = replace(
+            layer,
+            activation_offset=offset,
+            padding=padding,
+        )
+        with pytest.raises(ValueError, match="enc: an activation offset"):
+            make_layer(odd)
+
+
 @pytest.mark.parametrize("bits", [8, 6, 2])
 @pytest.mark.parametrize("scale", [1e-10, 3e-5, 0.03, 7.0])
 def test_quantizing_is_that_of_the_simulation(bits, scale):
@@ -371,6 +426,12 @@ def test_quantizing_is_that_of_the_simulation(bits, scale):
     out = torch.zeros_like(q)
     Grid(float(torch.tensor(scale)), bits).prepare(x, out)
     assert torch.equal(out, q)
+    # The zero point is added behind the rounding.
+    inverse = 1.0 / torch.tensor(scale)
+    for zero in (-qmax(bits), qmax(bits)):
+        q = Grid(float(torch.tensor(scale)), bits, ZERO + zero).prepare(x)
+        moved = (torch.round(x * inverse) + zero).clamp(-qmax(bits), qmax(bits))
+        assert torch.equal(q.float() - ZERO, moved)
 
 
 @torch.no_grad()
@@ -393,6 +454,14 @@ def test_what_follows_a_product(bits):
     grid = Grid(float(torch.tensor(0.001)), bits)
     q = product.gelu(rows, grid).int() - ZERO
     expected = quantize(F.gelu(y), torch.tensor(grid.scale), bits).int()
+    assert (q - expected).abs().max() <= 1
+    assert (q != expected).float().mean() < 0.01
+    assert q.min() == expected.min() and q.max() == expected.max()
+    steps = qmax(bits) - 2
+    grid = Grid(float(torch.tensor(0.1)), bits, ZERO - steps)
+    q = product.gelu(rows, grid).int() - ZERO
+    moved = F.gelu(y) - steps * grid.scale
+    expected = quantize(moved, torch.tensor(grid.scale), bits).int()
     assert (q - expected).abs().max() <= 1
     assert (q != expected).float().mean() < 0.01
     assert q.min() == expected.min() and q.max() == expected.max()

@@ -36,6 +36,7 @@ from speechbrain_stablequant.plan import (
     LayerQuant,
     QuantizationPlan,
 )
+from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime.encoder import describe_encoder
 from speechbrain_stablequant.runtime.reference import (
     ReferenceExecutor,
@@ -133,6 +134,36 @@ def test_integers(tiny_model, target, bits, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
+)
+def test_offsets_and_rotation(
+    tiny_model, lopsided_quants, bits, target, tmp_path
+):
+    if tiny_model.config.do_stable_layer_norm:
+        attach_rotation(tiny_model.encoder, random_rotation(32))
+    quants = lopsided_quants(tiny_model, bits)
+    integers = {
+        x.name: integer_layer(x, quants[x.name])
+        for x in find_layers({"w": tiny_model}, ["w"])
+    }
+    spec = describe_encoder(tiny_model, "w", integers)
+    path = export_onnx(tmp_path / "m.onnx", spec, target=target)
+    onnx.checker.check_model(str(path), full_check=True)
+    expected = ReferenceExecutor(spec)(waves(), LENGTHS)
+    assert_same(spec, run(path, waves(), LENGTHS), expected, 0.02)
+    zeros = {
+        int(onnx.numpy_helper.to_array(x))
+        for x in onnx.load(path).graph.initializer
+        if x.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        and not x.dims
+    }
+    middle = 128 if target == "onnxruntime" else 0
+    assert zeros == {middle + x.zero_point() for x in spec.layers()}
+    assert len(zeros) == 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_batch_and_time_are_dynamic(make_tiny_model, target, tmp_path):
     model = make_tiny_model("hubert-base")
     spec = describe_encoder(model, "w", integers_of({"w": model}, ["w"]))
@@ -178,6 +209,13 @@ def test_grid_is_that_of_the_simulation(bits, unsigned):
     out = run_graph(graph, x=x)
     assert torch.equal(out, fake_quantize(x, scale, bits))
     assert out.min() == -limit * 0.5 and out.max() == limit * 0.5
+    # An even number of steps: the ties stay where they are.
+    offset = (limit // 2 * 2) * 0.5
+    layer = replace(layer, activation_offset=offset)
+    graph = Graph(unsigned)
+    graph.dequantize(graph.quantize(graph.name("x"), layer), layer)
+    out = run_graph(graph, x=x)
+    assert torch.equal(out, fake_quantize(x - offset, scale, bits) + offset)
 
 
 def test_gelu_needs_no_clip_only_where_it_cannot_reach():
@@ -375,10 +413,10 @@ def test_refusals(make_tiny_model, tmp_path, monkeypatch):
         export_onnx(path, spec, [conv])
     model = make_tiny_model("hubert-base")
     odd = {
-        name: replace(layer, activation_offset=0.5)
+        name: replace(layer, weight_group=8)
         for name, layer in integers_of({"w": model}, ["w"]).items()
     }
-    with pytest.raises(ValueError, match=r"w\..* asymmetric cannot be"):
+    with pytest.raises(ValueError, match=r"w\..* weight_groups cannot be"):
         export_onnx(path, describe_encoder(model, "w", odd))
     with pytest.raises(OSError, match="no_folder"):
         export_onnx(tmp_path / "no_folder" / "m.onnx", spec)

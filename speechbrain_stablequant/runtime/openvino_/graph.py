@@ -69,7 +69,7 @@ class GraphBuilder:
         self.samples = samples
         self.inputs: list[ov.Node] = []
         # Layers that share an input with one scale share its integers.
-        self._quantized: dict[tuple[int, float, int], ov.Node] = {}
+        self._quantized: dict[tuple, ov.Node] = {}
         self._alive: list[ov.Node] = []
 
     def input(self, name: str, shape: list[int]) -> ov.Node:
@@ -98,17 +98,19 @@ class GraphBuilder:
         Returns
         -------
         openvino.Node
-            The values on the grid plus ``ZERO_POINT`` scales.
+            The values on the grid plus ``ZERO_POINT`` scales, less the
+            offset.
         """
         scale, bits = float(layer.activation_scale), layer.activation_bits
-        key = (id(x), scale, bits)
+        offset = -layer.zero_point() * scale
+        key = (id(x), scale, bits, offset)
         if key not in self._quantized:
             node, edge = x, qmax(bits) * scale
-            top = qmax(8) * scale
+            top = qmax(8) * scale + offset
             low, high = _f32(top - 255 * scale), _f32(top)
             # 256 levels are one too many, at the lower end.
-            if bits < 8 or least < -edge - scale / 2:
-                node = op.clamp(x, -edge, edge)
+            if bits < 8 or least < offset - edge - scale / 2:
+                node = op.clamp(x, offset - edge, offset + edge)
             zero, last = _f32(0.0), _f32(255 * scale)
             node = op.fake_quantize(node, low, high, zero, last, 256)
             self._quantized[key] = node
@@ -145,7 +147,7 @@ class GraphBuilder:
             rows = layer.weight.flatten(1).cpu().numpy()
             sums = torch.from_numpy(rows.sum(1, dtype=np.int64)).double()
             scale = layer.activation_scale.double() * layer.weight_scale
-            share = ZERO_POINT * scale * sums
+            share = (ZERO_POINT + layer.zero_point()) * scale * sums
             bias = -share if bias is None else bias - share
         return None if bias is None else (bias * gain).float()
 
@@ -278,8 +280,12 @@ class GraphBuilder:
         # input to the fused attention is misread in bfloat16 (2026.4).
         mask = op.multiply(op.subtract(keep, _f32(1.0)), _f32(MASKED))
         mask = op.unsqueeze(self.turn(mask), _i64(1))
+        if spec.rotation is not None:
+            x = op.matmul(x, _f32(spec.rotation), False, True)
         for block in spec.blocks:
             x = self.block(block, x, mask)
+        if spec.rotation is not None:
+            x = op.matmul(x, _f32(spec.rotation), False, False)
         if spec.pre_norm:
             x = self.norm(x, spec.norm)
         x.output(0).set_names({"hidden"})

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
-from .forms import ZERO, Floats, Grid, form_of
+from .forms import Floats, Grid, form_of
 from .linear import IntegerLinear, Rows, rows_of
 
 
@@ -32,7 +32,7 @@ class IntegerConv:
             layer.loaded().weight.contiguous(),
             self._scale,
             self.form.scale,
-            ZERO,
+            self.form.zero,
             *self._geometry,
             None,
         )
@@ -55,7 +55,7 @@ class IntegerConv:
         out = torch.ops.onednn.qconv1d_pointwise.default(
             x.transpose(1, 2),
             self.form.scale,
-            ZERO,
+            self.form.zero,
             self._weight,
             self._scale,
             self._zeros,
@@ -131,7 +131,8 @@ class GroupedConv:
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`IntegerConv`."""
-        x = F.pad(x, (0, 0, self._padding, self._padding), value=ZERO)
+        margin = (0, 0, self._padding, self._padding)
+        x = F.pad(x, margin, value=self.form.zero)
         frames = (x.shape[1] - self._kernel) // self._stride + 1
         width = sum(len(product.scale) for product in self._products)
         out = torch.empty(len(x), frames, width, dtype=dtype)

@@ -121,6 +121,7 @@ class TorchInt8Executor:
         self.features = FeatureExtractor(spec.convs, features, dtype)
         self.pos_conv = make_conv(spec.pos_conv, dtype)
         self.pos_trim = spec.pos_trim
+        self.rotation = spec.rotation
         self.blocks = [
             Block(block, spec.num_heads, spec.pre_norm, dtype)
             for block in spec.blocks
@@ -144,8 +145,12 @@ class TorchInt8Executor:
             part += self._position(part)
         if not self.pre_norm:
             x = layer_norm(x, self.norm)
+        if self.rotation is not None:
+            x = x @ self.rotation.T
         for block in self.blocks:
             x = block(x, lengths)
+        if self.rotation is not None:
+            x = x @ self.rotation
         return layer_norm(x, self.norm) if self.pre_norm else x
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from ...integer import FloatLayer, IntegerLayer
 from ...numerics import qmax
 
-#: The byte that stands for 0.
+#: The byte that stands for the integer 0.
 ZERO = 128
 
 #: Quantizing goes through int32 without saturation. With a smaller scale, of
@@ -31,6 +31,8 @@ class Grid:
         Of the plan; a float32.
     bits : int
         2 to 8.
+    zero : int
+        The byte that an input of 0 becomes.
 
     Example
     -------
@@ -40,6 +42,7 @@ class Grid:
 
     scale: float
     bits: int
+    zero: int = ZERO
 
     dtype = torch.uint8
 
@@ -67,7 +70,8 @@ class Grid:
             uint8.
         """
         limit = qmax(self.bits)
-        if self.bits == 8 and least > -limit * self.scale:
+        lowest = (ZERO - limit - self.zero) * self.scale
+        if self.bits == 8 and least > lowest:
             return q if out is None else out.copy_(q)
         out = q if out is None else out
         return torch.clamp(q, ZERO - limit, ZERO + limit, out=out)
@@ -92,10 +96,12 @@ class Grid:
         """
         x = x.float().contiguous()
         if self.scale < _SAFE_SCALE:
-            edge = ZERO * self.scale
+            edge = 2 * ZERO * self.scale
             x = x.clamp(-edge, edge)
         # The one vectorised conversion to bytes that torch has.
-        wrapped = torch.quantize_per_tensor(x, self.scale, ZERO, torch.quint8)
+        wrapped = torch.quantize_per_tensor(
+            x, self.scale, self.zero, torch.quint8
+        )
         q = torch.empty(0, dtype=torch.uint8)
         q.set_(wrapped.untyped_storage(), 0, wrapped.shape, wrapped.stride())
         return self.clip(q, out)
@@ -139,4 +145,8 @@ def form_of(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Form:
     """
     if isinstance(layer, FloatLayer):
         return Floats(dtype)
-    return Grid(float(layer.activation_scale), layer.activation_bits)
+    return Grid(
+        float(layer.activation_scale),
+        layer.activation_bits,
+        ZERO + layer.zero_point(),
+    )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
 from ...memory import transient
-from .forms import ZERO, Floats, Form, Grid, form_of
+from .forms import Floats, Form, Grid, form_of
 
 #: GELU is nowhere below this.
 GELU_MINIMUM = -0.17
@@ -116,7 +116,7 @@ class IntegerLinear:
         return torch.ops.onednn.qlinear_pointwise.default(
             x,
             self.form.scale,
-            ZERO,
+            self.form.zero,
             self._weight,
             self.scale if scale is None else scale,
             self._zeros,
@@ -173,7 +173,7 @@ class IntegerLinear:
         """
         scale = None if gain is None else self.scale * gain
         if isinstance(form, Grid):
-            target = (form.scale, ZERO, torch.uint8)
+            target = (form.scale, form.zero, torch.uint8)
             q = self._run(x, target, True, scale, shift)
             return form.clip(q, out, GELU_MINIMUM)
         y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
@@ -197,7 +197,7 @@ class IntegerLinear:
         return torch.ops.onednn.qlinear_pointwise.binary(
             x,
             self.form.scale,
-            ZERO,
+            self.form.zero,
             self._weight,
             self.scale,
             self._zeros,

@@ -31,20 +31,23 @@ class Form:
         1 / scale of the integers.
     limit : int
         The largest integer.
+    zero : int
+        The integer that 0 becomes.
     """
 
     dtype: torch.dtype
     inverse: float = 1.0
     limit: int = 127
+    zero: int = 0
 
     @property
     def quantized(self) -> bool:
         """Whether it is integers."""
         return self.dtype == torch.int8
 
-    def arguments(self) -> tuple[torch.dtype, float, int]:
+    def arguments(self) -> tuple[torch.dtype, float, int, int]:
         """What the operators take."""
-        return self.dtype, self.inverse, self.limit
+        return self.dtype, self.inverse, self.limit, self.zero
 
 
 def input_form(layer: AnyLayer, dtype: torch.dtype) -> Form:
@@ -65,13 +68,14 @@ def input_form(layer: AnyLayer, dtype: torch.dtype) -> Form:
         return Form(dtype)
     # in float32, as numerics.quantize takes it
     inverse = 1.0 / layer.activation_scale.float().reshape(())
-    return Form(torch.int8, float(inverse), qmax(layer.activation_bits))
+    limit = qmax(layer.activation_bits)
+    return Form(torch.int8, float(inverse), limit, layer.zero_point())
 
 
 def convert(x: torch.Tensor, form: Form, gelu: bool = False) -> torch.Tensor:
     """A float activation, after a GELU if asked, in another form."""
     if form.quantized:
-        return OPS.quantize(x, form.inverse, form.limit, gelu)
+        return OPS.quantize(x, form.inverse, form.limit, gelu, form.zero)
     return (F.gelu(x) if gelu else x).to(form.dtype)
 
 
@@ -103,7 +107,8 @@ def _scale(layer: IntegerLayer, device: torch.device) -> torch.Tensor:
 
 
 def _bias(layer: AnyLayer, device: torch.device) -> torch.Tensor | None:
-    return None if layer.bias is None else layer.bias.to(device).contiguous()
+    bias = layer.full_bias()
+    return None if bias is None else bias.to(device).contiguous()
 
 
 class Linear:

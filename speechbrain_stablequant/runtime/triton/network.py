@@ -107,7 +107,7 @@ def _norm_both(
         y = normalize(norm, x, Form(dtype))
         return y, y
     return OPS.layer_norm_both(
-        x, norm.weight, norm.bias, norm.eps, dtype, form.inverse, form.limit
+        x, norm.weight, norm.bias, norm.eps, dtype, *form.arguments()[1:]
     )
 
 
@@ -139,6 +139,11 @@ class Network:
             else Form(dtype)
         )
         forms = [input_form(s.conv, dtype) for s in spec.convs[1:]]
+        if input_form(spec.convs[0].conv, dtype).zero:
+            raise ValueError(
+                f"{spec.convs[0].conv.name}: the triton runtime has no kernel "
+                "for a waveform with an activation offset; use backend: torch"
+            )
         self.stages = [
             ConvStage(s.conv, s.norm, form, dtype, device)
             for s, form in zip(spec.convs, [*forms, last], strict=True)
@@ -155,6 +160,9 @@ class Network:
         self.blocks = [
             Block(block, spec.num_heads, dtype, device) for block in spec.blocks
         ]
+        self.rotation = None
+        if spec.rotation is not None:
+            self.rotation = spec.rotation.to(device, dtype).contiguous()
 
     def front(self, wave: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """The convolutions: float32 [batch, samples] to the projection."""
@@ -195,11 +203,15 @@ class Network:
         x = x.masked_fill_(~inside[:, :, None], 0.0)
         x = self.position(x)
         if self.pre_norm:
+            if self.rotation is not None:
+                x = x @ self.rotation.T
             for block in self.blocks:
                 y = normalize(block.norm1, x, block.qkv.form)
                 x = block.attend(y, x, real)
                 y = normalize(block.norm2, x, block.up.form)
                 x = block.feed(y, x)
+            if self.rotation is not None:
+                x = x @ self.rotation
             return normalize(self.norm, x, Form(self.dtype))
         norm = self.norm
         for block in self.blocks:

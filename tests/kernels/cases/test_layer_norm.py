@@ -34,6 +34,17 @@ def test_to_int8(shape, gap, dtype, surrounded, check_close):
     check_close(found, layer_norm.reference(x, weight, bias, *arguments))
 
 
+def test_gelu_with_an_offset(surrounded, check_close):
+    x, weight, bias = _inputs((6, 77))
+    arguments = (1e-5, True, torch.int8, 40.0, 127, -113)
+    found = layer_norm.launch(
+        surrounded(x), surrounded(weight), surrounded(bias), *arguments
+    )
+    expected = layer_norm.reference(x, weight, bias, *arguments)
+    check_close(found, expected)
+    assert expected.min() < -113 and expected.max() > -40
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_to_float(dtype, gelu, surrounded, check_close):
@@ -47,7 +58,7 @@ def test_to_float(dtype, gelu, surrounded, check_close):
 
 def test_to_both(surrounded, check_close):
     x, weight, bias = _inputs((4, 3, 40), torch.float16)
-    arguments = (1e-5, torch.float16, 40.0, 127)
+    arguments = (1e-5, torch.float16, 40.0, 127, 25)
     placed = [surrounded(t) for t in (x, weight, bias)]
     found = layer_norm.launch_both(*placed, *arguments)
     expected = layer_norm.reference_both(x, weight, bias, *arguments)

@@ -88,7 +88,7 @@ def test_ends(
 def test_every_tile(tile, surrounded, check_close):
     q, weight = _int8(3, 90, 272), _int8(70, 272)
     scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
-    end = (True, torch.int8, 30.0, 127)
+    end = (True, torch.int8, 30.0, 127, -113)
     found = matmul.launch_linear(
         *(surrounded(t) for t in (q, weight, scale, bias)),
         None,
@@ -146,7 +146,7 @@ def test_convolution(geometry, has_norm, dtype, surrounded, check_close):
         torch.randn(columns),
     ]
     norm = (torch.randn(columns), torch.randn(columns)) if has_norm else None
-    tail = (1e-5, True, dtype, 40.0, 127)
+    tail = (1e-5, True, dtype, 40.0, 127, -113)
     expected = matmul.reference_conv1d(
         *tensors, kernel, stride, *(norm or (None, None)), *tail
     )

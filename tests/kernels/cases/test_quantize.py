@@ -32,10 +32,23 @@ def test_shapes_and_strides(dtype, shape, gap, surrounded):
     assert torch.equal(found.cpu(), numerics.quantize(x, scale, 8))
 
 
-def test_gelu(surrounded, check_close):
+@pytest.mark.parametrize("zero", [0, -113])
+def test_gelu(zero, surrounded, check_close):
     x = torch.randn(9, 130) * 3
-    found = quantize.launch(surrounded(x), 31.7, 127, gelu=True)
-    check_close(found, quantize.reference(x, 31.7, 127, gelu=True))
+    end = (31.7, 127, True, zero)
+    found = quantize.launch(surrounded(x), *end)
+    check_close(found, quantize.reference(x, *end))
+
+
+@pytest.mark.parametrize("steps", [26, -31])
+def test_offset(steps, surrounded):
+    """Both ends of the range, and ties, which a power of two keeps."""
+    scale = torch.tensor(0.25)
+    x = torch.arange(-300, 300) * 0.25 * scale + steps * scale
+    found = quantize.launch(surrounded(x), 4.0, 31, zero=-steps)
+    expected = numerics.quantize(x - steps * scale, scale, 6)
+    assert torch.equal(found.cpu(), expected)
+    assert found.min() == -31 and found.max() == 31
 
 
 def test_refuses_columns_that_are_not_contiguous(device):

@@ -33,7 +33,7 @@ def test_convolution(geometry, has_norm, dtype, surrounded, check_close):
     wave, weight, scale, bias = _inputs(geometry)
     norm = (torch.randn(columns), torch.randn(columns))
     norm = norm if has_norm else (None, None)
-    tail = (1e-5, True, dtype, 40.0, 31)
+    tail = (1e-5, True, dtype, 40.0, 31, -28)
     expected = wave_conv.reference(
         wave, *WAVE, weight, scale, bias, stride, *norm, *tail
     )
