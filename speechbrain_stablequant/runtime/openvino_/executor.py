@@ -102,6 +102,7 @@ class OpenVINOExecutor:
             precision = "bf16" if cpu_class().bf16 else "f32"
         self.spec = spec
         self.max_models = max_models
+        self._half = precision == "bf16"
         self._core = ov.Core()
         if cache_folder is not None:
             self._core.set_property({"CACHE_DIR": str(cache_folder)})
@@ -125,7 +126,8 @@ class OpenVINOExecutor:
         -------
         openvino.CompiledModel
         """
-        model = GraphBuilder(self.spec, batch, frames).build()
+        builder = GraphBuilder(self.spec, batch, frames, self._half)
+        model = builder.build()
         return self._core.compile_model(model, "CPU", self._settings)
 
     def _request(self, batch: int, frames: int) -> ov.InferRequest:
@@ -184,7 +186,11 @@ class OpenVINOExecutor:
             inputs["shift"] = _array(shift[:, None])
         request = self._request(batch, frames)
         request.infer(inputs, share_inputs=True)
-        return torch.from_numpy(request.get_output_tensor(0).data.copy())
+        hidden = request.get_output_tensor(0).data
+        if self._half:  # which numpy has no type for
+            hidden = torch.from_numpy(hidden.view(np.int16))
+            return hidden.view(torch.bfloat16).float()
+        return torch.from_numpy(hidden.copy())
 
 
 def make_executor(

@@ -113,12 +113,19 @@ class GraphBuilder:
         The encoder.
     batch, frames : int
         Of the output; -1 for any.
+    half : bool
+        Whether the output is bfloat16. With one in float32 OpenVINO keeps
+        all that is added up from block to block in float32, whatever the
+        precision of the rest, and converts it for each layer.
     """
 
-    def __init__(self, spec: EncoderSpec, batch: int, frames: int):
+    def __init__(
+        self, spec: EncoderSpec, batch: int, frames: int, half: bool = False
+    ):
         self.spec = spec
         self.batch = batch
         self.frames = frames
+        self.half = half
         self.inputs: list[ov.Node] = []
         # Layers that share an input with one scale share its integers.
         self._quantized: dict[tuple[int, float, int], ov.Node] = {}
@@ -372,5 +379,7 @@ class GraphBuilder:
             x = self.block(block, x, mask)
         if spec.pre_norm:
             x = self.norm(x, spec.norm)
+        if self.half:
+            x = op.convert(x, "bf16")
         x.output(0).set_names({"hidden"})
         return _named(ov.Model([op.result(x)], self.inputs, "encoder"))
