@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..files import read_json, write_json
 from ..replay import StopForward
 from ..runtime.base import shadowed_forwards
 from ..runtime.cpu import cpu_class
-from ..search import Score
+from ..stage import Recogniser
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -52,24 +52,6 @@ _DECOMPRESSION = ("Multiply", "Subtract", "Convert")
 # Converting must not change the model: largest difference of the outputs, of
 # their largest value.
 TOLERANCE = 1e-2
-
-
-class Recogniser(Protocol):
-    """What a rival needs of a recogniser, as of
-    :class:`~speechbrain_stablequant.stage.Recogniser`."""
-
-    def ids(self, subset: str) -> list[str]: ...
-
-    def forward(
-        self, subset: str, before_batch: Callable[[int], None]
-    ) -> torch.Tensor | None: ...
-
-    def score(
-        self,
-        before_batch: Callable[[int], None],
-        give_up_above: int | None,
-        only: Iterable[int] | None = None,
-    ) -> Score: ...
 
 
 def require_nncf(method: str) -> None:
