@@ -105,7 +105,7 @@ class Chain(nn.Module):
 
     Example
     -------
-    >>> chain = Chain({"double": nn.Linear(1, 2), "act": nn.ReLU()})
+    >>> chain = Chain({"enc": nn.Linear(1, 2), "act": nn.ReLU()})
     >>> chain(torch.zeros(3, 1)).shape
     torch.Size([3, 2])
     """
