@@ -11,8 +11,6 @@ by the line through zero that fits all units best, and both count half.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .paired import points_per_loss
-
 # Steps of the budget: sizes are rounded up to them, so that the sum of what
 # is chosen never is above the budget.
 _STEPS = 4096
@@ -62,7 +60,9 @@ def harms(options: Mapping[str, Sequence[Option]]) -> dict[str, list[float]]:
         unit: [(max(o.delta_wer, 0.0), max(o.delta_loss, 0.0)) for o in row]
         for unit, row in options.items()
     }
-    slope = points_per_loss(pair for row in rises.values() for pair in row)
+    every = [pair for row in rises.values() for pair in row]
+    energy = sum(loss * loss for _, loss in every)
+    slope = sum(wer * loss for wer, loss in every) / energy if energy else 0.0
     found = {}
     for unit, row in rises.items():
         values = [0.5 * wer + 0.5 * slope * loss for wer, loss in row]
