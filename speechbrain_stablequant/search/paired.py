@@ -6,7 +6,7 @@ moves with every change where few words do, so its interval is the narrower
 one: it decides what the words leave open.
 """
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,29 @@ def loss_rise(
     return DeltaInterval(*(end / 100 for end in found))
 
 
+def points_per_loss(score: Score) -> float:
+    """What a rise of the loss is worth in points of WER.
+
+    Arguments
+    ---------
+    score : Score
+        Of the float model.
+
+    Returns
+    -------
+    float
+        As if the WER rose in proportion to the loss; 0 where it has none.
+
+    Example
+    -------
+    >>> points_per_loss(Score(errors=1, words=10, loss=0.5))
+    20.0
+    """
+    if not 0 < score.loss < math.inf:
+        return 0.0
+    return score.wer / score.loss
+
+
 def better(one: Score, two: Score, level: float) -> bool:
     """Whether the first score is better than the second one beyond noise.
 
@@ -139,27 +162,3 @@ def better(one: Score, two: Score, level: float) -> bool:
         if found is not None and (found.high < 0 or found.low > 0):
             return found.high < 0
     return False
-
-
-def points_per_loss(rises: Iterable[tuple[float, float]]) -> float:
-    """What a rise of the loss is worth in points of WER.
-
-    Arguments
-    ---------
-    rises : iterable of (float, float)
-        Rise of the WER in points and of the loss; falls count as none.
-
-    Returns
-    -------
-    float
-        Slope of the line through zero that fits best.
-
-    Example
-    -------
-    >>> points_per_loss([(1.0, 0.5), (-0.2, 0.0), (3.0, 1.5)])
-    2.0
-    """
-    pairs = [(max(wer, 0.0), max(loss, 0.0)) for wer, loss in rises]
-    energy = sum(loss * loss for _, loss in pairs)
-    product = sum(wer * loss for wer, loss in pairs)
-    return product / energy if energy else 0.0

@@ -1,6 +1,5 @@
 """Step 1, layer selection: which units suffer when quantized alone."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,8 +45,8 @@ def select_units(
     By the rule ``threshold`` a unit is selected when its rise is above the
     threshold. By the rule ``interval`` it is when the whole interval of the
     rise is, and it is not when the whole interval is below. Where the
-    threshold lies within the interval, the loss decides: its rise, in points
-    as the units have them on average, must be above the threshold and its
+    threshold lies within the interval, the loss decides: its rise, taken as
+    the same relative rise of the WER, must be above the threshold and its
     interval above zero.
 
     Arguments
@@ -80,17 +79,10 @@ def select_units(
     [('u', 3.0, True), ('v', 0.0, False)]
     """
     baseline = evaluate({}, label="float")
-    scores = {
-        unit: evaluate(quants, start=unit, label=f"{unit} alone")
-        for unit, quants in units.items()
-    }
-    worth = points_per_loss(
-        (score.wer - baseline.wer, score.loss - baseline.loss)
-        for score in scores.values()
-        if math.isfinite(score.loss - baseline.loss)
-    )
+    worth = points_per_loss(baseline)
     found = []
-    for unit, score in scores.items():
+    for unit, quants in units.items():
+        score = evaluate(quants, start=unit, label=f"{unit} alone")
         interval = wer_rise(baseline, score, selection.level)
         # In whole words: the rates' rounding must not decide.
         more = 100 * (score.errors - baseline.errors)

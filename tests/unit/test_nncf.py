@@ -1,6 +1,7 @@
 """Tests of speechbrain_stablequant.rivals.nncf_, on small models."""
 
 import importlib.util
+import json
 from contextlib import suppress
 
 import numpy as np
@@ -51,6 +52,7 @@ class Recogniser:
             wave[0, 500] = 200
         self.truth = [self.output(wave) for wave in self.waves]
         self.scores = []
+        self.dies_after = None
 
     def ids(self, subset):
         return ["a", "b", "c", "d"]
@@ -68,6 +70,8 @@ class Recogniser:
                 self.output(wave)
 
     def score(self, before_batch, give_up_above, only=None):
+        if len(self.scores) == self.dies_after:
+            raise KeyboardInterrupt
         errors, words = [], []
         for index in range(4) if only is None else only:
             out, truth = self.output(self.waves[index]), self.truth[index]
@@ -205,15 +209,23 @@ def test_a_damaged_model_is_made_again(recogniser, folder, tmp_path, no_nncf):
 
 
 def test_accuracy_control_makes_operations_float(recogniser, tmp_path):
+    """Also when it was killed on its way."""
     recogniser.scores.clear()
-    rival = rival_of(
-        recogniser,
-        tmp_path,
-        method="nncf_accuracy_control",
-        nncf={"max_drop": 0.0, "ranking_utterances": 2},
-        backend_options={"precision": "f32"},
-    )
+    block = {
+        "method": "nncf_accuracy_control",
+        "nncf": {"max_drop": 0.0, "ranking_utterances": 2},
+        "backend_options": {"precision": "f32"},
+    }
+    recogniser.dies_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        rival_of(recogniser, tmp_path, **block)
+    assert len(recogniser.scores) == 4
+    recogniser.dies_after = None
+    rival = rival_of(recogniser, tmp_path, **block)
     measured = list(recogniser.scores)
+    answers = json.loads((tmp_path / "nncf_answers.json").read_text("utf-8"))
+    found = [row["score"]["utterance_errors"] for row in answers["answers"]]
+    assert [list(errors) for errors in measured] == found
     assert measured[1] == (0, 0, 0, 0)  # the float model, after a first try
     assert sum(measured[2]) > 0  # all quantized
     assert any(len(errors) == 2 for errors in measured)  # ranking

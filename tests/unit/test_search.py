@@ -477,18 +477,17 @@ def test_loss_decides_what_the_words_leave_open():
     baseline = paired([5] * 40, [1.0] * 40)
     undecided = [5] * 39 + [10]
     scores = {
-        # What a rise of the loss is worth: 4 points for 0.4.
-        "conv.0": paired([6] * 40, [1.4] * 40),
-        # Worth 0.4 points.
+        "conv.0": paired(undecided, [1.0] * 40),
+        # 4 % of 20 points.
         "conv.1": paired(undecided, [1.04] * 40),
-        # Worth 0.1 points.
+        # 1 % of 20 points.
         "block.0": paired(undecided, [1.01] * 40),
-        # Worth 0.4 points, by one utterance: the interval reaches zero.
+        # 4 %, by one utterance: the interval reaches zero.
         "head": paired(undecided, [1.0] * 39 + [2.6]),
     }
     evaluate = by_unit(scores, baseline)
     _, found = select_units(single_units(), evaluate, 0.25, INTERVAL)
-    assert [row.selected for row in found] == [True, True, False, False]
+    assert [row.selected for row in found] == [False, True, False, False]
 
 
 def test_interval_needs_counts_by_utterance():
