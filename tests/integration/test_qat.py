@@ -20,7 +20,7 @@ quantize: !apply:speechbrain_stablequant.register
     weight_bits: 3
     activation_bits: 3
     method: qat
-    qat: {epochs: 2, lr: 0.002}
+    qat: {epochs: 2, lr: 0.004}
     calibration: {num_utterances: 4}
     search: {num_utterances: 6}
     output_folder: !ref <output_folder>/quantized
@@ -32,7 +32,8 @@ VARIANTS = """\
         - name: lsq
           qat: {epochs: 1, learn_scales: True, distill: 0.5, keep: last}
 """
-ONE_SET = ("--test_sets", "[clean]")
+# Few steps, and one test set.
+LITTLE = ("--test_sets", "[clean]", "--train_loader", "{batch_size: 12}")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def saved(trained) -> dict[str, bytes]:
 def written(trained, saved) -> Path:
     """The folder of a run of all variants."""
     output = trained.root / "qat"
-    finished = trained.run(output, *ONE_SET, block=BLOCK + VARIANTS)
+    finished = trained.run(output, *LITTLE, block=BLOCK + VARIANTS)
     assert finished.code == 0, finished.out + finished.err
     return output / "quantized"
 
@@ -136,7 +137,7 @@ def test_the_recipe_does_not_notice(trained, saved, written):
 def test_killed_training_goes_on(trained, written):
     script = Path(__file__).parent / "recipe_without_mention/train.py"
     output = trained.root / "killed_qat"
-    arguments = trained.test_arguments(output, *ONE_SET, block=BLOCK)
+    arguments = trained.test_arguments(output, *LITTLE, block=BLOCK)
     process = trained.starter.start(script, *arguments, cwd=output.parent)
     folder = output / "quantized/finished_epochs"
     deadline = time.monotonic() + 60
@@ -146,7 +147,7 @@ def test_killed_training_goes_on(trained, written):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait().code == -signal.SIGKILL
     assert not (output / "quantized/plan.json").exists()
-    finished = trained.run(output, *ONE_SET, block=BLOCK)
+    finished = trained.run(output, *LITTLE, block=BLOCK)
     assert finished.code == 0, finished.out + finished.err
     assert training_of(output / "quantized") == training_of(written / "ste")
     one, two = (
