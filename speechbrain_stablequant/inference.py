@@ -38,6 +38,7 @@ from .checkpoint import (
 )
 from .files import read_json
 from .integer import IntegerLayer, layer_geometry
+from .rotation import attach_rotations, rotation_of
 from .runtime import RUNTIMES, build_forwards, resolve_backend
 from .runtime.base import shadowed_forwards
 from .shell import empty_shell, folded_norms, has_shell
@@ -182,6 +183,7 @@ def fill_modules(
         if module.bias is None and layer.bias is not None:
             # A correction of a layer that had none.
             module.bias = nn.Parameter(torch.empty_like(layer.bias))
+    _rotate(modules, floats, where)
     wanted = float_state(modules, list(integers))
     for name in [*wanted, *floats]:
         expected, found = wanted.get(name), floats.get(name)
@@ -207,6 +209,30 @@ def fill_modules(
                 raise CheckpointError(
                     f"{where}: has no value for '{key}.{name}'; make it again"
                 )
+
+
+def _rotate(
+    modules: Mapping[str, nn.Module],
+    floats: Mapping[str, torch.Tensor],
+    where: str,
+) -> None:
+    """Attaches the rotations of streams, which the plain model has not."""
+    try:
+        encoders = attach_rotations(modules, floats)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{where}: the model has no encoder for {error}; the folder's "
+            "files belong to different models"
+        ) from error
+    for encoder in encoders:
+        channels = encoder.layer_norm.weight.numel()
+        found = rotation_of(encoder)
+        if found.shape != (channels, channels):
+            raise CheckpointError(
+                f"{where}: a rotation is {_shape(found)}, and the model needs "
+                f"{[channels, channels]}; the folder's files belong to "
+                "different models"
+            )
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

@@ -33,7 +33,7 @@ VARIANTS = """\
           method: stablequant_plus
           plus:
               equalize: False
-              cutoffs: False
+              cutoffs: none
               budget: {size: 0.45, bits: [4, 16]}
 """
 ONE_SET = ("--test_sets", "[clean]")
