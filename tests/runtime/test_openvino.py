@@ -35,10 +35,8 @@ from speechbrain_stablequant.runtime.reference import ReferenceExecutor
 ov = pytest.importorskip("openvino", reason="needs the extra cpu")
 
 from speechbrain_stablequant.runtime.openvino_ import (  # noqa: E402
+    executor,
     make_executor,
-)
-from speechbrain_stablequant.runtime.openvino_.executor import (  # noqa: E402
-    bucket,
 )
 from speechbrain_stablequant.runtime.openvino_.graph import (  # noqa: E402
     GraphBuilder,
@@ -108,12 +106,11 @@ def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6)])
 @pytest.mark.parametrize("max_models", [0, 2], ids=["dynamic", "fixed"])
-def test_executor_is_the_reference(tiny_model, bits, max_models):
+def test_executor_is_the_reference(tiny_model, bits, max_models, monkeypatch):
+    monkeypatch.setattr(executor, "REPEATS", 1)
     spec = describe(tiny_model, bits=bits)
     execute = make_executor(spec, max_models=max_models, **EXACT)
     reference = ReferenceExecutor(spec)
-    # Padded to the bucket, which neither GroupNorm nor attention may see.
-    assert bucket(4300) == 8000
     batches, alone = [], []
     for seed in SEEDS:
         wavs = waves(seed)
@@ -125,6 +122,7 @@ def test_executor_is_the_reference(tiny_model, bits, max_models):
         alone += errors(spec, execute(wavs, None), expected, [3333])
     assert_same(batches)
     assert_same(alone)
+    assert len(execute._requests) == max(max_models, 1)
 
 
 def describe_lopsided(model, quants):
@@ -189,17 +187,19 @@ def test_silence_of_no_frame_is_finite(make_tiny_model):
     assert torch.isfinite(out).all()
 
 
-def test_shapes_beyond_the_first_share_a_graph(make_tiny_model):
+def test_a_shape_that_comes_again_gets_a_graph(make_tiny_model):
     spec = describe(make_tiny_model("wav2vec2-base"))
-    execute = make_executor(spec, max_models=1, **EXACT)
+    execute = make_executor(spec, **EXACT)
     reference = ReferenceExecutor(spec)
-    found = []
-    for samples in (3000, 9000, 3500, 13000):
+    found, graphs = [], []
+    for samples in (3000, 9000, 3000, 3010, 3020, 13000, 13000, 13000, 9000):
         wavs = torch.randn(1, samples)
-        expected = reference(wavs)
-        found += errors(spec, execute(wavs), expected, [samples])
+        found += errors(spec, execute(wavs), reference(wavs), [samples])
+        graphs.append(len(execute._requests))
     assert_same(found)
-    assert list(execute._requests) == [(1, 4000), (-1, -1)]
+    # 3000 to 3020 samples are the same frames; 13000 come too late.
+    assert graphs == [1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert list(execute._requests) == [(-1, -1), (1, spec.frames(3000))]
 
 
 def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
@@ -208,34 +208,36 @@ def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
     out = first(waves(), LENGTHS)
     (blob,) = tmp_path.glob("*.blob")
     again = make_executor(spec, cache_folder=tmp_path, **EXACT)
-    assert again.compile(3, 8000).get_property("LOADED_FROM_CACHE")
+    assert again.compile(-1, -1).get_property("LOADED_FROM_CACHE")
     assert torch.equal(again(waves(), LENGTHS), out)
     # Other weights are another graph.
     other = describe(make_tiny_model("wav2vec2-large"))
     fresh = make_executor(other, cache_folder=tmp_path, **EXACT)
-    assert not fresh.compile(3, 8000).get_property("LOADED_FROM_CACHE")
+    assert not fresh.compile(-1, -1).get_property("LOADED_FROM_CACHE")
     assert len(list(tmp_path.glob("*.blob"))) == 2
     assert blob.is_file()
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("samples", [-1, 8000], ids=["dynamic", "fixed"])
-def test_every_layer_is_executed_in_integers(tiny_model, precision, samples):
+@pytest.mark.parametrize("frames", [-1, 24], ids=["dynamic", "fixed"])
+def test_every_layer_is_executed_in_integers(tiny_model, precision, frames):
     if precision == "bf16" and not cpu_class().bf16:
         pytest.skip("this CPU does not multiply bfloat16")
-    assert_integers(describe(tiny_model), precision, samples)
+    assert_integers(describe(tiny_model), precision, frames)
 
 
-def assert_integers(spec, precision, samples):
+def assert_integers(spec, precision, frames):
     execute = make_executor(spec, threads=1, precision=precision)
-    compiled = execute.compile(-1 if samples < 0 else 1, samples)
+    compiled = execute.compile(-1 if frames < 0 else 1, frames)
     linear = executed_nodes(compiled, "FullyConnected")
     convs = executed_nodes(compiled, "Convolution")
+    # Windows of any number are multiplied, as those of the first always are.
+    products = len(spec.convs) if frames < 0 else 1
+    assert len(convs) == len(spec.convs) - products + 1
     # A float fallback of an integer layer would be named so here.
     kinds = Counter(x["runtimePrecision"] for x in linear)
-    assert kinds.pop("u8") == 1 + 6 * len(spec.blocks)
+    assert kinds.pop("u8") == products + 1 + 6 * len(spec.blocks)
     assert kinds.total() == (0 if spec.rotation is None else 2)
-    assert len(convs) == len(spec.convs) + 1
     assert {x["runtimePrecision"] for x in convs} <= {"u8", "i8"}
 
 
@@ -244,7 +246,7 @@ def test_layers_with_offsets_are_executed_in_integers(
     tiny_model, lopsided_quants
 ):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
-    assert_integers(spec, "f32", 8000)
+    assert_integers(spec, "f32", -1)
 
 
 def worst_case(shape, kind, **geometry) -> IntegerLayer:
@@ -267,18 +269,24 @@ def worst_case(shape, kind, **geometry) -> IntegerLayer:
     return executed_layer(layer, cpu_class())
 
 
-def run_layer(layer: IntegerLayer, q: torch.Tensor, precision="f32"):
+def strided(builder: GraphBuilder, x: ov.Node, layer: IntegerLayer) -> ov.Node:
+    """A convolution of any length as a product, in and out as a convolution."""
+    y = builder.strided(builder.turn(x), layer, -float("inf"))
+    return builder.turn(y)
+
+
+def run_layer(layer: IntegerLayer, q: torch.Tensor, build) -> torch.Tensor:
     """A layer as a graph of its own, on inputs that lie on its grid."""
     builder = GraphBuilder(None, 1, -1)
     x = builder.input("x", [-1] * q.dim())
-    build = builder.linear if layer.kind == "linear" else builder.conv
-    model = ov.Model([build(x, layer)], [x], "layer")
+    model = ov.Model([build(builder, x, layer)], [x], "layer")
     settings = {
-        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": 1,
     }
     compiled = ov.Core().compile_model(model, "CPU", settings)
-    kind = "FullyConnected" if layer.kind == "linear" else "Convolution"
+    conv = build is GraphBuilder.conv
+    kind = "Convolution" if conv else "FullyConnected"
     (node,) = executed_nodes(compiled, kind)
     assert node["runtimePrecision"] in ("u8", "i8")
     # Those of an input of 0 are the zero point.
@@ -287,7 +295,7 @@ def run_layer(layer: IntegerLayer, q: torch.Tensor, precision="f32"):
     return torch.from_numpy(np.array(out))
 
 
-def assert_exact(layer: IntegerLayer, q: torch.Tensor):
+def assert_exact(layer: IntegerLayer, q: torch.Tensor, build):
     scale = layer.activation_scale * layer.weight_scale
     if layer.kind == "conv1d":
         scale = scale[:, None]
@@ -296,7 +304,7 @@ def assert_exact(layer: IntegerLayer, q: torch.Tensor):
     product = integer_product(layer, q) - layer.zero_point() * sums
     # Two float32 roundings: of the sum, and of the zero point's share.
     tolerance = 1e-6 * 256 * layer.weight[0].numel() * 127
-    error = (run_layer(layer, q) / scale - product).abs().max()
+    error = (run_layer(layer, q, build) / scale - product).abs().max()
     assert error <= max(tolerance, 1e-6 * product.abs().max())
 
 
@@ -312,10 +320,10 @@ def extremes(*shape) -> torch.Tensor:
 @pytest.mark.parametrize("inputs,outputs", [(10, 32), (4096, 48), (1023, 7)])
 def test_worst_case_linear(rows, inputs, outputs):
     layer = worst_case((outputs, inputs), "linear")
-    assert_exact(layer, extremes(1, rows, inputs))
+    assert_exact(layer, extremes(1, rows, inputs), GraphBuilder.linear)
     offset = float(113 * layer.activation_scale)
     layer = replace(layer, activation_offset=offset)
-    assert_exact(layer, extremes(1, rows, inputs))
+    assert_exact(layer, extremes(1, rows, inputs), GraphBuilder.linear)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +338,17 @@ def test_worst_case_linear(rows, inputs, outputs):
 def test_worst_case_convolution(shape, geometry):
     layer = worst_case(shape, "conv1d", **geometry)
     q = extremes(1, 61, shape[1] * layer.groups).transpose(1, 2)
-    assert_exact(layer, q.contiguous())
+    assert_exact(layer, q.contiguous(), GraphBuilder.conv)
+
+
+@pytest.mark.parametrize(
+    "shape,stride",
+    [((32, 4, 10), 5), ((32, 64, 3), 2), ((32, 8, 2), 2), ((32, 8, 3), 4)],
+)
+def test_worst_case_product_of_windows(shape, stride):
+    layer = worst_case(shape, "conv1d", stride=stride)
+    q = extremes(1, stride * 12, shape[1]).transpose(1, 2)
+    assert_exact(layer, q.contiguous(), strided)
 
 
 def test_worst_case_without_vnni():
@@ -344,17 +362,19 @@ assert not t.cpu_class().exact
 layer = t.worst_case((48, 1024), "linear")
 assert layer.weight_bits == 7
 q = t.extremes(1, 5, 1024)
-t.assert_exact(layer, q)
+t.assert_exact(layer, q, t.GraphBuilder.linear)
 # What would happen with 8 bits, so that OpenVINO does heed the variable.
 wide = t.replace(layer, weight=layer.weight.sign() * 127, weight_bits=8)
 try:
-    t.assert_exact(wide, q)
+    t.assert_exact(wide, q, t.GraphBuilder.linear)
 except AssertionError:
     pass
 else:
     sys.exit("8-bit weights are exact here: are 7 bits still needed?")
 layer = t.worst_case((32, 256, 3), "conv1d", stride=2)
-t.assert_exact(layer, t.extremes(1, 61, 256).transpose(1, 2).contiguous())
+q = t.extremes(1, 60, 256).transpose(1, 2).contiguous()
+t.assert_exact(layer, q, t.GraphBuilder.conv)
+t.assert_exact(layer, q, t.strided)
 """
     here = Path(__file__).resolve().parent
     result = subprocess.run(
@@ -393,7 +413,7 @@ def test_refusals(make_tiny_model):
 
 def test_one_grid_is_quantized_once(make_tiny_model):
     spec = describe(make_tiny_model("hubert-large"))
-    model = GraphBuilder(spec, 1, 8000).build()
+    model = GraphBuilder(spec, 1, 24).build()
     kinds = [node.get_type_name() for node in model.get_ops()]
     # Query, key and value share theirs.
     assert kinds.count("FakeQuantize") == len(list(spec.layers())) - 2 * len(
@@ -403,6 +423,6 @@ def test_one_grid_is_quantized_once(make_tiny_model):
     block = spec.blocks[0]
     key = replace(block.key, activation_scale=block.key.activation_scale * 2)
     blocks = (replace(block, key=key), *spec.blocks[1:])
-    other = GraphBuilder(replace(spec, blocks=blocks), 1, 8000).build()
+    other = GraphBuilder(replace(spec, blocks=blocks), 1, 24).build()
     more = [node.get_type_name() for node in other.get_ops()]
     assert more.count("FakeQuantize") == kinds.count("FakeQuantize") + 1

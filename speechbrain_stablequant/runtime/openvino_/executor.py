@@ -1,4 +1,4 @@
-"""Runs an encoder's OpenVINO graphs: one for each bucket of lengths."""
+"""Runs an encoder's OpenVINO graphs: one for all lengths, one for the same."""
 
 import logging
 from pathlib import Path
@@ -6,64 +6,64 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import torch
-from torch.nn import functional as F
 
 from ..base import require_frame
 from ..cpu import cpu_class
 from ..encoder import EncoderSpec
 from ..reference import valid_frame_mask
 from ..time_norm import gain_and_shift
-from .graph import GraphBuilder
+from .graph import GraphBuilder, first_windows
 
 logger = logging.getLogger(__name__)
 
 #: What everything but the integer products may be computed in.
 PRECISIONS = ("auto", "bf16", "f32")
 
-#: Samples between the buckets of inputs up to 20 times as long; doubled for
-#: inputs up to twice as long, and so on.
-BUCKET_STEP = 4000
-_STEPS = 20
+#: Times in a row that a shape comes before it gets a graph of its own.
+REPEATS = 3
 
 #: Key of the graph of any shape.
 _ANY = (-1, -1)
-
-
-def bucket(samples: int) -> int:
-    """The length that an input is padded to.
-
-    Arguments
-    ---------
-    samples : int
-        Length of the input.
-
-    Returns
-    -------
-    int
-        At most a tenth longer than an input of 2.5 s at 16 kHz or more, 3.5 %
-        on average.
-
-    Example
-    -------
-    >>> bucket(159_000), bucket(160_000), bucket(160_001)
-    (160000, 160000, 176000)
-    """
-    step = BUCKET_STEP
-    while samples > _STEPS * step:
-        step *= 2
-    return -(-samples // step) * step
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().numpy()
 
 
+def first_inputs(spec: EncoderSpec, wavs: torch.Tensor) -> np.ndarray:
+    """Windows of the first convolution, with zeros after the end.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder.
+    wavs : torch.Tensor
+        float32 [batch, samples].
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 [batch, windows, kernel].
+    """
+    conv = spec.convs[0].conv
+    batch, samples = wavs.shape
+    kernel = conv.weight.shape[2]
+    windows = first_windows(spec, spec.frames(samples))
+    needed = (windows - 1) * conv.stride + kernel
+    # By numpy: torch's threads would wait for more work, and keep a core
+    # from OpenVINO's for milliseconds.
+    padded = np.zeros((batch, needed), np.float32)
+    padded[:, : min(samples, needed)] = wavs.numpy()[:, :needed]
+    views = np.lib.stride_tricks.sliding_window_view(padded, kernel, 1)
+    return np.ascontiguousarray(views[:, :: conv.stride])
+
+
 class OpenVINOExecutor:
     """Executes an encoder.
 
-    The first ``max_models`` shapes each get a graph of their own, which is
-    faster and holds a copy of the weights; all others share one graph
-    of any shape.
+    One graph is for any shape. A shape that comes ``REPEATS`` times in a row
+    gets a graph of its own, which is a little faster and holds a copy of the
+    weights.
 
     Arguments
     ---------
@@ -75,7 +75,7 @@ class OpenVINOExecutor:
         Where compiled graphs are kept for the next process, each as large as
         the integer weights; None for nowhere.
     max_models : int
-        Graphs of fixed shape, 0 for none.
+        Graphs of one shape, 0 for none.
     precision : str
         Of everything but the integer products: ``"bf16"``, ``"f32"``, or
         ``"auto"`` for bf16 where the CPU multiplies it.
@@ -91,7 +91,7 @@ class OpenVINOExecutor:
         spec: EncoderSpec,
         threads: int | None = None,
         cache_folder: str | Path | None = None,
-        max_models: int = 3,
+        max_models: int = 1,
         precision: str = "auto",
     ):
         if precision not in PRECISIONS:
@@ -102,6 +102,7 @@ class OpenVINOExecutor:
             precision = "bf16" if cpu_class().bf16 else "f32"
         self.spec = spec
         self.max_models = max_models
+        self._half = precision == "bf16"
         self._core = ov.Core()
         if cache_folder is not None:
             self._core.set_property({"CACHE_DIR": str(cache_folder)})
@@ -111,29 +112,35 @@ class OpenVINOExecutor:
             "INFERENCE_PRECISION_HINT": precision,
         }
         self._requests: dict[tuple[int, int], ov.InferRequest] = {}
+        self._last, self._repeats = _ANY, 0
 
-    def compile(self, batch: int, samples: int) -> ov.CompiledModel:
+    def compile(self, batch: int, frames: int) -> ov.CompiledModel:
         """Compiles a graph.
 
         Arguments
         ---------
-        batch, samples : int
-            Its shape; -1 for any.
+        batch, frames : int
+            Of its output; -1 for any.
 
         Returns
         -------
         openvino.CompiledModel
         """
-        model = GraphBuilder(self.spec, batch, samples).build()
+        builder = GraphBuilder(self.spec, batch, frames, self._half)
+        model = builder.build()
         return self._core.compile_model(model, "CPU", self._settings)
 
-    def _request(self, batch: int, samples: int) -> ov.InferRequest:
-        key = (batch, samples)
-        fixed = len(self._requests) - (_ANY in self._requests)
-        if key not in self._requests and fixed >= self.max_models:
+    def _request(self, batch: int, frames: int) -> ov.InferRequest:
+        key = (batch, frames)
+        self._repeats = self._repeats + 1 if key == self._last else 1
+        self._last = key
+        own = len(self._requests) - (_ANY in self._requests)
+        if key not in self._requests and (
+            self._repeats < REPEATS or own >= self.max_models
+        ):
             key = _ANY
         if key not in self._requests:
-            logger.info("compiling for batch %d, %d samples (-1: any)", *key)
+            logger.info("compiling for batch %d, %d frames (-1: any)", *key)
             self._requests[key] = self.compile(*key).create_infer_request()
         return self._requests[key]
 
@@ -165,22 +172,24 @@ class OpenVINOExecutor:
         batch, samples = wavs.shape
         frames = spec.frames(samples)
         require_frame(frames, samples)
-        size = bucket(samples)
         if lengths is None:
             lengths = torch.full((batch,), samples)
-        keep = valid_frame_mask(spec, lengths.cpu(), spec.frames(size))
+        keep = valid_frame_mask(spec, lengths.cpu(), frames)
         inputs = {
-            "wave": _array(F.pad(wavs, (0, size - samples))[:, None]),
+            "windows": first_inputs(spec, wavs),
             "keep": _array(keep[:, :, None].float()),
         }
         first = spec.convs[0]
         if first.norm is not None and first.norm.over_time:
             gain, shift = gain_and_shift(first, wavs)
-            inputs["gain"] = _array(gain[:, :, None])
-            inputs["shift"] = _array(shift[:, :, None])
-        request = self._request(batch, size)
+            inputs["gain"] = _array(gain[:, None])
+            inputs["shift"] = _array(shift[:, None])
+        request = self._request(batch, frames)
         request.infer(inputs, share_inputs=True)
-        hidden = request.get_output_tensor(0).data[:, :frames]
+        hidden = request.get_output_tensor(0).data
+        if self._half:  # which numpy has no type for
+            hidden = torch.from_numpy(hidden.view(np.int16))
+            return hidden.view(torch.bfloat16).float()
         return torch.from_numpy(hidden.copy())
 
 
@@ -188,7 +197,7 @@ def make_executor(
     spec: EncoderSpec,
     threads: int | None = None,
     cache_folder: str | Path | None = None,
-    max_models: int = 3,
+    max_models: int = 1,
     precision: str = "auto",
 ) -> OpenVINOExecutor:
     """The runtime's entry, see :class:`OpenVINOExecutor`.
@@ -202,7 +211,7 @@ def make_executor(
     cache_folder : str, Path or None
         Where compiled graphs are kept.
     max_models : int
-        Graphs of fixed shape.
+        Graphs of one shape.
     precision : str
         Of everything but the integer products.
 

@@ -7,6 +7,7 @@ at any time. Layer inputs pass a FakeQuantize on the plan's scale.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import openvino as ov
@@ -15,7 +16,7 @@ from openvino import opset13 as op
 
 from ...integer import FloatLayer, IntegerLayer
 from ...numerics import qmax
-from ..encoder import AnyLayer, BlockSpec, EncoderSpec, Norm
+from ..encoder import AnyLayer, BlockSpec, ConvSpec, EncoderSpec, Norm
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
@@ -27,6 +28,9 @@ GELU_MINIMUM = -0.17
 #: signed bytes, and takes longer for signed inputs.
 ZERO_POINT = 128
 
+#: To the end, for slices.
+_END = 2**31 - 1
+
 
 def _f32(value: torch.Tensor | float) -> ov.Node:
     if isinstance(value, torch.Tensor):
@@ -36,6 +40,53 @@ def _f32(value: torch.Tensor | float) -> ov.Node:
 
 def _i64(*values: int) -> ov.Node:
     return op.constant(np.asarray(values, dtype=np.int64))
+
+
+def _steps(layer: AnyLayer) -> int:
+    """Strides that a convolution's window reaches into."""
+    return -(-layer.weight.shape[2] // layer.stride)
+
+
+def first_windows(spec: EncoderSpec, frames: int) -> int:
+    """Windows of the first convolution that so many frames are made of: the
+    later ones take in whole strides.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder.
+    frames : int
+        Frames; -1 for any.
+
+    Returns
+    -------
+    int
+        -1 for any.
+
+    Raises
+    ------
+    ValueError
+        A convolution with padding, dilation or groups.
+    """
+    for stage in spec.convs:
+        conv = stage.conv
+        if conv.padding or conv.dilation != 1 or conv.groups != 1:
+            raise ValueError(
+                f"{conv.name}: a feature extractor with padding, dilation or "
+                "groups is not supported; use backend: torch"
+            )
+    if frames < 0:
+        return -1
+    for stage in reversed(spec.convs[1:]):
+        frames = (frames + _steps(stage.conv) - 1) * stage.conv.stride
+    return frames
+
+
+def _flat(layer: AnyLayer) -> AnyLayer:
+    """A convolution as a product with windows [in, kernel] -> [kernel * in],
+    the innermost last."""
+    rows = layer.weight.transpose(1, 2).flatten(1)
+    return replace(layer, kind="linear", weight=rows)
 
 
 def _named(model: ov.Model) -> ov.Model:
@@ -50,23 +101,31 @@ def _named(model: ov.Model) -> ov.Model:
 class GraphBuilder:
     """Builds the graph of one encoder.
 
-    Inputs: ``wave`` [batch, 1, samples]; ``keep`` [batch, frames, 1], 1 at
-    real frames and 0 at padded ones; ``gain`` and ``shift`` [batch, channels,
-    1] in place of a GroupNorm over time. Output: ``hidden`` [batch, frames,
+    Inputs: ``windows`` [batch, windows, kernel] of the first convolution, as
+    many as :func:`first_windows` says; ``keep`` [batch, frames, 1], 1 at real
+    frames and 0 at padded ones; ``gain`` and ``shift`` [batch, 1, channels]
+    in place of a GroupNorm over time. Output: ``hidden`` [batch, frames,
     channels].
 
     Arguments
     ---------
     spec : EncoderSpec
         The encoder.
-    batch, samples : int
-        Of the input; -1 for any.
+    batch, frames : int
+        Of the output; -1 for any.
+    half : bool
+        Whether the output is bfloat16. With one in float32 OpenVINO keeps
+        all that is added up from block to block in float32, whatever the
+        precision of the rest, and converts it for each layer.
     """
 
-    def __init__(self, spec: EncoderSpec, batch: int, samples: int):
+    def __init__(
+        self, spec: EncoderSpec, batch: int, frames: int, half: bool = False
+    ):
         self.spec = spec
         self.batch = batch
-        self.samples = samples
+        self.frames = frames
+        self.half = half
         self.inputs: list[ov.Node] = []
         # Layers that share an input with one scale share its integers.
         self._quantized: dict[tuple, ov.Node] = {}
@@ -159,9 +218,21 @@ class GraphBuilder:
         least: float = -math.inf,
     ) -> ov.Node:
         """[..., in] to [..., out], times a constant."""
-        layer = layer.loaded()
+        return self.product(self.prepare(x, layer, least), layer, gain)
+
+    def prepare(
+        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
+    ) -> ov.Node:
+        """What a layer multiplies: integers if it is quantized."""
         if isinstance(layer, IntegerLayer):
-            x = self.quantize(x, layer, least)
+            return self.quantize(x, layer, least)
+        return x
+
+    def product(
+        self, x: ov.Node, layer: AnyLayer, gain: float = 1.0
+    ) -> ov.Node:
+        """What a linear layer makes of its prepared input."""
+        layer = layer.loaded()
         y = op.matmul(x, self.weight(layer, gain), False, True)
         bias = self.bias(layer, gain)
         return y if bias is None else op.add(y, _f32(bias))
@@ -176,13 +247,33 @@ class GraphBuilder:
             # the convolution of a margin of its own is 1.7 times as slow.
             margin = _i64(0, 0, layer.padding)
             x = op.pad(x, margin, margin, "constant", _f32(0.0))
-        if isinstance(layer, IntegerLayer):
-            x = self.quantize(x, layer, least)
+        x = self.prepare(x, layer, least)
         make = op.convolution if layer.groups == 1 else op.group_convolution
         stride, dilation = [layer.stride], [layer.dilation]
         y = make(x, self.weight(layer), stride, [0], [0], dilation)
         bias = self.bias(layer)
         return y if bias is None else op.add(y, _f32(bias.reshape(1, -1, 1)))
+
+    def strided(self, x: ov.Node, layer: AnyLayer, least: float) -> ov.Node:
+        """[batch, time, in] to [batch, time, out] by a convolution of the
+        feature extractor; the time is whole strides."""
+        if self.frames >= 0:
+            return self.turn(self.conv(self.turn(x), layer, least))
+        # With any length OpenVINO would really turn it, which takes as long
+        # as the convolution; so the windows are put together.
+        inputs = layer.weight.shape[1]
+        step, steps = layer.stride * inputs, _steps(layer)
+        rows = op.reshape(
+            self.prepare(x, layer, least), _i64(0, -1, step), True
+        )
+        parts = []
+        for place in range(steps):
+            width = layer.weight.shape[2] * inputs - place * step
+            begin = _i64(place, 0)
+            end = _i64(place - steps + 1 or _END, min(width, step))
+            parts.append(op.slice(rows, begin, end, _i64(1, 1), _i64(1, 2)))
+        windows = op.concat(parts, 2) if steps > 1 else parts[0]
+        return self.product(windows, _flat(layer.loaded()))
 
     @staticmethod
     def norm(x: ov.Node, norm: Norm) -> ov.Node:
@@ -201,7 +292,7 @@ class GraphBuilder:
         return op.transpose(x, _i64(0, 2, 1))
 
     def attend(self, block: BlockSpec, x: ov.Node, mask: ov.Node) -> ov.Node:
-        """Self-attention before its output projection."""
+        """Self-attention."""
         heads = self.spec.num_heads
         width = block.query.weight.shape[0] // heads
 
@@ -215,15 +306,17 @@ class GraphBuilder:
         value = split(self.linear(x, block.value))
         scores = op.add(op.matmul(query, key, False, True), mask)
         out = op.matmul(op.softmax(scores, -1), value, False, False)
+        # Within the fused attention, before the heads are put together.
+        out = self.prepare(out, block.out)
         out = op.transpose(out, _i64(0, 2, 1, 3))
-        return op.reshape(out, _i64(0, 0, heads * width), True)
+        out = op.reshape(out, _i64(0, 0, heads * width), True)
+        return self.product(out, block.out)
 
     def block(self, block: BlockSpec, x: ov.Node, mask: ov.Node) -> ov.Node:
         """One transformer block."""
         pre = self.spec.pre_norm
         y = self.norm(x, block.norm1) if pre else x
-        y = self.linear(self.attend(block, y, mask), block.out)
-        x = op.add(x, y)
+        x = op.add(x, self.attend(block, y, mask))
         if not pre:
             x = self.norm(x, block.norm1)
         y = self.norm(x, block.norm2) if pre else x
@@ -232,23 +325,26 @@ class GraphBuilder:
         x = op.add(x, y)
         return x if pre else self.norm(x, block.norm2)
 
-    def features(self, x: ov.Node) -> ov.Node:
-        """The convolutions: [batch, 1, samples] to [batch, frames, C]."""
-        least = -math.inf
-        for stage in self.spec.convs:
-            x = self.conv(x, stage.conv, least)
-            if stage.norm is None:
-                x = self.gelu(x)
-            elif stage.norm.over_time:
-                shape = [self.batch, stage.conv.weight.shape[0], 1]
-                gain = self.input("gain", shape)
-                shift = self.input("shift", shape)
-                x = self.gelu(op.add(op.multiply(x, gain), shift))
-            else:
-                y = self.norm(self.turn(x), stage.norm)
-                x = self.turn(self.gelu(y))
-            least = GELU_MINIMUM
-        return self.turn(x)
+    def features(self, windows: ov.Node) -> ov.Node:
+        """The convolutions: [batch, windows, kernel] to [batch, frames, C]."""
+        first, *others = self.spec.convs
+        y = self.linear(windows, _flat(first.conv.loaded()))
+        x = self.activate(y, first)
+        for stage in others:
+            y = self.strided(x, stage.conv, GELU_MINIMUM)
+            x = self.activate(y, stage)
+        return x
+
+    def activate(self, x: ov.Node, stage: ConvSpec) -> ov.Node:
+        """What follows a convolution of the feature extractor."""
+        if stage.norm is None:
+            return self.gelu(x)
+        if stage.norm.over_time:
+            shape = [self.batch, 1, stage.conv.weight.shape[0]]
+            gain = self.input("gain", shape)
+            shift = self.input("shift", shape)
+            return self.gelu(op.add(op.multiply(x, gain), shift))
+        return self.gelu(self.norm(x, stage.norm))
 
     def build(self) -> ov.Model:
         """The whole graph.
@@ -258,10 +354,11 @@ class GraphBuilder:
         openvino.Model
         """
         spec = self.spec
-        frames = -1 if self.samples < 0 else spec.frames(self.samples)
-        wave = self.input("wave", [self.batch, 1, self.samples])
-        keep = self.input("keep", [self.batch, frames, 1])
-        x = self.features(wave)
+        shape = [self.batch, first_windows(spec, self.frames)]
+        kernel = spec.convs[0].conv.weight.shape[2]
+        windows = self.input("windows", [*shape, kernel])
+        keep = self.input("keep", [self.batch, self.frames, 1])
+        x = self.features(windows)
         least = -math.inf
         if spec.projection_norm is not None:
             x = self.norm(x, spec.projection_norm)
@@ -288,5 +385,7 @@ class GraphBuilder:
             x = op.matmul(x, _f32(spec.rotation), False, False)
         if spec.pre_norm:
             x = self.norm(x, spec.norm)
+        if self.half:
+            x = op.convert(x, "bf16")
         x.output(0).set_names({"hidden"})
         return _named(ov.Model([op.result(x)], self.inputs, "encoder"))
