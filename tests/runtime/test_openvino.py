@@ -233,20 +233,23 @@ def assert_integers(spec, precision, frames):
     convs = executed_nodes(compiled, "Convolution")
     # Windows of any number are multiplied, as those of the first always are.
     products = len(spec.convs) if frames < 0 else 1
+    assert len(convs) == len(spec.convs) - products + 1
     # A float fallback of an integer layer would be named so here.
     kinds = Counter(x["runtimePrecision"] for x in linear)
     assert kinds.pop("u8") == products + 1 + 6 * len(spec.blocks)
     assert kinds.total() == (0 if spec.rotation is None else 2)
-    assert len(convs) == len(spec.convs) - products + 1
     assert {x["runtimePrecision"] for x in convs} <= {"u8", "i8"}
 
 
-@pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
+@pytest.mark.parametrize(
+    "variant, precision, frames",
+    [("wav2vec2-base", "f32", 24), ("hubert-large", "auto", -1)],
+)
 def test_layers_with_offsets_are_executed_in_integers(
-    tiny_model, lopsided_quants
+    tiny_model, lopsided_quants, precision, frames
 ):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
-    assert_integers(spec, "f32", 24)
+    assert_integers(spec, precision, frames)
 
 
 def worst_case(shape, kind, **geometry) -> IntegerLayer:

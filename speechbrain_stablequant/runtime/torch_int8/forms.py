@@ -70,11 +70,11 @@ class Grid:
             uint8.
         """
         limit = qmax(self.bits)
-        lowest = (ZERO - limit - self.zero) * self.scale
-        if self.bits == 8 and least > lowest:
+        lowest = ZERO - limit
+        if self.bits == 8 and least > (lowest - self.zero) * self.scale:
             return q if out is None else out.copy_(q)
         out = q if out is None else out
-        return torch.clamp(q, ZERO - limit, ZERO + limit, out=out)
+        return torch.clamp(q, lowest, ZERO + limit, out=out)
 
     def prepare(
         self, x: torch.Tensor, out: torch.Tensor | None = None
