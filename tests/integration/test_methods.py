@@ -94,6 +94,8 @@ def test_folder_recognises(trained, written, name):
     wave = torch.from_numpy(soundfile.read(audio, dtype="float32")[0])[None]
     outputs = []
     backends = ["torch"] if name == "odd" else ["torch", "torch_int8"]
+    extras = QuantizationPlan.load(written / name / "plan.json").extras
+    assert extras == {"weight_groups" if name == "odd" else "asymmetric"}
     for backend in backends:
         asr = EncoderASR.from_hparams(
             source=str(written / name), overrides={"backend": backend}

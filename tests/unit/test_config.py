@@ -213,6 +213,7 @@ def test_wrong_type(key, value, kind):
         ("sample_rate", [0, -16000]),
         ("search.metric", ["CER", "wer", ""]),
         ("search.threshold", [-0.25, NAN]),
+        ("plus.cutoffs", ["unit", "layer"]),
         ("search.cutoffs", [[], [0], [100, 0.0], [101], [99, -1], [NAN]]),
         ("search.cache_gb", [-1, NAN]),
         ("search.num_utterances", [0, -1]),
@@ -327,9 +328,9 @@ def test_what_training_needs():
 @pytest.mark.parametrize(
     "changes, extras",
     [
-        ({}, set()),
-        ({"asymmetric": True}, {"asymmetric"}),
-        ({"weight_groups": 64}, {"weight_groups"}),
+        ({"asymmetric": False}, set()),
+        ({}, {"asymmetric"}),
+        ({"weight_groups": 64}, {"asymmetric", "weight_groups"}),
     ],
 )
 def test_extras(changes, extras):

@@ -2,7 +2,8 @@
 
 oneDNN's fast int8 kernels want unsigned activations. A signed integer q of
 the plan is held as the byte q + 128; the kernels take the zero point back out
-of their int32 sums, so nothing is lost.
+of their int32 sums, so nothing is lost. An activation offset moves the zero
+point.
 """
 
 import math
