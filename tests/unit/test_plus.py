@@ -31,7 +31,7 @@ from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_encoders, find_layers
 from speechbrain_stablequant.replay import StopForward
 from speechbrain_stablequant.rotation import is_rotation
-from speechbrain_stablequant.runtime import build_forwards
+from speechbrain_stablequant.runtime import RUNTIMES, build_forwards
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.search import Score
 from speechbrain_stablequant.simulate import Simulator
