@@ -78,7 +78,8 @@ def test_folder_holds_what_the_plan_decided(written, name):
     for key, value in plan.tensors.floats.items():
         if f"{key.removesuffix('.bias')}" in checkpoint.integers:
             continue  # corrected once more
-        assert torch.allclose(checkpoint.floats[key], value, rtol=1e-3)
+        found = checkpoint.floats[key]
+        assert torch.allclose(found, value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_plan_that_one_runtime_executes(written):
