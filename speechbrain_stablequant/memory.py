@@ -17,7 +17,7 @@ def transient(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor for what is soon dropped again.
 
     Taken from the heap, large tensors that come and go between others that
-    stay would leave holes: a fifth of what a whole model's weights take.
+    stay would leave holes: a quarter of what a whole model's weights take.
 
     Arguments
     ---------

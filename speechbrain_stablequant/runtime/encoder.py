@@ -196,7 +196,12 @@ def describe_encoder(
     for stage in model.feature_extractor.conv_layers:
         _check_gelu(stage.activation, f"{path}.feature_extractor")
         norm = getattr(stage, "layer_norm", None)
-        convs.append(ConvSpec(layer(stage.conv), norm and _norm(norm)))
+        norm = norm and _norm(norm)
+        conv = layer(stage.conv)
+        if norm is not None and norm.over_time:
+            # It is computed with at every call, not only taken in.
+            conv = conv.loaded()
+        convs.append(ConvSpec(conv, norm))
     _check_gelu(encoder.pos_conv_embed.activation, f"{path}.pos_conv_embed")
     if getattr(encoder.pos_conv_embed, "batch_norm", None) is not None:
         raise ValueError(

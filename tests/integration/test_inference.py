@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from speechbrain.inference.ASR import EncoderASR
+from starter import environment
 from torch import nn
 from trained_recipe import RECIPE
 
@@ -244,6 +246,52 @@ def test_runtime_of_the_device(trained, folder):
     assert asr.mods.encoder.runtime == resolve_backend("auto", "cpu") != "torch"
     expected = load(folder).encode_batch(wavs, lengths)
     assert (out.exp() - expected.exp()).abs().mean() < 0.02
+
+
+LIGHT = """\
+import sys
+from speechbrain.inference.ASR import EncoderASR
+asr = EncoderASR.from_hparams(
+    source={folder!r}, overrides={{"backend": {backend!r}}})
+text = asr.transcribe_file({audio!r})
+heavy = ("transformers", "sympy", "torch._dynamo", "triton", "openvino")
+print(asr.mods.encoder.runtime, [m for m in heavy if m in sys.modules], text)
+"""
+
+
+def test_transcribing_imports_little(trained, folder, tmp_path):
+    """Neither transformers nor torch's compiler nor what else takes memory;
+    in a process of its own, since this one has all of them."""
+    audio = str(audio_files(trained)[0])
+    script = LIGHT.format(folder=str(folder), backend="torch_int8", audio=audio)
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    expected = load(folder, overrides={"backend": "torch_int8"})
+    text = expected.transcribe_file(audio)
+    assert text and text.split()
+    line = finished.stdout.strip().splitlines()[-1]
+    assert line == f"torch_int8 [] {text}"
+
+
+def test_code_is_fetched_where_it_is_needed(trained, folder, monkeypatch):
+    """`auto` on a device without an integer runtime computes by simulation,
+    and that needs the code of the model."""
+    wavs, lengths = padded(audio_files(trained))
+    asr = load(folder, overrides={})
+    encoder = asr.mods.encoder.parts["wav2vec2"]
+    assert isinstance(encoder, inference.RuntimeEncoder)
+    monkeypatch.setattr(inference, "resolve_backend", lambda *_: "torch")
+    out = asr.encode_batch(wavs, lengths)
+    assert asr.mods.encoder.runtime == "torch"
+    assert next(iter(asr.mods.encoder.parts)) == "wav2vec2"
+    assert torch.equal(out, load(folder).encode_batch(wavs, lengths))
 
 
 def test_an_unknown_backend(trained, folder):

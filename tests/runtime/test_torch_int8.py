@@ -4,6 +4,7 @@ reference up to rounding."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,10 @@ from speechbrain_stablequant.runtime.torch_int8 import (
     make_layer,
 )
 from speechbrain_stablequant.runtime.torch_int8.attention import attend
-from speechbrain_stablequant.runtime.torch_int8.conv import make_conv
+from speechbrain_stablequant.runtime.torch_int8.conv import (
+    GroupedConv,
+    make_conv,
+)
 from speechbrain_stablequant.runtime.torch_int8.forms import (
     ZERO,
     Floats,
@@ -398,7 +402,7 @@ def test_what_follows_a_product(bits):
 def test_attention_of_packed_utterances():
     lengths, heads, channels = [7, 1, 12], 4, 32
     qkv = torch.randn(20, 3 * channels)
-    out = attend(qkv, lengths, heads, torch.empty(20, channels))
+    out = attend(qkv, lengths, heads)
     start = 0
     for n in lengths:
         part = qkv[start : start + n].view(n, 3, heads, -1).permute(1, 2, 0, 3)
@@ -406,6 +410,39 @@ def test_attention_of_packed_utterances():
         expected = expected.transpose(0, 1).flatten(1)
         assert torch.allclose(out[start : start + n], expected, atol=1e-6)
         start += n
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["torch_int8", "openvino", "torch"])
+@pytest.mark.parametrize("cpu", ["avx2", "avx512_vnni"])
+def test_weights_still_in_their_file(tiny_model, backend, cpu):
+    """Each is read when it is taken in, and the result is the same."""
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    integers = {
+        x.name: integer_layer(x, LayerQuant(8, 8, 3.0))
+        for x in find_layers({"w": tiny_model}, ["w"])
+    }
+    reads = []
+
+    def stored(layer):
+        def read():
+            reads.append(layer.name)
+            return layer.weight
+
+        return replace(layer, weight=layer.weight.to("meta"), read=read)
+
+    def run(layers):
+        forwards = build_forwards(
+            backend, {"w": tiny_model}, layers, CpuClass(cpu, False)
+        )
+        with shadowed_forwards(forwards):
+            return tiny_model(waves()[:, :1500]).last_hidden_state
+
+    expected = run(integers)
+    out = run({name: stored(layer) for name, layer in integers.items()})
+    assert torch.equal(out, expected)
+    assert set(reads) == set(integers)
 
 
 def test_weights_are_held_once(make_tiny_model):
@@ -461,6 +498,50 @@ def test_shared_input_without_some_biases():
     expected = torch.cat([reference_forward(one, x) for one in layers], 1)
     out = shared(x, torch.float32)
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 6, 530])
+@pytest.mark.parametrize(
+    "stride,padding,bias", [(1, 8, True), (3, 0, False), (2, 3, True)]
+)
+def test_groups_by_products_are_the_convolution(frames, stride, padding, bias):
+    layer = IntegerLayer(
+        "w",
+        "conv1d",
+        torch.randint(-63, 64, (24, 5, 16), dtype=torch.int8),
+        torch.rand(24) + 0.5,
+        7,
+        torch.tensor([0.25]),
+        8,
+        torch.randn(24) if bias else None,
+        stride,
+        padding,
+        1,
+        4,
+    )
+    conv = make_conv(layer, torch.float32)
+    assert isinstance(conv, GroupedConv)
+    inputs = (frames - 1) * stride + 16 - 2 * padding
+    x = torch.randn(2, max(inputs, 1), 20) * 10
+    expected = reference_forward(layer, x.transpose(1, 2)).transpose(1, 2)
+    out = conv(conv.form.prepare(x), torch.float32)
+    assert torch.allclose(out, expected, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("scale", [0.01, 0.001])
+def test_lower_edge_of_a_gelu(bits, scale):
+    """It is on a coarse grid of 8 bits without being cut, else it is cut."""
+    layer = random_layer((16, 8))
+    product = make_linear(layer, torch.float32)
+    x = torch.linspace(-4, 4, 800).view(100, 8)
+    rows = product.form.prepare(x)
+    limit = 2 ** (bits - 1) - 1
+    q = product.gelu(rows, Grid(scale, bits)).int() - ZERO
+    assert q.min() == max(-limit, round(-0.17 / scale)) and q.max() == limit
+    copied = torch.zeros(100, 16, dtype=torch.uint8)
+    product.gelu(rows, Grid(scale, bits), out=copied)
+    assert torch.equal(copied.int() - ZERO, q)
 
 
 def test_convolution_that_stays_float():

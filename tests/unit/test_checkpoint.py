@@ -123,6 +123,53 @@ def test_whole_model_comes_back(tiny_modules, bits, tmp_path):
         assert torch.equal(found.floats[name], tensor)
 
 
+@pytest.mark.parametrize("bits", [8, 5])
+def test_weights_left_in_the_file(bits, tmp_path):
+    """They are those of the file that was checked, whatever follows it."""
+    _, _, integers = write(tmp_path, bits, float_dtype="float32")
+    found = load_checkpoint(tmp_path, weights=False).integers
+    (tmp_path / "model.safetensors").unlink()
+    write(tmp_path, bits)
+    for name, layer in integers.items():
+        assert found[name].weight.is_meta
+        assert found[name].weight.shape == layer.weight.shape
+        assert_same(layer, found[name].loaded())
+        assert found[name].weight.is_meta
+
+
+def test_a_tensor_of_several_pieces(tmp_path):
+    """The checksum of a file that is read in pieces is that of its tensors."""
+    modules = {"head": nn.Linear(1500, 1501)}
+    plan, integers = quantized(modules)
+    floats = float_state(modules, list(integers))
+    checksum = save_checkpoint(tmp_path, plan, integers, floats)
+    found = load_checkpoint(tmp_path)
+    assert found.checksum == checksum
+    assert_same(integers["head"], found.integers["head"], torch.float16)
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1_200_000] ^= 1
+    path.write_bytes(bytes(content))
+    assert "does not have the checksum" in one_line(tmp_path)
+
+
+def test_a_file_that_shrinks_while_it_is_open(tmp_path):
+    write(tmp_path)
+    found = load_checkpoint(tmp_path, weights=False).integers
+    path = tmp_path / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 300)
+    with pytest.raises(OSError, match="ends before its time"):
+        found["head"].loaded()
+        found["front.0"].loaded()
+
+
+def test_a_dtype_that_is_not_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2).to(torch.float8_e5m2)}, path)
+    assert "'a' has dtype F8_E5M2" in one_line(tmp_path)
+
+
 def test_layers_left_float_are_stored_as_floats(tmp_path):
     modules = small_modules()
     plan, integers = quantized(modules, left_float=["front.0"])

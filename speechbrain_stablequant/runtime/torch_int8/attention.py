@@ -6,10 +6,7 @@ import torch
 
 
 def attend(
-    qkv: torch.Tensor,
-    lengths: Sequence[int],
-    heads: int,
-    out: torch.Tensor,
+    qkv: torch.Tensor, lengths: Sequence[int], heads: int
 ) -> torch.Tensor:
     """softmax(query . key) . value of each utterance and head.
 
@@ -23,24 +20,27 @@ def attend(
         Frames of each utterance; their sum is that of ``qkv``.
     heads : int
         Number of heads.
-    out : torch.Tensor
-        Float [frames, channels], written.
 
     Returns
     -------
     torch.Tensor
-        ``out``.
+        [frames, channels] of the same dtype.
     """
     total, width = qkv.shape
-    parts = qkv.view(total, 3, heads, width // (3 * heads))
-    target = out.view(total, heads, -1)
-    start = 0
-    for length in lengths:
-        end = start + length
-        query, key, value = parts[start:end].permute(1, 2, 0, 3)
-        for head in range(heads):
-            scores = query[head] @ key[head].T
-            weights = torch.softmax(scores, -1)
-            target[start:end, head] = weights @ value[head]
-        start = end
+    out = qkv.new_empty(total, width // 3)
+    columns = qkv.view(total, 3 * heads, -1).unbind(1)
+    targets = out.view(total, heads, -1).unbind(1)
+    # One for all heads: memory that is new each time costs more than what is
+    # computed in it.
+    scores = qkv.new_empty(max(lengths) ** 2)
+    for head, target in enumerate(targets):
+        query, key, value = (columns[head + i * heads] for i in range(3))
+        start = 0
+        for length in lengths:
+            part = slice(start, start + length)
+            weights = scores[: length**2].view(length, length)
+            torch.mm(query[part], key[part].t(), out=weights)
+            torch.softmax(weights, -1, out=weights)
+            torch.mm(weights, value[part], out=target[part])
+            start += length
     return out

@@ -85,7 +85,7 @@ class Block:
         """
         y = layer_norm(x, self.norm1) if self.pre_norm else x
         qkv = self.qkv(y, self.dtype)
-        attended = attend(qkv, lengths, self.heads, torch.empty_like(x))
+        attended = attend(qkv, lengths, self.heads)
         x = self.out.add_(self.out.form.prepare(attended), x)
         if not self.pre_norm:
             x = layer_norm(x, self.norm1)

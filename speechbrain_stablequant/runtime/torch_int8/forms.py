@@ -5,6 +5,7 @@ the plan is held as the byte q + 128; the kernels take the zero point back out
 of their int32 sums, so nothing is lost.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,10 @@ class Grid:
     dtype = torch.uint8
 
     def clip(
-        self, q: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor | None = None,
+        least: float = -math.inf,
     ) -> torch.Tensor:
         """Cuts bytes to the narrow range: kernels fill all 256.
 
@@ -53,6 +57,9 @@ class Grid:
             uint8.
         out : torch.Tensor, optional
             Where to; in place by default.
+        least : float
+            Lower bound of what was quantized. If it is on the grid, all of
+            the 8 bits that kernels fill are.
 
         Returns
         -------
@@ -60,6 +67,8 @@ class Grid:
             uint8.
         """
         limit = qmax(self.bits)
+        if self.bits == 8 and least > -limit * self.scale:
+            return q if out is None else out.copy_(q)
         out = q if out is None else out
         return torch.clamp(q, ZERO - limit, ZERO + limit, out=out)
 

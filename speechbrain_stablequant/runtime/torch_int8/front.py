@@ -105,8 +105,11 @@ class Stage:
         """
         frames = self.frames(x.shape[0])
         out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
-        for start in range(0, frames, self.rows):
-            count = min(self.rows, frames - start)
+        # Parts of one size: a short one takes as long as a third of a full.
+        parts = max(-(-frames // self.rows), 1)
+        rows = max(-(-frames // parts), 1)
+        for start in range(0, frames, rows):
+            count = min(rows, frames - start)
             windows = self._windows(x, start, count)
             self._write(windows, gain, shift, out[start : start + count])
         return out

@@ -10,6 +10,9 @@ from ...integer import FloatLayer, IntegerLayer
 from ...memory import transient
 from .forms import ZERO, Floats, Form, Grid, form_of
 
+#: GELU is nowhere below this.
+GELU_MINIMUM = -0.17
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -171,7 +174,8 @@ class IntegerLinear:
         scale = None if gain is None else self.scale * gain
         if isinstance(form, Grid):
             target = (form.scale, ZERO, torch.uint8)
-            return form.clip(self._run(x, target, True, scale, shift), out)
+            q = self._run(x, target, True, scale, shift)
+            return form.clip(q, out, GELU_MINIMUM)
         y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
         return y if out is None else out.copy_(y)
 
