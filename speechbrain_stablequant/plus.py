@@ -14,7 +14,7 @@ in the plan's ``search`` block.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -285,9 +285,10 @@ class _Plus:
         rounds = plus.compensate or plus.adaround
         if sites or self.rotated or rounds or plus.bias_correction:
             tensors = self._round(state, quants, units)
-        if rounds or plus.bias_correction:
-            stage.simulator.tensors = tensors
-            self._measure(state, quants, "rounding and biases", tensors)
+        if rounds and not plus.bias_correction:
+            self._measure_tensors(state, quants, "rounding", tensors)
+        if plus.bias_correction:
+            tensors = self._with_good_biases(state, quants, tensors)
         stage.simulator.tensors = tensors
         baseline, final = self._word_errors(state, quants, tensors)
         floats = changed_floats(sites, quants)
@@ -487,6 +488,30 @@ class _Plus:
             solve,
             lambda layer: plus.bias_correction and layer.name not in without,
         )
+
+    def _with_good_biases(
+        self,
+        state: _State,
+        quants: Mapping[str, LayerQuant],
+        tensors: Mapping[str, LayerTensors],
+    ) -> dict[str, LayerTensors]:
+        """With the corrected biases, unless the model is better without."""
+        without = {name: replace(t, bias=None) for name, t in tensors.items()}
+        plain = self._measure_tensors(state, quants, "rounding", without)
+        harm = self._measure_tensors(
+            state, quants, "rounding and biases", tensors
+        )
+        return dict(tensors) if harm < plain else without
+
+    def _measure_tensors(
+        self,
+        state: _State,
+        quants: Mapping[str, LayerQuant],
+        part: str,
+        tensors: Mapping[str, LayerTensors],
+    ) -> float:
+        self.stage.simulator.tensors = dict(tensors)
+        return self._measure(state, quants, part, tensors)
 
     def _biases_without_effect(self) -> set[str]:
         """Convolutions whose output is normalised over time by channel."""

@@ -535,6 +535,7 @@ class Stage:
         recogniser = self.recogniser
         names = set(quants)
         content = [
+            "means of what is in the range",
             weights,
             recogniser.ids("calibration"),
             self.config.calibration.batch_size,

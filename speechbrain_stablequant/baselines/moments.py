@@ -8,6 +8,7 @@ an iteration over it costs less than one over the few thousand frames that a
 minibatch would hold.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +30,8 @@ class Moments:
     rows : int
         Frames.
     float_mean, mean : torch.Tensor
-        E[x] and E[q], [groups, inputs].
+        E[x], of what lies within the range of the activation grid, and E[q],
+        [groups, inputs].
     gram : torch.Tensor or None
         E[q q'], [groups, inputs, inputs].
     cross : torch.Tensor or None
@@ -121,6 +123,10 @@ class MomentSum:
         Whether second moments are wanted.
     cross : bool
         Whether those between the float and the quantized input are.
+    edges : (float, float)
+        Least and largest input on the activation grid. The mean is that of
+        inputs cut to them: where a few frames are far beyond, their error is
+        not one that all frames should take up.
 
     Example
     -------
@@ -132,8 +138,14 @@ class MomentSum:
              [1., 2.]]])
     """
 
-    def __init__(self, second: bool, cross: bool):
+    def __init__(
+        self,
+        second: bool,
+        cross: bool,
+        edges: tuple[float, float] = (-math.inf, math.inf),
+    ):
         self.second = second
+        self.edges = edges
         self.cross = cross
         self._rows = 0
         self._sums: dict[str, torch.Tensor] = {}
@@ -153,7 +165,8 @@ class MomentSum:
             [groups, rows, inputs] of the float and the quantized model.
         """
         self._rows += q.shape[1]
-        self._add("float_mean", x.sum(1, dtype=torch.float64))
+        inside = x.clamp(*self.edges)
+        self._add("float_mean", inside.sum(1, dtype=torch.float64))
         self._add("mean", q.sum(1, dtype=torch.float64))
         if self.second:
             self._add("gram", q.mT @ q)

@@ -149,7 +149,8 @@ class PrefixWalk:
         """
         for replay, quants in zip(self._replays, ({}, decided), strict=True):
             self._prepare(replay, layer.unit, quants)
-        total = MomentSum(second, cross)
+        middle, half = quant.activation_offset, quant.activation_amax
+        total = MomentSum(second, cross, (middle - half, middle + half))
         kept: list[torch.Tensor] = []
         batch, turn = 0, 0
 
