@@ -235,8 +235,8 @@ class PlusConfig:
         all channels, without outliers. Costs two products per frame.
     keep_wave : bool
         The first convolution, which takes in the audio itself, stays float:
-        8 bits of audio are among the largest errors of all, and it has a
-        thousandth of the weights.
+        8 bits of audio are among the largest errors of all, and it has hardly
+        any of the weights.
     equalize : bool
         Moves factors from the channels of activations to those of weights,
         where that leaves the float model as it is.
