@@ -39,6 +39,8 @@ WEIGHT_METHODS = ("max", "mse")
 
 # What gets a cut-off of its own in StableQuant-plus.
 CUTOFFS = ("layers", "units", "none")
+# What measures units for mixed precision.
+SCORES = ("divergence", "modelopt")
 # Blocks inside of the block.
 _PARTS = ("calibration", "search", "adaround", "plus", "qat", "nncf")
 # What all variants of a block have in common.
@@ -217,10 +219,15 @@ class BudgetConfig:
         gives every unit ``weight_bits``.
     bits : tuple of int
         To choose from; 16 leaves a unit float.
+    scores : str
+        How a unit's sensitivity is measured: ``divergence``, each unit alone
+        at each width; or ``modelopt``, by the gradients of NVIDIA's
+        AutoQuantize, to compare with.
     """
 
     size: float | None = None
     bits: tuple[int, ...] = (4, 5, 6, 8, 16)
+    scores: str = "divergence"
 
 
 @dataclass(frozen=True)
@@ -413,6 +420,17 @@ class QuantizeConfig:
     def needs_training(self) -> bool:
         """Whether the method trains on the recipe's training set."""
         return self.plan is None and self.method == "qat"
+
+    @property
+    def needs_modelopt(self) -> bool:
+        """Whether units are measured by modelopt."""
+        budget = self.plus.budget
+        return (
+            self.plan is None
+            and self.method == "stablequant_plus"
+            and budget.size is not None
+            and budget.scores == "modelopt"
+        )
 
     @property
     def extras(self) -> frozenset[str]:
@@ -787,4 +805,9 @@ def _check_plus(part: PlusConfig, require: Callable) -> None:
         len(bits) > 0 and all(2 <= b <= 8 or b == 16 for b in bits),
         "plus.budget.bits",
         "must be bits from 2 to 8, or 16 for units that stay float",
+    )
+    require(
+        part.budget.scores in SCORES,
+        "plus.budget.scores",
+        f"'{part.budget.scores}' is not one of {', '.join(SCORES)}",
     )

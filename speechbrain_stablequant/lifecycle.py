@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .adjusted import adjusted_floats
+from .baselines.auto_quantize import require_modelopt
 from .brain import (
     BrainRecogniser,
     ForwardClock,
@@ -274,6 +275,8 @@ class StableQuant:
                 )
         modules = self._modules()
         for config in self.config.variant_configs().values():
+            if config.needs_modelopt:
+                require_modelopt()
             layers = find_layers(
                 modules, config.target, config.include, config.exclude
             )

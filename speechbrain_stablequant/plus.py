@@ -367,28 +367,20 @@ class _Plus:
         self, state: _State, cutoffs: Mapping[str, float]
     ) -> dict[str, int]:
         """Bits by unit under the budget; empty without one."""
-        budget, stage = self.plus.budget, self.stage
+        budget = self.plus.budget
         if budget.size is None:
             return {}
-        evaluate, journal, bar = stage.search_evaluate(
-            state.weights, state.calibration, "divergence"
-        )
-        widths = sorted(set(budget.bits))
-        options = {}
-        with bar:
-            bar.total = len(stage.units) * len(widths)
-            for unit, layers in stage.units.items():
-                options[unit] = [
-                    self._option(state, unit, layers, cutoffs, b, evaluate)
-                    for b in widths
-                ]
-        self.evaluations += journal.measured + journal.reused
+        if budget.scores == "modelopt":
+            options = self._modelopt_options(state)
+        else:
+            options = self._measured_options(state, cutoffs)
         room = self._room(budget.size)
         chosen = choose_bits(options, room)
         found = harms(options)
         self.parts.append(
             {
                 "part": "budget",
+                "scores": budget.scores,
                 "size": budget.size,
                 "bytes": room,
                 "units": {
@@ -406,6 +398,45 @@ class _Plus:
             }
         )
         return chosen
+
+    def _measured_options(
+        self, state: _State, cutoffs: Mapping[str, float]
+    ) -> dict[str, list[Option]]:
+        """By the divergence that each unit alone causes at each width."""
+        stage = self.stage
+        evaluate, journal, bar = stage.search_evaluate(
+            state.weights, state.calibration, "divergence"
+        )
+        widths = sorted(set(self.plus.budget.bits))
+        options = {}
+        with bar:
+            bar.total = len(stage.units) * len(widths)
+            for unit, layers in stage.units.items():
+                options[unit] = [
+                    self._option(state, unit, layers, cutoffs, b, evaluate)
+                    for b in widths
+                ]
+        self.evaluations += journal.measured + journal.reused
+        return options
+
+    def _modelopt_options(self, state: _State) -> dict[str, list[Option]]:
+        """By the scores of modelopt's AutoQuantize, of the calibration set."""
+        stage = self.stage
+        widths = sorted(set(self.plus.budget.bits))
+        layers = [x for x in stage.layers if x.name not in self.waves]
+        integer = [bits for bits in widths if bits != FLOAT_BITS]
+        scores = stage.auto_quantize_scores(state.weights, layers, integer)
+        return {
+            unit: [
+                Option(
+                    bits,
+                    self._size(members, bits),
+                    sum(scores.get(x.name, {}).get(bits, 0.0) for x in members),
+                )
+                for bits in widths
+            ]
+            for unit, members in stage.units.items()
+        }
 
     def _option(
         self,

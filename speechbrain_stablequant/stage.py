@@ -22,6 +22,7 @@ from tqdm import tqdm
 from . import calibrators
 from .adjusted import AdjustedTensors, LayerTensors
 from .baselines import AdaRound, LayerStore, PrefixWalk, refine
+from .baselines.auto_quantize import auto_quantize_scores, inputs_of_first
 from .baselines.qat import Trainer
 from .baselines.refine import Solve
 from .calibrators import clipped_mse
@@ -52,6 +53,7 @@ BeforeBatch = Callable[[int], None]
 JOURNAL_FILE = "search.jsonl"
 HISTOGRAM_FILE = "histograms.json"
 LAYER_FOLDER = "finished_layers"
+SCORE_FILE = "auto_quantize.json"
 
 
 class Recogniser(Protocol):
@@ -574,6 +576,68 @@ class Stage:
         if store.reused:
             logger.info("%s: %d layers from disk", what, store.reused)
         return found
+
+    def auto_quantize_scores(
+        self, weights: str, layers: Sequence[Layer], widths: Sequence[int]
+    ) -> dict[str, dict[int, float]]:
+        """Scores of modelopt's AutoQuantize, remembered on disk.
+
+        Arguments
+        ---------
+        weights : str
+            Fingerprint of the float model.
+        layers : sequence of Layer
+            What is quantized.
+        widths : sequence of int
+            Bits of weights.
+
+        Returns
+        -------
+        dict
+            As of :func:`~.baselines.auto_quantize.auto_quantize_scores`.
+        """
+        recogniser, config = self.recogniser, self.config
+        names = [layer.name for layer in layers]
+        key = _digest(
+            [
+                weights,
+                recogniser.ids("calibration"),
+                config.calibration.batch_size,
+                names,
+                list(widths),
+                config.activation_bits,
+                config.seed,
+            ]
+        )
+        path = self.folder / SCORE_FILE
+        known = read_json(path, "modelopt's scores") if path.exists() else {}
+        if known.get("key") != key:
+            modules = {key: recogniser.modules[key] for key in config.target}
+            order, batches = inputs_of_first(
+                modules,
+                lambda: recogniser.forward("calibration", lambda _: None),
+            )
+            scores = auto_quantize_scores(
+                {key: modules[key] for key in order},
+                batches,
+                recogniser.forward("calibration", lambda _: None, True),
+                layers,
+                widths,
+                config.activation_bits,
+                config.seed,
+            )
+            known = {
+                "key": key,
+                "scores": {
+                    name: [row[bits] for bits in widths]
+                    for name, row in scores.items()
+                },
+            }
+            write_json(path, known)
+        return {
+            name: dict(zip(widths, row, strict=True))
+            for name, row in known["scores"].items()
+        }
 
     def _cuts(self, wanted: bool) -> list[Cut]:
         """Places where a forward pass can be started again."""

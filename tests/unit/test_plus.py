@@ -9,6 +9,11 @@ from torch.nn import functional as F
 
 from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
 from speechbrain_stablequant.adjusted import adjusted_floats
+from speechbrain_stablequant.baselines import auto_quantize
+from speechbrain_stablequant.baselines.auto_quantize import (
+    Calls,
+    inputs_of_first,
+)
 from speechbrain_stablequant.baselines.equalize import (
     ChannelMaxima,
     changed_floats,
@@ -512,3 +517,69 @@ def test_budget(large, tmp_path):
     block["plus"]["budget"] = {"size": 0.01}
     with pytest.raises(ValueError, match=r"plus\.budget\.size"):
         run(large, tmp_path, method="stablequant_plus", **block)
+
+
+def test_inputs_of_the_first_module(large):
+    recogniser = Recogniser(large)
+    modules = {key: recogniser.modules[key] for key in reversed(TARGET)}
+    order, batches = inputs_of_first(
+        modules, lambda: recogniser.forward("calibration", lambda _: None)
+    )
+    assert order == TARGET
+    assert len(batches) == len(recogniser.batches)
+    for (wavs,), expected in zip(batches, recogniser.batches, strict=True):
+        assert torch.equal(wavs, expected)
+
+
+def test_copies_of_the_modules_compute_the_same(large):
+    recogniser = Recogniser(large)
+    wavs = recogniser.batches[0]
+    expected = recogniser.output(wavs)
+    calls = Calls({key: recogniser.modules[key] for key in TARGET})
+    assert torch.allclose(calls((wavs,)), expected, atol=1e-5)
+    assert all(p.requires_grad for p in calls.parameters())
+    # The recogniser's own are as they were, weight norm and all.
+    assert torch.equal(recogniser.output(wavs), expected)
+
+
+def test_modelopt_is_missing(monkeypatch):
+    monkeypatch.setattr(auto_quantize, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"speechbrain_stablequant\[modelopt"):
+        auto_quantize.require_modelopt()
+
+
+def test_budget_by_modelopt(large, tmp_path):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    budget = {"size": 0.4, "bits": [4, 8, 16], "scores": "modelopt"}
+    block = {"activation_bits": 8, "plus": {**OFF, "budget": budget}}
+    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+    assert part["scores"] == "modelopt"
+    for row in part["units"].values():
+        at_4, at_8, at_16 = (o["harm"] for o in row["options"])
+        assert at_4 > at_8 > at_16 == 0
+    runs = stage.recogniser.runs
+    stage, again = run(large, tmp_path, method="stablequant_plus", **block)
+    assert again == plan
+    # The scores are on disk.
+    assert stage.recogniser.runs < runs
+
+
+def test_modelopt_scores_another_output(large, tmp_path):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    stage = stage_of(large, tmp_path)
+    # The recipe's log probabilities are those of warmer scores.
+    head = stage.recogniser.modules["ctc_lin"]
+    handle = head.register_forward_hook(lambda *args: 2 * args[2])
+    reference = stage.recogniser.forward("calibration", lambda _: None, True)
+    handle.remove()
+    with pytest.raises(ValueError, match="use scores: divergence"):
+        auto_quantize.auto_quantize_scores(
+            {key: stage.recogniser.modules[key] for key in TARGET},
+            [(wavs,) for wavs in stage.recogniser.batches],
+            reference,
+            stage.layers,
+            [4, 8],
+            8,
+            0,
+        )
