@@ -422,6 +422,21 @@ class QuantizeConfig:
         return self.plan is None and self.method == "qat"
 
     @property
+    def transcribed(self) -> tuple[str, ...]:
+        """The sets whose transcripts take part in a decision: ``search``,
+        ``train``."""
+        found = []
+        if self.needs_training:
+            decide = self.needs_search
+            if self.qat.distill < 1:
+                found.append("train")
+        elif self.method == "stablequant_plus":
+            decide = self.plan is None and self.plus.cutoffs == "units"
+        else:
+            decide = self.needs_search
+        return (*found, "search") if decide else tuple(found)
+
+    @property
     def needs_modelopt(self) -> bool:
         """Whether units are measured by modelopt."""
         budget = self.plus.budget

@@ -5,9 +5,11 @@
 """
 
 import functools
+import hashlib
 import inspect
 import io
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ from .layers import Layer, find_encoders, find_layers
 from .plan import QuantizationPlan
 from .report import comparison_figures, summary_table, write_report
 from .results import (
+    Effort,
     Evaluation,
     Execution,
     SetResult,
@@ -81,6 +84,8 @@ from .training import BrainTrainer
 
 logger = logging.getLogger(__name__)
 
+# In a variant's folder: what its plan took.
+EFFORT_FILE = "effort.json"
 # At most this many utterances where the block does not say.
 DEFAULT_UTTERANCES = {"calibration": 128, "search": 256}
 
@@ -169,6 +174,7 @@ class Run:
     rival: Rival | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
+    effort: Effort | None = None
 
 
 class StableQuant:
@@ -525,11 +531,8 @@ class StableQuant:
         baseline = Evaluation.of(self._metric(), clock)
         kept = vars(self.brain).copy()
         for run in self.runs:
-            if run.plan is None and run.config.is_rival:
-                self._make_rival(run, test_set, options)
-            elif run.plan is None:
-                layers = self._make_plan(run)
-                self._write_model(run, layers, test_set, options)
+            if run.plan is None:
+                self._quantize(run, test_set, options)
             quantized = self._evaluate_quantized(
                 run, baseline, test_set, options, name
             )
@@ -636,6 +639,40 @@ class StableQuant:
         run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
         return Stage(recogniser, run.config, self.folder)
+
+    def _quantize(
+        self,
+        run: Run,
+        test_set: Dataset | DataLoader,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Makes what a run evaluates."""
+        started = time.monotonic()
+        if run.config.is_rival:
+            self._make_rival(run, test_set, options)
+            seconds = time.monotonic() - started
+        else:
+            layers = self._make_plan(run)
+            seconds = time.monotonic() - started
+            self._write_model(run, layers, test_set, options)
+        if run.config.plan is None:
+            run.effort = self._effort(run, seconds)
+
+    def _effort(self, run: Run, seconds: float) -> Effort:
+        """What the plan of a run took, when it was made first."""
+        utterances = {
+            name: len(subset.ids) for name, subset in run.subsets.items()
+        }
+        if run.config.needs_training:
+            utterances["train"] = len(self._trainer.ids)
+        if run.rival is not None:
+            key = run.rival.key
+        else:
+            made = (run.folder / PLAN_FILE).read_bytes()
+            key = hashlib.sha256(made).hexdigest()
+        return Effort(seconds, utterances, run.config.transcribed).remembered(
+            run.folder / EFFORT_FILE, key
+        )
 
     def _make_rival(
         self,
@@ -867,6 +904,7 @@ class StableQuant:
             {run.name: (run.plan, run.results) for run in self.runs},
             executions,
             float_size(modules) / 1e6,
+            {run.name: run.effort for run in self.runs if run.effort},
         )
         write_json(self.folder / "comparison.json", table)
         for name, image in comparison_figures(table).items():

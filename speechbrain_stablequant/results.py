@@ -96,6 +96,64 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What a plan took.
+
+    Arguments
+    ---------
+    seconds : float
+        Time to make it. What variants share (calibration, evaluations) took
+        the time of the first one; a run that was killed is not counted.
+    utterances : Mapping
+        How many, by ``calibration``, ``search`` and ``train``, as far as they
+        were used.
+    transcribed : sequence of str
+        The sets whose transcripts decided something.
+
+    Example
+    -------
+    >>> print(Effort(61.4, {"calibration": 40, "search": 12}, ["search"]))
+    61 s, calibration 40, search 12 with transcripts
+    """
+
+    seconds: float
+    utterances: Mapping[str, int]
+    transcribed: Sequence[str] = ()
+
+    def data(self) -> str:
+        """The sets in words."""
+        return ", ".join(
+            f"{name} {count}"
+            + (" with transcripts" if name in self.transcribed else "")
+            for name, count in self.utterances.items()
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, [f"{self.seconds:.0f} s", self.data()]))
+
+    def remembered(self, path: Path, key: str) -> "Effort":
+        """This one, or the one of the run that made the same plan first.
+
+        Arguments
+        ---------
+        path : Path
+            The file that remembers.
+        key : str
+            Identifies the plan.
+
+        Returns
+        -------
+        Effort
+        """
+        if path.exists():
+            raw = read_json(path, "effort of a plan")
+            if isinstance(raw, dict) and raw.pop("key", None) == key:
+                return Effort(**raw)
+        write_json(path, {"key": key, **asdict(self)})
+        return self
+
+
+@dataclass(frozen=True)
 class Execution:
     """What was evaluated as the quantized model.
 
@@ -376,6 +434,7 @@ def comparison(
     runs: Mapping[str, tuple[QuantizationPlan, Mapping[str, SetResult]]],
     executions: Mapping[str, Execution] | None = None,
     float_mb: float | None = None,
+    efforts: Mapping[str, Effort] | None = None,
 ) -> dict:
     """One row for each variant and test set.
 
@@ -387,6 +446,8 @@ def comparison(
         What was evaluated, and its size on disk, by the variant's name.
     float_mb : float, optional
         Size of the float32 model.
+    efforts : Mapping, optional
+        What each plan took, by the variant's name.
 
     Returns
     -------
@@ -413,6 +474,8 @@ def comparison(
                 rows[-1]["rtf"] = _speeds([result])
                 if execution.operations is not None:
                     rows[-1]["operations"] = dict(execution.operations)
+            if efforts is not None and name in efforts:
+                rows[-1]["effort"] = asdict(efforts[name])
     table = {"rows": rows}
     if float_mb is not None:
         table["float_mb"] = float_mb
@@ -435,6 +498,8 @@ def comparison_markdown(table: Mapping[str, list]) -> str:
     columns = ["MB", "RTF"] if all("size_mb" in row for row in rows) else []
     if any("operations" in row for row in rows):
         columns.append("float products")
+    if any("effort" in row for row in rows):
+        columns += ["made in", "utterances used"]
     head = "| set | variant | WER % | change | 95 % interval | CER % | change |"
     lines = [
         head + "".join(f" {column} |" for column in columns),
@@ -482,6 +547,10 @@ def _cells(row: Mapping, columns: Sequence[str]) -> str:
         count = row["operations"]
         total = count["float"] + count["integer"]
         values["float products"] = f"{count['float']} of {total}"
+    if "effort" in row:
+        effort = Effort(**row["effort"])
+        values["made in"] = f"{effort.seconds:.0f} s"
+        values["utterances used"] = effort.data()
     return _joined(values.get(column) for column in columns)
 
 

@@ -56,6 +56,12 @@ def test_comparison(written):
         size = (written / name / "model.safetensors").stat().st_size
         assert row["size_mb"] == size / 1e6
         assert row["size_mb"] < table["float_mb"]
+        assert row["effort"]["seconds"] > 0
+    # AdaRound measures nothing; the others decide without transcripts.
+    assert rows["ada"]["effort"]["utterances"] == {"calibration": 4}
+    sets = {"calibration": 4, "search": 4}
+    assert rows["plus"]["effort"]["utterances"] == sets
+    assert rows["plus"]["effort"]["transcribed"] == []
     picture = (written / "comparison_clean.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     text = (written / "comparison.md").read_text("utf-8")

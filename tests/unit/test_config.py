@@ -439,3 +439,24 @@ def test_wrong_value_of_a_variant(changes, key):
     """The block's own value is right: the error has to say which is not."""
     text = error_of(with_variants({"name": "a"}, {"name": "b", **changes}))
     assert text.startswith(f"quantize.variants[1].{key}: ")
+
+
+@pytest.mark.parametrize(
+    "block, expected",
+    [
+        ({"method": "mse"}, ()),
+        ({"method": "adaround"}, ()),
+        ({"method": "stablequant"}, ("search",)),
+        ({"method": "stablequant_plus"}, ()),
+        (
+            {"method": "stablequant_plus", "plus": {"cutoffs": "units"}},
+            ("search",),
+        ),
+        ({"method": "nncf"}, ()),
+        ({"method": "nncf_accuracy_control"}, ("search",)),
+        ({"method": "qat"}, ("train", "search")),
+        ({"method": "qat", "qat": {"distill": 1, "keep": "last"}}, ()),
+    ],
+)
+def test_whose_transcripts_decide(block, expected):
+    assert QuantizeConfig.from_dict(block).transcribed == expected

@@ -1,6 +1,7 @@
 """Tests of speechbrain_stablequant.results."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from torch import nn
@@ -18,6 +19,7 @@ from speechbrain_stablequant.plan import (
 )
 from speechbrain_stablequant.report import comparison_figures
 from speechbrain_stablequant.results import (
+    Effort,
     Evaluation,
     Execution,
     SetResult,
@@ -258,6 +260,31 @@ def test_comparison_with_sizes():
     assert list(images) == ["comparison_clean.png"]
     assert images["comparison_clean.png"].startswith(b"\x89PNG")
     assert images == comparison_figures(table)
+
+
+def test_comparison_with_efforts(tmp_path):
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    path = tmp_path / "effort.json"
+    first = Effort(61.4, {"calibration": 40, "train": 9}, ["train"])
+    assert first.remembered(path, "plan") == first
+    # The same plan again was read from what is on disk.
+    again = replace(first, seconds=0.2)
+    assert again.remembered(path, "plan") == first
+    assert again.remembered(path, "another plan") == again
+    table = comparison(
+        {name: (PLAN, {"clean": result}) for name in ("qat", "plan")},
+        efforts={"qat": first},
+    )
+    assert table["rows"][0]["effort"]["seconds"] == 61.4
+    assert "effort" not in table["rows"][1]
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" made in ", " utterances used "],
+        ["---", "---"],
+        [" ", " "],
+        [" 61 s ", " calibration 40, train 9 with transcripts "],
+        [" ", " "],
+    ]
 
 
 def test_comparison_with_a_rival():
