@@ -11,10 +11,18 @@ minibatch would hold.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+class Groups(Protocol):
+    """A matrix for each group, such as a tensor [groups, rows, columns]."""
+
+    def __getitem__(self, g: int) -> torch.Tensor:
+        """The matrix of a group."""
 
 
 @dataclass
@@ -33,16 +41,17 @@ class Moments:
         E[x], of what lies within the range of the activation grid, and E[q],
         [groups, inputs].
     gram : torch.Tensor or None
-        E[q q'], [groups, inputs, inputs].
+        E[q q'], [groups, inputs, inputs]; or what gives that of a group when
+        it is indexed.
     cross : torch.Tensor or None
-        E[x q'], the same shape.
+        E[x q'], likewise.
     """
 
     rows: int
     float_mean: torch.Tensor = field(repr=False)
     mean: torch.Tensor = field(repr=False)
-    gram: torch.Tensor | None = field(repr=False, default=None)
-    cross: torch.Tensor | None = field(repr=False, default=None)
+    gram: Groups | None = field(repr=False, default=None)
+    cross: Groups | None = field(repr=False, default=None)
 
 
 def conv_groups(module: nn.Module) -> int:

@@ -12,6 +12,7 @@ from ..adjusted import AdjustedTensors, LayerTensors
 from ..layers import Layer
 from ..plan import LayerQuant
 from ..weights import restore_weight, round_weight, weight_scale
+from .lags import slides
 from .moments import Moments, conv_groups
 from .walk import PrefixWalk
 
@@ -233,6 +234,8 @@ def _solve_together(
     inputs = first.layer.module.weight[0].numel()
     held = 4 * inputs**2 * (1 + cross) if second else 1
     step = max(1, min(count, MOMENT_BYTES // held))
+    if slides(first.layer.module):
+        step = count  # one pass: they are made from their lags
     weights = [p.layer.module.weight.detach().float() for p in problems]
     parts: list[list[tuple]] = [[] for _ in problems]
     for start in range(0, count, step):

@@ -12,6 +12,7 @@ from ..observers import valid_frames
 from ..plan import LayerQuant
 from ..replay import Replay, StopForward
 from ..simulate import Simulator, quantize_input
+from .lags import LagSum, signals, slides
 from .moments import Moments, MomentSum, unfolded
 
 
@@ -150,8 +151,13 @@ class PrefixWalk:
         for replay, quants in zip(self._replays, ({}, decided), strict=True):
             self._prepare(replay, layer.unit, quants)
         middle, half = quant.activation_offset, quant.activation_amax
-        total = MomentSum(second, cross, (middle - half, middle + half))
-        kept: list[torch.Tensor] = []
+        edges = (middle - half, middle + half)
+        if slides(layer.module):
+            (kernel,) = layer.module.kernel_size
+            total, taken = LagSum(kernel, second, cross, edges), signals
+        else:
+            total, taken = MomentSum(second, cross, edges), unfolded
+        kept: list[torch.Tensor | list[torch.Tensor]] = []
         batch, turn = 0, 0
 
         def hook(module: nn.Module, args: tuple) -> None:
@@ -160,9 +166,9 @@ class PrefixWalk:
             # The recipe may evaluate in 16 bits; sums need more.
             with torch.autocast(x.device.type, enabled=False):
                 if turn == 0:
-                    kept.append(unfolded(module, x, frames, groups))
+                    kept.append(taken(module, x, frames, groups))
                     raise StopForward
-                q = unfolded(module, quantize_input(x, quant), frames, groups)
+                q = taken(module, quantize_input(x, quant), frames, groups)
                 total.add(kept.pop(), q)
             raise StopForward
 

@@ -17,6 +17,7 @@ from speechbrain_stablequant.baselines import (
     PrefixWalk,
     refine,
 )
+from speechbrain_stablequant.baselines.lags import LagSum, signals, slides
 from speechbrain_stablequant.baselines.moments import MomentSum, unfolded
 from speechbrain_stablequant.layers import (
     Layer,
@@ -200,6 +201,38 @@ def test_moments_by_hand():
         MomentSum(True, True).result()
 
 
+@pytest.mark.parametrize("frames", [None, [23, 11, 3]])
+@pytest.mark.parametrize("padding, groups", [(0, 1), (4, 2), (5, 6)])
+def test_moments_by_lags(frames, padding, groups):
+    """The same as those of the windows themselves."""
+    conv = nn.Conv1d(12, 6, 8, padding=padding, groups=groups)
+    assert slides(conv)
+    rows = MomentSum(True, True, (-0.7, 0.9))
+    lags = LagSum(8, True, True, (-0.7, 0.9))
+    for _ in range(2):
+        x, q = torch.randn(3, 12, 23), torch.randn(3, 12, 23)
+        rows.add(*(unfolded(conv, v, frames) for v in (x, q)))
+        lags.add(*(signals(conv, v, frames) for v in (x, q)))
+    expected, found = rows.result(), lags.result()
+    assert found.rows == expected.rows
+    assert torch.allclose(found.mean, expected.mean, atol=1e-6)
+    assert torch.allclose(found.float_mean, expected.float_mean, atol=1e-6)
+    for g in range(groups):
+        assert torch.allclose(found.gram[g], expected.gram[g], atol=1e-5)
+        assert torch.allclose(found.cross[g], expected.cross[g], atol=1e-5)
+
+
+def test_moments_by_lags_of_some_groups():
+    conv, x = nn.Conv1d(12, 6, 9, groups=6), torch.randn(1, 12, 20)
+    total = LagSum(9, True, False)
+    total.add(*[signals(conv, x, None, slice(2, 4))] * 2)
+    windows = unfolded(conv, x, None, slice(2, 4))
+    for g, matrix in enumerate(windows.mT @ windows / windows.shape[1]):
+        assert torch.allclose(total.result().gram[g], matrix, atol=1e-5)
+    with pytest.raises(ValueError, match="no frame"):
+        LagSum(9, True, False).result()
+
+
 # -- the walk ------------------------------------------------------------------
 
 
@@ -329,7 +362,9 @@ def test_moments_behind_a_prefix(modules, padded, cached):
             (moments.gram, q.mT @ q / q.shape[1]),
             (moments.cross, x.mT @ q / q.shape[1]),
         ):
-            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+            # Those of overlapping windows are made when they are asked for.
+            each = torch.stack([found[g] for g in range(len(expected))])
+            assert torch.allclose(each, expected, rtol=1e-4, atol=1e-5)
     assert not any("forward" in vars(m) for m in modules.modules())
 
 
