@@ -30,7 +30,6 @@ from .baselines.equalize import (
     factors,
     find_sites,
 )
-from .baselines.moments import conv_groups
 from .baselines.offset import (
     LOWEST_GELU,
     ShiftedObserver,
@@ -505,10 +504,6 @@ class _Plus:
         def solve(layer: Layer):
             if plus.adaround and layer.unit in selected:
                 return learned
-            if conv_groups(layer.module) > 1:
-                # The positional convolution suffers least of all layers, and
-                # the moments of its windows cost more than all others.
-                return None
             return compensated if plus.compensate else None
 
         return self.stage.refine(
