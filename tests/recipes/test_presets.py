@@ -32,7 +32,11 @@ def test_preset(path):
     config = values["quantize"]
     assert isinstance(config, QuantizeConfig)
     bits, _, method = path.stem.partition("_")
-    assert f"w{config.weight_bits}a{config.activation_bits}" == bits
+    if bits == "mixed":
+        assert 0 < config.plus.budget.size < 1
+    else:
+        assert f"w{config.weight_bits}a{config.activation_bits}" == bits
+        assert config.plus.budget.size is None
     assert config.method == method
     assert config.target == ("wav2vec2", "enc", "ctc_lin")
 
