@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .moments import Moments
+from .moments import Moments, Sums
 
 # A shorter kernel has too few windows in common to be worth it.
 _KERNEL = 8
@@ -163,14 +163,8 @@ class LagSum:
         self.edges = edges
         self.pairs = ["gram"] * second + ["cross"] * cross
         self._rows = 0
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums = Sums()
         self._ends: dict[str, list[torch.Tensor]] = {}
-
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        if name in self._sums:
-            self._sums[name] += value
-        else:
-            self._sums[name] = value
 
     def add(
         self, floats: Sequence[torch.Tensor], integers: Sequence[torch.Tensor]
@@ -185,14 +179,14 @@ class LagSum:
         for x, q in zip(floats, integers, strict=True):
             rows = x.shape[2] - self.kernel + 1
             self._rows += rows
-            self._add("float_mean", self._mean(x.clamp(*self.edges), rows))
-            self._add("mean", self._mean(q, rows))
+            self._sums.add("float_mean", self._mean(x.clamp(*self.edges), rows))
+            self._sums.add("mean", self._mean(q, rows))
             for name in self.pairs:
                 left = q if name == "gram" else x
-                self._add(f"{name} row", self._products(left, q, rows))
+                self._sums.add(f"{name} row", self._products(left, q, rows))
                 # Of a signal with itself it is the row.
                 if name == "cross":
-                    self._add("cross column", self._products(q, x, rows))
+                    self._sums.add("cross column", self._products(q, x, rows))
             if self.pairs:
                 for name, signal in (("float", x), ("integer", q)):
                     head = signal[..., : self.kernel - 1]

@@ -123,6 +123,26 @@ def unfolded(
     return torch.cat(kept, 1)
 
 
+class Sums(dict[str, torch.Tensor]):
+    """Tensors that are added up, by name.
+
+    Example
+    -------
+    >>> sums = Sums()
+    >>> for value in (1.0, 2.0):
+    ...     sums.add("x", torch.tensor(value))
+    >>> sums["x"]
+    tensor(3.)
+    """
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Adds to a sum; the first value becomes it."""
+        if name in self:
+            self[name] += value
+        else:
+            self[name] = value
+
+
 class MomentSum:
     """Adds up the moments batch by batch.
 
@@ -157,13 +177,7 @@ class MomentSum:
         self.edges = edges
         self.cross = cross
         self._rows = 0
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        if name in self._sums:
-            self._sums[name] += value
-        else:
-            self._sums[name] = value
+        self._sums = Sums()
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
         """Adds a batch.
@@ -175,12 +189,12 @@ class MomentSum:
         """
         self._rows += q.shape[1]
         inside = x.clamp(*self.edges)
-        self._add("float_mean", inside.sum(1, dtype=torch.float64))
-        self._add("mean", q.sum(1, dtype=torch.float64))
+        self._sums.add("float_mean", inside.sum(1, dtype=torch.float64))
+        self._sums.add("mean", q.sum(1, dtype=torch.float64))
         if self.second:
-            self._add("gram", q.mT @ q)
+            self._sums.add("gram", q.mT @ q)
         if self.cross:
-            self._add("cross", x.mT @ q)
+            self._sums.add("cross", x.mT @ q)
 
     def result(self) -> Moments:
         """The means of all that was added.
