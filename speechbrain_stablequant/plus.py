@@ -43,6 +43,7 @@ from .layers import Layer
 from .observers import Observer
 from .packing import packed_size
 from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from .rotation import rotation_of
 from .runtime import runtimes_with
 from .search import Evaluate, Score, search_layers
 from .search.mixed import Option, choose_bits, harms
@@ -484,6 +485,11 @@ class _Plus:
                 counts[id(parameter)] = parameter.numel()
         every = sum(counts.values())
         rest = every - sum(layer.numel for layer in self.stage.layers)
+        # Not in the float model, and yet in the file.
+        rest += sum(
+            rotation_of(encoder.model.encoder).numel()
+            for encoder in self.rotated
+        )
         return int(4 * every * fraction) - rest * self._float_bytes()
 
     def _round(

@@ -519,6 +519,17 @@ def test_budget(large, tmp_path):
         run(large, tmp_path, method="stablequant_plus", **block)
 
 
+def test_budget_counts_the_rotation(large, tmp_path):
+    rooms = []
+    for rotate in (False, True):
+        plus = {**OFF, "rotate": rotate, "budget": {"size": 0.4}}
+        stage, plan = run(large, tmp_path, method="stablequant_plus", plus=plus)
+        (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+        rooms.append(part["bytes"])
+    width = stage.encoders[0].model.config.hidden_size
+    assert rooms[0] - rooms[1] == 2 * width**2  # float16
+
+
 def test_inputs_of_the_first_module(large):
     recogniser = Recogniser(large)
     modules = {key: recogniser.modules[key] for key in reversed(TARGET)}
