@@ -44,8 +44,12 @@ _METHOD_COLORS = (
     "#56b4e9",
     "#8a6d3b",
     "#1c2733",
+    "#b3001e",
+    "#7a5195",
 )
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX*hp"
+# Sizes that differ by less are one: only the activations' bits do.
+_SAME_SIZE = 1.02
 _DPI = 150
 _MAX_HISTOGRAMS = 6
 _MAX_NAME = 44
@@ -377,8 +381,29 @@ def comparison_figures(table: dict) -> dict[str, bytes]:
     return images
 
 
+def _best_by_size(
+    points: list[tuple[float, float]],
+) -> list[tuple[float, float]]:
+    """The lowest rate at each size, of points by rising size.
+
+    Example
+    -------
+    >>> _best_by_size([(10.0, 90.0), (10.1, 36.0), (17.0, 35.0)])
+    [(10.1, 36.0), (17.0, 35.0)]
+    """
+    best: list[tuple[float, float]] = []
+    for size, rate in points:
+        if best and size < best[-1][0] * _SAME_SIZE:
+            if rate < best[-1][1]:
+                best[-1] = (size, rate)
+        else:
+            best.append((size, rate))
+    return best
+
+
 def draw_comparison(table: dict) -> "Figure | None":
-    """WER against size: a line for each method, a point for each variant.
+    """WER against size: a point for each variant, a line for each method
+    through its best at each size.
 
     Arguments
     ---------
@@ -407,11 +432,21 @@ def draw_comparison(table: dict) -> "Figure | None":
             if row["method"] == method
         )
         color = _METHOD_COLORS[index % len(_METHOD_COLORS)]
+        marker = _MARKERS[index % len(_MARKERS)]
         axes.plot(
             [size for size, *_ in points],
             [rate for _, rate, _ in points],
             color=color,
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=marker,
+            markersize=5,
+            lw=0,
+        )
+        line = _best_by_size([(size, rate) for size, rate, _ in points])
+        axes.plot(
+            [size for size, _ in line],
+            [rate for _, rate in line],
+            color=color,
+            marker=marker,
             markersize=5,
             lw=1,
             label=_shorten(method),
