@@ -425,7 +425,9 @@ class _Plus:
         widths = sorted(set(self.plus.budget.bits))
         layers = [x for x in stage.layers if x.name not in self.waves]
         integer = [bits for bits in widths if bits != FLOAT_BITS]
-        scores = stage.auto_quantize_scores(state.weights, layers, integer)
+        scores = {}
+        if integer:
+            scores = stage.auto_quantize_scores(state.weights, layers, integer)
         return {
             unit: [
                 Option(

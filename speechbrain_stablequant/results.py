@@ -112,8 +112,8 @@ class Effort:
 
     Example
     -------
-    >>> print(Effort(61.4, {"calibration": 40, "search": 12}, ["search"]))
-    61 s, calibration 40, search 12 with transcripts
+    >>> Effort(61.4, {"calibration": 40, "search": 12}, ["search"]).data()
+    'calibration 40, search 12 with transcripts'
     """
 
     seconds: float
@@ -127,9 +127,6 @@ class Effort:
             + (" with transcripts" if name in self.transcribed else "")
             for name, count in self.utterances.items()
         )
-
-    def __str__(self) -> str:
-        return ", ".join(filter(None, [f"{self.seconds:.0f} s", self.data()]))
 
     def remembered(self, path: Path, key: str) -> "Effort":
         """This one, or the one of the run that made the same plan first.

@@ -22,7 +22,11 @@ from tqdm import tqdm
 from . import calibrators
 from .adjusted import AdjustedTensors, LayerTensors
 from .baselines import AdaRound, LayerStore, PrefixWalk, refine
-from .baselines.auto_quantize import auto_quantize_scores, inputs_of_first
+from .baselines.auto_quantize import (
+    auto_quantize_scores,
+    inputs_of_first,
+    modelopt_version,
+)
 from .baselines.qat import Trainer
 from .baselines.refine import Solve
 from .calibrators import clipped_mse
@@ -607,18 +611,19 @@ class Stage:
                 list(widths),
                 config.activation_bits,
                 config.seed,
+                modelopt_version(),
             ]
         )
         path = self.folder / SCORE_FILE
         known = read_json(path, "modelopt's scores") if path.exists() else {}
-        if known.get("key") != key:
-            modules = {key: recogniser.modules[key] for key in config.target}
+        if not isinstance(known, dict) or known.get("key") != key:
+            modules = {name: recogniser.modules[name] for name in config.target}
             order, batches = inputs_of_first(
                 modules,
                 lambda: recogniser.forward("calibration", lambda _: None),
             )
             scores = auto_quantize_scores(
-                {key: modules[key] for key in order},
+                {name: modules[name] for name in order},
                 batches,
                 recogniser.forward("calibration", lambda _: None, True),
                 layers,

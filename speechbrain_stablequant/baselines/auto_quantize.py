@@ -15,6 +15,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,6 +43,16 @@ def require_modelopt() -> None:
             "'nvidia-modelopt', which is not installed; run "
             "pip install 'speechbrain_stablequant[modelopt]'"
         )
+
+
+def modelopt_version() -> str:
+    """What the scores depend on beside the model and the data.
+
+    Returns
+    -------
+    str
+    """
+    return version("nvidia-modelopt")
 
 
 class Calls(nn.Module):

@@ -8,7 +8,8 @@ a signal x, and the entry (c, k) of row t being x[c, t + k],
                             - x[c, k] x[d, j] + x[c, T+k] x[d, T+j].
 
 The first row and column of blocks and the ends are all that is added up: for a
-kernel of K frames a K-th of the products, and hardly any memory.
+kernel of K frames a K-th of the products. A matrix is made when it is asked
+for.
 """
 
 import math
@@ -111,20 +112,21 @@ class LagMoments:
     def __getitem__(self, g: int) -> torch.Tensor:
         row, column = self.first_row[g], self.first_column[g]
         left, right, kernel = row.shape
-        ends = _outer(self.tails, g) - _outer(self.heads, g)
+        ends = self._ends(g)
         sums = row.new_empty(left, kernel, right, kernel)
         sums[:, 0] = row
         sums[..., 0] = column.permute(1, 2, 0)
         for k in range(kernel - 1):
             sums[:, k + 1, :, 1:] = sums[:, k, :, :-1] + ends[:, k]
-        return (sums.view(left * kernel, -1) / self.rows).float()
+        return sums.view(left * kernel, -1).div_(self.rows).float()
 
-
-def _outer(ends: tuple[torch.Tensor, torch.Tensor], g: int) -> torch.Tensor:
-    left, right = (end[g].flatten(1).double() for end in ends)
-    _, _, channels, frames = ends[0].shape
-    found = left.T @ right
-    return found.view(channels, frames, -1, frames)
+    def _ends(self, g: int) -> torch.Tensor:
+        """What one step along both windows adds, for each pair of entries."""
+        (head, other_head), (tail, other_tail) = self.heads, self.tails
+        left = torch.cat([tail[g], -head[g]]).flatten(1).double()
+        right = torch.cat([other_tail[g], other_head[g]]).flatten(1).double()
+        _, _, channels, frames = head.shape
+        return (left.T @ right).view(channels, frames, -1, frames)
 
 
 class LagSum:
@@ -162,7 +164,6 @@ class LagSum:
         self.kernel = kernel
         self.edges = edges
         self.pairs = ["gram"] * second + ["cross"] * cross
-        self._rows = 0
         self._sums = Sums()
         self._ends: dict[str, list[torch.Tensor]] = {}
 
@@ -178,7 +179,7 @@ class LagSum:
         """
         for x, q in zip(floats, integers, strict=True):
             rows = x.shape[2] - self.kernel + 1
-            self._rows += rows
+            self._sums.rows += rows
             self._sums.add("float_mean", self._mean(x.clamp(*self.edges), rows))
             self._sums.add("mean", self._mean(q, rows))
             for name in self.pairs:
@@ -204,9 +205,14 @@ class LagSum:
     ) -> torch.Tensor:
         """Sums of the first frame of a window with all frames of the other
         signal's, [groups, in, in, kernel]."""
-        windows = other.unfold(2, self.kernel, 1)
-        windows = windows.permute(0, 2, 1, 3).flatten(2)
-        found = first[..., :rows] @ windows
+        windows = other.unfold(2, self.kernel, 1).permute(0, 2, 1, 3)
+        # Windows are copied: those of one group at a time.
+        found = torch.stack(
+            [
+                left[:, :rows] @ right.flatten(1)
+                for left, right in zip(first, windows, strict=True)
+            ]
+        )
         return found.unflatten(2, (-1, self.kernel)).double()
 
     def result(self) -> Moments:
@@ -217,22 +223,17 @@ class LagSum:
         ValueError
             Nothing was added.
         """
-        if not self._rows:
-            raise ValueError("the calibration set gives a layer no frame")
-        means = {
-            name: (self._sums[name] / self._rows).float()
-            for name in ("float_mean", "mean")
-        }
+        means = self._sums.means("float_mean", "mean")
         ends = {name: torch.stack(e, 1) for name, e in self._ends.items()}
         second = {}
         for name in self.pairs:
             left = "integer" if name == "gram" else "float"
             row = self._sums[f"{name} row"]
             second[name] = LagMoments(
-                self._rows,
+                self._sums.rows,
                 row,
                 self._sums.get(f"{name} column", row),
                 (ends[f"{left} heads"], ends["integer heads"]),
                 (ends[f"{left} tails"], ends["integer tails"]),
             )
-        return Moments(self._rows, **means, **second)
+        return Moments(self._sums.rows, **means, **second)

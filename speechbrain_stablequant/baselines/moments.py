@@ -124,16 +124,19 @@ def unfolded(
 
 
 class Sums(dict[str, torch.Tensor]):
-    """Tensors that are added up, by name.
+    """Tensors that are added up over rows, by name.
 
     Example
     -------
     >>> sums = Sums()
     >>> for value in (1.0, 2.0):
+    ...     sums.rows += 1
     ...     sums.add("x", torch.tensor(value))
-    >>> sums["x"]
-    tensor(3.)
+    >>> sums["x"], sums.means()
+    (tensor(3.), {'x': tensor(1.5000)})
     """
+
+    rows = 0
 
     def add(self, name: str, value: torch.Tensor) -> None:
         """Adds to a sum; the first value becomes it."""
@@ -141,6 +144,18 @@ class Sums(dict[str, torch.Tensor]):
             self[name] += value
         else:
             self[name] = value
+
+    def means(self, *names: str) -> dict[str, torch.Tensor]:
+        """Sums by their rows, float32; all of them where none is named.
+
+        Raises
+        ------
+        ValueError
+            Nothing was added.
+        """
+        if not self.rows:
+            raise ValueError("the calibration set gives a layer no frame")
+        return {k: (self[k] / self.rows).float() for k in names or self}
 
 
 class MomentSum:
@@ -176,7 +191,6 @@ class MomentSum:
         self.second = second
         self.edges = edges
         self.cross = cross
-        self._rows = 0
         self._sums = Sums()
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
@@ -187,7 +201,7 @@ class MomentSum:
         x, q : torch.Tensor
             [groups, rows, inputs] of the float and the quantized model.
         """
-        self._rows += q.shape[1]
+        self._sums.rows += q.shape[1]
         inside = x.clamp(*self.edges)
         self._sums.add("float_mean", inside.sum(1, dtype=torch.float64))
         self._sums.add("mean", q.sum(1, dtype=torch.float64))
@@ -204,7 +218,4 @@ class MomentSum:
         ValueError
             Nothing was added.
         """
-        if not self._rows:
-            raise ValueError("the calibration set gives a layer no frame")
-        means = {k: (v / self._rows).float() for k, v in self._sums.items()}
-        return Moments(self._rows, **means)
+        return Moments(self._sums.rows, **self._sums.means())

@@ -17,6 +17,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
+from speechbrain_stablequant.baselines import auto_quantize
 from speechbrain_stablequant.plan import LayerPlan, LayerQuant
 from speechbrain_stablequant.search import Score
 
@@ -236,6 +237,20 @@ def test_pattern_that_matches_nothing(key, make_brain):
         f"quantize.{key}",
         "'encoder.*'",
         "wav2vec2.conv",
+    )
+
+
+def test_modelopt_is_missing(make_brain, monkeypatch):
+    """Said before anything runs, not after the search."""
+    monkeypatch.setattr(auto_quantize, "find_spec", lambda name: None)
+    brain = make_brain()
+    budget = {"size": 0.2, "scores": "modelopt"}
+    block = {"method": "stablequant_plus", "plus": {"budget": budget}}
+    refused(
+        brain,
+        lambda: StableQuant.attach(brain, **block),
+        "quantize.plus.budget.scores",
+        "speechbrain_stablequant[modelopt]",
     )
 
 

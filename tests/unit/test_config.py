@@ -442,6 +442,21 @@ def test_wrong_value_of_a_variant(changes, key):
 
 
 @pytest.mark.parametrize(
+    "method, size, scores, expected",
+    [
+        ("stablequant_plus", 0.2, "modelopt", True),
+        ("stablequant_plus", 0.2, "divergence", False),
+        ("stablequant_plus", None, "modelopt", False),
+        ("mse", 0.2, "modelopt", False),
+    ],
+)
+def test_who_needs_modelopt(method, size, scores, expected):
+    budget = {"size": size, "scores": scores}
+    block = {"method": method, "plus": {"budget": budget}}
+    assert QuantizeConfig.from_dict(block).needs_modelopt is expected
+
+
+@pytest.mark.parametrize(
     "block, expected",
     [
         ({"method": "mse"}, ()),
