@@ -13,9 +13,9 @@ CUDA a Triton kernel computes it. One file holds one family:
 
 Activations are channels-last ([batch, time, channels]), weights have their
 reduction innermost ([out, in]), sums are int32 and never leave the registers.
-The operators know tensors only, not layers or plans. With
-``TRITON_INTERPRET=1`` in the environment the kernels run on CPU in Triton's
-interpreter.
+The operators know tensors only, not layers or plans. ``trial`` compares all of
+them with their references, once on each card. With ``TRITON_INTERPRET=1`` in
+the environment the kernels run on CPU in Triton's interpreter.
 """
 
 from . import (

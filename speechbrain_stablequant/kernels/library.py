@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -32,6 +33,26 @@ if INTERPRETED:
     _let_the_interpreter_loop()
 
 
+@dataclass(frozen=True)
+class Operator:
+    """What computes an operator.
+
+    Arguments
+    ---------
+    reference : callable
+        In plain torch.
+    launch : callable
+        By a Triton kernel.
+    """
+
+    reference: Callable
+    launch: Callable
+
+
+#: All that were declared, by name.
+OPERATORS: dict[str, Operator] = {}
+
+
 def declare(
     name: str,
     schema: str,
@@ -54,6 +75,7 @@ def declare(
     shape : callable
         Returns empty results of the right shape and dtype, for torch.compile.
     """
+    OPERATORS[name] = Operator(reference, launch)
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     default = launch if INTERPRETED else reference

@@ -25,7 +25,7 @@ from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.runtime.encoder import describe_encoder
 from speechbrain_stablequant.runtime.reference import ReferenceExecutor
 from speechbrain_stablequant.runtime.triton import make_executor, make_layer
-from speechbrain_stablequant.runtime.triton.executor import check_capability
+from speechbrain_stablequant.runtime.triton.executor import check_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -316,17 +316,14 @@ def test_errors_say_what_to_do(make_tiny_model, monkeypatch):
         execute(torch.zeros(1, 1000, device="meta"), None)
 
 
-def test_a_card_that_is_too_old_is_named(monkeypatch, caplog):
+def test_a_card_that_is_too_old_is_named(pretended_card, caplog):
     """Explicitly: an error. By ``auto``: simulation, and why."""
-    cuda = torch.cuda
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(cuda, "get_device_name", lambda _: "an old card")
+    pretended_card("an old card", (7, 5))
     old = "an old card has compute capability 7.5, 8.0 or more is needed"
     with pytest.raises(ValueError, match=old):
         resolve_backend("triton", "cuda")
     with pytest.raises(ValueError, match=old):
-        check_capability(torch.device("cuda"))
+        check_device(torch.device("cuda"))
     assert resolve_backend("auto", "cuda") == "torch"
     assert "quantization is simulated" in caplog.text
     assert old in caplog.text

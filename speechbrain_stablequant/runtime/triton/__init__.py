@@ -43,7 +43,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type == "cuda":
-        _import(".executor").check_capability(device)
+        _import(".executor").check_device(device)
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
     return device

@@ -1,6 +1,7 @@
 """Executes an encoder on CUDA: buckets of lengths, one CUDA graph for each."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.trial import failure_on_card
 from ...kernels.tuning import Tuner, cache_folder
 from ..encoder import EncoderSpec
 from .buckets import LeastRecent, bucket_samples
@@ -260,8 +262,9 @@ class TritonExecutor:
 _NOWHERE = contextlib.nullcontext()
 
 
+@functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why a CUDA device lacks what the kernels need, or None if it does not.
+    """Why a CUDA device cannot run the kernels, or None if it can.
 
     Arguments
     ---------
@@ -272,17 +275,21 @@ def why_not(device: torch.device) -> str | None:
     -------
     str or None
     """
+    card = torch.cuda.get_device_name(device)
     found = torch.cuda.get_device_capability(device)
-    if found >= MIN_CAPABILITY:
+    if found < MIN_CAPABILITY:
+        return (
+            f"{card} has compute capability {found[0]}.{found[1]}, 8.0 or "
+            "more is needed; use backend: torch"
+        )
+    failure = failure_on_card(device, card, cache_folder())
+    if failure is None:
         return None
-    return (
-        f"{torch.cuda.get_device_name(device)} has compute capability "
-        f"{found[0]}.{found[1]}, 8.0 or more is needed; use backend: torch"
-    )
+    return f"{failure} (tried on {card}); use backend: torch, and report it"
 
 
-def check_capability(device: torch.device) -> None:
-    """Raises unless a CUDA device has the instructions that kernels need."""
+def check_device(device: torch.device) -> None:
+    """Raises unless a CUDA device can run the kernels."""
     reason = why_not(device)
     if reason is not None:
         raise ValueError(f"backend triton: {reason}")

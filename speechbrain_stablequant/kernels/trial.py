@@ -1,0 +1,238 @@
+"""Whether the kernels compute on this card what they should: asked once.
+
+A kernel that a compiler gets wrong for a card gives wrong words, and no
+error. So before a card is used for the first time every operator is compared
+with its plain-torch reference, with the tile that the rule chooses. A card
+that passed is remembered, until the kernels, Triton or torch change.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from ..files import read_json, write_json
+from . import group_conv, matmul
+from .library import OPERATORS
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+OPS = torch.ops.stablequant
+
+
+def difference(
+    found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5
+) -> str | None:
+    """What distinguishes a kernel's result from the reference's.
+
+    Integers may be one apart on 1 % of the values, where rounding meets a
+    tie. Floats may differ by ``tolerance`` times the largest value, plus one
+    unit in the last place of the dtype.
+
+    Arguments
+    ---------
+    found, expected : torch.Tensor
+        The two, on any device.
+    tolerance : float
+        Relative to the largest value that is expected.
+
+    Returns
+    -------
+    str or None
+        None if they agree.
+
+    Example
+    -------
+    >>> one = torch.ones(3)
+    >>> difference(one, one)
+    >>> difference(one * 1.5, one)
+    'differs by up to 0.5, where values are up to 1'
+    """
+    for what in ("shape", "dtype"):
+        a, b = getattr(found, what), getattr(expected, what)
+        if a != b:
+            return f"has {what} {a} instead of {b}"
+    found, expected = found.cpu(), expected.cpu()
+    if not found.dtype.is_floating_point:
+        apart = (found.long() - expected.long()).abs()
+        largest, count = int(apart.max()), int((apart > 0).sum())
+        # of few values a single one is more than 1 %
+        if largest > 1 or count > max(0.01 * apart.numel(), 1):
+            return f"{count} of {apart.numel()} integers up to {largest} apart"
+        return None
+    if not found.isfinite().all():
+        return "is not finite"
+    unit = torch.finfo(found.dtype).eps
+    wide, target = found.float(), expected.float()
+    scale = float(target.abs().max())
+    # a unit of 16 bits also at the largest value, whose neighbours are added
+    limit = scale * max(tolerance, unit if unit > 1e-5 else 0.0)
+    apart = (wide - target).abs()
+    if bool((apart > limit + unit * target.abs()).any()):
+        return (
+            f"differs by up to {float(apart.max()):.3g}, where values are up "
+            f"to {scale:.3g}"
+        )
+    return None
+
+
+def trials() -> Iterator[tuple[str, tuple, float]]:
+    """A call of each operator, or of each of its forms.
+
+    Yields
+    ------
+    str
+        The operator.
+    tuple
+        Its arguments, tensors on CPU, always the same.
+    float
+        Tolerance for its result, see :func:`difference`.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def int8(*shape: int) -> torch.Tensor:
+        made = torch.randint(-127, 128, shape, generator=generator)
+        return made.to(torch.int8)
+
+    exact = 1e-5
+    half = 4 * torch.finfo(torch.float16).eps
+    rounded = (torch.int8, 20.0, 127, -100)
+    x, q = normal(2, 70, 128), int8(2, 70, 128)
+    vector = normal(128).abs()
+    norm = (vector, normal(128), 1e-5)
+    scale = vector * 1e-4
+    yield "quantize", (x, 20.0, 31, True, -28), exact
+    yield "layer_norm", (x.half(), *norm, True, *rounded), exact
+    yield "layer_norm_both", (x, *norm, torch.float16, 20.0, 127), exact
+    square = int8(128, 128)
+    bias = normal(128)
+    yield "linear", (q, square, scale, bias, None, True, *rounded), exact
+    residual = (q, square, scale, bias, x.half(), False, torch.float16)
+    yield "linear", residual, exact
+    kernel = matmul.pack_conv_weight(int8(128, 128, 3))
+    end = (True, *rounded)
+    yield "conv1d", (q, kernel, scale, None, 3, 2, *norm, *end), exact
+    plain = (None, None, 0.0)
+    yield "conv1d", (q, kernel, scale, bias, 3, 2, *plain, *end), exact
+    grouped = group_conv.pack_group_weight(int8(128, 32, 16), 4)
+    end = (x.half(), 8, 1, True, torch.float16)
+    yield "group_conv1d", (q, grouped, scale, bias, *end), exact
+    wave = (normal(2, 700), 40.0, 127, int8(128, 10))
+    end = (True, *rounded)
+    yield "wave_conv", (*wave, scale, bias, 5, *norm, *end), exact
+    own = (torch.stack([scale, 2 * scale]), torch.stack([bias, -bias]))
+    yield "wave_conv", (*wave, *own, 5, *plain, *end), exact
+    yield "wave_conv_sums", (*wave, 5, torch.tensor(120)), exact
+    # the frames that are not real are in the tile of one that is, so that
+    # their results are defined as well
+    qkv, real = normal(2, 70, 3 * 128).half() * 3, torch.tensor([65, 70])
+    yield "attention", (qkv, 2, real, *rounded), half
+    yield "attention", (qkv, 2, None, torch.float16), half
+
+
+def first_failure(device: torch.device) -> str | None:
+    """Runs each operator on a device and compares.
+
+    Arguments
+    ---------
+    device : torch.device
+        A CUDA device, or the CPU in Triton's interpreter.
+
+    Returns
+    -------
+    str or None
+        Which operator failed first, and how.
+
+    Example
+    -------
+    >>> first_failure(torch.device("cpu"))  # plain torch with itself
+    """
+    for name, arguments, tolerance in trials():
+        moved = [
+            a.to(device).contiguous() if isinstance(a, torch.Tensor) else a
+            for a in arguments
+        ]
+        wide = [
+            a.float()
+            if isinstance(a, torch.Tensor) and a.dtype.is_floating_point
+            else a
+            for a in arguments
+        ]
+        expected = OPERATORS[name].reference(*wide)
+        try:
+            found = getattr(OPS, name)(*moved)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        # whatever a compiler or a driver raises
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"operator {name} fails: {lines[0]}"
+        single = isinstance(found, torch.Tensor)
+        for a, b in zip(
+            [found] if single else found,
+            [expected] if single else expected,
+            strict=True,
+        ):
+            reason = difference(a, b, tolerance)
+            if reason is not None:
+                return f"operator {name}: the result {reason}"
+    return None
+
+
+def _version() -> dict[str, str | int]:
+    """What a passed trial holds for."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return {
+        "format": FORMAT,
+        "kernels": digest.hexdigest()[:32],
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def failure_on_card(
+    device: torch.device, card: str, folder: Path
+) -> str | None:
+    """:func:`first_failure`, remembered for a card that passed.
+
+    Arguments
+    ---------
+    device : torch.device
+        The device.
+    card : str
+        Its name.
+    folder : Path
+        Where passed trials are remembered.
+
+    Returns
+    -------
+    str or None
+        Which operator failed first, and how.
+    """
+    path = folder / f"{card}-passed.json".replace(" ", "_").replace("/", "_")
+    version = _version()
+    if path.exists() and read_json(path, "trial of kernels") == version:
+        return None
+    logger.info("triton: trying the kernels on %s, once", card)
+    reason = first_failure(device)
+    if reason is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, version)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot be written (%s); the kernels are tried again by "
+                "each process, which takes some seconds",
+                path,
+                error.strerror,
+            )
+    return reason
