@@ -6,6 +6,7 @@ that a reader never meets half a file.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -95,6 +96,28 @@ def write_json(path: str | Path, obj: Any) -> Path:
         place = _unstorable(obj, "") or str(error)
         raise ValueError(f"{path.name}: cannot store {place} as JSON") from None
     return write_atomic(path, text + "\n")
+
+
+def identity(content: Any) -> str:
+    """Identifies what something was made from.
+
+    Arguments
+    ---------
+    content : Any
+        Dictionaries, lists, strings, numbers, booleans and None.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits of a SHA-256; the order of keys does not count.
+
+    Example
+    -------
+    >>> identity({"a": 1, "b": 2}) == identity({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def read_json(path: str | Path, what: str) -> Any:

@@ -51,6 +51,7 @@ from .folder import (
 from .histogram import Histogram
 from .integer import IntegerLayer, integer_layer
 from .layers import Layer, find_encoders, find_layers
+from .methods import make_plan
 from .plan import QuantizationPlan
 from .report import comparison_figures, summary_table, write_report
 from .results import (
@@ -705,7 +706,7 @@ class StableQuant:
 
     def _make_plan(self, run: Run) -> list[Layer]:
         stage = self._stage(run)
-        run.plan, run.histograms = stage.make_plan()
+        run.plan, run.histograms = make_plan(stage)
         run.plan.save(run.folder / PLAN_FILE)
         return stage.layers
 

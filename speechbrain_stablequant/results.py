@@ -1,7 +1,5 @@
 """Gathers what a run measured into the dictionary of ``report.json``."""
 
-import hashlib
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +20,7 @@ from .evaluation import (
     score,
     size_on_disk,
 )
-from .files import read_json, write_json
+from .files import identity, read_json, write_json
 from .folder import HYPERPARAMS_FILE
 from .histogram import Histogram
 from .plan import QuantizationPlan
@@ -76,8 +74,7 @@ class Evaluation:
         content = [plan.fingerprint, quants, pairs, execution]
         if plan.tensors:
             content.append(plan.tensors.digest())
-        text = json.dumps(content, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return identity(content)
 
     def write(self, path: Path, key: str) -> None:
         """Keeps the evaluation for a run that is started again."""

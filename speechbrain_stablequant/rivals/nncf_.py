@@ -9,7 +9,6 @@ that harm most first, until the WER of the search set is near enough.
 
 import hashlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from ..config import QuantizeConfig
-from ..files import read_json, write_json
+from ..files import identity, read_json, write_json
 from ..replay import StopForward
 from ..runtime.base import shadowed_forwards
 from ..runtime.cpu import cpu_class
@@ -347,8 +346,7 @@ def _key(recogniser: Recogniser, weights: str, config: QuantizeConfig) -> str:
     ]
     if config.needs_search:
         content += [recogniser.ids("search"), asdict(config.nncf)]
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return identity(content)
 
 
 def _read_record(folder: Path, key: str) -> dict | None:

@@ -1,11 +1,11 @@
 """Remembers finished evaluations on disk, so that a killed run goes on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..files import identity
 from ..plan import LayerQuant
 from .score import Evaluate, Score
 
@@ -38,8 +38,7 @@ def evaluation_key(
     False
     """
     content = {name: quant.to_dict() for name, quant in quants.items()}
-    text = json.dumps([fingerprint, content, give_up_above], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return identity([fingerprint, content, give_up_above])
 
 
 class Journal:

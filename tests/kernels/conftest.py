@@ -94,6 +94,7 @@ def check_close():
 @pytest.fixture
 def pretended_card(monkeypatch):
     """Makes torch say that there is a card of some name and capability."""
+
     def pretend(name: str, capability: tuple[int, int]) -> None:
         cuda = torch.cuda
         monkeypatch.setattr(cuda, "is_available", lambda: True)

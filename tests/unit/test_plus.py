@@ -34,6 +34,7 @@ from speechbrain_stablequant.baselines.rotate import (
 from speechbrain_stablequant.histogram import Histogram
 from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_encoders, find_layers
+from speechbrain_stablequant.methods import make_plan
 from speechbrain_stablequant.replay import StopForward
 from speechbrain_stablequant.rotation import is_rotation
 from speechbrain_stablequant.runtime import RUNTIMES, build_forwards
@@ -122,7 +123,7 @@ def stage_of(modules, folder, **block):
 
 def run(modules, folder, **block):
     stage = stage_of(modules, folder, **block)
-    plan, _ = stage.make_plan()
+    plan, _ = make_plan(stage)
     return stage, plan
 
 

@@ -4,25 +4,22 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from .adjusted import AdjustedTensors, adjusted_floats
-from .baselines.qat import EpochStore, Student, Training
-from .plan import LayerQuant, QuantizationPlan
-from .search import Score
-from .simulate import Simulator
-
-if TYPE_CHECKING:
-    from .stage import Stage
+from ..adjusted import AdjustedTensors, adjusted_floats
+from ..baselines.qat import EpochStore, Student, Training
+from ..plan import LayerQuant, QuantizationPlan
+from ..search import Score
+from ..simulate import Simulator
+from ..stage import Stage
 
 logger = logging.getLogger(__name__)
 
 EPOCH_FOLDER = "finished_epochs"
 
 
-def make_qat_plan(stage: "Stage", start: QuantizationPlan) -> QuantizationPlan:
+def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
     """Trains the quantized model.
 
     Arguments
@@ -125,7 +122,7 @@ def make_qat_plan(stage: "Stage", start: QuantizationPlan) -> QuantizationPlan:
     return replace(start, layers=layers, search=search, tensors=tensors)
 
 
-def _key(stage: "Stage", start: QuantizationPlan) -> str:
+def _key(stage: Stage, start: QuantizationPlan) -> str:
     """All that decides the outcome."""
     config, recogniser = stage.config, stage.recogniser
     content = [

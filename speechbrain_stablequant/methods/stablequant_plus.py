@@ -8,7 +8,7 @@ mean error is left. The layer that takes in the audio itself may stay float.
 
 StableQuant decides by word errors. With many parts, each of which changes
 little, they are too few: here the divergence of the outputs from those of the
-float model decides (see :mod:`.search.divergence`). What each part brought is
+float model decides (see :mod:`..search.divergence`). What each part brought is
 in the plan's ``search`` block.
 """
 
@@ -16,49 +16,54 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm import tqdm
 
-from .adjusted import AdjustedTensors, LayerTensors
-from .baselines import AdaRound, Compensate
-from .baselines.equalize import (
+from ..adjusted import AdjustedTensors, LayerTensors
+from ..baselines import AdaRound, Compensate
+from ..baselines.equalize import (
     ChannelMaxima,
     changed_floats,
     equalized,
     factors,
     find_sites,
 )
-from .baselines.offset import (
+from ..baselines.offset import (
     LOWEST_GELU,
     ShiftedObserver,
     behind_gelu,
     lopsided_range,
 )
-from .baselines.rotate import can_rotate, is_rotated, rotated, rotated_floats
-from .calibrators import clipped_mse
-from .histogram import Histogram
-from .layers import Layer
-from .observers import Observer
-from .packing import packed_size
-from .plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
-from .rotation import rotation_of
-from .runtime import runtimes_with
-from .search import Evaluate, Score, search_layers
-from .search.mixed import Option, choose_bits, harms
-from .simulate import Simulator
-
-if TYPE_CHECKING:
-    from .stage import Calibration, Stage
+from ..baselines.rotate import can_rotate, is_rotated, rotated, rotated_floats
+from ..calibrators import clipped_mse
+from ..histogram import Histogram
+from ..layers import Layer
+from ..observers import Observer
+from ..packing import packed_size
+from ..plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ..rotation import rotation_of
+from ..runtime import runtimes_with
+from ..search import Evaluate, Score, search_layers
+from ..search.mixed import Option, choose_bits, harms
+from ..simulate import Simulator
+from ..stage import (
+    Calibration,
+    Stage,
+    calibrations,
+    modelopt_scores,
+    rounded_layers,
+    search_evaluate,
+)
+from .stablequant import search_units
 
 FLOAT_BITS = 16
 # Of a layer in the file: its description, the names of its tensors.
 _HEADER_BYTES = 700
 
 
-def make_plus_plan(
-    stage: "Stage", weights: str, calibration: "Calibration"
+def plus_plan(
+    stage: Stage, weights: str, calibration: Calibration
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     """Makes the plan of ``method: stablequant_plus``.
 
@@ -86,7 +91,7 @@ class _State:
     """The float model as it is being quantized, equalised or not."""
 
     weights: str
-    calibration: "Calibration"
+    calibration: Calibration
     shifted: Mapping[str, Histogram] = field(default_factory=dict)
 
     @property
@@ -95,7 +100,7 @@ class _State:
 
 
 class _Plus:
-    def __init__(self, stage: "Stage", weights: str, calibration):
+    def __init__(self, stage: Stage, weights: str, calibration):
         self.stage = stage
         self.config = stage.config
         self.plus = stage.config.plus
@@ -183,7 +188,7 @@ class _Plus:
             layers = [x for x in stage.layers if x.name in self.gelu]
             file = f"histograms{suffix}_shifted.json"
             wanted[file] = (layers, ShiftedObserver)
-        calibration, *shifted = stage.calibrations(weights, wanted)
+        calibration, *shifted = calibrations(stage, weights, wanted)
         return _State(
             weights, calibration, shifted[0].histograms if shifted else {}
         )
@@ -323,11 +328,11 @@ class _Plus:
         """What was found out about units, and the cut-off of each layer."""
         stage = self.stage
         if self.plus.cutoffs == "units":
-            evaluate, journal, bar = stage.search_evaluate(
-                state.weights, state.calibration
+            evaluate, journal, bar = search_evaluate(
+                stage, state.weights, state.calibration
             )
-            _, units = stage.search_units(
-                evaluate, bar, partial(self._cut_quant, state)
+            _, units = search_units(
+                stage, evaluate, bar, partial(self._cut_quant, state)
             )
             self.evaluations += journal.measured + journal.reused
             by_unit = {unit.name: unit.cutoff for unit in units}
@@ -335,8 +340,8 @@ class _Plus:
         units = [UnitPlan(name) for name in stage.units]
         if self.plus.cutoffs == "none":
             return units, {}
-        evaluate, journal, bar = stage.search_evaluate(
-            state.weights, state.calibration, "divergence"
+        evaluate, journal, bar = search_evaluate(
+            stage, state.weights, state.calibration, "divergence"
         )
         by_name = {layer.name: layer for layer in stage.layers}
         names = {
@@ -404,8 +409,8 @@ class _Plus:
     ) -> dict[str, list[Option]]:
         """By the divergence that each unit alone causes at each width."""
         stage = self.stage
-        evaluate, journal, bar = stage.search_evaluate(
-            state.weights, state.calibration, "divergence"
+        evaluate, journal, bar = search_evaluate(
+            stage, state.weights, state.calibration, "divergence"
         )
         widths = sorted(set(self.plus.budget.bits))
         options = {}
@@ -427,7 +432,7 @@ class _Plus:
         integer = [bits for bits in widths if bits != FLOAT_BITS]
         scores = {}
         if integer:
-            scores = stage.auto_quantize_scores(state.weights, layers, integer)
+            scores = modelopt_scores(stage, state.weights, layers, integer)
         return {
             unit: [
                 Option(
@@ -514,7 +519,8 @@ class _Plus:
                 return learned
             return compensated if plus.compensate else None
 
-        return self.stage.refine(
+        return rounded_layers(
+            self.stage,
             state.weights,
             state.calibration.in_order,
             quants,
@@ -601,8 +607,8 @@ class _Plus:
         weights = state.weights
         if tensors:
             weights += AdjustedTensors(dict(tensors)).digest()
-        evaluate, _, bar = self.stage.search_evaluate(
-            weights, state.calibration, metric
+        evaluate, _, bar = search_evaluate(
+            self.stage, weights, state.calibration, metric
         )
 
         def counted(*args, **options) -> Score:
@@ -647,7 +653,7 @@ class _Plus:
         return runtimes_with(frozenset().union(*needs))
 
 
-def _take_in_audio(stage: "Stage") -> set[str]:
+def _take_in_audio(stage: Stage) -> set[str]:
     """The first convolution of each encoder."""
     first = {
         id(encoder.model.feature_extractor.conv_layers[0].conv)

@@ -1,0 +1,55 @@
+"""What decides the numbers of a plan: one module for each method."""
+
+from ..histogram import Histogram
+from ..plan import QuantizationPlan
+from ..stage import Stage, calibrate
+from .adaround import adaround_plan
+from .calibrator import calibrator_plan
+from .given import given_plan
+from .qat import qat_plan
+from .stablequant import stablequant_plan
+from .stablequant_plus import plus_plan
+
+__all__ = ["make_plan"]
+
+
+def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+    """Calibrates and searches, or reads the plan that the block names.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser, its layers and its block.
+
+    Returns
+    -------
+    QuantizationPlan
+        What was decided.
+    dict
+        The histograms of the layers' inputs; empty for a given plan.
+
+    Raises
+    ------
+    ValueError
+        A plan of another model, a layer that is never called, NaN.
+    """
+    config = stage.config
+    weights = stage.fingerprint()
+    if config.plan is not None:
+        return given_plan(stage, weights), {}
+    calibration = calibrate(stage, weights)
+    histograms = calibration.histograms
+    if config.method == "stablequant_plus":
+        return plus_plan(stage, weights, calibration)
+    if config.method == "stablequant":
+        plan = stablequant_plan(stage, weights, calibration)
+    elif config.method == "adaround":
+        plan = adaround_plan(stage, weights, calibration)
+    elif config.method == "qat":
+        start = calibrator_plan(
+            stage, weights, histograms, config.qat.calibrator
+        )
+        plan = qat_plan(stage, start)
+    else:
+        plan = calibrator_plan(stage, weights, histograms, config.method)
+    return plan, histograms

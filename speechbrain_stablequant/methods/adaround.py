@@ -1,0 +1,50 @@
+"""AdaRound on the scales that a calibrator gives."""
+
+from dataclasses import asdict, replace
+
+from ..adjusted import AdjustedTensors
+from ..baselines import AdaRound
+from ..plan import QuantizationPlan
+from ..stage import Calibration, Stage, rounded_layers
+from .calibrator import calibrator_plan
+
+
+def adaround_plan(
+    stage: Stage, weights: str, calibration: Calibration
+) -> QuantizationPlan:
+    """Learns for each weight whether it is rounded up or down.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+    calibration : Calibration
+        Of the float model.
+
+    Returns
+    -------
+    QuantizationPlan
+        With the integers that were learned.
+    """
+    settings = asdict(stage.config.adaround)
+    calibrator = settings.pop("calibrator")
+    plan = calibrator_plan(stage, weights, calibration.histograms, calibrator)
+    solve = AdaRound(**settings)
+    tensors = rounded_layers(
+        stage,
+        weights,
+        calibration.in_order,
+        plan.quants(),
+        "adaround",
+        lambda _: solve,
+    )
+    layers = [
+        replace(
+            layer,
+            reason=f"{calibrator} calibration, then adaptive rounding",
+        )
+        for layer in plan.layers
+    ]
+    return replace(plan, layers=layers, tensors=AdjustedTensors(layers=tensors))

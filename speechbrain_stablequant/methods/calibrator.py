@@ -1,0 +1,61 @@
+"""One calibrator for every layer: MAX, percentile, entropy, MSE."""
+
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from ..calibrators import calibrate
+from ..histogram import Histogram
+from ..plan import LayerPlan, QuantizationPlan, UnitPlan
+from ..stage import Stage
+
+
+def calibrator_plan(
+    stage: Stage,
+    weights: str,
+    histograms: Mapping[str, Histogram],
+    method: str,
+) -> QuantizationPlan:
+    """The range of each layer's input by one calibrator.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+    histograms : Mapping
+        Histogram of |input| by layer name.
+    method : str
+        ``"max"``, ``"percentile"``, ``"entropy"`` or ``"mse"``.
+
+    Returns
+    -------
+    QuantizationPlan
+    """
+    config = stage.config
+    options = {}
+    if method == "percentile":
+        options["percentile"] = config.calibration.percentile
+    weight_method = config.weight_method or (
+        "mse" if method == "mse" else "max"
+    )
+    layers = []
+    for layer in tqdm(
+        stage.layers, "calibrators", disable=not stage.recogniser.show_progress
+    ):
+        histogram = histograms[layer.name]
+        amax = calibrate(method, histogram, config.activation_bits, **options)
+        layers.append(
+            LayerPlan(
+                name=layer.name,
+                unit=layer.unit,
+                kind=layer.kind,
+                quant=stage.quant(amax, weight_method),
+                observed_max=histogram.max,
+                cutoff=options.get("percentile", 100.0),
+                reason=f"{method} calibration of every layer",
+            )
+        )
+    units = [UnitPlan(name) for name in stage.units]
+    return stage.assemble(weights, units, layers, {})

@@ -1,0 +1,43 @@
+"""A plan that the block names, instead of a search."""
+
+import logging
+
+from ..plan import QuantizationPlan
+from ..stage import Stage
+
+logger = logging.getLogger(__name__)
+
+
+def given_plan(stage: Stage, weights: str) -> QuantizationPlan:
+    """Reads ``plan:`` of the block.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+
+    Returns
+    -------
+    QuantizationPlan
+
+    Raises
+    ------
+    ValueError
+        A plan of another model. Other weights of the same architecture are
+        warned of.
+    """
+    plan = QuantizationPlan.load(stage.config.plan)
+    kinds = {layer.name: layer.kind for layer in stage.layers}
+    plan.check_matches(kinds, stage.config.plan)
+    plan.check_tensors(
+        stage.layers, stage.recogniser.modules, stage.config.plan
+    )
+    if plan.fingerprint != weights:
+        logger.warning(
+            "quantize.plan: %s was made for other weights of the same "
+            "architecture; its scales may not fit",
+            stage.config.plan,
+        )
+    return plan

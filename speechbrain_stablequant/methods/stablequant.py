@@ -1,0 +1,203 @@
+"""StableQuant (ICASSP 2025): layers by WER, cut-offs, least squared error.
+
+1. Each unit is quantized alone, with the largest value seen as its range; it
+   is selected when the WER of the search set rises too much.
+2. For each selected unit, in network order, the cut-off of the grid with the
+   lowest WER, then that with the lowest loss.
+3. For each layer the range below its cut-off with the least squared error.
+4. The original model is quantized with those scales.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from tqdm import tqdm
+
+from ..calibrators import clipped_mse
+from ..histogram import Histogram
+from ..layers import Layer
+from ..plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ..search import (
+    Evaluate,
+    Score,
+    Selection,
+    search_cutoffs,
+    select_units,
+)
+from ..search.cutoff import UnitCutoff
+from ..search.sensitivity import Sensitivity
+from ..stage import Calibration, Stage, search_evaluate
+
+logger = logging.getLogger(__name__)
+
+
+def stablequant_plan(
+    stage: Stage, weights: str, calibration: Calibration
+) -> QuantizationPlan:
+    """The four steps of StableQuant.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+    calibration : Calibration
+        Of the float model.
+
+    Returns
+    -------
+    QuantizationPlan
+        ``search`` has the word error rates, before and after.
+    """
+    config = stage.config
+    histograms = calibration.histograms
+    evaluate, journal, bar = search_evaluate(stage, weights, calibration)
+    started = time.monotonic()
+    baseline, units = search_units(
+        stage,
+        evaluate,
+        bar,
+        lambda layer, ratio: stage.quant(
+            histograms[layer.name].quantile(ratio / 100), "max"
+        ),
+    )
+    layers = _final_layers(stage, units, histograms)
+    final = evaluate(
+        {layer.name: layer.quant for layer in layers}, label="final"
+    )
+    logger.info(
+        "search: %d evaluations, %d of them from %s, %.0f s",
+        journal.measured + journal.reused,
+        journal.reused,
+        journal.path,
+        time.monotonic() - started,
+    )
+    search = {
+        "num_utterances": len(stage.recogniser.ids("search")),
+        "metric": config.search.metric,
+        "selection": config.search.selection,
+        "level": config.search.level,
+        "threshold": config.search.threshold,
+        "evaluations": journal.measured + journal.reused,
+        "baseline_wer": baseline.wer,
+        "final_wer": final.wer,
+    }
+    return stage.assemble(weights, units, layers, search)
+
+
+def search_units(
+    stage: Stage,
+    evaluate: Evaluate,
+    bar: tqdm,
+    quantize: Callable[[Layer, float], LayerQuant],
+) -> tuple[Score, list[UnitPlan]]:
+    """Steps 1 and 2 of StableQuant: selection and cut-offs.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    evaluate : Evaluate
+        Measures on the search set.
+    bar : tqdm
+        Shows how far it is; closed at the end.
+    quantize : callable
+        Of a layer and a cut-off ratio in percent.
+
+    Returns
+    -------
+    Score
+        Of the float model.
+    list of UnitPlan
+        What was found out about each unit.
+    """
+    search = stage.config.search
+    selection = Selection(search.selection, search.level)
+
+    def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
+        return {
+            layer.name: quantize(layer, ratio) for layer in stage.units[unit]
+        }
+
+    with bar:
+        bar.total = 1 + len(stage.units)
+        baseline, sensitivities = select_units(
+            {unit: cut_unit(unit, 100.0) for unit in stage.units},
+            evaluate,
+            search.threshold,
+            selection,
+        )
+        selected = [s.unit for s in sensitivities if s.selected]
+        bar.total += len(selected) * len(search.cutoffs)
+        bar.refresh()
+        cuts = search_cutoffs(
+            selected, search.cutoffs, cut_unit, evaluate, selection
+        )
+    cutoffs = {cut.unit: cut for cut in cuts}
+    return baseline, [
+        _unit_plan(sensitivity, cutoffs.get(sensitivity.unit))
+        for sensitivity in sensitivities
+    ]
+
+
+def _unit_plan(sensitivity: Sensitivity, cut: UnitCutoff | None) -> UnitPlan:
+    curve = [] if cut is None else cut.curve
+    interval = sensitivity.interval
+    return UnitPlan(
+        name=sensitivity.unit,
+        wer=sensitivity.score.wer,
+        delta_wer=sensitivity.delta_wer,
+        delta_wer_ci=None if interval is None else [*interval[1:]],
+        selected=sensitivity.selected,
+        cutoff=100.0 if cut is None else cut.cutoff,
+        curve=[
+            {
+                "cutoff": ratio,
+                "wer": score.wer,
+                "secondary": score.to_dict()["loss"],
+                "complete": score.complete,
+            }
+            for ratio, score in curve
+        ],
+    )
+
+
+def _final_layers(
+    stage: Stage,
+    units: Iterable[UnitPlan],
+    histograms: Mapping[str, Histogram],
+) -> list[LayerPlan]:
+    """Step 3: MSE scales on the histograms clipped at their cut-offs."""
+    bits = stage.config.activation_bits
+    weight_method = stage.config.weight_method or "mse"
+    by_name = {unit.name: unit for unit in units}
+    layers = []
+    for layer in stage.layers:
+        unit = by_name[layer.unit]
+        histogram = histograms[layer.name]
+        edge = histogram.quantile(unit.cutoff / 100)
+        amax = clipped_mse(histogram, edge, bits)
+        if unit.selected:
+            reason = (
+                f"unit selected (WER +{unit.delta_wer:.2f} alone), cut "
+                f"at {unit.cutoff:g} %, then smallest squared error"
+            )
+        else:
+            reason = (
+                f"unit not selected (WER {unit.delta_wer:+.2f} alone), "
+                "smallest squared error"
+            )
+        layers.append(
+            LayerPlan(
+                name=layer.name,
+                unit=layer.unit,
+                kind=layer.kind,
+                quant=stage.quant(amax, weight_method),
+                observed_max=histogram.max,
+                cutoff=unit.cutoff,
+                reason=reason,
+            )
+        )
+    return layers

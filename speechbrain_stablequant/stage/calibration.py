@@ -1,0 +1,159 @@
+"""Passes over the calibration set, remembered on disk."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import identity, read_json, write_json
+from ..histogram import Histogram
+from ..layers import Layer
+from ..observers import Observer
+from .stage import Stage
+
+HISTOGRAM_FILE = "histograms.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one pass over the calibration set gave.
+
+    Arguments
+    ---------
+    histograms : dict
+        Histogram of |input| by layer name.
+    in_order : bool
+        Whether layers were first called in the order of their units.
+    """
+
+    histograms: dict[str, Histogram]
+    in_order: bool
+
+
+def calibrate(stage: Stage, weights: str) -> Calibration:
+    """One pass over the calibration set, remembered on disk.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+
+    Returns
+    -------
+    Calibration
+    """
+    wanted = {HISTOGRAM_FILE: (stage.layers, Observer)}
+    (found,) = calibrations(stage, weights, wanted)
+    return found
+
+
+def calibrations(
+    stage: Stage,
+    weights: str,
+    wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
+) -> list[Calibration]:
+    """Several kinds of histograms from one pass, remembered on disk.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+    wanted : Mapping
+        For each file that remembers: the layers to observe, and what
+        observes them.
+
+    Returns
+    -------
+    list of Calibration
+        In the order of the files.
+    """
+    ids = stage.recogniser.ids("calibration")
+    part = stage.config.calibration
+    keys = {
+        file: identity(
+            [
+                weights,
+                ids,
+                part.batch_size,
+                part.num_bins,
+                [layer.name for layer in layers],
+            ]
+        )
+        for file, (layers, _) in wanted.items()
+    }
+    known = {
+        file: _read(stage.folder / file, key) for file, key in keys.items()
+    }
+    missing = {
+        file: observe(layers, stage.geometry(), part.num_bins)
+        for file, (layers, observe) in wanted.items()
+        if known[file] is None
+    }
+    if missing:
+        _observe(stage, list(missing.values()))
+    for file, observer in missing.items():
+        known[file] = _calibration(stage, wanted[file][0], observer)
+        _write(stage.folder / file, keys[file], known[file])
+    return [known[file] for file in wanted]
+
+
+def _observe(stage: Stage, observers: Sequence[Observer]) -> None:
+    recogniser = stage.recogniser
+    ids = recogniser.ids("calibration")
+    size = stage.config.calibration.batch_size
+    bar = stage.bar(-(-len(ids) // size), "calibration")
+
+    def before_batch(index: int) -> None:
+        lengths = recogniser.lengths("calibration", index)
+        for observer in observers:
+            observer.start_batch(*lengths)
+        bar.update(1)
+
+    with bar, ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer.watch())
+        recogniser.forward("calibration", before_batch)
+
+
+def _calibration(
+    stage: Stage, layers: Sequence[Layer], observer: Observer
+) -> Calibration:
+    observer.check_all_called()
+    called = [stage.unit_index(name) for name in observer.call_order]
+    return Calibration(
+        {layer.name: observer.histograms[layer.name] for layer in layers},
+        called == sorted(called),
+    )
+
+
+def _write(path: Path, key: str, calibration: Calibration) -> None:
+    write_json(
+        path,
+        {
+            "key": key,
+            "in_order": calibration.in_order,
+            "layers": {
+                name: histogram.to_dict()
+                for name, histogram in calibration.histograms.items()
+            },
+        },
+    )
+
+
+def _read(path: Path, key: str) -> Calibration | None:
+    if not path.exists():
+        return None
+    raw = read_json(path, "calibration histograms")
+    if not isinstance(raw, dict) or raw.get("key") != key:
+        return None
+    return Calibration(
+        {
+            name: Histogram.from_dict(state)
+            for name, state in raw["layers"].items()
+        },
+        raw["in_order"],
+    )

@@ -1,0 +1,80 @@
+"""Scores of modelopt's AutoQuantize, remembered on disk."""
+
+from collections.abc import Sequence
+
+from ..baselines.auto_quantize import (
+    auto_quantize_scores,
+    inputs_of_first,
+    modelopt_version,
+)
+from ..files import identity, read_json, write_json
+from ..layers import Layer
+from .stage import Stage
+
+SCORE_FILE = "auto_quantize.json"
+
+
+def modelopt_scores(
+    stage: Stage, weights: str, layers: Sequence[Layer], widths: Sequence[int]
+) -> dict[str, dict[int, float]]:
+    """Scores of modelopt's AutoQuantize, remembered on disk.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser and its layers.
+    weights : str
+        Fingerprint of the float model.
+    layers : sequence of Layer
+        What is quantized.
+    widths : sequence of int
+        Bits of weights.
+
+    Returns
+    -------
+    dict
+        As of :func:`~..baselines.auto_quantize.auto_quantize_scores`.
+    """
+    recogniser, config = stage.recogniser, stage.config
+    names = [layer.name for layer in layers]
+    key = identity(
+        [
+            weights,
+            recogniser.ids("calibration"),
+            config.calibration.batch_size,
+            names,
+            list(widths),
+            config.activation_bits,
+            config.seed,
+            modelopt_version(),
+        ]
+    )
+    path = stage.folder / SCORE_FILE
+    known = read_json(path, "modelopt's scores") if path.exists() else {}
+    if not isinstance(known, dict) or known.get("key") != key:
+        modules = {name: recogniser.modules[name] for name in config.target}
+        order, batches = inputs_of_first(
+            modules,
+            lambda: recogniser.forward("calibration", lambda _: None),
+        )
+        scores = auto_quantize_scores(
+            {name: modules[name] for name in order},
+            batches,
+            recogniser.forward("calibration", lambda _: None, True),
+            layers,
+            widths,
+            config.activation_bits,
+            config.seed,
+        )
+        known = {
+            "key": key,
+            "scores": {
+                name: [row[bits] for bits in widths]
+                for name, row in scores.items()
+            },
+        }
+        write_json(path, known)
+    return {
+        name: dict(zip(widths, row, strict=True))
+        for name, row in known["scores"].items()
+    }
