@@ -5,14 +5,11 @@
 """
 
 import functools
-import hashlib
 import inspect
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .adjusted import adjusted_floats
-from .baselines.auto_quantize import require_modelopt
 from .brain import (
     BrainRecogniser,
     ForwardClock,
@@ -30,7 +25,7 @@ from .brain import (
     metric_of,
     shadowed,
 )
-from .checkpoint import PLAN_FILE, rounded_floats, stored_layer
+from .checkpoint import PLAN_FILE, stored_layer
 from .config import ConfigError, QuantizeConfig
 from .data import (
     Batches,
@@ -39,54 +34,30 @@ from .data import (
     draw_subset,
     utterance_ids,
 )
-from .files import check_writable_folder, write_atomic, write_json
+from .files import write_atomic
 from .folder import (
     NoFolderError,
-    RecogniserSource,
     describe_recogniser,
     find_chain,
-    folder_size,
     write_folder,
 )
-from .histogram import Histogram
-from .integer import IntegerLayer, integer_layer
-from .layers import Layer, find_encoders, find_layers
+from .integer import integer_layer
+from .layers import Layer
 from .methods import make_plan
-from .plan import QuantizationPlan
-from .report import comparison_figures, summary_table, write_report
-from .results import (
-    Effort,
-    Evaluation,
-    Execution,
-    SetResult,
-    build_report,
-    comparison,
-    comparison_markdown,
-    float_size,
+from .preflight import (
+    check_checkpoint,
+    check_setting,
+    choose_runtime,
+    min_samples,
 )
-from .rivals.nncf_ import (
-    MODEL_FILE,
-    Rival,
-    make_rival,
-    require_nncf,
-    require_one,
-)
-from .runtime import (
-    RUNTIMES,
-    build_forwards,
-    check_extras,
-    resolve_backend,
-)
-from .runtime.base import shadowed_forwards
-from .runtime.cpu import PAIR_SUM_BITS, cpu_class
-from .runtime.encoder import describe_encoder
-from .stage import Stage, check_earlier_run
+from .results import Evaluation, SetResult
+from .rivals.nncf_ import make_rival, require_one
+from .run import Run, write_comparison
+from .stage import Stage
 from .training import BrainTrainer
 
 logger = logging.getLogger(__name__)
 
-# In a variant's folder: what its plan took.
-EFFORT_FILE = "effort.json"
 # At most this many utterances where the block does not say.
 DEFAULT_UTTERANCES = {"calibration": 128, "search": 256}
 
@@ -143,41 +114,6 @@ def _hook_brain_init() -> None:
     sb.Brain.__init__ = init
 
 
-@dataclass
-class Run:
-    """One way to quantize, and what came of it.
-
-    Arguments
-    ---------
-    name : str
-        Of the variant; empty without variants.
-    config : QuantizeConfig
-        The block with the variant's changes.
-    folder : Path
-        Where its plan, its model and its report are written.
-    backend : str
-        What executes it.
-    warnings : list of str
-        What a reader of the report should know.
-    subsets : dict
-        Its calibration and search sets.
-    """
-
-    name: str
-    config: QuantizeConfig
-    folder: Path
-    backend: str
-    warnings: list[str]
-    subsets: dict[str, Batches] = field(default_factory=dict)
-    plan: QuantizationPlan | None = None
-    integers: dict[str, IntegerLayer] = field(default_factory=dict)
-    source: RecogniserSource | None = None
-    rival: Rival | None = None
-    histograms: Mapping[str, Histogram] = field(default_factory=dict)
-    results: dict[str, SetResult] = field(default_factory=dict)
-    effort: Effort | None = None
-
-
 class StableQuant:
     """Quantizes a Brain's recogniser in its own evaluation.
 
@@ -207,9 +143,14 @@ class StableQuant:
     ):
         self.brain = brain
         self.config = config
-        self.folder = self._check_setting()
+        self.folder = check_setting(brain, config)
         self.runs = [
-            Run(name, variant, self.folder / name, *self._choose(variant))
+            Run(
+                name,
+                variant,
+                self.folder / name,
+                *choose_runtime(brain, variant),
+            )
             for name, variant in config.variant_configs().items()
         ]
         self._recovered: tuple | None = None
@@ -254,135 +195,11 @@ class StableQuant:
         config = QuantizeConfig.from_dict(block)
         return cls(brain, config, valid_set, train_set)
 
-    # -- checks before long work -------------------------------------------
-
-    def _check_setting(self) -> Path:
-        """Checks all that is known when the Brain is made."""
-        brain = self.brain
-        if hasattr(brain, "stablequant"):
-            raise ValueError(
-                "quantize: StableQuant is attached to this Brain already; "
-                "attach it once, or use a YAML block without attach()"
-            )
-        if getattr(brain, "distributed_launch", False):
-            raise ValueError(
-                "quantize: runs in one process; quantize with `python "
-                "train.py ... --test_only` after distributed training"
-            )
-        for option in (
-            "jit",
-            "jit_module_keys",
-            "compile",
-            "compile_module_keys",
-        ):
-            if getattr(brain, option, None):
-                raise ValueError(
-                    f"quantize: --{option} replaces modules that have to be "
-                    "quantized; run without it"
-                )
-        modules = self._modules()
-        for config in self.config.variant_configs().values():
-            if config.needs_modelopt:
-                require_modelopt()
-            layers = find_layers(
-                modules, config.target, config.include, config.exclude
-            )
-            if config.plan is not None:
-                plan = QuantizationPlan.load(config.plan)
-                kinds = {layer.name: layer.kind for layer in layers}
-                plan.check_matches(kinds, config.plan)
-                plan.check_tensors(layers, modules, config.plan)
-        folder = check_writable_folder(
-            self._output_folder(), "quantize.output_folder"
-        )
-        check_earlier_run(folder)
-        return folder
-
-    def _choose(self, config: QuantizeConfig) -> tuple[str, list[str]]:
-        """The runtime of a variant, and what is to be said about it."""
-        if config.is_rival:
-            return self._choose_rival(config)
-        try:
-            name = resolve_backend(config.backend, self.brain.device)
-            check_extras(name, self._extras(config))
-            if RUNTIMES[name].encoder is not None:
-                self._check_encoders(config)
-        except ValueError as error:
-            if config.backend != "auto":
-                raise ConfigError(f"quantize.{error}") from error
-            reason = str(error).partition(";")[0].removeprefix("backend: ")
-            return "torch", [f"Evaluated by simulation: {reason}."]
-        cpu = cpu_class()
-        if (
-            RUNTIMES[name].pair_sums
-            and not cpu.exact
-            and config.weight_bits > PAIR_SUM_BITS
-        ):
-            return name, [
-                f"This CPU (class {cpu.name}) has no VNNI: weights of "
-                f"{config.weight_bits} bits were executed with "
-                f"{PAIR_SUM_BITS}."
-            ]
-        return name, []
-
-    def _choose_rival(self, config: QuantizeConfig) -> tuple[str, list[str]]:
-        """What executes a rival."""
-        try:
-            require_nncf(config.method)
-        except ValueError as error:
-            raise ConfigError(f"quantize.{error}") from error
-        device = str(self.brain.device)
-        if device != "cpu":
-            raise ConfigError(
-                f"quantize.method: {config.method} runs on a CPU, and the "
-                f"device is {device}; run with --device cpu"
-            )
-        return "openvino", []
-
-    @staticmethod
-    def _extras(config: QuantizeConfig) -> frozenset[str]:
-        """What the plan of a variant needs of a runtime."""
-        if config.plan is None:
-            return config.extras
-        return QuantizationPlan.load(config.plan, with_tensors=False).extras
-
-    def _check_encoders(self, config: QuantizeConfig) -> None:
-        """Raises if the integer runtimes do not compute an encoder."""
-        modules = self._modules()
-        encoders = find_encoders({key: modules[key] for key in config.target})
-        for encoder in encoders:
-            if getattr(encoder.wrapper, "output_all_hiddens", False):
-                raise ValueError(
-                    "backend: the integer runtimes give the last hidden state "
-                    "only, and the recipe wants all; write backend: torch"
-                )
-            try:
-                describe_encoder(encoder.model, encoder.path, {})
-            except ValueError as error:
-                raise ValueError(f"backend: {error}") from error
-
+    @property
     def _modules(self) -> dict[str, nn.Module]:
         return dict(self.brain.modules.items())
 
-    def _output_folder(self) -> Path:
-        if self.config.output_folder is not None:
-            return Path(self.config.output_folder)
-        base = getattr(self.brain.hparams, "output_folder", None)
-        if base is None:
-            raise ValueError(
-                "quantize.output_folder: the recipe has no `output_folder`; "
-                "name a folder here"
-            )
-        return Path(base) / "quantized"
-
-    def _min_samples(self) -> int:
-        """Samples that give one frame of the encoder."""
-        encoders = find_encoders(self._modules())
-        samples = 1
-        for encoder in encoders[:1]:
-            for kernel, stride in reversed(encoder.conv_geometry()):
-                samples = (samples - 1) * stride + kernel
-        return samples
+    # -- data --------------------------------------------------------------
 
     def _check_audio(self, dataset: Dataset) -> None:
         config = self.config
@@ -391,7 +208,7 @@ class StableQuant:
             config.audio,
             config.signal,
             config.sample_rate,
-            self._min_samples(),
+            min_samples(self._modules),
         )
 
     def _take_valid_set(
@@ -538,12 +355,12 @@ class StableQuant:
                 run, baseline, test_set, options, name
             )
             run.results[name] = SetResult.pair(baseline, quantized)
-            self._write_report(run)
+            run.write_report(self._modules, str(self.brain.device))
         # Whoever reads the Brain's metrics now finds those of its own
         # evaluation, as without this stage.
         vars(self.brain).update(kept)
         if len(self.runs) > 1:
-            self._write_comparison()
+            write_comparison(self.runs, self._modules, self.folder)
         return loss
 
     def _recover_once(self, original: Callable) -> Callable:
@@ -552,7 +369,8 @@ class StableQuant:
         def on_evaluate_start(max_key=None, min_key=None) -> None:
             keys = (max_key, min_key)
             if self._recovered is None:
-                self._check_checkpoint(max_key, min_key)
+                if self.config.require_checkpoint:
+                    check_checkpoint(self.brain, max_key, min_key)
                 original(max_key=max_key, min_key=min_key)
                 self._recovered = keys
             elif self._recovered != keys:
@@ -563,24 +381,6 @@ class StableQuant:
                 )
 
         return on_evaluate_start
-
-    def _check_checkpoint(
-        self, max_key: str | None, min_key: str | None
-    ) -> None:
-        checkpointer = self.brain.checkpointer
-        if (
-            checkpointer is None
-            or self.brain.debug
-            or not self.config.require_checkpoint
-        ):
-            return
-        found = checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
-        if found is None:
-            raise FileNotFoundError(
-                f"no checkpoint in {checkpointer.checkpoints_dir}: train "
-                "first, or set quantize.require_checkpoint to false if the "
-                "weights come from elsewhere"
-            )
 
     def _check_batches(
         self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
@@ -657,23 +457,8 @@ class StableQuant:
             seconds = time.monotonic() - started
             self._write_model(run, layers, test_set, options)
         if run.config.plan is None:
-            run.effort = self._effort(run, seconds)
-
-    def _effort(self, run: Run, seconds: float) -> Effort:
-        """What the plan of a run took, when it was made first."""
-        utterances = {
-            name: len(subset.ids) for name, subset in run.subsets.items()
-        }
-        if run.config.needs_training:
-            utterances["train"] = len(self._trainer.ids)
-        if run.rival is not None:
-            key = run.rival.key
-        else:
-            made = (run.folder / PLAN_FILE).read_bytes()
-            key = hashlib.sha256(made).hexdigest()
-        return Effort(seconds, utterances, run.config.transcribed).remembered(
-            run.folder / EFFORT_FILE, key
-        )
+            training = run.config.needs_training
+            run.remember_effort(seconds, self._trainer.ids if training else ())
 
     def _make_rival(
         self,
@@ -691,7 +476,7 @@ class StableQuant:
                 f"quantize.method: {run.config.method} needs modules that are "
                 f"called one after the other; {error}"
             ) from error
-        modules = self._modules()
+        modules = self._modules
         run.rival = make_rival(
             stage.recogniser,
             {call.key: modules[call.key] for call in calls},
@@ -710,23 +495,6 @@ class StableQuant:
         run.plan.save(run.folder / PLAN_FILE)
         return stage.layers
 
-    def _adjusted(self, run: Run) -> AbstractContextManager[None]:
-        """Context in which all that stays float is as the plan changed it."""
-        tensors = run.plan.tensors
-        floats = {} if tensors is None else tensors.floats
-        return adjusted_floats(self._modules(), floats)
-
-    @contextmanager
-    def _as_stored(self, run: Run) -> Iterator[None]:
-        """Context in which all that stays float is as the file stores it."""
-        with (
-            self._adjusted(run),
-            rounded_floats(
-                self._modules(), run.plan.quants(), run.config.float_dtype
-            ),
-        ):
-            yield
-
     def _write_model(
         self,
         run: Run,
@@ -738,7 +506,7 @@ class StableQuant:
         quants = run.plan.quants()
         tensors = run.plan.tensors
         decided = {} if tensors is None else tensors.layers
-        with self._as_stored(run):
+        with run.as_stored(self._modules):
             run.integers = {
                 layer.name: stored_layer(
                     integer_layer(
@@ -762,10 +530,10 @@ class StableQuant:
                 f"No inference folder (EncoderASR cannot load it): {reason}."
             )
             logger.warning("quantize: %s", run.warnings[-1])
-        with self._adjusted(run):
+        with run.adjusted(self._modules):
             write_folder(
                 run.folder,
-                self._modules(),
+                self._modules,
                 run.plan,
                 run.integers,
                 run.config.float_dtype,
@@ -806,7 +574,8 @@ class StableQuant:
         if self.brain.debug:
             total = min(total, self.brain.debug_batches)
         clock = self._clock()
-        with self._as_stored(run), self._executed(run), clock.running():
+        modules = self._modules
+        with run.as_stored(modules), run.executed(modules), clock.running():
             steps = evaluation_steps(
                 self.brain,
                 loader,
@@ -832,18 +601,6 @@ class StableQuant:
         evaluation.write(path, key)
         return evaluation
 
-    def _executed(self, run: Run) -> AbstractContextManager[None]:
-        """Context in which the Brain's modules compute by the runtime."""
-        if run.rival is not None:
-            return shadowed_forwards(run.rival.forwards())
-        forwards = build_forwards(
-            run.backend,
-            self._modules(),
-            run.integers,
-            **run.config.backend_options,
-        )
-        return shadowed_forwards(forwards)
-
     def _clock(self) -> ForwardClock:
         config = self.config
         return ForwardClock(self.brain, config.signal, config.sample_rate)
@@ -857,60 +614,3 @@ class StableQuant:
             number += 1
             unique = f"{name}-{number}"
         return unique
-
-    @staticmethod
-    def _execution(run: Run) -> Execution:
-        if run.rival is not None:
-            keys = tuple(run.rival.chain)
-            return Execution(
-                run.backend,
-                run.config.float_dtype,
-                run.rival.size,
-                keys,
-                {"OpenVINO model": MODEL_FILE},
-                run.rival.operations,
-            )
-        return Execution(
-            run.backend,
-            run.config.float_dtype,
-            folder_size(run.folder),
-            None if run.source is None else run.source.keys,
-        )
-
-    def _write_report(self, run: Run) -> None:
-        report = build_report(
-            run.plan,
-            run.results,
-            self._modules(),
-            run.histograms,
-            str(self.brain.device),
-            execution=self._execution(run),
-            warnings=run.warnings,
-        )
-        write_report(report, run.folder)
-        for warning in run.warnings:
-            print(f"warning: {warning}")
-        print(summary_table(report))
-        print(f"report: {run.folder / 'report.html'}", flush=True)
-
-    def _write_comparison(self) -> None:
-        """One table of all variants."""
-        modules = self._modules()
-        executions = {run.name: self._execution(run) for run in self.runs}
-        for execution in executions.values():
-            if execution.keys is not None:
-                modules = {key: modules[key] for key in execution.keys}
-                break
-        table = comparison(
-            {run.name: (run.plan, run.results) for run in self.runs},
-            executions,
-            float_size(modules) / 1e6,
-            {run.name: run.effort for run in self.runs if run.effort},
-        )
-        write_json(self.folder / "comparison.json", table)
-        for name, image in comparison_figures(table).items():
-            write_atomic(self.folder / name, image)
-        text = comparison_markdown(table)
-        path = write_atomic(self.folder / "comparison.md", text)
-        print(text)
-        print(f"comparison: {path}", flush=True)

@@ -24,6 +24,9 @@ MIN_AMAX = 1e-8
 #: Widths that are supported.
 MIN_BITS, MAX_BITS = 2, 8
 
+#: GELU is nowhere below this (its minimum is -0.16997).
+GELU_MIN = -0.17
+
 
 def qmax(bits: int) -> int:
     """Returns the largest integer of a `bits`-wide symmetric narrow range.

@@ -14,11 +14,8 @@ from torch.nn import functional as F
 
 from ..histogram import Histogram
 from ..layers import Encoder, Layer
-from ..numerics import qmax
+from ..numerics import GELU_MIN, qmax
 from ..observers import Observer
-
-#: No value of a GELU is below this.
-LOWEST_GELU = -0.17
 
 _CANDIDATES = 192
 # Points inside of a bin: it may be as wide as a step.
@@ -61,13 +58,13 @@ def _gelu(activation: object) -> bool:
 
 
 class ShiftedObserver(Observer):
-    """Collects histograms of ``input - LOWEST_GELU``, which is not negative:
+    """Collects histograms of ``input - GELU_MIN``, which is not negative:
     so a histogram of magnitudes keeps the sign."""
 
     def _collect(
         self, histogram: Histogram, x: torch.Tensor, time_axis: int
     ) -> None:
-        super()._collect(histogram, x.float() - LOWEST_GELU, time_axis)
+        super()._collect(histogram, x.float() - GELU_MIN, time_axis)
 
 
 def lopsided_range(
@@ -81,7 +78,7 @@ def lopsided_range(
     Arguments
     ---------
     shifted : Histogram
-        Of ``input - LOWEST_GELU``.
+        Of ``input - GELU_MIN``.
     bits : int
         Of the activations.
     upper : float
@@ -100,7 +97,7 @@ def lopsided_range(
     -------
     >>> shifted = Histogram()
     >>> x = F.gelu(torch.linspace(-4, 4, 10001))
-    >>> shifted.add(x - LOWEST_GELU)
+    >>> shifted.add(x - GELU_MIN)
     >>> amax, offset = lopsided_range(shifted, 6, 4.0, search=False)
     >>> round(offset - amax, 2), round(offset + amax, 2)
     (-0.2, 4.0)
@@ -113,9 +110,9 @@ def lopsided_range(
         tops = upper * 64.0 ** (exponents - 1)
     candidates = []
     for top in tops.tolist():
-        span = top - LOWEST_GELU
-        for below in {int(-LOWEST_GELU * levels / span), 0, 1} | {
-            int(-LOWEST_GELU * levels / span) + 1
+        span = top - GELU_MIN
+        for below in {int(-GELU_MIN * levels / span), 0, 1} | {
+            int(-GELU_MIN * levels / span) + 1
         }:
             if 0 <= below < levels:
                 # The upper end stays where it was asked for.
@@ -138,9 +135,9 @@ def _points(
     counts = shifted.counts
     index = counts.nonzero().squeeze(1)
     inside = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
-    values = (index[:, None] + inside) * shifted.bin_width + LOWEST_GELU
+    values = (index[:, None] + inside) * shifted.bin_width + GELU_MIN
     mass = (counts[index].double() / _POINTS)[:, None].expand_as(values)
-    return values.reshape(-1).clamp(LOWEST_GELU, upper), mass.reshape(-1)
+    return values.reshape(-1).clamp(GELU_MIN, upper), mass.reshape(-1)
 
 
 def _error(

@@ -94,14 +94,15 @@ def reference(
     """
     _check(qkv, heads)
     batch, frames, columns = qkv.shape
-    parts = qkv.view(batch, frames, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    parts = qkv.float().view(batch, frames, 3, heads, -1)
+    parts = parts.permute(2, 0, 3, 1, 4)
     mask = None
     if real is not None:
         mask = torch.arange(frames, device=qkv.device) < real[:, None]
         mask = mask[:, None, None, :]
     y = F.scaled_dot_product_attention(*parts.unbind(0), mask)
     y = y.transpose(1, 2).reshape(batch, frames, columns // 3)
-    return finish(y.float(), False, dtype, inverse, limit, zero=zero)
+    return finish(y, False, dtype, inverse, limit, zero=zero)
 
 
 @triton.jit

@@ -129,7 +129,12 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
     yield "wave_conv", (*wave, scale, bias, 5, *norm, *end), exact
     own = (torch.stack([scale, 2 * scale]), torch.stack([bias, -bias]))
     yield "wave_conv", (*wave, *own, 5, *plain, *end), exact
-    yield "wave_conv_sums", (*wave, 5, torch.tensor(120)), exact
+    frames = torch.tensor(120)
+    yield "wave_conv_sums", (*wave, 5, frames), exact
+    taps = normal(128, 10).half()
+    unscaled = (wave[0], 1.0, 127, taps, torch.ones(128), bias, 5)
+    yield "wave_conv", (*unscaled, *norm, *end), exact
+    yield "wave_conv_moments", (wave[0], taps, 5, frames), exact
     # the frames that are not real are in the tile of one that is, so that
     # their results are defined as well
     qkv, real = normal(2, 70, 3 * 128).half() * 3, torch.tensor([65, 70])
@@ -159,13 +164,7 @@ def first_failure(device: torch.device) -> str | None:
             a.to(device).contiguous() if isinstance(a, torch.Tensor) else a
             for a in arguments
         ]
-        wide = [
-            a.float()
-            if isinstance(a, torch.Tensor) and a.dtype.is_floating_point
-            else a
-            for a in arguments
-        ]
-        expected = OPERATORS[name].reference(*wide)
+        expected = OPERATORS[name].reference(*arguments)
         try:
             found = getattr(OPS, name)(*moved)
             if device.type == "cuda":

@@ -6,11 +6,16 @@ since ten products are cheaper than a tensor of float32 the convolution is
 computed twice: `wave_conv_sums` adds up the int32 results and their squares
 exactly, `normalized_scale` turns these into a scale and a bias for each
 utterance and channel, and `wave_conv` applies them.
+
+With weights in floating point the waveform takes their dtype instead of being
+quantized. There are no exact sums then: `wave_conv_moments` gives mean and
+squares of short pieces, which `normalized_moments` puts together.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 
 from .device import (
     affine_columns,
@@ -28,6 +33,8 @@ from .tuning import Config, rank, select, shape_bucket
 
 #: Taps that fit into one step.
 MAX_TAPS = 128
+#: Frames of a piece that `wave_conv_moments` looks at.
+PIECE = 64
 
 #: (block_m, block_n, warps) where a tile need not hold whole rows.
 TILES = ((128, 128, 8), (64, 128, 4), (64, 64, 4))
@@ -35,10 +42,13 @@ TILES = ((128, 128, 8), (64, 128, 4), (64, 64, 4))
 ROW_TILES = ((64, 8), (32, 8), (16, 4))
 
 
-def _sums(wave, wave_inverse, wave_limit, weight, kernel, stride):
-    """Exact sums, float64 [batch, frames, out]."""
-    q = torch.round(wave * wave_inverse).clamp_(-wave_limit, wave_limit)
-    return q.unfold(1, kernel, stride).double() @ weight.double().T
+def _sums(wave, wave_inverse, wave_limit, weight, stride):
+    """Sums in float64 [batch, frames, out]: those of integers are exact."""
+    if weight.dtype == torch.int8:
+        x = torch.round(wave * wave_inverse).clamp_(-wave_limit, wave_limit)
+    else:
+        x = wave.to(weight.dtype)
+    return x.unfold(1, weight.shape[1], stride).double() @ weight.double().T
 
 
 def reference(
@@ -65,11 +75,11 @@ def reference(
     wave : torch.Tensor
         float32 [batch, samples], contiguous.
     wave_inverse : float
-        1 / scale of the quantized waveform.
+        1 / scale of the quantized waveform; read with int8 weights only.
     wave_limit : int
         Its largest integer.
     weight : torch.Tensor
-        int8 [out, kernel].
+        int8 [out, kernel]; or float, which takes the waveform as it is.
     scale : torch.Tensor
         float32 [out], or [batch, out]: scale of the input times scale of the
         weight.
@@ -97,10 +107,8 @@ def reference(
     torch.Tensor
         [batch, frames, out].
     """
-    check_int8("wave_conv", weight=weight)
-    total = _sums(
-        wave, wave_inverse, wave_limit, weight, weight.shape[1], stride
-    )
+    _check_weight("wave_conv", weight)
+    total = _sums(wave, wave_inverse, wave_limit, weight, stride)
     if scale.dim() == 2:
         scale = scale[:, None]
         bias = None if bias is None else bias[:, None]
@@ -132,12 +140,80 @@ def reference_sums(
         int64 [2, batch, out].
     """
     check_int8("wave_conv_sums", weight=weight)
-    total = _sums(
-        wave, wave_inverse, wave_limit, weight, weight.shape[1], stride
-    ).long()
+    total = _sums(wave, wave_inverse, wave_limit, weight, stride).long()
     real = torch.arange(total.shape[1], device=wave.device) < frames
     total = total * real[None, :, None]
     return torch.stack([total.sum(1), (total * total).sum(1)])
+
+
+def reference_moments(
+    wave: torch.Tensor, weight: torch.Tensor, stride: int, frames: torch.Tensor
+) -> torch.Tensor:
+    """Moments over time of the convolution, for pieces of ``PIECE`` frames.
+
+    Arguments
+    ---------
+    wave, weight, stride
+        As in :func:`reference`; the weight is float.
+    frames : torch.Tensor
+        int64 scalar: only so many frames are real.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [2, batch, pieces, out]: mean of the real frames, and the sum
+        of their squared distances from it; 0 where none is real.
+    """
+    total = _sums(wave, 1.0, 0, weight, stride)
+    total = F.pad(total, (0, 0, 0, -total.shape[1] % PIECE))
+    real = torch.arange(total.shape[1], device=wave.device) < frames
+    parts = total.unflatten(1, (-1, PIECE))
+    real = real.view(-1, PIECE, 1)
+    count = real.sum(1).clamp(min=1)
+    mean = (parts * real).sum(2) / count
+    square = ((parts - mean[:, :, None]) * real).square().sum(2)
+    return torch.stack([mean, square]).float()
+
+
+def normalized_moments(
+    moments: torch.Tensor,
+    frames: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and bias that normalise the convolution over time.
+
+    Arguments
+    ---------
+    moments : torch.Tensor
+        float32 [2, batch, pieces, out], of :func:`reference_moments`.
+    frames : torch.Tensor
+        int64 scalar, as there.
+    weight, bias : torch.Tensor
+        float32 [out] of the GroupNorm.
+    eps : float
+        Of the GroupNorm.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        float32 [batch, out], both.
+
+    Example
+    -------
+    >>> moments = torch.tensor([[[[2.0]]], [[[8.0]]]])  # of 0 and 4
+    >>> one, zero = torch.ones(1), torch.zeros(1)
+    >>> normalized_moments(moments, torch.tensor(2), one, zero, 0.0)
+    (tensor([[0.5000]]), tensor([[-1.]]))
+    """
+    mean, square = moments.double().unbind(0)
+    start = torch.arange(mean.shape[1], device=mean.device) * PIECE
+    count = (frames - start).clamp(0, PIECE)[:, None]
+    whole = (mean * count).sum(1, keepdim=True) / frames
+    spread = square + count * (mean - whole).square()
+    factor = torch.rsqrt(spread.sum(1) / frames + eps) * weight
+    return factor.float(), (bias - whole[:, 0] * factor).float()
 
 
 def normalized_scale(
@@ -197,14 +273,20 @@ def _product(
     TAPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """int32 sums of the windows that begin at ``start``."""
+    """Sums of the windows that begin at ``start``: int32, or float32."""
     tap = tl.arange(0, BLOCK_K)
     here = tap[None, :] < TAPS
     x = tl.load(wave + start[:, None] + tap[None, :], mask=here, other=0.0)
-    q = round_to_int8(x, wave_inverse, wave_limit, 0.0)
     n = tl.minimum(column, COLUMNS - 1)
     w = weight + n[:, None] * TAPS + tap[None, :]
-    return tl.dot(q, tl.load(w, mask=here, other=0).T, out_dtype=tl.int32)
+    if weight.dtype.element_ty == tl.int8:
+        q = round_to_int8(x, wave_inverse, wave_limit, 0.0)
+        w = tl.load(w, mask=here, other=0)
+        return tl.dot(q, w.T, out_dtype=tl.int32)
+    else:
+        w = tl.load(w, mask=here, other=0.0)
+        # float32 is for comparisons, not for speed
+        return tl.dot(x.to(w.dtype), w.T, input_precision="ieee")
 
 
 @triton.jit
@@ -328,8 +410,58 @@ def wave_sums_kernel(
     tl.atomic_add(place, square, mask=inside, sem="relaxed")
 
 
+@triton.jit
+def wave_moments_kernel(
+    wave,
+    weight,
+    moments,
+    real_frames,
+    frames,
+    samples,
+    batch,
+    COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    utterance = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.minimum(row, frames - 1)
+    y = _product(
+        wave,
+        weight,
+        utterance * samples + m * STRIDE,
+        column,
+        1.0,
+        0.0,
+        COLUMNS,
+        TAPS,
+        BLOCK_K,
+    )
+    end = tl.minimum(tl.load(real_frames).to(tl.int32), frames)
+    real = (row < end)[:, None]
+    count = tl.maximum(tl.minimum(end - first, BLOCK_M), 1)
+    mean = tl.sum(tl.where(real, y, 0.0), axis=0) / count
+    y = tl.where(real, y - mean[None, :], 0.0)
+    place = utterance * tl.num_programs(0) + tl.program_id(0)
+    place = place * COLUMNS + column
+    inside = column < COLUMNS
+    tl.store(moments + place, mean, mask=inside)
+    place += batch * tl.num_programs(0) * COLUMNS
+    tl.store(moments + place, tl.sum(y * y, axis=0), mask=inside)
+
+
+def _check_weight(name: str, weight: torch.Tensor) -> None:
+    if not weight.dtype.is_floating_point:
+        check_int8(name, weight=weight)
+
+
 def _check(name, wave, weight, stride):
-    check_int8(name, weight=weight)
+    _check_weight(name, weight)
     taps = weight.shape[1]
     if taps > MAX_TAPS:
         raise ValueError(
@@ -370,6 +502,7 @@ def launch(
 ) -> torch.Tensor:
     """:func:`reference` in Triton. ``config`` overrides the tile."""
     frames, block_k = _check("wave_conv", wave, weight, stride)
+    kind = str(weight.dtype).removeprefix("torch.")
     columns, taps = weight.shape
     batch, samples = wave.shape
     has_norm = norm_weight is not None
@@ -430,7 +563,7 @@ def launch(
 
     if config is None:
         config = select(
-            f"wave_conv/{shape_bucket(batch * frames)}x{columns}x{taps}"
+            f"wave_conv/{kind}/{shape_bucket(batch * frames)}x{columns}x{taps}"
             f"/{int(has_norm)}{int(gelu)}{int(by_utterance)}"
             f"/{str(dtype).removeprefix('torch.')}",
             rank(tiles, batch * frames, columns, wave.device),
@@ -444,6 +577,7 @@ def launch_sums(
     wave, wave_inverse, wave_limit, weight, stride, frames
 ) -> torch.Tensor:
     """:func:`reference_sums` in Triton."""
+    check_int8("wave_conv_sums", weight=weight)
     count, block_k = _check("wave_conv_sums", wave, weight, stride)
     columns, taps = weight.shape
     batch, samples = wave.shape
@@ -471,6 +605,40 @@ def launch_sums(
         num_stages=1,
     )
     return sums
+
+
+def launch_moments(wave, weight, stride, frames) -> torch.Tensor:
+    """:func:`reference_moments` in Triton."""
+    if not weight.dtype.is_floating_point:
+        raise TypeError(
+            "stablequant::wave_conv_moments: weight must be floating point, "
+            f"got {weight.dtype}"
+        )
+    count, block_k = _check("wave_conv_moments", wave, weight, stride)
+    columns, taps = weight.shape
+    batch, samples = wave.shape
+    pieces = triton.cdiv(count, PIECE)
+    moments = torch.empty(
+        (2, batch, pieces, columns), dtype=torch.float32, device=wave.device
+    )
+    wave_moments_kernel[(pieces, triton.cdiv(columns, 64), batch)](
+        wave,
+        weight,
+        moments,
+        frames,
+        count,
+        samples,
+        batch,
+        COLUMNS=columns,
+        TAPS=taps,
+        STRIDE=stride,
+        BLOCK_M=PIECE,
+        BLOCK_N=64,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=1,
+    )
+    return moments
 
 
 def shape(
@@ -502,6 +670,13 @@ def shape_sums(wave, wave_inverse, wave_limit, weight, stride, frames):
     )
 
 
+def shape_moments(wave, weight, stride, frames):
+    """An empty result."""
+    count = (wave.shape[1] - weight.shape[1]) // stride + 1
+    pieces = (count + PIECE - 1) // PIECE
+    return wave.new_empty((2, wave.shape[0], pieces, weight.shape[0]))
+
+
 declare(
     "wave_conv",
     "(Tensor wave, float wave_inverse, int wave_limit, Tensor weight, "
@@ -519,4 +694,11 @@ declare(
     reference_sums,
     launch_sums,
     shape_sums,
+)
+declare(
+    "wave_conv_moments",
+    "(Tensor wave, Tensor weight, int stride, Tensor frames) -> Tensor",
+    reference_moments,
+    launch_moments,
+    shape_moments,
 )

@@ -30,7 +30,6 @@ from ..baselines.equalize import (
     find_sites,
 )
 from ..baselines.offset import (
-    LOWEST_GELU,
     ShiftedObserver,
     behind_gelu,
     lopsided_range,
@@ -39,6 +38,7 @@ from ..baselines.rotate import can_rotate, is_rotated, rotated, rotated_floats
 from ..calibrators import clipped_mse
 from ..histogram import Histogram
 from ..layers import Layer
+from ..numerics import GELU_MIN
 from ..observers import Observer
 from ..packing import packed_size
 from ..plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
@@ -210,7 +210,7 @@ class _Plus:
         ratio, offset = cutoff / 100, 0.0
         if layer.name in state.shifted:
             shifted = state.shifted[layer.name]
-            upper = shifted.quantile(ratio) + LOWEST_GELU
+            upper = shifted.quantile(ratio) + GELU_MIN
             amax, offset = lopsided_range(shifted, activation_bits, upper)
         else:
             histogram = state.histograms[layer.name]
@@ -235,7 +235,7 @@ class _Plus:
             amax, offset = lopsided_range(
                 shifted,
                 config.activation_bits,
-                shifted.quantile(ratio) + LOWEST_GELU,
+                shifted.quantile(ratio) + GELU_MIN,
                 search=False,
             )
         else:

@@ -162,11 +162,11 @@ def test_convolution_with_layer_norm(arch, m, k, warps, stages):
     assert is_wgmma(found) == (arch == 90 and m >= 64)
 
 
-def wave_arguments(by_utterance: bool, has_norm: bool):
+def wave_arguments(by_utterance: bool, has_norm: bool, kind=INT8):
     """Arguments of the first convolution on 10 s."""
     shape = (1, 512) if by_utterance else (512,)
     norm = (meta(512), meta(512)) if has_norm else (None, None)
-    weight = meta(512, 10, dtype=INT8)
+    weight = meta(512, 10, dtype=kind)
     scale, bias = meta(*shape), meta(*shape)
     return (
         *(meta(1, 160000), 3.0, 127, weight, scale, bias, 5),
@@ -174,28 +174,34 @@ def wave_arguments(by_utterance: bool, has_norm: bool):
     )
 
 
+#: Of the weights of the first convolution -> what multiplies them.
+WAVE_PRODUCTS = {INT8: ".s32.s8.s8", HALF: ".f32.f16.f16"}
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
 @pytest.mark.parametrize("m, warps", wave_conv.ROW_TILES)
-def test_first_convolution_with_layer_norm(arch, m, warps):
+def test_first_convolution_with_layer_norm(arch, kind, m, warps):
     found = compiled(
         arch,
         wave_conv.launch,
-        *wave_arguments(False, True),
+        *wave_arguments(False, True, kind),
         config=Config(m, 512, 32, warps, 1),
     )
-    check(arch, found)
+    check(arch, found, WAVE_PRODUCTS[kind])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
 @pytest.mark.parametrize("m, n, warps", wave_conv.TILES)
-def test_first_convolution_with_a_scale_of_its_own(arch, m, n, warps):
+def test_first_convolution_with_a_scale_of_its_own(arch, kind, m, n, warps):
     found = compiled(
         arch,
         wave_conv.launch,
-        *wave_arguments(True, False),
+        *wave_arguments(True, False, kind),
         config=Config(m, n, 32, warps, 1),
     )
-    check(arch, found)
+    check(arch, found, WAVE_PRODUCTS[kind])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -207,6 +213,17 @@ def test_sums_for_group_norm(arch):
         *(meta(1, 160000), 3.0, 127, meta(512, 10, dtype=INT8), 5, frames),
     )
     check(arch, found)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_moments_for_group_norm(arch):
+    frames = meta(dtype=torch.int64)
+    found = compiled(
+        arch,
+        wave_conv.launch_moments,
+        *(meta(1, 160000), meta(512, 10, dtype=HALF), 5, frames),
+    )
+    check(arch, found, WAVE_PRODUCTS[HALF])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

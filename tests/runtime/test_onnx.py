@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from speechbrain_stablequant.export import (
-    Graph,
-    _position_as_products,
-    _tap_major,
-    _unfold,
-    export_onnx,
+from speechbrain_stablequant.export import Graph, export_onnx
+from speechbrain_stablequant.export.encoder import (
+    position_as_products,
+    tap_major,
+    unfold,
 )
 from speechbrain_stablequant.integer import (
     IntegerLayer,
@@ -204,8 +203,8 @@ def test_worst_case_convolution(kernel, stride, tmp_path):
     q = extremes(1, 61, 256)
 
     def build(graph, x):
-        rows = _unfold(graph, graph.quantize(x, layer), layer)
-        return graph.product(rows, layer, _tap_major(layer.weight))
+        rows = unfold(graph, graph.quantize(x, layer), layer)
+        return graph.product(rows, layer, tap_major(layer.weight))
 
     out = run_layer(layer, build, q.float() * 0.25, tmp_path)
     scale = layer.activation_scale * layer.weight_scale
@@ -221,7 +220,7 @@ def test_worst_case_positional_convolution(make_tiny_model, tmp_path):
     q = extremes(2, 40, 64)
     out = run_layer(
         layer,
-        lambda graph, x: _position_as_products(graph, spec, x),
+        lambda graph, x: position_as_products(graph, spec, x),
         q.float() * 0.25,
         tmp_path,
     )

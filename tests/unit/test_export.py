@@ -14,15 +14,15 @@ from speechbrain.nnet.linear import Linear
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_stablequant import export
 from speechbrain_stablequant.checkpoint import load_checkpoint
 from speechbrain_stablequant.export import (
-    TARGETS,
     Graph,
     describe_head,
     export_folder,
     export_onnx,
 )
+from speechbrain_stablequant.export import model as export_model
+from speechbrain_stablequant.export.encoder import tap_major, unfold
 from speechbrain_stablequant.folder import RecogniserSource, write_folder
 from speechbrain_stablequant.integer import (
     FloatLayer,
@@ -30,7 +30,7 @@ from speechbrain_stablequant.integer import (
     integer_layer,
 )
 from speechbrain_stablequant.layers import find_layers
-from speechbrain_stablequant.numerics import fake_quantize, qmax
+from speechbrain_stablequant.numerics import GELU_MIN, fake_quantize, qmax
 from speechbrain_stablequant.plan import (
     LayerPlan,
     LayerQuant,
@@ -96,7 +96,7 @@ def assert_same(spec, out, expected, tolerance=1e-5):
         assert error <= tolerance * other[:frames].abs().max()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", export_model.TARGETS)
 def test_float_parts(tiny_model, target, tmp_path):
     spec = describe_encoder(tiny_model, "w", {})
     path = export_onnx(tmp_path / "m.onnx", spec, target=target)
@@ -104,7 +104,7 @@ def test_float_parts(tiny_model, target, tmp_path):
     assert_same(spec, run(path, waves(), LENGTHS), expected)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", export_model.TARGETS)
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6), (8, 4)])
 def test_integers(tiny_model, target, bits, tmp_path):
     def keep(name):
@@ -133,7 +133,7 @@ def test_integers(tiny_model, target, bits, tmp_path):
         assert sum(x.size for x in parts) == integers[name].weight.numel()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", export_model.TARGETS)
 @pytest.mark.parametrize(
     "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
 )
@@ -163,7 +163,7 @@ def test_offsets_and_rotation(
     assert len(zeros) == 2
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", export_model.TARGETS)
 def test_batch_and_time_are_dynamic(make_tiny_model, target, tmp_path):
     model = make_tiny_model("hubert-base")
     spec = describe_encoder(model, "w", integers_of({"w": model}, ["w"]))
@@ -185,8 +185,8 @@ def test_unfolding_is_the_convolution(kernel, stride):
     # Every remainder of a stride, and inputs of exactly one kernel.
     for samples in range(kernel, kernel + 2 * stride):
         graph = Graph()
-        rows = export._unfold(graph, graph.name("x"), layer)
-        graph.product(rows, layer, export._tap_major(weight))
+        rows = unfold(graph, graph.name("x"), layer)
+        graph.product(rows, layer, tap_major(weight))
         x = torch.randn(2, samples, 5)
         out = run_graph(graph, x=x).transpose(1, 2)
         expected = apply_layer(layer, x.transpose(1, 2))
@@ -231,16 +231,16 @@ def test_gelu_needs_no_clip_only_where_it_cannot_reach():
             None,
         )
         graph = Graph()
-        graph.quantize("x", layer, export.GELU_MIN)
+        graph.quantize("x", layer, GELU_MIN)
         return [node.op_type for node in graph.nodes]
 
     assert ops(2.0, 8) == ["QuantizeLinear"]
     assert ops(0.1, 8) == ["Clip", "QuantizeLinear"]
     assert ops(2.0, 6) == ["Clip", "QuantizeLinear"]
-    assert F.gelu(torch.linspace(-3, 3, 10001)).min() > export.GELU_MIN
+    assert F.gelu(torch.linspace(-3, 3, 10001)).min() > GELU_MIN
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", export_model.TARGETS)
 @torch.no_grad()
 def test_normalisation_is_inside(make_tiny_modules, target, tmp_path):
     modules = make_tiny_modules("wav2vec2-large")
@@ -420,7 +420,7 @@ def test_refusals(make_tiny_model, tmp_path, monkeypatch):
         export_onnx(path, describe_encoder(model, "w", odd))
     with pytest.raises(OSError, match="no_folder"):
         export_onnx(tmp_path / "no_folder" / "m.onnx", spec)
-    monkeypatch.setattr(export, "MAX_BYTES", 1000)
+    monkeypatch.setattr(export_model, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="GB; quantize more layers"):
         export_onnx(path, spec)
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -22,7 +22,6 @@ from speechbrain_stablequant.baselines.equalize import (
     find_sites,
 )
 from speechbrain_stablequant.baselines.offset import (
-    LOWEST_GELU,
     behind_gelu,
     lopsided_range,
 )
@@ -35,6 +34,7 @@ from speechbrain_stablequant.histogram import Histogram
 from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_encoders, find_layers
 from speechbrain_stablequant.methods import make_plan
+from speechbrain_stablequant.numerics import GELU_MIN
 from speechbrain_stablequant.replay import StopForward
 from speechbrain_stablequant.rotation import is_rotation
 from speechbrain_stablequant.runtime import RUNTIMES, build_forwards
@@ -337,7 +337,7 @@ def test_cut_offs_of_layers_follow_the_divergence(large, tmp_path):
 def test_offset_halves_the_steps(bits):
     x = F.gelu(2 * torch.randn(50000))
     shifted = Histogram()
-    shifted.add(x - LOWEST_GELU)
+    shifted.add(x - GELU_MIN)
     top = float(x.max())
     amax, offset = lopsided_range(shifted, bits, top)
     limit = 2 ** (bits - 1) - 1

@@ -15,14 +15,12 @@ import torch
 from openvino import opset13 as op
 
 from ...integer import FloatLayer, IntegerLayer
-from ...numerics import qmax
+from ...numerics import GELU_MIN, qmax
 from ..encoder import AnyLayer, BlockSpec, ConvSpec, EncoderSpec, Norm
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
 
-#: GELU is nowhere below this.
-GELU_MINIMUM = -0.17
 
 #: Added to integers so that none is negative: oneDNN multiplies unsigned by
 #: signed bytes, and takes longer for signed inputs.
@@ -321,7 +319,7 @@ class GraphBuilder:
             x = self.norm(x, block.norm1)
         y = self.norm(x, block.norm2) if pre else x
         y = self.gelu(self.linear(y, block.up))
-        y = self.linear(y, block.down, least=GELU_MINIMUM)
+        y = self.linear(y, block.down, least=GELU_MIN)
         x = op.add(x, y)
         return x if pre else self.norm(x, block.norm2)
 
@@ -331,7 +329,7 @@ class GraphBuilder:
         y = self.linear(windows, _flat(first.conv.loaded()))
         x = self.activate(y, first)
         for stage in others:
-            y = self.strided(x, stage.conv, GELU_MINIMUM)
+            y = self.strided(x, stage.conv, GELU_MIN)
             x = self.activate(y, stage)
         return x
 
@@ -363,7 +361,7 @@ class GraphBuilder:
         if spec.projection_norm is not None:
             x = self.norm(x, spec.projection_norm)
         else:
-            least = GELU_MINIMUM
+            least = GELU_MIN
         x = op.multiply(self.linear(x, spec.projection, least=least), keep)
         position = self.conv(self.turn(x), spec.pos_conv)
         if spec.pos_trim:

@@ -8,10 +8,8 @@ from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
 from ...memory import transient
+from ...numerics import GELU_MIN
 from .forms import Floats, Form, Grid, form_of
-
-#: GELU is nowhere below this.
-GELU_MINIMUM = -0.17
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class IntegerLinear:
         if isinstance(form, Grid):
             target = (form.scale, form.zero, torch.uint8)
             q = self._run(x, target, True, scale, shift)
-            return form.clip(q, out, GELU_MINIMUM)
+            return form.clip(q, out, GELU_MIN)
         y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
         return y if out is None else out.copy_(y)
 

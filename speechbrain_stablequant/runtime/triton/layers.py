@@ -278,6 +278,13 @@ def check_plain_conv(layer: IntegerLayer) -> None:
         )
 
 
+def _takes_wave(layer: FloatLayer) -> bool:
+    """Whether the kernel for the waveform computes a convolution."""
+    _, channels, taps = layer.weight.shape
+    plain = (layer.padding, layer.dilation, layer.groups) == (0, 1, 1)
+    return plain and channels == 1 and taps <= wave_conv.MAX_TAPS
+
+
 class ConvStage:
     """Convolution, normalisation, GELU: one stage of the feature extractor.
 
@@ -315,11 +322,18 @@ class ConvStage:
         )
         self.float_conv = None
         if isinstance(conv, FloatLayer):
-            self.float_conv = FloatConv(conv, dtype, device)
-            return
-        check_plain_conv(conv)
-        self.weight = matmul.pack_conv_weight(conv.weight).to(device)
-        self.scale, self.bias = _scale(conv, device), _bias(conv, device)
+            if not _takes_wave(conv):
+                self.float_conv = FloatConv(conv, dtype, device)
+                return
+            # audio has more than the 8 bits of a bfloat16's mantissa
+            narrow = torch.float32 if dtype == torch.float32 else torch.float16
+            self.weight = conv.weight[:, 0].to(device, narrow).contiguous()
+            self.scale = torch.ones(len(self.weight), device=device)
+        else:
+            check_plain_conv(conv)
+            self.weight = matmul.pack_conv_weight(conv.weight).to(device)
+            self.scale = _scale(conv, device)
+        self.bias = _bias(conv, device)
 
     def _norm_arguments(self) -> tuple:
         if self.norm is None or not self.fused:
@@ -341,11 +355,7 @@ class ConvStage:
         quantized = (self.form.inverse, self.form.limit)
         scale, bias = self.scale, self.bias
         if self.over_time:
-            sums = OPS.wave_conv_sums(
-                wave, *quantized, self.weight, self.stride, frames
-            )
-            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-            scale, bias = wave_conv.normalized_scale(sums, frames, scale, *norm)
+            scale, bias = self._over_time(wave, frames)
         elif not self.fused:
             y = OPS.wave_conv(
                 wave, *quantized, self.weight, scale, bias, self.stride,
@@ -363,6 +373,22 @@ class ConvStage:
             True,
             *self.out.arguments(),
         )
+
+    def _over_time(
+        self, wave: torch.Tensor, frames: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and bias that stand for the norm, by utterance."""
+        norm = (self.norm.weight, self.norm.bias, self.norm.eps)
+        if not self.form.quantized:
+            moments = OPS.wave_conv_moments(
+                wave, self.weight, self.stride, frames
+            )
+            return wave_conv.normalized_moments(moments, frames, *norm)
+        quantized = (self.form.inverse, self.form.limit)
+        sums = OPS.wave_conv_sums(
+            wave, *quantized, self.weight, self.stride, frames
+        )
+        return wave_conv.normalized_scale(sums, frames, self.scale, *norm)
 
     def __call__(
         self, x: torch.Tensor, frames: torch.Tensor | None

@@ -1,0 +1,234 @@
+"""What is checked, and chosen, before long work begins."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import speechbrain as sb
+from torch import nn
+
+from .baselines.auto_quantize import require_modelopt
+from .config import ConfigError, QuantizeConfig
+from .files import check_writable_folder
+from .layers import find_encoders, find_layers
+from .plan import QuantizationPlan
+from .rivals.nncf_ import require_nncf
+from .runtime import RUNTIMES, check_extras, resolve_backend
+from .runtime.cpu import PAIR_SUM_BITS, cpu_class
+from .runtime.encoder import describe_encoder
+from .stage import check_earlier_run
+
+# Options of a Brain that replace the modules that would be quantized.
+_REPLACING = ("jit", "jit_module_keys", "compile", "compile_module_keys")
+
+
+def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
+    """Checks all that is known when a Brain is made.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    config : QuantizeConfig
+        The validated block.
+
+    Returns
+    -------
+    Path
+        The folder that is written to; it is there.
+
+    Raises
+    ------
+    ValueError
+        A Brain that is attached already, distributed or compiled; a layer or
+        a plan that does not fit; a damaged file of an earlier run.
+    """
+    if hasattr(brain, "stablequant"):
+        raise ValueError(
+            "quantize: StableQuant is attached to this Brain already; "
+            "attach it once, or use a YAML block without attach()"
+        )
+    if getattr(brain, "distributed_launch", False):
+        raise ValueError(
+            "quantize: runs in one process; quantize with `python "
+            "train.py ... --test_only` after distributed training"
+        )
+    for option in _REPLACING:
+        if getattr(brain, option, None):
+            raise ValueError(
+                f"quantize: --{option} replaces modules that have to be "
+                "quantized; run without it"
+            )
+    modules = dict(brain.modules.items())
+    for variant in config.variant_configs().values():
+        _check_variant(modules, variant)
+    folder = check_writable_folder(
+        _output_folder(brain, config), "quantize.output_folder"
+    )
+    check_earlier_run(folder)
+    return folder
+
+
+def _check_variant(
+    modules: Mapping[str, nn.Module], config: QuantizeConfig
+) -> None:
+    if config.needs_modelopt:
+        require_modelopt()
+    layers = find_layers(modules, config.target, config.include, config.exclude)
+    if config.plan is not None:
+        plan = QuantizationPlan.load(config.plan)
+        kinds = {layer.name: layer.kind for layer in layers}
+        plan.check_matches(kinds, config.plan)
+        plan.check_tensors(layers, modules, config.plan)
+
+
+def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:
+    if config.output_folder is not None:
+        return Path(config.output_folder)
+    base = getattr(brain.hparams, "output_folder", None)
+    if base is None:
+        raise ValueError(
+            "quantize.output_folder: the recipe has no `output_folder`; "
+            "name a folder here"
+        )
+    return Path(base) / "quantized"
+
+
+def choose_runtime(
+    brain: sb.Brain, config: QuantizeConfig
+) -> tuple[str, list[str]]:
+    """The runtime of a variant.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    config : QuantizeConfig
+        The variant's block.
+
+    Returns
+    -------
+    str
+        Its name.
+    list of str
+        What is to be said about it in the report.
+
+    Raises
+    ------
+    ConfigError
+        The one that the block asks for cannot run here.
+    """
+    if config.is_rival:
+        return _choose_for_rival(brain, config), []
+    try:
+        name = resolve_backend(config.backend, brain.device)
+        check_extras(name, _extras(config))
+        if RUNTIMES[name].encoder is not None:
+            _check_encoders(dict(brain.modules.items()), config)
+    except ValueError as error:
+        if config.backend != "auto":
+            raise ConfigError(f"quantize.{error}") from error
+        reason = str(error).partition(";")[0].removeprefix("backend: ")
+        return "torch", [f"Evaluated by simulation: {reason}."]
+    cpu = cpu_class()
+    if (
+        RUNTIMES[name].pair_sums
+        and not cpu.exact
+        and config.weight_bits > PAIR_SUM_BITS
+    ):
+        return name, [
+            f"This CPU (class {cpu.name}) has no VNNI: weights of "
+            f"{config.weight_bits} bits were executed with "
+            f"{PAIR_SUM_BITS}."
+        ]
+    return name, []
+
+
+def _choose_for_rival(brain: sb.Brain, config: QuantizeConfig) -> str:
+    try:
+        require_nncf(config.method)
+    except ValueError as error:
+        raise ConfigError(f"quantize.{error}") from error
+    device = str(brain.device)
+    if device != "cpu":
+        raise ConfigError(
+            f"quantize.method: {config.method} runs on a CPU, and the "
+            f"device is {device}; run with --device cpu"
+        )
+    return "openvino"
+
+
+def _extras(config: QuantizeConfig) -> frozenset[str]:
+    """What the plan of a variant needs of a runtime."""
+    if config.plan is None:
+        return config.extras
+    return QuantizationPlan.load(config.plan, with_tensors=False).extras
+
+
+def _check_encoders(
+    modules: Mapping[str, nn.Module], config: QuantizeConfig
+) -> None:
+    """Raises if the integer runtimes do not compute an encoder."""
+    for encoder in find_encoders({key: modules[key] for key in config.target}):
+        if getattr(encoder.wrapper, "output_all_hiddens", False):
+            raise ValueError(
+                "backend: the integer runtimes give the last hidden state "
+                "only, and the recipe wants all; write backend: torch"
+            )
+        try:
+            describe_encoder(encoder.model, encoder.path, {})
+        except ValueError as error:
+            raise ValueError(f"backend: {error}") from error
+
+
+def min_samples(modules: Mapping[str, nn.Module]) -> int:
+    """Samples that give one frame of the first encoder.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+
+    Returns
+    -------
+    int
+        1 without an encoder.
+
+    Example
+    -------
+    >>> min_samples({"lin": nn.Linear(2, 2)})
+    1
+    """
+    samples = 1
+    for encoder in find_encoders(modules)[:1]:
+        for kernel, stride in reversed(encoder.conv_geometry()):
+            samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def check_checkpoint(
+    brain: sb.Brain, max_key: str | None, min_key: str | None
+) -> None:
+    """Raises if a Brain's checkpointer has nothing to recover.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    max_key, min_key : str or None
+        As of ``Brain.evaluate``.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the folder.
+    """
+    checkpointer = brain.checkpointer
+    if checkpointer is None or brain.debug:
+        return
+    found = checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
+    if found is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {checkpointer.checkpoints_dir}: train "
+            "first, or set quantize.require_checkpoint to false if the "
+            "weights come from elsewhere"
+        )
