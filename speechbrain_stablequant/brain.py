@@ -20,6 +20,7 @@ from .baselines.qat import Trainer
 from .data import Batches, audio_of
 from .evaluation import Transcript
 from .replay import StopForward
+from .runtime.base import PREPARATION
 from .search import Score
 
 
@@ -89,6 +90,9 @@ def transcripts_of(metric: Any) -> list[Transcript]:
 class ForwardClock:
     """Sums the time that a Brain spends recognising.
 
+    The first batch is left out where there are others: it loads libraries and
+    allocates. So is what a runtime compiles for a length that it meets first.
+
     Arguments
     ---------
     brain : sb.Brain
@@ -103,8 +107,20 @@ class ForwardClock:
         self.brain = brain
         self.signal = signal
         self.sample_rate = sample_rate
-        self.seconds = 0.0
-        self.audio_seconds = 0.0
+        self._batches: list[tuple[float, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Of computing."""
+        return sum(seconds for seconds, _ in self._counted())
+
+    @property
+    def audio_seconds(self) -> float:
+        """Of the audio that was recognised in this time."""
+        return sum(audio for _, audio in self._counted())
+
+    def _counted(self) -> list[tuple[float, float]]:
+        return self._batches[1:] or self._batches
 
     @contextmanager
     def running(self) -> Iterator["ForwardClock"]:
@@ -114,12 +130,14 @@ class ForwardClock:
         def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
             wavs, relative = audio_of(batch, self.signal)
             samples = float((relative * wavs.shape[1]).sum())
-            self.audio_seconds += samples / self.sample_rate
             self._synchronise()
+            prepared = PREPARATION.seconds
             start = time.perf_counter()
             result = inner(batch, *args, **kwargs)
             self._synchronise()
-            self.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            seconds -= PREPARATION.seconds - prepared
+            self._batches.append((seconds, samples / self.sample_rate))
             return result
 
         with shadowed(self.brain, "compute_forward", timed):

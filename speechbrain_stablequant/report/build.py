@@ -475,7 +475,8 @@ def _measurement(report: dict) -> Section:
         "quantized one the file on disk, weights packed to their bits, scales "
         f"in 32 bits, all else as {_float_parts(report)}, as it was "
         "evaluated. 1 MB is 1e6 bytes.",
-        "Real-time factor: seconds of computing for one second of audio.",
+        "Real-time factor: seconds of computing for one second of audio, "
+        "without the first batch and what is compiled for new lengths.",
     ]
     if is_simulated(report):
         notes[-1] += (

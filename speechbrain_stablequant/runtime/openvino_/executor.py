@@ -7,7 +7,7 @@ import numpy as np
 import openvino as ov
 import torch
 
-from ..base import require_frame
+from ..base import PREPARATION, require_frame
 from ..cpu import cpu_class
 from ..encoder import EncoderSpec
 from ..reference import valid_frame_mask
@@ -141,7 +141,9 @@ class OpenVINOExecutor:
             key = _ANY
         if key not in self._requests:
             logger.info("compiling for batch %d, %d frames (-1: any)", *key)
-            self._requests[key] = self.compile(*key).create_infer_request()
+            with PREPARATION.running():
+                compiled = self.compile(*key)
+            self._requests[key] = compiled.create_infer_request()
         return self._requests[key]
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 
 from ...kernels.trial import failure_on_card
 from ...kernels.tuning import Tuner, cache_folder
+from ..base import PREPARATION
 from ..encoder import EncoderSpec
 from .buckets import LeastRecent, bucket_samples
 from .network import Network
@@ -138,6 +139,10 @@ class Graphs:
             output = self.network(inputs)
         return Capture(inputs, graph, output)
 
+    def _prepared(self, key: tuple[int, int]) -> Capture:
+        with PREPARATION.running(torch.cuda.synchronize):
+            return self._capture(key)
+
     def __call__(
         self,
         key: tuple[int, int],
@@ -145,7 +150,7 @@ class Graphs:
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         """The network's output for a batch, by the graph of its shape."""
-        capture = self.kept.get(key, self._capture)
+        capture = self.kept.get(key, self._prepared)
         capture.inputs.fill(wavs, lengths)
         capture.graph.replay()
         return capture.output
@@ -249,11 +254,16 @@ class TritonExecutor:
         key = (batch, bucket_samples(self.spec, samples))
         on_cuda = self.device.type == "cuda"
         with torch.cuda.device(self.device) if on_cuda else _NOWHERE:
-            if self.graphs is not None and self._met(key):
+            met = self._met(key)
+            if self.graphs is not None and met:
                 out = self.graphs(key, wavs, lengths)
             else:
                 inputs = Inputs.empty(*key, self.device)
                 inputs.fill(wavs, lengths)
+                if on_cuda and not met:
+                    # compiles, and measures tiles
+                    with PREPARATION.running(torch.cuda.synchronize):
+                        self._run(inputs)
                 out = self._run(inputs)
             # a copy: the next replay overwrites the graph's output
             return out[:, :frames].to(torch.float32, copy=True)
