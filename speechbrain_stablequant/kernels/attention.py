@@ -144,7 +144,7 @@ def _attend(
     return acc, total, new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])
 def attention_kernel(
     qkv,
     out,

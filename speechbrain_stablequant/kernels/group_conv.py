@@ -114,7 +114,7 @@ def reference(
     return finish(y, gelu, dtype, 1.0, 127, None, residual)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "frames", "frames_in"])
 def group_conv_kernel(
     x,
     weight,

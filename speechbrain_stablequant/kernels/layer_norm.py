@@ -82,7 +82,7 @@ def reference_both(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
     x,
     out,

@@ -211,7 +211,8 @@ def pack_conv_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.transpose(1, 2).reshape(weight.shape[0], -1).contiguous()
 
 
-@triton.jit
+# Sizes that change from input to input must not ask for a compilation.
+@triton.jit(do_not_specialize=["rows", "period"])
 def matmul_kernel(
     x,
     weight,

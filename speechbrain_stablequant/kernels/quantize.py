@@ -44,7 +44,7 @@ def reference(
     return finish(x.float(), gelu, torch.int8, inverse, limit, zero=zero)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
     x,
     out,

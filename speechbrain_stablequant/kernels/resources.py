@@ -131,9 +131,20 @@ def launches_of(function: Callable, *args: Any, **kwargs: Any) -> list[Launch]:
     return launches
 
 
-def _specialise(launch: Launch) -> ASTSource:
-    """The source with the types, constants and alignments of a launch, as
-    Triton derives them from values: divisibility by 16, and ones."""
+def specialise(launch: Launch) -> ASTSource:
+    """What Triton would compile for a launch.
+
+    Arguments
+    ---------
+    launch : Launch
+        The launch.
+
+    Returns
+    -------
+    triton.compiler.ASTSource
+        With the types, constants and alignments that Triton derives from
+        values: divisibility by 16, and ones.
+    """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list] = {}
@@ -141,7 +152,9 @@ def _specialise(launch: Launch) -> ASTSource:
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments[name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        is_one = type(value) is int and value == 1
+        if parameter.is_constexpr or (special and is_one):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, torch.Tensor):
@@ -152,7 +165,7 @@ def _specialise(launch: Launch) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(index,)] = aligned
     return ASTSource(launch.kernel, signature, constants, attributes)
 
@@ -202,7 +215,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         The assembler refuses it.
     """
     compiled = triton.compile(
-        _specialise(launch),
+        specialise(launch),
         target=GPUTarget("cuda", arch, 32),
         options=launch.options,
     )

@@ -289,7 +289,7 @@ def _product(
         return tl.dot(x.to(w.dtype), w.T, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "frames", "samples"])
 def wave_conv_kernel(
     wave,
     weight,
@@ -366,7 +366,7 @@ def wave_conv_kernel(
         store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "samples", "batch"])
 def wave_sums_kernel(
     wave,
     weight,
@@ -410,7 +410,7 @@ def wave_sums_kernel(
     tl.atomic_add(place, square, mask=inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "samples", "batch"])
 def wave_moments_kernel(
     wave,
     weight,

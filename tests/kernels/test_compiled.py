@@ -6,6 +6,7 @@ fits onto the multiprocessor.
 """
 
 import os
+from inspect import signature as signature_of
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from speechbrain_stablequant.kernels import (
 from speechbrain_stablequant.kernels.resources import (
     compile_launch,
     launches_of,
+    specialise,
 )
 from speechbrain_stablequant.kernels.tuning import Config
 
@@ -274,3 +276,56 @@ def test_what_is_no_product(arch):
         (quantize.launch, (x, 2.0, 127, True, -113)),
     ):
         check(arch, compiled(arch, function, *arguments), kind=None)
+
+
+def _launches(batch: int, frames: int):
+    """Launches of every kernel on a batch of some length."""
+    x, vector = meta(batch, frames, 64, dtype=HALF), meta(64)
+    q, square = meta(batch, frames, 64, dtype=INT8), meta(64, 64, dtype=INT8)
+    norm, ends = (vector, vector, 1e-5), (True, HALF)
+    kernel = meta(64, 192, dtype=INT8)
+    grouped = meta(4, 16, 16, 32, dtype=INT8)
+    wave = meta(batch, 5 * frames + 5)
+    taps, half = meta(64, 10, dtype=INT8), meta(64, 10, dtype=HALF)
+    real = meta(batch, dtype=torch.int64)
+    count = meta(dtype=torch.int64)
+    own = meta(batch, 64)
+    tile = Config(64, 64, 64, 4, 2)
+    grid = (1.0, 127)
+    for function, arguments in (
+        (matmul.launch_linear, (q, square, vector, vector, x, *ends)),
+        (matmul.launch_conv1d, (q, kernel, vector, None, 3, 2, *norm, *ends)),
+        (group_conv.launch, (q, grouped, vector, None, x, 8, 1, *ends)),
+        (attention.launch, (meta(batch, frames, 192, dtype=HALF), 1, real)),
+        (layer_norm.launch, (x, *norm, *ends)),
+        (quantize.launch, (x, 1.0, 127)),
+        (wave_conv.launch_sums, (wave, *grid, taps, 5, count)),
+        (wave_conv.launch_moments, (wave, half, 5, count)),
+        (
+            wave_conv.launch,
+            (wave, *grid, taps, own, own, 5, None, None, 0.0, *ends),
+        ),
+    ):
+        options = (
+            {}
+            if "config" not in signature_of(function).parameters
+            else {"config": tile}
+        )
+        if function is attention.launch:
+            arguments = (*arguments, HALF)
+        yield from launches_of(function, *arguments, **options)
+
+
+def test_another_length_needs_no_compilation():
+    """Tiles are given: what is left are the sizes themselves."""
+    sources = [
+        [specialise(launch) for launch in _launches(*size)]
+        for size in ((1, 17), (3, 64), (16, 63))
+    ]
+    assert len(sources[0]) == 9
+    for same in zip(*sources, strict=True):
+        kept = {
+            (s.name, str(s.signature), str(s.constants), str(s.attrs))
+            for s in same
+        }
+        assert len(kept) == 1
