@@ -313,6 +313,8 @@ def launch(
                 frames, batch * heads, width, qkv.element_size(), qkv.device
             ),
             run,
+            # what is behind the real frames depends on the tile
+            lambda: out if real is None else out[:, : int(real.min())],
         )
     run(config)
     return out

@@ -270,6 +270,7 @@ def launch(
             f"/{str(dtype).removeprefix('torch.')}",
             rank(tiles, rows, groups * columns, q.device),
             run,
+            lambda: out,
         )
     run(config)
     return out

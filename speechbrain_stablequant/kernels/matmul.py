@@ -387,6 +387,7 @@ def _launch(
                 rows, columns, weight.shape[1], norm is not None, out.device
             ),
             run,
+            lambda: out,
         )
     run(config)
 

@@ -21,6 +21,7 @@ import torch
 import triton
 
 from ..files import read_json, write_json
+from .compare import HALF_TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
 
@@ -324,8 +325,11 @@ class Tuner:
         key: str,
         candidates: Sequence[Config],
         run: Callable[[Config], None],
+        result: Callable[[], torch.Tensor] | None = None,
     ) -> Config:
         """The fastest candidate, measured at the first call for a key.
+
+        One whose result differs from that of the first is left out.
 
         Arguments
         ---------
@@ -335,6 +339,8 @@ class Tuner:
             At least one.
         run : callable
             Launches the kernel with a candidate.
+        result : callable, optional
+            What the last launch has written.
 
         Returns
         -------
@@ -349,8 +355,23 @@ class Tuner:
         # a file of an earlier version may name a tile that is gone
         if known in candidates:
             return known
-        candidates = candidates[:MEASURED]
-        times = {c: self.measure(lambda c=c: run(c)) for c in candidates}
+        times, expected = {}, None
+        for tile in candidates[:MEASURED]:
+            times[tile] = self.measure(lambda tile=tile: run(tile))
+            if result is None or times[tile] == float("inf"):
+                continue
+            if expected is None:
+                expected = result().clone()
+                continue
+            reason = difference(result(), expected, HALF_TOLERANCE)
+            if reason is not None:
+                logger.warning(
+                    "%s: the result of %s %s; it is not used, please report",
+                    key,
+                    tile,
+                    reason,
+                )
+                times[tile] = float("inf")
         best = min(times, key=times.get)
         if times[best] == float("inf"):
             raise RuntimeError(f"{key}: this device can run none of the tiles")
@@ -373,7 +394,10 @@ _current: ContextVar[Tuner | None] = ContextVar("tuner", default=None)
 
 
 def select(
-    key: str, candidates: Sequence[Config], run: Callable[[Config], None]
+    key: str,
+    candidates: Sequence[Config],
+    run: Callable[[Config], None],
+    result: Callable[[], torch.Tensor] | None = None,
 ) -> Config:
     """The tile to run with.
 
@@ -385,6 +409,8 @@ def select(
         Best guess first.
     run : callable
         Launches the kernel with a candidate.
+    result : callable, optional
+        What the last launch has written: the same with every candidate.
 
     Returns
     -------
@@ -394,7 +420,7 @@ def select(
     tuner = _current.get()
     if tuner is None or len(candidates) == 1:
         return candidates[0]
-    return tuner.choose(key, candidates, run)
+    return tuner.choose(key, candidates, run, result)
 
 
 def cache_folder() -> Path:

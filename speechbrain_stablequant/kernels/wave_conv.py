@@ -568,6 +568,7 @@ def launch(
             f"/{str(dtype).removeprefix('torch.')}",
             rank(tiles, batch * frames, columns, wave.device),
             run,
+            lambda: out,
         )
     run(config)
     return out

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from speechbrain_stablequant.kernels.trial import difference
+from speechbrain_stablequant.kernels.compare import difference
 from speechbrain_stablequant.runtime.triton import executor
 
 HAS_DEVICE = torch.cuda.is_available()

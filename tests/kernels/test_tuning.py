@@ -87,6 +87,25 @@ def test_a_tile_that_cannot_run_is_not_chosen():
         tuner.choose("key", [SLOW, FAST], log.append)
 
 
+def test_a_tile_that_computes_something_else_is_not_chosen(caplog):
+    log, written = [], torch.zeros(100, dtype=torch.int8)
+    right, other = torch.arange(100).to(torch.int8), torch.ones(100)
+    values = {SLOW: right, FAST: other.to(torch.int8)}
+    tuner = make_tuner(None, log)
+
+    def run(tile):
+        log.append(tile)
+        written.copy_(values[tile])
+
+    with tuner.active():
+        assert tuning.select("key", [SLOW, FAST], run, lambda: written) == SLOW
+        assert "key: the result of Config(block_m=64, " in caplog.text
+        values[FAST] = right
+        assert (
+            tuning.select("other", [SLOW, FAST], run, lambda: written) == FAST
+        )
+
+
 def test_saving_keeps_what_another_process_measured(tmp_path):
     path, log = tmp_path / "tiles.json", []
     one, other = make_tuner(path, log), make_tuner(path, log)
