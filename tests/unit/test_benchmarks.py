@@ -145,6 +145,62 @@ def test_everyone_gets_the_same_turns(benchmarks):
     }
 
 
+def test_grid_goes_on_and_makes_one_table(
+    benchmarks, ctc_folder, tmp_path, capfd
+):
+    import grid
+
+    arguments = [
+        *("cpu", "--folder", str(tmp_path), "--models", str(ctc_folder)),
+        *("--lengths", "0.2", "0.3", "--batches", "1"),
+        *("--executors", "ours_torch,torch_fp32", "--rounds", "1"),
+    ]
+    text = grid.main([*arguments, "--minutes", "0.001"])
+    assert text.count("0.2 s x 1") == 1
+    assert "0.3 s" not in text
+    assert "0.001 minutes are over" in capfd.readouterr().err
+    (first,) = tmp_path.glob("*-0.2s-1.json")
+    before = first.stat().st_mtime_ns
+    head, _, ours, float_row = grid.main(arguments).splitlines()[-4:]
+    assert first.stat().st_mtime_ns == before
+    name = ctc_folder.name
+    assert head == f"| median ms | {name} 0.2 s x 1 | {name} 0.3 s x 1 |"
+    assert ours.startswith("| ours_torch | ")
+    assert ours.count("(1.00x)") == 2
+    rows = json.loads(first.read_text())["rows"]
+    times = {row["executor"]: row["median_ms"] for row in rows}
+    ratio = times["torch_fp32"] / times["ours_torch"]
+    assert float_row.startswith(
+        f"| torch_fp32 | {times['torch_fp32']:.2f} ({ratio:.2f}x) |"
+    )
+
+
+def test_grid_says_what_failed(benchmarks, tmp_path, capfd):
+    import grid
+
+    arguments = ["cpu", "--folder", str(tmp_path), "--models", "none"]
+    with pytest.raises(SystemExit, match="no size was measured"):
+        grid.main([*arguments, "--lengths", "1", "--batches", "1"])
+    assert "('none', 1.0, 1): failed" in capfd.readouterr().err
+    found = {("a", 1.0, 1): {"machine": {}, "rows": [
+        {"executor": "x", "median_ms": None},
+        {"executor": "y", "median_ms": 2.0},
+    ]}}  # fmt: skip
+    assert grid.table(found).splitlines()[2:] == [
+        "| x | failed |",
+        "| y | 2.00 |",
+    ]
+
+
+def test_grid_begins_with_what_tells_most(benchmarks):
+    import grid
+
+    found = grid.sizes(grid.MODELS, [5.0, 10.0], [1, 8])
+    assert found[:2] == [("hubert-large", 10.0, 8), ("hubert-large", 10.0, 1)]
+    assert found[2] == ("wav2vec2-base", 10.0, 8)
+    assert len(found) == len(set(found)) == 8
+
+
 @pytest.mark.parametrize("script", ["gpu", "operators"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_gpu_scripts_need_a_device(benchmarks, script):
