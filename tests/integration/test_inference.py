@@ -22,6 +22,7 @@ from speechbrain_stablequant.checkpoint import (
     load_checkpoint,
     rounded_floats,
 )
+from speechbrain_stablequant.evaluation import Transcript, score
 from speechbrain_stablequant.runtime import build_forwards, resolve_backend
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 
@@ -34,6 +35,7 @@ quantize: !apply:speechbrain_stablequant.register
     calibration: {num_utterances: 6}
     backend: torch
 """
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIMULATED = {"overrides": {"backend": "torch"}}
 
 FOUR_LINES = """\
@@ -237,6 +239,48 @@ def test_four_lines_elsewhere_and_offline(trained, folder, tmp_path):
     assert text == load(folder, overrides={}).transcribe_file(str(audio))
     # Nothing is left where it ran.
     assert not list(empty.iterdir())
+
+
+def test_error_rates_of_a_folder(
+    trained, folder, written, tmp_path, monkeypatch
+):
+    """The benchmark that compares runtimes counts what they transcribe."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import wer
+
+    files = audio_files(trained)
+    asr = load(folder)
+    said = {file.stem: asr.transcribe_file(str(file)) for file in files}
+    # one wrong word in each of the first three, if they are recognised alike
+    words = {name: text or "NOTHING" for name, text in said.items()}
+    for file in files[:3]:
+        words[file.stem] += " WRONG"
+    known = score([Transcript(n, words[n], said[n]) for n in words])
+    chapter = tmp_path / "split" / "1" / "2"
+    chapter.mkdir(parents=True)
+    for file in files:
+        soundfile.write(chapter / f"{file.stem}.flac", *soundfile.read(file))
+    lines = [f"{key} {text}\n" for key, text in words.items()]
+    (chapter / "1-2.trans.txt").write_text("".join(lines))
+    rows = wer.main(
+        [
+            *(str(folder), "--split", str(tmp_path / "split")),
+            *("--backends", "torch", "torch_int8", "--batches", "1", "3"),
+            *("--json", str(tmp_path / "rows.json")),
+        ]
+    )
+    assert rows == json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["runtime"], r["batch"]) for r in rows] == [
+        (name, size) for name in ("torch", "torch_int8") for size in (1, 3)
+    ]
+    assert rows[0]["wer"] == pytest.approx(known.wer, abs=1e-3)
+    assert known.wer > 0
+    assert rows[0]["delta"] == rows[0]["low"] == rows[0]["high"] == 0
+    for row in rows[1:]:
+        expected = row["wer"] - rows[0]["wer"]
+        assert row["delta"] == pytest.approx(expected, abs=2e-3)
+    with pytest.raises(SystemExit, match=r"no \*.trans.txt below it"):
+        wer.main([str(folder), "--split", str(written / "save")])
 
 
 def test_runtime_of_the_device(trained, folder):
