@@ -1,7 +1,6 @@
 """A SpeechBrain Brain with its data, seen as a recogniser to quantize."""
 
 import copy
-import time
 from collections.abc import (
     Callable,
     Iterable,
@@ -20,7 +19,7 @@ from .baselines.qat import Trainer
 from .data import Batches, audio_of
 from .evaluation import Transcript
 from .replay import StopForward
-from .runtime.base import PREPARATION
+from .runtime.timing import BatchTimes
 from .search import Score
 
 
@@ -107,20 +106,18 @@ class ForwardClock:
         self.brain = brain
         self.signal = signal
         self.sample_rate = sample_rate
-        self._batches: list[tuple[float, float]] = []
+        self._times = BatchTimes(self._synchronise)
+        self._audio: list[float] = []
 
     @property
     def seconds(self) -> float:
         """Of computing."""
-        return sum(seconds for seconds, _ in self._counted())
+        return sum(self._times.counted(self._times.seconds))
 
     @property
     def audio_seconds(self) -> float:
         """Of the audio that was recognised in this time."""
-        return sum(audio for _, audio in self._counted())
-
-    def _counted(self) -> list[tuple[float, float]]:
-        return self._batches[1:] or self._batches
+        return sum(self._times.counted(self._audio))
 
     @contextmanager
     def running(self) -> Iterator["ForwardClock"]:
@@ -130,14 +127,9 @@ class ForwardClock:
         def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
             wavs, relative = audio_of(batch, self.signal)
             samples = float((relative * wavs.shape[1]).sum())
-            self._synchronise()
-            prepared = PREPARATION.seconds
-            start = time.perf_counter()
-            result = inner(batch, *args, **kwargs)
-            self._synchronise()
-            seconds = time.perf_counter() - start
-            seconds -= PREPARATION.seconds - prepared
-            self._batches.append((seconds, samples / self.sample_rate))
+            with self._times.batch():
+                result = inner(batch, *args, **kwargs)
+            self._audio.append(samples / self.sample_rate)
             return result
 
         with shadowed(self.brain, "compute_forward", timed):

@@ -175,7 +175,7 @@ def failure_on_card(
         except OSError as error:
             logger.warning(
                 "%s: cannot be written (%s); the kernels are tried again by "
-                "each process, which takes some seconds",
+                "each process",
                 path,
                 error.strerror,
             )

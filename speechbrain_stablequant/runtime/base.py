@@ -6,7 +6,6 @@ with single layers: the Brain, its wrapper and its checkpoints stay as they
 are. Layers outside the encoder (the heads) are shadowed one by one.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -74,54 +73,6 @@ def require_frame(frames: int, samples: int) -> None:
             f"an input of {samples} samples is too short for the model; "
             "leave out utterances below 0.03 s"
         )
-
-
-class Preparation:
-    """Seconds that runtimes spent on getting ready, not on computing.
-
-    Some compile when a length is first met, and keep the result. What is
-    spent so is counted here, for whoever takes the time of a forward pass.
-
-    Arguments
-    ---------
-    seconds : float
-        Since the process began.
-
-    Example
-    -------
-    >>> preparation = Preparation()
-    >>> with preparation.running():
-    ...     sum(range(1000))
-    499500
-    >>> preparation.seconds > 0
-    True
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(
-        self, wait: Callable[[], None] = lambda: None
-    ) -> Iterator[None]:
-        """Context of what is not computing.
-
-        Arguments
-        ---------
-        wait : callable
-            Waits for a device to finish, before and after.
-        """
-        wait()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            wait()
-            self.seconds += time.perf_counter() - start
-
-
-#: Of this process.
-PREPARATION = Preparation()
 
 
 def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:

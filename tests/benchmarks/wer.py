@@ -13,7 +13,6 @@ python tests/benchmarks/wer.py results/quant/1986/quantized \
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from speechbrain_stablequant.evaluation import (
     bootstrap_delta_wer,
     score,
 )
-from speechbrain_stablequant.runtime.base import PREPARATION
+from speechbrain_stablequant.runtime.timing import BatchTimes
 
 SAMPLE_RATE = 16000
 
@@ -95,21 +94,18 @@ def transcribe(
     float
         Seconds, without the first batch and what is compiled for new lengths.
     """
-    made, times = [], []
+    made, times = [], BatchTimes()
     total = -(-len(items) // size)
     bar = tqdm(batches(items, size), what, total, dynamic_ncols=True)
     for part, wavs, lengths in bar:
-        prepared = PREPARATION.seconds
-        start = time.perf_counter()
-        words, _ = asr.transcribe_batch(wavs, lengths)
-        # the text is on the host: the device is done
-        seconds = time.perf_counter() - start
-        times.append(seconds - PREPARATION.seconds + prepared)
+        # when the text is on the host the device is done
+        with times.batch():
+            words, _ = asr.transcribe_batch(wavs, lengths)
         made += [
             Transcript(path.stem, reference, said)
             for (path, reference), said in zip(part, words, strict=True)
         ]
-    return made, sum(times[1:] or times)
+    return made, sum(times.counted(times.seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:

@@ -106,6 +106,15 @@ def test_a_tile_that_computes_something_else_is_not_chosen(caplog):
         )
 
 
+def test_a_large_result_is_compared_in_part(monkeypatch):
+    monkeypatch.setattr(tuning, "_COMPARED", 100)
+    rows = torch.arange(64).expand(100, 64)
+    found = tuning._sample(rows)
+    assert 90 <= len(found) < 200
+    assert len(found.unique()) == 64
+    assert torch.equal(tuning._sample(rows[:1]), rows[0])
+
+
 def test_saving_keeps_what_another_process_measured(tmp_path):
     path, log = tmp_path / "tiles.json", []
     one, other = make_tuner(path, log), make_tuner(path, log)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speechbrain_stablequant.brain import ForwardClock
-from speechbrain_stablequant.runtime.base import PREPARATION
+from speechbrain_stablequant.runtime.timing import PREPARATION
 
 
 class FakeTime:

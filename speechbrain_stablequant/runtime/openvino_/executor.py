@@ -7,11 +7,12 @@ import numpy as np
 import openvino as ov
 import torch
 
-from ..base import PREPARATION, require_frame
+from ..base import require_frame
 from ..cpu import cpu_class
 from ..encoder import EncoderSpec
 from ..reference import valid_frame_mask
 from ..time_norm import gain_and_shift
+from ..timing import PREPARATION
 from .graph import GraphBuilder, first_windows
 
 logger = logging.getLogger(__name__)

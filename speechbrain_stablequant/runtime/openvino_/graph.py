@@ -21,7 +21,6 @@ from ..encoder import AnyLayer, BlockSpec, ConvSpec, EncoderSpec, Norm
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
 
-
 #: Added to integers so that none is negative: oneDNN multiplies unsigned by
 #: signed bytes, and takes longer for signed inputs.
 ZERO_POINT = 128

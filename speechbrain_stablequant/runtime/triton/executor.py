@@ -11,8 +11,8 @@ import torch
 
 from ...kernels.trial import failure_on_card
 from ...kernels.tuning import Tuner, cache_folder
-from ..base import PREPARATION
 from ..encoder import EncoderSpec
+from ..timing import PREPARATION
 from .buckets import LeastRecent, bucket_samples
 from .network import Network
 
