@@ -9,6 +9,7 @@ CUDA a Triton kernel computes it. One file holds one family:
 - ``matmul``: a linear layer, and a strided convolution as implicit product;
 - ``attention``: over the real frames of each utterance;
 - ``wave_conv``: the first convolution, from the waveform;
+- ``wave_gram``: what a GroupNorm behind it needs;
 - ``group_conv``: the positional convolution.
 
 Activations are channels-last ([batch, time, channels]), weights have their
@@ -25,6 +26,7 @@ from . import (
     matmul,
     quantize,
     wave_conv,
+    wave_gram,
 )
 
 __all__ = [
@@ -34,4 +36,5 @@ __all__ = [
     "matmul",
     "quantize",
     "wave_conv",
+    "wave_gram",
 ]

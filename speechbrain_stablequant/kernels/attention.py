@@ -132,11 +132,13 @@ def _attend(
     else:
         k = tl.load(keys + offsets, mask=inside, other=0.0)
         v = tl.load(values + offsets, mask=inside, other=0.0)
-    s = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    s = tl.dot(q, k.T, input_precision=PRECISION)
     if not FULL:
         s = tl.where((column < count)[None, :], s, float("-inf"))
-    new = tl.maximum(largest, tl.max(s, axis=1))
-    p = tl.exp2(s - new[:, None])
+    # the scale is positive: that of the largest score is the largest, and
+    # the others are scaled and subtracted from in one instruction
+    new = tl.maximum(largest, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - new[:, None])
     shrink = tl.exp2(largest - new)
     total = total * shrink + tl.sum(p, axis=1)
     acc = acc * shrink[:, None]
@@ -250,7 +252,10 @@ def _candidates(
         # beside its own queries each tile loads all the keys
         return triton.cdiv(blocks, limits.processors) * (tile.block_m + 32)
 
-    tiles = [Config(m, n, width, w, s) for m, n, w, s in TILES]
+    # float32, for comparisons, is not multiplied by the tensor cores: of
+    # all tiles only the smallest fits into the registers
+    usable = TILES if item < 4 else TILES[-1:]
+    tiles = [Config(m, n, width, w, s) for m, n, w, s in usable]
     fitting = [t for t in tiles if shared(t) <= limits.shared_bytes]
     if not fitting:
         raise ValueError(

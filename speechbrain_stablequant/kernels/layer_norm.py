@@ -11,6 +11,7 @@ import triton.language as tl
 from .device import affine_columns, gelu_erf, standardize_rows, store_tile
 from .library import check_rows, declare
 from .plain import finish
+from .tuning import Config, select, shape_bucket
 
 #: A row is held in registers.
 MAX_CHANNELS = 16384
@@ -108,7 +109,7 @@ def layer_norm_kernel(
     mask = (row[:, None] < rows) & inside[None, :]
     row = row.to(tl.int64)[:, None]
     y = tl.load(x + row * x_stride + column[None, :], mask=mask, other=0.0)
-    y = standardize_rows(y.to(tl.float32), COLUMNS, inside[None, :], eps)
+    y = standardize_rows(y.to(tl.float32), inside[None, :], eps, COLUMNS)
     y = affine_columns(y, weight, bias, column, inside)
     if GELU:
         y = gelu_erf(y)
@@ -120,7 +121,18 @@ def layer_norm_kernel(
         )
 
 
-def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, zero, both):
+def _candidates(columns: int) -> list[Config]:
+    """Rows in one warp meet no barrier; several share the work of a row."""
+    width = triton.next_power_of_2(columns)
+    rows = max(1024 // width, 1)
+    if width <= 1024:
+        return [Config(rows, width, 1, warps, 1) for warps in (1, 4)]
+    return [Config(rows, width, 1, 4 if width <= 2048 else 8, 1)]
+
+
+def _launch(
+    x, weight, bias, eps, gelu, dtype, inverse, limit, zero, both, config
+):
     rows = check_rows("layer_norm", x)
     count, columns = rows.shape
     if columns > MAX_CHANNELS:
@@ -132,46 +144,74 @@ def _launch(x, weight, bias, eps, gelu, dtype, inverse, limit, zero, both):
     out_int8 = (
         torch.empty(x.shape, dtype=torch.int8, device=x.device) if both else out
     )
-    block_n = triton.next_power_of_2(columns)
-    block_m = max(1024 // block_n, 1)
-    layer_norm_kernel[(triton.cdiv(count, block_m),)](
-        rows,
-        out,
-        out_int8,
-        weight,
-        bias,
-        count,
-        rows.stride(0),
-        eps,
-        inverse,
-        float(limit),
-        float(zero),
-        COLUMNS=columns,
-        GELU=gelu,
-        QUANTIZE=dtype == torch.int8,
-        BOTH=both,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=4 if block_n <= 2048 else 8,
-    )
+
+    def run(tile: Config) -> None:
+        layer_norm_kernel[(triton.cdiv(count, tile.block_m),)](
+            rows,
+            out,
+            out_int8,
+            weight,
+            bias,
+            count,
+            rows.stride(0),
+            eps,
+            inverse,
+            float(limit),
+            float(zero),
+            COLUMNS=columns,
+            GELU=gelu,
+            QUANTIZE=dtype == torch.int8,
+            BOTH=both,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+        )
+
+    if config is None:
+        config = select(
+            f"layer_norm/{shape_bucket(count)}x{columns}/{int(gelu)}{int(both)}"
+            f"/{x.dtype}/{dtype}".replace("torch.", ""),
+            _candidates(columns),
+            run,
+            lambda: out,
+        )
+    run(config)
     return out, out_int8
 
 
 def launch(
-    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0
+    x,
+    weight,
+    bias,
+    eps,
+    gelu,
+    dtype,
+    inverse=1.0,
+    limit=127,
+    zero=0,
+    config: Config | None = None,
 ) -> torch.Tensor:
-    """:func:`reference` in Triton; rows of ``x`` may be strided."""
+    """:func:`reference` in Triton; rows of ``x`` may be strided. ``config``
+    overrides the tile, which holds whole rows."""
     return _launch(
-        x, weight, bias, eps, gelu, dtype, inverse, limit, zero, False
+        x, weight, bias, eps, gelu, dtype, inverse, limit, zero, False, config
     )[0]
 
 
 def launch_both(
-    x, weight, bias, eps, dtype, inverse, limit, zero=0
+    x,
+    weight,
+    bias,
+    eps,
+    dtype,
+    inverse,
+    limit,
+    zero=0,
+    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`reference_both` in Triton."""
+    """:func:`reference_both` in Triton. ``config`` overrides the tile."""
     return _launch(
-        x, weight, bias, eps, False, dtype, inverse, limit, zero, True
+        x, weight, bias, eps, False, dtype, inverse, limit, zero, True, config
     )
 
 

@@ -33,6 +33,7 @@ from .tuning import Config, rank, select, shape_bucket
 TILES = (
     Config(128, 256, 128, 8, 3),
     Config(128, 128, 128, 8, 3),
+    Config(128, 128, 128, 4, 3),
     Config(128, 128, 64, 8, 4),
     Config(64, 256, 128, 4, 2),
     Config(128, 64, 128, 4, 4),
@@ -233,6 +234,7 @@ def matmul_kernel(
     zero,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
@@ -258,9 +260,11 @@ def matmul_kernel(
     # Rows and columns beyond the end repeat the last one: loads need no mask.
     m = tl.minimum(row, rows - 1)
     n = tl.minimum(column, COLUMNS - 1)
-    start = (m // period).to(tl.int64) * x_outer + (m % period).to(
-        tl.int64
-    ) * x_inner
+    if OVERLAP:
+        start = (m // period).to(tl.int64) * x_outer
+        start += (m % period).to(tl.int64) * x_inner
+    else:
+        start = m.to(tl.int64) * x_inner
     x_tile = x + start[:, None] + depth[None, :]
     w_tile = weight + n[:, None] * DEPTH + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -279,7 +283,7 @@ def matmul_kernel(
     if NORM:
         inside = column < COLUMNS
         y = scale_and_bias(acc, scale, bias, column, inside, HAS_BIAS)
-        y = standardize_rows(y, COLUMNS, inside[None, :], eps)
+        y = standardize_rows(y, inside[None, :], eps, COLUMNS)
         parts = halves(y, BLOCK_M, BLOCK_N)
     else:
         parts = halves(acc, BLOCK_M, BLOCK_N)
@@ -336,7 +340,8 @@ def _launch(
     config=None,
 ):
     """Runs the kernel; ``out`` is [rows, columns], ``x`` anything with rows at
-    ``(m // period) * x_outer + (m % period) * x_inner``."""
+    ``(m // period) * x_outer + (m % period) * x_inner``; without a ``period``
+    at ``m * x_inner``."""
     rows, columns = out.shape
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
 
@@ -355,7 +360,7 @@ def _launch(
             scale if norm_weight is None else norm_weight,
             scale if norm_bias is None else norm_bias,
             rows,
-            period,
+            period or rows,
             x_outer,
             x_inner,
             0 if residual is None else residual.stride(0),
@@ -365,6 +370,7 @@ def _launch(
             float(zero),
             COLUMNS=columns,
             DEPTH=weight.shape[1],
+            OVERLAP=period is not None,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             NORM=norm is not None,
@@ -414,7 +420,7 @@ def launch_linear(
     _launch(
         "linear",
         rows,
-        max(rows.shape[0], 1),
+        None,
         0,
         rows.stride(0),
         weight,

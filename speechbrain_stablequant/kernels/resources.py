@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*")
 
 
@@ -71,6 +72,10 @@ class Resources:
         Of a block.
     tensor_core : tuple of str
         Distinct matrix instructions in the PTX.
+    instructions : int
+        Of a thread, outside of loops.
+    loop_instructions : int
+        Of a thread, one pass through each loop.
     ptx : str
         The code.
     """
@@ -81,6 +86,8 @@ class Resources:
     shared_bytes: int
     warps: int
     tensor_core: tuple[str, ...]
+    instructions: int
+    loop_instructions: int
     ptx: str = field(repr=False)
 
 
@@ -172,14 +179,13 @@ def specialise(launch: Launch) -> ASTSource:
 
 def _assemble(ptx: str, arch: int) -> str:
     """What the assembler says about a kernel."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     suffix = "a" if arch >= 90 else ""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "kernel.ptx"
         source.write_text(ptx)
         done = subprocess.run(
             [
-                str(folder / "ptxas"),
+                str(_BIN / "ptxas"),
                 "-v",
                 f"--gpu-name=sm_{arch}{suffix}",
                 str(source),
@@ -193,6 +199,68 @@ def _assemble(ptx: str, arch: int) -> str:
     if done.returncode:
         raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[0]}")
     return done.stderr
+
+
+#: A label, or an instruction with what it is applied to.
+_LINE = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*\w+\*/\s+(?:@\S+\s+)?(\S+)(.*))")
+
+
+def count_instructions(listing: str) -> tuple[int, int]:
+    """Instructions of a disassembled kernel, outside of and in loops.
+
+    Arguments
+    ---------
+    listing : str
+        What ``nvdisasm`` prints.
+
+    Returns
+    -------
+    tuple of int
+        Those that a thread meets once, and those of one pass through each
+        loop. Branches forward are taken for never taken.
+
+    Example
+    -------
+    >>> count_instructions(
+    ...     " /*00*/ MOV R1, R2 ;\\n.L_x_1:\\n /*10*/ FADD R1, R1, R2 ;\\n"
+    ...     " /*20*/ @P0 BRA `(.L_x_1) ;\\n /*30*/ EXIT ;\\n")
+    (2, 2)
+    """
+    labels: dict[str, int] = {}
+    in_loop: list[bool] = []
+    for line in listing.splitlines():
+        found = _LINE.match(line)
+        if found is None:
+            continue
+        label, name, rest = found.groups()
+        if label:
+            labels[label] = len(in_loop)
+            continue
+        if name.startswith("NOP"):
+            continue
+        in_loop.append(False)
+        target = re.search(r"\.L_x_\d+", rest)
+        if name.startswith("BRA") and target and target[0] in labels:
+            start = labels[target[0]]
+            # the last instruction of all jumps to itself
+            if start < len(in_loop) - 1:
+                in_loop[start:] = [True] * (len(in_loop) - start)
+    return in_loop.count(False), in_loop.count(True)
+
+
+def _disassemble(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run(
+            [str(_BIN / "nvdisasm"), "-c", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"nvdisasm: {done.stderr.strip().splitlines()[0]}")
+    return done.stdout
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
@@ -221,6 +289,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     )
     ptx = compiled.asm["ptx"]
     report = _assemble(ptx, arch)
+    once, loops = count_instructions(_disassemble(compiled.asm["cubin"]))
 
     def number(pattern: str) -> int:
         return sum(int(n) for n in re.findall(pattern, report))
@@ -232,5 +301,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         shared_bytes=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(ptx)))),
+        instructions=once,
+        loop_instructions=loops,
         ptx=ptx,
     )

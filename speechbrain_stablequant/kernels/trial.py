@@ -37,13 +37,15 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
     float
         Tolerance for its result, see :func:`difference`.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu")
 
     def int8(*shape: int) -> torch.Tensor:
-        made = torch.randint(-127, 128, shape, generator=generator)
+        made = torch.randint(
+            -127, 128, shape, generator=generator, device="cpu"
+        )
         return made.to(torch.int8)
 
     exact = 1e-5
@@ -75,11 +77,12 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
     own = (torch.stack([scale, 2 * scale]), torch.stack([bias, -bias]))
     yield "wave_conv", (*wave, *own, 5, *plain, *end), exact
     frames = torch.tensor(120)
-    yield "wave_conv_sums", (*wave, 5, frames), exact
+    window = (10, 5, frames)
+    yield "wave_gram", (*wave[:3], torch.int8, *window), exact
     taps = normal(128, 10).half()
     unscaled = (wave[0], 1.0, 127, taps, torch.ones(128), bias, 5)
     yield "wave_conv", (*unscaled, *norm, *end), exact
-    yield "wave_conv_moments", (wave[0], taps, 5, frames), exact
+    yield "wave_gram", (*wave[:3], torch.float16, *window), exact
     # the frames that are not real are in the tile of one that is, so that
     # their results are defined as well
     qkv, real = normal(2, 70, 3 * 128).half() * 3, torch.tensor([65, 70])

@@ -8,6 +8,7 @@ The rule estimates: a multiprocessor works off its share of the tiles one
 after the other, and each takes as long as its products or its loads do.
 """
 
+import functools
 import logging
 import os
 import statistics
@@ -115,6 +116,17 @@ class Config:
         return self.num_stages * (self.block_m + self.block_n) * self.block_k
 
 
+@functools.cache
+def _card_limits(index: int) -> Limits:
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return Limits(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        _PRODUCTS.get(capability, _OTHER_PRODUCTS),
+    )
+
+
 def device_limits(device: torch.device) -> Limits:
     """What a device has.
 
@@ -130,13 +142,8 @@ def device_limits(device: torch.device) -> Limits:
     """
     if device.type != "cuda":
         return _assumed.get()
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    return Limits(
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        _PRODUCTS.get(capability, _OTHER_PRODUCTS),
-    )
+    index = device.index
+    return _card_limits(torch.cuda.current_device() if index is None else index)
 
 
 def shape_bucket(size: int) -> int:
@@ -191,7 +198,15 @@ def rank(
     ValueError
         None fits.
     """
-    limits = device_limits(device)
+    return list(
+        _ranked(tuple(candidates), rows, columns, device_limits(device))
+    )
+
+
+@functools.lru_cache(4096)
+def _ranked(
+    candidates: tuple[Config, ...], rows: int, columns: int, limits: Limits
+) -> tuple[Config, ...]:
     shared = limits.shared_bytes
     fitting = [c for c in candidates if c.shared_bytes() <= shared]
     if not fitting:
@@ -207,7 +222,7 @@ def rank(
         share = triton.cdiv(tiles, limits.processors)
         return share * max(m * n / limits.products, (m + n) / _LOADED_BYTES)
 
-    return sorted(fitting, key=cycles)
+    return tuple(sorted(fitting, key=cycles))
 
 
 def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
@@ -230,6 +245,12 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
             run()
     except triton.OutOfResources:
         logger.debug("a tile does not fit onto this device")
+        return float("inf")
+    except torch.OutOfMemoryError:
+        raise
+    # whatever a compiler raises that cannot do one tile
+    except Exception as error:
+        logger.warning("a tile is left out: %s", str(error).strip())
         return float("inf")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     cache = torch.empty(

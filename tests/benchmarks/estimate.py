@@ -1,14 +1,16 @@
 """Estimates the triton runtime's time from a card's data sheet, without one.
 
 For each operator and shape: the floor in bytes and operations, the time that
-a card of given bandwidth and int8 peak needs for it, and how much of a
-multiprocessor the compiled kernel's registers and shared memory let it use.
+a card of given bandwidth and int8 peak needs for it, the time that the compiled
+kernel's instructions take if each scheduler issues one in every cycle, and how
+much of a multiprocessor its registers and shared memory let it use.
 
     python tests/benchmarks/estimate.py --seconds 10 --batch 1 8 32
     python tests/benchmarks/estimate.py --bandwidth 1008 --tops 660 --arch 86
 
-Nothing here is measured. No kernel reaches its floor: launches, waiting for
-memory and the arithmetic after a product come on top.
+Nothing here is measured. No kernel reaches its floor: launches and waiting come
+on top, and where one block has a multiprocessor for itself its instructions
+come after its products instead of beside them.
 """
 
 import argparse
@@ -54,6 +56,8 @@ ARCHITECTURES = {
     90: Architecture(228, 64, 32, 4096),
 }
 REGISTERS = 65536
+#: Of a multiprocessor; each issues an instruction of a warp in a cycle.
+SCHEDULERS = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,12 @@ class Card:
         """The longer of moving and computing."""
         computing = integer_ops / self.tops + float_ops / self.tflops
         return max(moved / self.bandwidth * 1e-3, computing * 1e-6)
+
+    @property
+    def clock(self) -> float:
+        """MHz at which its multiprocessors reach the int8 peak."""
+        products = self.processors * ARCHITECTURES[self.arch].products
+        return self.tops * 1e6 / (2 * products)
 
 
 CARDS = {
@@ -144,6 +154,43 @@ def occupancy(found: Resources, launch: Launch, card: Card) -> Occupancy:
     )
     waves = launch.blocks / max(blocks * card.processors, 1)
     return Occupancy(blocks, blocks * found.warps / arch.max_warps, waves)
+
+
+def passes(launch: Launch) -> int:
+    """How often a block goes through the loop of its kernel."""
+    of = launch.arguments
+    match launch.kernel.__name__:
+        case "matmul_kernel":
+            return -(-of["DEPTH"] // of["BLOCK_K"])
+        case "group_conv_kernel":
+            return -(-of["TAPS"] // (of["BLOCK_K"] // of["WIDTH"]))
+        case "attention_kernel":
+            # the last keys are masked, behind the loop
+            return of["frames"] // of["BLOCK_N"]
+        case "wave_gram_kernel":
+            return -(-of["TAPS"] // 2)
+    return 0
+
+
+def issue_microseconds(found: Resources, launch: Launch, card: Card) -> float:
+    """Time of a kernel's instructions at one a cycle and scheduler.
+
+    Arguments
+    ---------
+    found : Resources
+        Of the compiled kernel.
+    launch : Launch
+        How many blocks there are, and how long their loops.
+    card : Card
+        The card.
+
+    Returns
+    -------
+    float
+    """
+    each = found.instructions + found.loop_instructions * passes(launch)
+    total = each * found.warps * launch.blocks
+    return total / (card.processors * SCHEDULERS * card.clock)
 
 
 def choose(op: Op, card: Card) -> Launch:
@@ -230,10 +277,11 @@ def _table(
     )
     if compiled:
         head += (
-            f"  {'tile':>12} {'regs':>4} {'kB':>4} {'blocks':>6} "
-            f"{'warps':>5} {'waves':>6}"
+            f" {'issue us':>8}  {'tile':>12} {'regs':>4} {'kB':>4} "
+            f"{'blocks':>6} {'warps':>5} {'waves':>6}"
         )
     yield head
+    longer = 0.0
     for row in rows:
         op = row.op
         gop = (op.integer_ops + op.float_ops) * op.count * 1e-9
@@ -247,8 +295,10 @@ def _table(
             launch = choose(op, card)
             found = compile_once(launch, card.arch)
             fit = occupancy(found, launch, card)
+            issue = issue_microseconds(found, launch, card) * op.count
+            longer += max(issue, row.int8_us)
             line += (
-                f"  {_tile(launch):>12} {found.registers:4} "
+                f" {issue:8.1f}  {_tile(launch):>12} {found.registers:4} "
                 f"{found.shared_bytes // 1024:4} {fit.blocks:6} "
                 f"{fit.warps:5.0%} {fit.waves:6.2f}"
             )
@@ -258,6 +308,11 @@ def _table(
         f"{total:8.1f} {'100.0%':>6} {float_total:8.1f}  ideal ratio "
         f"{float_total / total:.2f}"
     )
+    if compiled:
+        yield (
+            f"{'the longer of it and issue':26} {'':>18} {'':>3} {'':>8} "
+            f"{'':>8} {longer:8.1f}"
+        )
 
 
 def _summary(models, seconds, batches, cards) -> str:

@@ -5,7 +5,9 @@ had no time left, goes on. The most telling sizes come first.
 
 Example
 -------
-python tests/benchmarks/grid.py gpu --folder results/gpu --minutes 10
+python tests/benchmarks/grid.py gpu --folder results/gpu
+python tests/benchmarks/grid.py gpu --folder results/gpu --minutes 5 \\
+    --executors ours_triton,torch_bf16_graphs,torch_fp32  # nothing to compile
 """
 
 import argparse
@@ -63,7 +65,11 @@ def file_of(folder: Path, size: Size) -> Path:
 
 
 def measure(
-    script: str, size: Size, folder: Path, options: Sequence[str]
+    script: str,
+    size: Size,
+    folder: Path,
+    options: Sequence[str],
+    minutes: float | None = None,
 ) -> bool:
     """Runs the benchmark at one size.
 
@@ -77,6 +83,8 @@ def measure(
         Where the rows are written.
     options : sequence of str
         More of the script's options.
+    minutes : float, optional
+        Left for it.
 
     Returns
     -------
@@ -85,15 +93,20 @@ def measure(
     """
     model, seconds, batch = size
     unfinished = folder / "unfinished.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, str(HERE / f"{script}.py"), "--no-peak"),
-            *("--model", model, "--seconds", f"{seconds:g}"),
-            *("--batch", str(batch), "--json", str(unfinished)),
-            *("--folder", str(folder / "files"), *options),
-        ],
-        check=False,
-    )
+    limit = [] if minutes is None else ["--minutes", f"{minutes:.3f}"]
+    try:
+        done = subprocess.run(
+            [
+                *(sys.executable, str(HERE / f"{script}.py"), "--no-peak"),
+                *("--model", model, "--seconds", f"{seconds:g}"),
+                *("--batch", str(batch), "--json", str(unfinished)),
+                *("--folder", str(folder / "files"), *limit, *options),
+            ],
+            check=False,
+            timeout=None if minutes is None else 60 * minutes,
+        )
+    except subprocess.TimeoutExpired:
+        return False
     if done.returncode == 0:
         unfinished.replace(file_of(folder, size))
     return done.returncode == 0
@@ -173,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument(
-        "--minutes", type=float, help="no size is begun after so many"
+        "--minutes", type=float, help="nothing runs after so many"
     )
     args, options = parser.parse_known_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -182,12 +195,14 @@ def main(argv: Sequence[str] | None = None) -> str:
     for number, size in enumerate(wanted, start=1):
         if file_of(args.folder, size).exists():
             continue
-        spent = (time.monotonic() - started) / 60
-        if args.minutes is not None and spent > args.minutes:
-            print(f"{args.minutes:g} minutes are over", file=sys.stderr)
-            break
+        left = None
+        if args.minutes is not None:
+            left = args.minutes - (time.monotonic() - started) / 60
+            if left <= 0:
+                print(f"{args.minutes:g} minutes are over", file=sys.stderr)
+                break
         print(f"{number} of {len(wanted)}: {size}", file=sys.stderr, flush=True)
-        if not measure(args.script, size, args.folder, options):
+        if not measure(args.script, size, args.folder, options, left):
             print(f"{size}: failed", file=sys.stderr, flush=True)
     found = {
         size: json.loads(file_of(args.folder, size).read_text())

@@ -4,7 +4,7 @@ First each executor writes the files that it needs, in a process of its own.
 Then all of them are loaded into one process and take turns, round by round,
 so that a change of the machine's speed hits all of them. Last, peak memory
 and load time of each come from one more process for each. An executor that
-fails in one of these steps gets a row with its error.
+fails in one of these steps gets a row with its error, and the others go on.
 """
 
 import argparse
@@ -36,6 +36,8 @@ RIVALS = (
     "triton",
 )
 _STEPS = ("make", "peak")
+#: Share of ``--minutes`` after which nothing more is loaded.
+_LOADING = 0.7
 
 
 @dataclass
@@ -95,7 +97,18 @@ def parse(
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7, help="0: no timing")
+    # on a GPU a call takes a millisecond, and its time varies more
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=30 if torch.device(device).type == "cuda" else 7,
+        help="0: no timing",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="what is not loaded in most of this time is left out",
+    )
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument(
         "--executors",
@@ -153,7 +166,10 @@ def peak_bytes(device: str) -> int:
 
 
 def interleave(
-    prepared: Mapping[str, Prepared], wavs: torch.Tensor, rounds: int
+    prepared: Mapping[str, Prepared],
+    wavs: torch.Tensor,
+    rounds: int,
+    fail: Callable[[str, Exception], None],
 ) -> dict[str, list[Call]]:
     """Times executors in turns.
 
@@ -165,18 +181,27 @@ def interleave(
         The input.
     rounds : int
         Calls of each.
+    fail : callable
+        Called with the name of one that fails, which is left out from then
+        on, and its error.
 
     Returns
     -------
     dict
-        Calls by name.
+        Calls by name, of those that did not fail.
     """
     times: dict[str, list[Call]] = {name: [] for name in prepared}
     names = list(prepared)
     for turn in range(rounds):
         shift = turn % len(names)  # nobody always follows the same one
         for name in names[shift:] + names[:shift]:
-            times[name].append(time_once(prepared[name].run, wavs))
+            if name not in times:
+                continue
+            try:
+                times[name].append(time_once(prepared[name].run, wavs))
+            except Exception as error:
+                del times[name]
+                fail(name, error)
     return times
 
 
@@ -387,7 +412,8 @@ def _load(executor: Executor, row: Row, workload: Workload) -> Prepared | None:
     except Exception as error:
         row.fail(first_line(error))
         return None
-    row.cosine = round(cosine(out, workload.logits), 6)
+    if workload.logits is not None:
+        row.cosine = round(cosine(out, workload.logits), 6)
     row.size_mb = round(prepared.size_mb, 3)
     return prepared
 
@@ -425,14 +451,24 @@ def _time(
 ) -> None:
     """Fills in the times of the rows without an error."""
     options = workload.options
-    prepared = {}
+    begin, prepared = time.monotonic(), {}
     for name, row in rows.items():
+        spent = (time.monotonic() - begin) / 60
+        if options.minutes is not None and spent > _LOADING * options.minutes:
+            row.fail(f"no time left of {options.minutes:.2g} minutes")
         if row.error is None:
             ready = _load(executors[name], row, workload)
             if ready is not None:
                 prepared[name] = ready
     print("timing", file=sys.stderr, flush=True)
-    times = interleave(prepared, workload.wavs, options.rounds)
+
+    def fail(name: str, error: Exception) -> None:
+        rows[name].fail(first_line(error))
+        del prepared[name]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    times = interleave(prepared, workload.wavs, options.rounds, fail)
     for name, calls in times.items():
         row = rows[name]
         values = [call.ms for call in calls]

@@ -1,24 +1,30 @@
 """Times each operator of the triton runtime against ceilings of the same card.
 
 For each launch of a forward: the time on the device, achieved operations and
-bytes a second, and their share of what library calls reach on this card.
+bytes a second, and their share of what library calls reach on this card. First
+comes one product beside the library's at the same shape.
 
     python tests/benchmarks/operators.py --model hubert-large --batch 1 8 32
 """
 
 import argparse
+import contextlib
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu import describe, require_device
 from harness import first_line, machine
-from shapes import MODELS, Op, operators
+from shapes import MODELS, PRODUCT, Op, operators
 
 from speechbrain_stablequant.kernels.tuning import Tuner, time_on_device
+from speechbrain_stablequant.runtime.triton.executor import make_tuner
 
 _SQUARE = 8192
 _COPY = 2**30
@@ -169,6 +175,8 @@ def measure(op: Op, row: Row, ceilings: Ceilings, rounds: int) -> None:
     """Fills in the figures of a row."""
     arguments = filled(op, "cuda")
     row.us = time_us(lambda: op.launch(*arguments), rounds)
+    if row.us == float("inf"):
+        raise RuntimeError("the tile does not fit onto this device")
     row.gbs = op.moved_bytes() / row.us * 1e-3
     row.of_bandwidth = row.gbs / ceilings.copy_gbs
     row.tops = (op.integer_ops + op.float_ops) / row.us * 1e-6
@@ -209,6 +217,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", nargs="+", type=int, default=[1, 8, 32])
     add("--rounds", type=int, default=21)
     add("--no-tune", action="store_true", help="tiles by rule")
+    add("--minutes", type=float, help="no size is begun after so many")
     add("--json", help="file for the rows")
     return parser.parse_args(argv)
 
@@ -232,16 +241,30 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     ceilings = measure_ceilings(options.rounds)
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
     print(f"ceilings: {ceilings}")
-    rows = []
-    for name in options.model:
-        for seconds in options.seconds:
-            for batch in options.batch:
-                print(f"\n{name}, {seconds:g} s x {batch}\n{HEADER}")
-                for op in operators(name, seconds, batch):
-                    row = Row(name, seconds, batch, op.name, op.shape, op.count)
-                    _attempt(op, row, ceilings, options)
-                    rows.append(row)
-                    print(line(row), flush=True)
+    # tiles of earlier runs of the runtime are not measured again
+    tuner = make_tuner(torch.device("cuda"), not options.no_tune, None)
+    rows, begin = [], time.monotonic()
+    print(f"\n{HEADER}\n{library_line(ceilings, options.rounds)}")
+    rows.append(
+        _attempt(
+            PRODUCT,
+            Row("", 0, 0, *_head(PRODUCT)),
+            ceilings,
+            options.rounds,
+            tuner,
+        )
+    )
+    for size in product(options.model, options.seconds, options.batch):
+        spent = (time.monotonic() - begin) / 60
+        if options.minutes is not None and spent > options.minutes:
+            print(f"{options.minutes:g} minutes are over", file=sys.stderr)
+            break
+        print("\n{}, {:g} s x {}".format(*size), HEADER, sep="\n")
+        for op in operators(*size):
+            row = Row(*size, *_head(op))
+            rows.append(_attempt(op, row, ceilings, options.rounds, tuner))
+    if tuner is not None:
+        tuner.save()
     if options.json:
         content = {
             "machine": about,
@@ -252,24 +275,41 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     return rows
 
 
+def _head(op: Op) -> tuple[str, tuple[int, ...], int]:
+    return op.name, op.shape, op.count
+
+
 def _attempt(
-    op: Op, row: Row, ceilings: Ceilings, options: argparse.Namespace
-) -> None:
-    tuner = None if options.no_tune else Tuner(None, about_card())
+    op: Op, row: Row, ceilings: Ceilings, rounds: int, tuner: Tuner | None
+) -> Row:
+    """Measures, or notes the error, and prints."""
     try:
-        if tuner is None:
-            measure(op, row, ceilings, options.rounds)
-            return
-        with tuner.active():
-            measure(op, row, ceilings, options.rounds)
-    except (RuntimeError, ValueError) as error:
+        with contextlib.nullcontext() if tuner is None else tuner.active():
+            measure(op, row, ceilings, rounds)
+    # whatever a compiler or a driver raises: the others go on
+    except Exception as error:
         row.error = first_line(error)
         torch.cuda.empty_cache()
+    print(line(row), flush=True)
+    return row
 
 
-def about_card() -> str:
-    """Name of the card."""
-    return torch.cuda.get_device_name()
+def library_line(ceilings: Ceilings, rounds: int) -> str:
+    """The library's own product at the shape of :data:`PRODUCT`."""
+    rows, columns, depth = PRODUCT.shape
+    a, b = (
+        torch.randint(-127, 128, (n, depth), dtype=torch.int8, device="cuda")
+        for n in (rows, columns)
+    )
+    row = Row("", 0, 0, "torch._int_mm", PRODUCT.shape, 1)
+    calls = iter([lambda: torch._int_mm(a, b.T)])
+    row.tops = _best(PRODUCT.integer_ops, calls, rounds)
+    if row.tops is None:
+        row.error = "does not run here"
+        return line(row)
+    row.us = PRODUCT.integer_ops / row.tops * 1e-6
+    row.of_compute = row.tops / ceilings.int8_tops
+    return line(row)
 
 
 if __name__ == "__main__":

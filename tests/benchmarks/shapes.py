@@ -18,6 +18,7 @@ from speechbrain_stablequant.kernels import (
     matmul,
     quantize,
     wave_conv,
+    wave_gram,
 )
 
 SAMPLE_RATE = 16000
@@ -147,6 +148,10 @@ def _linear(
     )
 
 
+#: A product by itself, to compare with a library's.
+PRODUCT = _linear("product", 1, 8000, 4096, 1024)
+
+
 def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
     """The convolutions."""
     wide = CONV_CHANNELS
@@ -163,10 +168,12 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
     if not model.large:
         count = meta(dtype=torch.int64)
         yield Op(
-            "conv 1, sums over time",
-            launch=wave_conv.launch_sums,
-            arguments=(*wave, STRIDES[0], count),
-            **first,
+            "conv 1, sums for its norm",
+            (rows, KERNELS[0] + 1, KERNELS[0]),
+            1,
+            wave_gram.launch,
+            (*wave[:3], INT8, KERNELS[0], STRIDES[0], count),
+            only_int8=True,
         )
     scale = vectors if model.large else (meta(batch, wide), meta(batch, wide))
     yield Op(

@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     items = utterances(args.split)[: args.utterances]
     rows, first = [], None
     for backend in args.backends:
+        asr = None  # gives its memory back before the next one takes some
         asr = EncoderASR.from_hparams(
             source=args.folder,
             overrides={"backend": backend},

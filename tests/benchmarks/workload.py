@@ -1,5 +1,6 @@
 """What executors get and give: the run's files, its input, a callable."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from models import (
 from torch import nn
 
 from speechbrain_stablequant.checkpoint import WEIGHTS_FILE
+from speechbrain_stablequant.precision import full_float32
 
 #: Seconds of audio that ranges are taken from.
 CALIBRATION = 5.0
@@ -33,6 +35,7 @@ class Options:
     threads: int
     executors: tuple[str, ...]
     rounds: int
+    minutes: float | None
     json: str | None
     bits: int
     device: str
@@ -117,10 +120,15 @@ class Workload:
         return make_wavs(CALIBRATION, batch)
 
     @cached_property
-    def logits(self) -> torch.Tensor:
-        """Logits of the float model for :attr:`wavs`."""
-        with torch.no_grad():
-            return self.shared_recogniser(self.wavs)
+    def logits(self) -> torch.Tensor | None:
+        """Logits of the float model for :attr:`wavs`, on the CPU; None where
+        they do not fit onto the device."""
+        try:
+            with torch.no_grad(), full_float32():
+                return self.shared_recogniser(self.wavs).cpu()
+        except torch.OutOfMemoryError as error:
+            print(f"no reference to compare with: {error}", file=sys.stderr)
+            return None
 
 
 @dataclass(frozen=True)

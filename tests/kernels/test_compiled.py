@@ -18,6 +18,7 @@ from speechbrain_stablequant.kernels import (
     matmul,
     quantize,
     wave_conv,
+    wave_gram,
 )
 from speechbrain_stablequant.kernels.resources import (
     compile_launch,
@@ -207,25 +208,13 @@ def test_first_convolution_with_a_scale_of_its_own(arch, kind, m, n, warps):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_sums_for_group_norm(arch):
-    frames = meta(dtype=torch.int64)
+@pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
+def test_sums_for_group_norm(arch, kind):
+    window = (kind, 10, 5, meta(dtype=torch.int64))
     found = compiled(
-        arch,
-        wave_conv.launch_sums,
-        *(meta(1, 160000), 3.0, 127, meta(512, 10, dtype=INT8), 5, frames),
+        arch, wave_gram.launch, *(meta(1, 160000), 3.0, 127), *window
     )
-    check(arch, found)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_moments_for_group_norm(arch):
-    frames = meta(dtype=torch.int64)
-    found = compiled(
-        arch,
-        wave_conv.launch_moments,
-        *(meta(1, 160000), meta(512, 10, dtype=HALF), 5, frames),
-    )
-    check(arch, found, WAVE_PRODUCTS[HALF])
+    check(arch, found, kind=None)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -270,12 +259,15 @@ def test_attention(arch, m, n, warps, stages):
 def test_what_is_no_product(arch):
     x, vector = meta(FRAMES, 1024, dtype=HALF), meta(1024)
     norm = (x, vector, vector, 1e-5)
-    for function, arguments in (
-        (layer_norm.launch, (*norm, False, INT8, 2.0, 127, -113)),
-        (layer_norm.launch_both, (*norm, HALF, 2.0, 127)),
-        (quantize.launch, (x, 2.0, 127, True, -113)),
-    ):
-        check(arch, compiled(arch, function, *arguments), kind=None)
+    one, many = (INT8, 2.0, 127, -113), (HALF, 2.0, 127, -113)
+    for tile in layer_norm._candidates(1024):
+        for function, arguments in (
+            (layer_norm.launch, (*norm, False, *one, tile)),
+            (layer_norm.launch_both, (*norm, *many, tile)),
+        ):
+            check(arch, compiled(arch, function, *arguments), kind=None)
+    found = compiled(arch, quantize.launch, x, 2.0, 127, True, -113)
+    check(arch, found, kind=None)
 
 
 def _launches(batch: int, frames: int):
@@ -286,7 +278,7 @@ def _launches(batch: int, frames: int):
     kernel = meta(64, 192, dtype=INT8)
     grouped = meta(4, 16, 16, 32, dtype=INT8)
     wave = meta(batch, 5 * frames + 5)
-    taps, half = meta(64, 10, dtype=INT8), meta(64, 10, dtype=HALF)
+    taps = meta(64, 10, dtype=INT8)
     real = meta(batch, dtype=torch.int64)
     count = meta(dtype=torch.int64)
     own = meta(batch, 64)
@@ -299,8 +291,8 @@ def _launches(batch: int, frames: int):
         (attention.launch, (meta(batch, frames, 192, dtype=HALF), 1, real)),
         (layer_norm.launch, (x, *norm, *ends)),
         (quantize.launch, (x, 1.0, 127)),
-        (wave_conv.launch_sums, (wave, *grid, taps, 5, count)),
-        (wave_conv.launch_moments, (wave, half, 5, count)),
+        (wave_gram.launch, (wave, *grid, INT8, 10, 5, count)),
+        (wave_gram.launch, (wave, *grid, HALF, 10, 5, count)),
         (
             wave_conv.launch,
             (wave, *grid, taps, own, own, 5, None, None, 0.0, *ends),

@@ -101,7 +101,7 @@ def test_occupancy(scripts, registers, shared, warps, blocks):
     estimate, _ = scripts
     from speechbrain_stablequant.kernels.resources import Launch, Resources
 
-    found = Resources(registers, 0, 0, shared, warps, (), "")
+    found = Resources(registers, 0, 0, shared, warps, (), 0, 0, "")
     launch = Launch(None, (264, 2), {}, {})
     fit = estimate.occupancy(found, launch, estimate.CARDS["H100"])
     assert fit.blocks == blocks
@@ -144,10 +144,30 @@ def test_compiles_what_it_prints(scripts, capsys):
         if op.name == "last norm"
     ]
     table = estimate._table("x", ops, "H100", estimate.CARDS["H100"], True)
-    numbers = list(table)[2].split()[-5:]
-    registers, _, blocks = map(int, numbers[:3])
+    lines = list(table)
+    numbers = lines[2].split()[-7:]
+    registers, _, blocks = map(int, numbers[2:5])
     assert 8 <= registers <= 255
     assert blocks >= 1
+    floor, issue = float(lines[2].split()[5]), float(numbers[0])
+    longer = float(lines[-1].split()[-1])
+    assert longer == pytest.approx(max(floor, issue), abs=0.11)
+
+
+def test_time_of_instructions(scripts):
+    """100 once and 10 in each of 8 passes, by 4 warps of 66 blocks."""
+    estimate, _ = scripts
+    from speechbrain_stablequant.kernels import matmul
+    from speechbrain_stablequant.kernels.resources import Launch, Resources
+
+    sizes = {"DEPTH": 1000, "BLOCK_K": 128}
+    launch = Launch(matmul.matmul_kernel, (66,), sizes, {})
+    found = Resources(32, 0, 0, 0, 4, (), 100, 10, "")
+    card = estimate.CARDS["H100"]
+    assert card.clock == pytest.approx(1830, abs=1)
+    microseconds = 180 * 4 * 66 / (132 * 4 * card.clock)
+    found = estimate.issue_microseconds(found, launch, card)
+    assert found == pytest.approx(microseconds)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,7 @@ def _calls():
             *(wave, 40.0, 127, taps, vector, vector, 5),
             *(*norm, True, int8, 9.0, 31, -28),
         ),
-        "wave_conv_sums": (wave, 40.0, 127, taps, 5, frames),
-        "wave_conv_moments": (wave, taps.half(), 5, frames),
+        "wave_gram": (wave, 40.0, 127, int8, 10, 5, frames),
         "group_conv1d": (q, grouped, vector, vector, x, 2, 1, True, half),
     }
 

@@ -87,6 +87,19 @@ def test_a_tile_that_cannot_run_is_not_chosen():
         tuner.choose("key", [SLOW, FAST], log.append)
 
 
+def test_a_tile_that_a_compiler_refuses_is_left_out(caplog):
+    def refuse():
+        raise RuntimeError("PassManager::run failed")
+
+    def fill():
+        raise torch.OutOfMemoryError("full")
+
+    assert tuning.time_on_device(refuse) == float("inf")
+    assert "a tile is left out: PassManager::run failed" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning.time_on_device(fill)
+
+
 def test_a_tile_that_computes_something_else_is_not_chosen(caplog):
     log, written = [], torch.zeros(100, dtype=torch.int8)
     right, other = torch.arange(100).to(torch.int8), torch.ones(100)
@@ -204,3 +217,20 @@ def test_what_is_not_used_is_discarded():
     assert gone == ["B", "C"]
     with pytest.raises(ValueError, match="at least 1"):
         LeastRecent(0)
+
+
+def test_what_is_discarded_is_gone_before_its_successor_is_made():
+    class Memory:
+        taken = 0
+
+        def __init__(self, key):
+            assert Memory.taken == 0
+            Memory.taken = 1
+
+        def __del__(self):
+            Memory.taken = 0
+
+    kept = LeastRecent(1, lambda old: None)
+    for key in "ab":
+        kept.get(key, Memory)
+    assert Memory.taken == 1

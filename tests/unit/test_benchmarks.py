@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,27 @@ def test_cpu_gives_real_figures(benchmarks, ctc_folder, tmp_path, capsys):
 def test_failed_executor_is_a_row(benchmarks, ctc_folder):
     import harness
     from executors import torch_
-    from workload import Executor
+    from workload import Executor, Prepared
 
     def fail(workload):
         raise RuntimeError("this CPU has no such unit\nand more")
 
-    executors = {"good": Executor(torch_.fp32), "bad": Executor(fail)}
+    def fails_later(workload):
+        calls = []
+
+        def run(wavs):
+            calls.append(1)
+            if len(calls) > 3:  # not while it is warmed up
+                raise MemoryError("full")
+            return workload.logits
+
+        return Prepared(run, 1.0)
+
+    executors = {
+        "late": Executor(fails_later),
+        "good": Executor(torch_.fp32),
+        "bad": Executor(fail),
+    }
     arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
     rows = harness.main(
         executors,
@@ -119,12 +135,31 @@ def test_failed_executor_is_a_row(benchmarks, ctc_folder):
         argv=[*arguments, "--rounds", "1", "--threads", "1"],
     )
     assert [row.error for row in rows] == [
+        "MemoryError: full",
         None,
         "RuntimeError: this CPU has no such unit",
     ]
     text = harness.table(rows, {"cpu": "any"})
     assert "bad                    FAILED: RuntimeError: this CPU" in text
-    assert rows[0].median_ms > 0 and rows[1].median_ms is None
+    assert [row.median_ms is None for row in rows] == [True, False, True]
+
+
+def test_what_takes_too_long_is_left_out(benchmarks, ctc_folder):
+    import harness
+    from executors import torch_
+    from workload import Executor
+
+    executors = {name: Executor(torch_.fp32) for name in ("first", "second")}
+    arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
+    rows = harness.main(
+        executors,
+        list(executors),
+        "cpu",
+        "none.py",
+        argv=[*arguments, "--minutes", "1e-6", "--threads", "1"],
+    )
+    assert rows[0].median_ms > 0  # the first one is loaded in any case
+    assert rows[1].error == "no time left of 1e-06 minutes"
 
 
 def test_everyone_gets_the_same_turns(benchmarks):
@@ -136,7 +171,7 @@ def test_everyone_gets_the_same_turns(benchmarks):
         name: Prepared(lambda wavs, name=name: calls.append(name), 0.0)
         for name in "abc"
     }
-    times = harness.interleave(prepared, torch.zeros(1), 3)
+    times = harness.interleave(prepared, torch.zeros(1), 3, None)
     assert "".join(calls) == "abcbcacab"
     assert {name: len(values) for name, values in times.items()} == {
         "a": 3,
@@ -145,9 +180,29 @@ def test_everyone_gets_the_same_turns(benchmarks):
     }
 
 
-def test_grid_goes_on_and_makes_one_table(
-    benchmarks, ctc_folder, tmp_path, capfd
-):
+def test_grid_ends_in_time(benchmarks, tmp_path, capfd, monkeypatch):
+    import grid
+
+    limits = []
+
+    def run(command, timeout, **_):
+        limits.append((float(command[command.index("--minutes") + 1]), timeout))
+        time.sleep(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(grid.subprocess, "run", run)
+    arguments = ["cpu", "--folder", str(tmp_path), "--minutes", "0.002"]
+    with pytest.raises(SystemExit, match="no size was measured"):
+        grid.main(arguments)
+    ((minutes, seconds),) = limits
+    assert 0 < minutes <= 0.002
+    assert seconds == pytest.approx(60 * minutes, abs=0.06)
+    printed = capfd.readouterr().err
+    assert "('hubert-large', 10.0, 8): failed" in printed
+    assert "0.002 minutes are over" in printed
+
+
+def test_grid_goes_on_and_makes_one_table(benchmarks, ctc_folder, tmp_path):
     import grid
 
     arguments = [
@@ -155,10 +210,9 @@ def test_grid_goes_on_and_makes_one_table(
         *("--lengths", "0.2", "0.3", "--batches", "1"),
         *("--executors", "ours_torch,torch_fp32", "--rounds", "1"),
     ]
-    text = grid.main([*arguments, "--minutes", "0.001"])
+    text = grid.main([*arguments, "--lengths", "0.2"])
     assert text.count("0.2 s x 1") == 1
     assert "0.3 s" not in text
-    assert "0.001 minutes are over" in capfd.readouterr().err
     (first,) = tmp_path.glob("*-0.2s-1.json")
     before = first.stat().st_mtime_ns
     head, _, ours, float_row = grid.main(arguments).splitlines()[-4:]

@@ -112,5 +112,7 @@ class LeastRecent(Generic[Kept]):
             _, old = self.items.popitem(last=False)
             if self.discard is not None:
                 self.discard(old)
+            # its memory must be free before the successor takes some
+            del old
         self.items[key] = make(key)
         return self.items[key]

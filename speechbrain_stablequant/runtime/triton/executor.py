@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from ...kernels.trial import failure_on_card
 from ...kernels.tuning import Tuner, cache_folder
+from ...precision import full_float32
 from ..encoder import EncoderSpec
 from ..timing import PREPARATION
 from .buckets import LeastRecent, bucket_samples
@@ -162,7 +164,8 @@ class TritonExecutor:
     An input is padded to its bucket and the padding is not attended to, so
     that its result does not depend on the bucket. On CUDA the launches of a
     bucket are captured when it is met for the second time; the graphs share
-    their scratch memory, and only the last used ones are kept.
+    their scratch memory, and only the last used ones are kept. Threads take
+    turns; one that uses a stream of its own has to wait for the result on it.
 
     Arguments
     ---------
@@ -178,6 +181,8 @@ class TritonExecutor:
         Chooses the tiles; None: they are chosen by rule.
     """
 
+    # The generator that graphs share must not be made in inference mode.
+    @torch.inference_mode(False)
     def __init__(
         self,
         spec: EncoderSpec,
@@ -192,17 +197,20 @@ class TritonExecutor:
         self.tuner = tuner
         self.graphs = None
         self._seen: set[tuple[int, int]] = set()
+        self._turn = threading.Lock()
         if device.type == "cuda" and max_graphs > 0:
             with torch.cuda.device(device):
                 self.graphs = Graphs(self._run, device, max_graphs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
-        arguments = (inputs.wave, inputs.samples, inputs.lengths)
-        if self.tuner is None:
-            return self.network(*arguments)
-        with self.tuner.active():
-            out = self.network(*arguments)
-        self.tuner.save()
+        with contextlib.ExitStack() as stack:
+            if self.network.dtype == torch.float32:
+                stack.enter_context(full_float32())
+            if self.tuner is not None:
+                stack.enter_context(self.tuner.active())
+            out = self.network(inputs.wave, inputs.samples, inputs.lengths)
+        if self.tuner is not None:
+            self.tuner.save()
         return out
 
     def _met(self, key: tuple[int, int]) -> bool:
@@ -253,7 +261,8 @@ class TritonExecutor:
             )
         key = (batch, bucket_samples(self.spec, samples))
         on_cuda = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if on_cuda else _NOWHERE:
+        place = torch.cuda.device(self.device) if on_cuda else _NOWHERE
+        with self._turn, place:
             met = self._met(key)
             if self.graphs is not None and met:
                 out = self.graphs(key, wavs, lengths)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
-from ...kernels import group_conv, matmul, wave_conv
+from ...kernels import group_conv, matmul, wave_gram
 from ...numerics import qmax
 from ..encoder import AnyLayer, Norm
 
@@ -282,7 +282,7 @@ def _takes_wave(layer: FloatLayer) -> bool:
     """Whether the kernel for the waveform computes a convolution."""
     _, channels, taps = layer.weight.shape
     plain = (layer.padding, layer.dilation, layer.groups) == (0, 1, 1)
-    return plain and channels == 1 and taps <= wave_conv.MAX_TAPS
+    return plain and channels == 1 and taps <= wave_gram.MAX_TAPS
 
 
 class ConvStage:
@@ -378,17 +378,14 @@ class ConvStage:
         self, wave: torch.Tensor, frames: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and bias that stand for the norm, by utterance."""
+        gram = OPS.wave_gram(
+            wave, self.form.inverse, self.form.limit, self.weight.dtype,
+            self.kernel, self.stride, frames,
+        )  # fmt: skip
         norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-        if not self.form.quantized:
-            moments = OPS.wave_conv_moments(
-                wave, self.weight, self.stride, frames
-            )
-            return wave_conv.normalized_moments(moments, frames, *norm)
-        quantized = (self.form.inverse, self.form.limit)
-        sums = OPS.wave_conv_sums(
-            wave, *quantized, self.weight, self.stride, frames
+        return wave_gram.normalized_over_time(
+            gram, frames, self.weight, self.scale, *norm
         )
-        return wave_conv.normalized_scale(sums, frames, self.scale, *norm)
 
     def __call__(
         self, x: torch.Tensor, frames: torch.Tensor | None
