@@ -10,6 +10,8 @@ row if the tile holds whole rows, applies GELU, adds the residual, and stores
 16 bit or quantizes: nothing between two products is written to memory twice.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from .device import (
 )
 from .library import check_int8, check_rows, declare
 from .plain import finish, scaled
-from .tuning import Config, rank, select, shape_bucket
+from .tuning import Config, device_limits, rank, select, shape_bucket
 
 #: Candidates; of two that the rule cannot tell apart, the better one first.
 #: The compiler waits for each step's product before it goes on (Triton 3.6
@@ -32,8 +34,8 @@ from .tuning import Config, rank, select, shape_bucket
 #: multiprocessor or a step should be long.
 TILES = (
     Config(128, 256, 128, 8, 3),
-    Config(128, 128, 128, 8, 3),
     Config(128, 128, 128, 4, 3),
+    Config(128, 128, 128, 8, 3),
     Config(128, 128, 64, 8, 4),
     Config(64, 256, 128, 4, 2),
     Config(128, 64, 128, 4, 4),
@@ -52,6 +54,10 @@ ROW_TILES = (
     (32, 128, 8, 2),
     (32, 64, 8, 2),
 )
+#: Those that are tried with blocks that go on to another tile as well: of
+#: the others, and with a residual, not all fits into the registers.
+PERSISTENT = {TILES[0], TILES[1], TILES[2]}
+PERSISTENT_ROWS = {(64, 64, 8, 3)}
 #: Widest row that one tile holds.
 MAX_NORM_CHANNELS = 512
 
@@ -212,9 +218,9 @@ def pack_conv_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.transpose(1, 2).reshape(weight.shape[0], -1).contiguous()
 
 
-# Sizes that change from input to input must not ask for a compilation.
-@triton.jit(do_not_specialize=["rows", "period"])
-def matmul_kernel(
+@triton.jit
+def _tile(
+    tile,
     x,
     weight,
     out,
@@ -245,14 +251,14 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # Tiles in groups of GROUP rows: neighbours share operands in the cache.
-    pid = tl.program_id(0)
+    """One tile of the result."""
+    # In groups of GROUP rows: neighbours share operands in the cache.
     down = tl.cdiv(rows, BLOCK_M)
     across = tl.cdiv(COLUMNS, BLOCK_N)
-    first = pid // (GROUP * across) * GROUP
+    first = tile // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
-    pid_m = first + pid % (GROUP * across) % height
-    pid_n = pid % (GROUP * across) // height
+    pid_m = first + tile % (GROUP * across) % height
+    pid_n = tile % (GROUP * across) // height
 
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -310,15 +316,150 @@ def matmul_kernel(
         store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
+# Sizes that change from input to input must not ask for a compilation.
+@triton.jit(do_not_specialize=["rows", "period"])
+def matmul_kernel(
+    x,
+    weight,
+    out,
+    scale,
+    bias,
+    residual,
+    norm_weight,
+    norm_bias,
+    rows,
+    period,
+    x_outer,
+    x_inner,
+    residual_stride,
+    eps,
+    inverse,
+    limit,
+    zero,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+    GELU: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    if PERSISTENT:
+        # Every so many tiles. Both loops become one, so that the first steps
+        # of the next tile are loaded while the end of this one is computed.
+        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(COLUMNS, BLOCK_N)
+        for tile in tl.range(
+            tl.program_id(0), tiles, tl.num_programs(0), flatten=True
+        ):
+            _tile(
+                tile,
+                x,
+                weight,
+                out,
+                scale,
+                bias,
+                residual,
+                norm_weight,
+                norm_bias,
+                rows,
+                period,
+                x_outer,
+                x_inner,
+                residual_stride,
+                eps,
+                inverse,
+                limit,
+                zero,
+                COLUMNS,
+                DEPTH,
+                OVERLAP,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+                NORM,
+                GELU,
+                QUANTIZE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                GROUP,
+            )
+    else:
+        _tile(
+            tl.program_id(0),
+            x,
+            weight,
+            out,
+            scale,
+            bias,
+            residual,
+            norm_weight,
+            norm_bias,
+            rows,
+            period,
+            x_outer,
+            x_inner,
+            residual_stride,
+            eps,
+            inverse,
+            limit,
+            zero,
+            COLUMNS,
+            DEPTH,
+            OVERLAP,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            NORM,
+            GELU,
+            QUANTIZE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            GROUP,
+        )
+
+
 def _candidates(
-    rows: int, columns: int, depth: int, norm: bool, device: torch.device
+    rows: int,
+    columns: int,
+    depth: int,
+    norm: bool,
+    residual: bool,
+    device: torch.device,
 ) -> list[Config]:
     if norm:
         width = max(triton.next_power_of_2(columns), 32)
         tiles = [Config(m, width, k, w, s) for m, k, w, s in ROW_TILES]
+        lasting = {
+            c
+            for c in tiles
+            if (c.block_m, c.block_k, c.num_warps, c.num_stages)
+            in PERSISTENT_ROWS
+        }
     else:
         tiles = [c for c in TILES if depth % c.block_k == 0] or RAGGED_TILES
-    return rank(tiles, rows, columns, device)
+        lasting = PERSISTENT - {TILES[0]} if residual else PERSISTENT
+    found = []
+    for tile in rank(tiles, rows, columns, device):
+        found.append(tile)
+        blocks = triton.cdiv(rows, tile.block_m) * triton.cdiv(
+            columns, tile.block_n
+        )
+        # there is no other tile to go on to where all fit at once
+        if tile in lasting and blocks > _at_once(tile, device):
+            found.append(replace(tile, persistent=True))
+    return found
+
+
+def _at_once(tile: Config, device: torch.device) -> int:
+    """Blocks that run at once: the registers of a multiprocessor hold eight
+    warps with such sums."""
+    return device_limits(device).processors * max(8 // tile.num_warps, 1)
 
 
 def _launch(
@@ -346,11 +487,13 @@ def _launch(
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
 
     def run(tile: Config) -> None:
-        tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(
+        blocks = triton.cdiv(rows, tile.block_m) * triton.cdiv(
             columns, tile.block_n
         )
+        if tile.persistent:
+            blocks = min(blocks, _at_once(tile, out.device))
         # An argument that is not there is never read: any pointer will do.
-        matmul_kernel[(tiles,)](
+        matmul_kernel[(blocks,)](
             x,
             weight,
             out,
@@ -380,6 +523,7 @@ def _launch(
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             GROUP=8,
+            PERSISTENT=tile.persistent,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -390,7 +534,12 @@ def _launch(
             f"/{int(norm is not None)}{int(gelu)}{int(residual is not None)}"
             f"/{str(out.dtype).removeprefix('torch.')}",
             _candidates(
-                rows, columns, weight.shape[1], norm is not None, out.device
+                rows,
+                columns,
+                weight.shape[1],
+                norm is not None,
+                residual is not None,
+                out.device,
             ),
             run,
             lambda: out,

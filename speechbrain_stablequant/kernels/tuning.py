@@ -103,6 +103,8 @@ class Config:
         Warps of a block.
     num_stages : int
         Steps whose operands are in shared memory at once.
+    persistent : bool
+        Whether a block computes one tile after the other.
     """
 
     block_m: int
@@ -110,6 +112,7 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
+    persistent: bool = False
 
     def shared_bytes(self) -> int:
         """Shared memory of the int8 operands."""

@@ -6,6 +6,7 @@ fits onto the multiprocessor.
 """
 
 import os
+from dataclasses import replace
 from inspect import signature as signature_of
 
 import pytest
@@ -85,8 +86,15 @@ def linear(columns: int, depth: int, has_residual: bool, end, tile=None):
     )
 
 
+def lasting(tiles):
+    """The same tiles, by blocks that go on to the next one."""
+    return [replace(tile, persistent=True) for tile in tiles]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("tile", matmul.TILES, ids=str)
+@pytest.mark.parametrize(
+    "tile", [*matmul.TILES, *lasting(matmul.TILES[:3])], ids=str
+)
 def test_gelu_and_quantize(arch, tile):
     function, arguments = linear(4096, 1024, False, ACTIVATED, tile)
     found = compiled(arch, function, *arguments)
@@ -96,7 +104,9 @@ def test_gelu_and_quantize(arch, tile):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "tile", [*matmul.TILES[:2], matmul.TILES[3], matmul.TILES[-1]], ids=str
+    "tile",
+    [*matmul.TILES[:4], matmul.TILES[-1], *lasting(matmul.TILES[1:3])],
+    ids=str,
 )
 def test_residual(arch, tile):
     end = (False, HALF, 1.0, 127, 0)
@@ -144,8 +154,14 @@ def test_fits_onto_cards_with_little_shared_memory():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("m, k, warps, stages", matmul.ROW_TILES)
-def test_convolution_with_layer_norm(arch, m, k, warps, stages):
+@pytest.mark.parametrize(
+    "m, k, warps, stages, persistent",
+    [
+        *((*tile, False) for tile in matmul.ROW_TILES),
+        *((*tile, True) for tile in matmul.PERSISTENT_ROWS),
+    ],
+)
+def test_convolution_with_layer_norm(arch, m, k, warps, stages, persistent):
     vectors = [meta(512) for _ in range(4)]
     found = compiled(
         arch,
@@ -158,7 +174,7 @@ def test_convolution_with_layer_norm(arch, m, k, warps, stages):
         *vectors[2:],
         1e-5,
         *ACTIVATED,
-        config=Config(m, 512, k, warps, stages),
+        config=Config(m, 512, k, warps, stages, persistent),
     )
     check(arch, found)
     # an instruction of a warp group multiplies 64 rows

@@ -178,11 +178,24 @@ def test_the_rule_fills_the_device():
     assert short.block_m * short.block_n <= 64 * 64
 
 
+def test_blocks_go_on_where_not_all_fit_at_once():
+    def lasting(rows, *which):
+        found = matmul._candidates(rows, 4096, 1024, *which, CPU)
+        return [tile for tile in found if tile.persistent]
+
+    with tuning.assume_limits(tuning.Limits(132, 227 * 1024, 4096)):
+        assert len(lasting(8000, False, False)) == 3
+        assert len(lasting(8000, False, True)) == 2
+        assert not lasting(499, False, False)
+        rows = matmul._candidates(128000, 512, 1536, True, False, CPU)
+        assert sum(tile.persistent for tile in rows) == 1
+
+
 def test_every_kernel_has_a_tile_for_small_shared_memory():
     with tuning.assume_limits(tuning.Limits(82, 99 * 1024, 1024)):
-        assert matmul._candidates(499, 512, 1536, True, CPU)
-        assert len(matmul._candidates(499, 1024, 4096, False, CPU)) > 2
-        assert matmul._candidates(499, 1024, 1000, False, CPU)
+        assert matmul._candidates(499, 512, 1536, True, False, CPU)
+        assert len(matmul._candidates(499, 1024, 4096, False, True, CPU)) > 2
+        assert matmul._candidates(499, 1024, 1000, False, False, CPU)
         assert attention._candidates(499, 16, 64, 2, CPU)
         tiles = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
         assert tuning.rank(tiles, 499, 1024, CPU)

@@ -1,5 +1,7 @@
 """The product kernel, as linear layer and as convolution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -96,6 +98,44 @@ def test_every_tile(tile, surrounded, check_close):
         config=tile,
     )
     expected = matmul.reference_linear(q, weight, scale, bias, None, *end)
+    check_close(found, expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+@pytest.mark.parametrize("rows", [40, 100])
+def test_blocks_that_go_on(rows, blocks, surrounded, check_close, monkeypatch):
+    """Fewer blocks than tiles, also such that some have one tile more."""
+    monkeypatch.setattr(matmul, "_at_once", lambda tile, device: blocks)
+    q, weight = _int8(rows, 192), _int8(70, 192)
+    scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
+    end = (True, torch.int8, 30.0, 127, -113)
+    expected = matmul.reference_linear(q, weight, scale, bias, None, *end)
+    found = matmul.launch_linear(
+        *(surrounded(t) for t in (q, weight, scale, bias)),
+        None,
+        *end,
+        config=replace(SMALL, persistent=True),
+    )
+    check_close(found, expected)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_blocks_of_a_convolution_that_go_on(
+    has_norm, surrounded, check_close, monkeypatch
+):
+    monkeypatch.setattr(matmul, "_at_once", lambda tile, device: 2)
+    q, weight = _int8(3, 80, 32), _int8(60, 96)
+    tensors = [q, weight, torch.rand(60) * 1e-3, torch.randn(60)]
+    norm = (torch.randn(60), torch.randn(60)) if has_norm else (None, None)
+    tail = (3, 2, *norm, 1e-5, True, torch.int8, 40.0, 127)
+    expected = matmul.reference_conv1d(*tensors, *tail)
+    if has_norm:
+        tail = (3, 2, *map(surrounded, norm), *tail[4:])
+    found = matmul.launch_conv1d(
+        *map(surrounded, tensors),
+        *tail,
+        config=Config(16, 64, 32, 4, 2, persistent=True),
+    )
     check_close(found, expected)
 
 
