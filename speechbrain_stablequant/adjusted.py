@@ -52,6 +52,13 @@ class LayerTensors:
         if (self.weight is None) != (self.weight_scale is None):
             raise ValueError("integers and their scales belong together")
 
+    def cpu(self) -> "LayerTensors":
+        """The tensors in the memory of the host."""
+        parts = self.weight, self.weight_scale, self.bias
+        return LayerTensors(
+            *(part if part is None else part.cpu() for part in parts)
+        )
+
 
 @dataclass(frozen=True)
 class AdjustedTensors:
@@ -71,6 +78,13 @@ class AdjustedTensors:
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.floats)
+
+    def cpu(self) -> "AdjustedTensors":
+        """The tensors in the memory of the host."""
+        return AdjustedTensors(
+            {name: tensors.cpu() for name, tensors in self.layers.items()},
+            {name: tensor.cpu() for name, tensor in self.floats.items()},
+        )
 
     def digest(self) -> str:
         """Identifies the content.

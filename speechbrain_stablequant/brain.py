@@ -9,6 +9,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
+from itertools import islice, zip_longest
 from typing import Any
 
 import speechbrain as sb
@@ -17,6 +18,7 @@ from torch import nn
 
 from .baselines.qat import Trainer
 from .data import Batches, audio_of
+from .distributed import gathered
 from .evaluation import Transcript
 from .replay import StopForward
 from .runtime.timing import BatchTimes
@@ -84,6 +86,35 @@ def transcripts_of(metric: Any) -> list[Transcript]:
         )
         for row in metric.scores
     ]
+
+
+def join_metric(metric: Any, counts: Sequence[int]) -> None:
+    """Puts what all processes have scored into a metric.
+
+    Arguments
+    ---------
+    metric : ErrorRateStats
+        Of this process's share of the batches.
+    counts : sequence of int
+        Utterances in each of them.
+
+    Example
+    -------
+    >>> metric = sb.utils.metric_stats.ErrorRateStats()
+    >>> metric.append(["u1", "u2"], [["A"], ["B"]], [["A"], ["C"]])
+    >>> join_metric(metric, [1, 1])
+    >>> metric.ids
+    ['u1', 'u2']
+    """
+    rows = iter(metric.scores)
+    batches = [list(islice(rows, count)) for count in counts]
+    metric.scores = [
+        row
+        for turn in zip_longest(*gathered(batches), fillvalue=[])
+        for batch in turn
+        for row in batch
+    ]
+    metric.ids = [row["key"] for row in metric.scores]
 
 
 class ForwardClock:
@@ -301,36 +332,53 @@ class BrainRecogniser:
         -------
         Score
         """
-        batches = self.subsets["search"].load()
+        subset = self.subsets["search"]
+        batches, places = subset.load(), list(subset.places)
         if only is not None:
             batches = [batches[index] for index in only]
-        loss_sum, complete = 0.0, True
-        errors: list[int] = []
-        words: list[int] = []
-        losses: list[float] = []
-        for index, (loss, metric, size) in enumerate(
+            places = [places[index] for index in only]
+        measured, errors = [], 0
+        for place, (loss, metric, size) in zip(
+            places,
             evaluation_steps(
                 self.brain,
                 batches,
                 sb.Stage.VALID,
                 self.metric_attribute,
                 before_batch,
-            )
+            ),
+            strict=False,
         ):
-            loss_sum += loss * size
-            losses.append(float(f"{loss:.7g}"))
-            rows = metric.scores[len(errors) :]
-            errors += [row["num_edits"] for row in rows]
-            words += [row["num_ref_tokens"] for row in rows]
-            if give_up_above is not None and sum(errors) > give_up_above:
-                complete = index + 1 == len(batches)
+            rows = metric.scores[len(metric.scores) - size :]
+            edits = [row["num_edits"] for row in rows]
+            words = [row["num_ref_tokens"] for row in rows]
+            measured.append((place, edits, words, loss))
+            errors += sum(edits)
+            if give_up_above is not None and errors > give_up_above:
                 break
-        if sum(words) == 0:
-            raise ValueError("search set: the transcripts hold no word")
-        total = sum(errors), sum(words), loss_sum / len(errors)
-        if not complete:
-            return Score(*total, complete)
-        return Score(*total, complete, *map(tuple, (errors, words, losses)))
+        return _score(measured, len(measured) == len(batches))
+
+
+def _score(
+    measured: list[tuple[int, list[int], list[int], float]], complete: bool
+) -> Score:
+    """What all processes have measured: of each batch its place, its errors
+    and words by utterance, and its loss."""
+    parts = gathered((measured, complete))
+    complete = all(done for _, done in parts)
+    rows = sorted(row for part, _ in parts for row in part)
+    errors = [n for _, edits, _, _ in rows for n in edits]
+    words = [n for _, _, counts, _ in rows for n in counts]
+    if sum(words) == 0:
+        raise ValueError("search set: the transcripts hold no word")
+    loss_sum = 0.0
+    for _, edits, _, loss in rows:
+        loss_sum += loss * len(edits)
+    total = sum(errors), sum(words), loss_sum / len(errors)
+    if not complete:
+        return Score(*total, complete)
+    losses = [float(f"{loss:.7g}") for _, _, _, loss in rows]
+    return Score(*total, complete, *map(tuple, (errors, words, losses)))
 
 
 @torch.no_grad()

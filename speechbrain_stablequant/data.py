@@ -15,6 +15,8 @@ from speechbrain.dataio.dataset import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from .distributed import share
+
 # Formats whose samples can be NaN or infinite.
 FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
 
@@ -234,6 +236,9 @@ def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
 class Batches:
     """The batches of a set, collated once and kept.
 
+    Where several processes share the work each has its part of the batches,
+    and what is indexed is an index into these.
+
     Arguments
     ---------
     dataset : Dataset
@@ -253,17 +258,22 @@ class Batches:
         loader_options: Mapping[str, Any],
         signal: str,
     ):
-        options = {"batch_size": batch_size, "shuffle": False}
-        if "collate_fn" in loader_options:
-            options["collate_fn"] = loader_options["collate_fn"]
         self.dataset = dataset
+        #: Of the whole set.
         self.ids = utterance_ids(dataset)
+        numbers = range(len(self.ids))
+        every = [numbers[i : i + batch_size] for i in numbers[::batch_size]]
+        #: Places of this process's batches among all.
+        self.places = share(len(every))
+        self._numbers = [list(every[place]) for place in self.places]
         self._signal = signal
-        self._options = options
+        self._options = {"batch_sampler": self._numbers}
+        if "collate_fn" in loader_options:
+            self._options["collate_fn"] = loader_options["collate_fn"]
         self._batches: list[Any] | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.ids) // self._options["batch_size"])
+        return len(self.places)
 
     def load(self) -> Sequence[Any]:
         """The batches; the first call reads the audio.
@@ -287,7 +297,7 @@ class Batches:
         return total, [round(float(part) * total) for part in relative]
 
     def seconds(self, sample_rate: int) -> float:
-        """Seconds of real audio in the set."""
+        """Seconds of real audio in these batches."""
         count = sum(sum(self.lengths(i)[1]) for i in range(len(self)))
         return count / sample_rate
 
@@ -296,8 +306,7 @@ class Batches:
 
     def _check(self, index: int) -> None:
         wavs, _ = self._audio(index)
-        size = self._options["batch_size"]
-        names = ", ".join(self.ids[index * size : (index + 1) * size])
+        names = ", ".join(self.ids[i] for i in self._numbers[index])
         if wavs.dim() != 2:
             raise AudioError(
                 f"utterance {names}: audio of shape {tuple(wavs.shape)}, "

@@ -33,6 +33,7 @@ from .files import write_atomic
 from .inference import CONFIG_FILE, empty_encoder
 from .integer import IntegerLayer
 from .plan import QuantizationPlan
+from .runtime import runtimes_with
 from .wrapper import WRAPPER_SETTINGS, StoredEncoder
 
 HYPERPARAMS_FILE = "hyperparams.yaml"
@@ -121,19 +122,21 @@ class RecogniserSource:
     blank_index: int
     sample_rate: int
 
-    def hyperparams(self, checksum: str) -> str:
+    def hyperparams(self, checksum: str, backend: str = "auto") -> str:
         """Text of ``hyperparams.yaml``.
 
         Arguments
         ---------
         checksum : str
             Of the ``model.safetensors`` beside it.
+        backend : str
+            What computes where nothing else is said.
         """
         encoder = json.dumps(self.encoder)
         heads = "".join(_indented(text, 8) for text in self.heads.values())
         return (
             f"{_HEADER}"
-            f"backend: auto\n"
+            f"backend: {backend}\n"
             f"backend_options: {{}}\n"
             f"sample_rate: {self.sample_rate}\n"
             f"blank_index: {self.blank_index}\n"
@@ -218,7 +221,10 @@ def write_folder(
         companions,
     )
     if source is not None:
-        text = source.hyperparams(checksum)
+        # Where there is no choice, `auto` would choose what cannot do it.
+        able = runtimes_with(plan.extras)
+        backend = able[0] if len(able) == 1 else "auto"
+        text = source.hyperparams(checksum, backend)
         write_atomic(folder / HYPERPARAMS_FILE, text)
 
 
@@ -263,9 +269,9 @@ def describe_recogniser(
     wrapper = modules[first.key]
     nodes = _recipe_nodes(brain)
     tokenizer = _find_tokenizer(brain)
-    encoder = _describe_wrapper(first, wrapper)
+    encoder = _describe_wrapper(first, wrapper, brain)
     heads = {
-        call.key: _describe_head(call, modules[call.key], nodes, brain.device)
+        call.key: _describe_head(call, modules[call.key], nodes, brain)
         for call in rest
     }
     tokenizer_class, tokenizer_file, content = _describe_tokenizer(tokenizer)
@@ -382,7 +388,13 @@ def _same(one: tuple, two: tuple) -> bool:
     )
 
 
-def _check_rebuilt(call: Call, output: Any, what: str) -> None:
+def _check_rebuilt(
+    call: Call, rebuilt: nn.Module, args: tuple, brain: sb.Brain, what: str
+) -> None:
+    # As it was observed: the recipe may evaluate in 16 bits. Only here, since
+    # autocast remembers the weights that it met first.
+    with torch.no_grad(), brain.evaluation_ctx:
+        output = rebuilt(*args)
     if not isinstance(output, torch.Tensor) or not isinstance(
         call.output, torch.Tensor
     ):
@@ -399,8 +411,7 @@ def _check_rebuilt(call: Call, output: Any, what: str) -> None:
 # -- the encoder -----------------------------------------------------------
 
 
-@torch.no_grad()
-def _describe_wrapper(call: Call, wrapper: nn.Module) -> dict:
+def _describe_wrapper(call: Call, wrapper: nn.Module, brain: sb.Brain) -> dict:
     if not isinstance(wrapper, Wav2Vec2):
         raise NoFolderError(
             f"'{call.key}' is a {type(wrapper).__name__}, not SpeechBrain's "
@@ -410,8 +421,9 @@ def _describe_wrapper(call: Call, wrapper: nn.Module) -> dict:
     settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
     rebuilt = StoredEncoder(wrapper.model, **settings)
     rebuilt.train(wrapper.training)
-    output = rebuilt(call.args[0], *lengths)
-    _check_rebuilt(call, output, "SpeechBrain's wrapper of the model")
+    args = (call.args[0], *lengths)
+    what = "SpeechBrain's wrapper of the model"
+    _check_rebuilt(call, rebuilt, args, brain, what)
     return {"key": call.key, "use_lengths": bool(lengths), **settings}
 
 
@@ -434,9 +446,8 @@ def _encoder_config(model: nn.Module) -> str:
 # -- heads -----------------------------------------------------------------
 
 
-@torch.no_grad()
 def _describe_head(
-    call: Call, module: nn.Module, nodes: Mapping[str, Any], device: str
+    call: Call, module: nn.Module, nodes: Mapping[str, Any], brain: sb.Brain
 ) -> str:
     """YAML that makes a module again: ``key: !new:...``."""
     for name, child in module.named_modules(prefix=call.key):
@@ -461,8 +472,8 @@ def _describe_head(
             f"'{call.key}' does not have the parameters of its YAML node: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
-    output = rebuilt.to(device).eval()(*call.args)
-    _check_rebuilt(call, output, "its YAML node")
+    rebuilt.to(brain.device).eval()
+    _check_rebuilt(call, rebuilt, call.args, brain, "its YAML node")
     return text
 
 

@@ -8,9 +8,9 @@ when a runtime takes them: they never exist as floats, nor all at once beside
 what the runtime makes of them, unless the simulated runtime is asked for.
 """
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.nn.utils import parametrize
 from .checkpoint import (
     PLAN_FILE,
     WEIGHTS_FILE,
+    Checkpoint,
     CheckpointError,
     bare_name,
     float_state,
@@ -307,6 +308,20 @@ class QuantizedRecogniser(nn.Module):
         self._device: torch.device | None = None
         self._shadows = ExitStack()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedRecogniser":
+        """A copy that builds a runtime of its own, from the folder."""
+        derived = {"runtime": None, "_integers": None, "_device": None}
+        state = {**vars(self), **derived, "_shadows": ExitStack()}
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        computing = [m for m in self.parts.modules() if "forward" in vars(m)]
+        forwards = {m: vars(m).pop("forward") for m in computing}
+        try:
+            vars(twin).update(copy.deepcopy(state, memo))
+        finally:
+            for module, forward in forwards.items():
+                module.forward = forward
+        return twin
+
     def load(self, folder: str | Path) -> None:
         """Reads the model.
 
@@ -322,13 +337,7 @@ class QuantizedRecogniser(nn.Module):
         """
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
-        checkpoint = load_checkpoint(self.folder, weights=False)
-        if checkpoint.checksum != self.checksum:
-            raise CheckpointError(
-                f"{path}: is not the model that hyperparams.yaml was written "
-                "for; copy the whole folder, and give from_hparams no savedir "
-                "that another model was loaded with"
-            )
+        checkpoint = self._read()
         settings = dict(self.encoder_settings)
         self._key = settings.pop("key")
         self._use_lengths = settings.pop("use_lengths")
@@ -349,6 +358,18 @@ class QuantizedRecogniser(nn.Module):
         self._integers = checkpoint.integers
         self.eval()
 
+    def _read(self) -> Checkpoint:
+        """The folder's content; integer weights stay in the file."""
+        checkpoint = load_checkpoint(self.folder, weights=False)
+        if checkpoint.checksum != self.checksum:
+            raise CheckpointError(
+                f"{self.folder / WEIGHTS_FILE}: is not the model that "
+                "hyperparams.yaml was written for; copy the whole folder, and "
+                "give from_hparams no savedir that another model was loaded "
+                "with"
+            )
+        return checkpoint
+
     def _with_code(self, settings: Mapping[str, Any]) -> nn.Module:
         """The encoder as transformers and SpeechBrain compute it."""
         from .wrapper import StoredEncoder
@@ -362,7 +383,7 @@ class QuantizedRecogniser(nn.Module):
         settings = dict(self.encoder_settings)
         del settings["key"], settings["use_lengths"]
         encoder = self._with_code(settings)
-        checkpoint = load_checkpoint(self.folder, weights=False)
+        checkpoint = self._read()
         inside = f"{self._key}."
         integers, floats = (
             {name: x for name, x in rows.items() if name.startswith(inside)}
@@ -388,7 +409,7 @@ class QuantizedRecogniser(nn.Module):
         self.runtime = resolve_backend(self.backend, device)
         integers = self._integers
         if integers is None:
-            integers = load_checkpoint(self.folder, weights=False).integers
+            integers = self._read().integers
         # The runtime keeps what it needs; a second copy would stay for ever.
         self._integers = None
         if RUNTIMES[self.runtime].encoder is None:
@@ -396,7 +417,7 @@ class QuantizedRecogniser(nn.Module):
         forwards = build_forwards(
             self.runtime,
             dict(self.parts.items()),
-            {name: _moved(layer, device) for name, layer in integers.items()},
+            {name: layer.to(device) for name, layer in integers.items()},
             **self.options,
         )
         self._shadows.enter_context(shadowed_forwards(forwards))
@@ -426,21 +447,6 @@ class QuantizedRecogniser(nn.Module):
         for head in heads:
             x = head(x)
         return x.float().log_softmax(-1)
-
-
-def _moved(layer: IntegerLayer, device: torch.device) -> IntegerLayer:
-    if device.type == "cpu":
-        return layer
-    layer = layer.loaded()
-    parts = ("weight", "weight_scale", "activation_scale", "bias")
-    tensors = {part: getattr(layer, part) for part in parts}
-    return replace(
-        layer,
-        **{
-            part: None if tensor is None else tensor.to(device)
-            for part, tensor in tensors.items()
-        },
-    )
 
 
 class FolderLoader:

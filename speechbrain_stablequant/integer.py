@@ -79,6 +79,18 @@ class IntegerLayer:
             return self
         return replace(self, weight=self.read(), read=None)
 
+    def to(self, device: str | torch.device) -> "IntegerLayer":
+        """The layer on a device; one that is still in its file is read, but
+        not for the CPU, whose runtimes do that one layer at a time."""
+        device = torch.device(device)
+        if device.type == "cpu" and self.read is not None:
+            return self
+        layer = self.loaded()
+        parts = ("weight", "weight_scale", "activation_scale", "bias")
+        tensors = {part: getattr(layer, part) for part in parts}
+        moved = {k: t.to(device) for k, t in tensors.items() if t is not None}
+        return replace(layer, **moved)
+
     def float_weight(self) -> torch.Tensor:
         """The weight that the integers stand for, float32."""
         return restore_weight(self.weight, self.weight_scale)

@@ -10,18 +10,22 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from . import distributed
 from .brain import (
     BrainRecogniser,
     ForwardClock,
     evaluation_steps,
+    join_metric,
     metric_of,
     shadowed,
 )
@@ -50,10 +54,11 @@ from .preflight import (
     choose_runtime,
     min_samples,
 )
-from .results import Evaluation, SetResult
+from .results import Evaluation, SetResult, environment
 from .rivals.nncf_ import make_rival, require_one
 from .run import Run, write_comparison
-from .stage import Stage
+from .runtime import code_digest
+from .stage import Stage, own_copy
 from .training import BrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -114,6 +119,23 @@ def _hook_brain_init() -> None:
     sb.Brain.__init__ = init
 
 
+def _check_shares(name: str, utterances: int, batch_size: int) -> None:
+    """Raises unless each process has a batch of a set."""
+    batches = -(-utterances // batch_size)
+    if batches < distributed.size():
+        raise ConfigError(
+            f"quantize.{name}: {batches} batches for {distributed.size()} "
+            "processes; start fewer or set num_utterances higher"
+        )
+
+
+def _unwrap(brain: sb.Brain) -> None:
+    """Takes back the modules that a distributed training has wrapped."""
+    for key, module in brain.modules.items():
+        if isinstance(module, DistributedDataParallel):
+            brain.modules[key] = module.module
+
+
 class StableQuant:
     """Quantizes a Brain's recogniser in its own evaluation.
 
@@ -143,7 +165,8 @@ class StableQuant:
     ):
         self.brain = brain
         self.config = config
-        self.folder = check_setting(brain, config)
+        #: Of this process: the first one's is the one that stays.
+        self.folder = own_copy(check_setting(brain, config))
         self.runs = [
             Run(
                 name,
@@ -234,6 +257,7 @@ class StableQuant:
                     drawn[key] = Batches(
                         subset, size, loader_options, self.config.signal
                     )
+                    _check_shares(name, len(subset), size)
                 run.subsets[name] = drawn[key]
 
     def _draw(
@@ -320,6 +344,7 @@ class StableQuant:
             No validation set, bad audio, bad metric attribute.
         """
         options = dict(test_loader_kwargs or {})
+        _unwrap(self.brain)
         if any(run.config.plan is None for run in self.runs):
             self._require_subsets()
         name = self._set_name()
@@ -355,11 +380,13 @@ class StableQuant:
                 run, baseline, test_set, options, name
             )
             run.results[name] = SetResult.pair(baseline, quantized)
-            run.write_report(self._modules, str(self.brain.device))
+            if not distributed.is_main():
+                continue
+            run.write_report(self._modules, self._environment())
         # Whoever reads the Brain's metrics now finds those of its own
         # evaluation, as without this stage.
         vars(self.brain).update(kept)
-        if len(self.runs) > 1:
+        if len(self.runs) > 1 and distributed.is_main():
             write_comparison(self.runs, self._modules, self.folder)
         return loss
 
@@ -425,7 +452,7 @@ class StableQuant:
 
     @property
     def _show_progress(self) -> bool:
-        return not self.brain.noprogressbar
+        return distributed.is_main() and not self.brain.noprogressbar
 
     # -- plan, quantized evaluation, report --------------------------------
 
@@ -455,7 +482,9 @@ class StableQuant:
         else:
             layers = self._make_plan(run)
             seconds = time.monotonic() - started
-            self._write_model(run, layers, test_set, options)
+            self._convert(run, layers)
+            if distributed.is_main():
+                self._write_model(run, test_set, options)
         if run.config.plan is None:
             training = run.config.needs_training
             run.remember_effort(seconds, self._trainer.ids if training else ())
@@ -495,14 +524,8 @@ class StableQuant:
         run.plan.save(run.folder / PLAN_FILE)
         return stage.layers
 
-    def _write_model(
-        self,
-        run: Run,
-        layers: Iterable[Layer],
-        test_set: Dataset | DataLoader,
-        options: Mapping[str, Any],
-    ) -> None:
-        """Converts to integers and writes them, with all that loads them."""
+    def _convert(self, run: Run, layers: Iterable[Layer]) -> None:
+        """Makes the integers of a plan."""
         quants = run.plan.quants()
         tensors = run.plan.tensors
         decided = {} if tensors is None else tensors.layers
@@ -513,14 +536,22 @@ class StableQuant:
                         layer, quants[layer.name], decided.get(layer.name)
                     ),
                     run.config.float_dtype,
-                )
+                ).to("cpu")  # there are those of all runs
                 for layer in layers
                 if layer.name in quants
             }
+
+    def _write_model(
+        self,
+        run: Run,
+        test_set: Dataset | DataLoader,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Writes the integers, with all that loads them."""
         try:
             batch = next(iter(self._loader(test_set, options)))
             run.source = describe_recogniser(
-                self.brain, batch, run.config, list(quants)
+                self.brain, batch, run.config, list(run.plan.quants())
             )
         except Exception as error:
             # A recipe may do anything. What was measured must not be lost,
@@ -562,37 +593,46 @@ class StableQuant:
         What an earlier, killed run has finished is read from disk.
         """
         path = run.folder / f"transcripts_{name}.json"
+        # All that the words or the times of the report depend on.
         how = [run.backend, run.config.float_dtype, *run.warnings]
+        how.append(repr(run.config.backend_options))
+        how += [self._environment(), code_digest()]
         if run.rival is not None:
             how.append(run.rival.key)
         key = baseline.key(run.plan, *how)
-        known = Evaluation.read(path, key)
+        known = distributed.from_main(Evaluation.read(path, key))
         if known is not None:
             return known
         loader = self._loader(test_set, options)
         total = len(loader)
         if self.brain.debug:
             total = min(total, self.brain.debug_batches)
+        mine = distributed.share(total)
+        batches = islice(loader, mine.start, mine.stop, mine.step)
         clock = self._clock()
         modules = self._modules
-        with run.as_stored(modules), run.executed(modules), clock.running():
+        device = str(self.brain.device)
+        with (
+            run.as_stored(modules),
+            run.executed(modules, device),
+            clock.running(),
+        ):
             steps = evaluation_steps(
                 self.brain,
-                loader,
+                batches,
                 sb.Stage.TEST,
                 self.config.metric_attribute,
             )
             bar = tqdm(
                 steps,
                 f"{name}, quantized {run.name}".strip(),
-                total,
+                len(mine),
                 dynamic_ncols=True,
                 disable=not self._show_progress,
             )
-            for done, _ in enumerate(bar, start=1):
-                if done == total:
-                    break
+            counts = [count for _, _, count in bar]
         metric = self._metric()
+        join_metric(metric, counts)
         metric.summarize()
         text = io.StringIO()
         metric.write_stats(text)
@@ -600,6 +640,9 @@ class StableQuant:
         evaluation = Evaluation.of(metric, clock)
         evaluation.write(path, key)
         return evaluation
+
+    def _environment(self) -> dict[str, str | int]:
+        return environment(str(self.brain.device), self.brain.eval_precision)
 
     def _clock(self) -> ForwardClock:
         config = self.config

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .distributed import gathered
 from .histogram import Histogram
 from .layers import Layer
 
@@ -159,6 +160,14 @@ class Observer:
         )
         for row, count in zip(x, frames, strict=True):
             histogram.add(row.narrow(time_axis - 1, 0, count))
+
+    def join(self) -> None:
+        """Takes up what other processes have collected."""
+        for name, histogram in self.histograms.items():
+            parts = gathered(histogram)
+            for part in parts[1:]:
+                parts[0].merge(part)
+            self.histograms[name] = parts[0]
 
     def check_all_called(self) -> None:
         """Raises when a layer was never called.

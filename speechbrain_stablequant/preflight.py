@@ -6,19 +6,26 @@ from pathlib import Path
 import speechbrain as sb
 from torch import nn
 
+from . import distributed
 from .baselines.auto_quantize import require_modelopt
 from .config import ConfigError, QuantizeConfig
 from .files import check_writable_folder
 from .layers import find_encoders, find_layers
 from .plan import QuantizationPlan
 from .rivals.nncf_ import require_nncf
-from .runtime import RUNTIMES, check_extras, resolve_backend
+from .runtime import RUNTIMES, check_extras, choose_backend
 from .runtime.cpu import PAIR_SUM_BITS, cpu_class
 from .runtime.encoder import describe_encoder
 from .stage import check_earlier_run
 
 # Options of a Brain that replace the modules that would be quantized.
-_REPLACING = ("jit", "jit_module_keys", "compile", "compile_module_keys")
+_REPLACING = (
+    "jit",
+    "jit_module_keys",
+    "compile",
+    "compile_module_keys",
+    "data_parallel_backend",
+)
 
 
 def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
@@ -39,18 +46,14 @@ def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
     Raises
     ------
     ValueError
-        A Brain that is attached already, distributed or compiled; a layer or
-        a plan that does not fit; a damaged file of an earlier run.
+        A Brain that is attached already, or compiled; a method that needs
+        one process, in several; a layer or a plan that does not fit; a
+        damaged file of an earlier run.
     """
     if hasattr(brain, "stablequant"):
         raise ValueError(
             "quantize: StableQuant is attached to this Brain already; "
             "attach it once, or use a YAML block without attach()"
-        )
-    if getattr(brain, "distributed_launch", False):
-        raise ValueError(
-            "quantize: runs in one process; quantize with `python "
-            "train.py ... --test_only` after distributed training"
         )
     for option in _REPLACING:
         if getattr(brain, option, None):
@@ -73,12 +76,29 @@ def _check_variant(
 ) -> None:
     if config.needs_modelopt:
         require_modelopt()
+    _check_processes(config)
     layers = find_layers(modules, config.target, config.include, config.exclude)
     if config.plan is not None:
         plan = QuantizationPlan.load(config.plan)
         kinds = {layer.name: layer.kind for layer in layers}
         plan.check_matches(kinds, config.plan)
         plan.check_tensors(layers, modules, config.plan)
+
+
+def _check_processes(config: QuantizeConfig) -> None:
+    """Raises if several processes cannot share a method's work."""
+    if distributed.size() == 1:
+        return
+    if config.needs_training or config.is_rival:
+        what = f"method: {config.method}"
+    elif config.needs_modelopt:
+        what = "plus.budget.scores: modelopt"
+    else:
+        return
+    raise ConfigError(
+        f"quantize.{what} runs in one process; start it with python instead "
+        "of torchrun"
+    )
 
 
 def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:
@@ -120,7 +140,9 @@ def choose_runtime(
     if config.is_rival:
         return _choose_for_rival(brain, config), []
     try:
-        name = resolve_backend(config.backend, brain.device)
+        name, reasons = choose_backend(config.backend, brain.device)
+        if reasons:
+            return _simulated("; ".join(r.partition(";")[0] for r in reasons))
         check_extras(name, _extras(config))
         if RUNTIMES[name].encoder is not None:
             _check_encoders(dict(brain.modules.items()), config)
@@ -128,7 +150,7 @@ def choose_runtime(
         if config.backend != "auto":
             raise ConfigError(f"quantize.{error}") from error
         reason = str(error).partition(";")[0].removeprefix("backend: ")
-        return "torch", [f"Evaluated by simulation: {reason}."]
+        return _simulated(reason)
     cpu = cpu_class()
     if (
         RUNTIMES[name].pair_sums
@@ -141,6 +163,10 @@ def choose_runtime(
             f"{PAIR_SUM_BITS}."
         ]
     return name, []
+
+
+def _simulated(reason: str) -> tuple[str, list[str]]:
+    return "torch", [f"Evaluated by simulation: {reason}."]
 
 
 def _choose_for_rival(brain: sb.Brain, config: QuantizeConfig) -> str:

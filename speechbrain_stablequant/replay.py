@@ -6,6 +6,7 @@ kept, for each batch, and the modules before it are skipped. What is computed
 is the same to the last bit; only the time differs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -46,6 +47,22 @@ def _nbytes(value: Any) -> int:
     return sum(sizes)
 
 
+def _device(value: Any) -> torch.device:
+    devices: list[torch.device] = []
+    map_tensors(value, lambda t: devices.append(t.device))
+    return devices[0]
+
+
+def _half_free(device: torch.device) -> float:
+    """Half of the bytes that a GPU has left, what torch holds in reserve
+    included; no limit elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    return (free - torch.cuda.memory_allocated(device)) / 2
+
+
 class Replay:
     """Keeps the result of one cut for every batch of a data set.
 
@@ -56,7 +73,8 @@ class Replay:
     units : sequence of str
         All units, in network order.
     limit_bytes : int
-        Results larger than this are not kept.
+        Results larger than this are not kept, nor what would take more than
+        half of the memory that a GPU has left.
 
     Example
     -------
@@ -151,13 +169,14 @@ class Replay:
             self.drop()
         kept: list[Any] = []
         shapes: dict[int, list[Any]] = {id(m): [] for m in cut.skip}
-        size = 0
+        size, limit = 0, None
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            nonlocal size
+            nonlocal size, limit
+            if limit is None:
+                limit = min(self.limit_bytes, _half_free(_device(output)))
             size += _nbytes(output)
-            if size > self.limit_bytes:
-                kept.clear()
+            if size > limit:
                 raise _TooLarge
             kept.append(output)
             raise StopForward
@@ -171,7 +190,8 @@ class Replay:
         try:
             with self.active():
                 forward(self.start_batch)
-        except _TooLarge:
+        except (_TooLarge, torch.OutOfMemoryError):
+            kept.clear()
             self._too_large.add(unit)
             self.drop()
             return False
@@ -181,11 +201,6 @@ class Replay:
         self._cut, self._prefix = cut, dict(prefix)
         self._kept, self._shapes = kept, shapes
         return True
-
-    def _device(self) -> torch.device:
-        devices: list[torch.device] = []
-        map_tensors(self._kept[self._batch], lambda t: devices.append(t.device))
-        return devices[0]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -203,8 +218,9 @@ class Replay:
             # Of the right shape and never read: the cut's result replaces
             # everything that would be computed from it.
             shape = self._shapes[id(module)][self._batch]
+            device = _device(self._kept[self._batch])
             return map_tensors(
-                shape, lambda t: torch.empty_like(t, device=self._device())
+                shape, lambda t: torch.empty_like(t, device=device)
             )
 
         try:

@@ -24,9 +24,17 @@ from .files import identity, read_json, write_json
 from .folder import HYPERPARAMS_FILE
 from .histogram import Histogram
 from .plan import QuantizationPlan
+from .precision import allows_tf32
 from .runtime.cpu import cpu_class
 
 FLOAT_BITS = 32
+# By the names that SpeechBrain has for them.
+_ARITHMETIC = {
+    "fp32": "float32",
+    "fp16": "autocast to float16",
+    "bf16": "autocast to bfloat16",
+}
+_TF32 = ("products", "convolutions")
 # Bars of a histogram in the report.
 COARSE_BINS = 128
 
@@ -54,15 +62,15 @@ class Evaluation:
         """What a metric and a clock have collected."""
         return cls(transcripts_of(metric), clock.seconds, clock.audio_seconds)
 
-    def key(self, plan: QuantizationPlan, *execution: str) -> str:
+    def key(self, plan: QuantizationPlan, *execution: Any) -> str:
         """Identifies the quantized evaluation of the same utterances.
 
         Arguments
         ---------
         plan : QuantizationPlan
             What is evaluated.
-        *execution : str
-            How it is executed.
+        *execution
+            How it is executed: anything that JSON holds.
 
         Returns
         -------
@@ -264,19 +272,28 @@ def float_size(modules: Mapping[str, nn.Module]) -> int:
     return size_on_disk((count, FLOAT_BITS) for count in counts.values())
 
 
-def environment(device: str) -> dict[str, str | int]:
+def environment(
+    device: str, precision: str | None = None
+) -> dict[str, str | int]:
     """What the figures were measured with.
 
     Arguments
     ---------
     device : str
         The Brain's device.
+    precision : str, optional
+        Its ``eval_precision``; float32 by default.
 
     Returns
     -------
     dict
+
+    Example
+    -------
+    >>> environment("cpu", "bf16")["float arithmetic"]
+    'autocast to bfloat16'
     """
-    return {
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "speechbrain": version("speechbrain"),
@@ -288,7 +305,13 @@ def environment(device: str) -> dict[str, str | int]:
             if device.startswith("cuda")
             else device
         ),
+        "float arithmetic": _ARITHMETIC[precision or "fp32"],
     }
+    if device.startswith("cuda"):
+        allowed = zip(_TF32, allows_tf32(), strict=True)
+        found["TF32"] = " and ".join(n for n, yes in allowed if yes) or "off"
+        found["CUDA"] = str(torch.version.cuda)
+    return found
 
 
 def _cpu_name() -> str:
@@ -305,7 +328,7 @@ def build_report(
     results: Mapping[str, SetResult],
     modules: Mapping[str, nn.Module],
     histograms: Mapping[str, Histogram],
-    device: str,
+    environment: Mapping[str, Any],
     execution: Execution,
     warnings: Sequence[str] = (),
 ) -> dict:
@@ -321,8 +344,8 @@ def build_report(
         All modules of the recogniser by key.
     histograms : Mapping
         Histograms by layer name; empty for a plan that was given.
-    device : str
-        The Brain's device.
+    environment : Mapping
+        From :func:`environment`.
     execution : Execution
         What was evaluated, and its size on disk.
     warnings : sequence of str
@@ -349,7 +372,7 @@ def build_report(
         "backend": (
             "simulated" if execution.backend == "torch" else execution.backend
         ),
-        "environment": environment(device),
+        "environment": dict(environment),
         "test": {name: result.to_dict() for name, result in results.items()},
         "size_mb": {
             "float": float_size(stored) / 1e6,

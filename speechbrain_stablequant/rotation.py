@@ -14,6 +14,7 @@ and loaded with everything else, and two hooks multiply by it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -103,22 +104,24 @@ def attach_rotation(encoder: nn.Module, rotation: torch.Tensor) -> None:
     if hasattr(encoder, BUFFER):
         raise ValueError("the encoder's stream is rotated already")
     encoder.register_buffer(BUFFER, rotation)
-
-    def turn(module: nn.Module, args: tuple) -> tuple:
-        x, *others = args
-        matrix = getattr(encoder, BUFFER)
-        return (x @ matrix.to(x.dtype).T, *others)
-
-    def turn_back(module: nn.Module, args: tuple) -> tuple:
-        x, *others = args
-        matrix = getattr(encoder, BUFFER)
-        return (x @ matrix.to(x.dtype), *others)
-
+    # No closures: those of a deep copy would go on with this encoder.
     handles = (
-        encoder.layers[0].register_forward_pre_hook(turn),
-        encoder.layer_norm.register_forward_pre_hook(turn_back),
+        encoder.layers[0].register_forward_pre_hook(partial(_turn, encoder)),
+        encoder.layer_norm.register_forward_pre_hook(
+            partial(_turn_back, encoder)
+        ),
     )
     setattr(encoder, _HANDLES, handles)
+
+
+def _turn(encoder: nn.Module, module: nn.Module, args: tuple) -> tuple:
+    x, *others = args
+    return (x @ getattr(encoder, BUFFER).to(x.dtype).T, *others)
+
+
+def _turn_back(encoder: nn.Module, module: nn.Module, args: tuple) -> tuple:
+    x, *others = args
+    return (x @ getattr(encoder, BUFFER).to(x.dtype), *others)
 
 
 def detach_rotation(encoder: nn.Module) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -112,15 +113,23 @@ class Run:
             yield
 
     def executed(
-        self, modules: Mapping[str, nn.Module]
+        self, modules: Mapping[str, nn.Module], device: str
     ) -> AbstractContextManager[None]:
-        """Context in which the modules compute by the runtime."""
+        """Context in which the modules compute by the runtime.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key.
+        device : str
+            Where they are.
+        """
         if self.rival is not None:
             return shadowed_forwards(self.rival.forwards())
         forwards = build_forwards(
             self.backend,
             modules,
-            self.integers,
+            {name: x.to(device) for name, x in self.integers.items()},
             **self.config.backend_options,
         )
         return shadowed_forwards(forwards)
@@ -145,7 +154,7 @@ class Run:
         )
 
     def write_report(
-        self, modules: Mapping[str, nn.Module], device: str
+        self, modules: Mapping[str, nn.Module], environment: Mapping[str, Any]
     ) -> None:
         """Writes the report of all that was evaluated, and prints its table.
 
@@ -153,15 +162,15 @@ class Run:
         ---------
         modules : Mapping
             The Brain's modules by key.
-        device : str
-            Where it runs.
+        environment : Mapping
+            What it was measured with.
         """
         report = build_report(
             self.plan,
             self.results,
             modules,
             self.histograms,
-            device,
+            environment,
             execution=self.execution(),
             warnings=self.warnings,
         )

@@ -8,6 +8,7 @@ model load and save while a simulation is on.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ from .adjusted import LayerTensors
 from .layers import Layer
 from .numerics import fake_quantize, scale_from_amax
 from .plan import LayerQuant
+from .precision import plain_float32
 from .weights import restore_weight, round_weight, weight_scale
+
+_NOTHING = LayerTensors()
 
 
 def quantize_weight(
@@ -175,8 +179,9 @@ def quantized_forward(
         new_bias = new_bias.to(weight.device)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # A 16-bit product of grid values would round them a second time.
-        with torch.autocast(x.device.type, enabled=False):
+        # A 16-bit product of grid values would round them a second time, and
+        # so would TF32.
+        with plain_float32(x):
             bias = module.bias if new_bias is None else new_bias
             bias = None if bias is None else bias.float()
             if shift is None:
@@ -210,10 +215,30 @@ def check_offset(module: nn.Module) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer computed with last, and what it was made from."""
+
+    quant: LayerQuant
+    tensors: LayerTensors
+    weight: torch.Tensor
+    forward: Callable[[torch.Tensor], torch.Tensor]
+
+    def same_weight(self, quant: LayerQuant, tensors: LayerTensors) -> bool:
+        """Whether the weight serves another quantization as well."""
+        if tensors.weight is not None or self.tensors.weight is not None:
+            return tensors.weight is self.tensors.weight
+        return all(
+            getattr(quant, name) == getattr(self.quant, name)
+            for name in ("weight_bits", "weight_method", "weight_group")
+        )
+
+
 class Simulator:
     """Applies quantization to the layers of one model, again and again.
 
-    Fake-quantized weights are kept, since a search returns to the same ones.
+    The last weight of each layer is kept, since a search returns to it: one
+    float32 copy of the model, however many precisions are tried.
 
     Arguments
     ---------
@@ -241,21 +266,33 @@ class Simulator:
     ):
         self.layers = {layer.name: layer for layer in layers}
         self.tensors = dict(tensors or {})
-        self._weights: dict[tuple[str, int, str, int], torch.Tensor] = {}
+        self._kept: dict[str, _Kept] = {}
 
-    def _weight(self, name: str, quant: LayerQuant) -> torch.Tensor:
+    def _forward(
+        self, name: str, quant: LayerQuant
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        tensors = self.tensors.get(name, _NOTHING)
+        kept = self._kept.get(name)
+        if kept and kept.quant == quant and kept.tensors is tensors:
+            return kept.forward
         module = self.layers[name].module
-        known = self.tensors.get(name)
-        if known is not None and known.weight is not None:
-            weight = restore_weight(known.weight, known.weight_scale)
-            return weight.to(module.weight.device)
-        bits, method = quant.weight_bits, quant.weight_method
-        key = (name, bits, method, quant.weight_group)
-        if key not in self._weights:
-            self._weights[key], _ = quantize_weight(
-                module.weight, bits, method, quant.weight_group
+        if kept and kept.same_weight(quant, tensors):
+            weight = kept.weight
+        elif tensors.weight is not None:
+            device = module.weight.device
+            weight = restore_weight(
+                tensors.weight.to(device), tensors.weight_scale.to(device)
             )
-        return self._weights[key]
+        else:
+            weight, _ = quantize_weight(
+                module.weight,
+                quant.weight_bits,
+                quant.weight_method,
+                quant.weight_group,
+            )
+        forward = quantized_forward(module, quant, weight, tensors.bias)
+        self._kept[name] = _Kept(quant, tensors, weight, forward)
+        return forward
 
     @contextmanager
     def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
@@ -277,14 +314,7 @@ class Simulator:
                 module = self.layers[name].module
                 if "forward" in vars(module):
                     raise RuntimeError(f"{name}: is being simulated already")
-                known = self.tensors.get(name)
-                forward = quantized_forward(
-                    module,
-                    quant,
-                    self._weight(name, quant),
-                    None if known is None else known.bias,
-                )
-                module.forward = forward
+                module.forward = self._forward(name, quant)
                 shadowed.append(module)
             yield
         finally:

@@ -290,8 +290,11 @@ def reproducible(seed: int | None) -> Iterator[None]:
     True
     """
     states = random.getstate(), numpy.random.get_state()
+    # By default it takes all GPUs of the machine.
+    used = torch.cuda.is_initialized()
+    devices = [torch.cuda.current_device()] if used else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             if seed is not None:
                 random.seed(seed)
                 numpy.random.seed(seed % 2**32)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..distributed import gathered_tensors
 from ..layers import Encoder, Layer
 
 # Factors beyond this would only move rounding noise about.
@@ -126,6 +127,11 @@ class ChannelMaxima:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def join(self) -> None:
+        """Takes up what other processes have seen."""
+        for name, value in self.values.items():
+            self.values[name] = torch.stack(gathered_tensors(value)).amax(0)
 
     def _hook(self, name: str):
         def hook(module: nn.Module, args: tuple) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..distributed import gathered_tensors
 from .moments import Moments, Sums
 
 # A shorter kernel has too few windows in common to be worth it.
@@ -216,15 +217,19 @@ class LagSum:
         return found.unflatten(2, (-1, self.kernel)).double()
 
     def result(self) -> Moments:
-        """The means of all that was added.
+        """The means of all that was added, in all processes.
 
         Raises
         ------
         ValueError
             Nothing was added.
         """
+        self._sums.join()
         means = self._sums.means("float_mean", "mean")
-        ends = {name: torch.stack(e, 1) for name, e in self._ends.items()}
+        ends = {
+            name: torch.cat(gathered_tensors(torch.stack(parts, 1)), 1)
+            for name, parts in self._ends.items()
+        }
         second = {}
         for name in self.pairs:
             left = "integer" if name == "gram" else "float"

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..distributed import gathered, summed
+
 
 class Groups(Protocol):
     """A matrix for each group, such as a tensor [groups, rows, columns]."""
@@ -145,6 +147,12 @@ class Sums(dict[str, torch.Tensor]):
         else:
             self[name] = value
 
+    def join(self) -> None:
+        """Takes up what other processes have added."""
+        self.rows = sum(gathered(self.rows))
+        for name in sorted(self):
+            self[name] = summed(self[name])
+
     def means(self, *names: str) -> dict[str, torch.Tensor]:
         """Sums by their rows, float32; all of them where none is named.
 
@@ -211,11 +219,12 @@ class MomentSum:
             self._sums.add("cross", x.mT @ q)
 
     def result(self) -> Moments:
-        """The means of all that was added.
+        """The means of all that was added, in all processes.
 
         Raises
         ------
         ValueError
             Nothing was added.
         """
+        self._sums.join()
         return Moments(self._sums.rows, **self._sums.means())

@@ -11,6 +11,7 @@ import torch
 from ..adjusted import AdjustedTensors, LayerTensors
 from ..layers import Layer
 from ..plan import LayerQuant
+from ..precision import full_float32
 from ..weights import restore_weight, round_weight, weight_scale
 from .lags import slides
 from .moments import Moments, conv_groups
@@ -116,6 +117,7 @@ class LayerStore:
         AdjustedTensors({name: tensors}).save(self._path(name), {name: bits})
 
 
+@full_float32()  # the 10 bits of TF32 are too few for second moments
 def refine(
     walk: PrefixWalk,
     quants: Mapping[str, LayerQuant],
@@ -146,23 +148,6 @@ def refine(
     dict
         LayerTensors by name.
     """
-    # SpeechBrain allows TF32: 10 bits are too few for second moments.
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return _refine(walk, quants, store, solve, corrects_bias, on_layer)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def _refine(
-    walk: PrefixWalk,
-    quants: Mapping[str, LayerQuant],
-    store: LayerStore,
-    solve: Callable[[Layer], Solve | None],
-    corrects_bias: Callable[[Layer], bool],
-    on_layer: Callable[[str], None],
-) -> dict[str, LayerTensors]:
     decided: dict[str, LayerQuant] = {}
     result: dict[str, LayerTensors] = {}
     for group in walk.groups():

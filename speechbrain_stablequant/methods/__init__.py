@@ -1,5 +1,7 @@
 """What decides the numbers of a plan: one module for each method."""
 
+from dataclasses import replace
+
 from ..histogram import Histogram
 from ..plan import QuantizationPlan
 from ..stage import Stage, calibrate
@@ -33,6 +35,13 @@ def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     ValueError
         A plan of another model, a layer that is never called, NaN.
     """
+    plan, histograms = _make_plan(stage)
+    # Every run keeps its own, to the end.
+    tensors = plan.tensors and plan.tensors.cpu()
+    return replace(plan, tensors=tensors), histograms
+
+
+def _make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     config = stage.config
     weights = stage.fingerprint()
     if config.plan is not None:

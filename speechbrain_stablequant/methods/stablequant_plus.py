@@ -150,6 +150,7 @@ class _Plus:
         maxima = ChannelMaxima([site.consumers[0] for site in sites])
         with maxima.watch():
             stage.recogniser.forward("calibration", lambda _: None)
+        maxima.join()
 
         def context(strength: float) -> AbstractContextManager[None]:
             if not strength:

@@ -6,12 +6,15 @@ line in ``RUNTIMES``. Its module is imported when it is used, so that nothing
 optional is needed before.
 """
 
+import functools
+import hashlib
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch import nn
 
 from ..integer import IntegerLayer
 from ..layers import Encoder, find_encoders
-from .base import encoder_forward
+from .base import encoder_forward, in_own_precision
 from .cpu import CpuClass, cpu_class, executed_integers
 from .encoder import describe_encoder
 
@@ -141,8 +144,10 @@ def _why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-def resolve_backend(backend: str, device: str | torch.device) -> str:
-    """The runtime for a device.
+def choose_backend(
+    backend: str, device: str | torch.device
+) -> tuple[str, list[str]]:
+    """The runtime for a device, and why it is not an integer one.
 
     Arguments
     ---------
@@ -156,6 +161,8 @@ def resolve_backend(backend: str, device: str | torch.device) -> str:
     -------
     str
         A key of ``RUNTIMES``.
+    list of str
+        Where ``"auto"`` found none: what is wrong with each.
 
     Raises
     ------
@@ -164,8 +171,8 @@ def resolve_backend(backend: str, device: str | torch.device) -> str:
 
     Example
     -------
-    >>> resolve_backend("torch", "cpu")
-    'torch'
+    >>> choose_backend("torch", "cpu")
+    ('torch', [])
     """
     device = torch.device(device)
     if backend == "auto":
@@ -177,7 +184,7 @@ def resolve_backend(backend: str, device: str | torch.device) -> str:
         for name in order:
             reason = _why_not(name, device)
             if reason is None:
-                return name
+                return name, []
             reasons.append(f"{name}: {reason}")
         logger.warning(
             "no integer runtime for device %s: quantization is simulated, "
@@ -185,7 +192,7 @@ def resolve_backend(backend: str, device: str | torch.device) -> str:
             device,
             f" ({'; '.join(reasons)})" if reasons else "",
         )
-        return "torch"
+        return "torch", reasons or [f"no integer runtime for device {device}"]
     if backend not in RUNTIMES:
         raise ValueError(
             f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
@@ -193,7 +200,44 @@ def resolve_backend(backend: str, device: str | torch.device) -> str:
     reason = _why_not(backend, device)
     if reason is not None:
         raise ValueError(f"backend: {backend} cannot run: {reason}")
-    return backend
+    return backend, []
+
+
+def resolve_backend(backend: str, device: str | torch.device) -> str:
+    """The runtime of :func:`choose_backend` alone.
+
+    Arguments
+    ---------
+    backend, device
+        As of :func:`choose_backend`.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> resolve_backend("torch", "cpu")
+    'torch'
+    """
+    return choose_backend(backend, device)[0]
+
+
+@functools.cache
+def code_digest() -> str:
+    """Identifies the code that executes plans.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for folder in (here, here.with_name("kernels")):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def _load(reference: str) -> Callable[..., Any]:
@@ -357,4 +401,4 @@ def build_forwards(
     for name, layer in integers.items():
         if name not in inside:
             forwards[by_name[name]] = make_layer(layer)
-    return forwards
+    return {m: in_own_precision(f) for m, f in forwards.items()}

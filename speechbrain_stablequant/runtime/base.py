@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from ..precision import plain_float32
+
 
 class EncoderExecutor(Protocol):
     """Executes one encoder."""
@@ -107,6 +109,35 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
         return EncoderOutput(hidden)
 
     return forward
+
+
+def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that the recipe's precision does not change: a runtime says
+    itself what it computes in 16 bits.
+
+    Arguments
+    ---------
+    forward : callable
+        Of a tensor and other arguments.
+
+    Returns
+    -------
+    callable
+
+    Example
+    -------
+    >>> forward = in_own_precision(lambda x: x @ x)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     forward(torch.ones(1, 1)).dtype
+    torch.float32
+    """
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        x, *_ = *args, *kwargs.values()
+        with plain_float32(x):
+            return forward(*args, **kwargs)
+
+    return plain
 
 
 @contextmanager

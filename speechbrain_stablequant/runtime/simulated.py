@@ -50,24 +50,22 @@ def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
             for key, value in held.items():
                 held[key] = None if value is None else value.to(x.device)
         weight, bias = held["weight"], held["bias"]
-        # A 16-bit product of grid values would round them a second time.
-        with torch.autocast(x.device.type, enabled=False):
-            x32 = x.float()
-            if layer.activation_offset:
-                x32 = x32 - layer.activation_offset
-            grid = fake_quantize(x32, held["scale"], layer.activation_bits)
-            if layer.kind == "linear":
-                out = F.linear(grid, weight, bias)
-            else:
-                out = F.conv1d(
-                    grid,
-                    weight,
-                    bias,
-                    layer.stride,
-                    layer.padding,
-                    layer.dilation,
-                    layer.groups,
-                )
+        x32 = x.float()
+        if layer.activation_offset:
+            x32 = x32 - layer.activation_offset
+        grid = fake_quantize(x32, held["scale"], layer.activation_bits)
+        if layer.kind == "linear":
+            out = F.linear(grid, weight, bias)
+        else:
+            out = F.conv1d(
+                grid,
+                weight,
+                bias,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.groups,
+            )
         return out.to(x.dtype)
 
     return forward

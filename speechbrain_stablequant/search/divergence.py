@@ -5,9 +5,11 @@ before, in a few utterances, and needs no transcript.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 
 import torch
 
+from ..distributed import gathered
 from .score import Score
 
 BeforeBatch = Callable[[int], None]
@@ -99,12 +101,21 @@ class Divergence:
         Score
             Mean divergence per frame as its loss; no errors, of one word.
         """
-        total, frames = 0.0, 0
         outputs = _given(self._outputs(before_batch))
-        for reference, output in zip(self._reference, outputs, strict=True):
-            more, count = divergence(reference, output)
-            total += more
-            frames += count
+        parts = gathered(
+            [
+                divergence(reference, output)
+                for reference, output in zip(
+                    self._reference, outputs, strict=True
+                )
+            ]
+        )
+        total, frames = 0.0, 0
+        # batch by batch in the order of the set, which the processes share
+        for row in zip_longest(*parts, fillvalue=(0.0, 0)):
+            for more, count in row:
+                total += more
+                frames += count
         return Score(0, 1, total / frames)
 
 

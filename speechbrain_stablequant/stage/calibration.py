@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..distributed import share
 from ..files import identity, read_json, write_json
 from ..histogram import Histogram
 from ..layers import Layer
@@ -105,7 +106,8 @@ def _observe(stage: Stage, observers: Sequence[Observer]) -> None:
     recogniser = stage.recogniser
     ids = recogniser.ids("calibration")
     size = stage.config.calibration.batch_size
-    bar = stage.bar(-(-len(ids) // size), "calibration")
+    batches = -(-len(ids) // size)
+    bar = stage.bar(len(share(batches)), "calibration")
 
     def before_batch(index: int) -> None:
         lengths = recogniser.lengths("calibration", index)
@@ -117,6 +119,8 @@ def _observe(stage: Stage, observers: Sequence[Observer]) -> None:
         for observer in observers:
             stack.enter_context(observer.watch())
         recogniser.forward("calibration", before_batch)
+    for observer in observers:
+        observer.join()
 
 
 def _calibration(

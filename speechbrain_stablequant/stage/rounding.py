@@ -4,13 +4,13 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from .. import distributed
 from ..adjusted import LayerTensors
 from ..baselines import LayerStore, PrefixWalk, refine
 from ..baselines.refine import Solve
 from ..files import identity
 from ..layers import Layer
 from ..plan import LayerQuant
-from ..simulate import Simulator
 from .stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,10 @@ def rounded_layers(
         ],
     ]
     store = LayerStore(stage.folder / LAYER_FOLDER, identity(content))
-    simulator = Simulator(stage.layers)
+    # What is decided is measured next: with the weights that it has by then.
+    stage.simulator.tensors = {}
     walk = PrefixWalk(
-        simulator,
+        stage.simulator,
         list(stage.units),
         partial(recogniser.forward, "calibration"),
         lambda batch: recogniser.lengths("calibration", batch),
@@ -91,4 +92,7 @@ def rounded_layers(
         )
     if store.reused:
         logger.info("%s: %d layers from disk", what, store.reused)
-    return found
+    if distributed.size() > 1:
+        # another card may round another way
+        found = {name: tensors.cpu() for name, tensors in found.items()}
+    return distributed.from_main(found)

@@ -558,9 +558,11 @@ def test_wavlm(make_brain):
         ("jit_module_keys", ["enc"]),
         ("compile", True),
         ("compile_module_keys", ["enc"]),
+        ("data_parallel_backend", True),
     ],
 )
-def test_jit_and_compile(option, value, make_brain):
+def test_options_that_replace_modules(option, value, make_brain, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     brain = make_brain(run_opts={option: value})
     refused(brain, lambda: StableQuant.attach(brain), f"--{option}")
 

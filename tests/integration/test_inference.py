@@ -1,5 +1,6 @@
 """The folder of a run, loaded as its user loads it: elsewhere and offline."""
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -336,6 +337,34 @@ def test_code_is_fetched_where_it_is_needed(trained, folder, monkeypatch):
     assert asr.mods.encoder.runtime == "torch"
     assert next(iter(asr.mods.encoder.parts)) == "wav2vec2"
     assert torch.equal(out, load(folder).encode_batch(wavs, lengths))
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch_int8"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_deep_copy(trained, folder, backend, used):
+    """It has its own weights and runtime, and leaves the original as it is."""
+    wavs, lengths = padded(audio_files(trained))
+    asr = load(folder, overrides={"backend": backend})
+    expected = load(folder, overrides={"backend": backend}).encode_batch(
+        wavs, lengths
+    )
+    if used:
+        assert torch.equal(asr.encode_batch(wavs, lengths), expected)
+    twin = copy.deepcopy(asr)
+    assert twin.mods.encoder.runtime is None
+    for one, two in zip(
+        asr.mods.parameters(), twin.mods.parameters(), strict=True
+    ):
+        assert one is not two
+    for recogniser in (asr, twin):
+        assert torch.equal(recogniser.encode_batch(wavs, lengths), expected)
+    forwards = [
+        vars(module)["forward"]
+        for recogniser in (asr, twin)
+        for module in recogniser.mods.modules()
+        if "forward" in vars(module)
+    ]
+    assert len(set(map(id, forwards))) == len(forwards) > 0
 
 
 def test_an_unknown_backend(trained, folder):

@@ -122,6 +122,16 @@ def test_folder_recognises(trained, written, name):
             asr.encode_batch(wave, torch.ones(1))
 
 
+def test_a_folder_names_the_only_runtime_that_can(trained, written):
+    audio = next(iter(sorted((trained.root / "corpus").glob("clean-*.wav"))))
+    for name, backend in (("odd", "torch"), ("plus", "auto")):
+        text = (written / name / "hyperparams.yaml").read_text("utf-8")
+        assert f"\nbackend: {backend}\n" in text
+    asr = EncoderASR.from_hparams(source=str(written / "odd"))
+    asr.transcribe_file(str(audio))
+    assert asr.mods.encoder.runtime == "torch"
+
+
 def test_the_plan_is_used_again(trained, written, tmp_path):
     plan = written / "plus" / "plan.json"
     output = tmp_path / "again"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,13 @@ from trained_recipe import BLOCK
 
 SCRIPT = Path(__file__).resolve().parent / "slow_recipe.py"
 PAUSE = "0.01"
+EIGHT_BITS = """
+quantize: !apply:speechbrain_stablequant.register
+    target: [wav2vec2, enc, ctc_lin]
+    method: max
+    calibration: {num_utterances: 4}
+    backend: torch_int8
+"""
 # One test set is enough where the search is what matters.
 ONE_SET = ("--test_sets", "[clean]")
 
@@ -125,6 +133,43 @@ def test_half_a_line_is_measured_again(trained, undisturbed, tmp_path):
     assert (output / "quantized/plan.json").read_bytes() == (
         undisturbed / "quantized/plan.json"
     ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    """A finished run."""
+    output = trained.root / "evaluated"
+    finished = trained.run(output, *ONE_SET, block=EIGHT_BITS)
+    assert finished.code == 0, finished.out + finished.err
+    return output
+
+
+@pytest.mark.parametrize(
+    "change, again",
+    [
+        ((), False),
+        (("--quantize", "{backend_options: {threads: 1}}"), True),
+        (("--eval_precision", "bf16"), True),
+    ],
+)
+def test_what_was_evaluated_otherwise_is_evaluated_again(
+    trained, evaluated, tmp_path, change, again
+):
+    """Transcripts and times of another setting are not those of this one."""
+    output = tmp_path / "output"
+    shutil.copytree(evaluated, output)
+    path = output / "quantized" / "transcripts_clean.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**kept, "seconds": 12345}), encoding="utf-8")
+    finished = trained.run(output, *ONE_SET, *change, block=EIGHT_BITS)
+    assert finished.code == 0, finished.out + finished.err
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert (found["seconds"] != 12345) is again
+    assert (found["key"] != kept["key"]) is again
+    report = output / "quantized" / "report.json"
+    said = json.loads(report.read_text("utf-8"))["environment"]
+    reduced = "autocast to bfloat16" if "bf16" in change else "float32"
+    assert said["float arithmetic"] == reduced
 
 
 def test_other_settings_do_not_use_the_journal(trained, undisturbed, tmp_path):

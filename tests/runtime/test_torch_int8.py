@@ -559,6 +559,21 @@ def test_in_the_place_of_the_modules(make_tiny_modules):
     assert errors(spec, out, expected, LENGTHS).square().mean().sqrt() < 0.05
 
 
+@torch.no_grad()
+def test_the_recipes_autocast_does_not_reach_it(make_tiny_modules):
+    """Layers that the plan leaves in floating point stay what they are."""
+    modules = make_tiny_modules("wav2vec2-large")
+    layers = find_layers(modules, ["wav2vec2"], exclude=["*conv_layers*"])
+    integers = {x.name: integer_layer(x, LayerQuant(8, 8, 3.0)) for x in layers}
+    forwards = build_forwards("torch_int8", modules, integers)
+    outputs = []
+    for enabled in (False, True):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        with shadowed_forwards(forwards), autocast:
+            outputs.append(modules["wav2vec2"](waves(), LENGTHS / 4000))
+    assert torch.equal(*outputs)
+
+
 def test_shared_input_without_some_biases():
     layers = [random_layer((8, 16), bias=b) for b in (True, False)]
     rows = [rows_of(layer, torch.float32) for layer in layers]

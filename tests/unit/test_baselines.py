@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from speechbrain_stablequant import simulate
 from speechbrain_stablequant.adjusted import LayerTensors
 from speechbrain_stablequant.baselines import (
     AdaRound,
@@ -26,6 +27,7 @@ from speechbrain_stablequant.layers import (
     group_units,
 )
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.precision import allows_tf32
 from speechbrain_stablequant.replay import StopForward
 from speechbrain_stablequant.simulate import Simulator, quantize_input
 from speechbrain_stablequant.weights import (
@@ -426,6 +428,33 @@ def test_corrected_bias_has_no_mean_error(modules, tmp_path):
         out = data.outputs().mean((0, 1))
     assert last.startswith("ctc_lin")
     assert (out - expected).abs().max() < 1e-4
+
+
+def test_a_decided_weight_is_restored_once(modules, tmp_path, monkeypatch):
+    """Not for each batch of the calibration set."""
+    restored = []
+
+    def restore(q, scale):
+        restored.append(q)
+        return restore_weight(q, scale)
+
+    monkeypatch.setattr(simulate, "restore_weight", restore)
+    _, quants, _, data = refined(modules, tmp_path, Compensate())
+    assert len(data.batches) > 1
+    assert 0 < len(restored) < len(quants)
+
+
+def test_precision_that_was_set_in_two_ways(modules, tmp_path):
+    """torch then refuses to say what holds."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = allows_tf32()
+    torch.set_float32_matmul_precision("high")
+    matmul.allow_tf32 = False
+    try:
+        assert refined(modules, tmp_path, None, True)[2]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class Killed(Exception):

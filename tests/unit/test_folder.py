@@ -11,6 +11,7 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.inference.ASR import EncoderASR
 from speechbrain.lobes.models.VanillaNN import VanillaNN
 from speechbrain.nnet.linear import Linear
+from speechbrain.utils.autocast import TorchAutocast
 from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
@@ -203,6 +204,13 @@ def test_float_layers_give_the_same_output(make_brain, tmp_path):
     with torch.no_grad():
         found = parts["enc"](parts["wav2vec2"](*data.sig))
     assert torch.equal(found, features)
+
+
+def test_recipe_that_evaluates_in_16_bits(make_brain):
+    """What is rebuilt is compared as it was observed."""
+    brain = make_brain()
+    brain.evaluation_ctx = TorchAutocast("cpu", dtype=torch.bfloat16)
+    assert describe(brain).keys == ("wav2vec2", "enc", "ctc_lin")
 
 
 def test_recipe_without_a_mask(make_brain, tmp_path):

@@ -1,5 +1,7 @@
 """Tests of speechbrain_stablequant.integer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -96,3 +98,16 @@ def test_conv_geometry_is_kept():
 def test_other_padding_is_refused(conv):
     with pytest.raises(ValueError, match=r"quantize\.exclude"):
         layer_geometry(conv)
+
+
+def test_on_another_device():
+    layer, _, quant = make("linear", 8)
+    made = integer_layer(layer, quant)
+    moved = made.to("meta")
+    for part in ("weight", "weight_scale", "activation_scale", "bias"):
+        assert getattr(moved, part).is_meta
+        assert not getattr(made, part).is_meta
+    # One in its file is not read for the CPU.
+    unread = replace(made, weight=moved.weight, read=lambda: made.weight)
+    assert unread.to("cpu") is unread
+    assert unread.to("meta").read is None

@@ -1,5 +1,6 @@
 """AdaRound and StableQuant-plus through the stage, on tiny models."""
 
+import copy
 from contextlib import suppress
 from dataclasses import replace
 
@@ -36,7 +37,12 @@ from speechbrain_stablequant.layers import find_encoders, find_layers
 from speechbrain_stablequant.methods import make_plan
 from speechbrain_stablequant.numerics import GELU_MIN
 from speechbrain_stablequant.replay import StopForward
-from speechbrain_stablequant.rotation import is_rotation
+from speechbrain_stablequant.rotation import (
+    attach_rotation,
+    detach_rotation,
+    is_rotation,
+    random_rotation,
+)
 from speechbrain_stablequant.runtime import RUNTIMES, build_forwards
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.search import Score
@@ -296,6 +302,18 @@ def test_rotated_float_model_is_the_same(large):
     assert all(
         torch.equal(floats[n], changed[n]) for n in changed if n in floats
     )
+
+
+@torch.no_grad()
+def test_a_deep_copy_turns_by_its_own_rotation(make_tiny_model):
+    model, wavs = make_tiny_model("hubert-large"), torch.randn(1, 1300)
+    attach_rotation(model.encoder, random_rotation(32))
+    expected = model(wavs).last_hidden_state
+    twin = copy.deepcopy(model)
+    model.encoder.stream_rotation.zero_()
+    assert torch.equal(twin(wavs).last_hidden_state, expected)
+    detach_rotation(twin.encoder)
+    assert not torch.equal(twin(wavs).last_hidden_state, expected)
 
 
 def test_rotation_spreads_what_one_channel_holds(large):

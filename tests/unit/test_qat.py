@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import speechbrain as sb
@@ -25,7 +26,11 @@ from speechbrain_stablequant.plan import LayerQuant
 from speechbrain_stablequant.search import Score
 from speechbrain_stablequant.simulate import Simulator
 from speechbrain_stablequant.stage import fingerprint_modules
-from speechbrain_stablequant.training import BrainTrainer, divergence
+from speechbrain_stablequant.training import (
+    BrainTrainer,
+    divergence,
+    reproducible,
+)
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
 
@@ -507,6 +512,23 @@ def test_epochs_do_not_depend_on_what_was_before():
     torch.rand(9)
     two, _, _ = fit(make_brain(), rows)
     assert one.result()[1].digest() == two.result()[1].digest()
+
+
+def test_random_numbers_of_the_gpu_in_use(monkeypatch):
+    """Not those of all GPUs of the machine."""
+    asked = []
+
+    def fork(devices=None, **_):
+        asked.append(devices)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda x=used: x)
+        with reproducible(None):
+            pass
+    assert asked == [[], [3]]
 
 
 def test_brains_options_hold():

@@ -1,9 +1,12 @@
 """Tests of speechbrain_stablequant.replay."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
 
+from speechbrain_stablequant import replay
 from speechbrain_stablequant.layers import (
     HEAD,
     Cut,
@@ -288,6 +291,32 @@ def test_too_large_is_remembered(tiny_modules):
     search.forget_calls()
     assert not search.replay.prepare("block.0", {}, search.outputs)
     assert set(search.calls.values()) == {0}
+
+
+def test_half_of_what_a_gpu_has_left(search, monkeypatch):
+    for name, found in (("mem_get_info", (70, 100)), ("memory_reserved", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, x=found: x)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20)
+    assert replay._half_free(torch.device("cuda")) == 50
+    assert replay._half_free(torch.device("cpu")) > PLENTY
+    monkeypatch.setattr(replay, "_half_free", lambda device: 50)
+    assert not search.replay.prepare("block.0", {}, search.outputs)
+
+
+def test_no_memory_is_too_large(search):
+    def fail(before_batch):
+        for index, batch in enumerate(search.batches):
+            before_batch(index)
+            with suppress(StopForward):
+                search.recognise(*batch)
+            if index:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with torch.no_grad():
+        assert not search.replay.prepare("block.0", {}, fail)
+    assert_no_shadow(search.modules)
+    assert not search.replay.holds("block.0")
+    assert not search.replay.prepare("block.0", {}, search.outputs)
 
 
 def test_after_a_cut_that_was_too_large(search):

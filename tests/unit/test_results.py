@@ -4,8 +4,10 @@ import copy
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
+from speechbrain_stablequant import results
 from speechbrain_stablequant.evaluation import (
     Transcript,
     bootstrap_delta_wer,
@@ -25,6 +27,7 @@ from speechbrain_stablequant.results import (
     SetResult,
     comparison,
     comparison_markdown,
+    environment,
     float_size,
 )
 
@@ -197,6 +200,24 @@ def test_key_is_not_about_what_was_measured():
     key = evaluation(FLOAT).key(PLAN)
     assert evaluation(QUANTIZED, seconds=9.0).key(PLAN) == key
     assert evaluation(FLOAT).key(copy.deepcopy(PLAN)) == key
+
+
+# -- what it was measured with -------------------------------------------------
+
+
+def test_environment_says_what_float_was(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    plain = environment("cpu")
+    assert plain["float arithmetic"] == "float32"
+    assert not {"TF32", "CUDA"} & set(plain)
+    monkeypatch.setattr(results, "allows_tf32", lambda: (True, False))
+    found = environment("cuda:0", "fp16")
+    assert found["device"] == "a card"
+    assert found["float arithmetic"] == "autocast to float16"
+    assert (found["TF32"], found["CUDA"]) == ("products", "13.0")
+    monkeypatch.setattr(results, "allows_tf32", lambda: (False, False))
+    assert environment("cuda", "fp32")["TF32"] == "off"
 
 
 # -- variants side by side -----------------------------------------------------

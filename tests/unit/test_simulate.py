@@ -1,12 +1,16 @@
 """Tests of speechbrain_stablequant.simulate, against integer arithmetic."""
 
 import copy
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from speechbrain_stablequant import simulate
+from speechbrain_stablequant.adjusted import LayerTensors
 from speechbrain_stablequant.calibrators import weight_amax
 from speechbrain_stablequant.layers import Layer, find_layers
 from speechbrain_stablequant.numerics import quantize, scale_from_amax
@@ -209,6 +213,21 @@ def test_autocast_does_not_round_the_grid_again():
     assert torch.equal(inside, simulated(linear, x, quant))
 
 
+def test_products_are_not_rounded_either(monkeypatch):
+    """TF32 is left where the device knows it, see test_precision."""
+    seen = []
+
+    @contextmanager
+    def noted(x):
+        seen.append(x)
+        yield
+
+    monkeypatch.setattr(simulate, "plain_float32", noted)
+    linear, x = nn.Linear(32, 8), torch.randn(4, 32)
+    simulated(linear, x, quant_for(x))
+    assert len(seen) == 1 and seen[0] is x
+
+
 # -- the float model is itself again -------------------------------------------
 
 
@@ -391,3 +410,57 @@ def test_bits_and_methods_are_kept_apart():
             outputs.append(linear(x))
         assert torch.equal(outputs[-1], simulated(linear, x, quant))
         assert not any(torch.equal(out, outputs[-1]) for out in outputs[:-1])
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Weak references to all weights on the grid that are made."""
+    made = []
+
+    def noting(make):
+        def make_and_note(*args):
+            found = make(*args)
+            weight = found[0] if isinstance(found, tuple) else found
+            made.append(weakref.ref(weight))
+            return found
+
+        return make_and_note
+
+    for name in ("quantize_weight", "restore_weight"):
+        monkeypatch.setattr(simulate, name, noting(getattr(simulate, name)))
+    return made
+
+
+def test_one_weight_of_a_layer_is_kept(made):
+    """However many precisions are tried."""
+    linear = nn.Linear(6, 4)
+    simulator = Simulator([Layer("a", linear, "linear", "head")])
+    for bits in (8, 4, 3):
+        for amax in (1.0, 2.0, 1.0):
+            with simulator.apply({"a": LayerQuant(bits, 8, amax, "mse")}):
+                pass
+    assert len(made) == 3
+    assert [ref() is None for ref in made] == [True, True, False]
+
+
+def test_decided_integers_are_restored_once(made):
+    linear, x = nn.Linear(6, 4), torch.randn(3, 6)
+    simulator = Simulator([Layer("a", linear, "linear", "head")])
+    q = torch.randint(-7, 8, (4, 6), dtype=torch.int8)
+    decided = LayerTensors(q, torch.rand(4), torch.rand(4))
+    without = LayerTensors(q, decided.weight_scale)
+    other = LayerTensors(q.clone(), decided.weight_scale)
+    outputs = {}
+    for tensors in (decided, decided, without, other, decided, None):
+        simulator.tensors = {} if tensors is None else {"a": tensors}
+        with torch.no_grad(), simulator.apply({"a": LayerQuant(4, 8, 3.0)}):
+            found = linear(x)
+        # What is kept of one must not serve another.
+        assert torch.equal(outputs.setdefault(id(tensors), found), found)
+    assert len(made) == 4
+    assert sum(ref() is not None for ref in made) == 1
+    bias = decided.bias - linear.bias
+    one, two = outputs[id(decided)], outputs[id(without)]
+    assert torch.allclose(one - two, bias, atol=1e-6)
+    assert torch.equal(two, outputs[id(other)])
+    assert not torch.equal(two, outputs[id(None)])

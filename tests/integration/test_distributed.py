@@ -1,0 +1,139 @@
+"""Several processes make the plan that one makes."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from trained_recipe import BLOCK
+
+SCRIPT = Path(__file__).resolve().parent / "distributed_recipe.py"
+# One test set is enough where the plan is what matters.
+ONE_SET = ("--test_sets", "[clean]")
+PLUS = """
+quantize: !apply:speechbrain_stablequant.register
+    target: [wav2vec2, enc, ctc_lin]
+    weight_bits: 4
+    activation_bits: 8
+    method: stablequant_plus
+    calibration: {num_utterances: 5}
+    search: {num_utterances: 5, cutoffs: [100, 99]}
+    plus: {strengths: [0.5]}
+    backend: torch
+"""
+
+
+def together(trained, output: Path, block: str, processes: int, *more):
+    """Runs the recipe in several processes, and gives what each left."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = trained.test_arguments(
+        output, *ONE_SET, "--distributed_backend", "gloo", *more, block=block
+    )
+    scratch = output.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    started = [
+        trained.starter.start(
+            SCRIPT,
+            *arguments,
+            cwd=output.parent,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            TMPDIR=str(scratch),
+        )
+        for rank in range(processes)
+    ]
+    return [process.wait() for process in started]
+
+
+def plan_of(output: Path) -> dict:
+    """The plan that a run has written."""
+    return json.loads((output / "quantized" / "plan.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory) -> Path:
+    """The output folder of one process."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    done = trained.run(output, *ONE_SET)
+    assert done.code == 0, done.err
+    return output
+
+
+def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
+    output = tmp_path / "out"
+    done = together(trained, output, BLOCK, 2)
+    assert [process.code for process in done] == [0, 0], done[1].err
+    plan, expected = plan_of(output), plan_of(alone)
+    assert plan == expected
+    quantized = alone / "quantized"
+    for name in ("histograms.json", "search.jsonl"):
+        found = (output / "quantized" / name).read_bytes()
+        assert sorted(found.splitlines()) == sorted(
+            (quantized / name).read_bytes().splitlines()
+        )
+    for name in ("transcripts_clean.json", "wer_clean.txt"):
+        found, expected = (
+            (folder / "quantized" / name).read_text()
+            for folder in (output, alone)
+        )
+        if name.endswith("json"):
+            found, expected = (
+                json.loads(text)["transcripts"] for text in (found, expected)
+            )
+        assert found == expected
+    # one of them speaks and writes
+    assert "report: " in done[0].out
+    assert done[1].out == ""
+    reports = list(tmp_path.rglob("report.json"))
+    assert reports == [output / "quantized" / "report.json"]
+
+
+def test_goes_on_together(trained, tmp_path):
+    output = tmp_path / "out"
+    assert [p.code for p in together(trained, output, BLOCK, 2)] == [0, 0]
+    plan, journal = (
+        output / "quantized" / name for name in ("plan.json", "search.jsonl")
+    )
+    expected, lines = plan.read_bytes(), journal.read_bytes().splitlines(True)
+    plan.unlink()
+    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
+    assert [p.code for p in together(trained, output, BLOCK, 2)] == [0, 0]
+    assert plan.read_bytes() == expected
+    assert journal.read_bytes().splitlines(True) == lines
+
+
+def test_rounding_is_shared(trained, tmp_path):
+    """Sums of floats depend on their order a little, and nothing else."""
+    outputs = [tmp_path / "one", tmp_path / "three"]
+    assert trained.run(outputs[0], *ONE_SET, block=PLUS).code == 0
+    done = together(trained, outputs[1], PLUS, 3)
+    assert [process.code for process in done] == [0, 0, 0], done[2].err
+    one, three = (plan_of(output)["search"]["parts"] for output in outputs)
+    assert [part["part"] for part in one] == [part["part"] for part in three]
+    for a, b in zip(one, three, strict=True):
+        if "divergence" in a:
+            assert b["divergence"] == pytest.approx(a["divergence"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("method: qat", "quantize.method: qat runs in one process"),
+        (
+            "calibration: {num_utterances: 1}",
+            "quantize.calibration: 1 batches for 2 processes; start fewer",
+        ),
+    ],
+)
+def test_what_cannot_be_shared(trained, tmp_path, change, complaint):
+    key = change.partition(":")[0]
+    lines = [x for x in BLOCK.splitlines() if not x.strip().startswith(key)]
+    block = "\n".join([*lines, f"    {change}", ""])
+    done = together(trained, tmp_path / "out", block, 2)
+    assert 0 not in [process.code for process in done]
+    assert complaint in done[0].out + done[0].err
