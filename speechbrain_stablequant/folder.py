@@ -34,6 +34,7 @@ from .inference import CONFIG_FILE, empty_encoder
 from .integer import IntegerLayer
 from .plan import QuantizationPlan
 from .runtime import runtimes_with
+from .runtime.encoder import check_encoders
 from .wrapper import WRAPPER_SETTINGS, StoredEncoder
 
 HYPERPARAMS_FILE = "hyperparams.yaml"
@@ -221,11 +222,18 @@ def write_folder(
         companions,
     )
     if source is not None:
-        # Where there is no choice, `auto` would choose what cannot do it.
-        able = runtimes_with(plan.extras)
-        backend = able[0] if len(able) == 1 else "auto"
-        text = source.hyperparams(checksum, backend)
+        text = source.hyperparams(checksum, _backend(modules, plan))
         write_atomic(folder / HYPERPARAMS_FILE, text)
+
+
+def _backend(modules: Mapping[str, nn.Module], plan: QuantizationPlan) -> str:
+    """Where there is no choice, `auto` would choose what cannot do it."""
+    able = runtimes_with(plan.extras)
+    try:
+        check_encoders(modules)
+    except ValueError:
+        able = ["torch"]
+    return able[0] if len(able) == 1 else "auto"
 
 
 # -- what a recipe is ------------------------------------------------------

@@ -15,7 +15,7 @@ from .plan import QuantizationPlan
 from .rivals.nncf_ import require_nncf
 from .runtime import RUNTIMES, check_extras, choose_backend
 from .runtime.cpu import PAIR_SUM_BITS, cpu_class
-from .runtime.encoder import describe_encoder
+from .runtime.encoder import check_encoders
 from .stage import check_earlier_run
 
 # Options of a Brain that replace the modules that would be quantized.
@@ -145,7 +145,8 @@ def choose_runtime(
             return _simulated("; ".join(r.partition(";")[0] for r in reasons))
         check_extras(name, _extras(config))
         if RUNTIMES[name].encoder is not None:
-            _check_encoders(dict(brain.modules.items()), config)
+            modules = dict(brain.modules.items())
+            check_encoders({key: modules[key] for key in config.target})
     except ValueError as error:
         if config.backend != "auto":
             raise ConfigError(f"quantize.{error}") from error
@@ -188,22 +189,6 @@ def _extras(config: QuantizeConfig) -> frozenset[str]:
     if config.plan is None:
         return config.extras
     return QuantizationPlan.load(config.plan, with_tensors=False).extras
-
-
-def _check_encoders(
-    modules: Mapping[str, nn.Module], config: QuantizeConfig
-) -> None:
-    """Raises if the integer runtimes do not compute an encoder."""
-    for encoder in find_encoders({key: modules[key] for key in config.target}):
-        if getattr(encoder.wrapper, "output_all_hiddens", False):
-            raise ValueError(
-                "backend: the integer runtimes give the last hidden state "
-                "only, and the recipe wants all; write backend: torch"
-            )
-        try:
-            describe_encoder(encoder.model, encoder.path, {})
-        except ValueError as error:
-            raise ValueError(f"backend: {error}") from error
 
 
 def min_samples(modules: Mapping[str, nn.Module]) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..integer import FloatLayer, IntegerLayer, float_layer
+from ..layers import find_encoders
 from ..rotation import rotation_of
 
 AnyLayer = IntegerLayer | FloatLayer
@@ -259,3 +260,28 @@ def describe_encoder(
         pre_norm=bool(pre_norm),
         rotation=rotation,
     )
+
+
+def check_encoders(modules: Mapping[str, nn.Module]) -> None:
+    """Raises if the integer runtimes do not compute an encoder.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules of a recogniser by key.
+
+    Raises
+    ------
+    ValueError
+        Says what they do not compute.
+    """
+    for encoder in find_encoders(modules):
+        if getattr(encoder.wrapper, "output_all_hiddens", False):
+            raise ValueError(
+                "backend: the integer runtimes give the last hidden state "
+                "only, and the recipe wants all; write backend: torch"
+            )
+        try:
+            describe_encoder(encoder.model, encoder.path, {})
+        except ValueError as error:
+            raise ValueError(f"backend: {error}") from error

@@ -165,6 +165,20 @@ def load(folder):
 # -- what is seen --------------------------------------------------------------
 
 
+def test_an_encoder_that_no_integer_runtime_computes(
+    make_brain, make_tiny_model, tmp_path
+):
+    model = make_tiny_model("wav2vec2-large", hidden_act="relu")
+    encoder = StoredEncoder(model, True, False)
+    brain = make_brain(modules={"wav2vec2": encoder})
+    written(brain, tmp_path)
+    text = (tmp_path / "hyperparams.yaml").read_text(encoding="utf-8")
+    assert "\nbackend: torch\n" in text
+    asr = EncoderASR.from_hparams(source=str(tmp_path))
+    asr.encode_batch(torch.randn(1, 4000), torch.ones(1))
+    assert asr.mods.encoder.runtime == "torch"
+
+
 def test_the_usual_recipe(make_brain):
     source = describe(make_brain())
     assert source.keys == ("wav2vec2", "enc", "ctc_lin")
