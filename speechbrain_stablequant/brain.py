@@ -16,6 +16,7 @@ import speechbrain as sb
 import torch
 from torch import nn
 
+from . import distributed
 from .baselines.qat import Trainer
 from .data import Batches, audio_of
 from .distributed import gathered
@@ -23,6 +24,9 @@ from .evaluation import Transcript
 from .replay import StopForward
 from .runtime.timing import BatchTimes
 from .search import Score
+
+#: Batches after which processes tell each other how many errors they have.
+_TOGETHER = 8
 
 
 def metric_of(brain: sb.Brain, attribute: str) -> Any:
@@ -338,25 +342,39 @@ class BrainRecogniser:
             batches = [batches[index] for index in only]
             places = [places[index] for index in only]
         measured, errors = [], 0
-        for place, (loss, metric, size) in zip(
-            places,
-            evaluation_steps(
-                self.brain,
-                batches,
-                sb.Stage.VALID,
-                self.metric_attribute,
-                before_batch,
-            ),
-            strict=False,
-        ):
+        steps = evaluation_steps(
+            self.brain,
+            batches,
+            sb.Stage.VALID,
+            self.metric_attribute,
+            before_batch,
+        )
+        for index, (loss, metric, size) in enumerate(steps, start=1):
             rows = metric.scores[len(metric.scores) - size :]
             edits = [row["num_edits"] for row in rows]
             words = [row["num_ref_tokens"] for row in rows]
-            measured.append((place, edits, words, loss))
+            measured.append((places[index - 1], edits, words, loss))
             errors += sum(edits)
-            if give_up_above is not None and errors > give_up_above:
+            if (
+                give_up_above is not None
+                and _in_all(errors, index, subset.rounds) > give_up_above
+            ):
                 break
         return _score(measured, len(measured) == len(batches))
+
+
+def _in_all(errors: int, done: int, rounds: int) -> int:
+    """Errors of all processes, as far as they are known.
+
+    All of them stop at the same place or none does, so only what is known to
+    all counts; and since who asks has to wait, they do not ask each time. The
+    last batches are not those of every process.
+    """
+    if distributed.size() == 1:
+        return errors
+    if done % _TOGETHER or done == rounds:
+        return 0
+    return sum(gathered(errors))
 
 
 def _score(

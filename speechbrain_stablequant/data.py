@@ -15,7 +15,7 @@ from speechbrain.dataio.dataset import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .distributed import share
+from .distributed import share, size
 
 # Formats whose samples can be NaN or infinite.
 FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
@@ -265,6 +265,8 @@ class Batches:
         every = [numbers[i : i + batch_size] for i in numbers[::batch_size]]
         #: Places of this process's batches among all.
         self.places = share(len(every))
+        #: Batches of the process with the most.
+        self.rounds = -(-len(every) // size())
         self._numbers = [list(every[place]) for place in self.places]
         self._signal = signal
         self._options = {"batch_sampler": self._numbers}

@@ -5,6 +5,7 @@
 there and asks the assembler, which comes with Triton, what it used.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -177,28 +178,31 @@ def specialise(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _assemble(ptx: str, arch: int) -> str:
-    """What the assembler says about a kernel."""
-    suffix = "a" if arch >= 90 else ""
+def _tool(
+    name: str, *arguments: str, suffix: str, content: bytes
+) -> subprocess.CompletedProcess:
+    """Runs one of the tools that come with Triton on a file."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(ptx)
+        source = Path(scratch) / f"kernel.{suffix}"
+        source.write_bytes(content)
         done = subprocess.run(
-            [
-                str(_BIN / "ptxas"),
-                "-v",
-                f"--gpu-name=sm_{arch}{suffix}",
-                str(source),
-                "-o",
-                str(Path(scratch) / "kernel.cubin"),
-            ],
+            [str(_BIN / name), *arguments, str(source)],
             capture_output=True,
             text=True,
             check=False,
         )
     if done.returncode:
-        raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[0]}")
-    return done.stderr
+        raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[0]}")
+    return done
+
+
+def _assemble(ptx: str, arch: int) -> str:
+    """What the assembler says about a kernel."""
+    name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+    output = ("-o", os.devnull)
+    return _tool(
+        "ptxas", "-v", name, *output, suffix="ptx", content=ptx.encode()
+    ).stderr
 
 
 #: A label, or an instruction with what it is applied to.
@@ -248,21 +252,6 @@ def count_instructions(listing: str) -> tuple[int, int]:
     return in_loop.count(False), in_loop.count(True)
 
 
-def _disassemble(cubin: bytes) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "kernel.cubin"
-        path.write_bytes(cubin)
-        done = subprocess.run(
-            [str(_BIN / "nvdisasm"), "-c", str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise RuntimeError(f"nvdisasm: {done.stderr.strip().splitlines()[0]}")
-    return done.stdout
-
-
 def compile_launch(launch: Launch, arch: int) -> Resources:
     """Compiles a launch for an architecture.
 
@@ -289,7 +278,10 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     )
     ptx = compiled.asm["ptx"]
     report = _assemble(ptx, arch)
-    once, loops = count_instructions(_disassemble(compiled.asm["cubin"]))
+    listing = _tool(
+        "nvdisasm", "-c", suffix="cubin", content=compiled.asm["cubin"]
+    ).stdout
+    once, loops = count_instructions(listing)
 
     def number(pattern: str) -> int:
         return sum(int(n) for n in re.findall(pattern, report))

@@ -12,6 +12,10 @@ if __name__ == "__main__":
     import speechbrain as sb
     import train
 
+    from speechbrain_stablequant import brain
+
+    # The sets of the tests have a few batches only.
+    brain._TOGETHER = 1
     _, run_opts, _ = sb.parse_arguments(sys.argv[1:])
     sb.utils.distributed.ddp_init_group(run_opts)
     train.run(*train.prepare(sys.argv[1:]))

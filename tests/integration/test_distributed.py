@@ -107,6 +107,20 @@ def test_goes_on_together(trained, tmp_path):
     assert journal.read_bytes().splitlines(True) == lines
 
 
+def test_gives_up_together(trained, tmp_path):
+    """What cannot win is left out at another place, with the same end."""
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    block = BLOCK.replace("[100, 99.9, 99]", "[100, 60, 20]")
+    assert trained.run(outputs[0], *ONE_SET, block=block).code == 0
+    done = together(trained, outputs[1], block, 2)
+    assert [process.code for process in done] == [0, 0], done[1].err
+    one, two = map(plan_of, outputs)
+    assert one["layers"] == two["layers"]
+    for output in outputs:
+        journal = (output / "quantized" / "search.jsonl").read_text()
+        assert '"complete": false' in journal
+
+
 def test_rounding_is_shared(trained, tmp_path):
     """Sums of floats depend on their order a little, and nothing else."""
     outputs = [tmp_path / "one", tmp_path / "three"]
