@@ -110,7 +110,7 @@ def join_metric(metric: Any, counts: Sequence[int]) -> None:
     >>> metric.ids
     ['u1', 'u2']
     """
-    rows = iter(metric.scores)
+    rows = iter(metric.scores[len(metric.scores) - sum(counts) :])
     batches = [list(islice(rows, count)) for count in counts]
     metric.scores = [
         row
@@ -364,11 +364,11 @@ class BrainRecogniser:
 
 
 def _in_all(errors: int, done: int, rounds: int) -> int:
-    """Errors of all processes, as far as they are known.
+    """Errors of all processes, as far as all know of them.
 
-    All of them stop at the same place or none does, so only what is known to
-    all counts; and since who asks has to wait, they do not ask each time. The
-    last batches are not those of every process.
+    Either all stop after the same round of batches or none does. Asking means
+    waiting, so they ask every few rounds, and not after the last one, in which
+    some have no batch.
     """
     if distributed.size() == 1:
         return errors

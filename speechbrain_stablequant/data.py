@@ -237,7 +237,7 @@ class Batches:
     """The batches of a set, collated once and kept.
 
     Where several processes share the work each has its part of the batches,
-    and what is indexed is an index into these.
+    and indices count within that part.
 
     Arguments
     ---------

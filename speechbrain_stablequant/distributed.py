@@ -1,13 +1,18 @@
 """Several processes that make one plan together.
 
 Under ``torchrun`` every process has the whole model and its share of the
-calibration and search sets. All of them go through the same steps; what is
-measured is put together before anything is decided, so all of them decide
-the same. In one process each function here gives back what it was given.
+calibration and search sets. All of them go through the same steps: what is
+measured is put together before anything is decided, and what is known from an
+earlier run is what the first process knows. In one process each function here
+gives back what it was given.
 """
 
+import atexit
 import functools
+import shutil
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +20,7 @@ from torch import distributed
 
 Value = TypeVar("Value")
 
-#: Nobody waits for longer, not even while the first process writes files.
+#: How long a process waits for the others, one of which writes the files.
 _PATIENCE = timedelta(hours=6)
 
 
@@ -82,7 +87,8 @@ def gathered_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes; the tensor may be overwritten.
+    """The sum over all processes, whose tensors have the same shape; this one
+    may be overwritten.
 
     Example
     -------
@@ -108,3 +114,33 @@ def from_main(value: Value) -> Value:
     values = [value if is_main() else None]
     distributed.broadcast_object_list(values, src=0, group=_group())
     return values[0]
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder itself for the first process, one of its own for each other,
+    since all of them write the same and one of them for good.
+
+    Arguments
+    ---------
+    folder : Path
+        The output folder.
+
+    Returns
+    -------
+    Path
+        The others' are deleted when their process ends by itself.
+
+    Example
+    -------
+    >>> own_folder(Path("results"))
+    PosixPath('results')
+    """
+    if size() == 1:
+        return folder
+    # all have looked at what an earlier run left before anybody writes
+    gathered(None)
+    if is_main():
+        return folder
+    own = Path(tempfile.mkdtemp(prefix="quantize_"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own

@@ -58,7 +58,7 @@ from .results import Evaluation, SetResult, environment
 from .rivals.nncf_ import make_rival, require_one
 from .run import Run, write_comparison
 from .runtime import code_digest
-from .stage import Stage, own_copy
+from .stage import Stage
 from .training import BrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,8 @@ def _check_shares(name: str, utterances: int, batch_size: int) -> None:
     batches = -(-utterances // batch_size)
     if batches < distributed.size():
         raise ConfigError(
-            f"quantize.{name}: {batches} batches for {distributed.size()} "
-            "processes; start fewer or set num_utterances higher"
+            f"quantize.{name}: {batches} batch(es) for {distributed.size()} "
+            "processes; start fewer, or give them more utterances"
         )
 
 
@@ -166,7 +166,7 @@ class StableQuant:
         self.brain = brain
         self.config = config
         #: Of this process: the first one's is the one that stays.
-        self.folder = own_copy(check_setting(brain, config))
+        self.folder = distributed.own_folder(check_setting(brain, config))
         self.runs = [
             Run(
                 name,
@@ -593,7 +593,7 @@ class StableQuant:
         What an earlier, killed run has finished is read from disk.
         """
         path = run.folder / f"transcripts_{name}.json"
-        # All that the words or the times of the report depend on.
+        # What the words and the times of the report depend on.
         how = [run.backend, run.config.float_dtype, *run.warnings]
         how.append(repr(run.config.backend_options))
         how += [self._environment(), code_digest()]

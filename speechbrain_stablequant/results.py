@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import distributed
 from .brain import ForwardClock, transcripts_of
 from .checkpoint import PLAN_FILE, WEIGHTS_FILE
 from .evaluation import (
@@ -305,6 +306,7 @@ def environment(
             if device.startswith("cuda")
             else device
         ),
+        "processes": distributed.size(),
         "float arithmetic": _ARITHMETIC[precision or "fp32"],
     }
     if device.startswith("cuda"):

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ..adjusted import AdjustedTensors, LayerTensors
+from ..distributed import from_main
 from ..layers import Layer
 from ..plan import LayerQuant
 from ..precision import full_float32
@@ -96,10 +97,12 @@ class LayerStore:
         LayerTensors or None
         """
         path = self._path(name)
-        if not path.exists():
-            return None
-        self.reused += 1
-        return AdjustedTensors.load(path).layers[name]
+        found = None
+        if path.exists():
+            found = AdjustedTensors.load(path).layers[name]
+        found = from_main(found)
+        self.reused += found is not None
+        return found
 
     def write(self, name: str, tensors: LayerTensors, bits: int) -> None:
         """Keeps a finished layer.

@@ -9,7 +9,7 @@ ROUNDER = tl.constexpr(12582912.0)
 # log2 of the normal distribution's tail, log2(Phi(-t)), as a polynomial in t:
 # coefficients from t^0 to t^5, the minimax fit on [0, 6.5] of what GELU makes
 # of it, t * Phi(-t), by linear programming. The leading one is negative, so
-# beyond the tail goes on falling to 0.
+# beyond 6.5 it keeps falling towards 0.
 TAIL = tl.constexpr(
     (
         -1.00003763,

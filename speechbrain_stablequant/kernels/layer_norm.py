@@ -122,7 +122,7 @@ def layer_norm_kernel(
 
 
 def _candidates(columns: int) -> list[Config]:
-    """Rows in one warp meet no barrier; several share the work of a row."""
+    """A row in one warp needs no barrier; several warps share its work."""
     width = triton.next_power_of_2(columns)
     rows = max(1024 // width, 1)
     if width <= 1024:

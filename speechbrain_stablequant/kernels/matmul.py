@@ -34,8 +34,8 @@ from .tuning import Config, device_limits, rank, select, shape_bucket
 #: multiprocessor or a step should be long.
 TILES = (
     Config(128, 256, 128, 8, 3),
-    Config(128, 128, 128, 4, 3),
     Config(128, 128, 128, 8, 3),
+    Config(128, 128, 128, 4, 3),
     Config(128, 128, 64, 8, 4),
     Config(64, 256, 128, 4, 2),
     Config(128, 64, 128, 4, 4),
@@ -54,8 +54,8 @@ ROW_TILES = (
     (32, 128, 8, 2),
     (32, 64, 8, 2),
 )
-#: Those that are tried with blocks that go on to another tile as well: of
-#: the others, and with a residual, not all fits into the registers.
+#: Those that are tried with blocks that go on to another tile as well: with
+#: the others, and with the first one and a residual, registers spill.
 PERSISTENT = {TILES[0], TILES[1], TILES[2]}
 PERSISTENT_ROWS = {(64, 64, 8, 3)}
 #: Widest row that one tile holds.
@@ -447,9 +447,9 @@ def _candidates(
     found = []
     for tile in rank(tiles, rows, columns, device):
         found.append(tile)
-        blocks = triton.cdiv(rows, tile.block_m) * triton.cdiv(
-            columns, tile.block_n
-        )
+        # the same for all rows that are tuned as one
+        blocks = triton.cdiv(shape_bucket(rows), tile.block_m)
+        blocks *= triton.cdiv(columns, tile.block_n)
         # there is no other tile to go on to where all fit at once
         if tile in lasting and blocks > _at_once(tile, device):
             found.append(replace(tile, persistent=True))
@@ -458,8 +458,10 @@ def _candidates(
 
 def _at_once(tile: Config, device: torch.device) -> int:
     """Blocks that run at once: the registers of a multiprocessor hold eight
-    warps with such sums."""
-    return device_limits(device).processors * max(8 // tile.num_warps, 1)
+    warps with such sums, and its memory some tiles."""
+    limits = device_limits(device)
+    fit = limits.shared_bytes // tile.shared_bytes()
+    return limits.processors * max(min(8 // tile.num_warps, fit), 1)
 
 
 def _launch(

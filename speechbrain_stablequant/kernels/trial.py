@@ -133,14 +133,19 @@ def first_failure(device: torch.device) -> str | None:
     return None
 
 
-def _version() -> dict[str, str | int]:
-    """What a passed trial holds for."""
+def kernels_digest() -> str:
+    """Identifies the kernels: 32 hexadecimal digits."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _version() -> dict[str, str | int]:
+    """What a passed trial holds for."""
     return {
         "format": FORMAT,
-        "kernels": digest.hexdigest()[:32],
+        "kernels": kernels_digest(),
         "triton": triton.__version__,
         "torch": torch.__version__,
     }

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ FORMAT = 1
 #: Cycles that the device idles before a timed launch: 100 microseconds or so.
 _AHEAD_CYCLES = 200_000
 
-#: How many of the rule's best candidates are measured: each has to be
-#: compiled, which takes a second or two.
+#: How many of the rule's best tiles are measured: each has to be compiled,
+#: which takes a second or two.
 MEASURED = 5
 
 #: Values of a result that are compared: a large one is not copied.
@@ -383,7 +383,7 @@ class Tuner:
         if known in candidates:
             return known
         times, expected = {}, None
-        for tile in candidates[:MEASURED]:
+        for tile in _worth_measuring(candidates):
             times[tile] = self.measure(lambda tile=tile: run(tile))
             if result is None or times[tile] == float("inf"):
                 continue
@@ -415,6 +415,12 @@ class Tuner:
             yield
         finally:
             _current.reset(token)
+
+
+def _worth_measuring(candidates: Sequence[Config]) -> list[Config]:
+    """The rule's best, each with all ways to run it."""
+    bases = [c for c in candidates if not c.persistent][:MEASURED]
+    return [c for c in candidates if replace(c, persistent=False) in bases]
 
 
 def _sample(result: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..distributed import from_main
 from ..files import identity
 from ..plan import LayerQuant
 from .score import Evaluate, Score
@@ -138,7 +139,7 @@ class Journal:
             label: str = "",
         ) -> Score:
             key = evaluation_key(self.fingerprint, quants, give_up_above)
-            known = self._scores.get(key)
+            known = from_main(self._scores.get(key))
             if known is not None and self._serves(known):
                 self.reused += 1
                 return known

@@ -5,7 +5,6 @@ here knows a toolkit.
 """
 
 from .calibration import Calibration, calibrate, calibrations
-from .own_copy import own_copy
 from .recogniser import BeforeBatch, Recogniser, fingerprint_modules
 from .rounding import rounded_layers
 from .scores import modelopt_scores
@@ -22,7 +21,6 @@ __all__ = [
     "check_earlier_run",
     "fingerprint_modules",
     "modelopt_scores",
-    "own_copy",
     "rounded_layers",
     "search_evaluate",
 ]

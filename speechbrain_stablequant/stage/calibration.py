@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..distributed import share
+from ..distributed import from_main, share
 from ..files import identity, read_json, write_json
 from ..histogram import Histogram
 from ..layers import Layer
@@ -87,7 +87,8 @@ def calibrations(
         for file, (layers, _) in wanted.items()
     }
     known = {
-        file: _read(stage.folder / file, key) for file, key in keys.items()
+        file: from_main(_read(stage.folder / file, key))
+        for file, key in keys.items()
     }
     missing = {
         file: observe(layers, stage.geometry(), part.num_bins)

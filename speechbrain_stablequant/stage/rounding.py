@@ -66,7 +66,8 @@ def rounded_layers(
         ],
     ]
     store = LayerStore(stage.folder / LAYER_FOLDER, identity(content))
-    # What is decided is measured next: with the weights that it has by then.
+    # The stage's simulator, so that the weights that it makes here serve when
+    # the result is measured.
     stage.simulator.tensors = {}
     walk = PrefixWalk(
         stage.simulator,

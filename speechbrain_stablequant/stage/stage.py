@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..config import QuantizeConfig
+from ..distributed import from_main
 from ..layers import Cut, find_encoders, find_layers, group_units
 from ..plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from ..search import Divergence
@@ -47,7 +48,7 @@ class Stage:
 
     def fingerprint(self) -> str:
         """Identifies the weights of the model as they are now."""
-        return fingerprint_modules(self.recogniser.modules)
+        return from_main(fingerprint_modules(self.recogniser.modules))
 
     def assemble(
         self,

@@ -140,7 +140,7 @@ def test_rounding_is_shared(trained, tmp_path):
         ("method: qat", "quantize.method: qat runs in one process"),
         (
             "calibration: {num_utterances: 1}",
-            "quantize.calibration: 1 batches for 2 processes; start fewer",
+            "quantize.calibration: 1 batch(es) for 2 processes; start fewer",
         ),
     ],
 )

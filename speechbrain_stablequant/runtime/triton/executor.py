@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.trial import failure_on_card
+from ...kernels.trial import failure_on_card, kernels_digest
 from ...kernels.tuning import Tuner, cache_folder
 from ...precision import full_float32
 from ..encoder import EncoderSpec
@@ -327,6 +327,8 @@ def make_tuner(
     if cache is None:
         import triton
 
-        file = f"{name}-{triton.__version__}.json".replace(" ", "_")
+        # other kernels have other tiles
+        version = f"{triton.__version__}-{kernels_digest()[:8]}"
+        file = f"{name}-{version}.json".replace(" ", "_")
         cache = cache_folder() / file.replace("/", "_")
     return make(cache, name)
