@@ -120,6 +120,31 @@ def identity(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def code_identity(*folders: Path) -> str:
+    """Identifies the Python files below some folders of this package.
+
+    Arguments
+    ---------
+    *folders : Path
+        The folders.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits of a SHA-256.
+
+    Example
+    -------
+    >>> len(code_identity(Path(__file__).parent / "kernels"))
+    32
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
 def read_json(path: str | Path, what: str) -> Any:
     """Reads a JSON file, with an error that says which file and what it was.
 

@@ -6,7 +6,6 @@ with its plain-torch reference, with the tile that the rule chooses. A card
 that passed is remembered, until the kernels, Triton or torch change.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 import triton
 
-from ..files import read_json, write_json
+from ..files import code_identity, read_json, write_json
 from . import group_conv, matmul
 from .compare import HALF_TOLERANCE, difference
 from .library import OPERATORS
@@ -135,10 +134,7 @@ def first_failure(device: torch.device) -> str | None:
 
 def kernels_digest() -> str:
     """Identifies the kernels: 32 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]
+    return code_identity(Path(__file__).parent)
 
 
 def _version() -> dict[str, str | int]:

@@ -23,7 +23,7 @@ from .library import check_int8, declare
 from .matmul import MAX_NORM_CHANNELS
 from .plain import finish, scaled
 from .tuning import Config, rank, select, shape_bucket
-from .wave_gram import as_input, check_wave
+from .wave import as_input, check_wave
 
 #: (block_m, block_n, warps) where a tile need not hold whole rows.
 TILES = ((128, 64, 4), (128, 128, 8), (64, 64, 4))

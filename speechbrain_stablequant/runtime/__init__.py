@@ -7,7 +7,6 @@ optional is needed before.
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import logging
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import code_identity
 from ..integer import IntegerLayer
 from ..layers import Encoder, find_encoders
 from .base import encoder_forward, in_own_precision
@@ -232,12 +232,8 @@ def code_digest() -> str:
     str
         32 hexadecimal digits.
     """
-    digest = hashlib.sha256()
     here = Path(__file__).parent
-    for folder in (here, here.with_name("kernels")):
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]
+    return code_identity(here, here.with_name("kernels"))
 
 
 def _load(reference: str) -> Callable[..., Any]:

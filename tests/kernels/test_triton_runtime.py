@@ -19,6 +19,7 @@ from speechbrain_stablequant.integer import (
 )
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.precision import full_float32
 from speechbrain_stablequant.rotation import attach_rotation, random_rotation
 from speechbrain_stablequant.runtime import build_forwards, resolve_backend
 from speechbrain_stablequant.runtime.base import shadowed_forwards
@@ -40,6 +41,13 @@ TIES = 0.04
 host_only = pytest.mark.skipif(
     INTERPRETED, reason="decisions of the host; this runs in plain torch"
 )
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """As ``build_forwards`` has it; here executors are called by themselves."""
+    with full_float32():
+        yield
 
 
 @torch.no_grad()
@@ -104,32 +112,6 @@ def test_agrees_with_the_reference(tiny_model, bits):
     execute = make_executor(spec, DEVICE, dtype="float32")
     expected = ReferenceExecutor(spec)(wavs)
     assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
-
-
-@host_only
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_float32_is_not_rounded(make_tiny_model, dtype, monkeypatch):
-    """SpeechBrain allows TensorFloat-32; float32 is there for comparisons."""
-    matmul, seen = torch.backends.cuda.matmul, []
-    model = make_tiny_model("hubert-large")
-    execute = make_executor(describe(model), DEVICE, dtype=dtype)
-    network = execute.network
-
-    class Spy:
-        dtype = network.dtype
-
-        def __call__(self, *arguments):
-            seen.append(matmul.allow_tf32)
-            return network(*arguments)
-
-    monkeypatch.setattr(execute, "network", Spy())
-    before, matmul.allow_tf32 = matmul.allow_tf32, True
-    try:
-        execute(torch.randn(1, SAMPLES).to(DEVICE))
-        assert matmul.allow_tf32
-    finally:
-        matmul.allow_tf32 = before
-    assert seen == [dtype == "float16"] * len(seen) and seen
 
 
 def describe_lopsided(model, quants):

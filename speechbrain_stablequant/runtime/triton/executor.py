@@ -12,7 +12,6 @@ import torch
 
 from ...kernels.trial import failure_on_card, kernels_digest
 from ...kernels.tuning import Tuner, cache_folder
-from ...precision import full_float32
 from ..encoder import EncoderSpec
 from ..timing import PREPARATION
 from .buckets import LeastRecent, bucket_samples
@@ -203,14 +202,12 @@ class TritonExecutor:
                 self.graphs = Graphs(self._run, device, max_graphs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
-        with contextlib.ExitStack() as stack:
-            if self.network.dtype == torch.float32:
-                stack.enter_context(full_float32())
-            if self.tuner is not None:
-                stack.enter_context(self.tuner.active())
-            out = self.network(inputs.wave, inputs.samples, inputs.lengths)
-        if self.tuner is not None:
-            self.tuner.save()
+        arguments = (inputs.wave, inputs.samples, inputs.lengths)
+        if self.tuner is None:
+            return self.network(*arguments)
+        with self.tuner.active():
+            out = self.network(*arguments)
+        self.tuner.save()
         return out
 
     def _met(self, key: tuple[int, int]) -> bool:

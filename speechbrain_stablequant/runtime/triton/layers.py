@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
-from ...kernels import group_conv, matmul, wave_gram
+from ...kernels import group_conv, matmul, wave, wave_gram
 from ...numerics import qmax
 from ..encoder import AnyLayer, Norm
 
@@ -282,7 +282,7 @@ def _takes_wave(layer: FloatLayer) -> bool:
     """Whether the kernel for the waveform computes a convolution."""
     _, channels, taps = layer.weight.shape
     plain = (layer.padding, layer.dilation, layer.groups) == (0, 1, 1)
-    return plain and channels == 1 and taps <= wave_gram.MAX_TAPS
+    return plain and channels == 1 and taps <= wave.MAX_TAPS
 
 
 class ConvStage:

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_stablequant.kernels import wave_conv, wave_gram
+from speechbrain_stablequant.kernels.wave import as_input
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -62,7 +63,7 @@ def test_group_norm(geometry, kind, loud, surrounded, check_close, device):
     quantized = (WAVE[0] / (1 + loud), 127)
     gain, shift = torch.randn(columns), torch.randn(columns)
     tail = (stride, None, None, 0.0, False, torch.float32)
-    x = wave_gram.as_input(wave, *quantized, kind)
+    x = as_input(wave, *quantized, kind)
     sums = x.unfold(1, taps, stride).double() @ weight.double().T
     frames = torch.tensor(sums.shape[1] - 3)
     real = (sums * scale)[:, : int(frames)].transpose(1, 2)
