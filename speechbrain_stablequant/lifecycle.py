@@ -38,13 +38,9 @@ from .data import (
     draw_subset,
     utterance_ids,
 )
+from .describe import NoFolderError, describe_recogniser, find_chain
 from .files import write_atomic
-from .folder import (
-    NoFolderError,
-    describe_recogniser,
-    find_chain,
-    write_folder,
-)
+from .folder import write_folder
 from .integer import integer_layer
 from .layers import Layer
 from .methods import make_plan

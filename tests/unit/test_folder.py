@@ -16,11 +16,8 @@ from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.checkpoint import load_checkpoint
-from speechbrain_stablequant.folder import (
-    NoFolderError,
-    describe_recogniser,
-    write_folder,
-)
+from speechbrain_stablequant.describe import NoFolderError, describe_recogniser
+from speechbrain_stablequant.folder import write_folder
 from speechbrain_stablequant.integer import integer_layer
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import (
