@@ -6,14 +6,22 @@ that a reader never meets half a file.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from .utils.typed import one_line
+
+# Levels of lists and objects in a JSON file.
+_MAX_DEPTH = 64
+_NUMBERS = (int, float)
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> Path:
@@ -168,16 +176,16 @@ def read_json(path: str | Path, what: str) -> Any:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, parse_constant=_refuse_constant)
+        text = read_file(path).decode("utf-8")
+        return parse_json(text)
     except FileNotFoundError:
         reason = "there is no such file"
     except OSError as error:
         reason = error.strerror or str(error)
     except UnicodeDecodeError:
         reason = "it is not UTF-8 text"
-    except (ValueError, RecursionError) as error:
-        reason = f"it is not valid JSON ({error})"
+    except ValueError as error:
+        reason = f"it is not valid JSON ({one_line(error)})"
     raise ValueError(f"{what}: cannot read '{path}': {reason}")
 
 
@@ -239,9 +247,108 @@ def _file_on_the_way(folder: Path) -> Path | None:
     return None
 
 
+def read_file(path: str | Path) -> bytes:
+    """The content of a regular file.
+
+    A pipe or a device would be read for ever.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file, or a link to one.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    OSError
+        There is no such file, or it is something else.
+
+    Example
+    -------
+    >>> read_file(getfixture("tmp_path"))
+    Traceback (most recent call last):
+    OSError: [Errno 22] is a folder: ...
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # such as a null byte in the name
+        raise OSError(errno.EINVAL, one_line(error), str(path)) from error
+    if not stat.S_ISREG(mode):
+        kind = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+        raise OSError(errno.EINVAL, kind, str(path))
+    return Path(path).read_bytes()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Reads strict JSON.
+
+    Arguments
+    ---------
+    text : str or bytes
+        The JSON.
+
+    Returns
+    -------
+    Any
+        The content: of moderate depth, with finite numbers, and with text
+        that can be written again.
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+
+    Example
+    -------
+    >>> parse_json("[1e999]")
+    Traceback (most recent call last):
+    ValueError: 1e999 is not a finite number
+    """
+    try:
+        content = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite
+        )
+        _check_content(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except UnicodeError as error:
+        raise ValueError(f"it is not UTF-8 text: {error}") from error
+    return content
+
+
 def _refuse_constant(name: str) -> None:
     """Refuses what Python reads but JSON does not have: NaN and infinity."""
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is not a finite number")
+    return number
+
+
+def _check_content(content: Any) -> None:
+    """Refuses depth that other functions cannot follow, and half characters,
+    which cannot be written."""
+    level, depth = [content], 0
+    while level:
+        if depth > _MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        depth += 1
+        following: list[Any] = []
+        for value in level:
+            if type(value) is dict:
+                following += value
+                following += value.values()
+            elif type(value) is list:
+                following += [v for v in value if type(v) not in _NUMBERS]
+            elif type(value) is str and not value.isascii():
+                value.encode()
+        level = following
 
 
 def _unstorable(obj: Any, place: str) -> str | None:

@@ -115,7 +115,7 @@ def test_read_json_names_file_and_reason(tmp_path, content, reason):
 
 
 def test_read_json_of_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="plan: cannot read"):
+    with pytest.raises(ValueError, match=r"plan: cannot read"):
         read_json(tmp_path, "plan")
 
 
@@ -168,3 +168,44 @@ def test_check_writable_folder_refuses_odd_names(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^output_folder: ") as error:
         check_writable_folder(name, "output_folder")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ('{"a": 1e999}', "1e999 is not a finite number"),
+        ("[" * 100 + "]" * 100, "nested too deeply"),
+        ("[" * 10**6, "nested too deeply"),
+        ('["\\ud800"]', "not UTF-8 text"),
+        ('{"\\udfff": 1}', "not UTF-8 text"),
+        ("9" * 5000, "not valid JSON"),
+    ],
+)
+def test_json_that_other_functions_cannot_take(tmp_path, text, reason):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_json(path, "plan")
+    assert type(caught.value) is ValueError
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_json_of_moderate_depth(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 60 + '"\\ud83d\\ude00 \u00e9"' + "]" * 60)
+    content = read_json(path, "plan")
+    for _ in range(60):
+        (content,) = content
+    assert content == "\U0001f600 \u00e9"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match=r"plan.json': is no regular file"):
+        read_json(tmp_path / "plan.json", "plan")
+
+
+def test_a_name_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"plan: cannot read .* null"):
+        read_json(tmp_path / "a\0b", "plan")
