@@ -9,8 +9,10 @@ what the runtime makes of them, unless the simulated runtime is asked for.
 """
 
 import copy
-from collections.abc import Mapping
-from contextlib import ExitStack
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,6 @@ from .files import read_json
 from .integer import IntegerLayer, layer_geometry
 from .rotation import attach_rotations, rotation_of
 from .runtime import RUNTIMES, build_forwards, resolve_backend
-from .runtime.base import shadowed_forwards
 from .shell import empty_shell, folded_norms, has_shell
 
 CONFIG_FILE = "config.json"
@@ -268,8 +269,44 @@ def _free_weight(module: nn.Module) -> None:
     module.weight = None
 
 
+@dataclass(frozen=True)
+class BuiltRuntime:
+    """A runtime that was built for a recognizer.
+
+    Arguments
+    ---------
+    name : str
+        A key of ``RUNTIMES``.
+    device : torch.device
+        The device it computes on.
+    pid : int
+        The process it was built in.
+    encoder : torch.nn.Module
+        The encoder that it needs in the place of the present one.
+    forwards : Mapping
+        Forward by module, for this encoder and the heads.
+    """
+
+    name: str
+    device: torch.device
+    pid: int
+    encoder: nn.Module
+    forwards: Mapping[nn.Module, Callable[..., Any]]
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether it computes on a device, in this process."""
+        return device == self.device and (
+            self.pid == os.getpid() or RUNTIMES[self.name].fork_safe
+        )
+
+
 class QuantizedRecogniser(nn.Module):
     """An encoder and what follows it, from audio to log probabilities.
+
+    Any number of threads may call it. The runtime is built by the first call,
+    once; then no lock is held while it computes. A process that was forked
+    after :meth:`load` builds its own runtime, or shares the parent's where
+    that is safe.
 
     Arguments
     ---------
@@ -302,24 +339,27 @@ class QuantizedRecogniser(nn.Module):
         self.options = dict(options or {})
         self.parts = nn.ModuleDict(heads)
         self.folder: Path | None = None
-        #: The runtime that computes; None before the first batch.
-        self.runtime: str | None = None
         self._integers: dict[str, IntegerLayer] | None = None
-        self._device: torch.device | None = None
-        self._shadows = ExitStack()
+        self._built: BuiltRuntime | None = None
+        self._locks: dict[int, threading.Lock] = {}
+
+    @property
+    def runtime(self) -> str | None:
+        """The runtime that computes; None before the first batch."""
+        built = self._built
+        return None if built is None else built.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedRecogniser":
         """A copy that builds a runtime of its own, from the folder."""
-        derived = {"runtime": None, "_integers": None, "_device": None}
-        state = {**vars(self), **derived, "_shadows": ExitStack()}
+        derived = {"_integers": None, "_built": None, "_locks": {}}
         twin = memo[id(self)] = type(self).__new__(type(self))
-        computing = [m for m in self.parts.modules() if "forward" in vars(m)]
-        forwards = {m: vars(m).pop("forward") for m in computing}
-        try:
-            vars(twin).update(copy.deepcopy(state, memo))
-        finally:
-            for module, forward in forwards.items():
-                module.forward = forward
+        for module in self.parts.modules():
+            # Taken over as they are, not taken out of the original for a
+            # moment: it may be computing.
+            if "forward" in vars(module):
+                memo[id(module.forward)] = module.forward
+        vars(twin).update(copy.deepcopy({**vars(self), **derived}, memo))
+        twin._remove_forwards()
         return twin
 
     def load(self, folder: str | Path) -> None:
@@ -376,10 +416,10 @@ class QuantizedRecogniser(nn.Module):
 
         return StoredEncoder(empty_encoder(self._config), **settings)
 
-    def _get_code(self, device: torch.device) -> None:
-        """Puts an encoder that computes in the place of a shell."""
+    def _encoder_with_code(self, device: torch.device) -> nn.Module:
+        """The encoder, or one that computes if it is a shell."""
         if not isinstance(self.parts[self._key], RuntimeEncoder):
-            return
+            return self.parts[self._key]
         settings = dict(self.encoder_settings)
         del settings["key"], settings["use_lengths"]
         encoder = self._with_code(settings)
@@ -391,37 +431,65 @@ class QuantizedRecogniser(nn.Module):
         )
         where = str(self.folder / WEIGHTS_FILE)
         fill_modules({self._key: encoder}, integers, floats, where)
-        self.parts[self._key] = encoder.to(device).eval()
+        return encoder.to(device).eval()
 
     def train(self, mode: bool = True) -> "QuantizedRecogniser":
         """Stays in evaluation mode: integers are not trained."""
         return super().train(False)
 
     def _prepare(self) -> None:
-        """Builds the runtime for the device that the modules are on."""
+        """Builds the runtime for the device that the modules are on, unless
+        there is one."""
         if self.folder is None:
             raise RuntimeError("the recogniser is empty; call load() first")
         device = next(self.parameters()).device
-        if device == self._device:
+        built = self._built
+        if built is not None and built.serves(device):
             return
-        self._shadows.close()
-        self._device = None
-        self.runtime = resolve_backend(self.backend, device)
+        # One lock for each process: in a child, another thread of the parent
+        # may have held the parent's lock for ever.
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            built = self._built
+            if built is not None and built.serves(device):
+                return
+            self._built = None
+            self._remove_forwards()
+            self._install(self._build_runtime(device))
+
+    def _build_runtime(self, device: torch.device) -> BuiltRuntime:
+        """Builds the runtime that is to compute on a device. Nothing of the
+        recognizer is changed."""
         integers = self._integers
         if integers is None:
             integers = self._read().integers
+
+        def build(name: str) -> BuiltRuntime:
+            encoder = self.parts[self._key]
+            if RUNTIMES[name].encoder is None:
+                encoder = self._encoder_with_code(device)
+            forwards = build_forwards(
+                name,
+                {**dict(self.parts.items()), self._key: encoder},
+                {key: layer.to(device) for key, layer in integers.items()},
+                **self.options,
+            )
+            return BuiltRuntime(name, device, os.getpid(), encoder, forwards)
+
+        return build(resolve_backend(self.backend, device))
+
+    def _install(self, built: BuiltRuntime) -> None:
+        """Makes the modules compute by a runtime."""
+        self.parts[self._key] = built.encoder
+        for module, forward in built.forwards.items():
+            module.forward = forward
         # The runtime keeps what it needs; a second copy would stay for ever.
         self._integers = None
-        if RUNTIMES[self.runtime].encoder is None:
-            self._get_code(device)
-        forwards = build_forwards(
-            self.runtime,
-            dict(self.parts.items()),
-            {name: layer.to(device) for name, layer in integers.items()},
-            **self.options,
-        )
-        self._shadows.enter_context(shadowed_forwards(forwards))
-        self._device = device
+        self._built = built
+
+    def _remove_forwards(self) -> None:
+        """Makes the modules compute by their own forwards again."""
+        for module in self.parts.modules():
+            vars(module).pop("forward", None)
 
     @torch.no_grad()
     def forward(

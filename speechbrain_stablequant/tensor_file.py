@@ -5,6 +5,8 @@ used once. Here nothing of the file stays but the tensors that were asked for.
 """
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +34,8 @@ class TensorFile:
     """An open safetensors file.
 
     It stays open, so that tensors that are read later are those of the file
-    that was opened, whatever takes its place.
+    that was opened, whatever takes its place. Threads and forked processes
+    may read at the same time: every read names its own place in the file.
 
     Arguments
     ---------
@@ -61,6 +64,7 @@ class TensorFile:
         with safe_open(path, framework="pt", device="cpu") as file:
             self.metadata: dict[str, str] = file.metadata() or {}
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._turn = threading.Lock()
         size = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(size))
         header.pop("__metadata__", None)
@@ -101,12 +105,20 @@ class TensorFile:
 
     def _fill(self, name: str, buffer, start: int) -> None:
         """Reads bytes of a tensor from a place in it."""
-        self._file.seek(
-            self._start + self._rows[name]["data_offsets"][0] + start
-        )
+        place = self._start + self._rows[name]["data_offsets"][0] + start
         view = memoryview(buffer)
         while len(view):
-            count = self._file.readinto(view)
+            count = self._read_at(view, place)
             if not count:
                 raise OSError(f"{self._file.name}: ends before its time")
-            view = view[count:]
+            view, place = view[count:], place + count
+
+    def _read_at(self, view: memoryview, place: int) -> int:
+        """Reads into a buffer; the number of bytes that were read."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], place)
+        # Windows: the position in the file is shared by threads, but nothing
+        # is forked there.
+        with self._turn:
+            self._file.seek(place)
+            return self._file.readinto(view)

@@ -52,6 +52,9 @@ class Runtime:
     streams : bool
         Whether it takes in layers whose weights are still in their file, and
         reads one after the other.
+    fork_safe : bool
+        Whether what was built in a process also computes in its forked
+        children; otherwise a child builds its own.
     extras : frozenset of str
         What it can do beyond integers with one scale per output channel and
         inputs around zero: ``"asymmetric"`` (an activation offset),
@@ -65,6 +68,7 @@ class Runtime:
     install: str = ""
     pair_sums: bool = False
     streams: bool = False
+    fork_safe: bool = False
     extras: frozenset[str] = frozenset()
 
 
@@ -75,6 +79,7 @@ RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(
         None,
         "simulated:make_layer",
+        fork_safe=True,
         extras=_OFFSETS | {"weight_groups"},
     ),
     "torch_int8": Runtime(
@@ -83,6 +88,7 @@ RUNTIMES: dict[str, Runtime] = {
         "cpu",
         pair_sums=True,
         streams=True,
+        fork_safe=True,
         extras=_OFFSETS,
     ),
     "openvino": Runtime(
