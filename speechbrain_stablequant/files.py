@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
+import socket
 import stat
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,20 @@ from .utils.typed import one_line
 _MAX_DEPTH = 64
 _NUMBERS = (int, float)
 
+# Of this process, in the names of temporary files: its machine, its number
+# there, and what tells it from an earlier process with the same number.
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_TOKEN = secrets.token_hex(3)
+_TEMPORARY = re.compile(
+    r"\..+?\.(?:([0-9a-f]{6})-([0-9]+)-([0-9a-f]{6})\.)?[0-9a-f]{8}\.tmp"
+)
+#: Seconds after which a temporary file is nobody's, whoever made it.
+_STALE_AFTER = 24 * 3600
 
-def write_atomic(path: str | Path, data: str | bytes) -> Path:
+
+def write_atomic(
+    path: str | Path, data: str | bytes, mode: int = 0o666
+) -> Path:
     """Writes a file in one step: the old content or the new, never a part.
 
     Arguments
@@ -33,6 +47,8 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
         The file. Its folder must exist.
     data : str or bytes
         The content. Text is written as UTF-8, line ends as they are.
+    mode : int
+        Permissions of the file, of which the umask takes away.
 
     Returns
     -------
@@ -51,9 +67,11 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     content = data.encode("utf-8") if isinstance(data, str) else data
     # Not mkstemp: it makes files that only their owner may read, and a
     # report in a shared folder should follow the umask like any other file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
+        with open(
+            temporary, "xb", opener=lambda name, how: os.open(name, how, mode)
+        ) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -69,6 +87,115 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
             error.errno, f"cannot write the file: {reason}", str(path)
         ) from error
     return path
+
+
+def _temporary(path: Path) -> Path:
+    """A new hidden name beside a file, which says whose it is."""
+    owner = f"{_HOST}-{os.getpid()}-{_TOKEN}"
+    return path.with_name(f".{path.name}.{owner}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_stale(folder: str | Path) -> None:
+    """Removes temporary files that killed processes have left in a folder.
+
+    Those of live processes of this machine stay, and for a day those of
+    other machines.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The folder; it need not exist.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / ".plan.json.0123abcd.tmp").write_text("half a pl")
+    >>> os.utime(folder / ".plan.json.0123abcd.tmp", (0, 0))
+    >>> remove_stale(folder)
+    >>> list(folder.iterdir())
+    []
+    """
+    # What cannot be listed or removed is in nobody's way.
+    with contextlib.suppress(OSError):
+        for path in Path(folder).iterdir():
+            match = _TEMPORARY.fullmatch(path.name)
+            with contextlib.suppress(OSError):
+                if match and _is_stale(path, *match.groups()):
+                    path.unlink()
+
+
+def _is_stale(
+    path: Path, host: str | None, pid: str | None, token: str | None
+) -> bool:
+    if time.time() - path.stat().st_mtime > _STALE_AFTER:
+        return True
+    if host != _HOST:
+        return False
+    if int(pid) == os.getpid():
+        return token != _TOKEN
+    return not process_is_alive(int(pid))
+
+
+def process_is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs, as far as that can be known.
+
+    Arguments
+    ---------
+    pid : int
+        Its number.
+
+    Returns
+    -------
+    bool
+        True where the system does not tell.
+
+    Example
+    -------
+    >>> process_is_alive(os.getpid())
+    True
+    """
+    if os.name != "posix":
+        return True  # there os.kill is no question
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def json_text(obj: Any, name: str) -> str:
+    r"""An object as strict JSON.
+
+    Arguments
+    ---------
+    obj : Any
+        Dictionaries, lists, strings, numbers, booleans and None.
+    name : str
+        Of the file that it is for: opens the error.
+
+    Returns
+    -------
+    str
+        Ends with a line feed.
+
+    Raises
+    ------
+    ValueError
+        Says where something is that JSON cannot hold.
+
+    Example
+    -------
+    >>> json_text([1], "sizes.json")
+    '[\n 1\n]\n'
+    """
+    try:
+        text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        place = _unstorable(obj, "") or str(error)
+        raise ValueError(f"{name}: cannot store {place} as JSON") from None
+    return text + "\n"
 
 
 def write_json(path: str | Path, obj: Any) -> Path:
@@ -98,12 +225,7 @@ def write_json(path: str | Path, obj: Any) -> Path:
     ValueError: sizes.json: cannot store nan at 'units[0].wer' as JSON
     """
     path = Path(path)
-    try:
-        text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        place = _unstorable(obj, "") or str(error)
-        raise ValueError(f"{path.name}: cannot store {place} as JSON") from None
-    return write_atomic(path, text + "\n")
+    return write_atomic(path, json_text(obj, path.name))
 
 
 def identity(content: Any) -> str:
@@ -218,9 +340,11 @@ def check_writable_folder(path: str | Path, key: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe") as file:
-            file.write(b"1")
-            file.flush()
+        probe = _temporary(folder / "probe")
+        try:
+            probe.write_bytes(b"1")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         obstacle = _file_on_the_way(folder)
         reason = (

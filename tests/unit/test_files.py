@@ -146,7 +146,7 @@ def test_check_writable_folder_proves_it_by_writing(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", fail)
+    monkeypatch.setattr(files.Path, "write_bytes", fail)
     with pytest.raises(ValueError, match="Permission denied"):
         check_writable_folder(tmp_path, "output_folder")
 
