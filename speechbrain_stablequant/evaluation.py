@@ -107,12 +107,18 @@ def score(transcripts: Sequence[Transcript]) -> ErrorRates:
     Arguments
     ---------
     transcripts : Sequence[Transcript]
-        The set. Every reference needs at least one word.
+        The set. An empty reference has no words: what was recognised there
+        is inserted, and counts against the words of the whole set.
 
     Returns
     -------
     ErrorRates
         The rates of the whole set.
+
+    Raises
+    ------
+    ValueError
+        No utterance, or no reference with a word.
 
     Example
     -------
@@ -232,10 +238,14 @@ def paired_interval(
         )
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
-    deltas = _resampled_ratios(extra, lengths, num_resamples, seed)
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(deltas, [tail, 100 - tail])
     delta = 100 * extra.sum() / lengths.sum()
+    deltas = _resampled_ratios(extra, lengths, num_resamples, seed)
+    # A resample of empty references alone has no rate.
+    deltas = deltas[np.isfinite(deltas)] if lengths.min() == 0 else deltas
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(
+        deltas if deltas.size else [delta], [tail, 100 - tail]
+    )
     return DeltaInterval(float(delta), float(low), float(high))
 
 
@@ -344,21 +354,29 @@ def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
         raise ValueError(f"unit must be 'word' or 'char', not {unit!r}")
     if not transcripts:
         raise ValueError("no transcripts to score: the set is empty")
-    for item in transcripts:
-        if not item.reference.strip():
-            raise ValueError(
-                f"utterance {item.id!r} has an empty reference, which has no "
-                f"error rate; correct or remove it"
-            )
-    align = jiwer.process_words if unit == "word" else jiwer.process_characters
-    result = align(
-        [item.reference for item in transcripts],
-        [item.hypothesis for item in transcripts],
-    )
+    spoken = [bool(item.reference.strip()) for item in transcripts]
+    if not any(spoken):
+        raise ValueError(
+            f"no reference of the set holds a word (utterance "
+            f"{transcripts[0].id!r} is the first of {len(spoken)}); check "
+            "what the recipe's metric gets as its references"
+        )
     counts = np.zeros((len(transcripts), 4), dtype=np.int64)
-    counts[:, 0] = [len(tokens) for tokens in result.references]
+    # jiwer takes no empty reference; all that was recognised is inserted.
+    counts[:, 3] = [
+        0 if heard else _count_units(item.hypothesis, unit)
+        for item, heard in zip(transcripts, spoken, strict=True)
+    ]
+    align = jiwer.process_words if unit == "word" else jiwer.process_characters
+    scored = [t for t, heard in zip(transcripts, spoken, strict=True) if heard]
+    result = align(
+        [item.reference for item in scored],
+        [item.hypothesis for item in scored],
+    )
+    counts[spoken, 0] = [len(tokens) for tokens in result.references]
     column = {"substitute": 1, "delete": 2, "insert": 3}
-    for row, chunks in zip(counts, result.alignments, strict=True):
+    rows = [counts[index] for index in np.flatnonzero(spoken)]
+    for row, chunks in zip(rows, result.alignments, strict=True):
         for chunk in chunks:
             if chunk.type != "equal":
                 # A deletion has no length in the hypothesis, an insertion
@@ -368,6 +386,12 @@ def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
                     chunk.hyp_end_idx - chunk.hyp_start_idx,
                 )
     return counts
+
+
+def _count_units(text: str, unit: Unit) -> int:
+    """Words of a text, or its characters as jiwer counts them."""
+    words = text.split()
+    return len(words) if unit == "word" else len(" ".join(words))
 
 
 def _check_paired(
@@ -401,7 +425,8 @@ def _resampled_ratios(
     seed: int,
     max_draws: int = _MAX_DRAWS,
 ) -> np.ndarray:
-    """100 * sum(extra) / sum(lengths) over utterances drawn with replacement.
+    """100 * sum(extra) / sum(lengths) over utterances drawn with replacement;
+    not a number where the lengths are 0.
 
     The generator's stream is consumed row by row: the chunk size changes the
     memory taken and not the result.
@@ -414,5 +439,6 @@ def _resampled_ratios(
         stop = min(start + rows, num_resamples)
         drawn = generator.integers(size, size=(stop - start, size))
         sums = extra[drawn].sum(axis=1), lengths[drawn].sum(axis=1)
-        ratios[start:stop] = 100 * sums[0] / sums[1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios[start:stop] = 100 * sums[0] / sums[1]
     return ratios

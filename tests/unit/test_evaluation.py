@@ -5,6 +5,7 @@ import random
 import jiwer
 import numpy as np
 import pytest
+from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_stablequant import evaluation
 from speechbrain_stablequant.evaluation import (
@@ -86,9 +87,38 @@ def test_spaces_around_and_between_words_are_no_word_errors():
 
 
 @pytest.mark.parametrize("reference", ["", "  "])
-def test_empty_reference_names_the_utterance(reference):
-    with pytest.raises(ValueError, match="utterance 'bad' has an empty") as e:
-        score([Transcript("ok", "A", "A"), Transcript("bad", reference, "A")])
+def test_an_empty_reference_counts_its_insertions(reference):
+    """As SpeechBrain's ErrorRateStats: no words, and all that is recognised
+    counts against the words of the whole set."""
+    transcripts = [
+        Transcript("a", "ONE TWO", "ONE TWO"),
+        Transcript("silence", reference, " OH  NO "),
+        Transcript("b", "THREE FOUR", "THREE"),
+    ]
+    rates = score(transcripts)
+    assert (rates.words, rates.insertions, rates.deletions) == (4, 2, 1)
+    assert (rates.characters, rates.character_insertions) == (17, 5)
+    stats = ErrorRateStats()
+    for item in transcripts:
+        rows = [[text.split()] for text in (item.hypothesis, item.reference)]
+        stats.append([item.id], *rows)
+    assert rates.wer == stats.summarize("WER") == 75.0
+
+
+def test_bootstrap_with_empty_references():
+    """A resample without a word has no rate and is left out."""
+    baseline = [Transcript("a", "ONE TWO", "ONE TWO"), Transcript("b", "", "")]
+    other = [Transcript("a", "ONE TWO", "ONE"), Transcript("b", "", "OH")]
+    delta, low, high = bootstrap_delta_wer(baseline, other)
+    # One draw in four has no word; the others have 2 errors in 4 or 2 words.
+    assert (delta, low, high) == (100, 50, 100)
+    single = bootstrap_delta_wer(baseline, other, num_resamples=1, seed=4)
+    assert tuple(single) == (100, 100, 100)
+
+
+def test_no_reference_has_a_word():
+    with pytest.raises(ValueError, match="no reference .* 'a' is the") as e:
+        score([Transcript("a", "", "A"), Transcript("b", " ", "")])
     assert "\n" not in str(e.value)
 
 
