@@ -4,7 +4,6 @@ HyperPyYAML does not check nested keys, so every key is checked here, before
 anything runs. An error names the key and says what to write instead.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +14,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .checkpoint import FLOAT_DTYPES
 from .runtime import RUNTIMES
+from .runtime.options import check_options, select_options
 from .search.paired import RULES
+from .utils.typed import unknown_key
 
 # Simple calibrators, and the search that this package is about.
 METHODS = (
@@ -351,7 +352,9 @@ class QuantizeConfig:
         (triton on CUDA; openvino, else torch_int8 on a CPU), ``torch``
         (simulated), ``torch_int8``, ``openvino``, ``onnx`` or ``triton``.
     backend_options : dict
-        Of the runtime, such as its number of threads.
+        Of the runtime, such as its number of threads, see
+        :mod:`speechbrain_stablequant.runtime.options`. With ``auto`` those of
+        all runtimes that it may choose: each takes those that it knows.
     float_dtype : str
         ``float16`` or ``float32``: how the file stores all that is not
         quantized; it is evaluated as it is stored.
@@ -500,6 +503,12 @@ class QuantizeConfig:
             for part in _PARTS:
                 if isinstance(changes.get(part), Mapping):
                     changes[part] = _merged(base[part], changes[part])
+            if changes.get("backend") in RUNTIMES:
+                # The block's options may be those of another runtime.
+                changes.setdefault(
+                    "backend_options",
+                    select_options(changes["backend"], self.backend_options),
+                )
             config = _build(QuantizeConfig, {**base, **changes}, where)
             _check_values(config, where)
             configs[name] = config
@@ -563,13 +572,7 @@ def _build(cls: type, block: Any, path: str) -> Any:
     for key, value in block.items():
         where = f"{path}.{key}"
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = (
-                f"did you mean '{close[0]}'?"
-                if close
-                else f"known keys: {', '.join(known)}"
-            )
-            raise ConfigError(f"{where}: unknown key; {hint}")
+            raise ConfigError(f"{where}: {unknown_key(key, known)}")
         hint = hints[key]
         if is_dataclass(hint):
             values[key] = _build(hint, value, where)
@@ -599,7 +602,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is str and isinstance(value, Path):
         return str(value)
     if hint is dict and isinstance(value, Mapping):
-        return dict(value)
+        return {
+            k: str(v) if isinstance(v, Path) else v for k, v in value.items()
+        }
     if not isinstance(value, hint) or (hint is int and not is_number):
         raise ConfigError(f"{where}: must be {hint.__name__}, not {value!r}")
     return value
@@ -621,6 +626,10 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
         value = getattr(config, key)
         names = ", ".join(str(k) for k in known if k is not None)
         require(value in known, key, f"'{value}' is not one of {names}")
+    try:
+        check_options(config.backend, config.backend_options)
+    except ValueError as error:
+        raise ConfigError(f"{path}.{error}") from error
     for key in ("weight_bits", "activation_bits"):
         bits = getattr(config, key)
         require(2 <= bits <= 8, key, f"must be 2 to 8, not {bits}")

@@ -43,6 +43,7 @@ from .files import read_json
 from .integer import IntegerLayer, layer_geometry
 from .rotation import attach_rotations, rotation_of
 from .runtime import RUNTIMES, build_forwards, resolve_backend
+from .runtime.options import check_options, select_options
 from .shell import empty_shell, folded_norms, has_shell
 
 CONFIG_FILE = "config.json"
@@ -336,7 +337,7 @@ class QuantizedRecogniser(nn.Module):
         self.checksum = checksum
         self.encoder_settings = dict(encoder)
         self.backend = backend
-        self.options = dict(options or {})
+        self.options = check_options(backend, options or {})
         self.parts = nn.ModuleDict(heads)
         self.folder: Path | None = None
         self._integers: dict[str, IntegerLayer] | None = None
@@ -471,7 +472,7 @@ class QuantizedRecogniser(nn.Module):
                 name,
                 {**dict(self.parts.items()), self._key: encoder},
                 {key: layer.to(device) for key, layer in integers.items()},
-                **self.options,
+                **select_options(name, self.options),
             )
             return BuiltRuntime(name, device, os.getpid(), encoder, forwards)
 

@@ -31,6 +31,7 @@ from .results import (
 from .rivals.nncf_ import MODEL_FILE, Rival
 from .runtime import build_forwards
 from .runtime.base import shadowed_forwards
+from .runtime.options import select_options
 
 # In a run's folder: what its plan took.
 EFFORT_FILE = "effort.json"
@@ -130,7 +131,7 @@ class Run:
             self.backend,
             modules,
             {name: x.to(device) for name, x in self.integers.items()},
-            **self.config.backend_options,
+            **select_options(self.backend, self.config.backend_options),
         )
         return shadowed_forwards(forwards)
 

@@ -25,6 +25,7 @@ from ..layers import Encoder, find_encoders
 from .base import encoder_forward, in_own_precision
 from .cpu import CpuClass, cpu_class, executed_integers
 from .encoder import describe_encoder
+from .options import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -182,12 +183,8 @@ def choose_backend(
     """
     device = torch.device(device)
     if backend == "auto":
-        order = {
-            "cpu": ("openvino", "torch_int8"),
-            "cuda": ("triton",),
-        }.get(device.type, ())
         reasons = []
-        for name in order:
+        for name in AUTO.get(device.type, ()):
             reason = _why_not(name, device)
             if reason is None:
                 return name, []

@@ -6,6 +6,7 @@ value is one line that names its place and never an exception of some
 library further on.
 """
 
+import difflib
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,31 @@ def inside(where: str, key: Any) -> str:
     return f"{where}.{name}" if where else name
 
 
+def unknown_key(key: Any, known: Sequence[str]) -> str:
+    """What an error says about a key that nobody knows.
+
+    Arguments
+    ---------
+    key : Any
+        The key.
+    known : sequence of str
+        The keys that there are.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> unknown_key("weight_bitz", ["method", "weight_bits"])
+    "unknown key; did you mean 'weight_bits'?"
+    """
+    close = difflib.get_close_matches(str(key), known, n=1)
+    if close:
+        return f"unknown key; did you mean '{close[0]}'?"
+    return f"unknown key; known keys: {', '.join(known)}"
+
+
 def _one_of(value: Any, args: tuple, where: str) -> Any:
     if value is None and NoneType in args:
         return None
@@ -188,7 +214,8 @@ def _dataclass(value: Any, kind: type, where: str) -> Any:
     known = {f.name: f for f in fields(kind) if f.init}
     for key in rows:
         if key not in known:
-            raise ValueError(f"{inside(where, key)}: unknown key")
+            hint = unknown_key(key, list(known))
+            raise ValueError(f"{inside(where, key)}: {hint}")
     for name, found in known.items():
         required = found.default is found.default_factory is MISSING
         if required and name not in rows:

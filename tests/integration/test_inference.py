@@ -367,10 +367,15 @@ def test_a_deep_copy(trained, folder, backend, used):
     assert len(set(map(id, forwards))) == len(forwards) > 0
 
 
-def test_an_unknown_backend(trained, folder):
-    asr = load(folder, overrides={"backend": "tpu"})
+def test_an_unknown_backend(folder):
     with pytest.raises(ValueError, match=r"^backend: 'tpu' is none of auto"):
-        asr.transcribe_file(str(audio_files(trained)[0]))
+        load(folder, overrides={"backend": "tpu"})
+
+
+def test_an_unknown_option(folder):
+    options = {"backend_options": {"thread": 1}}
+    with pytest.raises(ValueError, match=r"^backend_options.thread: unknown"):
+        load(folder, overrides=options)
 
 
 def test_weights_never_are_floats(folder, monkeypatch):

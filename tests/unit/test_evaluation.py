@@ -117,7 +117,7 @@ def test_bootstrap_with_empty_references():
 
 
 def test_no_reference_has_a_word():
-    with pytest.raises(ValueError, match="no reference .* 'a' is the") as e:
+    with pytest.raises(ValueError, match=r"no reference .* 'a' is the") as e:
         score([Transcript("a", "", "A"), Transcript("b", " ", "")])
     assert "\n" not in str(e.value)
 
