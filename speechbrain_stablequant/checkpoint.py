@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
-from .files import write_atomic
+from .files import plain_name, write_atomic
 from .integer import IntegerLayer
 from .packing import check_packed, pack, unpack
 from .plan import QuantizationPlan
@@ -400,15 +400,11 @@ def _file_digest(path: Path) -> str:
 
 
 def bare_name(name: Any) -> str:
-    """A file's name that cannot lead out of its folder."""
-    good = isinstance(name, str) and name not in ("", ".", "..")
-    if not good or any(
-        path(name).name != name for path in (PurePosixPath, PureWindowsPath)
-    ):
-        raise CheckpointError(
-            f"{name!r} is not the plain name of a file in the model's folder"
-        )
-    return name
+    """:func:`~speechbrain_stablequant.files.plain_name` of a checkpoint."""
+    try:
+        return plain_name(name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 # -- reading ---------------------------------------------------------------

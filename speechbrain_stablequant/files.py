@@ -16,10 +16,10 @@ import secrets
 import socket
 import stat
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .utils.typed import one_line
+from .utils.typed import one_line, short
 
 # Levels of lists and objects in a JSON file.
 _MAX_DEPTH = 64
@@ -404,6 +404,39 @@ def read_file(path: str | Path) -> bytes:
         kind = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
         raise OSError(errno.EINVAL, kind, str(path))
     return Path(path).read_bytes()
+
+
+def plain_name(name: Any) -> str:
+    """A file's name that cannot lead out of its folder.
+
+    Arguments
+    ---------
+    name : Any
+        As it stands in a file.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+
+    Example
+    -------
+    >>> plain_name("../plan.json")
+    Traceback (most recent call last):
+    ValueError: '../plan.json' is not the plain name of a file in this folder
+    """
+    good = isinstance(name, str) and name not in ("", ".", "..")
+    if not (good and name.isprintable() and len(name) <= 255) or any(
+        path(name).name != name for path in (PurePosixPath, PureWindowsPath)
+    ):
+        raise ValueError(
+            f"{short(name)} is not the plain name of a file in this folder"
+        )
+    return name
 
 
 def parse_json(text: str | bytes) -> Any:

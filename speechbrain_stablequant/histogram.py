@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .utils.typed import short, typed
+
 # Values below 2^-64 share the first bin; it also bounds the factor below,
 # which has to be a float32.
 _MIN_EXPONENT = -64
@@ -56,7 +58,7 @@ class Histogram:
         if not _is_power_of_two(num_bins) or not 2 <= num_bins <= 1 << 24:
             raise ValueError(
                 "num_bins must be a power of two from 2 to 2^24, "
-                f"got {num_bins!r}"
+                f"got {short(num_bins)}"
             )
         self._counts = torch.zeros(num_bins, dtype=torch.int64)
         self._exponent = _MIN_EXPONENT
@@ -401,6 +403,7 @@ class Histogram:
         >>> Histogram.from_dict(hist.to_dict()).max
         2.5
         """
+        state = typed(state, dict, "a histogram")
         missing = {"num_bins", "exponent", "max", "counts"} - set(state)
         if missing:
             raise ValueError(
@@ -409,19 +412,23 @@ class Histogram:
             )
         hist = cls(state["num_bins"])
         counts, largest = state["counts"], state["max"]
-        exponent, used = state["exponent"], len(counts)
+        exponent = state["exponent"]
         if not (
-            used <= hist.num_bins
-            and all(isinstance(c, int) and c >= 0 for c in counts)
-            and isinstance(exponent, int)
+            type(counts) is list
+            and len(counts) <= hist.num_bins
+            and all(type(c) is int and c >= 0 for c in counts)
+            # Sums of bins stay within int64.
+            and sum(counts) < 1 << 62
+            and type(exponent) is int
             and _MIN_EXPONENT <= exponent <= _MAX_EXPONENT
-            and _lies_in_last_bin(largest, used, exponent, hist.num_bins)
+            and type(largest) in (int, float)
+            and _lies_in_last_bin(largest, len(counts), exponent, hist.num_bins)
         ):
             raise ValueError(
                 "a histogram's counts, max and exponent contradict each "
                 "other; collect it again"
             )
-        hist._counts[:used] = torch.tensor(counts, dtype=torch.int64)
+        hist._counts[: len(counts)] = torch.tensor(counts, dtype=torch.int64)
         hist._exponent = exponent
         hist._max = float(largest)
         return hist

@@ -1,6 +1,6 @@
 """The decisions of a quantization run: what was chosen for each layer, why."""
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,11 +9,16 @@ from typing import Any
 from torch import nn
 
 from .adjusted import AdjustedTensors
-from .files import read_json, write_json
+from .files import plain_name, read_json, write_json
 from .layers import Layer
 from .numerics import MAX_BITS, MIN_BITS
+from .utils.typed import one_line, short, typed
 
 PLAN_FORMAT = 1
+
+# Of float32, in which all of it is computed.
+_LARGEST = 3.4028234663852886e38
+_MAX_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -89,29 +94,58 @@ def layer_extras(activation_offset: float, weight_group: int) -> frozenset[str]:
     return frozenset(name for name, needed in needs.items() if needed)
 
 
-def _read_quant(raw: Mapping | None, name: str) -> LayerQuant | None:
-    """A plan is a file that a user may edit: its numbers are checked."""
+def read_quant(raw: Any, where: str) -> LayerQuant | None:
+    """How a layer is quantized, from a file that a user may edit.
+
+    Arguments
+    ---------
+    raw : Any
+        As of :meth:`LayerQuant.to_dict`, or None.
+    where : str
+        The layer: opens the error.
+
+    Returns
+    -------
+    LayerQuant or None
+
+    Raises
+    ------
+    ValueError
+        Names the first wrong key.
+
+    Example
+    -------
+    >>> read_quant({"weight_bits": 8}, "layer 'enc'")
+    Traceback (most recent call last):
+    ValueError: layer 'enc': lacks 'activation_bits'
+    """
     if raw is None:
         return None
-    quant = LayerQuant(**raw)
-
-    def is_number(value: Any) -> bool:
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        return real and math.isfinite(value)
-
+    quant = typed(raw, LayerQuant, where)
+    widths = range(MIN_BITS, MAX_BITS + 1)
     checks = {
-        "weight_bits": lambda x: x in range(MIN_BITS, MAX_BITS + 1),
-        "activation_bits": lambda x: x in range(MIN_BITS, MAX_BITS + 1),
-        "activation_amax": lambda x: is_number(x) and x >= 0,
-        "activation_offset": is_number,
-        "weight_method": lambda x: x in ("max", "mse"),
-        "weight_group": lambda x: isinstance(x, int) and x >= 0,
+        "weight_bits": quant.weight_bits in widths,
+        "activation_bits": quant.activation_bits in widths,
+        "activation_amax": 0 <= quant.activation_amax <= _LARGEST,
+        "activation_offset": abs(quant.activation_offset) <= _LARGEST,
+        "weight_method": quant.weight_method in ("max", "mse"),
+        "weight_group": quant.weight_group >= 0,
     }
-    for key, good in checks.items():
-        value = getattr(quant, key)
-        if not good(value):
-            raise ValueError(f"layer '{name}': {key} cannot be {value!r}")
+    _require(checks, quant, where)
     return quant
+
+
+def _require(checks: Mapping[str, bool], row: Any, where: str) -> None:
+    for key, good in checks.items():
+        if not good:
+            value = short(getattr(row, key))
+            raise ValueError(f"{where}: {key} cannot be {value}")
+
+
+def _check_name(name: str, where: str) -> None:
+    """A layer's name stands in messages and in names of tensors."""
+    if not (name.isprintable() and 0 < len(name) <= _MAX_NAME):
+        raise ValueError(f"{where}: name cannot be {short(name)}")
 
 
 @dataclass(frozen=True)
@@ -170,6 +204,60 @@ class UnitPlan:
     selected: bool = False
     cutoff: float = 100.0
     curve: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A row of a unit's curve."""
+
+    cutoff: float
+    wer: float | None
+    secondary: float | None = None
+    complete: bool = True
+
+
+def _read_unit(raw: Any, where: str) -> UnitPlan:
+    unit = typed(raw, UnitPlan, where)
+    _check_name(unit.name, where)
+    interval = unit.delta_wer_ci
+    _require(
+        {
+            "cutoff": 0 < unit.cutoff <= 100,
+            "delta_wer_ci": interval is None or len(interval) == 2,
+        },
+        unit,
+        f"unit '{unit.name}'",
+    )
+    for i, point in enumerate(unit.curve):
+        typed(point, _Point, f"{where}.curve[{i}]")
+    return unit
+
+
+def _read_layer(raw: Any, where: str) -> LayerPlan:
+    rows = typed(raw, dict, where)
+    if "quant" not in rows:
+        raise ValueError(f"{where}: lacks 'quant'")
+    layer = typed({**rows, "quant": None}, LayerPlan, where)
+    _check_name(layer.name, where)
+    _require(
+        {
+            "kind": layer.kind in ("linear", "conv1d"),
+            "observed_max": layer.observed_max >= 0,
+            "cutoff": 0 < layer.cutoff <= 100,
+        },
+        layer,
+        f"layer '{layer.name}'",
+    )
+    quant = read_quant(rows["quant"], f"layer '{layer.name}'")
+    return replace(layer, quant=quant)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What the plan says about the file of its tensors."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -283,34 +371,46 @@ class QuantizationPlan:
                 "give the plan.json of a finished run"
             )
         try:
-            beside = raw.pop("tensors", None)
+            beside = typed(raw.pop("tensors", None), dict | None, "tensors")
             plan = cls._from_dict(raw)
             if beside is None or not with_tensors:
                 return plan
-            name, sha256 = str(beside["file"]), beside["sha256"]
-            if Path(name).name != name:
-                raise KeyError(f"tensors in {name}")
-        except (KeyError, TypeError, ValueError) as error:
+            named = typed(beside, _Beside, "tensors")
+            name = plain_name(named.file)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: damaged plan ({error}); make it again"
+                f"{path}: damaged plan ({one_line(error)}); make it again"
             ) from error
-        tensors = AdjustedTensors.load(Path(path).with_name(name), sha256)
+        file = Path(path).with_name(name)
+        tensors = AdjustedTensors.load(file, named.sha256)
         return replace(plan, tensors=tensors)
 
     @classmethod
     def _from_dict(cls, raw: Mapping) -> "QuantizationPlan":
-        fields = {k: v for k, v in raw.items() if k != "format"}
-        fields["units"] = [UnitPlan(**unit) for unit in fields["units"]]
-        fields["layers"] = [
-            LayerPlan(
-                **{
-                    **layer,
-                    "quant": _read_quant(layer["quant"], layer["name"]),
-                }
-            )
-            for layer in fields["layers"]
+        parts = {k: v for k, v in raw.items() if k != "format"}
+        for key in ("units", "layers"):
+            parts[key] = typed(parts.get(key), list, key)
+        parts["units"] = [
+            _read_unit(unit, f"units[{i}]")
+            for i, unit in enumerate(parts["units"])
         ]
-        return cls(**fields)
+        parts["layers"] = [
+            _read_layer(layer, f"layers[{i}]")
+            for i, layer in enumerate(parts["layers"])
+        ]
+        for kind, rows in (
+            ("unit", parts["units"]),
+            ("layer", parts["layers"]),
+        ):
+            twice = [
+                n for n, c in Counter(r.name for r in rows).items() if c > 1
+            ]
+            if twice:
+                raise ValueError(f"{kind} '{twice[0]}' is there twice")
+        # Units and layers are checked; here the keys and all else.
+        head = {**parts, "units": [], "layers": []}
+        plan = typed(head, cls, "the plan")
+        return replace(plan, units=parts["units"], layers=parts["layers"])
 
     def check_matches(self, names: Mapping[str, str], path: str) -> None:
         """Raises unless the plan is about exactly these layers.

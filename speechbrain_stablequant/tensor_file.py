@@ -5,6 +5,7 @@ used once. Here nothing of the file stays but the tensors that were asked for.
 """
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from .memory import transient
+from .utils.typed import short
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -28,6 +30,8 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _CHUNK = 1 << 20
+#: Elements that no tensor has; its strides stay within int64.
+_MOST = 1 << 48
 
 
 class TensorFile:
@@ -72,7 +76,12 @@ class TensorFile:
         self._rows = header
         for name, row in header.items():
             if row["dtype"] not in _DTYPES:
-                raise ValueError(f"'{name}' has dtype {row['dtype']}")
+                raise ValueError(f"{short(name)} has dtype {row['dtype']}")
+            # An empty tensor of a huge shape passes safetensors' checks.
+            if math.prod(max(1, size) for size in row["shape"]) >= _MOST:
+                raise ValueError(
+                    f"{short(name)} has the shape {short(row['shape'])}"
+                )
 
     @property
     def names(self) -> list[str]:

@@ -361,6 +361,14 @@ def test_json_is_trimmed():
         {"exponent": 9},
         {"exponent": 129},
         {"exponent": 2.0},
+        {"exponent": True},
+        {"counts": None},
+        {"counts": {"0": 1}},
+        {"counts": [True, 1]},
+        {"counts": [2**64, 1]},
+        {"counts": [2**61, 0, 0, 0, 0, 2**61]},
+        {"max": "2.5"},
+        {"max": None},
     ],
 )
 def test_from_dict_refuses_contradictions(change):
@@ -369,6 +377,19 @@ def test_from_dict_refuses_contradictions(change):
     assert same(Histogram.from_dict(state), hist)
     with pytest.raises(ValueError, match="contradict"):
         Histogram.from_dict(state | change)
+
+
+@pytest.mark.parametrize("state", [None, [], "a", 1])
+def test_from_dict_of_something_else(state):
+    with pytest.raises(ValueError, match="a histogram: must be an object"):
+        Histogram.from_dict(state)
+
+
+@pytest.mark.parametrize("bins", [None, 2**25, 8.0, [8], 3])
+def test_from_dict_of_impossible_bins(bins):
+    state = make(torch.ones(1), num_bins=8).to_dict()
+    with pytest.raises(ValueError, match="num_bins must be a power of two"):
+        Histogram.from_dict({**state, "num_bins": bins})
 
 
 def test_from_dict_names_what_is_missing():
