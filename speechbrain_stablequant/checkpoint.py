@@ -12,21 +12,23 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
-from .files import plain_name, write_atomic
+from .files import parse_json, plain_name, write_atomic
 from .integer import IntegerLayer
+from .numerics import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from .packing import check_packed, pack, unpack
 from .plan import QuantizationPlan
 from .tensor_file import TensorFile
+from .utils.typed import one_line, short, typed
 
 FORMAT = "speechbrain_stablequant"
 VERSION = 1
@@ -63,6 +65,8 @@ class Checkpoint:
         How the floats are stored: a key of ``FLOAT_DTYPES``.
     checksum : str
         Identifies the content, 64 hexadecimal digits.
+    files : tuple of str
+        The files of the folder whose content was checked.
     """
 
     plan: QuantizationPlan
@@ -70,6 +74,33 @@ class Checkpoint:
     floats: dict[str, torch.Tensor] = field(repr=False)
     float_dtype: str
     checksum: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer in the description of the file."""
+
+    kind: Literal["linear", "conv1d"]
+    weight_bits: int
+    activation_bits: int
+    shape: list[int]
+    bias: bool
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    activation_offset: float = 0.0
+    weight_group: int = 0
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What the header says about the file."""
+
+    float_dtype: Literal["float16", "float32"]
+    files: dict[str, str]
+    layers: dict[str, _Row]
 
 
 # -- what stays float ------------------------------------------------------
@@ -410,7 +441,9 @@ def bare_name(name: Any) -> str:
 # -- reading ---------------------------------------------------------------
 
 
-def load_checkpoint(folder: str | Path, weights: bool = True) -> Checkpoint:
+def load_checkpoint(
+    folder: str | Path, weights: bool = True, needs: Iterable[str] = ()
+) -> Checkpoint:
     """Reads a quantized model and checks all of it.
 
     Arguments
@@ -420,6 +453,9 @@ def load_checkpoint(folder: str | Path, weights: bool = True) -> Checkpoint:
     weights : bool
         False leaves integer weights in the file, which stays open: each is
         read by :meth:`~speechbrain_stablequant.integer.IntegerLayer.loaded`.
+    needs : iterable of str
+        Files that must be among those whose content is checked, beside the
+        plan.
 
     Returns
     -------
@@ -434,6 +470,11 @@ def load_checkpoint(folder: str | Path, weights: bool = True) -> Checkpoint:
     path = Path(folder) / WEIGHTS_FILE
     file = _open(path)
     description = _read_header(path, file.metadata)
+    for name in sorted({PLAN_FILE, *needs} - set(description.files)):
+        raise CheckpointError(
+            f"{path}: does not name {name} as one of its files, so that it "
+            "may be of another model; copy or make the folder again"
+        )
     outlines = {name: file.outline(name) for name in file.names}
     text, checksum = file.metadata["description"], file.metadata["checksum"]
     if _digest_of(text, outlines, file.chunks) != checksum:
@@ -441,19 +482,21 @@ def load_checkpoint(folder: str | Path, weights: bool = True) -> Checkpoint:
             f"{path}: is damaged: its content does not have the checksum in "
             "its header; copy or make it again"
         )
-    for name, digest in description["files"].items():
+    for name, digest in description.files.items():
         _check_companion(Path(folder) / bare_name(name), digest, path)
     # What the plan's own tensors decided is in the integers.
-    plan = QuantizationPlan.load(Path(folder) / PLAN_FILE, with_tensors=False)
-    _check_layers(description["layers"], plan, str(path))
+    plan = _load_plan(Path(folder) / PLAN_FILE)
+    rows = {name: asdict(row) for name, row in description.layers.items()}
+    _check_layers(rows, plan, str(path))
     try:
         integers = {
             name: _layer(name, row, file, outlines)
-            for name, row in description["layers"].items()
+            for name, row in description.layers.items()
         }
-    except (KeyError, TypeError, ValueError) as error:
+        _check_scales(integers, plan)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: is not consistent ({error}); make it again"
+            f"{path}: is not consistent ({one_line(error)}); make it again"
         ) from error
     if weights:
         integers = {name: layer.loaded() for name, layer in integers.items()}
@@ -463,8 +506,20 @@ def load_checkpoint(folder: str | Path, weights: bool = True) -> Checkpoint:
             # One copy of each bias.
             floats[f"{name}.bias"] = layer.bias
     return Checkpoint(
-        plan, integers, floats, description["float_dtype"], checksum
+        plan,
+        integers,
+        floats,
+        description.float_dtype,
+        checksum,
+        tuple(description.files),
     )
+
+
+def _load_plan(path: Path) -> QuantizationPlan:
+    try:
+        return QuantizationPlan.load(path, with_tensors=False)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _open(path: Path) -> TensorFile:
@@ -476,43 +531,41 @@ def _open(path: Path) -> TensorFile:
     try:
         return TensorFile(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: is damaged or no safetensors file ({reason}); copy or "
+            f"{path}: is damaged or no safetensors file ({one_line(error)}); "
+            "copy or "
             "make it again"
         ) from error
 
 
-def _read_header(path: Path, header: Mapping[str, str]) -> dict:
-    if header.get("format") != FORMAT:
+def _read_header(path: Path, header: Mapping[str, str]) -> _Description:
+    kind, version = header.get("format"), header.get("version")
+    if kind != FORMAT:
         raise CheckpointError(
             f"{path}: is not a quantized model of {FORMAT} (its format is "
-            f"{header.get('format')!r}); give the folder that a quantization "
-            "run wrote"
+            f"{short(kind)}); give the folder that a quantization run wrote"
         )
-    if header.get("version") != str(VERSION):
+    if version != str(VERSION):
         raise CheckpointError(
-            f"{path}: has version {header.get('version')!r} of the format, "
-            f"this package reads {VERSION}; install the version of "
+            f"{path}: has version {short(version)} of the format, this "
+            f"package reads {VERSION}; install the version of "
             f"{FORMAT} that wrote it, or quantize again"
         )
     try:
-        description = json.loads(header["description"])
-        good = description["float_dtype"] in FLOAT_DTYPES and all(
-            isinstance(description[key], dict) for key in ("files", "layers")
+        text, _ = (
+            typed(header.get(key), str, key)
+            for key in ("description", "checksum")
         )
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if (
-        not good
-        or PLAN_FILE not in description["files"]
-        or "checksum" not in header
-    ):
+        found = typed(parse_json(text), _Description, "description")
+        for name in found.layers:
+            if not name.isprintable():
+                raise ValueError(f"layer {short(name)}")
+        return found
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: is damaged: its header does not describe its layers; "
-            "copy or make it again"
-        )
-    return description
+            f"{path}: is damaged: its header does not describe its layers "
+            f"({one_line(error)}); copy or make it again"
+        ) from error
 
 
 def _check_companion(file: Path, digest: str, path: Path) -> None:
@@ -530,26 +583,30 @@ def _check_companion(file: Path, digest: str, path: Path) -> None:
 
 def _layer(
     name: str,
-    row: Mapping[str, Any],
+    row: _Row,
     file: TensorFile,
     outlines: dict[str, torch.Tensor],
 ) -> IntegerLayer:
     """A layer whose weight is still in the file; takes its tensors out of
     ``outlines``, those of the file."""
-    shape = torch.Size(row["shape"])
-    if row["kind"] not in ("linear", "conv1d"):
-        raise ValueError(f"layer '{name}': kind {row['kind']!r}")
+    _check_row(name, row)
+    shape = torch.Size(row.shape)
+
+    def outline(part: str) -> torch.Tensor:
+        if f"{name}.{part}" not in outlines:
+            raise ValueError(f"there is no tensor '{name}.{part}'")
+        return outlines.pop(f"{name}.{part}")
 
     def take(part: str) -> torch.Tensor:
-        outlines.pop(f"{name}.{part}")
+        dtype = outline(part).dtype
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"layer '{name}': {part} is {dtype}")
         return file.read(f"{name}.{part}")
 
     weight_scale = take("weight_scale")
     activation_scale = take("activation_scale")
-    bias = take("bias") if row["bias"] else None
-    group = row.get("weight_group", 0)
-    if group and (len(shape) != 2 or shape[1] % group):
-        raise ValueError(f"layer '{name}': weight_group {group}")
+    bias = take("bias") if row.bias else None
+    group = row.weight_group
     scales = (shape[0], shape[1] // group) if group else shape[:1]
     for part, tensor, expected in (
         ("weight_scale", weight_scale, scales),
@@ -563,30 +620,90 @@ def _layer(
             )
     if activation_scale.numel() != 1:
         raise ValueError(f"layer '{name}': activation_scale is not one value")
-    bits = row["weight_bits"]
+    bits = row.weight_bits
     try:
-        check_packed(outlines.pop(f"{name}.weight"), bits, shape)
+        check_packed(outline("weight"), bits, shape)
     except ValueError as error:
         raise ValueError(f"layer '{name}': {error}") from error
-    geometry = {key: row[key] for key in _GEOMETRY + _EXTRAS if key in row}
     return IntegerLayer(
         name=name,
-        kind=row["kind"],
+        kind=row.kind,
         weight=torch.empty(shape, dtype=torch.int8, device="meta"),
         weight_scale=weight_scale,
         weight_bits=bits,
         activation_scale=activation_scale,
-        activation_bits=row["activation_bits"],
+        activation_bits=row.activation_bits,
         bias=None if bias is None else bias.float(),
         read=partial(_read_weight, file, f"{name}.weight", bits, shape),
-        **geometry,
+        **{key: getattr(row, key) for key in _GEOMETRY + _EXTRAS},
     )
+
+
+def _check_row(name: str, row: _Row) -> None:
+    """What a description says of a layer must be possible."""
+    sizes, group = row.shape, row.weight_group
+    plain = [getattr(row, key) == getattr(_Row, key) for key in _GEOMETRY]
+    conv = row.kind == "conv1d"
+    checks = {
+        "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
+        "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS,
+        "shape": len(sizes) == (3 if conv else 2) and min(sizes) > 0,
+        "stride": row.stride > 0,
+        "padding": row.padding >= 0,
+        "dilation": row.dilation > 0,
+        "groups": row.groups > 0 and sizes[0] % row.groups == 0,
+        "kind": conv or all(plain),
+        "weight_group": group == 0
+        or (group > 0 and not conv and sizes[1] % group == 0),
+    }
+    for key, good in checks.items():
+        if not good:
+            value = short(getattr(row, key))
+            raise ValueError(f"layer '{name}': {key} cannot be {value}")
+
+
+def _check_scales(
+    integers: Mapping[str, IntegerLayer], plan: QuantizationPlan
+) -> None:
+    """The scales must be positive, and those of inputs the plan's."""
+    quants = plan.quants()
+    for name, layer in integers.items():
+        quant = quants[name]
+        scale = layer.weight_scale
+        if not (scale.isfinite().all() and (scale > 0).all()):
+            raise ValueError(
+                f"layer '{name}': weight_scale has a value that is not positive"
+            )
+        planned = scale_from_amax(
+            torch.tensor(quant.activation_amax), quant.activation_bits
+        )
+        if not torch.allclose(
+            layer.activation_scale.reshape(()), planned, rtol=1e-5, atol=0
+        ):
+            raise ValueError(
+                f"layer '{name}': its inputs have the scale "
+                f"{float(layer.activation_scale):g}, in {PLAN_FILE} it is "
+                f"{float(planned):g}"
+            )
+        for key in _EXTRAS:
+            here, there = getattr(layer, key), getattr(quant, key)
+            if here != there:
+                raise ValueError(
+                    f"layer '{name}': its {key} is {here:g}, in {PLAN_FILE} "
+                    f"it is {there:g}"
+                )
 
 
 def _read_weight(
     file: TensorFile, name: str, bits: int, shape: torch.Size
 ) -> torch.Tensor:
-    return unpack(file.read(name), bits, shape)
+    weight = unpack(file.read(name), bits, shape)
+    if int(weight.min()) < -qmax(bits):
+        raise CheckpointError(
+            f"{file.path}: '{name}' holds {int(weight.min())}, beyond the "
+            f"range of {bits} bits; make it again"
+        )
+    return weight
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

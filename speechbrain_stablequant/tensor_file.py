@@ -67,6 +67,7 @@ class TensorFile:
         # It checks the header and the size.
         with safe_open(path, framework="pt", device="cpu") as file:
             self.metadata: dict[str, str] = file.metadata() or {}
+        self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._turn = threading.Lock()
         size = int.from_bytes(self._file.read(8), "little")
@@ -75,6 +76,8 @@ class TensorFile:
         self._start = 8 + size
         self._rows = header
         for name, row in header.items():
+            if not name.isprintable():
+                raise ValueError(f"a tensor has the name {short(name)}")
             if row["dtype"] not in _DTYPES:
                 raise ValueError(f"{short(name)} has dtype {row['dtype']}")
             # An empty tensor of a huge shape passes safetensors' checks.
