@@ -534,3 +534,115 @@ def test_state_that_is_no_tensor():
 def test_an_unknown_float_dtype(tmp_path):
     with pytest.raises(ValueError, match=r"^float_dtype: 'bfloat16'"):
         write(tmp_path, float_dtype="bfloat16")
+
+
+# -- files that are whole and right, and say impossible things ---------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kind": "lstm"}, "kind: must be one of linear, conv1d, not 'lstm'"),
+        ({"kind": []}, "kind: must be one of linear, conv1d, not []"),
+        ({"shape": [5, 16, 1]}, "shape cannot be [5, 16, 1]"),
+        ({"shape": [0, 10**18]}, "shape cannot be"),
+        ({"shape": "516"}, "shape: must be a list"),
+        ({"shape": [5, 10**30]}, "shape[1]: must be int"),
+        ({"bias": 1}, "bias: must be bool, not 1"),
+        ({"stride": 2}, "kind cannot be 'linear'"),
+        ({"groups": 0}, "groups cannot be 0"),
+        ({"weight_group": 7}, "weight_group cannot be 7"),
+        ({"activation_offset": 0.5}, "its activation_offset is 0.5, in plan"),
+        ({"surprise": None}, "layers.head.surprise: unknown key"),
+    ],
+)
+def test_an_impossible_description(folder, changes, message):
+    def change(description, _):
+        description["layers"]["head"].update(changes)
+
+    resign(folder, change)
+    assert message in one_line(folder)
+
+
+def test_a_description_of_a_convolution(folder):
+    def change(description, _):
+        description["layers"]["front.0"]["stride"] = -1
+
+    resign(folder, change)
+    assert "layer 'front.0': stride cannot be -1" in one_line(folder)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00", "\u2028"])
+def test_names_that_are_no_line(folder, name):
+    def change(description, tensors):
+        description["layers"][name] = description["layers"]["head"]
+        tensors[name] = torch.ones(1)
+
+    resign(folder, change)
+    assert "a tensor has the name" in one_line(folder)
+    resign(folder, lambda _, tensors: tensors.pop(name))
+    assert "does not describe its layers" in one_line(folder)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weight_scale", "activation_scale"])
+def test_impossible_scales(folder, part, value):
+    resign(folder, lambda _, x: x[f"head.{part}"].view(-1)[:1].fill_(value))
+    assert "layer 'head': " in one_line(folder)
+
+
+def test_another_dtype(folder):
+    def change(_, tensors):
+        tensors["head.bias"] = tensors["head.bias"].to(torch.int64)
+
+    resign(folder, change)
+    assert "layer 'head': bias is torch.int64" in one_line(folder)
+
+
+def test_scales_of_another_plan(folder):
+    """What is executed and what the plan says must be the same."""
+    path = folder / "plan.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for row in raw["layers"]:
+        if row["name"] == "head":
+            row["quant"]["activation_amax"] *= 1.01
+    path.write_text(json.dumps(raw), encoding="utf-8")
+
+    def change(description, _):
+        description["files"]["plan.json"] = checkpoint._file_digest(path)
+
+    resign(folder, change)
+    assert "layer 'head': its inputs have the scale" in one_line(folder)
+
+
+def test_integers_beyond_their_bits(folder):
+    def change(_, tensors):
+        tensors["head.weight"][0, 0] = -128
+
+    resign(folder, change)
+    assert "'head.weight' holds -128, beyond the range" in one_line(folder)
+
+
+def test_a_tensor_of_a_shape_that_nobody_has(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    shape = [0, 10**18, 10**18]
+    header["odd"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    size_of = len(text).to_bytes(8, "little")
+    path.write_bytes(size_of + text + data[8 + size :])
+    assert "'odd' has the shape [0, 1000000000000000000, " in one_line(folder)
+
+
+def test_files_that_a_loader_needs_are_checked(tmp_path):
+    (tmp_path / "labels.txt").write_text("a b c")
+    write(tmp_path, companions=["labels.txt"])
+    found = load_checkpoint(tmp_path, needs=["labels.txt"])
+    assert found.files == ("labels.txt", "plan.json")
+    resign(tmp_path, lambda about, _: about["files"].pop("labels.txt"))
+    load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not name labels\.txt as"):
+        load_checkpoint(tmp_path, needs=["labels.txt"])
