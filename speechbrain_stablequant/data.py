@@ -1,12 +1,10 @@
-"""Calibration and search sets: drawn from a recipe's validation set, checked,
-and held in memory, since a search runs over them again and again."""
+"""Calibration and search sets: drawn from a recipe's validation set, and held
+in memory, since a search runs over them again and again."""
 
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import soundfile
 import torch
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.dataset import (
@@ -15,14 +13,8 @@ from speechbrain.dataio.dataset import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from .audio import AudioError
 from .distributed import share, size
-
-# Formats whose samples can be NaN or infinite.
-FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
-
-
-class AudioError(ValueError):
-    """An utterance whose audio the recogniser cannot use."""
 
 
 def dataset_of(data: Dataset | DataLoader) -> Dataset:
@@ -99,106 +91,6 @@ def draw_subset(
         return FilteredSortedDynamicItemDataset(dataset, sorted(drawn))
     positions = random.Random(seed).sample(range(len(ids)), num_utterances)
     return Subset(dataset, sorted(positions))
-
-
-def check_audio(
-    dataset: Dataset,
-    audio: str,
-    signal: str,
-    sample_rate: int,
-    min_samples: int = 1,
-) -> None:
-    """Checks every audio file of a set by its header, before long work.
-
-    A file of another rate or with several channels is fine when the recipe's
-    pipeline converts it, so such a file is read through the pipeline.
-
-    Arguments
-    ---------
-    dataset : Dataset
-        A SpeechBrain data set; others cannot be checked here.
-    audio : str
-        Column with the path of the audio file; sets without it are left to
-        the check of their batches.
-    signal : str
-        Key of the audio in the pipeline's output.
-    sample_rate : int
-        Of the model, in Hz.
-    min_samples : int
-        Fewer samples give no frame.
-
-    Raises
-    ------
-    AudioError
-        Names the utterance, the file and what is wrong.
-    """
-    if not isinstance(dataset, DynamicItemDataset):
-        return
-    for index, name in enumerate(dataset.data_ids):
-        path = dataset.data[name].get(audio)
-        if isinstance(path, str) and path:
-            info = _header(name, path)
-            where = f"utterance {name}: {path}"
-            if info.frames == 0:
-                raise AudioError(f"{where} is empty; remove the utterance")
-            plain = info.samplerate == sample_rate and info.channels == 1
-            if plain:
-                _check_long_enough(where, info.frames, min_samples)
-            if not plain or info.subtype in FLOAT_SUBTYPES:
-                seconds = info.frames / info.samplerate
-                wave = dataset[index][signal]
-                _check_signal(where, wave, seconds, info, sample_rate)
-                _check_long_enough(where, wave.shape[0], min_samples)
-
-
-def _header(name: str, path: str) -> Any:
-    if not Path(path).is_file():
-        raise AudioError(
-            f"utterance {name}: {path} is not there; prepare the data again"
-        )
-    try:
-        info = soundfile.info(path)
-        if info.frames:
-            _read_last_sample(path)
-        return info
-    except soundfile.LibsndfileError as error:
-        raise AudioError(
-            f"utterance {name}: {path} cannot be read as audio ({error})"
-        ) from error
-
-
-def _read_last_sample(path: str) -> None:
-    """A header may promise more than a file that was cut off holds."""
-    with soundfile.SoundFile(path) as file:
-        file.seek(file.frames - 1)
-        if len(file.read(1)) != 1:
-            raise soundfile.LibsndfileError(0, "it ends too early: ")
-
-
-def _check_long_enough(where: str, samples: int, least: int) -> None:
-    if samples < least:
-        raise AudioError(
-            f"{where} has {samples} samples, fewer than the {least} of one "
-            "frame; remove the utterance"
-        )
-
-
-def _check_signal(
-    where: str, wave: torch.Tensor, seconds: float, info: Any, rate: int
-) -> None:
-    if wave.dim() != 1:
-        raise AudioError(
-            f"{where} has {info.channels} channels; the recipe's pipeline "
-            "must make it mono"
-        )
-    if not torch.isfinite(wave).all():
-        raise AudioError(f"{where} holds NaN or Inf; remove the utterance")
-    # One frame of tolerance for a resampler's rounding.
-    if abs(wave.shape[0] / rate - seconds) > 0.025:
-        raise AudioError(
-            f"{where} is sampled at {info.samplerate} Hz and the recipe's "
-            f"pipeline does not resample it to {rate} Hz"
-        )
 
 
 def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import distributed
+from .audio import check_audio
 from .brain import (
     BrainRecogniser,
     ForwardClock,
@@ -33,7 +34,6 @@ from .checkpoint import PLAN_FILE, stored_layer
 from .config import ConfigError, QuantizeConfig
 from .data import (
     Batches,
-    check_audio,
     dataset_of,
     draw_subset,
     utterance_ids,

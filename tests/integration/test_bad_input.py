@@ -327,7 +327,7 @@ BAD_AUDIO = {
     "missing": "not there",
     "empty": "empty",
     "no audio": "cannot be read",
-    "8 kHz": "8000 Hz",
+    "8 kHz": "quantize.sample_rate: 8000",
     "stereo": "2 channels",
     "NaN": "NaN",
     "Inf": "Inf",

@@ -1,6 +1,7 @@
 """Tests of speechbrain_stablequant.data."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.utils.data import DataLoader
 
+from speechbrain_stablequant import audio
+from speechbrain_stablequant.audio import AudioError, check_audio
 from speechbrain_stablequant.data import (
-    AudioError,
     Batches,
-    check_audio,
     dataset_of,
     draw_subset,
     utterance_ids,
@@ -234,7 +235,10 @@ def test_another_rate(write, rate):
     path = write("rate.wav", rate=rate)
     text = audio_error(audio_set(write("a.wav"), path), path)
     assert text.startswith(f"is sampled at {rate} Hz and the recipe's pipeline")
-    assert "to 16000 Hz" in text
+    assert text.endswith(
+        "does not resample it to 16000 Hz; resample it there, or, if the model "
+        f"was trained at that rate, write quantize.sample_rate: {rate}"
+    )
 
 
 @pytest.mark.parametrize("rate", [8000, 44100])
@@ -242,6 +246,157 @@ def test_another_rate_that_is_resampled(write, rate):
     data = audio_set(
         write("a.wav"), write("rate.wav", rate=rate), pipeline=resampling
     )
+    check(data)
+
+
+DEMO = Path(__file__).resolve().parents[2] / (
+    "recipes/LibriSpeech/ASR/CTC/demo/LibriSpeech/dev-demo/2001/20"
+)
+
+
+def long_file(write, rate, channels=1):
+    """Speech at another rate, with a noise between its three parts."""
+    parts = [
+        torch.from_numpy(soundfile.read(path)[0])
+        for path in sorted(DEMO.glob("*.flac"))[:3]
+    ]
+    wave = torchaudio.functional.resample(torch.cat(parts), RATE, rate).numpy()
+    if channels > 1:
+        wave = np.stack([wave, np.roll(wave, 4321)], 1)
+    return write("long.wav", wave, rate)
+
+
+def segments(path, *pipeline):
+    """Three segments of a file, by columns of any name."""
+    frames = soundfile.info(path).frames
+    rows = {
+        f"u{index}": {"wav": path, "from": place, "to": place + frames // 4}
+        for index, place in enumerate((0, frames // 2, 3 * frames // 4))
+    }
+    rate = soundfile.info(path).samplerate
+
+    def cut(path, start, stop):
+        wave = read_audio({"file": path, "start": start, "stop": stop})
+        for step in pipeline:
+            wave = step(wave, rate)
+        return wave
+
+    data = DynamicItemDataset(rows)
+    data.add_dynamic_item(cut, takes=["wav", "from", "to"], provides="sig")
+    data.set_output_keys(["id", "sig"])
+    return data
+
+
+def to_model_rate(wave, rate):
+    return torchaudio.functional.resample(wave, rate, RATE)
+
+
+def trimmed(wave, rate):
+    """Without what is before and behind the loud parts."""
+    loud = (wave.abs() > 0.1 * wave.abs().max()).nonzero()
+    return wave[loud.min() : loud.max()]
+
+
+def normalised(wave, rate):
+    return 0.3 * wave / wave.abs().max()
+
+
+def mono(wave, rate):
+    return wave if wave.dim() == 1 else wave.mean(1)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+def test_segments_that_are_resampled(write, rate):
+    """Their durations are not those of their file."""
+    path = long_file(write, rate)
+    check(segments(path, to_model_rate))
+    check(segments(path, trimmed, to_model_rate))
+    check(segments(path, to_model_rate, trimmed, normalised))
+
+
+@pytest.mark.parametrize("rate", [8000, 44100])
+@pytest.mark.parametrize("steps", [(), (trimmed,), (normalised,)])
+def test_segments_that_are_not_resampled(write, rate, steps):
+    path = long_file(write, rate)
+    text = audio_error(segments(path, *steps), path, name="u0")
+    assert f"quantize.sample_rate: {rate}" in text
+
+
+def test_channels_of_another_rate(write):
+    path = long_file(write, 44100, channels=2)
+    check(segments(path, mono, to_model_rate))
+    text = audio_error(segments(path, mono), path, name="u0")
+    assert "is sampled at 44100 Hz" in text
+
+
+def test_silence_is_trimmed(write):
+    path = long_file(write, RATE)
+    data = audio_set(path, pipeline=lambda wav: trimmed(read_audio(wav), RATE))
+    check(data)
+
+
+def test_resampled_and_cut_to_as_many_samples_as_the_file_has(write):
+    """A length alone proves nothing."""
+    path = long_file(write, 8000)
+    frames = soundfile.info(path).frames
+    check(audio_set(path, pipeline=lambda wav: resampling(wav)[:frames]))
+
+
+def test_silent_file_of_another_rate(write):
+    check(audio_set(write("silent.wav", np.zeros(4000), rate=8000)))
+
+
+def test_a_few_files_of_each_rate_are_compared(write, monkeypatch):
+    """The pipeline is the same for all."""
+    seen = []
+    monkeypatch.setattr(
+        audio, "is_stretch_of", lambda header, wave: seen.append(header.rate)
+    )
+    paths = [write(f"{i}.wav", rate=8000 // (1 + i % 2)) for i in range(20)]
+    check(audio_set(*paths, pipeline=resampling))
+    assert sorted(seen) == [4000] * 3 + [8000] * 3
+
+
+def test_a_path_that_only_the_pipeline_knows(write, tmp_path):
+    write("a.wav")
+
+    def below(wav):
+        return read_audio(str(tmp_path / wav))
+
+    check(audio_set("a.wav", pipeline=below))
+    text = audio_error(audio_set("a.wav", "b.wav", pipeline=below), "b.wav")
+    assert text.startswith("is not there")
+
+
+def test_a_format_that_only_the_pipeline_knows(tmp_path):
+    path = tmp_path / "raw.pcm"
+    noise = np.random.default_rng(0).normal(0, 3000, 4000)
+    noise.astype("<i2").tofile(path)
+
+    def raw(wav):
+        return torch.from_numpy(np.fromfile(wav, "<i2").astype("f") / 32768)
+
+    check(audio_set(str(path), pipeline=raw))
+    short = audio_set(str(path), pipeline=lambda wav: raw(wav)[:7])
+    assert audio_error(short, path, name="u0").startswith("has 7 samples")
+
+
+def test_truncated_file(write):
+    path = Path(write("cut.flac", 16000))
+    path.write_bytes(path.read_bytes()[:9000])
+    text = audio_error(audio_set(write("a.wav"), str(path)), path)
+    assert text.startswith("cannot be read as audio")
+
+
+def test_text_is_not_made_to_check_audio(write):
+    """A transcript may be what the tokenizer does not know."""
+    data = audio_set(write("stereo.wav", channels=2), pipeline=averaging)
+
+    def text(wav):
+        raise KeyError("tokens")
+
+    data.add_dynamic_item(text, takes="wav", provides="tokens")
+    data.set_output_keys(["id", "sig", "tokens"])
     check(data)
 
 
