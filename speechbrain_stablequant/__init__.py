@@ -32,4 +32,10 @@ def __getattr__(name: str) -> Any:
     needs neither the search nor transformers."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    try:
+        module = import_module(f".{_PLACES[name]}", __name__)
+    except (ImportError, OSError, RuntimeError):
+        # One line if SpeechBrain failed to import torchaudio.
+        import_module(".utils.versions", __name__).import_torchaudio()
+        raise
+    return getattr(module, name)

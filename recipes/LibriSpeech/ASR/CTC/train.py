@@ -18,6 +18,13 @@ import os
 import sys
 from pathlib import Path
 
+from speechbrain_stablequant.utils.versions import import_torchaudio
+
+try:
+    import_torchaudio()
+except ImportError as error:
+    sys.exit(str(error))
+
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml

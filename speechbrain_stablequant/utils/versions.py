@@ -1,0 +1,112 @@
+"""torch and torchaudio that do not load together, in one line.
+
+torchaudio is compiled against torch, and SpeechBrain always imports it. Its
+releases up to 2.10 require the torch of the same version; 2.11.0 requires none
+and 2.11.1 any from 2.11 on, where only these loaded on Linux (registry builds):
+
+====================  =====================
+torch                 torchaudio
+====================  =====================
+2.8 to 2.10           the same version
+2.11, 2.12            2.11.0
+2.13, 2.14            2.11.1 (2.11.0 too, if both are built for one CUDA)
+2.15                  2.11.1
+====================  =====================
+"""
+
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+
+def matching_torchaudio(torch: str) -> str:
+    """The requirement for a torchaudio that loads beside a torch.
+
+    Arguments
+    ---------
+    torch : str
+        Its version.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> matching_torchaudio("2.9.1+cu128"), matching_torchaudio("2.12.0")
+    ('torchaudio==2.9.1', 'torchaudio==2.11.0')
+    >>> matching_torchaudio("2.15.0")
+    'torchaudio>=2.11.1'
+    """
+    release = Version(torch)
+    if release.release[:2] < (2, 11):
+        return f"torchaudio=={release.base_version}"
+    if release.release[:2] < (2, 13):
+        return "torchaudio==2.11.0"
+    return "torchaudio>=2.11.1"
+
+
+def pair_error(torch: str, torchaudio: str | None, reason: str) -> str:
+    """One line about a torchaudio that could not be imported.
+
+    Arguments
+    ---------
+    torch : str
+        The version of torch.
+    torchaudio : str or None
+        The version of torchaudio; None if there is none.
+    reason : str
+        What the import said, for pairs that are not known to fail.
+
+    Returns
+    -------
+    str
+        Names both versions and the command that installs a pair that loads.
+
+    Example
+    -------
+    >>> print(pair_error("2.11.0", "2.11.1", "undefined symbol"))
+    torch 2.11.0 and torchaudio 2.11.1 do not load together: pip install \
+"torchaudio==2.11.0"
+    """
+    wanted = matching_torchaudio(torch)
+    if torchaudio is None:
+        return f'torch {torch} needs a torchaudio: pip install "{wanted}"'
+    pair = f"torch {torch} and torchaudio {torchaudio} do not load together"
+    specifier = Requirement(wanted).specifier
+    if not specifier.contains(torchaudio, prereleases=True):
+        return f'{pair}: pip install "{wanted}"'
+    return (
+        f"{pair} ({reason}): take both from one index: pip install --upgrade"
+        " --force-reinstall torch torchaudio"
+    )
+
+
+def import_torchaudio() -> None:
+    """Imports torchaudio, as SpeechBrain does.
+
+    Raises
+    ------
+    ImportError
+        One line with both versions and what to install instead.
+
+    Example
+    -------
+    >>> import_torchaudio()
+    """
+    # What fails in torch itself is not torchaudio's.
+    import_module("torch")
+    try:
+        import_module("torchaudio")
+    except (ImportError, OSError, RuntimeError) as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        found = None
+        with suppress(PackageNotFoundError):
+            found = version("torchaudio")
+        reason = " ".join(str(first).split()).rstrip(".")
+        raise ImportError(pair_error(version("torch"), found, reason)) from None
