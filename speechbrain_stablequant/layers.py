@@ -244,8 +244,12 @@ def find_layers(
     # A model behind two keys (hf_ctc.lm_head and ctc_lin) is listed once.
     found: dict[int, tuple[str, nn.Module]] = {}
     functional: dict[str, nn.Module] = {}
+    encoders = find_encoders({key: modules[key] for key in target})
+    idle = _idle(encoders)
     for key in target:
         for name, module in modules[key].named_modules(prefix=key):
+            if id(module) in idle:
+                continue
             if type(module).__name__ in FUNCTIONAL_ATTENTION:
                 functional[name] = module
             if _kind(module) is not None:
@@ -265,12 +269,22 @@ def find_layers(
             f"quantize.{key}: {patterns} leaves no layer to quantize"
         )
     _refuse_functional(functional, kept)
-    encoders = find_encoders({key: modules[key] for key in target})
     layers = [
         Layer(name, module, _kind(module), _unit(name, encoders))
         for name, module in kept
     ]
     return _network_order(layers, encoders)
+
+
+def _idle(encoders: Iterable[Encoder]) -> set[int]:
+    """Modules that transformers makes and never calls: the positional
+    convolution of wav2vec 2.0 Conformers, which have other positions."""
+    return {
+        id(child)
+        for encoder in encoders
+        if any(hasattr(b, "conv_module") for b in encoder.model.encoder.layers)
+        for child in encoder.model.encoder.pos_conv_embed.modules()
+    }
 
 
 def _refuse_functional(

@@ -172,6 +172,8 @@ class StableQuant:
             )
             for name, variant in config.variant_configs().items()
         ]
+        for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
+            logger.warning("quantize: %s", warning)
         self._recovered: tuple | None = None
         self._trainer: BrainTrainer | None = None
         if valid_set is not None:

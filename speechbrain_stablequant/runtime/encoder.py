@@ -7,6 +7,7 @@ weights do not exist as floats (its parameters are on the ``meta`` device).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -139,14 +140,74 @@ class EncoderSpec:
         return samples
 
 
-def _norm(module: nn.Module) -> Norm:
-    over_time = isinstance(module, nn.GroupNorm)
-    if over_time and module.num_groups != module.num_channels:
-        raise ValueError(
-            f"GroupNorm with {module.num_groups} groups of "
-            f"{module.num_channels} channels is not supported by the integer "
-            "runtimes; use backend: torch"
+#: What an encoder must have to be described, by place; ``*`` is each item.
+_PARTS = (
+    "feature_extractor.conv_layers.*.conv",
+    "feature_extractor.conv_layers.*.activation",
+    "feature_projection.projection",
+    "encoder.pos_conv_embed.conv",
+    "encoder.pos_conv_embed.activation",
+    "encoder.pos_conv_embed.padding.num_pad_remove",
+    "encoder.layer_norm",
+    "encoder.layers.*.attention.q_proj",
+    "encoder.layers.*.attention.k_proj",
+    "encoder.layers.*.attention.v_proj",
+    "encoder.layers.*.attention.out_proj",
+    "encoder.layers.*.layer_norm",
+    "encoder.layers.*.feed_forward.intermediate_dense",
+    "encoder.layers.*.feed_forward.intermediate_act_fn",
+    "encoder.layers.*.feed_forward.output_dense",
+    "encoder.layers.*.final_layer_norm",
+    "config.num_attention_heads",
+    "config.do_stable_layer_norm",
+)
+
+
+def _has(owner: Any, path: str) -> bool:
+    """Whether there is something at a dotted place."""
+    part, _, rest = path.partition(".")
+    if part == "*":
+        return all(_has(item, rest) for item in owner)
+    if not hasattr(owner, part):
+        return False
+    return not rest or _has(getattr(owner, part), rest)
+
+
+def _check_parts(model: nn.Module, path: str) -> None:
+    for part in _PARTS:
+        if not _has(model, part):
+            raise _unsupported(
+                path, f"{type(model).__name__} (it has no {part})"
+            )
+
+
+def _unsupported(where: str, what: str, known: str = "") -> ValueError:
+    return ValueError(
+        f"{where}: {what} is not supported by the integer runtimes"
+        f"{known and f', only {known}'}; use backend: torch"
+    )
+
+
+def _check_plain(module: nn.Module, kind: type[nn.Module], where: str) -> None:
+    """Adapters, for instance, take the place of a layer and hold it."""
+    if not isinstance(module, kind) or type(module).forward != kind.forward:
+        raise _unsupported(
+            where, type(module).__name__, f"a plain {kind.__name__}"
         )
+
+
+def _norm(module: nn.Module, where: str) -> Norm:
+    over_time = isinstance(module, nn.GroupNorm)
+    if not over_time:
+        _check_plain(module, nn.LayerNorm, where)
+    if over_time and module.num_groups != module.num_channels:
+        raise _unsupported(
+            where,
+            f"GroupNorm with {module.num_groups} groups of "
+            f"{module.num_channels} channels",
+        )
+    if module.weight is None or module.bias is None:
+        raise _unsupported(where, "a normalization without weight and bias")
     return Norm(
         module.weight.detach().float(),
         module.bias.detach().float(),
@@ -157,11 +218,10 @@ def _norm(module: nn.Module) -> Norm:
 
 def _check_gelu(module: nn.Module, where: str) -> None:
     name = type(module).__name__
-    if name not in ("GELU", "GELUActivation"):
-        raise ValueError(
-            f"{where}: activation {name} is not supported by the integer "
-            "runtimes, only GELU; use backend: torch"
-        )
+    approximate = getattr(module, "approximate", "none")
+    if name not in ("GELU", "GELUActivation") or approximate != "none":
+        said = name if approximate == "none" else f"{name} ({approximate})"
+        raise _unsupported(where, f"activation {said}", "GELU")
 
 
 def describe_encoder(
@@ -186,59 +246,58 @@ def describe_encoder(
     Raises
     ------
     ValueError
-        Something that the integer runtimes do not compute: an adapter,
-        another activation, another normalisation, a rotation around blocks
-        that normalise behind each sublayer.
+        Something that the integer runtimes do not compute: another family of
+        models, an adapter, another activation, another normalization, a
+        rotation around blocks that normalize behind each sublayer.
     """
 
+    _check_parts(model, path)
     names = {id(m): f"{path}.{n}" for n, m in model.named_modules()}
 
-    def layer(module: nn.Module) -> AnyLayer:
+    def layer(module: nn.Module, kind: type[nn.Module]) -> AnyLayer:
         name = names[id(module)]
+        _check_plain(module, kind, name)
         found = integers.get(name)
         return float_layer(name, module) if found is None else found
+
+    def linear(module: nn.Module) -> AnyLayer:
+        return layer(module, nn.Linear)
+
+    def norm_of(module: nn.Module) -> Norm:
+        return _norm(module, names[id(module)])
 
     encoder = model.encoder
     convs = []
     for stage in model.feature_extractor.conv_layers:
         _check_gelu(stage.activation, f"{path}.feature_extractor")
         norm = getattr(stage, "layer_norm", None)
-        norm = norm and _norm(norm)
-        conv = layer(stage.conv)
+        norm = norm and norm_of(norm)
+        conv = layer(stage.conv, nn.Conv1d)
         if norm is not None and norm.over_time:
             # It is computed with at every call, not only taken in.
             conv = conv.loaded()
         convs.append(ConvSpec(conv, norm))
     _check_gelu(encoder.pos_conv_embed.activation, f"{path}.pos_conv_embed")
     if getattr(encoder.pos_conv_embed, "batch_norm", None) is not None:
-        raise ValueError(
-            f"{path}.encoder.pos_conv_embed: batch norm is not supported by "
-            "the integer runtimes; use backend: torch"
-        )
+        raise _unsupported(f"{path}.encoder.pos_conv_embed", "batch norm")
     if getattr(model, "adapter", None) is not None:
-        raise ValueError(
-            f"{path}.adapter: is not supported by the integer runtimes; use "
-            "backend: torch"
-        )
+        raise _unsupported(f"{path}.adapter", "a convolutional adapter")
     blocks = []
     for block in encoder.layers:
         if getattr(block, "adapter_layer", None) is not None:
-            raise ValueError(
-                f"{path}.encoder.layers: attention adapters are not supported "
-                "by the integer runtimes; use backend: torch"
-            )
+            raise _unsupported(f"{path}.encoder.layers", "an attention adapter")
         forward = block.feed_forward
         _check_gelu(forward.intermediate_act_fn, f"{path}.feed_forward")
         blocks.append(
             BlockSpec(
-                norm1=_norm(block.layer_norm),
-                query=layer(block.attention.q_proj),
-                key=layer(block.attention.k_proj),
-                value=layer(block.attention.v_proj),
-                out=layer(block.attention.out_proj),
-                norm2=_norm(block.final_layer_norm),
-                up=layer(forward.intermediate_dense),
-                down=layer(forward.output_dense),
+                norm1=norm_of(block.layer_norm),
+                query=linear(block.attention.q_proj),
+                key=linear(block.attention.k_proj),
+                value=linear(block.attention.v_proj),
+                out=linear(block.attention.out_proj),
+                norm2=norm_of(block.final_layer_norm),
+                up=linear(forward.intermediate_dense),
+                down=linear(forward.output_dense),
             )
         )
     rotation, pre_norm = rotation_of(encoder), model.config.do_stable_layer_norm
@@ -250,11 +309,11 @@ def describe_encoder(
     projection_norm = getattr(model.feature_projection, "layer_norm", None)
     return EncoderSpec(
         convs=tuple(convs),
-        projection_norm=projection_norm and _norm(projection_norm),
-        projection=layer(model.feature_projection.projection),
-        pos_conv=layer(encoder.pos_conv_embed.conv),
+        projection_norm=projection_norm and norm_of(projection_norm),
+        projection=linear(model.feature_projection.projection),
+        pos_conv=layer(encoder.pos_conv_embed.conv, nn.Conv1d),
         pos_trim=encoder.pos_conv_embed.padding.num_pad_remove,
-        norm=_norm(encoder.layer_norm),
+        norm=norm_of(encoder.layer_norm),
         blocks=tuple(blocks),
         num_heads=model.config.num_attention_heads,
         pre_norm=bool(pre_norm),
@@ -280,6 +339,12 @@ def check_encoders(modules: Mapping[str, nn.Module]) -> None:
             raise ValueError(
                 "backend: the integer runtimes give the last hidden state "
                 "only, and the recipe wants all; write backend: torch"
+            )
+        if getattr(encoder.model.config, "output_hidden_states", False):
+            raise ValueError(
+                f"backend: the integer runtimes give the last hidden state "
+                f"only, and {type(encoder.wrapper).__name__} asks the model "
+                "for all (output_hidden_states); write backend: torch"
             )
         try:
             describe_encoder(encoder.model, encoder.path, {})
