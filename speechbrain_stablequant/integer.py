@@ -52,6 +52,9 @@ class IntegerLayer:
     read : callable or None
         Gives the weight of a layer that is still in its file; ``weight`` is
         then on the ``meta`` device.
+    algorithm : str
+        How a runtime multiplies it on this machine, see
+        :mod:`speechbrain_stablequant.runtime.algorithms`.
     """
 
     name: str
@@ -71,6 +74,7 @@ class IntegerLayer:
     read: Callable[[], torch.Tensor] | None = field(
         default=None, repr=False, compare=False
     )
+    algorithm: str = "native"
 
     def loaded(self) -> "IntegerLayer":
         """The layer with its weight in memory. Whoever drops it before the
@@ -149,6 +153,8 @@ class FloatLayer:
         float32 [out].
     stride, padding, dilation, groups : int
         Of a convolution.
+    algorithm : str
+        As in :class:`IntegerLayer`.
     """
 
     name: str
@@ -159,6 +165,7 @@ class FloatLayer:
     padding: int = 0
     dilation: int = 1
     groups: int = 1
+    algorithm: str = "native"
 
     def loaded(self) -> "FloatLayer":
         """The layer: its weight is in memory."""

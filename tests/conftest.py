@@ -202,6 +202,15 @@ def _seeded():
     torch.manual_seed(1234)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What is remembered of this machine is made anew by each session."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     """Also for the processes that a test starts."""

@@ -5,6 +5,7 @@ import torch
 
 from ..integer import FloatLayer
 from ..numerics import GELU_MIN
+from ..runtime.algorithms import CONVOLUTION
 from ..runtime.encoder import AnyLayer, BlockSpec, EncoderSpec
 from .graph import Graph
 
@@ -50,15 +51,23 @@ def tap_major(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(2, 1, 0).reshape(-1, weight.shape[0])
 
 
+def conv_as_product(
+    graph: Graph, x: str, layer: AnyLayer, lowest: float = -float("inf")
+) -> str:
+    """A convolution of the feature extractor on [batch, time, channels]."""
+    if layer.algorithm == CONVOLUTION:
+        q = graph.quantize(graph.transpose(x, 0, 2, 1), layer, lowest)
+        return graph.transpose(graph.convolution(q, layer), 0, 2, 1)
+    q = unfold(graph, graph.quantize(x, layer, lowest), layer)
+    return graph.product(q, layer, tap_major(layer.weight))
+
+
 def _convs_as_products(graph: Graph, spec: EncoderSpec, wave: str) -> str:
     """The feature extractor on [batch, time, channels]."""
     x = graph.add("Unsqueeze", [wave, graph.constant([2])])
     lowest = -float("inf")
     for stage in spec.convs:
-        layer = stage.conv
-        q = graph.quantize(x, layer, lowest)
-        q = unfold(graph, q, layer)
-        x = graph.product(q, layer, tap_major(layer.weight))
+        x = conv_as_product(graph, x, stage.conv, lowest)
         if stage.norm is not None and stage.norm.over_time:
             x = graph.norm(graph.transpose(x, 0, 2, 1), stage.norm)
             x = graph.transpose(x, 0, 2, 1)
@@ -86,9 +95,13 @@ def _convs_as_convs(graph: Graph, spec: EncoderSpec, wave: str) -> str:
     return graph.transpose(x, 0, 2, 1)
 
 
-def position_as_products(graph: Graph, spec: EncoderSpec, x: str) -> str:
-    """The positional convolution, one product for each group."""
-    layer = spec.pos_conv
+def position_as_products(
+    graph: Graph, layer: AnyLayer, x: str, trim: int
+) -> str:
+    """The positional convolution, one product for each group; it gives as
+    many frames as it takes in."""
+    if layer.algorithm == CONVOLUTION:
+        return position_as_conv(graph, layer, x, trim)
     kernel, groups = layer.weight.shape[-1], layer.groups
     frames = graph.size(x, 1)
     pads = graph.constant([0, layer.padding, 0, 0, layer.padding, 0])
@@ -121,13 +134,13 @@ def position_as_products(graph: Graph, spec: EncoderSpec, x: str) -> str:
     return graph.biased(out, layer)
 
 
-def _position_as_conv(graph: Graph, spec: EncoderSpec, x: str) -> str:
-    """The positional convolution as a Conv node."""
+def position_as_conv(graph: Graph, layer: AnyLayer, x: str, trim: int) -> str:
+    """The positional convolution as a Conv node, without its last frames."""
     channels_first = graph.transpose(x, 0, 2, 1)
-    q = graph.quantize(channels_first, spec.pos_conv)
-    out = graph.transpose(graph.convolution(q, spec.pos_conv), 0, 2, 1)
-    if spec.pos_trim:
-        first, last = graph.constant([0]), graph.constant([-spec.pos_trim])
+    q = graph.quantize(channels_first, layer)
+    out = graph.transpose(graph.convolution(q, layer), 0, 2, 1)
+    if trim:
+        first, last = graph.constant([0]), graph.constant([-trim])
         out = graph.slice(out, first, last, 1)
     return out
 
@@ -183,7 +196,7 @@ def add_encoder(
     as_products: bool,
 ) -> str:
     convs = _convs_as_products if as_products else _convs_as_convs
-    position = position_as_products if as_products else _position_as_conv
+    position = position_as_products if as_products else position_as_conv
     x = convs(graph, spec, wave)
     x = graph.norm(x, spec.projection_norm)
     x = graph.linear(x, spec.projection)
@@ -196,7 +209,9 @@ def add_encoder(
         columns = graph.add("Unsqueeze", [valid, graph.constant([1, 2])])
         ends = [graph.number(0.0), graph.number(MASKED)]
         mask = graph.add("Where", [columns, *ends])
-    added = graph.add("Gelu", [position(graph, spec, x)])
+    added = graph.add(
+        "Gelu", [position(graph, spec.pos_conv, x, spec.pos_trim)]
+    )
     x = graph.add("Add", [x, added])
     if not spec.pre_norm:
         x = graph.norm(x, spec.norm)

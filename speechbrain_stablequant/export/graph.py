@@ -8,6 +8,7 @@ import torch
 
 from ..integer import FloatLayer, IntegerLayer
 from ..numerics import qmax
+from ..runtime.algorithms import FLOAT
 from ..runtime.encoder import AnyLayer, Norm
 
 # The first opset with Gelu; the IR version that goes with it.
@@ -269,10 +270,18 @@ class Graph:
         str
             Name of the float weight.
         """
+        scaled = not isinstance(layer, FloatLayer)
+        if scaled and scale is None:
+            scale = layer.weight_scale
+        if scaled and layer.algorithm == FLOAT:
+            # What the integers stand for; with integers there would be an
+            # integer product again.
+            shape = [1] * weight.dim()
+            shape[axis] = -1
+            weight, scaled = weight.float() * scale.view(shape), False
         stored = self.tensor(weight.contiguous(), f"{layer.name}.weight")
-        if isinstance(layer, FloatLayer):
+        if not scaled:
             return stored
-        scale = layer.weight_scale if scale is None else scale
         return self.add(
             "DequantizeLinear",
             [

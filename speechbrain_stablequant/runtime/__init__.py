@@ -25,6 +25,7 @@ from ..layers import Encoder, find_encoders
 from .base import encoder_forward, in_own_precision
 from .cpu import CpuClass, cpu_class, executed_integers
 from .encoder import describe_encoder
+from .geometry import heads_with_algorithms, why_not, with_algorithms
 from .options import AUTO
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ class Runtime:
         EncoderSpec, relative to this package; None: layer by layer.
     layer : str
         ``"module:function"`` that makes a LayerExecutor of an IntegerLayer.
+    trial : str or None
+        ``"module:function"`` that makes a LayerRunner of the executor's
+        options, by which layers are compared with exact arithmetic; None for
+        a runtime that is tried otherwise.
+    layer_trial : str or None
+        The same for layers outside of an encoder.
     device : str or None
         Type of the device that it runs on; None for any.
     needs : tuple of str
@@ -64,6 +71,8 @@ class Runtime:
 
     encoder: str | None
     layer: str
+    trial: str | None = None
+    layer_trial: str | None = None
     device: str | None = None
     needs: tuple[str, ...] = ()
     install: str = ""
@@ -75,6 +84,7 @@ class Runtime:
 
 _OFFSETS = frozenset({"asymmetric"})
 _TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
+_TORCH_INT8_TRIAL = "torch_int8.trial:make_runner"
 
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(
@@ -86,6 +96,8 @@ RUNTIMES: dict[str, Runtime] = {
     "torch_int8": Runtime(
         "torch_int8.executor:make_executor",
         _TORCH_INT8_LAYER,
+        _TORCH_INT8_TRIAL,
+        _TORCH_INT8_TRIAL,
         "cpu",
         pair_sums=True,
         streams=True,
@@ -95,6 +107,8 @@ RUNTIMES: dict[str, Runtime] = {
     "openvino": Runtime(
         "openvino_:make_executor",
         _TORCH_INT8_LAYER,
+        "openvino_.trial:make_runner",
+        _TORCH_INT8_TRIAL,
         "cpu",
         ("openvino",),
         "speechbrain_stablequant[cpu]",
@@ -105,6 +119,8 @@ RUNTIMES: dict[str, Runtime] = {
     "onnx": Runtime(
         "onnx_:make_executor",
         _TORCH_INT8_LAYER,
+        "onnx_trial:make_runner",
+        _TORCH_INT8_TRIAL,
         "cpu",
         ("onnx", "onnxruntime"),
         "speechbrain_stablequant[onnx]",
@@ -114,6 +130,8 @@ RUNTIMES: dict[str, Runtime] = {
     "triton": Runtime(
         "triton:make_executor",
         "triton:make_layer",
+        None,
+        None,
         "cuda",
         ("triton",),
         "triton",
@@ -148,7 +166,20 @@ def _why_not(name: str, device: torch.device) -> str | None:
             f"it runs on {runtime.device}, and the device is {device}; "
             "write backend: auto"
         )
-    return None
+    return _why_no_layer(runtime)
+
+
+def _why_no_layer(runtime: Runtime) -> str | None:
+    """Why a CPU runtime computes no layer here: it is tried, once."""
+    if runtime.trial is None:
+        return None
+    try:
+        reason = why_not(_load(runtime.trial)())
+    # whatever a package raises that is installed and does not load
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"it does not load ({lines[0]})"
+    return reason and f"{reason}; write backend: auto"
 
 
 def choose_backend(
@@ -363,7 +394,9 @@ def build_forwards(
     ------
     ValueError
         A layer that is not in the model, an encoder that the integer
-        runtimes do not compute, or a layer that this runtime cannot execute.
+        runtimes do not compute, or a layer that this runtime cannot execute;
+        :class:`~speechbrain_stablequant.runtime.geometry.UnusableRuntime` if
+        it cannot on this machine only.
 
     Example
     -------
@@ -393,11 +426,16 @@ def build_forwards(
         make_executor = _load(runtime.encoder)
         for encoder in _encoders(modules, integers):
             spec = describe_encoder(encoder.model, encoder.path, integers)
+            if runtime.trial is not None:
+                runner = _load(runtime.trial)(**options)
+                spec = with_algorithms(spec, runner)
             executor = make_executor(spec, **options)
             forwards[encoder.model] = encoder_forward(executor)
             inside.update(layer.name for layer in spec.layers())
     make_layer = _load(runtime.layer)
-    for name, layer in integers.items():
-        if name not in inside:
-            forwards[by_name[name]] = make_layer(layer)
+    heads = {n: x for n, x in integers.items() if n not in inside}
+    if runtime.layer_trial is not None:
+        heads = heads_with_algorithms(heads, _load(runtime.layer_trial)())
+    for name, layer in heads.items():
+        forwards[by_name[name]] = make_layer(layer)
     return {m: in_own_precision(f) for m, f in forwards.items()}

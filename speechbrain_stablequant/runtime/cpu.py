@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,19 +114,63 @@ def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
     return CpuClass(name, bf16)
 
 
+#: Linux's description of the processors.
+_CPUINFO = Path("/proc/cpuinfo")
+
+# What torch knows of the flags where there is none.
+_TORCH_FLAGS = {
+    "avx512_vnni": "_is_vnni_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "amx_int8": "_is_amx_tile_supported",
+}
+
+# Of an x86 CPU, and of an ARM one.
+_FLAG_LINES = ("flags", "Features")
+_NAME_LINES = (
+    "model name",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "CPU revision",
+)
+
+# Variables that change the kernels that libraries choose.
+_KERNEL_VARIABLES = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "ATEN_CPU", "MKL_")
+
+
+def _first_processor() -> dict[str, str]:
+    """What Linux says of the first processor; nothing on other systems."""
+    try:
+        text = _CPUINFO.read_text(errors="replace")
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    return found
+
+
 def _flags() -> set[str]:
     """Flags of the first processor, by Linux's names where torch knows."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    known = {
-        "avx512_vnni": torch.cpu._is_vnni_supported,
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
-        "amx_int8": torch.cpu._is_amx_tile_supported,
+    lines = _first_processor()
+    for line in _FLAG_LINES:
+        if line in lines:
+            return set(lines[line].split())
+    checks = {
+        flag: getattr(torch.cpu, name, None)
+        for flag, name in _TORCH_FLAGS.items()
     }
-    return {flag for flag, check in known.items() if check()}
+    return {flag for flag, check in checks.items() if check and check()}
+
+
+def _cap() -> str:
+    """What oneDNN is told to use at most, under its newer or older name."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        if os.environ.get(name):
+            return os.environ[name]
+    return ""
 
 
 @lru_cache(maxsize=1)
@@ -138,7 +183,35 @@ def cpu_class() -> CpuClass:
     """
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "x86"):
         return CpuClass("other")
-    return class_of_flags(_flags(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
+    return class_of_flags(_flags(), _cap())
+
+
+def machine_identity() -> dict[str, Any]:
+    """What decides which kernels libraries choose on this machine.
+
+    Returns
+    -------
+    dict
+        For JSON.
+
+    Example
+    -------
+    >>> machine_identity()["system"] == platform.system()
+    True
+    """
+    lines = _first_processor()
+    names = [lines[line] for line in _NAME_LINES if line in lines]
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": names or [platform.processor()],
+        "flags": sorted(_flags()),
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_KERNEL_VARIABLES)
+        },
+    }
 
 
 def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:

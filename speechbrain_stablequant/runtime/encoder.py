@@ -5,8 +5,8 @@ from a model that was loaded from a quantized folder and whose quantized
 weights do not exist as floats (its parameters are on the ``meta`` device).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -131,6 +131,25 @@ class EncoderSpec:
         yield self.pos_conv
         for block in self.blocks:
             yield from block.layers()
+
+    def with_layers(
+        self, change: Callable[[AnyLayer], AnyLayer]
+    ) -> "EncoderSpec":
+        """The same encoder with other layers in the places of its own."""
+        blocks = []
+        for block in self.blocks:
+            names = ("query", "key", "value", "out", "up", "down")
+            layers = {name: change(getattr(block, name)) for name in names}
+            blocks.append(replace(block, **layers))
+        return replace(
+            self,
+            convs=tuple(
+                replace(stage, conv=change(stage.conv)) for stage in self.convs
+            ),
+            projection=change(self.projection),
+            pos_conv=change(self.pos_conv),
+            blocks=tuple(blocks),
+        )
 
     def frames(self, samples: int) -> int:
         """Frames that the convolutions make of so many samples."""

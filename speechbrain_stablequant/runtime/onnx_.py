@@ -41,14 +41,14 @@ def require_onnxruntime() -> Any:
 
 
 def open_session(
-    path: str | Path, threads: int | None = None, provider: str = "cpu"
+    path: str | Path | bytes, threads: int | None = None, provider: str = "cpu"
 ) -> Any:
     """Opens an ONNX file.
 
     Arguments
     ---------
-    path : str or Path
-        The file.
+    path : str, Path or bytes
+        The file, or its content.
     threads : int, optional
         Threads of an operator; torch's number by default.
     provider : str
@@ -76,7 +76,9 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     return ort.InferenceSession(
-        str(path), options, providers=[PROVIDERS[provider]]
+        path if isinstance(path, bytes) else str(path),
+        options,
+        providers=[PROVIDERS[provider]],
     )
 
 

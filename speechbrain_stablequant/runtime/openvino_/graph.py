@@ -16,6 +16,13 @@ from openvino import opset13 as op
 
 from ...integer import FloatLayer, IntegerLayer
 from ...numerics import GELU_MIN, qmax
+from ..algorithms import (
+    CONVOLUTION,
+    FLOAT,
+    JOINED_GROUPS,
+    WINDOW_PRODUCT,
+    join_groups,
+)
 from ..encoder import AnyLayer, BlockSpec, ConvSpec, EncoderSpec, Norm
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
@@ -79,11 +86,27 @@ def first_windows(spec: EncoderSpec, frames: int) -> int:
     return frames
 
 
-def _flat(layer: AnyLayer) -> AnyLayer:
+def flat_windows(layer: AnyLayer) -> AnyLayer:
     """A convolution as a product with windows [in, kernel] -> [kernel * in],
     the innermost last."""
     rows = layer.weight.transpose(1, 2).flatten(1)
-    return replace(layer, kind="linear", weight=rows)
+    return replace(layer, kind="linear", weight=rows, groups=1)
+
+
+def _as_floats(layer: AnyLayer) -> bool:
+    """Whether integers are multiplied as floats."""
+    return isinstance(layer, IntegerLayer) and layer.algorithm == FLOAT
+
+
+def _group(layer: AnyLayer, index: int) -> AnyLayer:
+    """One group of a convolution."""
+    size = layer.weight.shape[0] // layer.groups
+    own = slice(index * size, (index + 1) * size)
+    bias = None if layer.bias is None else layer.bias[own]
+    part = replace(layer, weight=layer.weight[own], bias=bias, groups=1)
+    if isinstance(layer, IntegerLayer):
+        return replace(part, weight_scale=layer.weight_scale[own])
+    return part
 
 
 def _named(model: ov.Model) -> ov.Model:
@@ -155,11 +178,13 @@ class GraphBuilder:
         -------
         openvino.Node
             The values on the grid plus ``ZERO_POINT`` scales, less the
-            offset.
+            offset; where they are multiplied as floats the integers, which
+            bfloat16 holds exactly.
         """
         scale, bits = float(layer.activation_scale), layer.activation_bits
         offset = -layer.zero_point() * scale
-        key = (id(x), scale, bits, offset)
+        floats = _as_floats(layer)
+        key = (id(x), scale, bits, offset, floats)
         if key not in self._quantized:
             node, edge = x, qmax(bits) * scale
             top = qmax(8) * scale + offset
@@ -168,6 +193,9 @@ class GraphBuilder:
             if bits < 8 or least < offset - edge - scale / 2:
                 node = op.clamp(x, offset - edge, offset + edge)
             zero, last = _f32(0.0), _f32(255 * scale)
+            if floats:
+                lowest = -ZERO_POINT - layer.zero_point()
+                zero, last = _f32(lowest), _f32(lowest + 255)
             node = op.fake_quantize(node, low, high, zero, last, 256)
             self._quantized[key] = node
             self._alive.append(x)  # its id stays its own
@@ -183,6 +211,8 @@ class GraphBuilder:
         weight = layer.weight.reshape(shape)
         if isinstance(layer, FloatLayer):
             return _f32(weight * gain)
+        if _as_floats(layer):
+            return _f32(weight)
         lead = 2 if layer.groups > 1 else 1
         scale = layer.weight_scale.reshape(
             (*shape[:lead], *[1] * (len(shape) - lead))
@@ -198,7 +228,7 @@ class GraphBuilder:
         """What is added to the product: of integers less the share that the
         zero point has in it."""
         bias = None if layer.bias is None else layer.bias.double()
-        if isinstance(layer, IntegerLayer):
+        if isinstance(layer, IntegerLayer) and not _as_floats(layer):
             # By numpy: torch would make a copy of the weight in 64 bits.
             rows = layer.weight.flatten(1).cpu().numpy()
             sums = torch.from_numpy(rows.sum(1, dtype=np.int64)).double()
@@ -231,30 +261,86 @@ class GraphBuilder:
         """What a linear layer makes of its prepared input."""
         layer = layer.loaded()
         y = op.matmul(x, self.weight(layer, gain), False, True)
+        return self.finish(y, layer, (-1,), gain)
+
+    def finish(
+        self,
+        y: ov.Node,
+        layer: AnyLayer,
+        shape: tuple[int, ...],
+        gain: float = 1.0,
+    ) -> ov.Node:
+        """What follows a product: its scale, if the weight is without, and
+        the bias, both of the given shape."""
+        if _as_floats(layer):
+            scale = layer.activation_scale * layer.weight_scale * gain
+            y = op.multiply(y, _f32(scale.reshape(shape)))
         bias = self.bias(layer, gain)
-        return y if bias is None else op.add(y, _f32(bias))
+        return y if bias is None else op.add(y, _f32(bias.reshape(shape)))
 
     def conv(
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
         """[batch, in, time] to [batch, out, time]."""
         layer = layer.loaded()
+        if layer.algorithm in (JOINED_GROUPS, FLOAT):
+            layer = join_groups(layer)
         if layer.padding:
             # Padded before it is quantized: zeros are at the zero point, and
             # the convolution of a margin of its own is 1.7 times as slow.
             margin = _i64(0, 0, layer.padding)
             x = op.pad(x, margin, margin, "constant", _f32(0.0))
         x = self.prepare(x, layer, least)
+        if layer.algorithm == WINDOW_PRODUCT:
+            return self.window_product(x, layer)
         make = op.convolution if layer.groups == 1 else op.group_convolution
         stride, dilation = [layer.stride], [layer.dilation]
         y = make(x, self.weight(layer), stride, [0], [0], dilation)
-        bias = self.bias(layer)
-        return y if bias is None else op.add(y, _f32(bias.reshape(1, -1, 1)))
+        return self.finish(y, layer, (1, -1, 1))
+
+    def window_product(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
+        """A convolution as one product for each group.
+
+        Arguments
+        ---------
+        x : openvino.Node
+            Its padded and prepared input [batch, in, time].
+        layer : IntegerLayer or FloatLayer
+            The convolution.
+
+        Returns
+        -------
+        openvino.Node
+            [batch, out, time].
+        """
+        kernel = layer.weight.shape[2]
+        reach = (kernel - 1) * layer.dilation
+        time = op.gather(op.shape_of(x), _i64(2), _i64(0))
+        count = op.subtract(op.squeeze(time, _i64(0)), _i64(reach))
+        starts = op.range(
+            op.constant(np.int64(0)),
+            op.squeeze(count, _i64(0)),
+            op.constant(np.int64(layer.stride)),
+            "i64",
+        )
+        taps = op.constant(np.arange(kernel, dtype=np.int64) * layer.dilation)
+        index = op.add(op.unsqueeze(starts, _i64(1)), taps)
+        parts = [x]
+        if layer.groups > 1:
+            parts = op.split(x, 1, layer.groups).outputs()
+        outs = []
+        for place, part in enumerate(parts):
+            # [batch, time, kernel, in] of the group.
+            windows = op.gather(self.turn(part), index, _i64(1))
+            windows = op.reshape(windows, _i64(0, 0, -1), True)
+            own = flat_windows(_group(layer, place))
+            outs.append(self.product(windows, own))
+        return self.turn(outs[0] if len(outs) == 1 else op.concat(outs, 2))
 
     def strided(self, x: ov.Node, layer: AnyLayer, least: float) -> ov.Node:
         """[batch, time, in] to [batch, time, out] by a convolution of the
         feature extractor; the time is whole strides."""
-        if self.frames >= 0:
+        if self.frames >= 0 or layer.algorithm == CONVOLUTION:
             return self.turn(self.conv(self.turn(x), layer, least))
         # With any length OpenVINO would really turn it, which takes as long
         # as the convolution; so the windows are put together.
@@ -270,7 +356,7 @@ class GraphBuilder:
             end = _i64(place - steps + 1 or _END, min(width, step))
             parts.append(op.slice(rows, begin, end, _i64(1, 1), _i64(1, 2)))
         windows = op.concat(parts, 2) if steps > 1 else parts[0]
-        return self.product(windows, _flat(layer.loaded()))
+        return self.product(windows, flat_windows(layer.loaded()))
 
     @staticmethod
     def norm(x: ov.Node, norm: Norm) -> ov.Node:
@@ -325,7 +411,7 @@ class GraphBuilder:
     def features(self, windows: ov.Node) -> ov.Node:
         """The convolutions: [batch, windows, kernel] to [batch, frames, C]."""
         first, *others = self.spec.convs
-        y = self.linear(windows, _flat(first.conv.loaded()))
+        y = self.linear(windows, flat_windows(first.conv.loaded()))
         x = self.activate(y, first)
         for stage in others:
             y = self.strided(x, stage.conv, GELU_MIN)

@@ -4,7 +4,15 @@ import torch
 from torch.nn import functional as F
 
 from ...integer import FloatLayer, IntegerLayer
-from .forms import Floats, Grid, form_of
+from ..algorithms import (
+    CONVOLUTION,
+    FLOAT,
+    JOINED_GROUPS,
+    NATIVE,
+    WINDOW_PRODUCT,
+    join_groups,
+)
+from .forms import Grid, form_of
 from .linear import IntegerLinear, Rows, rows_of
 
 
@@ -153,7 +161,8 @@ class FloatConv:
     """
 
     def __init__(self, layer: FloatLayer, dtype: torch.dtype):
-        self.form = Floats(dtype)
+        self.form = form_of(layer, dtype)
+        dtype = self.form.dtype
         self._weight = layer.weight.to(dtype)
         self._bias = None if layer.bias is None else layer.bias.to(dtype)
         self._geometry = (
@@ -171,9 +180,70 @@ class FloatConv:
         return out.transpose(1, 2).to(dtype)
 
 
-def make_conv(
-    layer: IntegerLayer | FloatLayer, dtype: torch.dtype
-) -> IntegerConv | GroupedConv | FloatConv:
+class ConvertedConv:
+    """The same of integers that are multiplied as floats.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        A Conv1d.
+    """
+
+    def __init__(self, layer: IntegerLayer):
+        layer = layer.loaded()
+        self.form: Grid = form_of(layer, torch.float32)
+        self._weight = layer.weight.float()
+        self._scale = layer.weight_scale.float() * self.form.scale
+        self._bias = layer.bias
+        self._geometry = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerConv`."""
+        x = x.float().sub_(self.form.zero).transpose(1, 2)
+        y = F.conv1d(x, self._weight, None, *self._geometry).transpose(1, 2)
+        y = y * self._scale
+        return (y if self._bias is None else y.add_(self._bias)).to(dtype)
+
+
+Conv = IntegerConv | GroupedConv | FloatConv | ConvertedConv
+
+
+def conv_algorithms(
+    integers: bool, groups: int, dilation: int
+) -> tuple[str, ...]:
+    """The ways that there are for a convolution, the fastest first.
+
+    Arguments
+    ---------
+    integers : bool
+        Whether it is quantized.
+    groups, dilation : int
+        Of the convolution.
+
+    Returns
+    -------
+    tuple of str
+
+    Example
+    -------
+    >>> conv_algorithms(True, 16, 1)
+    ('native', 'convolution', 'float')
+    """
+    if not integers:
+        joined = (JOINED_GROUPS,) if groups > 1 else ()
+        return (NATIVE, *joined, FLOAT)
+    if dilation != 1:
+        return (NATIVE, FLOAT)
+    other = CONVOLUTION if groups > 1 else WINDOW_PRODUCT
+    return (NATIVE, other, FLOAT)
+
+
+def make_conv(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Conv:
     """The convolution of a layer.
 
     Arguments
@@ -185,10 +255,15 @@ def make_conv(
 
     Returns
     -------
-    IntegerConv, GroupedConv or FloatConv
+    IntegerConv, GroupedConv, FloatConv or ConvertedConv
     """
+    algorithm = layer.algorithm
     if isinstance(layer, FloatLayer):
-        return FloatConv(layer, dtype)
-    if layer.groups > 1 and layer.dilation == 1:
+        joined = algorithm == JOINED_GROUPS
+        return FloatConv(join_groups(layer) if joined else layer, dtype)
+    if algorithm == FLOAT:
+        return ConvertedConv(layer)
+    windows = layer.groups > 1 and layer.dilation == 1
+    if algorithm == WINDOW_PRODUCT or (windows and algorithm == NATIVE):
         return GroupedConv(layer)
     return IntegerConv(layer)

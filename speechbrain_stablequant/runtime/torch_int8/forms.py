@@ -13,6 +13,7 @@ import torch
 
 from ...integer import FloatLayer, IntegerLayer
 from ...numerics import qmax
+from ..algorithms import FLOAT
 
 #: The byte that stands for the integer 0.
 ZERO = 128
@@ -138,14 +139,14 @@ def form_of(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Form:
     layer : IntegerLayer or FloatLayer
         The layer.
     dtype : torch.dtype
-        Of a layer that is not quantized.
+        Of a layer that is not quantized, where its kernels are right.
 
     Returns
     -------
     Grid or Floats
     """
     if isinstance(layer, FloatLayer):
-        return Floats(dtype)
+        return Floats(torch.float32 if layer.algorithm == FLOAT else dtype)
     return Grid(
         float(layer.activation_scale),
         layer.activation_bits,

@@ -61,7 +61,9 @@ class Stage:
         """Frames that so many input frames give."""
         return max((inputs - self.kernel) // self.stride + 1, 0)
 
-    def _windows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    def windows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        """Some windows of [time, in], the frames of each one after the
+        other."""
         width = x.shape[1]
         step = self.stride * width
         return x.as_strided(
@@ -110,7 +112,7 @@ class Stage:
         rows = max(-(-frames // parts), 1)
         for start in range(0, frames, rows):
             count = min(rows, frames - start)
-            windows = self._windows(x, start, count)
+            windows = self.windows(x, start, count)
             self._write(windows, gain, shift, out[start : start + count])
         return out
 

@@ -1,7 +1,7 @@
 """Products with a weight matrix, and what is done to their results at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ...integer import FloatLayer, IntegerLayer
 from ...memory import transient
 from ...numerics import GELU_MIN
+from ..algorithms import FLOAT, NATIVE
 from .forms import Floats, Form, Grid, form_of
 
 
@@ -26,12 +27,15 @@ class Rows:
         float32 [out].
     form : Grid or Floats
         What the product takes in.
+    algorithm : str
+        How it is computed.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor | None
     bias: torch.Tensor | None
     form: Form
+    algorithm: str = NATIVE
 
 
 def rows_of(
@@ -60,8 +64,9 @@ def rows_of(
     form = form_of(layer, dtype)
     if isinstance(form, Floats):
         weight = weight if gain == 1.0 else weight * gain
-        return Rows(weight.to(dtype), None, bias, form)
-    return Rows(weight, layer.weight_scale.float() * gain, bias, form)
+        return Rows(weight.to(form.dtype), None, bias, form)
+    scale = layer.weight_scale.float() * gain
+    return Rows(weight, scale, bias, form, layer.algorithm)
 
 
 def _stacked(rows: Sequence[Rows]) -> Rows:
@@ -82,7 +87,7 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
     count = sum(len(w) for w in weights)
     weight = transient((count, weights[0].shape[1]), weights[0].dtype)
     torch.cat(weights, out=weight)
-    return Rows(weight, scale, bias, rows[0].form)
+    return replace(rows[0], weight=weight, scale=scale, bias=bias)
 
 
 class IntegerLinear:
@@ -253,12 +258,59 @@ class FloatLinear:
         return total.add_(F.linear(x, self._weight, self._bias))
 
 
-Linear = IntegerLinear | FloatLinear
+class ConvertedLinear:
+    """The same of integers that are multiplied as floats.
+
+    Arguments
+    ---------
+    rows : Rows
+        int8.
+    """
+
+    def __init__(self, rows: Rows):
+        self.form: Grid = rows.form
+        self._weight = rows.weight.float()
+        self._scale = rows.scale * self.form.scale
+        self._bias = rows.bias
+
+    def _product(
+        self, x: torch.Tensor, gain: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        # Without the zero point, so that sums stay small.
+        y = F.linear(x.float().sub_(self.form.zero), self._weight)
+        return y.mul_(self._scale if gain is None else self._scale * gain)
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        y = self._product(x)
+        return (y if self._bias is None else y.add_(self._bias)).to(dtype)
+
+    def gelu(
+        self,
+        x: torch.Tensor,
+        form: Form,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        y = self._product(x, gain)
+        bias = self._bias if gain is None else shift
+        y = y if bias is None else y.add_(bias)
+        return form.prepare(F.gelu(y), out)
+
+    def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        return total.add_(self(x, torch.float32))
+
+
+Linear = IntegerLinear | FloatLinear | ConvertedLinear
 
 
 def _product(rows: Rows) -> Linear:
     if isinstance(rows.form, Grid):
-        return IntegerLinear(rows)
+        converted = rows.algorithm == FLOAT
+        return ConvertedLinear(rows) if converted else IntegerLinear(rows)
     return FloatLinear(rows)
 
 
@@ -281,7 +333,11 @@ class SharedInput:
     def __init__(self, rows: Sequence[Rows]):
         groups: list[list[Rows]] = []
         for one in rows:
-            if groups and groups[-1][0].form == one.form:
+            last = groups[-1][0] if groups else None
+            if last and (last.form, last.algorithm) == (
+                one.form,
+                one.algorithm,
+            ):
                 groups[-1].append(one)
             else:
                 groups.append([one])
