@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .config import ConfigError, QuantizeConfig
     from .lifecycle import StableQuant, register
     from .plan import QuantizationPlan
+    from .transcribe import Recognizer, load
 
 __version__ = "0.1.0"
 
@@ -14,7 +15,9 @@ __all__ = [
     "ConfigError",
     "QuantizationPlan",
     "QuantizeConfig",
+    "Recognizer",
     "StableQuant",
+    "load",
     "register",
 ]
 
@@ -22,7 +25,9 @@ _PLACES = {
     "ConfigError": "config",
     "QuantizationPlan": "plan",
     "QuantizeConfig": "config",
+    "Recognizer": "transcribe",
     "StableQuant": "lifecycle",
+    "load": "transcribe",
     "register": "lifecycle",
 }
 

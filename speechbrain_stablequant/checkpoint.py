@@ -515,6 +515,29 @@ def load_checkpoint(
     )
 
 
+def signed_files(path: str | Path) -> list[str]:
+    """Names of the files that belong to a quantized model.
+
+    Arguments
+    ---------
+    path : str or Path
+        Its ``model.safetensors``.
+
+    Returns
+    -------
+    list of str
+        Plain names.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no quantized model.
+    """
+    path = Path(path)
+    description = _read_header(path, _open(path).metadata)
+    return [bare_name(name) for name in description.files]
+
+
 def _load_plan(path: Path) -> QuantizationPlan:
     try:
         return QuantizationPlan.load(path, with_tensors=False)

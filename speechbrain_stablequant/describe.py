@@ -28,6 +28,7 @@ from torch import nn
 
 from .config import QuantizeConfig
 from .data import audio_of
+from .encoder_config import check_config
 from .folder import HYPERPARAMS_FILE, RecogniserSource
 from .inference import empty_encoder
 from .wrapper import WRAPPER_SETTINGS, StoredEncoder
@@ -272,6 +273,7 @@ def _encoder_config(model: nn.Module) -> str:
     config = json.loads(model.config.to_json_string(use_diff=False))
     # Where it came from is nobody's business.
     config.pop("_name_or_path", None)
+    config = check_config(config)
     empty = empty_encoder(config).state_dict()
     state = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,24 @@ from pathlib import Path
 from torch import nn
 
 from .checkpoint import WEIGHTS_FILE, float_state, save_checkpoint
-from .files import write_atomic
+from .files import write_atomic, write_json
 from .inference import CONFIG_FILE
 from .integer import IntegerLayer
+from .module_tree import node_of_yaml
 from .plan import QuantizationPlan
+from .recognizer_spec import (
+    HYPERPARAMS_FILE,
+    RECOGNIZER_FILE,
+    TOKENIZERS,
+    EncoderSettings,
+    RecognizerSpec,
+)
 from .runtime import runtimes_with
 from .runtime.encoder import check_encoders
+from .utils.typed import one_line
+from .utils.yaml_tree import parse_yaml
 
-HYPERPARAMS_FILE = "hyperparams.yaml"
+logger = logging.getLogger(__name__)
 
 _HEADER = """\
 # A quantized speech recogniser, written by speechbrain_stablequant:
@@ -65,6 +76,38 @@ class RecogniserSource:
     tokenizer: bytes = field(repr=False)
     blank_index: int
     sample_rate: int
+
+    def spec(self, backend: str = "auto") -> RecognizerSpec:
+        """The same as data, without the weights and the configuration.
+
+        Arguments
+        ---------
+        backend : str
+            What computes where nothing else is said.
+
+        Raises
+        ------
+        ValueError
+            A head whose YAML is more than kinds and settings.
+        """
+        heads = {
+            key: node_of_yaml(parse_yaml(text)[key], f"heads.{key}")
+            for key, text in self.heads.items()
+        }
+        (tokenizer,) = (
+            name
+            for name, kind in TOKENIZERS.items()
+            if kind == self.tokenizer_class
+        )
+        return RecognizerSpec(
+            encoder=EncoderSettings(**self.encoder),
+            heads=heads,
+            tokenizer=tokenizer,
+            tokenizer_file=self.tokenizer_file,
+            blank_index=self.blank_index,
+            sample_rate=self.sample_rate,
+            backend=backend,
+        )
 
     def hyperparams(self, checksum: str, backend: str = "auto") -> str:
         """Text of ``hyperparams.yaml``.
@@ -149,13 +192,16 @@ def write_folder(
     """
     folder = Path(folder)
     # Old ones would name the files of another model.
-    (folder / HYPERPARAMS_FILE).unlink(missing_ok=True)
+    for name in (HYPERPARAMS_FILE, RECOGNIZER_FILE):
+        (folder / name).unlink(missing_ok=True)
     companions = []
     if source is not None:
         modules = {key: modules[key] for key in source.keys}
+        backend = _backend(modules, plan)
         write_atomic(folder / CONFIG_FILE, source.config)
         write_atomic(folder / source.tokenizer_file, source.tokenizer)
         companions = [CONFIG_FILE, source.tokenizer_file]
+        companions += _write_spec(folder, source, backend)
     checksum = save_checkpoint(
         folder,
         plan,
@@ -165,8 +211,26 @@ def write_folder(
         companions,
     )
     if source is not None:
-        text = source.hyperparams(checksum, _backend(modules, plan))
+        text = source.hyperparams(checksum, backend)
         write_atomic(folder / HYPERPARAMS_FILE, text)
+
+
+def _write_spec(
+    folder: Path, source: RecogniserSource, backend: str
+) -> list[str]:
+    """Writes ``recognizer.json`` if the heads can be described as data."""
+    try:
+        spec = source.spec(backend)
+        spec.build_heads()
+    except ValueError as error:
+        logger.warning(
+            "quantize: speechbrain_stablequant.load will not load this folder, "
+            "EncoderASR does: %s",
+            one_line(error, 400),
+        )
+        return []
+    write_json(folder / RECOGNIZER_FILE, spec.to_dict())
+    return [RECOGNIZER_FILE]
 
 
 def _backend(modules: Mapping[str, nn.Module], plan: QuantizationPlan) -> str:

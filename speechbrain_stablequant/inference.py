@@ -11,14 +11,13 @@ what the runtime makes of them, unless the simulated runtime is asked for.
 import copy
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from speechbrain.dataio.dataio import length_to_mask
-from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.utils.fetching import (
     FetchConfig,
     FetchFrom,
@@ -31,20 +30,22 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .checkpoint import (
-    PLAN_FILE,
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointError,
     bare_name,
     float_state,
     load_checkpoint,
+    signed_files,
 )
-from .files import read_json
+from .encoder_config import read_config
 from .integer import IntegerLayer, layer_geometry
 from .rotation import attach_rotations, rotation_of
 from .runtime import RUNTIMES, build_forwards, resolve_backend
 from .runtime.options import check_options, select_options
 from .shell import empty_shell, folded_norms, has_shell
+from .tokenizer_file import read_tokenizer
+from .utils.typed import one_line
 
 CONFIG_FILE = "config.json"
 
@@ -137,9 +138,16 @@ def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
             f"{CONFIG_FILE}: transformers knows no model_type {kind!r}; "
             "install the version that the folder was written with"
         )
-    known = CONFIG_MAPPING[kind].from_dict(dict(config))
-    with torch.device("meta"):
-        return AutoModel.from_config(known, dtype=torch.float32).eval()
+    try:
+        known = CONFIG_MAPPING[kind].from_dict(dict(config))
+        with torch.device("meta"):
+            return AutoModel.from_config(known, dtype=torch.float32).eval()
+    except Exception as error:
+        # Neither the library nor the configuration is ours.
+        raise CheckpointError(
+            f"{CONFIG_FILE}: transformers cannot make the {kind} model that "
+            f"it describes ({one_line(error)}); copy or make it again"
+        ) from error
 
 
 def fill_modules(
@@ -260,7 +268,8 @@ def _check_fit(
         raise CheckpointError(
             f"{where}: layer '{layer.name}' of shape "
             f"{list(layer.weight.shape)} {geometry or ''} is not the model's, "
-            f"which is {module}; the folder's files belong to different models"
+            f"which is {one_line(module)}; the folder's files belong to "
+            "different models"
         )
 
 
@@ -311,8 +320,9 @@ class QuantizedRecogniser(nn.Module):
 
     Arguments
     ---------
-    checksum : str
-        Of the ``model.safetensors`` that this was written with.
+    checksum : str or None
+        Of the ``model.safetensors`` that this was written with; None takes
+        whatever the folder holds.
     encoder : dict
         ``key``, the wrapper's settings, and ``use_lengths``: whether the
         recipe tells the encoder what is padding.
@@ -327,7 +337,7 @@ class QuantizedRecogniser(nn.Module):
 
     def __init__(
         self,
-        checksum: str,
+        checksum: str | None,
         encoder: Mapping[str, Any],
         heads: Mapping[str, nn.Module],
         backend: str = "auto",
@@ -363,13 +373,16 @@ class QuantizedRecogniser(nn.Module):
         twin._remove_forwards()
         return twin
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, needs: Iterable[str] = ()) -> None:
         """Reads the model.
 
         Arguments
         ---------
         folder : str or Path
             The quantized folder.
+        needs : iterable of str
+            Files that must belong to the model, beside its plan and the
+            configuration of its encoder.
 
         Raises
         ------
@@ -378,13 +391,13 @@ class QuantizedRecogniser(nn.Module):
         """
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
-        checkpoint = self._read()
+        checkpoint = self._read(needs)
         settings = dict(self.encoder_settings)
         self._key = settings.pop("key")
         self._use_lengths = settings.pop("use_lengths")
-        self._config = read_json(
-            self.folder / CONFIG_FILE, "encoder configuration"
-        )
+        count = len(checkpoint.integers) + len(checkpoint.floats)
+        self._config = read_config(self.folder / CONFIG_FILE, count)
+        self.plan = checkpoint.plan
         row = RUNTIMES.get(self.backend)
         layer_by_layer = row is not None and row.encoder is None
         floats = checkpoint.floats
@@ -399,9 +412,17 @@ class QuantizedRecogniser(nn.Module):
         self._integers = checkpoint.integers
         self.eval()
 
-    def _read(self) -> Checkpoint:
+    @property
+    def config(self) -> dict[str, Any]:
+        """The encoder's configuration."""
+        return self._config
+
+    def _read(self, needs: Iterable[str] = ()) -> Checkpoint:
         """The folder's content; integer weights stay in the file."""
-        checkpoint = load_checkpoint(self.folder, weights=False)
+        checkpoint = load_checkpoint(
+            self.folder, weights=False, needs=(CONFIG_FILE, *needs)
+        )
+        self.checksum = self.checksum or checkpoint.checksum
         if checkpoint.checksum != self.checksum:
             raise CheckpointError(
                 f"{self.folder / WEIGHTS_FILE}: is not the model that "
@@ -510,12 +531,44 @@ class QuantizedRecogniser(nn.Module):
         torch.Tensor
             Log probabilities, float32 [batch, frames, labels].
         """
+        check_finite(wavs)
         self._prepare()
         encoder, *heads = self.parts.values()
         x = encoder(wavs, wav_lens if self._use_lengths else None)
         for head in heads:
             x = head(x)
         return x.float().log_softmax(-1)
+
+
+def check_finite(wavs: torch.Tensor) -> None:
+    """Raises where audio holds NaN or infinity.
+
+    Arguments
+    ---------
+    wavs : torch.Tensor
+        [batch, samples].
+
+    Raises
+    ------
+    ValueError
+        Names the row of the batch, and the sample.
+
+    Example
+    -------
+    >>> check_finite(torch.tensor([[0.0, 0.5], [0.0, float("nan")]]))
+    Traceback (most recent call last):
+    ValueError: audio: row 1 of the batch holds nan at sample 1; look for a \
+broken file or a division by zero before the recognizer
+    """
+    good = wavs.isfinite()
+    if bool(good.all()):
+        return
+    row, sample = (~good).nonzero()[0, :2].tolist()
+    raise ValueError(
+        f"audio: row {row} of the batch holds {float(wavs[row, sample])} at "
+        f"sample {sample}; look for a broken file or a division by zero "
+        "before the recognizer"
+    )
 
 
 class FolderLoader:
@@ -572,9 +625,9 @@ class FolderLoader:
         if kind == FetchFrom.LOCAL:
             self.folder = Path(source).absolute()
             return
-        names = (PLAN_FILE, CONFIG_FILE, self.tokenizer_file, WEIGHTS_FILE)
-        for name in names:
-            path = fetch(
+
+        def get(name: str) -> Path:
+            return fetch(
                 name,
                 default_source,
                 # A web address has no cache of its own, the hub has.
@@ -582,14 +635,14 @@ class FolderLoader:
                 local_strategy=LocalStrategy.NO_LINK,
                 fetch_config=fetch_config or FetchConfig(),
             )
-        self.folder = Path(path).parent
+
+        path = Path(get(WEIGHTS_FILE))
+        for name in signed_files(path):
+            get(name)
+        self.folder = path.parent
 
     def load_collected(self) -> None:
         """Reads the model and the tokenizer."""
-        self.recogniser.load(self.folder)
-        path = str(self.folder / self.tokenizer_file)
-        if isinstance(self.tokenizer, CTCTextEncoder):
-            self.tokenizer.load(path)
-            self.tokenizer.expect_len(len(self.tokenizer))
-        else:
-            self.tokenizer.Load(path)
+        self.recogniser.load(self.folder, needs=[self.tokenizer_file])
+        path = self.folder / self.tokenizer_file
+        read_tokenizer(self.tokenizer, path)

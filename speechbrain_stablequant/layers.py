@@ -348,3 +348,28 @@ def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     for layer in layers:
         units.setdefault(layer.unit, []).append(layer)
     return units
+
+
+def min_samples(modules: Mapping[str, nn.Module]) -> int:
+    """Samples that give one frame of the first encoder.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+
+    Returns
+    -------
+    int
+        1 without an encoder.
+
+    Example
+    -------
+    >>> min_samples({"lin": nn.Linear(2, 2)})
+    1
+    """
+    samples = 1
+    for encoder in find_encoders(modules)[:1]:
+        for kernel, stride in reversed(encoder.conv_geometry()):
+            samples = (samples - 1) * stride + kernel
+    return samples

@@ -42,13 +42,12 @@ from .describe import NoFolderError, describe_recogniser, find_chain
 from .files import write_atomic
 from .folder import write_folder
 from .integer import integer_layer
-from .layers import Layer
+from .layers import Layer, min_samples
 from .methods import make_plan
 from .preflight import (
     check_checkpoint,
     check_setting,
     choose_runtime,
-    min_samples,
 )
 from .results import Evaluation, SetResult, environment
 from .rivals.nncf_ import make_rival, require_one

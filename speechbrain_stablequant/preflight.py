@@ -10,7 +10,7 @@ from . import distributed
 from .baselines.auto_quantize import require_modelopt
 from .config import ConfigError, QuantizeConfig
 from .files import check_writable_folder
-from .layers import find_encoders, find_layers
+from .layers import find_layers
 from .plan import QuantizationPlan
 from .rivals.nncf_ import require_nncf
 from .runtime import RUNTIMES, check_extras, choose_backend
@@ -189,31 +189,6 @@ def _extras(config: QuantizeConfig) -> frozenset[str]:
     if config.plan is None:
         return config.extras
     return QuantizationPlan.load(config.plan, with_tensors=False).extras
-
-
-def min_samples(modules: Mapping[str, nn.Module]) -> int:
-    """Samples that give one frame of the first encoder.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-
-    Returns
-    -------
-    int
-        1 without an encoder.
-
-    Example
-    -------
-    >>> min_samples({"lin": nn.Linear(2, 2)})
-    1
-    """
-    samples = 1
-    for encoder in find_encoders(modules)[:1]:
-        for kernel, stride in reversed(encoder.conv_geometry()):
-            samples = (samples - 1) * stride + kernel
-    return samples
 
 
 def check_checkpoint(

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..layers import find_encoders
 from ..runtime.encoder import describe_encoder
@@ -23,7 +22,7 @@ def export_folder(
     Arguments
     ---------
     folder : str or Path
-        A folder that ``EncoderASR.from_hparams`` loads.
+        A folder that :func:`speechbrain_stablequant.load` loads.
     path : str or Path
         The file. Its folder must exist.
     target : str
@@ -44,49 +43,29 @@ def export_folder(
         A model that cannot be exported.
     """
     # The package below needs no SpeechBrain; this does.
-    from hyperpyyaml import load_hyperpyyaml
-
     from ..checkpoint import load_checkpoint
+    from ..transcribe import load
 
     require_onnx()
+    recognizer = load(folder)
+    spec, settings = recognizer.spec, recognizer.spec.encoder
+    if settings.output_all_hiddens:
+        raise ValueError(
+            f"{folder}: a model with output_all_hiddens cannot be exported"
+        )
     integers = load_checkpoint(folder).integers
-    yaml = Path(folder) / "hyperparams.yaml"
-    if not yaml.is_file():
-        raise ValueError(
-            f"{yaml}: there is no such file; the run that wrote the folder "
-            "says in its report why it has no recogniser"
-        )
-    with open(yaml, encoding="utf-8") as stream:
-        hparams = load_hyperpyyaml(stream)
-    loader = hparams["pretrainer"]
-    loader.collect_files(default_source=str(folder))
-    loader.load_collected()
-    recogniser, tokenizer = loader.recogniser, loader.tokenizer
-    settings = recogniser.encoder_settings
-    if settings.get("output_all_hiddens"):
-        raise ValueError(
-            f"{yaml}: a model with output_all_hiddens cannot be exported"
-        )
-    parts = dict(recogniser.parts.items())
-    (encoder,) = find_encoders({settings["key"]: parts.pop(settings["key"])})
+    (encoder,) = find_encoders({settings.key: recognizer.encoder})
     return export_onnx(
         path,
         describe_encoder(encoder.model, encoder.path, integers),
-        describe_head(parts, integers),
-        normalize_wav=settings["normalize_wav"],
-        output_norm=settings["output_norm"],
-        use_lengths=settings["use_lengths"],
-        sample_rate=hparams["sample_rate"],
+        describe_head(recognizer.heads, integers),
+        normalize_wav=settings.normalize_wav,
+        output_norm=settings.output_norm,
+        use_lengths=settings.use_lengths,
+        sample_rate=spec.sample_rate,
         target=target,
         metadata={
-            "labels": json.dumps(_labels(tokenizer), ensure_ascii=False),
-            "blank_index": str(hparams["blank_index"]),
+            "labels": json.dumps(recognizer.labels, ensure_ascii=False),
+            "blank_index": str(spec.blank_index),
         },
     )
-
-
-def _labels(tokenizer: Any) -> list[str]:
-    """What each index stands for, of SpeechBrain's encoder or SentencePiece."""
-    if hasattr(tokenizer, "ind2lab"):
-        return [tokenizer.ind2lab[i] for i in range(len(tokenizer))]
-    return [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]

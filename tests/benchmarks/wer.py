@@ -18,10 +18,10 @@ from pathlib import Path
 
 import soundfile
 import torch
-from speechbrain.inference.ASR import EncoderASR
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from speechbrain_stablequant import Recognizer, load
 from speechbrain_stablequant.evaluation import (
     Transcript,
     bootstrap_delta_wer,
@@ -72,14 +72,14 @@ def batches(
 
 
 def transcribe(
-    asr: EncoderASR, items: Sequence[tuple[Path, str]], size: int, what: str
+    asr: Recognizer, items: Sequence[tuple[Path, str]], size: int, what: str
 ) -> tuple[list[Transcript], float]:
     """Transcribes everything.
 
     Arguments
     ---------
-    asr : EncoderASR
-        The recogniser.
+    asr : Recognizer
+        The recognizer.
     items : sequence of tuple
         Audio and words.
     size : int
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         The rows.
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", help="that EncoderASR loads")
+    parser.add_argument("folder", help="that a run has written")
     parser.add_argument("--split", type=Path, required=True)
     parser.add_argument("--backends", nargs="+", default=["torch", "auto"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -134,11 +134,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     rows, first = [], None
     for backend in args.backends:
         asr = None  # gives its memory back before the next one takes some
-        asr = EncoderASR.from_hparams(
-            source=args.folder,
-            overrides={"backend": backend},
-            run_opts={"device": args.device},
-        )
+        asr = load(args.folder, backend, args.device)
         for size in args.batches:
             what = f"{backend}, batch {size}"
             made, seconds = transcribe(asr, items, size, what)
@@ -147,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             rows.append(
                 {
                     "backend": backend,
-                    "runtime": asr.mods.encoder.runtime,
+                    "runtime": asr.runtime,
                     "batch": size,
                     "wer": round(rates.wer, 3),
                     "cer": round(rates.cer, 3),

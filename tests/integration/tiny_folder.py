@@ -51,9 +51,9 @@ def write(folder: Path, modules: Mapping[str, nn.Module]) -> None:
     plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], rows)
     folder.mkdir()
     floats = float_state(modules, list(integers))
-    save_checkpoint(folder, plan, integers, floats)
     config = modules["wav2vec2"].model.config.to_dict()
     (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    save_checkpoint(folder, plan, integers, floats, companions=[CONFIG_FILE])
 
 
 def load(folder: Path, backend: str, **options) -> QuantizedRecogniser:

@@ -395,7 +395,8 @@ def test_quantized_folder(quantized_folder, tmp_path):
 
 
 def test_folder_without_recogniser(quantized_folder, tmp_path):
-    (quantized_folder / "hyperparams.yaml").unlink()
+    for name in ("hyperparams.yaml", "recognizer.json"):
+        (quantized_folder / name).unlink()
     with pytest.raises(ValueError, match=r"hyperparams.yaml: there is no"):
         export_folder(quantized_folder, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
