@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
-from safetensors.torch import save as serialize
 from torch import nn
 
 from .files import write_atomic
 from .layers import Layer
 from .packing import pack, unpack
 from .rotation import attached_rotations, is_rotation, rotated_encoder
+from .utils.tensor_bytes import tensors_to_bytes
 
 TENSORS_FORMAT = "speechbrain_stablequant.plan"
 
@@ -102,14 +102,25 @@ class AdjustedTensors:
         False
         """
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._flat().items()):
+        for name, tensor in sorted(self.flat().items()):
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             head = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}"
             digest.update(head.encode())
             digest.update(flat.view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
 
-    def _flat(self) -> dict[str, torch.Tensor]:
+    def flat(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, as :meth:`from_flat` takes them.
+
+        Returns
+        -------
+        dict
+
+        Example
+        -------
+        >>> AdjustedTensors(floats={"a": torch.ones(1)}).flat()
+        {'floats/a': tensor([1.])}
+        """
         flat = {f"floats/{k}": v for k, v in self.floats.items()}
         for name, tensors in self.layers.items():
             for part in ("weight", "weight_scale", "bias"):
@@ -117,6 +128,33 @@ class AdjustedTensors:
                 if value is not None:
                     flat[f"layers/{name}/{part}"] = value
         return flat
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, torch.Tensor]) -> "AdjustedTensors":
+        """The inverse of :meth:`flat`.
+
+        Arguments
+        ---------
+        flat : Mapping
+            Tensors by name.
+
+        Returns
+        -------
+        AdjustedTensors
+        """
+        floats: dict[str, torch.Tensor] = {}
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in flat.items():
+            kind, _, rest = name.partition("/")
+            if kind == "floats":
+                floats[rest] = tensor
+                continue
+            layer, _, part = rest.rpartition("/")
+            layers.setdefault(layer, {})[part] = tensor
+        return cls(
+            {name: LayerTensors(**parts) for name, parts in layers.items()},
+            floats,
+        )
 
     # -- on disk -----------------------------------------------------------
 
@@ -145,18 +183,17 @@ class AdjustedTensors:
         tensor([[ 1, -7]], dtype=torch.int8)
         """
         tensors, weights = {}, {}
-        for name, tensor in self._flat().items():
+        for name, tensor in self.flat().items():
             tensor = tensor.detach().cpu().contiguous()
             kind, _, rest = name.partition("/")
             if kind == "layers" and rest.endswith("/weight"):
                 layer = rest.removesuffix("/weight")
                 weights[layer] = [bits[layer], *tensor.shape]
                 tensor = pack(tensor, bits[layer])
-            tensors[name] = tensor.clone()
-        # One entry only: several would be written in any order.
+            tensors[name] = tensor
         description = {"format": TENSORS_FORMAT, "weights": weights}
         header = {"description": json.dumps(description, sort_keys=True)}
-        data = serialize(tensors, header)
+        data = tensors_to_bytes(tensors, header)
         write_atomic(path, data)
         return hashlib.sha256(data).hexdigest()
 
@@ -211,22 +248,14 @@ class AdjustedTensors:
     def _parse(
         cls, tensors: Mapping[str, torch.Tensor], weights: Mapping[str, list]
     ) -> "AdjustedTensors":
-        floats: dict[str, torch.Tensor] = {}
-        layers: dict[str, dict[str, torch.Tensor]] = {}
+        flat = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
-            if kind == "floats":
-                floats[rest] = tensor
-                continue
-            layer, _, part = rest.rpartition("/")
-            if part == "weight":
-                bits, *shape = weights[layer]
+            if kind == "layers" and rest.endswith("/weight"):
+                bits, *shape = weights[rest.removesuffix("/weight")]
                 tensor = unpack(tensor, bits, shape)
-            layers.setdefault(layer, {})[part] = tensor
-        return cls(
-            {name: LayerTensors(**parts) for name, parts in layers.items()},
-            floats,
-        )
+            flat[name] = tensor
+        return cls.from_flat(flat)
 
     # -- the model that they are for ---------------------------------------
 

@@ -55,6 +55,7 @@ from .run import Run, write_comparison
 from .runtime import code_digest
 from .stage import Stage
 from .training import BrainTrainer
+from .utils.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +163,13 @@ class StableQuant:
         self.config = config
         #: Of this process: the first one's is the one that stays.
         self.folder = distributed.own_folder(check_setting(brain, config))
+        self.store = Store(self.folder)
         self.runs = [
             Run(
                 name,
                 variant,
                 self.folder / name,
+                self.store.below(name),
                 *choose_runtime(brain, variant),
             )
             for name, variant in config.variant_configs().items()
@@ -463,7 +466,7 @@ class StableQuant:
         )
         run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
-        return Stage(recogniser, run.config, self.folder)
+        return Stage(recogniser, run.config, self.store)
 
     def _quantize(
         self,
@@ -510,7 +513,7 @@ class StableQuant:
             calls[-1].output,
             stage.fingerprint(),
             run.config,
-            run.folder,
+            run.store,
         )
         run.warnings += run.rival.notes()
         run.plan = stage.assemble(stage.fingerprint(), [], [], run.rival.search)
@@ -589,7 +592,7 @@ class StableQuant:
 
         What an earlier, killed run has finished is read from disk.
         """
-        path = run.folder / f"transcripts_{name}.json"
+        file = f"transcripts_{name}.json"
         # What the words and the times of the report depend on.
         how = [run.backend, run.config.float_dtype, *run.warnings]
         how.append(repr(run.config.backend_options))
@@ -597,7 +600,7 @@ class StableQuant:
         if run.rival is not None:
             how.append(run.rival.key)
         key = baseline.key(run.plan, *how)
-        known = distributed.from_main(Evaluation.read(path, key))
+        known = distributed.from_main(Evaluation.read(run.store, file, key))
         if known is not None:
             return known
         loader = self._loader(test_set, options)
@@ -635,7 +638,7 @@ class StableQuant:
         metric.write_stats(text)
         write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
         evaluation = Evaluation.of(metric, clock)
-        evaluation.write(path, key)
+        evaluation.write(run.store, file, key)
         return evaluation
 
     def _environment(self) -> dict[str, str | int]:

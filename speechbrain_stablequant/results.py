@@ -21,12 +21,13 @@ from .evaluation import (
     score,
     size_on_disk,
 )
-from .files import identity, read_json, write_json
+from .files import identity
 from .folder import HYPERPARAMS_FILE
 from .histogram import Histogram
 from .plan import QuantizationPlan
 from .precision import allows_tf32
 from .runtime.cpu import cpu_class
+from .utils.store import Store
 
 FLOAT_BITS = 32
 # By the names that SpeechBrain has for them.
@@ -85,17 +86,15 @@ class Evaluation:
             content.append(plan.tensors.digest())
         return identity(content)
 
-    def write(self, path: Path, key: str) -> None:
+    def write(self, store: Store, file: str, key: str) -> None:
         """Keeps the evaluation for a run that is started again."""
-        write_json(path, {"key": key, **asdict(self)})
+        store.write(file, key, asdict(self))
 
     @classmethod
-    def read(cls, path: Path, key: str) -> "Evaluation | None":
+    def read(cls, store: Store, file: str, key: str) -> "Evaluation | None":
         """What :meth:`write` kept, if it is about the same evaluation."""
-        if not path.exists():
-            return None
-        raw = read_json(path, "transcripts")
-        if not isinstance(raw, dict) or raw.pop("key", None) != key:
+        raw = store.read(file, key, "transcripts")
+        if raw is None:
             return None
         raw["transcripts"] = [Transcript(**t) for t in raw["transcripts"]]
         return cls(**raw)
@@ -134,13 +133,15 @@ class Effort:
             for name, count in self.utterances.items()
         )
 
-    def remembered(self, path: Path, key: str) -> "Effort":
+    def remembered(self, store: Store, file: str, key: str) -> "Effort":
         """This one, or the one of the run that made the same plan first.
 
         Arguments
         ---------
-        path : Path
-            The file that remembers.
+        store : Store
+            Where the file is.
+        file : str
+            Its name.
         key : str
             Identifies the plan.
 
@@ -148,11 +149,10 @@ class Effort:
         -------
         Effort
         """
-        if path.exists():
-            raw = read_json(path, "effort of a plan")
-            if isinstance(raw, dict) and raw.pop("key", None) == key:
-                return Effort(**raw)
-        write_json(path, {"key": key, **asdict(self)})
+        raw = store.read(file, key, "effort of a plan")
+        if raw is not None:
+            return Effort(**raw)
+        store.write(file, key, asdict(self))
         return self
 
 

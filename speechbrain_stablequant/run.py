@@ -32,6 +32,7 @@ from .rivals.nncf_ import MODEL_FILE, Rival
 from .runtime import build_forwards
 from .runtime.base import shadowed_forwards
 from .runtime.options import select_options
+from .utils.store import Store
 
 # In a run's folder: what its plan took.
 EFFORT_FILE = "effort.json"
@@ -49,6 +50,8 @@ class Run:
         The block with the variant's changes.
     folder : Path
         Where its plan, its model and its report are written.
+    store : Store
+        Of that folder.
     backend : str
         What executes it.
     warnings : list of str
@@ -60,6 +63,7 @@ class Run:
     name: str
     config: QuantizeConfig
     folder: Path
+    store: Store
     backend: str
     warnings: list[str]
     subsets: dict[str, Batches] = field(default_factory=dict)
@@ -92,7 +96,7 @@ class Run:
             made = (self.folder / PLAN_FILE).read_bytes()
             key = hashlib.sha256(made).hexdigest()
         effort = Effort(seconds, utterances, self.config.transcribed)
-        self.effort = effort.remembered(self.folder / EFFORT_FILE, key)
+        self.effort = effort.remembered(self.store, EFFORT_FILE, key)
 
     def adjusted(
         self, modules: Mapping[str, nn.Module]

@@ -8,29 +8,23 @@ are copies: the float model has its own parameters again afterwards, bit for
 bit.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
-from safetensors.torch import save as serialize
 from torch import nn
 
 from ..adjusted import AdjustedTensors, LayerTensors
-from ..files import read_json, write_atomic, write_json
 from ..layers import Layer
 from ..numerics import qmax, scale_from_amax
 from ..plan import LayerQuant
 from ..search.score import Score
 from ..simulate import multiply
+from ..utils.store import Store
 from ..weights import round_weight, weight_scale
 
 Quants = dict[str, LayerQuant]
@@ -396,25 +390,28 @@ class EpochStore:
 
     Arguments
     ---------
-    folder : Path
-        Where to; made when it is not there.
+    store : Store
+        Keeps a file for each.
     key : str
         Identifies all that decides the result.
     """
 
-    folder: Path
+    store: Store
     key: str
 
-    def __post_init__(self) -> None:
-        self.key = hashlib.sha256(self.key.encode()).hexdigest()[:16]
+    def _result(self) -> str:
+        return f"{self.key[:16]}.safetensors"
 
-    def _epoch(self, number: int) -> Path:
-        return self.folder / f"{self.key}_epoch{number}.safetensors"
+    def _epoch(self, number: int) -> str:
+        return f"{self.key[:16]}_epoch{number}.safetensors"
 
     def _found(self) -> list[int]:
-        head = f"{self.key}_epoch"
-        names = [path.stem for path in self.folder.glob(f"{head}*.safetensors")]
-        return sorted(int(name.removeprefix(head)) for name in names)
+        head = f"{self.key[:16]}_epoch"
+        names = self.store.names(f"{head}*.safetensors")
+        return sorted(
+            int(name.removeprefix(head).removesuffix(".safetensors"))
+            for name in names
+        )
 
     def write(
         self,
@@ -433,17 +430,13 @@ class EpochStore:
         best : int
             The epoch that is the best so far.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         number = history[-1]["epoch"]
-        data = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
-        header = {"history": json.dumps(history)}
-        write_atomic(self._epoch(number), serialize(data, header))
+        self.store.write_tensors(
+            self._epoch(number), self.key, tensors, history
+        )
         for old in self._found():
             if old not in (number, best):
-                self._epoch(old).unlink()
+                self.store.delete(self._epoch(old))
 
     def read(
         self, number: int | None = None
@@ -469,18 +462,9 @@ class EpochStore:
             if not self._found():
                 return None
             number = self._found()[-1]
-        path = self._epoch(number)
-        try:
-            data = path.read_bytes()
-            tensors = parse(data)
-            length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
-            return tensors, json.loads(header["history"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path}: is not a finished epoch ({error}); delete the "
-                f"folder {self.folder} to train again"
-            ) from error
+        return self.store.read_tensors(
+            self._epoch(number), self.key, "finished epoch"
+        )
 
     def finish(
         self, quants: Quants, tensors: AdjustedTensors, history: list[dict]
@@ -496,17 +480,15 @@ class EpochStore:
         history : list of dict
             An entry for each epoch.
         """
-        bits = {name: quant.weight_bits for name, quant in quants.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{self.key}.safetensors"
-        raw = {
-            "sha256": tensors.save(file, bits),
+        content = {
             "quants": {name: quant.to_dict() for name, quant in quants.items()},
             "history": history,
         }
-        write_json(file.with_suffix(".json"), raw)
+        self.store.write_tensors(
+            self._result(), self.key, tensors.flat(), content
+        )
         for number in self._found():
-            self._epoch(number).unlink()
+            self.store.delete(self._epoch(number))
 
     def finished(self) -> tuple[Quants, AdjustedTensors, list[dict]] | None:
         """What :meth:`finish` was given; None when there is nothing.
@@ -515,15 +497,14 @@ class EpochStore:
         -------
         tuple or None
         """
-        file = self.folder / f"{self.key}.json"
-        if not file.exists():
-            return None
-        raw = read_json(file, "result of a training")
-        quants = {name: LayerQuant(**q) for name, q in raw["quants"].items()}
-        tensors = AdjustedTensors.load(
-            file.with_suffix(".safetensors"), raw["sha256"]
+        known = self.store.read_tensors(
+            self._result(), self.key, "result of a training"
         )
-        return quants, tensors, raw["history"]
+        if known is None:
+            return None
+        flat, raw = known
+        quants = {name: LayerQuant(**q) for name, q in raw["quants"].items()}
+        return quants, AdjustedTensors.from_flat(flat), raw["history"]
 
 
 # -- the training --------------------------------------------------------------

@@ -1,18 +1,18 @@
 """Decides the integers and biases of all layers, one after the other."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from ..adjusted import AdjustedTensors, LayerTensors
+from ..adjusted import LayerTensors
 from ..distributed import from_main
+from ..files import identity
 from ..layers import Layer
 from ..plan import LayerQuant
 from ..precision import full_float32
+from ..utils.store import Store
 from ..weights import restore_weight, round_weight, weight_scale
 from .lags import slides
 from .moments import Moments, conv_groups
@@ -68,21 +68,21 @@ class LayerStore:
 
     Arguments
     ---------
-    folder : Path
-        Where to; made when it is not there.
+    store : Store
+        Keeps a file for each.
     key : str
         Identifies all that decides the result.
     reused : int
         Layers that were found.
     """
 
-    folder: Path
+    store: Store
     key: str
     reused: int = field(default=0, init=False)
 
-    def _path(self, name: str) -> Path:
-        text = f"{self.key}:{name}".encode()
-        return self.folder / f"{hashlib.sha256(text).hexdigest()[:32]}.st"
+    def _file(self, name: str) -> str:
+        # Layers of other settings stay beside these.
+        return f"{identity([self.key, name])}.safetensors"
 
     def read(self, name: str) -> LayerTensors | None:
         """A finished layer.
@@ -96,15 +96,14 @@ class LayerStore:
         -------
         LayerTensors or None
         """
-        path = self._path(name)
-        found = None
-        if path.exists():
-            found = AdjustedTensors.load(path).layers[name]
-        found = from_main(found)
+        known = self.store.read_tensors(
+            self._file(name), self.key, "finished layer"
+        )
+        found = from_main(None if known is None else LayerTensors(**known[0]))
         self.reused += found is not None
         return found
 
-    def write(self, name: str, tensors: LayerTensors, bits: int) -> None:
+    def write(self, name: str, tensors: LayerTensors) -> None:
         """Keeps a finished layer.
 
         Arguments
@@ -113,11 +112,9 @@ class LayerStore:
             Of the layer.
         tensors : LayerTensors
             What was decided.
-        bits : int
-            Of its weight.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        AdjustedTensors({name: tensors}).save(self._path(name), {name: bits})
+        parts = {k: v for k, v in vars(tensors).items() if v is not None}
+        self.store.write_tensors(self._file(name), self.key, parts, name)
 
 
 @full_float32()  # the 10 bits of TF32 are too few for second moments
@@ -168,7 +165,7 @@ def refine(
             ):
                 name = problem.layer.name
                 found[name] = tensors
-                store.write(name, tensors, problem.quant.weight_bits)
+                store.write(name, tensors)
         for layer in layers:
             result[layer.name] = found[layer.name]
             walk.simulator.tensors[layer.name] = found[layer.name]

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import triton
 
-from ..files import read_json, write_json
+from ..files import identity
+from ..utils.store import Store
 from .compare import HALF_TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
@@ -286,6 +287,8 @@ class Tuner:
         Name of the card: another card's file is refused.
     measure : callable
         Takes a function that launches, returns its time.
+    store : Store or None
+        Of the file's folder; one that is not private by default.
 
     Raises
     ------
@@ -298,54 +301,47 @@ class Tuner:
         path: str | Path | None,
         device: str,
         measure: Callable[[Callable[[], None]], float] = time_on_device,
+        store: Store | None = None,
     ):
         self.path = None if path is None else Path(path)
         self.device = device
         self.measure = measure
+        if store is None:
+            store = Store(None if self.path is None else self.path.parent)
+        self.store = store
         self.table = self._read()
         self._changed = False
 
+    @property
+    def _key(self) -> str:
+        return identity([FORMAT, self.device, triton.__version__])
+
     def _read(self) -> dict[str, Config]:
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return {}
-        raw = read_json(self.path, "tuning cache")
-        head = raw if isinstance(raw, dict) else {}
-        found = (head.get("format"), head.get("device"), head.get("triton"))
-        if found != (FORMAT, self.device, triton.__version__):
-            raise ValueError(
-                f"{self.path}: not a tuning cache of {self.device} and "
-                f"Triton {triton.__version__}; delete it or name another file"
-            )
-        try:
-            return {k: Config(*v) for k, v in head["tiles"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path}: damaged tuning cache; delete it"
-            ) from error
+        name = self.path.name
+        tiles = self.store.read(name, self._key, "tuning cache")
+        if tiles is None:
+            if not self.store.private and name in self.store.names(name):
+                raise ValueError(
+                    f"{self.path}: not a tuning cache of {self.device} and "
+                    f"Triton {triton.__version__}; delete it or name another "
+                    "file"
+                )
+            return {}
+        return {key: Config(*tile) for key, tile in tiles.items()}
 
     def save(self) -> None:
         """Writes new measurements beside those that others wrote meanwhile."""
         if self.path is None or not self._changed:
             return
-        tiles = {**self._read(), **self.table}
-        content = {
-            "format": FORMAT,
-            "device": self.device,
-            "triton": triton.__version__,
-            "tiles": {k: list(astuple(tiles[k])) for k in sorted(tiles)},
-        }
         self._changed = False
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, content)
-        except OSError as error:
-            # An evaluation need not stop for this: it measures again.
-            logger.warning(
-                "%s: the measured tiles cannot be kept (%s); name a file that "
-                "can be written with backend_options: {cache: FILE}",
-                self.path,
-                error.strerror,
-            )
+        self.store.update(
+            self.path.name,
+            self._key,
+            {key: list(astuple(tile)) for key, tile in self.table.items()},
+            "tuning cache",
+        )
 
     def choose(
         self,

@@ -1,6 +1,5 @@
 """``method: qat``: the calibrated model, trained as it will be executed."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from ..adjusted import AdjustedTensors, adjusted_floats
 from ..baselines.qat import EpochStore, Student, Training
+from ..files import identity
 from ..plan import LayerQuant, QuantizationPlan
 from ..search import Score
 from ..simulate import Simulator
@@ -58,7 +58,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
         settings.keep,
     )
     batches = len(trainer)
-    store = EpochStore(stage.folder / EPOCH_FOLDER, _key(stage, start))
+    store = EpochStore(stage.store.below(EPOCH_FOLDER), _key(stage, start))
 
     def measure(
         quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
@@ -136,4 +136,4 @@ def _key(stage: Stage, start: QuantizationPlan) -> str:
     if config.qat.keep == "best":
         content.append(recogniser.ids("search"))
         content.append(config.search.batch_size)
-    return json.dumps(content, sort_keys=True)
+    return identity(content)

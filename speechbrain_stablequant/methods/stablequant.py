@@ -71,7 +71,7 @@ def stablequant_plan(
         "search: %d evaluations, %d of them from %s, %.0f s",
         journal.measured + journal.reused,
         journal.reused,
-        journal.path,
+        journal.file,
         time.monotonic() - started,
     )
     search = {

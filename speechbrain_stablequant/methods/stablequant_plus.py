@@ -51,6 +51,7 @@ from ..stage import (
     Calibration,
     Stage,
     calibrations,
+    keep_float_outputs,
     modelopt_scores,
     rounded_layers,
     search_evaluate,
@@ -119,6 +120,7 @@ class _Plus:
 
     def make(self) -> tuple[QuantizationPlan, dict[str, Histogram]]:
         stage = self.stage
+        keep_float_outputs(stage)
         with ExitStack() as stack:
             stack.callback(self._fresh_simulator)
             stack.enter_context(rotated(self.rotated, self.config.seed))

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from ..config import QuantizeConfig
-from ..files import identity, read_json, write_json
+from ..files import identity
 from ..replay import StopForward
 from ..runtime.base import shadowed_forwards
 from ..runtime.cpu import cpu_class
 from ..search import Score
 from ..stage import Recogniser
+from ..utils.store import Store
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -201,25 +202,24 @@ class Answers:
 
     Arguments
     ---------
-    path : Path
-        The file.
+    store : Store
+        Where they are kept.
     key : str
         Of the rival; answers under another key are forgotten.
 
     Example
     -------
-    >>> path = getfixture("tmp_path") / "answers.json"
-    >>> Answers(path, "k").ask([0, 1], lambda: Score(2, 10, 1.0)).wer
+    >>> store = Store(getfixture("tmp_path"))
+    >>> Answers(store, "k").ask([0, 1], lambda: Score(2, 10, 1.0)).wer
     20.0
-    >>> Answers(path, "k").ask([0, 1], None).wer
+    >>> Answers(store, "k").ask([0, 1], None).wer
     20.0
     """
 
-    def __init__(self, path: Path, key: str):
-        raw = read_json(path, "NNCF's answers") if path.exists() else {}
-        self.path = path
+    def __init__(self, store: Store, key: str):
+        self.store = store
         self.key = key
-        self.known = raw["answers"] if raw.get("key") == key else []
+        self.known = store.read(ANSWERS_FILE, key, "NNCF's answers") or []
         self.asked = 0
 
     def ask(self, only: list[int], measure: Callable[[], Score]) -> Score:
@@ -244,7 +244,7 @@ class Answers:
             self.known[self.asked :] = [
                 {"only": only, "score": score.to_dict()}
             ]
-            write_json(self.path, {"key": self.key, "answers": self.known})
+            self.store.write(ANSWERS_FILE, self.key, self.known)
         self.asked += 1
         return score
 
@@ -256,7 +256,7 @@ def make_rival(
     output: torch.Tensor,
     weights: str,
     config: QuantizeConfig,
-    folder: Path,
+    store: Store,
 ) -> Rival:
     """Quantizes by NNCF, or reads what an earlier run has finished.
 
@@ -272,8 +272,8 @@ def make_rival(
         Fingerprint of the float model.
     config : QuantizeConfig
         The block.
-    folder : Path
-        Where the model is written.
+    store : Store
+        Of the folder in which the model is written.
 
     Returns
     -------
@@ -286,7 +286,8 @@ def make_rival(
         convert faithfully.
     """
     key = _key(recogniser, weights, config)
-    record = _read_record(folder, key)
+    folder = store.folder
+    record = _read_record(store, key)
     if record is None:
         started = time.monotonic()
         model = _convert(chain, wave, output)
@@ -294,21 +295,22 @@ def make_rival(
         if config.method == "nncf":
             model, search = _quantize(model, waves, config), {}
         else:
-            answers = Answers(folder / ANSWERS_FILE, key)
+            answers = Answers(store, key)
             model, search = _control(
                 model, waves, recogniser, chain, config, answers
             )
             search["seconds"] = time.monotonic() - started
+        # What names its files as finished is written last.
+        store.delete(RECORD_FILE)
         _write(folder, model, config.float_dtype == "float16")
         integer, floating = products(model)
         record = {
-            "key": key,
             "integer": integer,
             "floating": floating,
             "search": search,
             "sha256": _checksums(folder),
         }
-        write_json(folder / RECORD_FILE, record)
+        store.write(RECORD_FILE, key, record)
     return Rival(
         key=key,
         folder=folder,
@@ -349,23 +351,17 @@ def _key(recogniser: Recogniser, weights: str, config: QuantizeConfig) -> str:
     return identity(content)
 
 
-def _read_record(folder: Path, key: str) -> dict | None:
-    path = folder / RECORD_FILE
-    if not path.exists():
+def _read_record(store: Store, key: str) -> dict | None:
+    record = store.read(RECORD_FILE, key, "NNCF's model")
+    if record is None or not all(f.exists() for f in _files(store.folder)):
         return None
-    record = read_json(path, "NNCF's model")
-    if not isinstance(record, dict) or record.get("key") != key:
-        return None
-    if not all(file.exists() for file in _files(folder)):
-        return None
-    return record if record["sha256"] == _checksums(folder) else None
+    return record if record["sha256"] == _checksums(store.folder) else None
 
 
 def _write(folder: Path, model: "ov.Model", half: bool) -> None:
-    """Writes a model. What names its files as finished is written last."""
+    """Writes a model, each of its two files whole or not at all."""
     import openvino as ov
 
-    (folder / RECORD_FILE).unlink(missing_ok=True)
     part = folder / f"part-{MODEL_FILE}"
     ov.save_model(model, part, compress_to_fp16=half)
     for old, new in zip(

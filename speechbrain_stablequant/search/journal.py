@@ -1,13 +1,11 @@
 """Remembers finished evaluations on disk, so that a killed run goes on."""
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..distributed import from_main
 from ..files import identity
 from ..plan import LayerQuant
+from ..utils.store import Store
 from .score import Evaluate, Score
 
 
@@ -47,8 +45,10 @@ class Journal:
 
     Arguments
     ---------
-    path : str or Path
-        The file, usually ``search.jsonl``; made when it is not there.
+    store : Store
+        Where the file is.
+    file : str
+        Its name, usually ``search.jsonl``; made when it is not there.
     fingerprint : str
         Of the float model, the search set and its metric: lines of another
         fingerprint are kept and not used.
@@ -58,15 +58,14 @@ class Journal:
 
     Example
     -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "search.jsonl"
+    >>> place = Store(getfixture("tmp_path")), "search.jsonl"
     >>> calls = []
     >>> def measure(quants, start=None, give_up_above=None, label=""):
     ...     calls.append(label)
     ...     return Score(errors=2, words=10, loss=1.0)
-    >>> Journal(path, "m").wrap(measure)({}, label="float").wer
+    >>> Journal(*place, "m").wrap(measure)({}, label="float").wer
     20.0
-    >>> Journal(path, "m").wrap(measure)({}, label="again").wer
+    >>> Journal(*place, "m").wrap(measure)({}, label="again").wer
     20.0
     >>> calls
     ['float']
@@ -74,11 +73,13 @@ class Journal:
 
     def __init__(
         self,
-        path: str | Path,
+        store: Store,
+        file: str,
         fingerprint: str,
         by_utterance: bool = False,
     ):
-        self.path = Path(path)
+        self.store = store
+        self.file = file
         self.fingerprint = fingerprint
         self.by_utterance = by_utterance
         self.measured = 0
@@ -86,25 +87,13 @@ class Journal:
         self._scores = self._read()
 
     def _read(self) -> dict[str, Score]:
-        if not self.path.exists():
-            return {}
-        text = self.path.read_bytes()
-        # A kill may leave half a line at the end: cut it off, or the next
-        # line would be appended to it.
-        whole = text.rfind(b"\n") + 1
-        if whole != len(text):
-            with open(self.path, "r+b") as file:
-                file.truncate(whole)
         scores = {}
-        for number, line in enumerate(text[:whole].splitlines(), start=1):
+        rows = self.store.rows(self.file)
+        for number, row in enumerate(rows, start=1):
             try:
-                row = json.loads(line)
                 scores[row["key"]] = Score.from_dict(row["score"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}: line {number} is damaged; delete the file "
-                    "to search anew"
-                ) from error
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self.store.damaged_row(self.file, number) from error
         return scores
 
     def _serves(self, score: Score) -> bool:
@@ -114,10 +103,7 @@ class Journal:
     def _append(self, key: str, label: str, score: Score) -> None:
         row = {"key": key, "label": label, "wer": round(score.wer, 4)}
         row["score"] = score.to_dict()
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.store.append(self.file, row)
 
     def wrap(self, evaluate: Evaluate) -> Evaluate:
         """An evaluate function that asks the journal first.

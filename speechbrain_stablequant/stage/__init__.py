@@ -8,7 +8,11 @@ from .calibration import Calibration, calibrate, calibrations
 from .recogniser import BeforeBatch, Recogniser, fingerprint_modules
 from .rounding import rounded_layers
 from .scores import modelopt_scores
-from .search_set import check_earlier_run, search_evaluate
+from .search_set import (
+    check_earlier_run,
+    keep_float_outputs,
+    search_evaluate,
+)
 from .stage import Stage
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "calibrations",
     "check_earlier_run",
     "fingerprint_modules",
+    "keep_float_outputs",
     "modelopt_scores",
     "rounded_layers",
     "search_evaluate",

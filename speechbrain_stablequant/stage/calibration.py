@@ -3,16 +3,18 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..distributed import from_main, share
-from ..files import identity, read_json, write_json
+from ..files import identity
 from ..histogram import Histogram
 from ..layers import Layer
 from ..observers import Observer
+from ..utils.store import Store
 from .stage import Stage
 
 HISTOGRAM_FILE = "histograms.json"
+#: What such a file is to the user.
+WHAT = "calibration histograms"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def calibrations(
         for file, (layers, _) in wanted.items()
     }
     known = {
-        file: from_main(_read(stage.folder / file, key))
+        file: from_main(_read(stage.store, file, key))
         for file, key in keys.items()
     }
     missing = {
@@ -99,7 +101,7 @@ def calibrations(
         _observe(stage, list(missing.values()))
     for file, observer in missing.items():
         known[file] = _calibration(stage, wanted[file][0], observer)
-        _write(stage.folder / file, keys[file], known[file])
+        _write(stage.store, file, keys[file], known[file])
     return [known[file] for file in wanted]
 
 
@@ -135,11 +137,11 @@ def _calibration(
     )
 
 
-def _write(path: Path, key: str, calibration: Calibration) -> None:
-    write_json(
-        path,
+def _write(store: Store, file: str, key: str, calibration: Calibration) -> None:
+    store.write(
+        file,
+        key,
         {
-            "key": key,
             "in_order": calibration.in_order,
             "layers": {
                 name: histogram.to_dict()
@@ -149,11 +151,9 @@ def _write(path: Path, key: str, calibration: Calibration) -> None:
     )
 
 
-def _read(path: Path, key: str) -> Calibration | None:
-    if not path.exists():
-        return None
-    raw = read_json(path, "calibration histograms")
-    if not isinstance(raw, dict) or raw.get("key") != key:
+def _read(store: Store, file: str, key: str) -> Calibration | None:
+    raw = store.read(file, key, WHAT)
+    if raw is None:
         return None
     return Calibration(
         {

@@ -65,7 +65,7 @@ def rounded_layers(
             if layer.name in names
         ],
     ]
-    store = LayerStore(stage.folder / LAYER_FOLDER, identity(content))
+    store = LayerStore(stage.store.below(LAYER_FOLDER), identity(content))
     # The stage's simulator, so that the weights that it makes here serve when
     # the result is measured.
     stage.simulator.tensors = {}

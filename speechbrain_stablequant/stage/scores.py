@@ -7,7 +7,7 @@ from ..baselines.auto_quantize import (
     inputs_of_first,
     modelopt_version,
 )
-from ..files import identity, read_json, write_json
+from ..files import identity
 from ..layers import Layer
 from .stage import Stage
 
@@ -49,9 +49,8 @@ def modelopt_scores(
             modelopt_version(),
         ]
     )
-    path = stage.folder / SCORE_FILE
-    known = read_json(path, "modelopt's scores") if path.exists() else {}
-    if not isinstance(known, dict) or known.get("key") != key:
+    known = stage.store.read(SCORE_FILE, key, "modelopt's scores")
+    if known is None:
         modules = {name: recogniser.modules[name] for name in config.target}
         order, batches = inputs_of_first(
             modules,
@@ -67,14 +66,9 @@ def modelopt_scores(
             config.seed,
         )
         known = {
-            "key": key,
-            "scores": {
-                name: [row[bits] for bits in widths]
-                for name, row in scores.items()
-            },
+            name: [row[bits] for bits in widths] for name, row in scores.items()
         }
-        write_json(path, known)
+        stage.store.write(SCORE_FILE, key, known)
     return {
-        name: dict(zip(widths, row, strict=True))
-        for name, row in known["scores"].items()
+        name: dict(zip(widths, row, strict=True)) for name, row in known.items()
     }

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import identity, read_json
+from ..files import identity
 from ..plan import LayerQuant
 from ..replay import Replay
 from ..search import Divergence, Evaluate, Journal, Score
-from .calibration import HISTOGRAM_FILE, Calibration
+from ..utils.store import Store
+from .calibration import HISTOGRAM_FILE, WHAT, Calibration
 from .recogniser import BeforeBatch, Recogniser
 from .stage import Stage
 
@@ -35,10 +36,10 @@ def check_earlier_run(folder: Path) -> None:
     ValueError
         Names the damaged file.
     """
-    path = folder / HISTOGRAM_FILE
-    if path.exists():
-        read_json(path, "calibration histograms")
-    Journal(folder / JOURNAL_FILE, "")
+    store = Store(folder)
+    for file in store.names(f"{Path(HISTOGRAM_FILE).stem}*.json"):
+        store.check(file, WHAT)
+    Journal(store, JOURNAL_FILE, "")
 
 
 def search_evaluate(
@@ -58,8 +59,8 @@ def search_evaluate(
     calibration : Calibration
         Says whether layers are called in the order of their units.
     metric : str, optional
-        ``"divergence"``: from the float model's outputs, as a score's
-        loss; else the block's metric.
+        ``"divergence"``: from the float model's outputs, which must have
+        been kept, as a score's loss; else the block's metric.
 
     Returns
     -------
@@ -73,7 +74,8 @@ def search_evaluate(
     ids = stage.recogniser.ids("search")
     search = stage.config.search
     journal = Journal(
-        stage.folder / JOURNAL_FILE,
+        stage.store,
+        JOURNAL_FILE,
         identity([weights, ids, search.batch_size, metric or search.metric]),
         metric is None and search.selection == "interval",
     )
@@ -89,7 +91,7 @@ def search_evaluate(
         bar.set_postfix_str(label)
         score = stage.recogniser.score
         if metric == "divergence":
-            score = _float_outputs(stage).score
+            score = stage.divergence.score
         with stage.simulator.apply(quants):
             if start is None or not replay.prepare(
                 start,
@@ -116,13 +118,19 @@ def search_evaluate(
     return counted, journal, bar
 
 
-def _float_outputs(stage: Stage) -> Divergence:
-    """Of the float model, on the search set; no layer is quantized."""
-    if stage.divergence is None:
-        stage.divergence = Divergence(
-            partial(stage.recogniser.outputs, "search")
-        )
-    return stage.divergence
+def keep_float_outputs(stage: Stage) -> None:
+    """Runs the model over the search set, for divergences from it later.
+
+    While it is the float model itself: a run that goes on with a model that
+    is rotated or equalised already must compare with the same outputs as the
+    run that was killed.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recogniser, which no context has changed.
+    """
+    stage.divergence = Divergence(partial(stage.recogniser.outputs, "search"))
 
 
 def _prefix(

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -12,11 +11,12 @@ from ..layers import Cut, find_encoders, find_layers, group_units
 from ..plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from ..search import Divergence
 from ..simulate import Simulator
+from ..utils.store import Store
 from .recogniser import Recogniser, fingerprint_modules
 
 
 class Stage:
-    """A recogniser with its layers and units, its block and its folder.
+    """A recogniser with its layers and units, its block and its store.
 
     Arguments
     ---------
@@ -24,16 +24,16 @@ class Stage:
         The float model with its calibration and search sets.
     config : QuantizeConfig
         The validated block.
-    folder : Path
-        Where the journal and the histograms are written.
+    store : Store
+        Keeps the journal, the histograms and what is finished.
     """
 
     def __init__(
-        self, recogniser: Recogniser, config: QuantizeConfig, folder: Path
+        self, recogniser: Recogniser, config: QuantizeConfig, store: Store
     ):
         self.recogniser = recogniser
         self.config = config
-        self.folder = Path(folder)
+        self.store = store
         self.layers = find_layers(
             recogniser.modules, config.target, config.include, config.exclude
         )

@@ -63,11 +63,36 @@ class Store:
         self.private = private
         self._unwritten: dict[str, bytes] = {}
         self._unwritten_rows: dict[str, list[bytes]] = {}
-        self._complained = False
+        self._below: dict[str, Store] = {}
+        #: Whether it was said that something cannot be written; shared with
+        #: the stores below.
+        self._complaints: list[str] = []
         if private and self.folder is not None and not self._is_own():
             self.folder = None
         if self.folder is not None:
             remove_stale(self.folder)
+
+    def below(self, name: str) -> "Store":
+        """The store of a folder in this one.
+
+        Arguments
+        ---------
+        name : str
+            Of the folder; empty for this one itself.
+
+        Returns
+        -------
+        Store
+            Always the same one.
+        """
+        if not name:
+            return self
+        if name not in self._below:
+            folder = None if self.folder is None else self.folder / name
+            store = Store(folder, self.private)
+            store._complaints = self._complaints
+            self._below[name] = store
+        return self._below[name]
 
     # -- one value ---------------------------------------------------------
 
@@ -86,7 +111,7 @@ class Store:
         text = json_text({"key": key, "content": content}, name)
         # As it is read again: with text for the keys of dictionaries.
         record = json.loads(text)
-        record["sha256"] = _digest(record["content"])
+        record["sha256"] = _digest([key, record["content"]])
         self._put(name, json_text(record, name).encode())
 
     def read(self, name: str, key: str, what: str) -> Any:
@@ -111,20 +136,43 @@ class Store:
         ValueError
             The file is damaged: names it and says what to do.
         """
+        found, content = self._record(name, what)
+        return content if found == key else None
+
+    def check(self, name: str, what: str) -> None:
+        """Raises if a file that :meth:`write` wrote is damaged.
+
+        Arguments
+        ---------
+        name, what : str
+            As in :meth:`read`.
+
+        Raises
+        ------
+        ValueError
+            Names the file and says what to do.
+        """
+        self._record(name, what)
+
+    def _record(self, name: str, what: str) -> tuple[str | None, Any]:
+        """Key and value of a file; None for what earlier versions wrote."""
         data = self._get(name, what)
         if data is None:
-            return None
+            return None, None
         try:
             record = json.loads(data)
-            if not isinstance(record, dict) or record.get("key") != key:
-                return None
-            content = record["content"]
-            good = record["sha256"] == _digest(content)
-        except (ValueError, KeyError, RecursionError) as error:
-            return self._damaged(name, what, one_line(error))
+            if not isinstance(record, dict) or "sha256" not in record:
+                return None, None
+            key, content = record["key"], record["content"]
+            good = record["sha256"] == _digest([key, content])
+        except (ValueError, RecursionError) as error:
+            reason = f"it is not valid JSON ({one_line(error)})"
+            return None, self._damaged(name, what, reason)
+        except KeyError as error:
+            return None, self._damaged(name, what, f"it has no {error}")
         if not good:
-            return self._damaged(name, what, "its digest is another")
-        return content
+            return None, self._damaged(name, what, "its digest is another")
+        return key, content
 
     def update(
         self, name: str, key: str, changes: Mapping[str, Any], what: str
@@ -244,7 +292,7 @@ class Store:
         -------
         >>> store = Store(getfixture("tmp_path"))
         >>> store.append("search.jsonl", {"key": "k", "errors": 3})
-        >>> store.rows("search.jsonl", "journal")
+        >>> store.rows("search.jsonl")
         [{'key': 'k', 'errors': 3}]
         """
         row = json.loads(json.dumps(row, allow_nan=False))
@@ -252,33 +300,34 @@ class Store:
         self._unwritten_rows.setdefault(name, []).append(line.encode())
         self._write_rows(name)
 
-    def rows(self, name: str, what: str) -> list[dict[str, Any]]:
+    def rows(self, name: str) -> list[dict[str, Any]]:
         """The lines of a journal.
 
-        Half a line that a kill has left at the end is cut off. Lines that
-        carry no digest, as earlier versions wrote them, are left out.
+        Half a line that a kill has left at the end is cut off.
 
         Arguments
         ---------
-        name, what : str
-            As in :meth:`read`.
+        name : str
+            Of the file.
 
         Returns
         -------
         list of dict
+            Of all lines; those of earlier versions carry no digest and may
+            hold anything.
 
         Raises
         ------
         ValueError
             Names the file and the damaged line.
         """
-        data = self._get(name, what) or b""
+        data = self._get(name, "journal") or b""
         whole = data.rfind(b"\n") + 1
         if whole != len(data):
             self._cut(name, whole)
         data = data[:whole] + b"".join(self._unwritten_rows.get(name, []))
         rows = []
-        for number, line in enumerate(data.splitlines(), start=1):
+        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
             try:
                 row = json.loads(line)
                 check = row.pop("check", None)
@@ -286,13 +335,28 @@ class Store:
             except (ValueError, AttributeError, RecursionError, TypeError):
                 good = False
             if not good:
-                raise ValueError(
-                    f"{what}: '{self.folder / name}': line {number} is "
-                    "damaged; delete the file, and it is measured again"
-                )
-            if check is not None:
-                rows.append(row)
+                raise self.damaged_row(name, number)
+            rows.append(row)
         return rows
+
+    def damaged_row(self, name: str, number: int) -> ValueError:
+        """The error about a line that cannot be used.
+
+        Arguments
+        ---------
+        name : str
+            Of the file.
+        number : int
+            Of the line, beginning with 1.
+
+        Returns
+        -------
+        ValueError
+        """
+        return ValueError(
+            f"{self.folder / name}: line {number} is damaged; delete the "
+            "file, and it is measured again"
+        )
 
     # -- files -------------------------------------------------------------
 
@@ -412,9 +476,9 @@ class Store:
 
     def _complain(self, name: str, error: OSError) -> None:
         """Says once what is kept in memory only."""
-        if self._complained:
+        if self._complaints:
             return
-        self._complained = True
+        self._complaints.append(name)
         # Below ours, the system's own error has the plain reason.
         first = error.__cause__ or error
         logger.warning(

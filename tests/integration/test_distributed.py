@@ -83,7 +83,8 @@ def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
         )
         if name.endswith("json"):
             found, expected = (
-                json.loads(text)["transcripts"] for text in (found, expected)
+                json.loads(text)["content"]["transcripts"]
+                for text in (found, expected)
             )
         assert found == expected
     # one of them speaks and writes

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from trained_recipe import BLOCK
 
+from speechbrain_stablequant.utils.store import Store
+
 SCRIPT = Path(__file__).resolve().parent / "slow_recipe.py"
 PAUSE = "0.01"
 EIGHT_BITS = """
@@ -160,11 +162,12 @@ def test_what_was_evaluated_otherwise_is_evaluated_again(
     shutil.copytree(evaluated, output)
     path = output / "quantized" / "transcripts_clean.json"
     kept = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**kept, "seconds": 12345}), encoding="utf-8")
+    changed = {**kept["content"], "seconds": 12345}
+    Store(path.parent).write(path.name, kept["key"], changed)
     finished = trained.run(output, *ONE_SET, *change, block=EIGHT_BITS)
     assert finished.code == 0, finished.out + finished.err
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert (found["seconds"] != 12345) is again
+    assert (found["content"]["seconds"] != 12345) is again
     assert (found["key"] != kept["key"]) is again
     report = output / "quantized" / "report.json"
     said = json.loads(report.read_text("utf-8"))["environment"]

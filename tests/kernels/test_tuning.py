@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_written_is_only_warned_of(tmp_path, caplog):
     tuner = make_tuner(path, log)
     tuner.choose("key", [SLOW, FAST], log.append)
     tuner.save()
-    assert "measured tiles cannot be kept" in caplog.text
+    assert "tiles.json: cannot be written" in caplog.text
     assert tuner.choose("key", [SLOW, FAST], None) == FAST
 
 
@@ -135,7 +135,7 @@ def test_saving_keeps_what_another_process_measured(tmp_path):
     other.choose("b", [SLOW, FAST], log.append)
     one.save()
     other.save()
-    assert set(json.loads(path.read_text())["tiles"]) == {"a", "b"}
+    assert set(json.loads(path.read_text())["content"]) == {"a", "b"}
     assert [file.name for file in tmp_path.iterdir()] == ["tiles.json"]
 
 

@@ -79,7 +79,7 @@ def saved(modules, tmp_path):
 
 
 def flat(tensors):
-    return tensors._flat()
+    return tensors.flat()
 
 
 def test_round_trip(saved):

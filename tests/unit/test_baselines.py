@@ -30,6 +30,7 @@ from speechbrain_stablequant.plan import LayerQuant
 from speechbrain_stablequant.precision import allows_tf32
 from speechbrain_stablequant.replay import StopForward
 from speechbrain_stablequant.simulate import Simulator, quantize_input
+from speechbrain_stablequant.utils.store import Store
 from speechbrain_stablequant.weights import (
     restore_weight,
     round_weight,
@@ -377,7 +378,7 @@ def refined(modules, tmp_path, solve, centred=False, bits=4, key="k", **more):
     tensors = refine(
         walk,
         quants,
-        LayerStore(tmp_path, key),
+        LayerStore(Store(tmp_path), key),
         lambda layer: solve,
         lambda layer: centred,
         **more,
@@ -505,7 +506,7 @@ def test_float_layers_stay_float(modules, tmp_path):
     left = [n for n in quants if "layers.0" in n]
     for name in left:
         del quants[name]
-    store = LayerStore(tmp_path, "k")
+    store = LayerStore(Store(tmp_path), "k")
     tensors = refine(walk, quants, store, lambda layer: Compensate())
     assert set(tensors) == set(quants)
     assert isinstance(tensors["ctc_lin.w"], LayerTensors)

@@ -24,6 +24,7 @@ from speechbrain_stablequant.rivals.nncf_ import (
 from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.search import Score
 from speechbrain_stablequant.stage import fingerprint_modules
+from speechbrain_stablequant.utils.store import Store
 
 
 class Front(nn.Module):
@@ -103,7 +104,7 @@ def rival_of(recogniser, folder, **block):
         recogniser.truth[0],
         fingerprint_modules(recogniser.modules),
         config,
-        folder,
+        Store(folder),
     )
 
 
@@ -224,7 +225,7 @@ def test_accuracy_control_makes_operations_float(recogniser, tmp_path):
     rival = rival_of(recogniser, tmp_path, **block)
     measured = list(recogniser.scores)
     answers = json.loads((tmp_path / "nncf_answers.json").read_text("utf-8"))
-    found = [row["score"]["utterance_errors"] for row in answers["answers"]]
+    found = [row["score"]["utterance_errors"] for row in answers["content"]]
     assert [list(errors) for errors in measured] == found
     assert measured[1] == (0, 0, 0, 0)  # the float model, after a first try
     assert sum(measured[2]) > 0  # all quantized
@@ -353,7 +354,7 @@ def test_a_model_that_changes_is_refused(recogniser, tmp_path):
             recogniser.truth[0] + 1,
             "w",
             config,
-            tmp_path,
+            Store(tmp_path),
         )
 
 

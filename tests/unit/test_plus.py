@@ -48,6 +48,7 @@ from speechbrain_stablequant.runtime.base import shadowed_forwards
 from speechbrain_stablequant.search import Score
 from speechbrain_stablequant.simulate import Simulator
 from speechbrain_stablequant.stage import Stage
+from speechbrain_stablequant.utils.store import Store
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
 
@@ -124,7 +125,7 @@ def stage_of(modules, folder, **block):
     }
     folder.mkdir(parents=True, exist_ok=True)
     config = QuantizeConfig.from_dict(block)
-    return Stage(Recogniser(modules), config, folder)
+    return Stage(Recogniser(modules), config, Store(folder))
 
 
 def run(modules, folder, **block):

@@ -30,6 +30,7 @@ from speechbrain_stablequant.results import (
     environment,
     float_size,
 )
+from speechbrain_stablequant.utils.store import Store
 
 
 def plan_of(quants, fingerprint="weights", **fields):
@@ -143,38 +144,43 @@ def test_result_in_the_report():
 PLAN = plan_of({"enc": bits(8)})
 
 
+def place(path):
+    """Store and name of a file."""
+    return Store(path.parent), path.name
+
+
 def test_write_and_read(tmp_path):
     path = tmp_path / "transcripts.json"
     key = evaluation(FLOAT).key(PLAN)
     kept = evaluation(QUANTIZED, seconds=1 / 3)
-    kept.write(path, key)
-    assert Evaluation.read(path, key) == kept
+    kept.write(*place(path), key)
+    assert Evaluation.read(*place(path), key) == kept
 
 
 def test_read_by_another_key(tmp_path):
     path = tmp_path / "transcripts.json"
-    evaluation(QUANTIZED).write(path, "one")
+    evaluation(QUANTIZED).write(*place(path), "one")
     before = path.read_bytes()
-    assert Evaluation.read(path, "two") is None
+    assert Evaluation.read(*place(path), "two") is None
     assert path.read_bytes() == before
 
 
 def test_read_what_is_not_there(tmp_path):
-    assert Evaluation.read(tmp_path / "nothing.json", "key") is None
+    assert Evaluation.read(*place(tmp_path / "nothing.json"), "key") is None
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '{"seconds": 1}'])
 def test_read_something_else(tmp_path, content):
     path = tmp_path / "transcripts.json"
     path.write_text(content)
-    assert Evaluation.read(path, "key") is None
+    assert Evaluation.read(*place(path), "key") is None
 
 
 def test_read_a_damaged_file(tmp_path):
     path = tmp_path / "transcripts.json"
     path.write_text('{"key": "k"')
     with pytest.raises(ValueError, match=r"transcripts\.json"):
-        Evaluation.read(path, "k")
+        Evaluation.read(*place(path), "k")
 
 
 def test_key_is_about_the_plan_and_the_utterances():
@@ -287,11 +293,11 @@ def test_comparison_with_efforts(tmp_path):
     result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
     path = tmp_path / "effort.json"
     first = Effort(61.4, {"calibration": 40, "train": 9}, ["train"])
-    assert first.remembered(path, "plan") == first
+    assert first.remembered(*place(path), "plan") == first
     # The same plan again was read from what is on disk.
     again = replace(first, seconds=0.2)
-    assert again.remembered(path, "plan") == first
-    assert again.remembered(path, "another plan") == again
+    assert again.remembered(*place(path), "plan") == first
+    assert again.remembered(*place(path), "another plan") == again
     table = comparison(
         {name: (PLAN, {"clean": result}) for name in ("qat", "plan")},
         efforts={"qat": first},

@@ -16,6 +16,7 @@ from speechbrain_stablequant.search import (
 )
 from speechbrain_stablequant.search.cutoff import best_cutoff, surest_cutoff
 from speechbrain_stablequant.search.journal import evaluation_key
+from speechbrain_stablequant.utils.store import Store
 
 GRID = (100.0, 99.9, 99.5, 99.0, 98.0)
 UNITS = ("conv.0", "conv.1", "block.0", "head")
@@ -245,9 +246,14 @@ def test_curve_says_what_was_given_up():
 # -- journal -------------------------------------------------------------------
 
 
+def place(path):
+    """Store and name of a journal."""
+    return Store(path.parent), path.name
+
+
 def whole_search(path, fake, fingerprint="m"):
     """A run of both steps; its decisions and how much was measured."""
-    journal = Journal(path, fingerprint)
+    journal = Journal(*place(path), fingerprint)
     evaluate = journal.wrap(fake)
     baseline, found = select_units(single_units(), evaluate, threshold=0.5)
     selected = [row.unit for row in found if row.selected]
@@ -352,7 +358,7 @@ def test_damaged_line(path, damage):
     path.write_bytes(b"\n".join(lines) + b"\n")
     before = path.read_bytes()
     with pytest.raises(ValueError) as error:
-        Journal(path, "m")
+        Journal(*place(path), "m")
     text = str(error.value)
     assert text.startswith(f"{path}: line 3 is damaged; ")
     assert "\n" not in text
@@ -402,8 +408,8 @@ def test_key_does_not_depend_on_the_order():
 @pytest.mark.parametrize("complete", [True, False])
 def test_scores_come_back_exactly(path, loss, complete):
     score = Score(3, 7, loss, complete)
-    Journal(path, "m").wrap(lambda *_: score)({})
-    assert Journal(path, "m").wrap(None)({}) == score
+    Journal(*place(path), "m").wrap(lambda *_: score)({})
+    assert Journal(*place(path), "m").wrap(None)({}) == score
     json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
@@ -417,7 +423,7 @@ def test_broken_loss_decides_the_same_after_a_restart(path):
 
     choices = []
     for _ in range(2):
-        evaluate = Journal(path, "m").wrap(Fake(landscape))
+        evaluate = Journal(*place(path), "m").wrap(Fake(landscape))
         (found,) = search_cutoffs(["head"], GRID, quantize_unit, evaluate)
         choices.append(found.cutoff)
     assert choices[0] == choices[1]
@@ -543,30 +549,30 @@ def test_unknown_rule():
 
 def test_counts_by_utterance_come_back(path):
     score = paired([1, 2, 0, 3], [0.1 + 0.2, 1e-9, 2.0, 3.0])
-    Journal(path, "m").wrap(lambda *_: score)({})
-    assert Journal(path, "m", by_utterance=True).wrap(None)({}) == score
+    Journal(*place(path), "m").wrap(lambda *_: score)({})
+    assert Journal(*place(path), "m", by_utterance=True).wrap(None)({}) == score
 
 
 def test_a_loss_that_is_not_finite_leaves_none_by_batch(path):
     score = paired([1, 2, 0, 3], [1.0, math.nan, 2.0, 3.0])
     assert score.batch_losses == ()
-    Journal(path, "m").wrap(lambda *_: score)({})
-    assert Journal(path, "m").wrap(None)({}) == score
+    Journal(*place(path), "m").wrap(lambda *_: score)({})
+    assert Journal(*place(path), "m").wrap(None)({}) == score
 
 
 def test_lines_of_earlier_versions(path):
     """They have no counts by utterance: read where these are not needed."""
     old = Score(2, 100, 1.0)
-    Journal(path, "m").wrap(lambda *_: old)({}, label="float")
+    Journal(*place(path), "m").wrap(lambda *_: old)({}, label="float")
     assert "utterance" not in path.read_text()
-    assert Journal(path, "m").wrap(None)({}) == old
+    assert Journal(*place(path), "m").wrap(None)({}) == old
     new = paired([1, 1, 0, 0])
-    journal = Journal(path, "m", by_utterance=True)
+    journal = Journal(*place(path), "m", by_utterance=True)
     assert journal.wrap(lambda *_: new)({}) == new
     assert (journal.measured, journal.reused) == (1, 0)
-    assert Journal(path, "m", by_utterance=True).wrap(None)({}) == new
+    assert Journal(*place(path), "m", by_utterance=True).wrap(None)({}) == new
     # What was given up has none either, and needs none.
     given_up = Score(9, 50, 1.0, complete=False)
-    Journal(path, "n").wrap(lambda *_: given_up)({}, give_up_above=8)
-    again = Journal(path, "n", by_utterance=True).wrap(None)
+    Journal(*place(path), "n").wrap(lambda *_: given_up)({}, give_up_above=8)
+    again = Journal(*place(path), "n", by_utterance=True).wrap(None)
     assert again({}, give_up_above=8) == given_up

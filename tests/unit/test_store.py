@@ -107,7 +107,7 @@ def test_files_of_something_else(tmp_path, data):
         except ValueError as error:
             assert "; delete it, and it is made again" in str(error)
     with pytest.raises(ValueError, match="line 1 is damaged; delete the file"):
-        one.rows("a", "journal")
+        one.rows("a")
 
 
 def test_rows_and_half_a_line(tmp_path):
@@ -118,19 +118,45 @@ def test_rows_and_half_a_line(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     again = Store(tmp_path)
-    assert again.rows("j", "journal") == [{"n": 0}, {"n": 1}]
+    assert again.rows("j") == [{"n": 0}, {"n": 1}]
     again.append("j", {"n": 2})
     assert path.read_bytes() == whole
     flip(path, whole.index(b"\n") + 7)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*line 2 is"):
-        Store(tmp_path).rows("j", "journal")
+        Store(tmp_path).rows("j")
 
 
-def test_lines_of_earlier_versions_are_left_out(tmp_path):
+def test_lines_and_files_of_earlier_versions(tmp_path):
     (tmp_path / "j").write_text('{"key": "old"}\n')
+    (tmp_path / "a.json").write_text('{"key": "k", "layers": {}}')
     one = Store(tmp_path)
     one.append("j", {"key": "new"})
-    assert one.rows("j", "journal") == [{"key": "new"}]
+    assert one.rows("j") == [{"key": "old"}, {"key": "new"}]
+    assert one.read("a.json", "k", "a") is None
+    one.check("a.json", "a")
+
+
+def test_a_damaged_file_is_found_before_its_key_is_known(tmp_path):
+    one = Store(tmp_path)
+    one.write("a.json", "k", [1])
+    one.check("a.json", "scores")
+    text = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text(text.replace("1", "2"))
+    with pytest.raises(ValueError, match=r"scores: cannot read '.*a\.json'"):
+        one.check("a.json", "scores")
+
+
+def test_stores_below_say_it_once_together(tmp_path, caplog):
+    one = Store(tmp_path / "new")
+    assert one.below("") is one
+    assert one.below("layers") is one.below("layers")
+    one.below("layers").write("a.json", "k", 1)
+    assert (tmp_path / "new/layers/a.json").exists()
+    (tmp_path / "new/file").write_text("")
+    for _ in range(2):
+        one.below("file").write("a.json", "k", 1)
+    one.below("file").below("x").write("b.json", "k", 1)
+    assert len(caplog.records) == 1
 
 
 @pytest.fixture
@@ -160,7 +186,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     assert "a.json: cannot be written (No space left on device)" in caplog.text
     assert one.read("a.json", "k", "a") == [1]
     assert one.read("a.json", "l", "a") is None
-    assert one.rows("j", "journal") == [{"n": 1}, {"n": 2}]
+    assert one.rows("j") == [{"n": 1}, {"n": 2}]
     assert one.read_tensors("t", "k", "t")[1] == "c"
     assert one.names("*") == ["a.json", "j", "t"]
     assert (tmp_path / "j").read_bytes() == b""
@@ -169,7 +195,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     one.append("j", {"n": 3})
     one.write("b.json", "k", [2])
     again = Store(tmp_path)
-    assert again.rows("j", "journal") == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert again.rows("j") == [{"n": 1}, {"n": 2}, {"n": 3}]
     assert again.read("a.json", "k", "a") == [1]
     assert again.read_tensors("t", "k", "t")[1] == "c"
     assert names(tmp_path) == ["a.json", "b.json", "j", "t"]
@@ -191,7 +217,7 @@ def test_no_folder_is_memory_only(caplog):
     one.write("a.json", "k", 1)
     one.append("j", {"n": 1})
     assert one.read("a.json", "k", "a") == 1
-    assert one.rows("j", "journal") == [{"n": 1}]
+    assert one.rows("j") == [{"n": 1}]
     one.delete("a.json")
     assert one.names() == []
     assert not caplog.records

@@ -12,6 +12,7 @@ import torch
 
 from ...kernels.trial import failure_on_card, kernels_digest
 from ...kernels.tuning import Tuner, cache_folder
+from ...utils.store import machine_store
 from ..encoder import EncoderSpec
 from ..timing import PREPARATION
 from .buckets import LeastRecent, bucket_samples
@@ -326,6 +327,7 @@ def make_tuner(
 
         # other kernels have other tiles
         version = f"{triton.__version__}-{kernels_digest()[:8]}"
-        file = f"{name}-{version}.json".replace(" ", "_")
-        cache = cache_folder() / file.replace("/", "_")
+        file = f"{name}-{version}.json".replace(" ", "_").replace("/", "_")
+        store = machine_store("triton")
+        return make((store.folder or Path()) / file, name, store=store)
     return make(cache, name)
