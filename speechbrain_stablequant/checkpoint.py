@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import nn
 
 from .files import parse_json, plain_name, write_atomic
@@ -28,6 +27,7 @@ from .numerics import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from .packing import check_packed, pack, unpack
 from .plan import QuantizationPlan
 from .tensor_file import TensorFile
+from .utils.tensor_bytes import tensors_to_bytes
 from .utils.typed import one_line, short, typed
 
 FORMAT = "speechbrain_stablequant"
@@ -328,7 +328,7 @@ def save_checkpoint(
         "checksum": checksum,
         "description": description,
     }
-    write_atomic(folder / WEIGHTS_FILE, save(tensors, header))
+    write_atomic(folder / WEIGHTS_FILE, tensors_to_bytes(tensors, header))
     return checksum
 
 
