@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ..layers import find_encoders
+from ..runtime.cpu import narrowed
 from ..runtime.encoder import describe_encoder
 from .graph import require_onnx
 from .head import describe_head
@@ -11,7 +12,10 @@ from .model import export_onnx
 
 
 def export_folder(
-    folder: str | Path, path: str | Path, target: str = "onnxruntime"
+    folder: str | Path,
+    path: str | Path,
+    target: str = "onnxruntime",
+    reduce_range: bool = False,
 ) -> Path:
     """Writes the model of a quantized folder as one ONNX file.
 
@@ -27,6 +31,10 @@ def export_folder(
         The file. Its folder must exist.
     target : str
         As of :func:`export_onnx`.
+    reduce_range : bool
+        Whether weights of 8 bits are rounded to 7. An x86 CPU without VNNI
+        adds up products of 8 bits in 16, which saturates in silence: a file
+        for such a CPU needs it.
 
     Returns
     -------
@@ -54,6 +62,8 @@ def export_folder(
             f"{folder}: a model with output_all_hiddens cannot be exported"
         )
     integers = load_checkpoint(folder).integers
+    if reduce_range:
+        integers = {n: narrowed(layer) for n, layer in integers.items()}
     (encoder,) = find_encoders({settings.key: recognizer.encoder})
     return export_onnx(
         path,

@@ -22,6 +22,7 @@ from torch import nn
 from ..files import code_identity
 from ..integer import IntegerLayer
 from ..layers import Encoder, find_encoders
+from ..utils.typed import one_line
 from .base import encoder_forward, in_own_precision
 from .cpu import CpuClass, cpu_class, executed_integers
 from .encoder import describe_encoder
@@ -177,8 +178,7 @@ def _why_no_layer(runtime: Runtime) -> str | None:
         reason = why_not(_load(runtime.trial)())
     # whatever a package raises that is installed and does not load
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"it does not load ({lines[0]})"
+        reason = f"it does not load ({one_line(error)})"
     return reason and f"{reason}; write backend: auto"
 
 

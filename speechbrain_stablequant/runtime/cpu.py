@@ -230,7 +230,22 @@ def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
         The layer itself where its sums are exact, else one with 7-bit
         weights.
     """
-    if cpu.exact or layer.weight_bits <= PAIR_SUM_BITS:
+    return layer if cpu.exact else narrowed(layer)
+
+
+def narrowed(layer: IntegerLayer) -> IntegerLayer:
+    """A layer whose weights have at most 7 bits.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer of the plan.
+
+    Returns
+    -------
+    IntegerLayer
+    """
+    if layer.weight_bits <= PAIR_SUM_BITS:
         return layer
     ratio = qmax(PAIR_SUM_BITS) / qmax(layer.weight_bits)
 

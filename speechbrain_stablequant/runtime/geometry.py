@@ -22,6 +22,7 @@ from ..files import code_identity, identity
 from ..integer import FloatLayer, IntegerLayer
 from ..numerics import qmax
 from ..utils.store import Store, cache_folder, machine_store
+from ..utils.typed import one_line
 from .algorithms import NATIVE
 from .cpu import machine_identity
 from .encoder import AnyLayer, EncoderSpec
@@ -578,8 +579,7 @@ def exact_algorithm(
             reason = f"the result {reason}"
         # whatever a library raises
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = f"it fails: {lines[0]}"
+            reason = f"it fails: {one_line(error)}"
         first = first or reason
     return None, first
 
@@ -660,7 +660,7 @@ def find_algorithms(
             if algorithm is None:
                 raise UnusableRuntime(
                     f"backend: {runner.name} computes {layer} wrongly on this "
-                    f"CPU ({key}: {reason}); write backend: torch"
+                    f"CPU ({key}: {reason}); write backend: auto"
                 )
             fresh[key] = [algorithm, reason]
         algorithm, reason = fresh.get(key) or known[key]
@@ -750,6 +750,6 @@ def why_not(runner: LayerRunner) -> str | None:
         return None
     algorithm, reason = exact_algorithm(_SMALL, runner)
     if algorithm != NATIVE:
-        return f"a small layer is not computed right on this CPU: {reason}"
+        return f"it was tried on this CPU with a small layer: {reason}"
     memory.add({_TRIED: [NATIVE, ""]})
     return None

@@ -13,7 +13,7 @@ from ..algorithms import (
     join_groups,
 )
 from .forms import Grid, form_of
-from .linear import IntegerLinear, Rows, rows_of
+from .linear import IntegerLinear, Rows, onednn_operators, rows_of
 
 
 class IntegerConv:
@@ -36,7 +36,7 @@ class IntegerConv:
             [layer.dilation],
             layer.groups,
         )
-        self._weight = torch.ops.onednn.qconv_prepack(
+        self._weight = onednn_operators().qconv_prepack(
             layer.loaded().weight.contiguous(),
             self._scale,
             self.form.scale,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -90,6 +91,21 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
     return replace(rows[0], weight=weight, scale=scale, bias=bias)
 
 
+def onednn_operators() -> Any:
+    """torch's oneDNN operators for integers.
+
+    Raises
+    ------
+    RuntimeError
+        This build of torch has none, as on macOS.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        raise RuntimeError(
+            "this build of torch has no oneDNN operators for integers"
+        )
+    return torch.ops.onednn
+
+
 class IntegerLinear:
     """int8 products by oneDNN, int32 sums.
 
@@ -104,7 +120,7 @@ class IntegerLinear:
         self.scale = rows.scale
         self.bias = rows.bias
         self._zeros = torch.zeros(rows.scale.shape, dtype=torch.int64)
-        self._weight = torch.ops.onednn.qlinear_prepack(
+        self._weight = onednn_operators().qlinear_prepack(
             rows.weight.contiguous(), None
         )
 
