@@ -42,6 +42,7 @@ from .describe import NoFolderError, describe_recogniser, find_chain
 from .files import write_atomic
 from .folder import write_folder
 from .integer import integer_layer
+from .interrupts import explained
 from .layers import Layer, min_samples
 from .methods import make_plan
 from .preflight import (
@@ -109,7 +110,7 @@ def _hook_brain_init() -> None:
         if len(blocks) > 1:
             raise ValueError("quantize: the recipe has two quantize blocks")
         if blocks:
-            StableQuant(self, blocks[0])
+            StableQuant(self, blocks[0]).by_block = True
 
     init.looks_for_quantize_block = True
     sb.Brain.__init__ = init
@@ -176,6 +177,8 @@ class StableQuant:
         ]
         for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
             logger.warning("quantize: %s", warning)
+        #: Whether a block of a recipe made it: then the process is its own.
+        self.by_block = False
         self._recovered: tuple | None = None
         self._trainer: BrainTrainer | None = None
         if valid_set is not None:
@@ -302,6 +305,14 @@ class StableQuant:
         *args, **kwargs
             As of ``Brain.fit``.
         """
+        with explained(
+            "start the same command again, and the training goes on from the "
+            "recipe's last checkpoint",
+            self.by_block,
+        ):
+            return self._fit_and_keep(*args, **kwargs)
+
+    def _fit_and_keep(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(self._fit).bind(*args, **kwargs).arguments
         self._take_train_set(
             call.get("train_set"), call.get("train_loader_kwargs") or {}
@@ -343,6 +354,23 @@ class StableQuant:
         ValueError
             No validation set, bad audio, bad metric attribute.
         """
+        with explained(
+            "start the same command again to go on; what is finished is kept "
+            f"in {self.folder}",
+            self.by_block,
+        ):
+            return self._evaluate_both(
+                test_set, max_key, min_key, progressbar, test_loader_kwargs
+            )
+
+    def _evaluate_both(
+        self,
+        test_set: Dataset | DataLoader,
+        max_key: str | None,
+        min_key: str | None,
+        progressbar: bool | None,
+        test_loader_kwargs: Mapping[str, Any] | None,
+    ) -> Any:
         options = dict(test_loader_kwargs or {})
         _unwrap(self.brain)
         if any(run.config.plan is None for run in self.runs):

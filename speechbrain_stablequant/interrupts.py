@@ -1,0 +1,102 @@
+"""Ctrl-C and SIGTERM during a run: one line that says how to go on.
+
+Everything that a run has finished is on disk, so the same command goes on
+from there. A user who does not know that would start anew or, worse, delete
+the folder.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from . import distributed
+
+#: Exit status of a process that a signal has ended, as shells have it.
+_ENDED = 128
+
+
+class Interrupted(SystemExit, KeyboardInterrupt):
+    """Ends the process with a status and without a traceback.
+
+    A recipe that handles KeyboardInterrupt itself still sees one.
+    """
+
+
+@contextlib.contextmanager
+def explained(what: str, ends_process: bool) -> Iterator[None]:
+    """Context whose interruption prints one line.
+
+    Arguments
+    ---------
+    what : str
+        The line: what is kept and how to go on.
+    ends_process : bool
+        Whether the process ends with the exit status of an interrupted one,
+        for SIGTERM as well. Else KeyboardInterrupt goes on.
+
+    Raises
+    ------
+    Interrupted
+        On KeyboardInterrupt, if the process is to end.
+
+    Example
+    -------
+    >>> try:
+    ...     with explained("start the same command again", True):
+    ...         raise KeyboardInterrupt
+    ... except SystemExit as end:
+    ...     print(end.code)
+    130
+    """
+    stack = _terminable() if ends_process else contextlib.nullcontext()
+    try:
+        with stack:
+            yield
+    except KeyboardInterrupt as error:
+        _say(what)
+        if not ends_process or isinstance(error, Interrupted):
+            raise
+        raise Interrupted(_ENDED + signal.SIGINT) from None
+
+
+def _say(what: str) -> None:
+    """One line below all progress bars."""
+    # They would be drawn over it when they are dropped.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    if distributed.is_main():
+        print(f"quantize: interrupted; {what}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Context in which SIGTERM is an interruption, where nobody else has a
+    use for it and no other process is waited for."""
+    free = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        and distributed.size() == 1
+    )
+    if not free:
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a worker: as without this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise Interrupted(_ENDED + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
