@@ -418,12 +418,16 @@ def expected_results(
         For each input.
     """
     layer = trial.layer
-    scale, zero, limit = None, 0, math.inf
+    scale, zero, limit, share = None, 0, math.inf, 0.0
     if isinstance(layer, IntegerLayer):
         step, zero = float(layer.activation_scale), layer.zero_point()
         limit = qmax(layer.activation_bits)
         weight, scale = layer.weight, step * layer.weight_scale.double()
         furthest = (127 + 128 + abs(zero)) * scale
+        # Of the zero point of unsigned bytes in the sums: an offset that
+        # may be rounded like any other number.
+        sums = weight.flatten(1).sum(1, dtype=torch.int64).abs()
+        share = (128 + abs(zero)) * scale * sums
     else:
         weight = layer.weight
         step, furthest = 1.0, trial.inputs[0].abs().max().double()
@@ -444,7 +448,8 @@ def expected_results(
         values = product + bias
         bound = _ROUNDING * rounding.expand_as(values)
         if half:
-            bound = bound + _HALF_ROUNDING * (product.abs() + values.abs())
+            rounded = 2 * product.abs() + values.abs() + share
+            bound = bound + _HALF_ROUNDING * rounded
         if geometry.then == "gelu":
             values = F.gelu(values)
             bound = 1.2 * bound + _GELU_ERROR
