@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import triton
 
-from ..files import code_identity, read_json, write_json
+from ..files import code_identity, identity
+from ..utils.store import Store
 from . import group_conv, matmul
 from .compare import HALF_TOLERANCE, difference
 from .library import OPERATORS
@@ -148,7 +149,7 @@ def _version() -> dict[str, str | int]:
 
 
 def failure_on_card(
-    device: torch.device, card: str, folder: Path
+    device: torch.device, card: str, store: Store
 ) -> str | None:
     """:func:`first_failure`, remembered for a card that passed.
 
@@ -158,7 +159,7 @@ def failure_on_card(
         The device.
     card : str
         Its name.
-    folder : Path
+    store : Store
         Where passed trials are remembered.
 
     Returns
@@ -166,21 +167,12 @@ def failure_on_card(
     str or None
         Which operator failed first, and how.
     """
-    path = folder / f"{card}-passed.json".replace(" ", "_").replace("/", "_")
-    version = _version()
-    if path.exists() and read_json(path, "trial of kernels") == version:
+    name = f"{card}-passed.json".replace(" ", "_").replace("/", "_")
+    key = identity(_version())
+    if store.read(name, key, "trial of kernels") is not None:
         return None
     logger.info("triton: trying the kernels on %s, once", card)
     reason = first_failure(device)
     if reason is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, version)
-        except OSError as error:
-            logger.warning(
-                "%s: cannot be written (%s); the kernels are tried again by "
-                "each process",
-                path,
-                error.strerror,
-            )
+        store.write(name, key, {"card": card})
     return reason

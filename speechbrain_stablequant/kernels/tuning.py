@@ -10,7 +10,6 @@ after the other, and each takes as long as its products or its loads do.
 
 import functools
 import logging
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -456,9 +455,3 @@ def select(
     if tuner is None or len(candidates) == 1:
         return candidates[0]
     return tuner.choose(key, candidates, run, result)
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept by default, as XDG has it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "speechbrain_stablequant" / "triton"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..files import code_identity, identity
 from ..integer import FloatLayer, IntegerLayer
 from ..numerics import qmax
-from ..utils.store import Store, cache_folder, machine_store
+from ..utils.store import machine_store
 from ..utils.typed import one_line
 from .algorithms import NATIVE
 from .cpu import machine_identity
@@ -604,7 +604,7 @@ class _Memory:
         )
         # Other settings of the same machine have files of their own.
         self._name = f"{runner.name}-{self._key[:12]}.json"
-        self._store = _store(cache_folder())
+        self._store = machine_store("cpu")
 
     def known(self) -> dict[str, list[str]]:
         """Algorithm, and what was wrong with the native one, by geometry."""
@@ -613,13 +613,6 @@ class _Memory:
     def add(self, found: Mapping[str, list[str]]) -> None:
         """Adds geometries."""
         self._store.update(self._name, self._key, found, _WHAT)
-
-
-@functools.cache
-def _store(folder: Path | None) -> Store:
-    """One for all that this process remembers in the user's cache, which a
-    test or a program may move."""
-    return machine_store("cpu")
 
 
 @functools.cache

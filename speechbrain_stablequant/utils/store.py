@@ -10,6 +10,7 @@ became read-only): one line says so, and what would be in the file is kept in
 memory.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -539,7 +540,12 @@ def machine_store(name: str) -> Store:
     >>> machine_store("triton").private
     True
     """
-    folder = cache_folder()
+    return _private_store(cache_folder(), name)
+
+
+@functools.cache
+def _private_store(folder: Path | None, name: str) -> Store:
+    """One for a process: what cannot be written is in its memory."""
     return Store(None if folder is None else folder / name, private=True)
 
 

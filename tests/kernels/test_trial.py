@@ -1,7 +1,5 @@
 """What is remembered of a trial, and what is told to the user."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from speechbrain_stablequant.kernels import trial
 from speechbrain_stablequant.kernels.compare import difference
 from speechbrain_stablequant.runtime import resolve_backend
 from speechbrain_stablequant.runtime.triton import executor
+from speechbrain_stablequant.utils.store import Store
 
 CPU = torch.device("cpu")
 
@@ -45,29 +44,36 @@ def asked(monkeypatch):
     return state
 
 
+def store(folder) -> Store:
+    """As of another process."""
+    return Store(folder, private=True)
+
+
 def test_a_card_that_passed_is_not_tried_again(asked, tmp_path):
+    folder = tmp_path / "new"
     for _ in range(2):
-        assert trial.failure_on_card(CPU, "a card", tmp_path / "new") is None
+        assert trial.failure_on_card(CPU, "a card", store(folder)) is None
     assert asked["count"] == 1
-    assert trial.failure_on_card(CPU, "b/card", tmp_path / "new") is None
+    assert trial.failure_on_card(CPU, "b/card", store(folder)) is None
     assert asked["count"] == 2
-    files = sorted(file.name for file in (tmp_path / "new").iterdir())
+    files = sorted(file.name for file in folder.iterdir())
     assert files == ["a_card-passed.json", "b_card-passed.json"]
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_other_kernels_are_tried_again(asked, tmp_path):
-    trial.failure_on_card(CPU, "card", tmp_path)
-    file = tmp_path / "card-passed.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "kernels": "others"}))
-    trial.failure_on_card(CPU, "card", tmp_path)
+@pytest.mark.parametrize("changed", ["kernels", "triton", "torch", "format"])
+def test_other_kernels_are_tried_again(asked, tmp_path, changed, monkeypatch):
+    trial.failure_on_card(CPU, "card", store(tmp_path))
+    version = {**trial._version(), changed: "others"}
+    monkeypatch.setattr(trial, "_version", lambda: version)
+    trial.failure_on_card(CPU, "card", store(tmp_path))
     assert asked["count"] == 2
 
 
 def test_a_failure_is_not_remembered(asked, tmp_path):
     asked["answer"] = "operator linear: the result is not finite"
     for _ in range(2):
-        found = trial.failure_on_card(CPU, "card", tmp_path)
+        found = trial.failure_on_card(CPU, "card", store(tmp_path))
         assert found == asked["answer"]
     assert asked["count"] == 2
     assert not list(tmp_path.iterdir())
@@ -75,8 +81,14 @@ def test_a_failure_is_not_remembered(asked, tmp_path):
 
 def test_a_folder_that_cannot_be_written(asked, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    assert trial.failure_on_card(CPU, "card", tmp_path / "file") is None
-    assert "tried again by each process" in caplog.text
+    memory = store(tmp_path / "file")
+    for _ in range(2):
+        assert trial.failure_on_card(CPU, "card", memory) is None
+    # Another process tries again, this one does not.
+    assert asked["count"] == 1
+    assert len(caplog.messages) == 1
+    assert trial.failure_on_card(CPU, "card", store(tmp_path / "file")) is None
+    assert asked["count"] == 2
 
 
 def test_a_card_that_fails_is_not_used(
@@ -84,7 +96,7 @@ def test_a_card_that_fails_is_not_used(
 ):
     """Explicitly: an error. By ``auto``: simulation, and why."""
     pretended_card("a new card", (9, 0))
-    monkeypatch.setattr(executor, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(executor, "machine_store", lambda _: store(tmp_path))
     asked["answer"] = "operator linear: the result is not finite"
     reason = r"linear: the result is not finite \(tried on a new card\); use"
     with pytest.raises(ValueError, match=reason):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...kernels.trial import failure_on_card, kernels_digest
-from ...kernels.tuning import Tuner, cache_folder
+from ...kernels.tuning import Tuner
 from ...utils.store import machine_store
 from ..encoder import EncoderSpec
 from ..timing import PREPARATION
@@ -299,7 +299,7 @@ def why_not(device: torch.device) -> str | None:
             f"{card} has compute capability {found[0]}.{found[1]}, 8.0 or "
             "more is needed; use backend: torch"
         )
-    failure = failure_on_card(device, card, cache_folder())
+    failure = failure_on_card(device, card, machine_store("triton"))
     if failure is None:
         return None
     return f"{failure} (tried on {card}); use backend: torch, and report it"
