@@ -297,6 +297,7 @@ class StableQuant:
 
     # -- the Brain's two verbs ---------------------------------------------
 
+    @distributed.loss_in_one_line()
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """``Brain.fit``; keeps the data sets for later.
 
@@ -327,6 +328,7 @@ class StableQuant:
             )
         return self._fit(*args, **kwargs)
 
+    @distributed.loss_in_one_line()
     def evaluate(
         self,
         test_set: Dataset | DataLoader,

@@ -168,6 +168,8 @@ def _run(question: dict) -> None:
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         # SpeechBrain replaces it: the user sees what it writes.
         sys.excepthook(*sys.exc_info())

@@ -1,6 +1,7 @@
 """Several processes make the plan that one makes."""
 
 import json
+import signal
 import socket
 from pathlib import Path
 
@@ -23,8 +24,16 @@ quantize: !apply:speechbrain_stablequant.register
 """
 
 
-def together(trained, output: Path, block: str, processes: int, *more):
-    """Runs the recipe in several processes, and gives what each left."""
+def together(
+    trained,
+    output: Path,
+    block: str,
+    processes: int,
+    *more: str,
+    killed: int | None = None,
+):
+    """Runs the recipe in several processes, and gives what each left. One may
+    be killed on the way."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,6 +53,7 @@ def together(trained, output: Path, block: str, processes: int, *more):
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
             TMPDIR=str(scratch),
+            KILLED_AT="40" if rank == killed else "0",
         )
         for rank in range(processes)
     ]
@@ -94,18 +104,30 @@ def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
     assert reports == [output / "quantized" / "report.json"]
 
 
-def test_goes_on_together(trained, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_is_killed_and_the_next_start_goes_on(
+    trained, alone, tmp_path, killed
+):
     output = tmp_path / "out"
+    quantized = output / "quantized"
+    done = together(trained, output, BLOCK, 2, killed=killed)
+    assert done[killed].code == -signal.SIGKILL
+    other = done[1 - killed]
+    assert other.code == 1
+    *_, last = other.err.splitlines()
+    assert f"lost of 2 processes: rank {killed} (process " in last
+    assert last.endswith("the run goes on from its journal")
+    assert "Traceback" not in other.err
+    assert not (quantized / "plan.json").exists()
+    kept = (quantized / "search.jsonl").read_bytes()
+    assert len(kept.splitlines()) > 5
+
     assert [p.code for p in together(trained, output, BLOCK, 2)] == [0, 0]
-    plan, journal = (
-        output / "quantized" / name for name in ("plan.json", "search.jsonl")
-    )
-    expected, lines = plan.read_bytes(), journal.read_bytes().splitlines(True)
-    plan.unlink()
-    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
-    assert [p.code for p in together(trained, output, BLOCK, 2)] == [0, 0]
-    assert plan.read_bytes() == expected
-    assert journal.read_bytes().splitlines(True) == lines
+    assert plan_of(output) == plan_of(alone)
+    found = (quantized / "search.jsonl").read_bytes()
+    assert found.startswith(kept)
+    expected = (alone / "quantized" / "search.jsonl").read_bytes()
+    assert sorted(found.splitlines()) == sorted(expected.splitlines())
 
 
 def test_gives_up_together(trained, tmp_path):
