@@ -26,12 +26,15 @@ from .integer import IntegerLayer
 from .numerics import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from .packing import check_packed, pack, unpack
 from .plan import QuantizationPlan
+from .runtime import probe as probes
+from .runtime.probe import Probe
 from .tensor_file import TensorFile
 from .utils.tensor_bytes import tensors_to_bytes
 from .utils.typed import one_line, short, typed
 
 FORMAT = "speechbrain_stablequant"
-VERSION = 1
+#: Of a file with a probe, and of one without.
+VERSION, VERSION_WITHOUT_PROBE = 2, 1
 WEIGHTS_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
 
@@ -67,6 +70,9 @@ class Checkpoint:
         Identifies the content, 64 hexadecimal digits.
     files : tuple of str
         The files of the folder whose content was checked.
+    probe : Probe or None
+        A short input with a known answer; files of earlier versions have
+        none.
     """
 
     plan: QuantizationPlan
@@ -75,6 +81,7 @@ class Checkpoint:
     float_dtype: str
     checksum: str
     files: tuple[str, ...] = ()
+    probe: Probe | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,34 @@ def rounded_floats(
             tensor.copy_(original)
 
 
+def loaded_floats(
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> dict[str, torch.Tensor]:
+    """The floats that a checkpoint has when it is loaded.
+
+    Arguments
+    ---------
+    integers, floats, float_dtype
+        As of :func:`save_checkpoint`.
+
+    Returns
+    -------
+    dict
+        By name, on the CPU.
+    """
+    state = {
+        name: _widen(stored_float(value, float_dtype))
+        for name, value in floats.items()
+    }
+    for name, layer in integers.items():
+        if layer.bias is not None:
+            bias = stored_float(layer.bias, float_dtype)
+            state[f"{name}.bias"] = _widen(bias)
+    return state
+
+
 # -- writing ---------------------------------------------------------------
 
 
@@ -258,6 +293,7 @@ def save_checkpoint(
     floats: Mapping[str, torch.Tensor],
     float_dtype: str = "float16",
     companions: Iterable[str] = (),
+    probe: Probe | None = None,
 ) -> str:
     """Writes a quantized model and its plan.
 
@@ -277,6 +313,8 @@ def save_checkpoint(
     companions : iterable of str
         Files of the folder that belong to the model: their content is
         checked when it is loaded.
+    probe : Probe or None
+        A short input with its answer, for runtimes to prove themselves.
 
     Returns
     -------
@@ -321,10 +359,12 @@ def save_checkpoint(
         sort_keys=True,
     )
     tensors = _tensors(integers, floats, float_dtype)
+    if probe is not None:
+        tensors.update(probe.tensors())
     checksum = _digest(description, tensors)
     header = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": str(VERSION if probe else VERSION_WITHOUT_PROBE),
         "checksum": checksum,
         "description": description,
     }
@@ -494,6 +534,9 @@ def load_checkpoint(
             for name, row in description.layers.items()
         }
         _check_scales(integers, plan)
+        probe = _read_probe(file, outlines)
+        if (probe is not None) != (file.metadata["version"] == str(VERSION)):
+            raise ValueError("its version is not that of its probe")
     except ValueError as error:
         raise CheckpointError(
             f"{path}: is not consistent ({one_line(error)}); make it again"
@@ -512,6 +555,7 @@ def load_checkpoint(
         description.float_dtype,
         checksum,
         tuple(description.files),
+        probe,
     )
 
 
@@ -568,11 +612,11 @@ def _read_header(path: Path, header: Mapping[str, str]) -> _Description:
             f"{path}: is not a quantized model of {FORMAT} (its format is "
             f"{short(kind)}); give the folder that a quantization run wrote"
         )
-    if version != str(VERSION):
+    if version not in (str(VERSION), str(VERSION_WITHOUT_PROBE)):
         raise CheckpointError(
             f"{path}: has version {short(version)} of the format, this "
-            f"package reads {VERSION}; install the version of "
-            f"{FORMAT} that wrote it, or quantize again"
+            f"package reads {VERSION_WITHOUT_PROBE} and {VERSION}; install "
+            f"the version of {FORMAT} that wrote it, or quantize again"
         )
     try:
         text, _ = (
@@ -715,6 +759,17 @@ def _check_scales(
                     f"layer '{name}': its {key} is {here:g}, in {PLAN_FILE} "
                     f"it is {there:g}"
                 )
+
+
+def _read_probe(
+    file: TensorFile, outlines: dict[str, torch.Tensor]
+) -> Probe | None:
+    """The probe, if there is one; takes its tensors out of ``outlines``."""
+    names = [name for name in outlines if name.startswith(probes.PREFIX)]
+    probes.check_size(outlines.pop(name) for name in names)
+    if not names:
+        return None
+    return Probe.from_tensors({name: file.read(name) for name in names})
 
 
 def _read_weight(

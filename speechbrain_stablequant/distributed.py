@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from .utils.typed import one_line
 
 Value = TypeVar("Value")
 
@@ -263,6 +265,46 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
         with loss_in_one_line(only_collectives=True):
             distributed.all_reduce(tensor, group=_group())
     return tensor
+
+
+def together(
+    attempt: Callable[..., Value],
+) -> Callable[..., Value]:
+    """A function that fails in all processes if it fails in one, so that all
+    of them go on in the same way.
+
+    Arguments
+    ---------
+    attempt : callable
+        Called by all processes.
+
+    Returns
+    -------
+    callable
+
+    Example
+    -------
+    >>> together(abs)(-1)
+    1
+    """
+
+    @functools.wraps(attempt)
+    def joined(*args: Any, **kwargs: Any) -> Value:
+        value, failure = None, None
+        try:
+            value = attempt(*args, **kwargs)
+        # Raised below, when the others know of it.
+        except Exception as error:
+            failure = error
+        reasons = gathered(failure and one_line(failure, 400))
+        if failure is not None:
+            raise failure
+        for process, reason in enumerate(reasons):
+            if reason is not None:
+                raise ValueError(f"{reason} (in process {process})")
+        return value
+
+    return joined
 
 
 def from_main(value: Value) -> Value:

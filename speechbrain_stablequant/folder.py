@@ -9,11 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
-from .checkpoint import WEIGHTS_FILE, float_state, save_checkpoint
+from .checkpoint import (
+    WEIGHTS_FILE,
+    float_state,
+    loaded_floats,
+    save_checkpoint,
+)
 from .files import write_atomic, write_json
-from .inference import CONFIG_FILE
+from .inference import CONFIG_FILE, empty_encoder, fill_modules
 from .integer import IntegerLayer
 from .module_tree import node_of_yaml
 from .plan import QuantizationPlan
@@ -26,8 +33,10 @@ from .recognizer_spec import (
 )
 from .runtime import runtimes_with
 from .runtime.encoder import check_encoders
+from .runtime.probe import Probe, simulated_probe
 from .utils.typed import one_line
 from .utils.yaml_tree import parse_yaml
+from .wrapper import StoredEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +181,7 @@ def write_folder(
     integers: Mapping[str, IntegerLayer],
     float_dtype: str,
     source: RecogniserSource | None,
-) -> None:
+) -> Probe | None:
     """Writes a quantized model, and what loads it if that is known.
 
     Arguments
@@ -189,12 +198,18 @@ def write_folder(
         How everything else is stored.
     source : RecogniserSource or None
         None: only the weights and the plan.
+
+    Returns
+    -------
+    Probe or None
+        What runtimes prove themselves by, stored with the weights; None
+        without a source.
     """
     folder = Path(folder)
     # Old ones would name the files of another model.
     for name in (HYPERPARAMS_FILE, RECOGNIZER_FILE):
         (folder / name).unlink(missing_ok=True)
-    companions = []
+    companions, probe = [], None
     if source is not None:
         modules = {key: modules[key] for key in source.keys}
         backend = _backend(modules, plan)
@@ -202,17 +217,62 @@ def write_folder(
         write_atomic(folder / source.tokenizer_file, source.tokenizer)
         companions = [CONFIG_FILE, source.tokenizer_file]
         companions += _write_spec(folder, source, backend)
+    floats = float_state(modules, list(integers))
+    if source is not None:
+        probe = folder_probe(source, integers, floats, float_dtype)
     checksum = save_checkpoint(
         folder,
         plan,
         integers,
-        float_state(modules, list(integers)),
+        floats,
         float_dtype,
         companions,
+        probe,
     )
     if source is not None:
         text = source.hyperparams(checksum, backend)
         write_atomic(folder / HYPERPARAMS_FILE, text)
+    return probe
+
+
+def folder_probe(
+    source: RecogniserSource,
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> Probe:
+    """The probe of a folder, from what its file holds and nothing else.
+
+    Arguments
+    ---------
+    source : RecogniserSource
+        What the folder is made from again.
+    integers : Mapping
+        Integer layers by name.
+    floats : Mapping
+        All else, from :func:`~.checkpoint.float_state`.
+    float_dtype : str
+        How it is stored.
+
+    Returns
+    -------
+    Probe
+        Computed on the CPU, in float32.
+    """
+    integers = {name: layer.to("cpu") for name, layer in integers.items()}
+    state = loaded_floats(integers, floats, float_dtype)
+    settings = dict(source.encoder)
+    key, use_lengths = settings.pop("key"), settings.pop("use_lengths")
+    # Making modules draws random numbers.
+    with torch.random.fork_rng([]):
+        encoder = empty_encoder(json.loads(source.config))
+        parts = {key: StoredEncoder(encoder, **settings)}
+        for name, text in source.heads.items():
+            parts[name] = load_hyperpyyaml(text)[name]
+    fill_modules(parts, integers, state, "the quantized model")
+    for part in parts.values():
+        part.cpu().eval()
+    return simulated_probe(parts, integers, use_lengths, source.sample_rate)
 
 
 def _write_spec(

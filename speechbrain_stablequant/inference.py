@@ -9,6 +9,7 @@ what the runtime makes of them, unless the simulated runtime is asked for.
 """
 
 import copy
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -41,11 +42,20 @@ from .checkpoint import (
 from .encoder_config import read_config
 from .integer import IntegerLayer, layer_geometry
 from .rotation import attach_rotations, rotation_of
-from .runtime import RUNTIMES, build_forwards, resolve_backend
+from .runtime import (
+    RUNTIMES,
+    build_forwards,
+    candidates,
+    first_right,
+    prove,
+)
 from .runtime.options import check_options, select_options
+from .runtime.probe import Probe, chain
 from .shell import empty_shell, folded_norms, has_shell
 from .tokenizer_file import read_tokenizer
 from .utils.typed import one_line
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 
@@ -330,7 +340,8 @@ class QuantizedRecogniser(nn.Module):
         The modules behind the encoder, by key, in order.
     backend : str
         What computes: ``auto`` chooses by device; see
-        :func:`~speechbrain_stablequant.runtime.resolve_backend`.
+        :func:`~speechbrain_stablequant.runtime.candidates`. Of several the
+        first that answers the folder's probe as it should.
     options : dict, optional
         Of the runtime, such as its number of threads.
     """
@@ -351,6 +362,7 @@ class QuantizedRecogniser(nn.Module):
         self.parts = nn.ModuleDict(heads)
         self.folder: Path | None = None
         self._integers: dict[str, IntegerLayer] | None = None
+        self._probe: Probe | None = None
         self._built: BuiltRuntime | None = None
         self._locks: dict[int, threading.Lock] = {}
 
@@ -410,6 +422,13 @@ class QuantizedRecogniser(nn.Module):
         fill_modules(parts, checkpoint.integers, floats, str(path))
         self.parts = nn.ModuleDict(parts)
         self._integers = checkpoint.integers
+        self._probe = checkpoint.probe
+        if self._probe is None:
+            logger.warning(
+                "%s: was written without a probe, so that runtimes are not "
+                "checked with it on this machine; quantize again to have one",
+                path,
+            )
         self.eval()
 
     @property
@@ -479,25 +498,31 @@ class QuantizedRecogniser(nn.Module):
             self._install(self._build_runtime(device))
 
     def _build_runtime(self, device: torch.device) -> BuiltRuntime:
-        """Builds the runtime that is to compute on a device. Nothing of the
-        recognizer is changed."""
+        """Builds the runtime that is to compute on a device: the first that
+        proves itself. Nothing of the recognizer is changed."""
         integers = self._integers
         if integers is None:
             integers = self._read().integers
 
         def build(name: str) -> BuiltRuntime:
-            encoder = self.parts[self._key]
+            parts = dict(self.parts.items())
             if RUNTIMES[name].encoder is None:
-                encoder = self._encoder_with_code(device)
+                parts[self._key] = self._encoder_with_code(device)
             forwards = build_forwards(
                 name,
-                {**dict(self.parts.items()), self._key: encoder},
+                parts,
                 {key: layer.to(device) for key, layer in integers.items()},
                 **select_options(name, self.options),
             )
+            if self._probe is not None:
+                compute = chain(parts, self._use_lengths, forwards)
+                prove(name, self._probe, compute, device)
+            encoder = parts[self._key]
             return BuiltRuntime(name, device, os.getpid(), encoder, forwards)
 
-        return build(resolve_backend(self.backend, device))
+        names = candidates(self.backend, device)
+        built, _ = first_right(names, build, device)
+        return built
 
     def _install(self, built: BuiltRuntime) -> None:
         """Makes the modules compute by a runtime."""

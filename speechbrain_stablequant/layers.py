@@ -134,6 +134,12 @@ class Encoder:
             for layer in self.model.feature_extractor.conv_layers
         ]
 
+    def frames(self, samples: int) -> int:
+        """Frames that the encoder makes of so many samples."""
+        for kernel, stride in self.conv_geometry():
+            samples = max((samples - kernel) // stride + 1, 0)
+        return samples
+
 
 def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
     """Finds HuggingFace wav2vec 2.0 and HuBERT models among modules.

@@ -43,7 +43,7 @@ from .files import write_atomic
 from .folder import write_folder
 from .integer import integer_layer
 from .interrupts import explained
-from .layers import Layer, min_samples
+from .layers import Layer, find_layers, min_samples
 from .methods import make_plan
 from .preflight import (
     check_checkpoint,
@@ -386,6 +386,7 @@ class StableQuant:
         self._check_audio(dataset_of(test_set))
         self._check_batches(test_set, options)
         self._check_metric()
+        self._try_runtimes()
         with shadowed(
             self.brain,
             "on_evaluate_start",
@@ -419,6 +420,29 @@ class StableQuant:
         if len(self.runs) > 1 and distributed.is_main():
             write_comparison(self.runs, self._modules, self.folder)
         return loss
+
+    def _try_runtimes(self) -> None:
+        """Lets each run's runtime prove itself before the search; runs that
+        are alike, once."""
+        modules, device = self._modules, str(self.brain.device)
+        tried: dict[tuple, tuple[str, list[str]]] = {}
+        for run in self.runs:
+            if run.plan is not None:
+                continue
+            config = run.config
+            layers = find_layers(
+                modules, config.target, config.include, config.exclude
+            )
+            key = (
+                *(run.backend, repr(config.backend_options)),
+                *(config.weight_bits, config.activation_bits),
+                *(layer.name for layer in layers),
+            )
+            if key in tried:
+                run.change_runtime(*tried[key])
+                continue
+            reasons = run.try_runtime(modules, layers, device)
+            tried[key] = (run.backend, reasons)
 
     def _recover_once(self, original: Callable) -> Callable:
         """Recovers the best checkpoint at the first evaluation only."""
@@ -515,6 +539,8 @@ class StableQuant:
             self._convert(run, layers)
             if distributed.is_main():
                 self._write_model(run, test_set, options)
+            found = distributed.from_main((run.source, run.probe))
+            run.source, run.probe = found
         if run.config.plan is None:
             training = run.config.needs_training
             run.remember_effort(seconds, self._trainer.ids if training else ())
@@ -592,7 +618,7 @@ class StableQuant:
             )
             logger.warning("quantize: %s", run.warnings[-1])
         with run.adjusted(self._modules):
-            write_folder(
+            run.probe = write_folder(
                 run.folder,
                 self._modules,
                 run.plan,
@@ -600,6 +626,9 @@ class StableQuant:
                 run.config.float_dtype,
                 run.source,
             )
+        if run.probe is None:
+            with run.as_stored(self._modules):
+                run.make_probe(self._modules, str(self.brain.device))
 
     def _loader(
         self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
@@ -623,13 +652,7 @@ class StableQuant:
         What an earlier, killed run has finished is read from disk.
         """
         file = f"transcripts_{name}.json"
-        # What the words and the times of the report depend on.
-        how = [run.backend, run.config.float_dtype, *run.warnings]
-        how.append(repr(run.config.backend_options))
-        how += [self._environment(), code_digest()]
-        if run.rival is not None:
-            how.append(run.rival.key)
-        key = baseline.key(run.plan, *how)
+        key = self._evaluation_key(run, baseline)
         known = distributed.from_main(Evaluation.read(run.store, file, key))
         if known is not None:
             return known
@@ -647,6 +670,14 @@ class StableQuant:
             run.executed(modules, device),
             clock.running(),
         ):
+            if key != self._evaluation_key(run, baseline):
+                # Another runtime than was thought computes it.
+                key = self._evaluation_key(run, baseline)
+                known = distributed.from_main(
+                    Evaluation.read(run.store, file, key)
+                )
+                if known is not None:
+                    return known
             steps = evaluation_steps(
                 self.brain,
                 batches,
@@ -670,6 +701,15 @@ class StableQuant:
         evaluation = Evaluation.of(metric, clock)
         evaluation.write(run.store, file, key)
         return evaluation
+
+    def _evaluation_key(self, run: Run, baseline: Evaluation) -> str:
+        """What the words and the times of the report depend on."""
+        how = [run.backend, run.config.float_dtype, *run.warnings]
+        how.append(repr(run.config.backend_options))
+        how += [self._environment(), code_digest()]
+        if run.rival is not None:
+            how.append(run.rival.key)
+        return baseline.key(run.plan, *how)
 
     def _environment(self) -> dict[str, str | int]:
         return environment(str(self.brain.device), self.brain.eval_precision)

@@ -152,18 +152,36 @@ def choose_runtime(
             raise ConfigError(f"quantize.{error}") from error
         reason = str(error).partition(";")[0].removeprefix("backend: ")
         return _simulated(reason)
+    return name, seven_bits_notes(name, config)
+
+
+def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
+    """Says that a runtime executes other weights than the plan's.
+
+    Arguments
+    ---------
+    name : str
+        Of the runtime.
+    config : QuantizeConfig
+        The variant's block.
+
+    Returns
+    -------
+    list of str
+        Empty if it executes the plan's.
+    """
     cpu = cpu_class()
     if (
         RUNTIMES[name].pair_sums
         and not cpu.exact
         and config.weight_bits > PAIR_SUM_BITS
     ):
-        return name, [
+        return [
             f"This CPU (class {cpu.name}) has no VNNI: weights of "
             f"{config.weight_bits} bits were executed with "
             f"{PAIR_SUM_BITS}."
         ]
-    return name, []
+    return []
 
 
 def _simulated(reason: str) -> tuple[str, list[str]]:

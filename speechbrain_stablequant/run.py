@@ -1,14 +1,16 @@
 """One way to quantize a Brain, and what came of it."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import distributed
 from .adjusted import adjusted_floats
 from .checkpoint import PLAN_FILE, rounded_floats
 from .config import QuantizeConfig
@@ -17,7 +19,9 @@ from .files import write_atomic, write_json
 from .folder import RecogniserSource, folder_size
 from .histogram import Histogram
 from .integer import IntegerLayer
+from .layers import Layer, find_encoders
 from .plan import QuantizationPlan
+from .preflight import seven_bits_notes
 from .report import comparison_figures, summary_table, write_report
 from .results import (
     Effort,
@@ -29,9 +33,25 @@ from .results import (
     float_size,
 )
 from .rivals.nncf_ import MODEL_FILE, Rival
-from .runtime import build_forwards
+from .runtime import (
+    RUNTIMES,
+    build_forwards,
+    candidates,
+    executed_form,
+    first_right,
+    prove,
+)
 from .runtime.base import shadowed_forwards
 from .runtime.options import select_options
+from .runtime.probe import (
+    Compute,
+    Probe,
+    chain,
+    encoder_alone,
+    encoder_probe,
+    evaluating,
+    quick_integers,
+)
 from .utils.store import Store
 
 # In a run's folder: what its plan took.
@@ -70,6 +90,7 @@ class Run:
     plan: QuantizationPlan | None = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecogniserSource | None = None
+    probe: Probe | None = None
     rival: Rival | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
@@ -128,16 +149,150 @@ class Run:
             The Brain's modules by key.
         device : str
             Where they are.
+
+        Raises
+        ------
+        ProbeError
+            The runtime that the block names computes something else.
         """
         if self.rival is not None:
             return shadowed_forwards(self.rival.forwards())
-        forwards = build_forwards(
-            self.backend,
-            modules,
-            {name: x.to(device) for name, x in self.integers.items()},
-            **select_options(self.backend, self.config.backend_options),
+        forwards, _ = self._first_right(
+            modules, self.integers, self.probe, self._network, device
         )
         return shadowed_forwards(forwards)
+
+    def try_runtime(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Iterable[Layer],
+        device: str,
+    ) -> list[str]:
+        """Lets the runtime prove itself before there is a plan: on the float
+        model's own encoder, quantized in a moment.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key.
+        layers : iterable of Layer
+            What is going to be quantized.
+        device : str
+            Where the modules are.
+
+        Returns
+        -------
+        list of str
+            What is wrong with runtimes that would have been chosen.
+
+        Raises
+        ------
+        ProbeError
+            The runtime that the block names computes something else.
+        """
+        encoders = find_encoders(modules)
+        layerwise = RUNTIMES[self.backend].encoder is None
+        if self.config.is_rival or layerwise or not encoders:
+            return []
+        encoder, config = encoders[0], self.config
+        alone = {encoder.path: encoder.model}
+        bits = (config.weight_bits, config.activation_bits)
+        with evaluating(alone):
+            integers = quick_integers(
+                encoder, layers, bits, config.sample_rate, device
+            )
+            probe = encoder_probe(
+                encoder,
+                integers,
+                config.sample_rate,
+                device,
+                [executed_form(self.backend)],
+            )
+
+        def network(modules: Mapping, forwards: Mapping) -> Compute:
+            return encoder_alone(encoder.model, forwards)
+
+        _, reasons = self._first_right(alone, integers, probe, network, device)
+        return reasons
+
+    def _first_right(
+        self,
+        modules: Mapping[str, nn.Module],
+        integers: Mapping[str, IntegerLayer],
+        probe: Probe | None,
+        network: Callable[[Mapping, Mapping], Compute],
+        device: str,
+    ) -> tuple[dict[nn.Module, Callable[..., Any]], list[str]]:
+        """The forwards of the first runtime that proves itself, which is the
+        run's from now on, and what is wrong with those before."""
+        integers = {name: x.to(device) for name, x in integers.items()}
+        place = torch.device(device)
+
+        def attempt(name: str) -> tuple[str, dict[nn.Module, Callable]]:
+            forwards = build_forwards(
+                name,
+                modules,
+                integers,
+                **select_options(name, self.config.backend_options),
+            )
+            if probe is not None:
+                with evaluating(modules):
+                    prove(name, probe, network(modules, forwards), place)
+            return name, forwards
+
+        names = candidates(self.config.backend, device)
+        # That of a process on another machine may be further on.
+        start = max(distributed.gathered(names.index(self.backend)))
+        (chosen, forwards), reasons = first_right(
+            names[start:], distributed.together(attempt), device
+        )
+        self.change_runtime(chosen, reasons)
+        return forwards, reasons
+
+    def change_runtime(self, chosen: str, reasons: Sequence[str]) -> None:
+        """Notes what computes from now on.
+
+        Arguments
+        ---------
+        chosen : str
+            The runtime.
+        reasons : sequence of str
+            What is wrong with those that would have come before it.
+        """
+        if chosen != self.backend:
+            before = seven_bits_notes(self.backend, self.config)
+            kept = [text for text in self.warnings if text not in before]
+            self.warnings[:] = kept + seven_bits_notes(chosen, self.config)
+            self.backend = chosen
+        self.warnings += [f"Not executed by {reason}." for reason in reasons]
+
+    def make_probe(self, modules: Mapping[str, nn.Module], device: str) -> None:
+        """Makes the probe of a recogniser that no folder describes: of its
+        encoder alone.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key, as they are stored.
+        device : str
+            Where they are.
+        """
+        for encoder in find_encoders(modules)[:1]:
+            with evaluating(modules):
+                self.probe = encoder_probe(
+                    encoder, self.integers, self.config.sample_rate, device
+                )
+
+    def _network(
+        self,
+        modules: Mapping[str, nn.Module],
+        forwards: Mapping[nn.Module, Callable],
+    ) -> Compute:
+        """What the probe is of, as a runtime computes it."""
+        if self.source is None:
+            return encoder_alone(find_encoders(modules)[0].model, forwards)
+        parts = {key: modules[key] for key in self.source.keys}
+        return chain(parts, self.source.encoder["use_lengths"], forwards)
 
     def execution(self) -> Execution:
         """What executes it, for the report."""

@@ -11,10 +11,10 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,13 +23,16 @@ from ..files import code_identity
 from ..integer import IntegerLayer
 from ..layers import Encoder, find_encoders
 from ..utils.typed import one_line
-from .base import encoder_forward, in_own_precision
+from .base import encoder_forward, in_own_precision, modules_by_name
 from .cpu import CpuClass, cpu_class, executed_integers
 from .encoder import describe_encoder
 from .geometry import heads_with_algorithms, why_not, with_algorithms
 from .options import AUTO
+from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,171 @@ def _why_no_layer(runtime: Runtime) -> str | None:
     return reason and f"{reason}; write backend: auto"
 
 
+def candidates(backend: str, device: str | torch.device) -> list[str]:
+    """The runtimes that may compute on a device.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``, or ``"auto"``.
+    device : str or torch.device
+        Where the model runs.
+
+    Returns
+    -------
+    list of str
+        Keys of ``RUNTIMES``, the first choice first: for ``"auto"`` triton on
+        a CUDA device, openvino and torch_int8 on a CPU, whether they are
+        there or not, and the simulation as the last resort; otherwise the one
+        that was named.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, or a named runtime that cannot run here.
+
+    Example
+    -------
+    >>> candidates("torch", "cpu"), candidates("auto", "cpu")
+    (['torch'], ['openvino', 'torch_int8', 'torch'])
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        return [*AUTO.get(device.type, ()), "torch"]
+    if backend not in RUNTIMES:
+        raise ValueError(
+            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
+        )
+    reason = _why_not(backend, device)
+    if reason is not None:
+        raise ValueError(f"backend: {backend} cannot run: {reason}")
+    return [backend]
+
+
+def first_right(
+    names: Sequence[str],
+    attempt: Callable[[str], Value],
+    device: str | torch.device,
+) -> tuple[Value, list[str]]:
+    """The first of several runtimes that computes what it should.
+
+    Arguments
+    ---------
+    names : sequence of str
+        Of :func:`candidates`.
+    attempt : callable
+        Builds a runtime and lets it prove itself. Raises if it does not
+        build, or computes something else; then the next one is tried, after
+        one line. What the last one raises is raised.
+    device : str or torch.device
+        Where the model runs.
+
+    Returns
+    -------
+    object
+        What the attempt gave.
+    list of str
+        What is wrong with those that were tried before.
+
+    Example
+    -------
+    >>> def attempt(name):
+    ...     if name == "torch_int8":
+    ...         raise ValueError("backend: torch_int8 is wrong; report it")
+    ...     return name
+    >>> first_right(["torch_int8", "torch"], attempt, "cpu")
+    ('torch', ['torch_int8: is wrong'])
+    """
+    place = torch.device(device)
+    absent: list[str] = []
+    wrong: list[str] = []
+    for name in names[:-1]:
+        reason = _why_not(name, place)
+        if reason is not None:
+            absent.append(f"{name}: {reason}")
+            continue
+        try:
+            return attempt(name), wrong
+        except MemoryError:
+            raise
+        # Whatever a library raises on a machine that it does not know.
+        except Exception as error:
+            reason = _bare_reason(name, error)
+        wrong.append(f"{name}: {reason}")
+        logger.warning(
+            "backend auto: %s is not used on device %s, and the next one is "
+            "tried: %s",
+            name,
+            place,
+            reason,
+        )
+    if len(names) > 1:
+        warn_of_simulation(place, absent)
+    return attempt(names[-1]), wrong
+
+
+def _bare_reason(name: str, error: Exception) -> str:
+    """An error in one line, without the name and what to do about it."""
+    text = one_line(error, 400)
+    for start in ("backend: ", "backend ", f"{name}: ", f"{name} "):
+        text = text.removeprefix(start)
+    return text.partition(";")[0]
+
+
+def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
+    """Which weights a runtime executes.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``.
+    cpu : CpuClass, optional
+        The CPU; the present one by default.
+
+    Returns
+    -------
+    str
+        ``OWN`` or ``SEVEN_BITS`` of :mod:`.probe`.
+
+    Example
+    -------
+    >>> executed_form("torch_int8", CpuClass("avx2")), executed_form("torch")
+    ('seven', 'own')
+    """
+    exact = (cpu or cpu_class()).exact
+    return OWN if exact or not RUNTIMES[backend].pair_sums else SEVEN_BITS
+
+
+def prove(
+    backend: str, probe: Probe, compute: Compute, device: torch.device
+) -> None:
+    """Raises unless a runtime answers a probe as it should.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``.
+    probe : Probe
+        The model's.
+    compute : callable
+        The model as the runtime computes it.
+    device : torch.device
+        Where it computes.
+
+    Raises
+    ------
+    ProbeError
+        Where it differs, by how much, and what is allowed.
+    """
+    form = executed_form(backend)
+    difference = probe.difference(compute, form, torch.device(device))
+    if difference is not None:
+        raise ProbeError(
+            f"backend: {backend} computes something else on this machine: "
+            f"{difference}; write backend: auto"
+        )
+
+
 def choose_backend(
     backend: str, device: str | torch.device
 ) -> tuple[str, list[str]]:
@@ -190,8 +358,8 @@ def choose_backend(
     Arguments
     ---------
     backend : str
-        A key of ``RUNTIMES``, or ``"auto"``: triton on a CUDA device; on a
-        CPU openvino if it is installed, else torch_int8; elsewhere torch.
+        A key of ``RUNTIMES``, or ``"auto"``: the first of
+        :func:`candidates`.
     device : str or torch.device
         Where the model runs.
 
@@ -212,29 +380,37 @@ def choose_backend(
     >>> choose_backend("torch", "cpu")
     ('torch', [])
     """
+    names, reasons = candidates(backend, device), []
+    if backend != "auto":
+        return backend, []
     device = torch.device(device)
-    if backend == "auto":
-        reasons = []
-        for name in AUTO.get(device.type, ()):
-            reason = _why_not(name, device)
-            if reason is None:
-                return name, []
-            reasons.append(f"{name}: {reason}")
-        logger.warning(
-            "no integer runtime for device %s: quantization is simulated, "
-            "which is slower than the float model%s",
-            device,
-            f" ({'; '.join(reasons)})" if reasons else "",
-        )
-        return "torch", reasons or [f"no integer runtime for device {device}"]
-    if backend not in RUNTIMES:
-        raise ValueError(
-            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
-        )
-    reason = _why_not(backend, device)
-    if reason is not None:
-        raise ValueError(f"backend: {backend} cannot run: {reason}")
-    return backend, []
+    for name in names[:-1]:
+        reason = _why_not(name, device)
+        if reason is None:
+            return name, []
+        reasons.append(f"{name}: {reason}")
+    warn_of_simulation(device, reasons)
+    return "torch", reasons or [f"no integer runtime for device {device}"]
+
+
+def warn_of_simulation(
+    device: str | torch.device, reasons: Sequence[str]
+) -> None:
+    """Says that no integer runtime computes.
+
+    Arguments
+    ---------
+    device : str or torch.device
+        Where the model runs.
+    reasons : sequence of str
+        What is wrong with each.
+    """
+    logger.warning(
+        "no integer runtime for device %s: quantization is simulated, "
+        "which is slower than the float model%s",
+        device,
+        f" ({'; '.join(reasons)})" if reasons else "",
+    )
 
 
 def resolve_backend(backend: str, device: str | torch.device) -> str:
@@ -273,26 +449,6 @@ def code_digest() -> str:
 def _load(reference: str) -> Callable[..., Any]:
     module, _, function = reference.partition(":")
     return getattr(importlib.import_module(f".{module}", __name__), function)
-
-
-def _modules_by_name(
-    modules: Mapping[str, nn.Module], names: Mapping[str, IntegerLayer]
-) -> dict[str, nn.Module]:
-    found = {
-        path: child
-        for key, module in modules.items()
-        for path, child in module.named_modules(
-            prefix=key, remove_duplicate=False
-        )
-        if path in names
-    }
-    for name in names:
-        if name not in found:
-            raise ValueError(
-                f"layer '{name}' of the plan is not in the model; use the "
-                "plan of this model"
-            )
-    return found
 
 
 def _encoders(
@@ -419,7 +575,7 @@ def build_forwards(
         integers = executed_integers(integers, cpu or cpu_class())
     if not runtime.streams:
         integers = {name: x.loaded() for name, x in integers.items()}
-    by_name = _modules_by_name(modules, integers)
+    by_name = modules_by_name(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     inside: set[str] = set()
     if runtime.encoder is not None:

@@ -6,7 +6,7 @@ with single layers: the Brain, its wrapper and its checkpoints stay as they
 are. Layers outside the encoder (the heads) are shadowed one by one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -109,6 +109,45 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
         return EncoderOutput(hidden)
 
     return forward
+
+
+def modules_by_name(
+    modules: Mapping[str, nn.Module], names: Collection[str]
+) -> dict[str, nn.Module]:
+    """The modules of layers.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+    names : collection of str
+        Names of layers.
+
+    Returns
+    -------
+    dict
+        Module by name.
+
+    Raises
+    ------
+    ValueError
+        A layer that is not in the model.
+    """
+    found = {
+        path: child
+        for key, module in modules.items()
+        for path, child in module.named_modules(
+            prefix=key, remove_duplicate=False
+        )
+        if path in names
+    }
+    for name in names:
+        if name not in found:
+            raise ValueError(
+                f"layer '{name}' of the plan is not in the model; use the "
+                "plan of this model"
+            )
+    return found
 
 
 def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,22 +4,29 @@ The float model's own forward stays; each layer computes as
 :mod:`speechbrain_stablequant.simulate` does, from its integers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..integer import IntegerLayer
 from ..numerics import fake_quantize
+from .base import modules_by_name
 
 
-def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+def make_layer(
+    layer: IntegerLayer, keep: bool = True
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The simulated forward of one layer.
 
     Arguments
     ---------
     layer : IntegerLayer
         The layer.
+    keep : bool
+        Whether its weight stays in memory as floats. Otherwise each call
+        makes them, so that there is one weight at a time.
 
     Returns
     -------
@@ -38,14 +45,20 @@ def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
     >>> forward(torch.tensor([0.6, 7.0])).tolist()
     [0.0]
     """
-    # Kept where the input is: the model may move after this.
-    held = {
-        "weight": layer.float_weight(),
-        "scale": layer.activation_scale,
-        "bias": layer.full_bias(),
-    }
+
+    def operands() -> dict[str, torch.Tensor | None]:
+        there = layer.loaded()
+        return {
+            "weight": there.float_weight(),
+            "scale": there.activation_scale,
+            "bias": there.full_bias(),
+        }
+
+    kept = operands() if keep else {}
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        held = kept or operands()
+        # Kept where the input is: the model may move after this.
         if held["weight"].device != x.device:
             for key, value in held.items():
                 held[key] = None if value is None else value.to(x.device)
@@ -69,3 +82,27 @@ def make_layer(layer: IntegerLayer) -> Callable[[torch.Tensor], torch.Tensor]:
         return out.to(x.dtype)
 
     return forward
+
+
+def simulated_forwards(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """Forwards of a simulation that holds one float weight at a time.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+    integers : Mapping
+        Integer layers by name.
+
+    Returns
+    -------
+    dict
+        Forward by module.
+    """
+    by_name = modules_by_name(modules, integers)
+    return {
+        by_name[name]: make_layer(layer, keep=False)
+        for name, layer in integers.items()
+    }

@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.lobes.models.VanillaNN import VanillaNN
 from speechbrain.nnet.linear import Linear
 from torch import nn
 
-from speechbrain_stablequant.checkpoint import (
-    float_state,
-    load_checkpoint,
-    save_checkpoint,
-)
-from speechbrain_stablequant.inference import CONFIG_FILE, QuantizedRecogniser
-from speechbrain_stablequant.integer import integer_layer
+from speechbrain_stablequant.checkpoint import load_checkpoint
+from speechbrain_stablequant.folder import RecogniserSource, write_folder
+from speechbrain_stablequant.inference import QuantizedRecogniser
+from speechbrain_stablequant.integer import IntegerLayer, integer_layer
 from speechbrain_stablequant.layers import find_layers
 from speechbrain_stablequant.plan import (
     LayerPlan,
     LayerQuant,
     QuantizationPlan,
 )
+from speechbrain_stablequant.runtime.probe import Probe
 
 ENCODER = {
     "key": "wav2vec2",
@@ -32,8 +31,40 @@ ENCODER = {
 }
 
 
-def write(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Writes a folder without a tokenizer.
+HEADS = {
+    "enc": """\
+enc: !new:speechbrain.lobes.models.VanillaNN.VanillaNN
+    input_shape: [null, null, 32]
+    dnn_blocks: 2
+    dnn_neurons: 24
+""",
+    "ctc_lin": """\
+ctc_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: 24
+    n_neurons: 12
+""",
+}
+
+
+def plan_of(
+    modules: Mapping[str, nn.Module], bits: tuple[int, int] = (8, 8)
+) -> tuple[QuantizationPlan, dict[str, IntegerLayer]]:
+    """A plan for all layers of ``make_tiny_modules``, and its integers."""
+    quant = LayerQuant(*bits, 3.0)
+    layers = find_layers(modules, list(modules))
+    rows = [
+        LayerPlan(x.name, x.unit, x.kind, quant, 3.0, 100.0, "") for x in layers
+    ]
+    integers = {x.name: integer_layer(x, quant) for x in layers}
+    return QuantizationPlan("max", *bits, "", {}, {}, [], rows), integers
+
+
+def write(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    bits: tuple[int, int] = (8, 8),
+) -> Probe:
+    """Writes a folder with one label for each output.
 
     Arguments
     ---------
@@ -41,19 +72,34 @@ def write(folder: Path, modules: Mapping[str, nn.Module]) -> None:
         Where to; is made.
     modules : Mapping
         Those of ``make_tiny_modules``.
+    bits : tuple of int
+        Of weights and activations.
     """
-    quant = LayerQuant(8, 8, 3.0)
-    layers = find_layers(modules, list(modules))
-    rows = [
-        LayerPlan(x.name, x.unit, x.kind, quant, 3.0, 100.0, "") for x in layers
-    ]
-    integers = {x.name: integer_layer(x, quant) for x in layers}
-    plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], rows)
+    plan, integers = plan_of(modules, bits)
     folder.mkdir()
-    floats = float_state(modules, list(integers))
     config = modules["wav2vec2"].model.config.to_dict()
-    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-    save_checkpoint(folder, plan, integers, floats, companions=[CONFIG_FILE])
+    source = RecogniserSource(
+        keys=tuple(modules),
+        encoder=ENCODER,
+        config=json.dumps(config),
+        heads=HEADS,
+        tokenizer_class="speechbrain.dataio.encoder.CTCTextEncoder",
+        tokenizer_file="label_encoder.txt",
+        tokenizer=_labels(folder),
+        blank_index=0,
+        sample_rate=16000,
+    )
+    return write_folder(folder, modules, plan, integers, "float16", source)
+
+
+def _labels(folder: Path) -> bytes:
+    encoder = CTCTextEncoder()
+    encoder.insert_blank("<blank>", 0)
+    for label in "ABCDEFGHIJK":
+        encoder.add_label(label)
+    path = folder / "label_encoder.txt"
+    encoder.save(str(path))
+    return path.read_bytes()
 
 
 def load(folder: Path, backend: str, **options) -> QuantizedRecogniser:

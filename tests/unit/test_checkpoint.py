@@ -377,9 +377,14 @@ def test_a_plain_float_model(folder):
 
 
 def test_another_version(folder):
-    rewrite(folder, lambda header: header.update(version="2"))
+    rewrite(folder, lambda header: header.update(version="3"))
     text = one_line(folder)
-    assert "has version '2' of the format, this package reads 1" in text
+    assert "has version '3' of the format, this package reads 1 and 2" in text
+
+
+def test_a_version_without_its_probe(folder):
+    rewrite(folder, lambda header: header.update(version="2"))
+    assert "its version is not that of its probe" in one_line(folder)
 
 
 @pytest.mark.parametrize("description", ["", "[]", "{}", '{"layers": {}}'])
