@@ -13,19 +13,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
 from torch import nn
 
-from .files import write_atomic
+from .files import parse_json, read_file, write_atomic
 from .layers import Layer
 from .packing import pack, unpack
 from .rotation import attached_rotations, is_rotation, rotated_encoder
-from .utils.tensor_bytes import tensors_to_bytes
+from .utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
+from .utils.typed import one_line, short, typed
 
 TENSORS_FORMAT = "speechbrain_stablequant.plan"
+_PARTS = {
+    "weight": torch.int8,
+    "weight_scale": torch.float32,
+    "bias": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What the file says about its tensors: bits and shape of integers."""
+
+    format: Literal["speechbrain_stablequant.plan"]
+    weights: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -146,10 +159,16 @@ class AdjustedTensors:
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
             kind, _, rest = name.partition("/")
+            if not (name.isprintable() and bool(tensor.isfinite().all())):
+                raise ValueError(f"{short(name)} holds what is no number")
             if kind == "floats":
                 floats[rest] = tensor
                 continue
             layer, _, part = rest.rpartition("/")
+            if kind != "layers" or _PARTS.get(part) != tensor.dtype:
+                raise ValueError(f"{short(name)} is no part of a plan")
+            if part == "weight_scale" and not bool((tensor > 0).all()):
+                raise ValueError(f"{short(name)} is not positive")
             layers.setdefault(layer, {})[part] = tensor
         return cls(
             {name: LayerTensors(**parts) for name, parts in layers.items()},
@@ -221,7 +240,7 @@ class AdjustedTensors:
         """
         path = Path(path)
         try:
-            data = path.read_bytes()
+            data = read_file(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: cannot read the tensors of the plan beside it "
@@ -233,15 +252,14 @@ class AdjustedTensors:
                 "with: it is damaged or of another run; copy both again"
             )
         try:
-            length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
-            description = json.loads(header["description"])
-            if description["format"] != TENSORS_FORMAT:
-                raise ValueError(f"format {description['format']!r}")
-            return cls._parse(parse(data), description["weights"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            tensors, header = bytes_to_tensors(data)
+            text = typed(header.get("description"), str, "description")
+            description = typed(parse_json(text), _Description, "description")
+            return cls._parse(tensors, description.weights)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: holds no tensors of a plan ({error}); make it again"
+                f"{path}: holds no tensors of a plan ({one_line(error)}); "
+                "make it again"
             ) from error
 
     @classmethod
@@ -252,7 +270,12 @@ class AdjustedTensors:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "layers" and rest.endswith("/weight"):
-                bits, *shape = weights[rest.removesuffix("/weight")]
+                layer = rest.removesuffix("/weight")
+                if len(weights.get(layer, [])) < 2:
+                    raise ValueError(f"{short(name)} has no bits and shape")
+                bits, *shape = weights[layer]
+                if min(shape) < 1:
+                    raise ValueError(f"{short(name)} has the shape {shape}")
                 tensor = unpack(tensor, bits, shape)
             flat[name] = tensor
         return cls.from_flat(flat)

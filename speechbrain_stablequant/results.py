@@ -28,6 +28,7 @@ from .plan import QuantizationPlan
 from .precision import allows_tf32
 from .runtime.cpu import cpu_class
 from .utils.store import Store
+from .utils.typed import typed
 
 FLOAT_BITS = 32
 # By the names that SpeechBrain has for them.
@@ -93,11 +94,9 @@ class Evaluation:
     @classmethod
     def read(cls, store: Store, file: str, key: str) -> "Evaluation | None":
         """What :meth:`write` kept, if it is about the same evaluation."""
-        raw = store.read(file, key, "transcripts")
-        if raw is None:
-            return None
-        raw["transcripts"] = [Transcript(**t) for t in raw["transcripts"]]
-        return cls(**raw)
+        return store.read(
+            file, key, "transcripts", lambda raw: typed(raw, cls, "content")
+        )
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,14 @@ class Effort:
         -------
         Effort
         """
-        raw = store.read(file, key, "effort of a plan")
-        if raw is not None:
-            return Effort(**raw)
+        known = store.read(
+            file,
+            key,
+            "effort of a plan",
+            lambda raw: typed(raw, Effort, "content"),
+        )
+        if known is not None:
+            return known
         store.write(file, key, asdict(self))
         return self
 

@@ -21,10 +21,11 @@ from torch import nn
 from ..adjusted import AdjustedTensors, LayerTensors
 from ..layers import Layer
 from ..numerics import qmax, scale_from_amax
-from ..plan import LayerQuant
+from ..plan import LayerQuant, read_quant
 from ..search.score import Score
 from ..simulate import multiply
 from ..utils.store import Store
+from ..utils.typed import one_line, typed
 from ..weights import round_weight, weight_scale
 
 Quants = dict[str, LayerQuant]
@@ -503,8 +504,20 @@ class EpochStore:
         if known is None:
             return None
         flat, raw = known
-        quants = {name: LayerQuant(**q) for name, q in raw["quants"].items()}
-        return quants, AdjustedTensors.from_flat(flat), raw["history"]
+        try:
+            rows = typed(raw, dict, "content")
+            found = typed(rows.get("quants"), dict, "quants")
+            quants = {
+                name: read_quant(typed(row, dict, name), name)
+                for name, row in found.items()
+            }
+            history = typed(rows.get("history"), list[dict], "history")
+            return quants, AdjustedTensors.from_flat(flat), history
+        except ValueError as error:
+            raise ValueError(
+                f"{self.store.folder / self._result()}: is damaged "
+                f"({one_line(error)}); delete it to train again"
+            ) from error
 
 
 # -- the training --------------------------------------------------------------

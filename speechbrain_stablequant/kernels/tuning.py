@@ -14,14 +14,16 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 from ..files import identity
 from ..utils.store import Store
+from ..utils.typed import typed
 from .compare import HALF_TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,16 @@ class Config:
     def shared_bytes(self) -> int:
         """Shared memory of the int8 operands."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k
+
+
+def _parse(raw: Any) -> dict[str, Config]:
+    """Tiles by operator and shape, as they are remembered."""
+    names = [field.name for field in fields(Config)]
+    rows = typed(raw, dict[str, list[int | bool]], "content")
+    return {
+        key: typed(dict(zip(names, row, strict=True)), Config, key)
+        for key, row in rows.items()
+    }
 
 
 @functools.cache
@@ -319,7 +331,7 @@ class Tuner:
         if self.path is None:
             return {}
         name = self.path.name
-        tiles = self.store.read(name, self._key, "tuning cache")
+        tiles = self.store.read(name, self._key, "tuning cache", _parse)
         if tiles is None:
             if not self.store.private and name in self.store.names(name):
                 raise ValueError(
@@ -328,7 +340,7 @@ class Tuner:
                     "file"
                 )
             return {}
-        return {key: Config(*tile) for key, tile in tiles.items()}
+        return tiles
 
     def save(self) -> None:
         """Writes new measurements beside those that others wrote meanwhile."""

@@ -22,7 +22,7 @@ from ..files import code_identity, identity
 from ..integer import FloatLayer, IntegerLayer
 from ..numerics import qmax
 from ..utils.store import machine_store
-from ..utils.typed import one_line
+from ..utils.typed import one_line, typed
 from .algorithms import NATIVE
 from .cpu import machine_identity
 from .encoder import AnyLayer, EncoderSpec
@@ -608,7 +608,13 @@ class _Memory:
 
     def known(self) -> dict[str, list[str]]:
         """Algorithm, and what was wrong with the native one, by geometry."""
-        return self._store.read(self._name, self._key, _WHAT) or {}
+        found = self._store.read(
+            self._name,
+            self._key,
+            _WHAT,
+            lambda raw: typed(raw, dict[str, list[str]], "content"),
+        )
+        return found or {}
 
     def add(self, found: Mapping[str, list[str]]) -> None:
         """Adds geometries."""

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from ..plan import LayerQuant
-
-# In the order of the fields.
-_BY_UTTERANCE = ("utterance_errors", "utterance_words", "batch_losses")
+from ..utils.typed import typed
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,15 @@ class Score:
     @classmethod
     def from_dict(cls, raw: Mapping) -> "Score":
         """The inverse of :meth:`to_dict`."""
-        loss = math.inf if raw["loss"] is None else raw["loss"]
-        return cls(
-            raw["errors"],
-            raw["words"],
-            loss,
-            raw["complete"],
-            *(tuple(raw.get(name, ())) for name in _BY_UTTERANCE),
-        )
+        rows = typed(raw, dict, "score")
+        for name in ("loss", "complete"):
+            if name not in rows:
+                raise ValueError(f"score: lacks '{name}'")
+        endless = rows["loss"] is None
+        found = typed({**rows, "loss": 0.0} if endless else rows, cls, "score")
+        if min(found.errors, found.words - 1) < 0:
+            raise ValueError("score: has no words, or fewer than no errors")
+        return replace(found, loss=math.inf) if endless else found
 
 
 class Evaluate(Protocol):

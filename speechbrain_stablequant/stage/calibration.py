@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from ..distributed import from_main, share
 from ..files import identity
@@ -10,6 +11,7 @@ from ..histogram import Histogram
 from ..layers import Layer
 from ..observers import Observer
 from ..utils.store import Store
+from ..utils.typed import typed
 from .stage import Stage
 
 HISTOGRAM_FILE = "histograms.json"
@@ -89,7 +91,15 @@ def calibrations(
         for file, (layers, _) in wanted.items()
     }
     known = {
-        file: from_main(_read(stage.store, file, key))
+        file: from_main(
+            _read(
+                stage.store,
+                file,
+                key,
+                [layer.name for layer in wanted[file][0]],
+                part.num_bins,
+            )
+        )
         for file, key in keys.items()
     }
     missing = {
@@ -151,14 +161,23 @@ def _write(store: Store, file: str, key: str, calibration: Calibration) -> None:
     )
 
 
-def _read(store: Store, file: str, key: str) -> Calibration | None:
-    raw = store.read(file, key, WHAT)
-    if raw is None:
-        return None
+def _read(
+    store: Store, file: str, key: str, names: Sequence[str], num_bins: int
+) -> Calibration | None:
+    return store.read(file, key, WHAT, lambda raw: _parse(raw, names, num_bins))
+
+
+def _parse(raw: Any, names: Sequence[str], num_bins: int) -> Calibration:
+    rows = typed(raw, dict, "content")
+    layers = typed(rows.get("layers"), dict, "layers")
+    if set(layers) != set(names):
+        raise ValueError("its layers are not those that were observed")
+    histograms = {}
+    for name in names:
+        state = layers[name]
+        if typed(state, dict, name).get("num_bins") != num_bins:
+            raise ValueError(f"{name}: has not {num_bins} bins")
+        histograms[name] = Histogram.from_dict(state)
     return Calibration(
-        {
-            name: Histogram.from_dict(state)
-            for name, state in raw["layers"].items()
-        },
-        raw["in_order"],
+        histograms, typed(rows.get("in_order"), bool, "in_order")
     )

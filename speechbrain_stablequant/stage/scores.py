@@ -9,6 +9,7 @@ from ..baselines.auto_quantize import (
 )
 from ..files import identity
 from ..layers import Layer
+from ..utils.typed import typed
 from .stage import Stage
 
 SCORE_FILE = "auto_quantize.json"
@@ -49,7 +50,12 @@ def modelopt_scores(
             modelopt_version(),
         ]
     )
-    known = stage.store.read(SCORE_FILE, key, "modelopt's scores")
+    known = stage.store.read(
+        SCORE_FILE,
+        key,
+        "modelopt's scores",
+        lambda raw: typed(raw, dict[str, list[float]], "content"),
+    )
     if known is None:
         modules = {name: recogniser.modules[name] for name in config.target}
         order, batches = inputs_of_first(

@@ -16,13 +16,19 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import json_text, remove_stale, write_atomic
+from ..files import (
+    json_text,
+    parse_json,
+    read_file,
+    remove_stale,
+    write_atomic,
+)
 from .tensor_bytes import (
     bytes_to_tensors,
     metadata_of,
@@ -115,7 +121,13 @@ class Store:
         record["sha256"] = _digest([key, record["content"]])
         self._put(name, json_text(record, name).encode())
 
-    def read(self, name: str, key: str, what: str) -> Any:
+    def read(
+        self,
+        name: str,
+        key: str,
+        what: str,
+        parse: Callable[[Any], Any] = lambda content: content,
+    ) -> Any:
         """A value that was kept.
 
         Arguments
@@ -126,6 +138,9 @@ class Store:
             As in :meth:`write`.
         what : str
             What the file is to the user: opens an error.
+        parse : callable
+            Makes of the value what is given back; a ValueError says that the
+            file is damaged.
 
         Returns
         -------
@@ -138,7 +153,12 @@ class Store:
             The file is damaged: names it and says what to do.
         """
         found, content = self._record(name, what)
-        return content if found == key else None
+        if found is None or found != key:
+            return None
+        try:
+            return parse(content)
+        except ValueError as error:
+            return self._damaged(name, what, one_line(error))
 
     def check(self, name: str, what: str) -> None:
         """Raises if a file that :meth:`write` wrote is damaged.
@@ -161,7 +181,7 @@ class Store:
         if data is None:
             return None, None
         try:
-            record = json.loads(data)
+            record = parse_json(data)
             if not isinstance(record, dict) or "sha256" not in record:
                 return None, None
             key, content = record["key"], record["content"]
@@ -330,7 +350,7 @@ class Store:
         rows = []
         for number, line in enumerate(data.split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 check = row.pop("check", None)
                 good = check in (None, _digest(row)[:8])
             except (ValueError, AttributeError, RecursionError, TypeError):
@@ -403,7 +423,9 @@ class Store:
         path = self.folder / name
         try:
             if not self.private:
-                return path.read_bytes()
+                return read_file(path)
+            if path.exists() and not path.is_file():
+                return self._damaged(name, what, "is no regular file")
             # The file that is checked is the one that is read.
             with open(path, "rb") as file:
                 if not _only_own(os.fstat(file.fileno())):
