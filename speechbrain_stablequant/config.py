@@ -16,7 +16,7 @@ from .checkpoint import FLOAT_DTYPES
 from .runtime import RUNTIMES
 from .runtime.options import check_options, select_options
 from .search.paired import RULES
-from .utils.typed import unknown_key
+from .utils.typed import inside, one_line, short, typed, unknown_key
 
 # Simple calibrators, and the search that this package is about.
 METHODS = (
@@ -55,12 +55,17 @@ _SHARED_KEYS = (
     "require_checkpoint",
 )
 
+_MAX_MESSAGE = 1000
+
 # A variant's name is a folder's name.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 class ConfigError(ValueError):
-    """A key of the ``quantize:`` block is wrong."""
+    """A key of the ``quantize:`` block is wrong: one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message, _MAX_MESSAGE))
 
 
 @dataclass(frozen=True)
@@ -493,7 +498,7 @@ class QuantizeConfig:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ConfigError(
                     f"{where}.name: must be letters, digits, '-', '_' or '.', "
-                    f"not {name!r}"
+                    f"not {short(name)}"
                 )
             if name in configs:
                 raise ConfigError(f"{where}.name: '{name}' is used twice")
@@ -565,12 +570,14 @@ def _merged(base: Mapping, changes: Mapping) -> dict:
 
 def _build(cls: type, block: Any, path: str) -> Any:
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{path}: must be a block of keys, not {block!r}")
+        raise ConfigError(
+            f"{path}: must be a block of keys, not {short(block)}"
+        )
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     values = {}
     for key, value in block.items():
-        where = f"{path}.{key}"
+        where = inside(path, key)
         if key not in known:
             raise ConfigError(f"{where}: {unknown_key(key, known)}")
         hint = hints[key]
@@ -593,12 +600,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return (value,)
         if not isinstance(value, list | tuple):
             raise ConfigError(
-                f"{where}: must be a list of {item.__name__}, not {value!r}"
+                f"{where}: must be a list of {item.__name__}, not "
+                f"{short(value)}"
             )
         return tuple(_convert(v, item, where) for v in value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number:
-        return float(value)
+    if hint is float and isinstance(value, float):
+        return value
+    if is_number and hint in (int, float):
+        try:
+            # Not of a size that no number of ours has.
+            return typed(value, hint, where)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if hint is str and isinstance(value, Path):
         return str(value)
     if hint is dict and isinstance(value, Mapping):
@@ -606,7 +620,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             k: str(v) if isinstance(v, Path) else v for k, v in value.items()
         }
     if not isinstance(value, hint) or (hint is int and not is_number):
-        raise ConfigError(f"{where}: must be {hint.__name__}, not {value!r}")
+        raise ConfigError(
+            f"{where}: must be {hint.__name__}, not {short(value)}"
+        )
     return value
 
 
