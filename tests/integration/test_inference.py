@@ -367,6 +367,39 @@ def test_a_deep_copy(trained, folder, backend, used):
     assert len(set(map(id, forwards))) == len(forwards) > 0
 
 
+def test_a_layer_without_a_right_way(
+    trained, folder, monkeypatch, tmp_path, caplog
+):
+    """By ``auto`` the next runtime computes, after one line; a backend that
+    was named is an error."""
+    trial = pytest.importorskip(
+        "speechbrain_stablequant.runtime.openvino_.trial"
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = trial.OpenVINORunner.run
+
+    def wrong(runner, geometry, given):
+        found = run(runner, geometry, given)
+        for values in found.values if geometry.place == "position" else ():
+            values[:, :, -1] *= 2
+        return found
+
+    monkeypatch.setattr(trial.OpenVINORunner, "run", wrong)
+    wavs, lengths = padded(audio_files(trained)[:1])
+    asr = load(folder, overrides={"backend": "openvino"})
+    line = r"^backend: openvino computes wav2vec2\.\S*pos_conv\S* wrongly on"
+    with pytest.raises(ValueError, match=line) as raised:
+        asr.mods.encoder(wavs, lengths)
+    assert len(str(raised.value).splitlines()) == 1
+    asr = load(folder, overrides={"backend": "auto"})
+    out = asr.mods.encoder(wavs, lengths)
+    assert asr.mods.encoder.runtime == "torch_int8"
+    (line,) = (x for x in caplog.messages if "wrongly" in x)
+    assert line.startswith("backend auto: openvino is not used")
+    asr = load(folder, overrides={"backend": "torch_int8"})
+    assert torch.equal(asr.mods.encoder(wavs, lengths), out)
+
+
 def test_an_unknown_backend(folder):
     with pytest.raises(ValueError, match=r"^backend: 'tpu' is none of auto"):
         load(folder, overrides={"backend": "tpu"})
