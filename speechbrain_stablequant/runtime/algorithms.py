@@ -58,6 +58,7 @@ def join_groups(layer: AnyLayer) -> AnyLayer:
 
     Example
     -------
+    >>> import torch
     >>> from speechbrain_stablequant.integer import FloatLayer
     >>> conv = FloatLayer("w", "conv1d", torch.ones(4, 1, 1), None, groups=2)
     >>> join_groups(conv).weight[:, :, 0]
