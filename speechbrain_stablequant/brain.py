@@ -24,6 +24,7 @@ from .evaluation import Transcript
 from .replay import StopForward
 from .runtime.timing import BatchTimes
 from .search import Score
+from .utils.patching import shadowed
 
 #: Batches after which processes tell each other how many errors they have.
 _TOGETHER = 8
@@ -92,6 +93,36 @@ def transcripts_of(metric: Any) -> list[Transcript]:
     ]
 
 
+def join_rows(rows: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """What all processes have of their shares of the batches.
+
+    Arguments
+    ---------
+    rows : sequence
+        This process's, one for each utterance.
+    counts : sequence of int
+        Utterances in each of its batches.
+
+    Returns
+    -------
+    list
+        Of all processes, in the order of the batches.
+
+    Example
+    -------
+    >>> join_rows(["a", "b", "c"], [2, 1])
+    ['a', 'b', 'c']
+    """
+    mine = iter(rows)
+    batches = [list(islice(mine, count)) for count in counts]
+    return [
+        row
+        for turn in zip_longest(*gathered(batches), fillvalue=[])
+        for batch in turn
+        for row in batch
+    ]
+
+
 def join_metric(metric: Any, counts: Sequence[int]) -> None:
     """Puts what all processes have scored into a metric.
 
@@ -110,14 +141,8 @@ def join_metric(metric: Any, counts: Sequence[int]) -> None:
     >>> metric.ids
     ['u1', 'u2']
     """
-    rows = iter(metric.scores[len(metric.scores) - sum(counts) :])
-    batches = [list(islice(rows, count)) for count in counts]
-    metric.scores = [
-        row
-        for turn in zip_longest(*gathered(batches), fillvalue=[])
-        for batch in turn
-        for row in batch
-    ]
+    rows = metric.scores[len(metric.scores) - sum(counts) :]
+    metric.scores = join_rows(rows, counts)
     metric.ids = [row["key"] for row in metric.scores]
 
 
@@ -173,33 +198,6 @@ class ForwardClock:
     def _synchronise(self) -> None:
         if str(self.brain.device).startswith("cuda"):
             torch.cuda.synchronize()
-
-
-@contextmanager
-def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an instance attribute, and puts back what was there.
-
-    Example
-    -------
-    >>> class Thing:
-    ...     size = 1
-    >>> thing = Thing()
-    >>> with shadowed(thing, "size", 2):
-    ...     thing.size
-    2
-    >>> thing.size, vars(thing)
-    (1, {})
-    """
-    had = name in vars(owner)
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 class BrainRecogniser:

@@ -118,6 +118,10 @@ class SearchConfig:
     cache_gb : float
         Memory for results of earlier units that the search may reuse, 0 for
         none; the outcome is the same.
+    max_float_wer : float
+        A float model with a higher WER, in percent, is an error: there is
+        nothing to search for. 100 or more also takes transcripts that the
+        recipe's labels cannot write.
     """
 
     num_utterances: int | None = None
@@ -136,6 +140,7 @@ class SearchConfig:
         99.0,
     )
     cache_gb: float = 4.0
+    max_float_wer: float = 90.0
 
 
 @dataclass(frozen=True)
@@ -700,6 +705,11 @@ def _check_values(config: QuantizeConfig, path: str) -> None:
         0 < search.level < 1,
         "search.level",
         f"must be a coverage between 0 and 1, such as 0.8, not {search.level}",
+    )
+    require(
+        search.max_float_wer > 0,
+        "search.max_float_wer",
+        f"must be positive, in percent, not {search.max_float_wer}",
     )
     require(
         0 <= search.cache_gb < math.inf,

@@ -9,25 +9,23 @@ A recipe that cannot be described so gets no inference folder, and a reason.
 import copy
 import itertools
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ruamel.yaml
-import sentencepiece
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.compat import StringIO
-from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.nnet.linear import Linear as SpeechBrainLinear
 from torch import nn
 
 from .config import QuantizeConfig
 from .data import audio_of
+from .decoding import describe_tokenizer, find_tokenizer
 from .encoder_config import check_config
 from .folder import HYPERPARAMS_FILE, RecogniserSource
 from .inference import empty_encoder
@@ -109,17 +107,22 @@ def describe_recogniser(
             )
     wrapper = modules[first.key]
     nodes = _recipe_nodes(brain)
-    tokenizer = _find_tokenizer(brain)
-    encoder = _describe_wrapper(first, wrapper, brain)
+    tokenizer = find_tokenizer(brain)
+    if tokenizer is None:
+        raise NoFolderError(
+            "neither the Brain nor its hparams hold a CTCTextEncoder or a "
+            "SentencePiece tokenizer; set brain.tokenizer"
+        )
+    encoder, encoder_config = _describe_encoder(first, wrapper, brain)
     heads = {
         call.key: _describe_head(call, modules[call.key], nodes, brain)
         for call in rest
     }
-    tokenizer_class, tokenizer_file, content = _describe_tokenizer(tokenizer)
+    tokenizer_class, tokenizer_file, content = describe_tokenizer(tokenizer)
     return RecogniserSource(
         keys=keys,
         encoder=encoder,
-        config=_encoder_config(wrapper.model),
+        config=encoder_config,
         heads=heads,
         tokenizer_class=tokenizer_class,
         tokenizer_file=tokenizer_file,
@@ -252,7 +255,11 @@ def _check_rebuilt(
 # -- the encoder -----------------------------------------------------------
 
 
-def _describe_wrapper(call: Call, wrapper: nn.Module, brain: sb.Brain) -> dict:
+def _describe_encoder(
+    call: Call, wrapper: nn.Module, brain: sb.Brain
+) -> tuple[dict, str]:
+    """Settings of the wrapper and ``config.json`` of its model, from which
+    both are made again and compared with what they are."""
     if not isinstance(wrapper, Wav2Vec2):
         raise NoFolderError(
             f"'{call.key}' is a {type(wrapper).__name__}, not SpeechBrain's "
@@ -260,29 +267,53 @@ def _describe_wrapper(call: Call, wrapper: nn.Module, brain: sb.Brain) -> dict:
         )
     lengths = [arg for arg in call.args[1:] if arg is not None]
     settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
-    rebuilt = StoredEncoder(wrapper.model, **settings)
-    rebuilt.train(wrapper.training)
-    args = (call.args[0], *lengths)
-    what = "SpeechBrain's wrapper of the model"
-    _check_rebuilt(call, rebuilt, args, brain, what)
-    return {"key": call.key, "use_lengths": bool(lengths), **settings}
-
-
-def _encoder_config(model: nn.Module) -> str:
-    """``config.json`` that makes the same model again."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = json.loads(wrapper.model.config.to_json_string(use_diff=False))
     # Where it came from is nobody's business.
     config.pop("_name_or_path", None)
     config = check_config(config)
-    empty = empty_encoder(config).state_dict()
+    model = _model_again(wrapper.model, config, f"{call.key}.model")
+    rebuilt = StoredEncoder(model, **settings).eval()
+    args = (call.args[0], *lengths)
+    what = "SpeechBrain's wrapper of the model that its configuration describes"
+    _check_rebuilt(call, rebuilt, args, brain, what)
+    settings = {"key": call.key, "use_lengths": bool(lengths), **settings}
+    return settings, json.dumps(config, indent=1, sort_keys=True) + "\n"
+
+
+def _model_again(
+    model: nn.Module, config: Mapping[str, Any], path: str
+) -> nn.Module:
+    """The model that a configuration describes, with the tensors of one that
+    is there and of the same modules."""
+    again = empty_encoder(config)
     state = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    if shapes != {name: tensor.shape for name, tensor in empty.items()}:
+    expected = {n: tensor.shape for n, tensor in again.state_dict().items()}
+    if shapes != expected:
         raise NoFolderError(
             f"the encoder ({type(model).__name__}) is not the model that its "
             "configuration describes"
         )
-    return json.dumps(config, indent=1, sort_keys=True) + "\n"
+    described = dict(again.named_modules())
+    for name, module in model.named_modules():
+        other = described.get(name)
+        if other is None or _settings(module) != _settings(other):
+            found = "nothing" if other is None else _settings(other)
+            raise NoFolderError(
+                f"'{path}.{name}' is {_settings(module)}, and the model's "
+                f"configuration describes {found}"
+            )
+    again.load_state_dict(state, assign=True)
+    return again
+
+
+def _settings(module: nn.Module) -> str:
+    """Kind of a module and what it is made with, as far as it computes."""
+    name = type(module).__name__
+    # Nothing is dropped when a model is evaluated.
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return name
+    return f"{name}({module.extra_repr()})"
 
 
 # -- heads -----------------------------------------------------------------
@@ -402,50 +433,6 @@ def _node_text(key: str, node: Any) -> str:
     # A copy outside of its tree: nothing else refers to its anchors.
     ruamel.yaml.YAML().dump({key: copy.deepcopy(node)}, out)
     return out.getvalue()
-
-
-# -- tokenizer -------------------------------------------------------------
-
-
-def _find_tokenizer(brain: sb.Brain) -> Any:
-    """The recipe's CTCTextEncoder or SentencePieceProcessor."""
-    places = {**vars(brain.hparams), **vars(brain)}
-    names = [n for n in ("tokenizer", "label_encoder") if n in places]
-    for name in [*names, *places]:
-        value = places[name]
-        # SpeechBrain's SentencePiece holds the processor.
-        value = getattr(value, "sp", value)
-        if isinstance(
-            value, CTCTextEncoder | sentencepiece.SentencePieceProcessor
-        ):
-            return value
-    raise NoFolderError(
-        "neither the Brain nor its hparams hold a CTCTextEncoder or a "
-        "SentencePiece tokenizer; set brain.tokenizer"
-    )
-
-
-def _describe_tokenizer(tokenizer: Any) -> tuple[str, str, bytes]:
-    """Class, file name and content of the file."""
-    if isinstance(tokenizer, CTCTextEncoder):
-        return (
-            "speechbrain.dataio.encoder.CTCTextEncoder",
-            "label_encoder.txt",
-            _label_encoder_text(tokenizer),
-        )
-    return (
-        "sentencepiece.SentencePieceProcessor",
-        "tokenizer.model",
-        tokenizer.serialized_model_proto(),
-    )
-
-
-def _label_encoder_text(encoder: CTCTextEncoder) -> bytes:
-    # SpeechBrain's encoder only writes to files.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "label_encoder.txt"
-        encoder.save(str(path))
-        return path.read_bytes()
 
 
 def _blank_index(brain: sb.Brain, tokenizer: Any) -> int:

@@ -10,11 +10,13 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -22,13 +24,14 @@ from tqdm import tqdm
 
 from . import distributed
 from .audio import check_audio
+from .before_search import BeforeSearch
 from .brain import (
     BrainRecogniser,
     ForwardClock,
     evaluation_steps,
     join_metric,
+    join_rows,
     metric_of,
-    shadowed,
 )
 from .checkpoint import PLAN_FILE, stored_layer
 from .config import ConfigError, QuantizeConfig
@@ -38,7 +41,7 @@ from .data import (
     draw_subset,
     utterance_ids,
 )
-from .describe import NoFolderError, describe_recogniser, find_chain
+from .describe import find_chain
 from .files import write_atomic
 from .folder import write_folder
 from .integer import integer_layer
@@ -56,6 +59,7 @@ from .run import Run, write_comparison
 from .runtime import code_digest
 from .stage import Stage
 from .training import BrainTrainer
+from .utils.patching import shadowed
 from .utils.store import Store
 
 logger = logging.getLogger(__name__)
@@ -179,6 +183,7 @@ class StableQuant:
             logger.warning("quantize: %s", warning)
         #: Whether a block of a recipe made it: then the process is its own.
         self.by_block = False
+        self._before = BeforeSearch(brain, config, self.runs)
         self._recovered: tuple | None = None
         self._trainer: BrainTrainer | None = None
         if valid_set is not None:
@@ -386,23 +391,31 @@ class StableQuant:
         self._check_audio(dataset_of(test_set))
         self._check_batches(test_set, options)
         self._check_metric()
-        self._try_runtimes()
-        with shadowed(
-            self.brain,
-            "on_evaluate_start",
-            self._recover_once(self.brain.on_evaluate_start),
+        clock, texts = self._clock(), []
+
+        def on_evaluate_start(max_key=None, min_key=None) -> None:
+            if self._recover_once(recover, max_key, min_key):
+                self._try_out(test_set, options)
+            # What was tried is none of the float model's time.
+            stack.enter_context(clock.running())
+            texts.append(stack.enter_context(self._before.listening()))
+
+        recover = self.brain.on_evaluate_start
+        with (
+            shadowed(self.brain, "on_evaluate_start", on_evaluate_start),
+            ExitStack() as stack,
         ):
-            clock = self._clock()
-            with clock.running():
-                loss = self._evaluate(
-                    test_set,
-                    max_key=max_key,
-                    min_key=min_key,
-                    progressbar=progressbar,
-                    # Brain.evaluate changes what it is given.
-                    test_loader_kwargs=dict(options),
-                )
-        baseline = Evaluation.of(self._metric(), clock)
+            loss = self._evaluate(
+                test_set,
+                max_key=max_key,
+                min_key=min_key,
+                progressbar=progressbar,
+                # Brain.evaluate changes what it is given.
+                test_loader_kwargs=dict(options),
+            )
+        metric = self._metric()
+        heard = self._before.check_baseline(metric, texts[-1], name)
+        baseline = Evaluation.of(metric, clock, heard)
         kept = vars(self.brain).copy()
         for run in self.runs:
             if run.plan is None:
@@ -444,24 +457,35 @@ class StableQuant:
             reasons = run.try_runtime(modules, layers, device)
             tried[key] = (run.backend, reasons)
 
-    def _recover_once(self, original: Callable) -> Callable:
-        """Recovers the best checkpoint at the first evaluation only."""
+    def _recover_once(
+        self, recover: Callable, max_key: str | None, min_key: str | None
+    ) -> bool:
+        """Recovers the best checkpoint at the first evaluation only, and says
+        whether this is it."""
+        keys = (max_key, min_key)
+        if self._recovered is None:
+            if self.config.require_checkpoint:
+                check_checkpoint(self.brain, max_key, min_key)
+            recover(max_key=max_key, min_key=min_key)
+            self._recovered = keys
+            return True
+        if self._recovered != keys:
+            raise ValueError(
+                "quantize: evaluate() was called with max_key, min_key "
+                f"= {keys} after {self._recovered}; the plan belongs to "
+                "one checkpoint, so evaluate others in a run of their own"
+            )
+        return False
 
-        def on_evaluate_start(max_key=None, min_key=None) -> None:
-            keys = (max_key, min_key)
-            if self._recovered is None:
-                if self.config.require_checkpoint:
-                    check_checkpoint(self.brain, max_key, min_key)
-                original(max_key=max_key, min_key=min_key)
-                self._recovered = keys
-            elif self._recovered != keys:
-                raise ValueError(
-                    "quantize: evaluate() was called with max_key, min_key "
-                    f"= {keys} after {self._recovered}; the plan belongs to "
-                    "one checkpoint, so evaluate others in a run of their own"
-                )
-
-        return on_evaluate_start
+    def _try_out(
+        self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
+    ) -> None:
+        """Tries on one batch what will be executed and written."""
+        # The recipe's own evaluation must not see other random numbers.
+        with torch.random.fork_rng():
+            batch = next(iter(self._loader(test_set, options)))
+            self._before.try_batch(batch)
+            self._try_runtimes()
 
     def _check_batches(
         self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
@@ -538,7 +562,7 @@ class StableQuant:
             seconds = time.monotonic() - started
             self._convert(run, layers)
             if distributed.is_main():
-                self._write_model(run, test_set, options)
+                self._write_model(run)
             found = distributed.from_main((run.source, run.probe))
             run.source, run.probe = found
         if run.config.plan is None:
@@ -554,13 +578,8 @@ class StableQuant:
         """Lets others quantize; the plan only says who, and holds no layer."""
         stage = self._stage(run)
         batch = next(iter(self._loader(test_set, options)))
-        try:
-            calls = find_chain(self.brain, batch, run.config)
-        except NoFolderError as error:
-            raise ValueError(
-                f"quantize.method: {run.config.method} needs modules that are "
-                f"called one after the other; {error}"
-            ) from error
+        # That there is one was found out before.
+        calls = find_chain(self.brain, batch, run.config)
         modules = self._modules
         run.rival = make_rival(
             stage.recogniser,
@@ -597,26 +616,8 @@ class StableQuant:
                 if layer.name in quants
             }
 
-    def _write_model(
-        self,
-        run: Run,
-        test_set: Dataset | DataLoader,
-        options: Mapping[str, Any],
-    ) -> None:
+    def _write_model(self, run: Run) -> None:
         """Writes the integers, with all that loads them."""
-        try:
-            batch = next(iter(self._loader(test_set, options)))
-            run.source = describe_recogniser(
-                self.brain, batch, run.config, list(run.plan.quants())
-            )
-        except Exception as error:
-            # A recipe may do anything. What was measured must not be lost,
-            # so the report says what is missing and why.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            run.warnings.append(
-                f"No inference folder (EncoderASR cannot load it): {reason}."
-            )
-            logger.warning("quantize: %s", run.warnings[-1])
         with run.adjusted(self._modules):
             run.probe = write_folder(
                 run.folder,
@@ -669,6 +670,7 @@ class StableQuant:
             run.as_stored(modules),
             run.executed(modules, device),
             clock.running(),
+            self._before.listening() as texts,
         ):
             if key != self._evaluation_key(run, baseline):
                 # Another runtime than was thought computes it.
@@ -693,12 +695,14 @@ class StableQuant:
             )
             counts = [count for _, _, count in bar]
         metric = self._metric()
+        texts = join_rows(texts, counts)
         join_metric(metric, counts)
         metric.summarize()
         text = io.StringIO()
         metric.write_stats(text)
         write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
-        evaluation = Evaluation.of(metric, clock)
+        heard = self._before.compare(metric, texts, [run])
+        evaluation = Evaluation.of(metric, clock, heard)
         evaluation.write(run.store, file, key)
         return evaluation
 

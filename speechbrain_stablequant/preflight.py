@@ -1,7 +1,8 @@
 """What is checked, and chosen, before long work begins."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 from torch import nn
@@ -9,7 +10,11 @@ from torch import nn
 from . import distributed
 from .baselines.auto_quantize import require_modelopt
 from .config import ConfigError, QuantizeConfig
+from .decoding import Row, Tokenizer, find_uncovered
+from .describe import NoFolderError, describe_recogniser, find_chain
+from .dry_run import check_descriptions
 from .files import check_writable_folder
+from .folder import RecogniserSource
 from .layers import find_layers
 from .plan import QuantizationPlan
 from .rivals.nncf_ import require_nncf
@@ -17,6 +22,10 @@ from .runtime import RUNTIMES, check_extras, choose_backend
 from .runtime.cpu import PAIR_SUM_BITS, cpu_class
 from .runtime.encoder import check_encoders
 from .stage import check_earlier_run
+from .utils.typed import one_line
+
+#: Percent of words that labels may be unable to write.
+MOST_UNCOVERED = 50.0
 
 # Options of a Brain that replace the modules that would be quantized.
 _REPLACING = (
@@ -182,6 +191,175 @@ def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
             f"{PAIR_SUM_BITS}."
         ]
     return []
+
+
+def try_runtime(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
+) -> tuple[str, list[str]]:
+    """Tries the runtime of a variant on a batch.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain, with its float modules.
+    batch : PaddedBatch
+        Any batch of its data.
+    config : QuantizeConfig
+        The variant's block.
+    backend : str
+        From :func:`choose_runtime`.
+
+    Returns
+    -------
+    str
+        The runtime: the same, or the simulation.
+    list of str
+        What is to be said about it in the report.
+
+    Raises
+    ------
+    ConfigError
+        The one that the block asks for computes something else.
+    """
+    if config.is_rival or RUNTIMES[backend].encoder is None:
+        return backend, []
+    try:
+        check_descriptions(brain, batch, config)
+    except ValueError as error:
+        if config.backend != "auto":
+            raise ConfigError(f"quantize.backend: {error}") from error
+        return _simulated(str(error).partition(";")[0])
+    return backend, []
+
+
+def describe_folder(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig
+) -> tuple[RecogniserSource | None, list[str]]:
+    """Finds out what the inference folder of a variant holds.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain, with its float modules.
+    batch : PaddedBatch
+        Any batch of its data.
+    config : QuantizeConfig
+        The variant's block.
+
+    Returns
+    -------
+    RecogniserSource or None
+        None: there will be no folder.
+    list of str
+        Why.
+
+    Raises
+    ------
+    ConfigError
+        A method that needs what a folder needs.
+    """
+    if config.is_rival:
+        try:
+            find_chain(brain, batch, config)
+        except NoFolderError as error:
+            raise ConfigError(
+                f"quantize.method: {config.method} needs modules that are "
+                f"called one after the other; {error}"
+            ) from error
+        return None, []
+    layers = find_layers(
+        dict(brain.modules.items()),
+        config.target,
+        config.include,
+        config.exclude,
+    )
+    try:
+        names = [layer.name for layer in layers]
+        return describe_recogniser(brain, batch, config, names), []
+    except Exception as error:
+        # A recipe may do anything. It is evaluated all the same.
+        reason = one_line(error)
+        return None, [
+            f"No inference folder (EncoderASR cannot load it): {reason}."
+        ]
+
+
+def check_references(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer | None,
+    name: str,
+    limit: float,
+) -> list[str]:
+    """Raises where the labels cannot write what was said.
+
+    Arguments
+    ---------
+    rows : sequence of Row
+        What the recipe's metric has scored.
+    tokenizer : CTCTextEncoder, SentencePieceProcessor or None
+        The recipe's.
+    name : str
+        The set.
+    limit : float
+        ``quantize.search.max_float_wer``.
+
+    Returns
+    -------
+    list of str
+        What is to be said about some words.
+
+    Raises
+    ------
+    ValueError
+        Most words hold characters that no label yields.
+    """
+    found = None if tokenizer is None else find_uncovered(rows, tokenizer)
+    if found is None:
+        return []
+    example = (
+        f"utterance {found.id} has {found.characters!r}, which no label of the "
+        "recipe's tokenizer yields"
+    )
+    if found.percent > MOST_UNCOVERED and limit < 100:
+        raise ValueError(
+            f"quantize: {name}: {example}, as {found.words} of {found.total} "
+            "words do; write the "
+            "transcripts as the labels are written (case, punctuation), or "
+            "set quantize.search.max_float_wer to 100 or more"
+        )
+    return [
+        f"Of the words of {name} {found.words} of {found.total} cannot be "
+        f"recognized: {example}."
+    ]
+
+
+def check_float_wer(wer: float, name: str, limit: float) -> None:
+    """Raises where the float model recognizes too little.
+
+    Arguments
+    ---------
+    wer : float
+        Of the float model, in percent.
+    name : str
+        The set.
+    limit : float
+        ``quantize.search.max_float_wer``.
+
+    Raises
+    ------
+    ValueError
+        It is above the limit.
+
+    Example
+    -------
+    >>> check_float_wer(5.0, "test set 'clean'", 90.0)
+    """
+    if wer > limit:
+        raise ValueError(
+            f"quantize: the float model's WER on {name} is {wer:.2f} %, above "
+            f"quantize.search.max_float_wer ({limit:g}); check the checkpoint,"
+            " the transcripts and quantize.metric_attribute, or raise the limit"
+        )
 
 
 def _simulated(reason: str) -> tuple[str, list[str]]:

@@ -14,6 +14,7 @@ from torch import nn
 from . import distributed
 from .brain import ForwardClock, transcripts_of
 from .checkpoint import PLAN_FILE, WEIGHTS_FILE
+from .decoding import as_scored, rows_of, same_text
 from .evaluation import (
     Transcript,
     bootstrap_delta_wer,
@@ -54,16 +55,31 @@ class Evaluation:
         Time that it took to recognise.
     audio_seconds : float
         Audio in the set.
+    folder : sequence of Transcript
+        What the inference folder transcribes from the same outputs, where it
+        decodes otherwise than the recipe.
     """
 
     transcripts: Sequence[Transcript]
     seconds: float
     audio_seconds: float
+    folder: tuple[Transcript, ...] = ()
 
     @classmethod
-    def of(cls, metric: Any, clock: ForwardClock) -> "Evaluation":
-        """What a metric and a clock have collected."""
-        return cls(transcripts_of(metric), clock.seconds, clock.audio_seconds)
+    def of(
+        cls,
+        metric: Any,
+        clock: ForwardClock,
+        texts: Sequence[tuple[str, ...]] = (),
+    ) -> "Evaluation":
+        """What a metric and a clock have collected, and what the folder's
+        decoder has heard of the same utterances."""
+        transcripts, rows = transcripts_of(metric), rows_of(metric.scores)
+        folder = ()
+        if len(texts) == len(rows) and not same_text(rows, texts):
+            pairs = zip(transcripts, as_scored(rows, texts), strict=True)
+            folder = tuple(replace(t, hypothesis=text) for t, text in pairs)
+        return cls(transcripts, clock.seconds, clock.audio_seconds, folder)
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
         """Identifies the quantized evaluation of the same utterances.
@@ -233,7 +249,11 @@ class SetResult:
                 "the test loader must give the same set each time"
             )
         ordered = [by_id[name] for name in ids]
-        return cls(baseline, replace(quantized, transcripts=ordered))
+        by_id = {item.id: item for item in quantized.folder}
+        folder = tuple(by_id[name] for name in ids) if by_id else ()
+        return cls(
+            baseline, replace(quantized, transcripts=ordered, folder=folder)
+        )
 
     def to_dict(self) -> dict:
         """The set's part of ``report.json``."""
@@ -241,7 +261,7 @@ class SetResult:
         after = self.quantized.transcripts
         wer = bootstrap_delta_wer(before, after)
         cer = bootstrap_delta_wer(before, after, unit="char")
-        return {
+        row = {
             "float": score(before).to_dict(),
             "quantized": score(after).to_dict(),
             "delta_wer": wer.delta,
@@ -249,6 +269,13 @@ class SetResult:
             "delta_cer": cer.delta,
             "delta_cer_ci": [cer.low, cer.high],
         }
+        if self.baseline.folder or self.quantized.folder:
+            # Where one of them has none, it decodes as the recipe does.
+            row["folder"] = {
+                "float": score(self.baseline.folder or before).to_dict(),
+                "quantized": score(self.quantized.folder or after).to_dict(),
+            }
+        return row
 
 
 def float_size(modules: Mapping[str, nn.Module]) -> int:

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from .brain import first_tensor, shadowed
+from .brain import first_tensor
 from .data import audio_of, dataset_of, utterance_ids
+from .utils.patching import shadowed
 
 # What follows the data while it trains; here it follows the float model.
 _STATISTICS = (_BatchNorm, InputNormalization)

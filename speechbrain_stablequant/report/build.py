@@ -310,7 +310,41 @@ def _verdict(report: dict) -> Section:
         [columns[index] for index in filled],
         [[row[index] for index in filled] for row in rows],
     )
-    return Section("Verdict", [*verdicts, table])
+    return Section("Verdict", [*verdicts, table, *_of_the_folder(tests)])
+
+
+def _of_the_folder(tests: dict) -> list[Text | Table]:
+    """The folder's own rates, where it decodes otherwise than the recipe."""
+    found = {
+        n: entry["folder"] for n, entry in tests.items() if entry.get("folder")
+    }
+    if not found:
+        return []
+    columns = [
+        "As the inference folder decodes",
+        "Float WER %",
+        "Quantized WER %",
+        "Float CER %",
+        "Quantized CER %",
+    ]
+    rows = [
+        [
+            name,
+            *(
+                number(rates[model][rate])
+                for rate in ("WER", "CER")
+                for model in ("float", "quantized")
+            ),
+        ]
+        for name, rates in found.items()
+    ]
+    return [
+        Text(
+            "The inference folder decodes greedily, and the recipe does "
+            "otherwise. On the same outputs the folder has these rates."
+        ),
+        Table(columns, rows),
+    ]
 
 
 def _verdict_of_set(name: str, entry: dict) -> Text:

@@ -7,7 +7,8 @@
      "environment": {"python": "3.11.7", ...},
      "test": {SET: {"float": RATES, "quantized": RATES,
                     "delta_wer": points, "delta_wer_ci": [low, high],
-                    "delta_cer": points, "delta_cer_ci": [low, high]}},
+                    "delta_cer": points, "delta_cer_ci": [low, high],
+                    "folder": {"float": RATES, "quantized": RATES}}},
      "size_mb": {"float": MB, "quantized": MB, "float_stored_as": str,
                  "quantized_floats": "float16"},
      "rtf": {"float": ratio, "quantized": ratio},
@@ -21,10 +22,12 @@
      "warnings": [str], "files": {"plan": "plan.json"}}
 
 RATES are what ``ErrorRates.to_dict`` gives. Rates and cut-offs are in
-percent, differences in points; a number that was not measured is null. May
-be left out: what concerns CER differences, ``float_stored_as``,
-``quantized_floats``, ``search``, ``histograms``, ``warnings``, ``files``, and
-of a unit all that is not in ``_UNIT``.
+percent, differences in points; a number that was not measured is null.
+``folder`` stands where the inference folder decodes otherwise than the recipe:
+its own rates on the same outputs. May be left out: it, what concerns CER
+differences, ``float_stored_as``, ``quantized_floats``, ``search``,
+``histograms``, ``warnings``, ``files``, and of a unit all that is not in
+``_UNIT``.
 """
 
 from collections.abc import Iterator
@@ -43,6 +46,7 @@ _SET = (
     "quantized.utterances",
     "delta_wer",
 )
+_FOLDER = ("float.WER", "float.CER", "quantized.WER", "quantized.CER")
 _UNIT = ("delta_wer", "cutoff")
 _UNIT_OPTIONAL = ("wer", "layers", "parameters")
 _SEARCH = (
@@ -104,6 +108,9 @@ def _check_set(entry: Any, place: str) -> None:
     _interval(_get(entry, "delta_wer_ci", place), f"{place}.delta_wer_ci")
     _number(entry, "delta_cer", place, required=False)
     _interval(entry.get("delta_cer_ci"), f"{place}.delta_cer_ci")
+    if entry.get("folder") is not None:
+        for key in _FOLDER:
+            _number(entry["folder"], key, f"{place}.folder")
 
 
 def _check_unit(unit: Any, place: str) -> None:

@@ -46,6 +46,15 @@ def summary_table(report: dict) -> str:
                     interval(entry.get(f"delta_{low}_ci")),
                 )
             )
+        if entry.get("folder"):
+            lines.append(
+                _line(
+                    "  folder's WER %",
+                    number(entry["folder"]["float"]["WER"]),
+                    number(entry["folder"]["quantized"]["WER"]),
+                    "(it decodes greedily, the recipe otherwise)",
+                )
+            )
     lines.append(
         _line(
             "size, MB",

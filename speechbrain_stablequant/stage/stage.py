@@ -73,8 +73,9 @@ class Stage:
         settings = asdict(self.config)
         for key in ("output_folder", "plan", "variants"):
             settings.pop(key)
-        # Memory for reuse changes the time, not the outcome.
+        # These change the time or end a run, not the outcome.
         settings["search"].pop("cache_gb")
+        settings["search"].pop("max_float_wer")
         # What the method does not read decided nothing.
         if self.config.method != "stablequant_plus":
             settings.pop("plus")

@@ -14,6 +14,7 @@ from trained_recipe import RECIPE, Trained  # noqa: E402
 # Scripts of the tests, not modules with doctests.
 collect_ignore = [
     "attach.py",
+    "decoding_recipe.py",
     "distributed_recipe.py",
     "slow_recipe.py",
     "starter.py",

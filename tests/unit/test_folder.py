@@ -364,6 +364,43 @@ def test_a_wrapper_with_a_forward_of_its_own(make_brain, make_tiny_model):
     assert "'wav2vec2' gives something other than SpeechBrain's" in text
 
 
+def test_an_activation_that_is_not_the_configurations(make_brain):
+    """The folder would compute the one that the configuration names."""
+    brain = make_brain()
+    block = brain.modules.wav2vec2.model.encoder.layers[1]
+    block.feed_forward.intermediate_act_fn = nn.ReLU()
+    assert reason(brain) == (
+        "'wav2vec2.model.encoder.layers.1.feed_forward.intermediate_act_fn' is "
+        "ReLU(), and the model's configuration describes GELUActivation()"
+    )
+
+
+def test_a_norm_with_another_epsilon(make_brain):
+    brain = make_brain()
+    brain.modules.wav2vec2.model.encoder.layer_norm.eps = 1e-3
+    text = reason(brain)
+    assert "'wav2vec2.model.encoder.layer_norm' is LayerNorm((32,), " in text
+    assert "eps=0.001" in text
+    assert "eps=1e-05" in text
+
+
+def test_a_hook_inside_of_the_encoder(make_brain):
+    """No setting shows it; what is computed does."""
+    brain = make_brain()
+    block = brain.modules.wav2vec2.model.encoder.layers[0]
+    block.attention.register_forward_hook(
+        lambda _module, _args, output: (1.1 * output[0], *output[1:])
+    )
+    text = reason(brain)
+    assert "'wav2vec2' gives something other than SpeechBrain's wrapper" in text
+
+
+def test_dropout_that_was_changed_is_none(make_brain):
+    brain = make_brain()
+    brain.modules.wav2vec2.model.encoder.dropout.p = 0.77
+    assert describe(brain).keys == ("wav2vec2", "enc", "ctc_lin")
+
+
 def test_a_head_without_a_node(make_brain):
     text = reason(make_brain(yaml=False))
     assert text.startswith("'enc' (VanillaNN) has no `!new:` node")

@@ -530,3 +530,40 @@ def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
     for name in ("sensitivity.png", "cutoffs.png", "histograms.png"):
         one, two = tmp_path / "out" / name, tmp_path / "here" / name
         assert one.read_bytes() == two.read_bytes()
+
+
+# -- a folder that decodes otherwise than the recipe -------------------------
+
+
+def with_folder(report):
+    """The report of a recipe that decodes by beams."""
+    report["test"]["test-clean"]["folder"] = {
+        "float": rates(2.91, 0.81, (1, 2, 3)),
+        "quantized": rates(2.96, 0.83, (1, 2, 3)),
+    }
+    return report
+
+
+def test_rates_of_the_folder_stand_beside_those_of_the_recipe(report, tmp_path):
+    write_report(with_folder(report), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| test-clean | 2.91 | 2.96 | 0.81 | 0.83 |" in text
+    assert "The inference folder decodes greedily" in text
+    (line,) = (x for x in summary_table(report).splitlines() if "folder" in x)
+    assert "2.91" in line
+    assert "2.96" in line
+    assert len(line) <= 80
+
+
+def test_no_word_of_a_folder_that_decodes_as_the_recipe(report, tmp_path):
+    write_report(report, tmp_path)
+    assert "folder" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "folder" not in summary_table(report)
+
+
+@pytest.mark.parametrize("key", ["float.WER", "quantized.CER"])
+def test_rates_of_the_folder_are_checked(report, key):
+    model, rate = key.split(".")
+    del with_folder(report)["test"]["test-clean"]["folder"][model][rate]
+    with pytest.raises(ValueError, match=rf"test-clean\.folder\.{key}"):
+        check_report(report)

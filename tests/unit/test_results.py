@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import nn
 
 from speechbrain_stablequant import results
@@ -155,6 +157,51 @@ def test_write_and_read(tmp_path):
     kept = evaluation(QUANTIZED, seconds=1 / 3)
     kept.write(*place(path), key)
     assert Evaluation.read(*place(path), key) == kept
+
+
+GREEDY = [replace(t, hypothesis="SIX") for t in FLOAT]
+
+
+def test_the_folders_transcripts_are_kept(tmp_path):
+    where = place(tmp_path / "transcripts.json")
+    kept = replace(evaluation(QUANTIZED), folder=tuple(GREEDY))
+    kept.write(*where, "key")
+    assert Evaluation.read(*where, "key") == kept
+
+
+def test_the_folders_rates_where_it_decodes_otherwise():
+    one = replace(evaluation(FLOAT), folder=tuple(GREEDY))
+    two = replace(evaluation(QUANTIZED[::-1]), folder=tuple(GREEDY[::-1]))
+    found = SetResult.pair(one, two).to_dict()["folder"]
+    expected = score(GREEDY).to_dict()
+    assert found == {"float": expected, "quantized": expected}
+    # Where only one of both differs, the other is the recipe's.
+    found = SetResult.pair(one, evaluation(QUANTIZED)).to_dict()["folder"]
+    assert found["float"] == expected
+    assert found["quantized"] == score(QUANTIZED).to_dict()
+    plain = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    assert "folder" not in plain.to_dict()
+
+
+def collected(*texts):
+    """A metric of two utterances, and what the folder has heard of them."""
+    metric = ErrorRateStats()
+    metric.append(
+        ["u1", "u2"], [["ONE", "TWO"], ["SIX"]], [["ONE"], ["FIVE", "SIX"]]
+    )
+    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0)
+    return Evaluation.of(metric, clock, [tuple(text) for text in texts])
+
+
+def test_what_the_folder_has_heard():
+    found = collected("ONE TWO", "SX")
+    assert [t.id for t in found.folder] == ["u1", "u2"]
+    assert [t.hypothesis for t in found.folder] == ["ONE TWO", "SX"]
+    assert [t.reference for t in found.folder] == ["ONE", "FIVE SIX"]
+    # The same, or not of all utterances: nothing beside the recipe's.
+    assert collected("ONE TWO ", "SIX").folder == ()
+    assert collected("ONE").folder == ()
+    assert collected().folder == ()
 
 
 def test_read_by_another_key(tmp_path):
