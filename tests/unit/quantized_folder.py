@@ -115,12 +115,13 @@ def sign(
     tensors: dict[str, torch.Tensor] = load_file(path)
     description = json.loads(header["description"])
     change(description, tensors)
-    for name in list(description["files"]):
-        if (folder / name).is_file():
-            digest = checkpoint._file_digest(folder / name)
-            description["files"][name] = digest
-        else:
-            del description["files"][name]
+    files = description.get("files")
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    for name in list(files) if isinstance(files, dict) else []:
+        if name in there:
+            files[name] = checkpoint._file_digest(folder / name)
+        elif name == "recognizer.json":
+            del files[name]
     before = header["checksum"]
     header["description"] = json.dumps(description)
     header["checksum"] = checkpoint._digest(header["description"], tensors)

@@ -355,11 +355,7 @@ def description(rng, folder):
         elif kind == 2:
             tensors[name] = tensors[name].double() * math.nan
 
-    try:
-        sign(folder / "new", change)
-    except (TypeError, AttributeError, ValueError):
-        # The helper signs what the files are: a list is no place for that.
-        sign(folder / "new")
+    sign(folder / "new", change)
     return lambda: load_checkpoint(folder / "new")
 
 
