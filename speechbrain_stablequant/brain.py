@@ -18,13 +18,17 @@ from torch import nn
 
 from . import distributed
 from .baselines.qat import Trainer
-from .data import Batches, audio_of
-from .distributed import gathered
+from .data import Batches, audio_of, dataset_of
+from .dependencies import Dependencies, Kind, dataset_digest
+from .distributed import from_main, gathered
 from .evaluation import Transcript
+from .files import identity
 from .replay import StopForward
 from .runtime.timing import BatchTimes
 from .search import Score
+from .utils.digest import digest, tensor_digest
 from .utils.patching import shadowed
+from .utils.store import Store
 
 #: Batches after which processes tell each other how many errors they have.
 _TOGETHER = 8
@@ -168,6 +172,7 @@ class ForwardClock:
         self.sample_rate = sample_rate
         self._times = BatchTimes(self._synchronise)
         self._audio: list[float] = []
+        self._digests: list[str] = []
 
     @property
     def seconds(self) -> float:
@@ -179,6 +184,11 @@ class ForwardClock:
         """Of the audio that was recognised in this time."""
         return sum(self._times.counted(self._audio))
 
+    @property
+    def audio_digest(self) -> str:
+        """Identifies the audio, and how it was put into batches."""
+        return digest(self._digests)
+
     @contextmanager
     def running(self) -> Iterator["ForwardClock"]:
         """Context in which the time is taken."""
@@ -187,6 +197,7 @@ class ForwardClock:
         def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
             wavs, relative = audio_of(batch, self.signal)
             samples = float((relative * wavs.shape[1]).sum())
+            self._digests.append(tensor_digest(wavs, relative))
             with self._times.batch():
                 result = inner(batch, *args, **kwargs)
             self._audio.append(samples / self.sample_rate)
@@ -215,6 +226,8 @@ class BrainRecogniser:
         Whether progress bars are shown.
     trainer : Trainer or None
         Its training loop, for methods that train.
+    dependencies : Dependencies or None
+        What the recipe reads; found out when it is needed.
     """
 
     def __init__(
@@ -224,12 +237,15 @@ class BrainRecogniser:
         metric_attribute: str,
         show_progress: bool,
         trainer: Trainer | None = None,
+        dependencies: Dependencies | None = None,
     ):
         self.brain = brain
         self.subsets = dict(subsets)
         self.metric_attribute = metric_attribute
         self.show_progress = show_progress
         self.trainer = trainer
+        self.dependencies = dependencies or Dependencies(brain, ())
+        self._keys: dict[tuple[str, Kind], str] = {}
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -239,6 +255,53 @@ class BrainRecogniser:
     def ids(self, subset: str) -> list[str]:
         """Utterances of a subset, in the order in which they are run."""
         return self.subsets[subset].ids
+
+    def key(self, subset: str, kind: Kind) -> str:
+        """Identifies all that a pass over a subset depends on, but weights.
+
+        Arguments
+        ---------
+        subset : str
+            ``calibration`` or ``search``.
+        kind : str
+            ``inputs`` of layers, ``outputs`` of ``compute_forward``, or
+            ``scores``.
+
+        Returns
+        -------
+        str
+        """
+        if (subset, kind) not in self._keys:
+            batches, stage = self.subsets[subset], sb.Stage.VALID
+            first = batches.load()[0]
+            reads = self.dependencies.reads(first, stage)[kind]
+            content = [
+                self.dependencies.key(first, stage, kind),
+                batches.digest(reads.batch),
+            ]
+            self._keys[subset, kind] = identity(content)
+        return self._keys[subset, kind]
+
+    def training_key(self, store: Store) -> str:
+        """Identifies all that a training depends on, but weights.
+
+        Arguments
+        ---------
+        store : Store
+            Remembers the digests of audio files.
+
+        Returns
+        -------
+        str
+        """
+        trainer = self.trainer
+        content = [
+            trainer.ids,
+            dict(trainer.settings),
+            dataset_digest(dataset_of(trainer.train_set), store),
+            self.dependencies.training_key(),
+        ]
+        return from_main(identity(content))
 
     def lengths(self, subset: str, batch: int) -> tuple[int, list[int]]:
         """Samples of a padded batch, real samples of each utterance."""

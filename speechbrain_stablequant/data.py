@@ -2,7 +2,7 @@
 in memory, since a search runs over them again and again."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from speechbrain.dataio.dataset import (
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .audio import AudioError
-from .distributed import share, size
+from .distributed import gathered, share, size
+from .utils.digest import digest
 
 
 def dataset_of(data: Dataset | DataLoader) -> Dataset:
@@ -125,6 +126,21 @@ def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
     return wavs, relative
 
 
+def _content(batch: Any, names: Collection[str] | None) -> Any:
+    """The data of a batch, or some of them."""
+    if isinstance(batch, Mapping):
+        items = batch
+    elif hasattr(batch, "__dict__"):
+        items = vars(batch)
+    else:
+        return batch
+    return {
+        name: value
+        for name, value in items.items()
+        if not name.startswith("_") and (names is None or name in names)
+    }
+
+
 class Batches:
     """The batches of a set, collated once and kept.
 
@@ -165,6 +181,7 @@ class Batches:
         if "collate_fn" in loader_options:
             self._options["collate_fn"] = loader_options["collate_fn"]
         self._batches: list[Any] | None = None
+        self._digests: dict[frozenset[str] | None, str] = {}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -183,6 +200,29 @@ class Batches:
             for index in range(len(self._batches)):
                 self._check(index)
         return self._batches
+
+    def digest(self, names: Collection[str] | None = None) -> str:
+        """Identifies what the batches hold, and how it was put into batches.
+
+        Arguments
+        ---------
+        names : collection of str or None
+            Attributes that count beside the audio; None: all of them.
+
+        Returns
+        -------
+        str
+            32 hexadecimal digits, the same in all processes.
+        """
+        known = None if names is None else frozenset({self._signal, *names})
+        if known not in self._digests:
+            mine = [
+                (place, digest(_content(batch, known)))
+                for place, batch in zip(self.places, self.load(), strict=True)
+            ]
+            rows = sorted(row for part in gathered(mine) for row in part)
+            self._digests[known] = digest([self.ids, rows])
+        return self._digests[known]
 
     def lengths(self, index: int) -> tuple[int, list[int]]:
         """Samples of a padded batch, real samples of each utterance."""

@@ -41,6 +41,7 @@ from .data import (
     draw_subset,
     utterance_ids,
 )
+from .dependencies import Dependencies
 from .describe import find_chain
 from .files import write_atomic
 from .folder import write_folder
@@ -186,6 +187,7 @@ class StableQuant:
         self._before = BeforeSearch(brain, config, self.runs)
         self._recovered: tuple | None = None
         self._trainer: BrainTrainer | None = None
+        self._dependencies: Dependencies | None = None
         if valid_set is not None:
             self._take_valid_set(valid_set, {})
         if train_set is not None:
@@ -416,6 +418,10 @@ class StableQuant:
         metric = self._metric()
         heard = self._before.check_baseline(metric, texts[-1], name)
         baseline = Evaluation.of(metric, clock, heard)
+        if self._dependencies is None:
+            parts = (self._modules[key] for key in self.config.target)
+            layers = [layer for part in parts for layer in part.modules()]
+            self._dependencies = Dependencies(self.brain, layers)
         kept = vars(self.brain).copy()
         for run in self.runs:
             if run.plan is None:
@@ -541,6 +547,7 @@ class StableQuant:
             self.config.metric_attribute,
             self._show_progress,
             self._trainer,
+            self._dependencies,
         )
         run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
@@ -653,7 +660,10 @@ class StableQuant:
         What an earlier, killed run has finished is read from disk.
         """
         file = f"transcripts_{name}.json"
-        key = self._evaluation_key(run, baseline)
+        # Shows what is read while the set is recognised and scored.
+        batch = next(iter(self._loader(test_set, options)))
+        decoding = self._dependencies.key(batch, sb.Stage.TEST, "scores")
+        key = self._evaluation_key(run, baseline, decoding)
         known = distributed.from_main(Evaluation.read(run.store, file, key))
         if known is not None:
             return known
@@ -672,9 +682,9 @@ class StableQuant:
             clock.running(),
             self._before.listening() as texts,
         ):
-            if key != self._evaluation_key(run, baseline):
+            if key != self._evaluation_key(run, baseline, decoding):
                 # Another runtime than was thought computes it.
-                key = self._evaluation_key(run, baseline)
+                key = self._evaluation_key(run, baseline, decoding)
                 known = distributed.from_main(
                     Evaluation.read(run.store, file, key)
                 )
@@ -706,9 +716,11 @@ class StableQuant:
         evaluation.write(run.store, file, key)
         return evaluation
 
-    def _evaluation_key(self, run: Run, baseline: Evaluation) -> str:
+    def _evaluation_key(
+        self, run: Run, baseline: Evaluation, decoding: str
+    ) -> str:
         """What the words and the times of the report depend on."""
-        how = [run.backend, run.config.float_dtype, *run.warnings]
+        how = [decoding, run.backend, run.config.float_dtype, *run.warnings]
         how.append(repr(run.config.backend_options))
         how += [self._environment(), code_digest()]
         if run.rival is not None:

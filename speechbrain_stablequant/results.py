@@ -58,12 +58,15 @@ class Evaluation:
     folder : sequence of Transcript
         What the inference folder transcribes from the same outputs, where it
         decodes otherwise than the recipe.
+    audio : str
+        Identifies the audio, and how it was put into batches.
     """
 
     transcripts: Sequence[Transcript]
     seconds: float
     audio_seconds: float
     folder: tuple[Transcript, ...] = ()
+    audio: str = ""
 
     @classmethod
     def of(
@@ -79,10 +82,19 @@ class Evaluation:
         if len(texts) == len(rows) and not same_text(rows, texts):
             pairs = zip(transcripts, as_scored(rows, texts), strict=True)
             folder = tuple(replace(t, hypothesis=text) for t, text in pairs)
-        return cls(transcripts, clock.seconds, clock.audio_seconds, folder)
+        return cls(
+            transcripts,
+            clock.seconds,
+            clock.audio_seconds,
+            folder,
+            clock.audio_digest,
+        )
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
-        """Identifies the quantized evaluation of the same utterances.
+        """Identifies the quantized evaluation of the same batches.
+
+        What the float model heard counts as well: it shows changes that
+        nobody else sees.
 
         Arguments
         ---------
@@ -96,9 +108,9 @@ class Evaluation:
         str
             32 hexadecimal digits.
         """
-        pairs = [(t.id, t.reference) for t in self.transcripts]
+        heard = [asdict(transcript) for transcript in self.transcripts]
         quants = {n: q.to_dict() for n, q in plan.quants().items()}
-        content = [plan.fingerprint, quants, pairs, execution]
+        content = [plan.fingerprint, quants, self.audio, heard, execution]
         if plan.tensors:
             content.append(plan.tensors.digest())
         return identity(content)

@@ -130,10 +130,8 @@ def _key(stage: Stage, start: QuantizationPlan) -> str:
         {name: quant.to_dict() for name, quant in start.quants().items()},
         asdict(config.qat),
         config.seed,
-        recogniser.trainer.ids,
-        dict(recogniser.trainer.settings),
+        recogniser.training_key(stage.store),
     ]
     if config.qat.keep == "best":
-        content.append(recogniser.ids("search"))
-        content.append(config.search.batch_size)
+        content.append(recogniser.key("search", "scores"))
     return identity(content)

@@ -342,12 +342,13 @@ def _key(recogniser: Recogniser, weights: str, config: QuantizeConfig) -> str:
         weights,
         config.method,
         config.float_dtype,
-        recogniser.ids("calibration"),
+        recogniser.key("calibration", "inputs"),
         config.nncf.preset,
         [version(package) for package in PACKAGES],
     ]
     if config.needs_search:
-        content += [recogniser.ids("search"), asdict(config.nncf)]
+        scores = recogniser.key("search", "scores")
+        content += [scores, asdict(config.nncf)]
     return identity(content)
 
 

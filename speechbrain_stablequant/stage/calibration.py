@@ -76,14 +76,13 @@ def calibrations(
     list of Calibration
         In the order of the files.
     """
-    ids = stage.recogniser.ids("calibration")
+    data = stage.recogniser.key("calibration", "inputs")
     part = stage.config.calibration
     keys = {
         file: identity(
             [
                 weights,
-                ids,
-                part.batch_size,
+                data,
                 part.num_bins,
                 [layer.name for layer in layers],
             ]

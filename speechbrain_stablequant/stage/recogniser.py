@@ -9,6 +9,7 @@ from torch import nn
 
 from ..baselines.qat import Trainer
 from ..search import Score
+from ..utils.store import Store
 
 BeforeBatch = Callable[[int], None]
 
@@ -26,6 +27,15 @@ class Recogniser(Protocol):
 
     def ids(self, subset: str) -> list[str]:
         """Utterances of a subset, in the order in which they are run."""
+
+    def key(self, subset: str, kind: str) -> str:
+        """Identifies all that a pass over a subset depends on, but the weights
+        of the modules. ``kind``: ``inputs`` of layers, ``outputs`` of the
+        model, or ``scores``."""
+
+    def training_key(self, store: Store) -> str:
+        """Identifies all that a training depends on, but these weights; the
+        store remembers the digests of audio files."""
 
     def lengths(self, subset: str, batch: int) -> tuple[int, list[int]]:
         """Samples of a padded batch, and real samples of each utterance."""

@@ -56,8 +56,7 @@ def rounded_layers(
     content = [
         "means of what is in the range",
         weights,
-        recogniser.ids("calibration"),
-        stage.config.calibration.batch_size,
+        recogniser.key("calibration", "inputs"),
         {name: quant.to_dict() for name, quant in quants.items()},
         [
             [layer.name, repr(solve(layer)), corrects_bias(layer)]

@@ -41,8 +41,7 @@ def modelopt_scores(
     key = identity(
         [
             weights,
-            recogniser.ids("calibration"),
-            config.calibration.batch_size,
+            recogniser.key("calibration", "inputs"),
             names,
             list(widths),
             config.activation_bits,

@@ -71,12 +71,16 @@ def search_evaluate(
     tqdm
         Counts the evaluations.
     """
-    ids = stage.recogniser.ids("search")
     search = stage.config.search
+    key = [weights, metric or search.metric]
+    if metric == "divergence":
+        key += [stage.reference, stage.recogniser.key("search", "outputs")]
+    else:
+        key.append(stage.recogniser.key("search", "scores"))
     journal = Journal(
         stage.store,
         JOURNAL_FILE,
-        identity([weights, ids, search.batch_size, metric or search.metric]),
+        identity(key),
         metric is None and search.selection == "interval",
     )
     replay = _replay(stage, calibration.in_order)
@@ -131,6 +135,7 @@ def keep_float_outputs(stage: Stage) -> None:
         The recogniser, which no context has changed.
     """
     stage.divergence = Divergence(partial(stage.recogniser.outputs, "search"))
+    stage.reference = stage.fingerprint()
 
 
 def _prefix(

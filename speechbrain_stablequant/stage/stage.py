@@ -45,6 +45,8 @@ class Stage:
         #: Found once, see :mod:`.search_set`.
         self.exact_cuts: list[Cut] | None = None
         self.divergence: Divergence | None = None
+        #: Fingerprint of the model that it refers to.
+        self.reference = ""
 
     def fingerprint(self) -> str:
         """Identifies the weights of the model as they are now."""

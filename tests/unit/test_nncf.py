@@ -58,6 +58,9 @@ class Recogniser:
     def ids(self, subset):
         return ["a", "b", "c", "d"]
 
+    def key(self, subset, kind):
+        return f"{kind} of {subset}"
+
     @torch.no_grad()
     def output(self, wave):
         for module in self.modules.values():

@@ -70,6 +70,9 @@ class Recogniser:
     def ids(self, subset):
         return ["a", "b", "c", "d"]
 
+    def key(self, subset, kind):
+        return f"{kind} of {subset}"
+
     def lengths(self, subset, batch):
         return 1300, [1300, 1300]
 

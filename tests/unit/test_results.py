@@ -244,14 +244,16 @@ def test_key_is_about_the_plan_and_the_utterances():
         evaluation(FLOAT[:2]).key(PLAN),
         evaluation([*FLOAT[:2], Transcript("u9", "EIGHT", "")]).key(PLAN),
         evaluation([*FLOAT[:2], Transcript("u3", "NINE", "")]).key(PLAN),
+        # What the float model hears now shows what else has changed.
+        evaluation(QUANTIZED).key(PLAN),
+        replace(base, audio="others").key(PLAN),
     ]
     assert len({base.key(PLAN), *others}) == 1 + len(others)
 
 
-def test_key_is_not_about_what_was_measured():
-    """The quantized evaluation does not depend on how the float model did."""
+def test_key_is_not_about_times():
     key = evaluation(FLOAT).key(PLAN)
-    assert evaluation(QUANTIZED, seconds=9.0).key(PLAN) == key
+    assert evaluation(FLOAT, seconds=9.0).key(PLAN) == key
     assert evaluation(FLOAT).key(copy.deepcopy(PLAN)) == key
 
 

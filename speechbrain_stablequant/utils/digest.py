@@ -1,0 +1,428 @@
+"""Identifies objects and code by what they are, the same in each process.
+
+What was measured depends on objects that a recipe has made: a searcher with
+its options, a label encoder, a normalizer, and the functions that use them.
+Here they become text: classes by their names, functions by their code, all
+else by its values. Addresses, hooks and files do not count.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterable, Mapping, Set
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+#: Levels of objects in objects; what lies deeper counts by its class.
+DEPTH = 8
+#: Where a model came from says nothing about what it is.
+_PLACES = {
+    "source",
+    "save_path",
+    "cache_dir",
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+}
+#: Of every module: hooks, modes, and tensors that are looked at by name.
+_OF_MODULES = set(vars(nn.Module()))
+#: Variables of a module that are described where a function names them.
+_SETTINGS = (bool, int, float, str, tuple, list, dict, set, frozenset)
+#: Code below these folders is known by its version; that of this package
+#: decides nothing that a recipe does.
+_LIBRARIES = (
+    *(sysconfig.get_paths()[x] for x in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).resolve().parents[1]),
+)
+
+
+def digest(value: Any, known: Mapping[int, str] | None = None) -> str:
+    """Identifies an object by its content.
+
+    Arguments
+    ---------
+    value : Any
+        The object.
+    known : Mapping, optional
+        By ``id``: names of objects that are identified elsewhere, such as
+        modules whose weights change.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+
+    Example
+    -------
+    >>> digest({"a": [1, torch.ones(1)]}) == digest({"a": [1, torch.ones(1)]})
+    True
+    >>> digest(nn.Dropout(0.1)) == digest(nn.Dropout(0.2))
+    False
+    """
+    text = json.dumps(_Describer(known or {})(value, DEPTH))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def structure_digest(modules: Mapping[str, nn.Module]) -> str:
+    """Identifies what modules compute beside their weights: classes,
+    settings, the code of their forward passes.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+
+    Example
+    -------
+    >>> one = structure_digest({"a": nn.LayerNorm(2)})
+    >>> one == structure_digest({"a": nn.LayerNorm(2)})
+    True
+    >>> one == structure_digest({"a": nn.LayerNorm(2, eps=1e-3)})
+    False
+    """
+    known = {
+        id(module): f"{key}.{name}"
+        for key, top in modules.items()
+        for name, module in top.named_modules()
+    }
+    describe = _Describer(known)
+    rows = [
+        [key, name, describe.settings(module, DEPTH)]
+        for key, top in modules.items()
+        for name, module in top.named_modules()
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+def tensor_digest(*tensors: torch.Tensor) -> str:
+    """Identifies tensors by dtype, shape and values.
+
+    Arguments
+    ---------
+    *tensors : torch.Tensor
+        On any device.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+
+    Example
+    -------
+    >>> tensor_digest(torch.zeros(2)) == tensor_digest(torch.zeros(1, 2))
+    False
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(f"{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        found.update(flat.view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+
+class Code:
+    """Functions and all that they call in files that are no library's.
+
+    Arguments
+    ---------
+    functions : iterable of callable
+        Functions or methods.
+    owner : type, optional
+        The class whose methods they are: those that they name are followed.
+    library : type, optional
+        A base of that class whose methods are a library's.
+
+    Example
+    -------
+    >>> one = Code([lambda x: x + 1])
+    >>> one.digest == Code([lambda x: x + 1]).digest
+    True
+    >>> one.digest == Code([lambda x: x + 2]).digest
+    False
+    """
+
+    def __init__(
+        self,
+        functions: Iterable[Callable],
+        owner: type | None = None,
+        library: type | None = None,
+    ):
+        self._owner = owner
+        self._library = library
+        self._rows: list = []
+        self._seen: set[int] = set()
+        #: All names in them, of attributes as of variables.
+        self.names: set[str] = set()
+        for function in functions:
+            self._add(function)
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits."""
+        text = json.dumps(self._rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _add(self, function: Any) -> None:
+        function = getattr(function, "__func__", function)
+        function = getattr(function, "__wrapped__", function)
+        if not isinstance(function, types.FunctionType):
+            return
+        if id(function) in self._seen or is_library(function):
+            return
+        self._seen.add(id(function))
+        names = _names(function.__code__)
+        self.names |= names
+        describe = _Describer({}, follow=False)
+        cells = [_content(cell) for cell in function.__closure__ or ()]
+        self._rows.append(
+            [
+                function.__qualname__,
+                _code(function.__code__, function.__doc__),
+                describe([function.__defaults__, function.__kwdefaults__], 4),
+                [describe(cell, 4) for cell in cells],
+            ]
+        )
+        for cell in cells:
+            self._add(cell)
+        for name in sorted(names):
+            self._follow(name, function.__globals__)
+
+    def _follow(self, name: str, variables: Mapping[str, Any]) -> None:
+        method = None
+        for kind in getattr(self._owner, "__mro__", ()):
+            if kind is self._library:
+                break
+            if name in vars(kind):
+                method = vars(kind)[name]
+                break
+        if isinstance(method, property):
+            method = method.fget
+        if isinstance(method, staticmethod | classmethod):
+            method = method.__func__
+        self._add(method)
+        value = variables.get(name)
+        if isinstance(value, type) and not is_library(value):
+            for part in vars(value).values():
+                self._add(part)
+        elif isinstance(value, _SETTINGS):
+            row = _Describer({}, follow=False)(value, 4)
+            self._rows.append([name, row])
+        else:
+            self._add(value)
+
+
+def is_library(thing: Any) -> bool:
+    """Whether a function or class comes with Python or a package, whose
+    version identifies it.
+
+    Arguments
+    ---------
+    thing : Any
+        Has a ``__module__``.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> is_library(nn.Linear), is_library(lambda: None)
+    (True, False)
+    """
+    code = getattr(thing, "__code__", None)
+    if code is not None:
+        file = code.co_filename
+        return file.startswith((*_LIBRARIES, "<frozen"))
+    file = _file_of(getattr(thing, "__module__", None) or "")
+    return file is None or file.startswith(_LIBRARIES)
+
+
+@functools.cache
+def _file_of(module: str) -> str | None:
+    """Of a module, resolved; empty for the script that runs."""
+    if module == "__main__":
+        return ""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return None if file is None else str(Path(file).resolve())
+
+
+def _names(code: types.CodeType) -> set[str]:
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)  # getattr(self, "name")
+    return found
+
+
+def _code(code: types.CodeType, doc: str | None = None) -> list:
+    """Its instructions and constants, without places and its docstring."""
+    constants = [_constant(x) for x in code.co_consts if x != doc]
+    return [code.co_code.hex(), constants, list(code.co_names)]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    if isinstance(value, tuple | frozenset):
+        rows = [_constant(part) for part in value]
+        # A set has another order in each process.
+        return sorted(rows, key=repr) if isinstance(value, frozenset) else rows
+    return repr(value)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+class _Describer:
+    """Turns objects into what JSON holds."""
+
+    def __init__(self, known: Mapping[int, str], follow: bool = True):
+        self.known = known
+        self.follow = follow
+        self._open: set[int] = set()
+
+    def __call__(self, value: Any, depth: int) -> Any:
+        plain = _plain(value)
+        if plain is not None:
+            return plain[0]
+        if id(value) in self.known:
+            return ["known", self.known[id(value)]]
+        if id(value) in self._open or depth == 0:
+            return ["a", _name(type(value))]
+        self._open.add(id(value))
+        try:
+            return self._nested(value, depth - 1)
+        finally:
+            self._open.remove(id(value))
+
+    def _nested(self, value: Any, depth: int) -> Any:
+        if isinstance(value, torch.Tensor):
+            return ["tensor", tensor_digest(value)]
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            return ["array", tensor_digest(torch.from_numpy(value.copy()))]
+        if isinstance(value, nn.Module):
+            return self._module(value, depth)
+        if isinstance(value, Mapping):
+            return ["mapping", _name(type(value)), self._rows(value, depth)]
+        if isinstance(value, list | tuple):
+            return [self(part, depth) for part in value]
+        if isinstance(value, Set):
+            rows = [self(part, depth) for part in value]
+            return ["set", sorted(rows, key=json.dumps)]
+        if isinstance(value, functools.partial):
+            parts = [value.func, value.args, value.keywords]
+            return ["partial", [self(part, depth) for part in parts]]
+        if isinstance(value, types.MethodType):
+            return ["method", self(value.__func__, depth)]
+        if callable(value) and hasattr(value, "__code__"):
+            return ["function", _name(value), self._code_of(value)]
+        return self._object(value, depth)
+
+    def _code_of(self, function: Callable) -> str | None:
+        if not self.follow or is_library(function):
+            return None
+        return Code([function]).digest
+
+    def _rows(self, items: Mapping, depth: int) -> list:
+        rows = [[self(k, depth), self(v, depth)] for k, v in items.items()]
+        return sorted(rows, key=json.dumps)
+
+    def _module(self, module: nn.Module, depth: int) -> list:
+        return [
+            "module",
+            [
+                [name, self.settings(child, depth)]
+                for name, child in module.named_modules()
+            ],
+            [
+                [name, tensor_digest(tensor)]
+                for name, tensor in module.state_dict().items()
+                if isinstance(tensor, torch.Tensor)
+            ],
+        ]
+
+    def settings(self, module: nn.Module, depth: int) -> list:
+        """A module without its tensors and its children."""
+        own = {
+            name: value
+            for name, value in vars(module).items()
+            if name not in _OF_MODULES | _PLACES | {"forward"}
+            and not isinstance(value, nn.Module)
+        }
+        kind = type(module)
+        code = None
+        if not is_library(kind):
+            code = Code([kind.forward], kind, nn.Module).digest
+        return [_name(kind), code, self._rows(own, depth)]
+
+    def _object(self, value: Any, depth: int) -> list:
+        kind = _name(type(value))
+        # Tokenizers whose state is not Python's: sentencepiece, tokenizers.
+        for name in ("serialized_model_proto", "to_str"):
+            method = getattr(type(value), name, None)
+            if callable(method):
+                return ["an", kind, self(method(value), depth)]
+        if isinstance(value, logging.Logger):
+            return ["a", kind]
+        own = {k: v for k, v in _state(value).items() if k not in _PLACES}
+        return ["an", kind, self._rows(own, depth)]
+
+
+def _plain(value: Any) -> tuple[Any] | None:
+    """What JSON holds as it is, in a tuple; None for all else."""
+    if isinstance(value, Enum):
+        return (["enum", _name(type(value)), value.name],)
+    if value is None or type(value) in (bool, int, str):
+        return (value,)
+    if isinstance(value, bool | int | float | complex | np.generic):
+        return ([type(value).__name__, repr(value)],)
+    if isinstance(value, str):
+        return (str(value),)
+    if isinstance(value, bytes | bytearray):
+        return (["bytes", hashlib.sha256(value).hexdigest()],)
+    if isinstance(value, PurePath | torch.dtype):
+        return (str(value),)
+    if isinstance(value, torch.device):
+        return (value.type,)
+    if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
+        return (["name", _name(value)],)
+    return None
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """The attributes of an object."""
+    found = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _name(thing: Any) -> str:
+    module = getattr(thing, "__module__", "")
+    # A recipe's module has another name when another script imports it.
+    module = "" if module == "__main__" or not is_library(thing) else module
+    name = getattr(thing, "__qualname__", getattr(thing, "__name__", ""))
+    return f"{module}.{name}"
