@@ -16,6 +16,7 @@ collect_ignore = [
     "attach.py",
     "decoding_recipe.py",
     "distributed_recipe.py",
+    "faulty_recipe.py",
     "slow_recipe.py",
     "starter.py",
     "recipe_without_mention/material.py",
