@@ -160,21 +160,24 @@ class Answer:
 
     @classmethod
     def measured(
-        cls, values: torch.Tensor, others: list[torch.Tensor]
+        cls, values: torch.Tensor, groups: list[list[torch.Tensor]]
     ) -> "Answer":
-        """The answer of which others are disturbed copies."""
-        errors = [other - values for other in others]
+        """The answer of which others are disturbed copies, each group in
+        another way: the way that disturbs most counts."""
+        errors = [[other - values for other in group] for group in groups]
 
         def mean(axis: int) -> torch.Tensor:
-            squares = [error.square().sum(axis) for error in errors]
-            return torch.stack(squares).mean(0).sqrt()
+            squares = [
+                torch.stack([error.square().sum(axis) for error in group])
+                for group in errors
+            ]
+            return torch.stack([x.mean(0) for x in squares]).amax(0).sqrt()
 
-        return cls(
-            values, max(error.norm() for error in errors), mean(0), mean(1)
-        )
+        largest = max(error.norm() for group in errors for error in group)
+        return cls(values, largest, mean(0), mean(1))
 
-    def difference(self, found: torch.Tensor) -> str | None:
-        """Why another result is not the same but for rounding.
+    def compare(self, found: torch.Tensor) -> "Distance":
+        """How far another result is from the answer.
 
         Arguments
         ---------
@@ -183,21 +186,20 @@ class Answer:
 
         Returns
         -------
-        str or None
-            None if it is.
+        Distance
+            The largest relative to what is allowed.
         """
         if found.shape != self.values.shape:
-            return (
+            return Distance(
+                math.inf,
                 f"has shape {list(found.shape)} instead of "
-                f"{list(self.values.shape)}"
+                f"{list(self.values.shape)}",
             )
         if not found.isfinite().all():
-            return "is not finite"
+            return Distance(math.inf, "is not finite")
         error, size = found - self.values, self.values.norm()
         allowed = TOTAL_FACTOR * self.distance + FLOOR * size
-        off = error.norm()
-        if off > allowed:
-            return f"is off by {_percent(off, size)}, {_allowed(allowed, size)}"
+        distances = [Distance.of(error.norm(), allowed, size)]
         for axis, what in ((0, "channel"), (1, "row")):
             usual = self.channels if axis == 0 else self.rows
             sizes = self.values.square().sum(axis).sqrt()
@@ -205,21 +207,48 @@ class Answer:
             allowed = PART_FACTOR * (usual + PART_SHARE * usual.mean())
             allowed = allowed + FLOOR * sizes.square().mean().sqrt()
             worst = int((off / allowed).nan_to_num(0.0).argmax())
-            if off[worst] > allowed[worst]:
-                size = sizes[worst]
-                return (
-                    f"is off by {_percent(off[worst], size)} in {what} "
-                    f"{worst}, {_allowed(allowed[worst], size)}"
-                )
-        return None
+            distance = Distance.of(
+                off[worst], allowed[worst], sizes[worst], f" in {what} {worst}"
+            )
+            distances.append(distance)
+        # The whole says more than one part of it.
+        return next(
+            (distance for distance in distances if distance.ratio > 1),
+            max(distances, key=lambda distance: distance.ratio),
+        )
 
 
-def _percent(distance: torch.Tensor, size: torch.Tensor) -> str:
-    return f"{100 * float(distance) / max(float(size), 1e-30):.3g} %"
+@dataclass(frozen=True)
+class Distance:
+    """How far a result is from an answer.
 
+    Arguments
+    ---------
+    ratio : float
+        To what is allowed.
+    text : str
+        In words, without what it is of.
+    """
 
-def _allowed(limit: torch.Tensor, size: torch.Tensor) -> str:
-    return f"{_percent(limit, size)} is allowed"
+    ratio: float
+    text: str
+
+    @classmethod
+    def of(
+        cls,
+        off: torch.Tensor,
+        allowed: torch.Tensor,
+        size: torch.Tensor,
+        where: str = "",
+    ) -> "Distance":
+        """A distance, where one is allowed, of something of a size."""
+        percent = [
+            f"{100 * float(x) / max(float(size), 1e-30):.3g} %"
+            for x in (off, allowed)
+        ]
+        text = f"is off by {percent[0]}{where}, {percent[1]} is allowed"
+        ratio = float(off) / max(float(allowed), 1e-30)
+        return cls(ratio, text)
 
 
 # -- the probe ----------------------------------------------------------------
@@ -252,10 +281,10 @@ class Probe:
     labels: torch.Tensor = field(repr=False)
     answers: dict[str, dict[str, Answer]]
 
-    def difference(
-        self, compute: Compute, form: str, device: torch.device
-    ) -> str | None:
-        """Why a runtime computes something else.
+    def compare(
+        self, compute: Compute, form: str, device: str | torch.device
+    ) -> dict[str, Distance]:
+        """How far a runtime is from the answers.
 
         Arguments
         ---------
@@ -263,8 +292,33 @@ class Probe:
             The network as the runtime computes it.
         form : str
             ``OWN`` or ``SEVEN_BITS``: the weights that it executes.
-        device : torch.device
+        device : str or torch.device
             Where it computes.
+
+        Returns
+        -------
+        dict
+            Distance by place, the encoder's output first.
+        """
+        answers = self.answers.get(form) or self.answers[OWN]
+        hidden, labels = _run(
+            compute, _floats(self.wave), self.lengths, torch.device(device)
+        )
+        return {
+            place: answers[place].compare(found)
+            for place, found in self._places(hidden, labels).items()
+            if place in answers
+        }
+
+    def difference(
+        self, compute: Compute, form: str, device: str | torch.device
+    ) -> str | None:
+        """Why a runtime computes something else.
+
+        Arguments
+        ---------
+        compute, form, device
+            As of :meth:`compare`.
 
         Returns
         -------
@@ -272,13 +326,9 @@ class Probe:
             Where it differs, by how much, and what is allowed; None if it
             does not.
         """
-        answers = self.answers.get(form) or self.answers[OWN]
-        hidden, labels = _run(compute, _floats(self.wave), self.lengths, device)
-        for place, found in self._places(hidden, labels).items():
-            if place in answers:
-                reason = answers[place].difference(found)
-                if reason is not None:
-                    return f"{_WORDS[place]} {reason}"
+        for place, distance in self.compare(compute, form, device).items():
+            if distance.ratio > 1:
+                return f"{_WORDS[place]} {distance.text}"
         return None
 
     def _places(
@@ -501,9 +551,9 @@ def make_probe(
         if not probe.answers:
             probe = _with_rows(probe, hidden, labels)
         values = probe._places(hidden, labels)
-        others = [
-            probe._places(*part)
-            for part in _disturbed(compute, modules, wavs, lengths, device)
+        groups = [
+            [probe._places(*part) for part in group]
+            for group in _disturbed(compute, modules, wavs, lengths, device)
         ]
         for place, value in values.items():
             if not value.isfinite().all():
@@ -512,7 +562,9 @@ def make_probe(
                     "is given generated speech; quantize it another way"
                 )
         probe.answers[form] = {
-            place: Answer.measured(value, [other[place] for other in others])
+            place: Answer.measured(
+                value, [[other[place] for other in group] for group in groups]
+            )
             for place, value in values.items()
         }
     return probe
@@ -545,21 +597,19 @@ def _disturbed(
     wavs: torch.Tensor,
     lengths: torch.Tensor,
     device: torch.device,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+) -> list[list[tuple[torch.Tensor, torch.Tensor | None]]]:
     """What a network gives for disturbed inputs, and when it rounds."""
     generator = torch.Generator("cpu").manual_seed(0)
-    count = len(wavs)
     noise = torch.randn(
         (DISTURBED, *wavs.shape), generator=generator, device="cpu"
     )
     many = (wavs * (1 + DISTURBANCE * noise)).flatten(0, 1)
-    yield from _parts(
-        _run(compute, many, lengths.repeat(DISTURBED), device), count
-    )
+    out = _run(compute, many, lengths.repeat(DISTURBED), device)
+    groups = [list(_parts(out, len(wavs)))]
     many = wavs.repeat(ROUNDED, 1)
     with rounded_outputs(modules, generator):
         out = _run(compute, many, lengths.repeat(ROUNDED), device)
-    yield from _parts(out, count)
+    return [*groups, list(_parts(out, len(wavs)))]
 
 
 def _parts(

@@ -88,30 +88,30 @@ def answer():
     """100 rows of 20 channels, and how far they move: by a hundredth."""
     values = torch.randn(100, 20)
     others = [values + 0.01 * torch.randn(100, 20) for _ in range(4)]
-    return Answer.measured(values, others)
+    return Answer.measured(values, [[values], others])
 
 
 def test_rounding_is_no_difference(answer):
     for _ in range(200):
         other = answer.values + 0.011 * torch.randn(100, 20)
-        assert answer.difference(other) is None
+        assert answer.compare(other).ratio < 1
 
 
 def test_a_difference_says_where_and_how_much(answer):
     found = answer.values + 0.03 * torch.randn(100, 20)
-    text = answer.difference(found)
+    text = answer.compare(found).text
     off, allowed = map(float, re.findall(r"([\d.]+) %", text))
     assert 2.5 < off < 3.5 and 1.4 < allowed < 1.7
     found = answer.values.clone()
     found[:, 7] *= 1.05
-    assert "in channel 7" in answer.difference(found)
+    assert "in channel 7" in answer.compare(found).text
     found = answer.values.clone()
     found[99] *= 1.08
-    assert "in row 99" in answer.difference(found)
+    assert "in row 99" in answer.compare(found).text
     found[3, 3] = torch.nan
-    assert answer.difference(found) == "is not finite"
+    assert answer.compare(found).text == "is not finite"
     found = answer.values[:, :-1]
-    assert "has shape [100, 19]" in answer.difference(found)
+    assert "has shape [100, 19]" in answer.compare(found).text
 
 
 # -- healthy runtimes ----------------------------------------------------------
