@@ -53,6 +53,7 @@ from .runtime.options import check_options, select_options
 from .runtime.probe import Probe, chain
 from .shell import empty_shell, folded_norms, has_shell
 from .tokenizer_file import read_tokenizer
+from .utils import forks
 from .utils.typed import one_line
 
 logger = logging.getLogger(__name__)
@@ -324,9 +325,10 @@ class QuantizedRecogniser(nn.Module):
     """An encoder and what follows it, from audio to log probabilities.
 
     Any number of threads may call it. The runtime is built by the first call,
-    once; then no lock is held while it computes. A process that was forked
+    once; then no lock is held while it computes. A process that is forked
     after :meth:`load` builds its own runtime, or shares the parent's where
-    that is safe.
+    that is safe, and torch computes with one thread there. OpenVINO does not
+    work in a child of a process that has used it: an error says so.
 
     Arguments
     ---------
@@ -365,6 +367,7 @@ class QuantizedRecogniser(nn.Module):
         self._probe: Probe | None = None
         self._built: BuiltRuntime | None = None
         self._locks: dict[int, threading.Lock] = {}
+        self._pid = os.getpid()
 
     @property
     def runtime(self) -> str | None:
@@ -429,6 +432,8 @@ class QuantizedRecogniser(nn.Module):
                 "checked with it on this machine; quantize again to have one",
                 path,
             )
+        self._pid = os.getpid()
+        forks.protect_children()
         self.eval()
 
     @property
@@ -484,6 +489,12 @@ class QuantizedRecogniser(nn.Module):
         if self.folder is None:
             raise RuntimeError("the recogniser is empty; call load() first")
         device = next(self.parameters()).device
+        if device.type == "cuda" and self._pid != os.getpid():
+            raise RuntimeError(
+                f"the model was on {device} before this process was forked; "
+                "load the recogniser after the fork"
+            )
+        forks.keep_to_one_thread()
         built = self._built
         if built is not None and built.serves(device):
             return
@@ -496,15 +507,24 @@ class QuantizedRecogniser(nn.Module):
             self._built = None
             self._remove_forwards()
             self._install(self._build_runtime(device))
+            if built is not None and forks.used_before_fork(built.name):
+                logger.warning(
+                    "backend %s: %s %s; %s computes here",
+                    self.backend,
+                    built.name,
+                    forks.REASON,
+                    self.runtime,
+                )
 
     def _build_runtime(self, device: torch.device) -> BuiltRuntime:
         """Builds the runtime that is to compute on a device: the first that
         proves itself. Nothing of the recognizer is changed."""
         integers = self._integers
-        if integers is None:
-            integers = self._read().integers
 
         def build(name: str) -> BuiltRuntime:
+            nonlocal integers
+            if integers is None:
+                integers = self._read().integers
             parts = dict(self.parts.items())
             if RUNTIMES[name].encoder is None:
                 parts[self._key] = self._encoder_with_code(device)

@@ -22,6 +22,7 @@ from torch import nn
 from ..files import code_identity
 from ..integer import IntegerLayer
 from ..layers import Encoder, find_encoders
+from ..utils import forks
 from ..utils.typed import one_line
 from .base import encoder_forward, in_own_precision, modules_by_name
 from .cpu import CpuClass, cpu_class, executed_integers
@@ -157,6 +158,8 @@ def _why_not(name: str, device: torch.device) -> str | None:
             f"package '{missing[0]}' is not installed; run "
             f"pip install '{runtime.install}'"
         )
+    if forks.used_before_fork(name):
+        return f"it {forks.REASON}"
     if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
         # without the triton package there would have been an answer above
         from .triton.executor import why_not
@@ -566,6 +569,7 @@ def build_forwards(
     >>> forwards[modules["lin"]](torch.zeros(1, 4)).shape
     torch.Size([1, 2])
     """
+    forks.protect_children()
     runtime = RUNTIMES[backend]
     check_extras(
         backend,

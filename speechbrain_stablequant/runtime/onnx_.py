@@ -5,6 +5,7 @@ turns every dequantize-multiply pair into ``MatMulIntegerToFloat``; with int8
 activations an x86 CPU computes most of them in float32.
 """
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from ..export import export_onnx
+from ..utils import forks
 from .encoder import EncoderSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -30,6 +32,8 @@ def require_onnxruntime() -> Any:
     ImportError
         It is not installed; names the extra that brings it.
     """
+    # Its telemetry has threads, for which a forked process waits at its end.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -101,11 +105,15 @@ class OnnxExecutor:
         threads: int | None = None,
         provider: str = "cpu",
     ):
+        self._pid, self.session = os.getpid(), None
         require_onnxruntime()
         # The session keeps its own copy of the weights, not the file.
         with tempfile.TemporaryDirectory(prefix="stablequant-") as folder:
             path = export_onnx(Path(folder) / "encoder.onnx", spec)
             self.session = open_session(path, threads, provider)
+
+    def __del__(self):
+        forks.keep_in_child(self._pid, self.session)
 
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None

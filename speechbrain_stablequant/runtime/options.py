@@ -43,18 +43,18 @@ class OpenVinoOptions:
     Arguments
     ---------
     threads : int or None
-        Threads; torch's number by default.
+        Threads of one call; torch's number by default.
     cache_folder : str or None
         Where compiled graphs are kept.
-    max_models : int
-        Graphs of one shape.
+    max_models : int or None
+        Has no effect any more.
     precision : str
         Of everything but the integer products.
     """
 
     threads: int | None = field(default=None, metadata={"least": 1})
     cache_folder: str | None = None
-    max_models: int = field(default=1, metadata={"least": 0})
+    max_models: int | None = field(default=None, metadata={"least": 0})
     precision: Literal["auto", "bf16", "f32"] = "auto"
 
 

@@ -17,6 +17,7 @@ collect_ignore = [
     "decoding_recipe.py",
     "distributed_recipe.py",
     "faulty_recipe.py",
+    "forks.py",
     "slow_recipe.py",
     "starter.py",
     "recipe_without_mention/material.py",

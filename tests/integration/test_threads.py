@@ -1,7 +1,6 @@
 """One recogniser, many threads: each gets the answer to its own input."""
 
 import copy
-import importlib.util
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,25 +10,8 @@ import tiny_folder
 import torch
 
 from speechbrain_stablequant import inference
-from speechbrain_stablequant.runtime import RUNTIMES
 
 INPUTS = range(6)
-
-
-def installed(backend: str) -> bool:
-    """Whether the packages of a runtime are there."""
-    return all(map(importlib.util.find_spec, RUNTIMES[backend].needs))
-
-
-BACKENDS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            not installed(name), reason=f"the packages of {name} are missing"
-        ),
-    )
-    for name in ("torch", "torch_int8", "onnx")
-]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +59,7 @@ def wrong(recognisers, expected, threads, calls) -> list[int]:
         return [i for found in pool.map(work, range(threads)) for i in found]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", tiny_folder.BACKENDS)
 @pytest.mark.parametrize("threads", [4, 16])
 def test_cold_and_warm(folder, answers, backend, threads):
     expected = answers(backend)
@@ -88,7 +70,7 @@ def test_cold_and_warm(folder, answers, backend, threads):
         assert wrong([recogniser], expected, threads, 6) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", tiny_folder.BACKENDS)
 def test_two_recognisers(folder, answers, backend):
     pair = [tiny_folder.load(folder, backend) for _ in range(2)]
     assert wrong(pair, answers(backend), 4, 8) == []

@@ -1,10 +1,12 @@
 """A quantized folder around a tiny random encoder: written in a moment, for
 tests of how a recogniser computes rather than of what it says."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.lobes.models.VanillaNN import VanillaNN
@@ -21,6 +23,7 @@ from speechbrain_stablequant.plan import (
     LayerQuant,
     QuantizationPlan,
 )
+from speechbrain_stablequant.runtime import RUNTIMES
 from speechbrain_stablequant.runtime.probe import Probe
 
 ENCODER = {
@@ -44,6 +47,23 @@ ctc_lin: !new:speechbrain.nnet.linear.Linear
     n_neurons: 12
 """,
 }
+
+
+def installed(backend: str) -> bool:
+    """Whether the packages of a runtime are there."""
+    return all(map(importlib.util.find_spec, RUNTIMES[backend].needs))
+
+
+#: The runtimes of a CPU, as parameters of tests.
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not installed(name), reason=f"the packages of {name} are missing"
+        ),
+    )
+    for name in ("torch", "torch_int8", "openvino", "onnx")
+]
 
 
 def plan_of(

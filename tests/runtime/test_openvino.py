@@ -105,11 +105,9 @@ def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6)])
-@pytest.mark.parametrize("max_models", [0, 2], ids=["dynamic", "fixed"])
-def test_executor_is_the_reference(tiny_model, bits, max_models, monkeypatch):
-    monkeypatch.setattr(executor, "REPEATS", 1)
+def test_executor_is_the_reference(tiny_model, bits):
     spec = describe(tiny_model, bits=bits)
-    execute = make_executor(spec, max_models=max_models, **EXACT)
+    execute = make_executor(spec, **EXACT)
     reference = ReferenceExecutor(spec)
     batches, alone = [], []
     for seed in SEEDS:
@@ -122,7 +120,6 @@ def test_executor_is_the_reference(tiny_model, bits, max_models, monkeypatch):
         alone += errors(spec, execute(wavs, None), expected, [3333])
     assert_same(batches)
     assert_same(alone)
-    assert len(execute._requests) == max(max_models, 1)
 
 
 def describe_lopsided(model, quants):
@@ -187,19 +184,108 @@ def test_silence_of_no_frame_is_finite(make_tiny_model):
     assert torch.isfinite(out).all()
 
 
-def test_a_shape_that_comes_again_gets_a_graph(make_tiny_model):
-    spec = describe(make_tiny_model("wav2vec2-base"))
+def test_the_same_input_gives_the_same_output(tiny_model):
+    """In whatever order inputs come, and however often in a row."""
+    spec = describe(tiny_model)
     execute = make_executor(spec, **EXACT)
-    reference = ReferenceExecutor(spec)
-    found, graphs = [], []
-    for samples in (3000, 9000, 3000, 3010, 3020, 13000, 13000, 13000, 9000):
-        wavs = torch.randn(1, samples)
-        found += errors(spec, execute(wavs), reference(wavs), [samples])
-        graphs.append(len(execute._requests))
+    inputs = [torch.randn(1, n) for n in (3000, 9000, 3010, 13000)]
+    expected = [execute(wavs) for wavs in inputs]
+    order = [0] * 6 + [1, 0, 2, 3, 3, 3, 3, 0, 2, 1]
+    for i in order:
+        assert torch.equal(execute(inputs[i]), expected[i])
+
+
+@pytest.mark.parametrize("unit", [1, 64])
+def test_no_real_frame_depends_on_the_padding(tiny_model, unit, monkeypatch):
+    spec = describe(tiny_model)
+    execute = make_executor(spec, **EXACT)
+    shapes = []
+    original = executor.first_inputs
+
+    def keep(*args):
+        shapes.append(original(*args).shape)
+        return original(*args)
+
+    monkeypatch.setattr(executor, "first_inputs", keep)
+    found = []
+    for wavs in map(waves, SEEDS):
+        expected = execute(wavs, LENGTHS)
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "FRAME_UNIT", unit)
+            found += errors(spec, execute(wavs, LENGTHS), expected)
     assert_same(found)
-    # 3000 to 3020 samples are the same frames; 13000 come too late.
-    assert graphs == [1, 1, 1, 1, 2, 2, 2, 2, 2]
-    assert list(execute._requests) == [(-1, -1), (1, spec.frames(3000))]
+    # It did compute another length.
+    assert len(set(shapes)) == 4
+
+
+def test_few_shapes():
+    """What memory is bounded by, and what the bound costs."""
+
+    def padded(frames):
+        return executor.round_frames(
+            frames, executor.FRAME_UNIT, executor.FRAME_STEPS
+        )
+
+    assert padded(499) == 500  # 10 s
+    lengths = range(1, 1500)  # up to 30 s
+    assert all(n <= padded(n) < n + max(10, n / 24) for n in lengths)
+    assert len({padded(n) for n in lengths}) == 86
+    sizes = {
+        part.stop - part.start
+        for batch in range(1, 100)
+        for part in executor.batch_parts(batch)
+    }
+    assert sizes == {1, 2, 4, 8, 16}
+    for batch in range(1, 100):
+        rows = torch.arange(batch)
+        parts = [rows[part] for part in executor.batch_parts(batch)]
+        assert torch.equal(torch.cat(parts), rows)
+
+
+def test_batches_are_computed_in_parts(tiny_model):
+    spec = describe(tiny_model)
+    execute, reference = make_executor(spec, **EXACT), ReferenceExecutor(spec)
+    lengths = torch.tensor([1500, 4300, 700, 2500, 4100, 3000, 1200])
+    mask = torch.arange(4300)[None] < lengths[:, None]
+    wavs = torch.randn(7, 4300) * mask
+    out, expected = execute(wavs, lengths), reference(wavs, lengths)
+    assert_same(errors(spec, out, expected, lengths))
+    # Each in its own place, whatever part it is in.
+    again = execute(wavs.flip(0), lengths.flip(0)).flip(0)
+    assert_same(errors(spec, again, expected, lengths))
+
+
+def test_requests_are_not_shared(make_tiny_model):
+    execute = make_executor(describe(make_tiny_model("hubert-large")), **EXACT)
+    with execute._request() as one, execute._request() as two:
+        assert one is not two
+    assert len(execute._idle) == 2
+    with pytest.raises(KeyError), execute._request():
+        raise KeyError
+    assert len(execute._idle) == 1
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_calls_side_by_side(make_tiny_model, threads, monkeypatch):
+    """With a number of threads, as many as the CPU has room for."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(executor, "_cores", lambda: 2)
+    spec = describe(make_tiny_model("hubert-large"))
+    settings = make_executor(spec, threads=threads)._settings
+    streams = 1 if threads is None else 2
+    assert settings["NUM_STREAMS"] == streams
+    assert settings["INFERENCE_NUM_THREADS"] == 2
+    monkeypatch.setattr(executor, "_cores", lambda: 1)
+    settings = make_executor(spec, threads=3)._settings
+    assert settings["NUM_STREAMS"] == 1
+    assert settings["INFERENCE_NUM_THREADS"] == 3
+
+
+def test_models_of_one_shape_are_no_more(make_tiny_model, caplog):
+    spec = describe(make_tiny_model("hubert-large"))
+    make_executor(spec, max_models=2, **EXACT)
+    (record,) = [r for r in caplog.records if "max_models" in r.message]
+    assert "has no effect" in record.message
 
 
 def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):

@@ -1,15 +1,20 @@
-"""Runs an encoder's OpenVINO graphs: one for all lengths, one for the same."""
+"""Runs an encoder's OpenVINO graph, which takes inputs of any length."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import torch
 
+from ...utils import forks
 from ..base import require_frame
 from ..cpu import cpu_class
 from ..encoder import EncoderSpec
+from ..lengths import round_frames
 from ..reference import valid_frame_mask
 from ..time_norm import gain_and_shift
 from ..timing import PREPARATION
@@ -20,18 +25,55 @@ logger = logging.getLogger(__name__)
 #: What everything but the integer products may be computed in.
 PRECISIONS = ("auto", "bf16", "f32")
 
-#: Times in a row that a shape comes before it gets a graph of its own.
-REPEATS = 3
+#: Lengths are padded to multiples of so many frames; 10 s give 499.
+FRAME_UNIT = 10
+#: From twice as many units on there are so many lengths before each doubling.
+FRAME_STEPS = 24
+#: Utterances in a product at most, a power of 2.
+MAX_BATCH = 16
+#: Entries of OpenVINO's cache of what it prepares for a shape. A shape takes
+#: about 15 of them, so that the 86 lengths up to 30 s stay.
+CACHE_CAPACITY = 2000
 
-#: Key of the graph of any shape.
-_ANY = (-1, -1)
+
+def _cores() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def batch_parts(batch: int) -> Iterator[slice]:
+    """Cuts a batch into powers of 2, so that few sizes are computed.
+
+    Arguments
+    ---------
+    batch : int
+        Utterances.
+
+    Returns
+    -------
+    iterator of slice
+
+    Example
+    -------
+    >>> [(part.start, part.stop) for part in batch_parts(23)]
+    [(0, 16), (16, 20), (20, 22), (22, 23)]
+    """
+    start = 0
+    while start < batch:
+        count = min(MAX_BATCH, 1 << (batch - start).bit_length() - 1)
+        yield slice(start, start + count)
+        start += count
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().numpy()
 
 
-def first_inputs(spec: EncoderSpec, wavs: torch.Tensor) -> np.ndarray:
+def first_inputs(
+    spec: EncoderSpec, wavs: torch.Tensor, frames: int
+) -> np.ndarray:
     """Windows of the first convolution, with zeros after the end.
 
     Arguments
@@ -40,6 +82,8 @@ def first_inputs(spec: EncoderSpec, wavs: torch.Tensor) -> np.ndarray:
         The encoder.
     wavs : torch.Tensor
         float32 [batch, samples].
+    frames : int
+        Frames that the windows give; fewer or more than those of the samples.
 
     Returns
     -------
@@ -49,7 +93,7 @@ def first_inputs(spec: EncoderSpec, wavs: torch.Tensor) -> np.ndarray:
     conv = spec.convs[0].conv
     batch, samples = wavs.shape
     kernel = conv.weight.shape[2]
-    windows = first_windows(spec, spec.frames(samples))
+    windows = first_windows(spec, frames)
     needed = (windows - 1) * conv.stride + kernel
     # By numpy: torch's threads would wait for more work, and keep a core
     # from OpenVINO's for milliseconds.
@@ -62,21 +106,30 @@ def first_inputs(spec: EncoderSpec, wavs: torch.Tensor) -> np.ndarray:
 class OpenVINOExecutor:
     """Executes an encoder.
 
-    One graph is for any shape. A shape that comes ``REPEATS`` times in a row
-    gets a graph of its own, which is a little faster and holds a copy of the
-    weights.
+    One graph computes inputs of any length, so the same input gives the same
+    output, however often and in whatever order it comes. For each shape that
+    it meets OpenVINO prepares something, and keeps it. That this stays within
+    bounds, lengths are padded to a multiple of ``FRAME_UNIT`` frames or, from
+    480 frames (9.6 s) on, to one of 24 lengths before each doubling: there are
+    73 up to 20 s, 86 up to 30 s. Padding is masked, and no frame that is real
+    depends on it. Batches are computed in parts of 16, 8, 4, 2 and 1. More
+    shapes than fit into ``CACHE_CAPACITY`` push out those that were not used
+    for the longest time.
+
+    Any number of threads may call it at a time: each call has a request of
+    its own. With ``threads`` given, as many calls are computed side by side
+    as the CPU has room for, each by so many threads; otherwise one after the
+    other, each by all threads.
 
     Arguments
     ---------
     spec : EncoderSpec
         The encoder.
     threads : int or None
-        Threads; None for as many as torch uses.
+        Threads of one call; None for as many as torch uses.
     cache_folder : str, Path or None
         Where compiled graphs are kept for the next process, each as large as
         the integer weights; None for nowhere.
-    max_models : int
-        Graphs of one shape, 0 for none.
     precision : str
         Of everything but the integer products: ``"bf16"``, ``"f32"``, or
         ``"auto"`` for bf16 where the CPU multiplies it.
@@ -85,6 +138,8 @@ class OpenVINOExecutor:
     ------
     ValueError
         Another precision.
+    RuntimeError
+        OpenVINO was used before this process was forked.
     """
 
     def __init__(
@@ -92,28 +147,43 @@ class OpenVINOExecutor:
         spec: EncoderSpec,
         threads: int | None = None,
         cache_folder: str | Path | None = None,
-        max_models: int = 1,
         precision: str = "auto",
     ):
         if precision not in PRECISIONS:
             raise ValueError(
                 f"precision: '{precision}' is none of {', '.join(PRECISIONS)}"
             )
+        forks.use_in_one_process("openvino")
         if precision == "auto":
             precision = "bf16" if cpu_class().bf16 else "f32"
         self.spec = spec
-        self.max_models = max_models
         self._half = precision == "bf16"
+        self._pid = os.getpid()
+        # Taken from and put back to by single operations, which are atomic.
+        self._idle: list[ov.InferRequest] = []
+        self._compiled: ov.CompiledModel | None = None
         self._core = ov.Core()
         if cache_folder is not None:
             self._core.set_property({"CACHE_DIR": str(cache_folder)})
+        streams = max(_cores() // threads, 1) if threads else 1
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams
+            * (threads or torch.get_num_threads()),
             "INFERENCE_PRECISION_HINT": precision,
+            "CPU_RUNTIME_CACHE_CAPACITY": CACHE_CAPACITY,
+            # Two processes would be pinned to the same cores, and leave the
+            # others idle.
+            "ENABLE_CPU_PINNING": False,
         }
-        self._requests: dict[tuple[int, int], ov.InferRequest] = {}
-        self._last, self._repeats = _ANY, 0
+        with PREPARATION.running():
+            self._compiled = self.compile(-1, -1)
+
+    def __del__(self):
+        if hasattr(self, "_core"):
+            keep = (self._core, self._compiled, *self._idle)
+            forks.keep_in_child(self._pid, *keep)
 
     def compile(self, batch: int, frames: int) -> ov.CompiledModel:
         """Compiles a graph.
@@ -131,21 +201,16 @@ class OpenVINOExecutor:
         model = builder.build()
         return self._core.compile_model(model, "CPU", self._settings)
 
-    def _request(self, batch: int, frames: int) -> ov.InferRequest:
-        key = (batch, frames)
-        self._repeats = self._repeats + 1 if key == self._last else 1
-        self._last = key
-        own = len(self._requests) - (_ANY in self._requests)
-        if key not in self._requests and (
-            self._repeats < REPEATS or own >= self.max_models
-        ):
-            key = _ANY
-        if key not in self._requests:
-            logger.info("compiling for batch %d, %d frames (-1: any)", *key)
-            with PREPARATION.running():
-                compiled = self.compile(*key)
-            self._requests[key] = compiled.create_infer_request()
-        return self._requests[key]
+    @contextmanager
+    def _request(self) -> Iterator[ov.InferRequest]:
+        """A request that nobody else uses meanwhile."""
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        yield request
+        # Not after an error: it may be in any state then.
+        self._idle.append(request)
 
     @torch.no_grad()
     def __call__(
@@ -163,13 +228,16 @@ class OpenVINOExecutor:
         Returns
         -------
         torch.Tensor
-            float32 [batch, frames, channels].
+            float32 [batch, frames, channels], zero at padded frames.
 
         Raises
         ------
         ValueError
             An input too short for one frame.
+        RuntimeError
+            This process was forked from the one that made the executor.
         """
+        forks.use_in_one_process("openvino")
         spec = self.spec
         wavs = wavs.detach().float().cpu()
         batch, samples = wavs.shape
@@ -178,29 +246,49 @@ class OpenVINOExecutor:
         if lengths is None:
             lengths = torch.full((batch,), samples)
         keep = valid_frame_mask(spec, lengths.cpu(), frames)
-        inputs = {
-            "windows": first_inputs(spec, wavs),
-            "keep": _array(keep[:, :, None].float()),
-        }
+        norms = {}
         first = spec.convs[0]
         if first.norm is not None and first.norm.over_time:
+            # The norm sees the padding of the batch, not that to a length.
             gain, shift = gain_and_shift(first, wavs)
-            inputs["gain"] = _array(gain[:, None])
-            inputs["shift"] = _array(shift[:, None])
-        request = self._request(batch, frames)
-        request.infer(inputs, share_inputs=True)
-        hidden = request.get_output_tensor(0).data
-        if self._half:  # which numpy has no type for
-            hidden = torch.from_numpy(hidden.view(np.int16))
-            return hidden.view(torch.bfloat16).float()
-        return torch.from_numpy(hidden.copy())
+            norms = {"gain": gain[:, None], "shift": shift[:, None]}
+        width = spec.norm.weight.numel()
+        hidden = torch.zeros(batch, frames, width)
+        for part in batch_parts(batch):
+            rows = {name: _array(x[part]) for name, x in norms.items()}
+            out = self._run(wavs[part], keep[part], rows)
+            hidden[part, : out.shape[1]] = out
+        return hidden
+
+    def _run(
+        self,
+        wavs: torch.Tensor,
+        keep: torch.Tensor,
+        inputs: dict[str, np.ndarray],
+    ) -> torch.Tensor:
+        """A part of a batch, up to the end of its longest utterance."""
+        batch = len(wavs)
+        frames = max(int(keep.sum(1).max()), 1)
+        padded = round_frames(frames, FRAME_UNIT, FRAME_STEPS)
+        mask = np.zeros((batch, padded, 1), np.float32)
+        mask[:, :frames, 0] = keep[:, :frames].numpy()
+        inputs["windows"] = first_inputs(self.spec, wavs, padded)
+        inputs["keep"] = mask
+        with self._request() as request:
+            request.infer(inputs, share_inputs=True)
+            hidden = request.get_output_tensor(0).data[:, :frames]
+            if self._half:  # which numpy has no type for
+                hidden = torch.from_numpy(hidden.view(np.int16).copy())
+                return hidden.view(torch.bfloat16).float()
+            # A copy: the next request overwrites it.
+            return torch.from_numpy(hidden.copy())
 
 
 def make_executor(
     spec: EncoderSpec,
     threads: int | None = None,
     cache_folder: str | Path | None = None,
-    max_models: int = 1,
+    max_models: int | None = None,
     precision: str = "auto",
 ) -> OpenVINOExecutor:
     """The runtime's entry, see :class:`OpenVINOExecutor`.
@@ -210,11 +298,12 @@ def make_executor(
     spec : EncoderSpec
         The encoder.
     threads : int or None
-        Threads.
+        Threads of one call.
     cache_folder : str, Path or None
         Where compiled graphs are kept.
-    max_models : int
-        Graphs of one shape.
+    max_models : int or None
+        Has no effect; folders that were written before there was one graph
+        for all lengths may hold it.
     precision : str
         Of everything but the integer products.
 
@@ -222,4 +311,9 @@ def make_executor(
     -------
     OpenVINOExecutor
     """
-    return OpenVINOExecutor(spec, threads, cache_folder, max_models, precision)
+    if max_models is not None:
+        logger.warning(
+            "backend_options.max_models has no effect: one graph computes all "
+            "lengths; leave it out"
+        )
+    return OpenVINOExecutor(spec, threads, cache_folder, precision)

@@ -6,6 +6,7 @@ import numpy as np
 import openvino as ov
 import torch
 
+from ...utils import forks
 from ..algorithms import (
     CONVOLUTION,
     FLOAT,
@@ -38,6 +39,7 @@ class OpenVINORunner:
         self._half = precision == "bf16" or (precision == "auto" and cpu.bf16)
         self._narrow_groups_fail = cpu.name == "amx"
         self._threads = threads or torch.get_num_threads()
+        forks.use_in_one_process(self.name)
         self._core = ov.Core()
         self.versions = {
             "openvino": ov.__version__,

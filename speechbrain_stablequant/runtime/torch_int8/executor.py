@@ -6,12 +6,14 @@ positional convolution and attention run utterance by utterance, the products
 between on all frames at once.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
 
+from ...utils import forks
 from ..base import require_frame
 from ..cpu import cpu_class
 from ..encoder import BlockSpec, EncoderSpec
@@ -21,18 +23,33 @@ from .forms import Floats
 from .front import FeatureExtractor, layer_norm
 from .linear import SharedInput, make_linear, rows_of
 
+_lock = threading.Lock()
+# Calls that compute with a number of threads of their own, and torch's number
+# outside of them.
+_calls, _outside = 0, 0
+
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads in (None, before):
+    """Context in which torch computes with a number of threads. The number
+    that a thread finds when it first calls torch is the process's, which
+    another call may have changed for the moment; so it is the first call that
+    knows what to go back to."""
+    global _calls, _outside
+    if threads is None or forks.in_child():
         yield
         return
+    with _lock:
+        if not _calls:
+            _outside = torch.get_num_threads()
+        _calls += 1
     torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _lock:
+            _calls -= 1
+            torch.set_num_threads(_outside)
 
 
 class Block:
@@ -103,7 +120,8 @@ class TorchInt8Executor:
     spec : EncoderSpec
         The encoder.
     threads : int or None
-        Threads; None for as many as torch uses.
+        Threads; None for as many as torch uses. A process that was forked
+        from one with a runtime computes with one.
     """
 
     def __init__(self, spec: EncoderSpec, threads: int | None = None):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from ..encoder import EncoderSpec
+from ..lengths import round_frames
 
 Kept = TypeVar("Kept")
 
@@ -29,30 +30,6 @@ def samples_for(spec: EncoderSpec, frames: int) -> int:
     return frames
 
 
-def round_frames(frames: int) -> int:
-    """Rounds up to one of eight steps between powers of two, and to a
-    multiple of 8: at most 12.5 % more frames, or 7.
-
-    Arguments
-    ---------
-    frames : int
-        At least 1.
-
-    Returns
-    -------
-    int
-
-    Example
-    -------
-    >>> [round_frames(n) for n in (1, 63, 65, 499, 513)]
-    [8, 64, 72, 512, 576]
-    """
-    step = 8
-    while step * 16 < frames:
-        step *= 2
-    return -(-frames // step) * step
-
-
 def bucket_samples(spec: EncoderSpec, samples: int) -> int:
     """Length that an input of so many samples is padded to.
 
@@ -66,7 +43,8 @@ def bucket_samples(spec: EncoderSpec, samples: int) -> int:
     Returns
     -------
     int
-        At least ``samples``, with a round number of frames.
+        At least ``samples``, with a round number of frames: at most 12.5 %
+        more than needed, or 7.
     """
     # the samples behind the last frame may reach into one more
     frames = round_frames(spec.frames(samples))
