@@ -132,7 +132,7 @@ def make_set(folder, name, text, gain, pipeline_gain, seed):
         generator = torch.Generator().manual_seed(10 * number + seed)
         count = 8000 + 1000 * number
         wave = gain * 0.1 * torch.randn(count, generator=generator)
-        soundfile.write(path, wave.numpy(), 16000, subtype="FLOAT")
+        soundfile.write(path, wave.numpy(), 16000, subtype="PCM_16")
         rows[f"{name}{number}"] = {"wav": str(path), "wrd": text}
     return DynamicItemDataset(rows, [audio], ["id", "sig", "wrd"])
 
@@ -174,7 +174,11 @@ def run(folder: Path, recipe: Recipe) -> dict:
         "weight_bits": 4,
         "activation_bits": 4,
         "backend": "torch",
-        "search": {"cutoffs": [100, 99], "threshold": 0.0},
+        "search": {
+            "cutoffs": [100, 99],
+            "threshold": 0.0,
+            "max_float_wer": 1e4,
+        },
         **dict(recipe.block),
     }
     attached = StableQuant.attach(brain, valid, **block)
@@ -227,7 +231,9 @@ def again(folder: Path, change: dict, start: tuple) -> set[str]:
 
 
 ALL = {"histograms", "scores", "transcripts"}
-SEARCH = (("search", {"cutoffs": [100, 99], "threshold": 0.0}),)
+SEARCH = (
+    ("search", {"cutoffs": [100, 99], "threshold": 0.0, "max_float_wer": 1e4}),
+)
 CHANGES = {
     "nothing": ({}, set()),
     "all audio is another": ({"seed": 1}, ALL),

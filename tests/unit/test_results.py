@@ -189,7 +189,7 @@ def collected(*texts):
     metric.append(
         ["u1", "u2"], [["ONE", "TWO"], ["SIX"]], [["ONE"], ["FIVE", "SIX"]]
     )
-    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0, audio_digest="")
+    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0, audio_digest="a")
     return Evaluation.of(metric, clock, [tuple(text) for text in texts])
 
 
