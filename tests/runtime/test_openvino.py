@@ -294,12 +294,12 @@ def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
     out = first(waves(), LENGTHS)
     (blob,) = tmp_path.glob("*.blob")
     again = make_executor(spec, cache_folder=tmp_path, **EXACT)
-    assert again.compile(-1, -1).get_property("LOADED_FROM_CACHE")
+    assert again._compiled.get_property("LOADED_FROM_CACHE")
     assert torch.equal(again(waves(), LENGTHS), out)
     # Other weights are another graph.
     other = describe(make_tiny_model("wav2vec2-large"))
     fresh = make_executor(other, cache_folder=tmp_path, **EXACT)
-    assert not fresh.compile(-1, -1).get_property("LOADED_FROM_CACHE")
+    assert not fresh._compiled.get_property("LOADED_FROM_CACHE")
     assert len(list(tmp_path.glob("*.blob"))) == 2
     assert blob.is_file()
 
