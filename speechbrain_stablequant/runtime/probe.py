@@ -45,8 +45,8 @@ OWN, SEVEN_BITS = "own", "seven"
 #: Times the largest distance that was measured. Healthy runtimes stay below
 #: 0.9 of it, also in 16 bits.
 TOTAL_FACTOR = 1.5
-#: Times the mean distance of a channel or frame. Healthy: below 1.8.
-PART_FACTOR = 3.5
+#: Times the mean distance of a channel or row. Healthy: below 1.9 of it.
+PART_FACTOR = 2.75
 #: Of the mean over all, added to the distance of a channel or frame.
 PART_SHARE = 0.3
 #: Of the answer's size: allowed in any case, for its storage in 16 bits.

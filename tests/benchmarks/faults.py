@@ -3,8 +3,9 @@ fault put into them on purpose.
 
 Each fault is one layer, or all layers of one shape, that a runtime computes
 wrong: scales off by two, two rows of a weight that have changed places, a
-kernel that is one step off. A ratio above 1 is an alarm; with a split, what the
-word error rate is changed by is measured of faults that the probe does not find.
+kernel that is one step off. A ratio above 1 is an alarm. With a split, the
+change of the word error rate is measured for each fault that the probe does not
+find.
 
 Example
 -------
