@@ -8,6 +8,7 @@ runs each script, as ``python SCRIPT ARGUMENTS`` would.
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -187,6 +188,8 @@ def serve() -> None:
     import speechbrain.lobes.models.VanillaNN  # noqa: F401
     from transformers import Wav2Vec2Model  # noqa: F401
 
+    # What a shell starts in the background ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ def test_a_run_by_yaml(trained, tmp_path):
             stdout=file,
             stderr=file,
             start_new_session=True,
+            # A shell's background processes ignore it.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
             wait_for_search(output)

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
 from starter import Finished, Starter
+
+from speechbrain_stablequant.runtime.probe import PREFIX
 
 RECIPE = Path(__file__).resolve().parent / "recipe_without_mention"
 
@@ -20,6 +23,16 @@ quantize: !apply:speechbrain_stablequant.register
         cutoffs: [100, 99.9, 99]
     output_folder: !ref <output_folder>/quantized
 """
+
+
+def probe_size(folder: Path) -> int:
+    """Bytes of the probe in a folder's model.safetensors."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return sum(
+            file.get_tensor(name).nbytes
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith(PREFIX)
+        )
 
 
 @dataclass(frozen=True)
