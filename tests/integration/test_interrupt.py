@@ -111,7 +111,11 @@ def test_attached_from_python(trained, tmp_path):
     block = json.dumps({**ATTACHED, "output_folder": f"{output}/quantized"})
     arguments = trained.test_arguments(output, *ONE_SET, block="")
     process = trained.starter.start(
-        HERE / "attach.py", block, *arguments, cwd=tmp_path
+        HERE / "attach.py",
+        block,
+        *arguments,
+        cwd=tmp_path,
+        SECONDS_A_BATCH="0.05",
     )
     wait_for_search(output, 1)
     os.kill(process.pid, signal.SIGINT)
