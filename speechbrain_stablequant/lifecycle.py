@@ -60,6 +60,8 @@ from .run import Run, write_comparison
 from .runtime import code_digest
 from .stage import Stage
 from .training import BrainTrainer
+from .utils.lock import FolderLock
+from .utils.outputs import Outputs
 from .utils.patching import shadowed
 from .utils.store import Store
 
@@ -170,6 +172,8 @@ class StableQuant:
         #: Of this process: the first one's is the one that stays.
         self.folder = distributed.own_folder(check_setting(brain, config))
         self.store = Store(self.folder)
+        self._lock = FolderLock(self.folder, "quantize.output_folder")
+        self._outputs = Outputs()
         self.runs = [
             Run(
                 name,
@@ -333,7 +337,19 @@ class StableQuant:
             self._take_valid_set(
                 valid_set, call.get("valid_loader_kwargs") or {}
             )
-        return self._fit(*args, **kwargs)
+        self._take_folder()
+        try:
+            return self._fit(*args, **kwargs)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _take_folder(self) -> None:
+        """Keeps other runs out of the output folder, to the end of the next
+        evaluation. Several processes have one that writes there."""
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
 
     @distributed.loss_in_one_line()
     def evaluate(
@@ -368,9 +384,12 @@ class StableQuant:
             f"in {self.folder}",
             self.by_block,
         ):
-            return self._evaluate_both(
-                test_set, max_key, min_key, progressbar, test_loader_kwargs
-            )
+            try:
+                return self._evaluate_both(
+                    test_set, max_key, min_key, progressbar, test_loader_kwargs
+                )
+            finally:
+                self._lock.release()
 
     def _evaluate_both(
         self,
@@ -393,6 +412,7 @@ class StableQuant:
         self._check_audio(dataset_of(test_set))
         self._check_batches(test_set, options)
         self._check_metric()
+        self._take_folder()
         clock, texts = self._clock(), []
 
         def on_evaluate_start(max_key=None, min_key=None) -> None:
@@ -432,12 +452,15 @@ class StableQuant:
             run.results[name] = SetResult.pair(baseline, quantized)
             if not distributed.is_main():
                 continue
-            run.write_report(self._modules, self._environment())
+            run.write_report(self._modules, self._environment(), self._outputs)
         # Whoever reads the Brain's metrics now finds those of its own
         # evaluation, as without this stage.
         vars(self.brain).update(kept)
         if len(self.runs) > 1 and distributed.is_main():
-            write_comparison(self.runs, self._modules, self.folder)
+            with self._outputs.writing():
+                write_comparison(self.runs, self._modules, self.folder)
+        self.store.flush()
+        self._outputs.check()
         return loss
 
     def _try_runtimes(self) -> None:
@@ -549,7 +572,8 @@ class StableQuant:
             self._trainer,
             self._dependencies,
         )
-        run.folder.mkdir(parents=True, exist_ok=True)
+        with self._outputs.writing():
+            run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
         return Stage(recogniser, run.config, self.store)
 
@@ -603,7 +627,8 @@ class StableQuant:
     def _make_plan(self, run: Run) -> list[Layer]:
         stage = self._stage(run)
         run.plan, run.histograms = make_plan(stage)
-        run.plan.save(run.folder / PLAN_FILE)
+        with self._outputs.writing():
+            run.plan.save(run.folder / PLAN_FILE)
         return stage.layers
 
     def _convert(self, run: Run, layers: Iterable[Layer]) -> None:
@@ -625,7 +650,7 @@ class StableQuant:
 
     def _write_model(self, run: Run) -> None:
         """Writes the integers, with all that loads them."""
-        with run.adjusted(self._modules):
+        with run.adjusted(self._modules), self._outputs.writing():
             run.probe = write_folder(
                 run.folder,
                 self._modules,
@@ -710,7 +735,8 @@ class StableQuant:
         metric.summarize()
         text = io.StringIO()
         metric.write_stats(text)
-        write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
+        with self._outputs.writing():
+            write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
         heard = self._before.compare(metric, texts, [run])
         evaluation = Evaluation.of(metric, clock, heard)
         evaluation.write(run.store, file, key)

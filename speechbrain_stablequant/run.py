@@ -1,6 +1,5 @@
 """One way to quantize a Brain, and what came of it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ from torch import nn
 
 from . import distributed
 from .adjusted import adjusted_floats
-from .checkpoint import PLAN_FILE, rounded_floats
+from .checkpoint import rounded_floats
 from .config import QuantizeConfig
 from .data import Batches
-from .files import write_atomic, write_json
+from .files import identity, write_atomic, write_json
 from .folder import RecogniserSource, folder_size
 from .histogram import Histogram
 from .integer import IntegerLayer
@@ -52,6 +51,7 @@ from .runtime.probe import (
     evaluating,
     quick_integers,
 )
+from .utils.outputs import Outputs
 from .utils.store import Store
 
 # In a run's folder: what its plan took.
@@ -111,13 +111,17 @@ class Run:
         }
         if trained:
             utterances["train"] = len(trained)
-        if self.rival is not None:
-            key = self.rival.key
-        else:
-            made = (self.folder / PLAN_FILE).read_bytes()
-            key = hashlib.sha256(made).hexdigest()
+        key = self._plan_key() if self.rival is None else self.rival.key
         effort = Effort(seconds, utterances, self.config.transcribed)
         self.effort = effort.remembered(self.store, EFFORT_FILE, key)
+
+    def _plan_key(self) -> str:
+        plan = self.plan
+        quants = {name: q.to_dict() for name, q in plan.quants().items()}
+        content = [plan.fingerprint, plan.settings, plan.search, quants]
+        if plan.tensors:
+            content.append(plan.tensors.digest())
+        return identity(content)
 
     def adjusted(
         self, modules: Mapping[str, nn.Module]
@@ -314,7 +318,10 @@ class Run:
         )
 
     def write_report(
-        self, modules: Mapping[str, nn.Module], environment: Mapping[str, Any]
+        self,
+        modules: Mapping[str, nn.Module],
+        environment: Mapping[str, Any],
+        outputs: Outputs,
     ) -> None:
         """Writes the report of all that was evaluated, and prints its table.
 
@@ -324,21 +331,33 @@ class Run:
             The Brain's modules by key.
         environment : Mapping
             What it was measured with.
+        outputs : Outputs
+            Notes what cannot be written.
         """
-        report = build_report(
-            self.plan,
-            self.results,
-            modules,
-            self.histograms,
-            environment,
-            execution=self.execution(),
-            warnings=self.warnings,
-        )
-        write_report(report, self.folder)
-        for warning in self.warnings:
-            print(f"warning: {warning}")
-        print(summary_table(report))
-        print(f"report: {self.folder / 'report.html'}", flush=True)
+        with outputs.writing():
+            report = build_report(
+                self.plan,
+                self.results,
+                modules,
+                self.histograms,
+                environment,
+                execution=self.execution(),
+                warnings=self.warnings,
+            )
+            # First what was measured: the disk may be full.
+            for warning in self.warnings:
+                print(f"warning: {warning}")
+            print(summary_table(report), flush=True)
+            write_report(report, self.folder)
+            print(f"report: {self.folder / 'report.html'}", flush=True)
+            return
+        for name, result in self.results.items():
+            rates = result.to_dict()
+            print(
+                f"{name}: WER {rates['float']['WER']:.2f} % float, "
+                f"{rates['quantized']['WER']:.2f} % quantized",
+                flush=True,
+            )
 
 
 def write_comparison(

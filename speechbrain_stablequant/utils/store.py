@@ -398,6 +398,18 @@ class Store:
             found |= {path.name for path in self.folder.glob(pattern)}
         return sorted(found)
 
+    def flush(self) -> None:
+        """Writes what could not be written before, if there is room now."""
+        for name, data in list(self._unwritten.items()):
+            if not self._try(name, self._write_file, name, data):
+                break
+            del self._unwritten[name]
+        for name, lines in self._unwritten_rows.items():
+            if lines:
+                self._write_rows(name)
+        for store in self._below.values():
+            store.flush()
+
     def delete(self, name: str) -> None:
         """Forgets a file, if there is one.
 

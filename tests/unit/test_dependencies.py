@@ -5,8 +5,12 @@ the same folder: what depends on the change is measured again, and nothing
 else.
 """
 
+import errno
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +33,10 @@ from speechbrain_stablequant.dependencies import (
     trace,
 )
 from speechbrain_stablequant.run import Run
+from speechbrain_stablequant.utils.lock import FolderInUse, FolderLock
 from speechbrain_stablequant.utils.store import Store
 
+WRITE_REPORT = Run.write_report
 WORDS = [f"w{i}" for i in range(4)]
 
 
@@ -472,3 +478,63 @@ def test_dataset_digest(tmp_path):
     assert found("b") == same
     others = [found(text="w2"), found(gain=0.5), found(pipeline=0.5)]
     assert len({same, *others}) == 1 + len(others)
+
+
+# -- a full disk, two runs -----------------------------------------------------
+
+
+def test_a_full_disk(tmp_path, monkeypatch, caplog, capsys):
+    """One line for what is only remembered; what must be written is named at
+    the end, after the figures."""
+    recipe = Recipe(block=SEARCH)
+    expected = run(tmp_path / "roomy", recipe)["result"]
+    real, room = os.fsync, [3]
+
+    def fsync(fd):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    caplog.clear()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_report", WRITE_REPORT)
+        with pytest.raises(OSError) as caught:
+            run(tmp_path / "full", recipe)
+    text = str(caught.value)
+    assert "\n" not in text and "No space left on device" in text
+    for name in ("plan.json", "wer_test.txt", "model.safetensors"):
+        assert str(tmp_path / "full/quantized" / name) in text
+    warned = [
+        r.getMessage() for r in caplog.records if r.levelname == "WARNING"
+    ]
+    assert sum("goes on with what it has in memory" in w for w in warned) == 1
+    rate = f"{expected['quantized']['WER']:.2f} % quantized"
+    assert rate in capsys.readouterr().out
+    assert not list((tmp_path / "full").rglob("*.tmp"))
+    # Room again: it goes on from what was kept, to the same end.
+    monkeypatch.setattr(os, "fsync", real)
+    assert run(tmp_path / "full", recipe)["result"] == expected
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        FolderLock(folder, "").acquire()
+        os.write(told, b"1")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        with pytest.raises(FolderInUse, match=f"process {pid} on "):
+            run(tmp_path, Recipe(block=SEARCH))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert run(tmp_path, Recipe(block=SEARCH))["searches"] == 1
+    assert not (folder / ".run.json").exists()

@@ -1,0 +1,152 @@
+"""One run at a time in an output folder."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+from datetime import datetime
+from pathlib import Path
+
+import filelock
+
+from ..files import process_is_alive, write_json
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".run.lock"
+_OWNER = ".run.json"
+#: Seconds for which the workers of a killed run may outlive it, and hold what
+#: it held.
+PATIENCE = 15.0
+
+# Of this process: the lock of each folder, and how often it was taken.
+_held: dict[tuple[int, str], list] = {}
+
+
+class FolderInUse(RuntimeError):
+    """Another run works in the folder."""
+
+
+class FolderLock:
+    """Keeps other runs out of an output folder, as long as it is held.
+
+    The system takes it back when the process ends, however it ends. Within
+    one process it can be taken several times.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The folder, which must exist.
+    key : str
+        The configuration key that named it: opens the error.
+
+    Example
+    -------
+    >>> lock = FolderLock(getfixture("tmp_path"), "quantize.output_folder")
+    >>> lock.acquire()
+    >>> lock.release()
+    """
+
+    def __init__(self, folder: str | Path, key: str):
+        self.folder = Path(folder)
+        self.key = key
+        self._taken = 0
+
+    @property
+    def _name(self) -> tuple[int, str]:
+        # A forked process holds nothing of its parent's.
+        return os.getpid(), os.path.realpath(self.folder)
+
+    def acquire(self) -> None:
+        """Takes the folder.
+
+        Raises
+        ------
+        FolderInUse
+            Another run has it: names its process, machine and start.
+        """
+        if self._taken:
+            return
+        self._taken = os.getpid()
+        if self._name in _held:
+            _held[self._name][1] += 1
+            return
+        lock = filelock.FileLock(self.folder / _LOCK)
+        try:
+            self._wait(lock)
+        except filelock.Timeout:
+            self._taken = 0
+            raise FolderInUse(self._in_use()) from None
+        except (OSError, NotImplementedError) as error:
+            # A file system without locks, a full disk.
+            logger.warning(
+                "%s: cannot be locked (%s); start no other run in it",
+                self.folder,
+                getattr(error, "strerror", None) or error,
+            )
+        else:
+            owner = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now().isoformat(" ", "seconds"),
+            }
+            with contextlib.suppress(OSError):
+                write_json(self.folder / _OWNER, owner)
+        _held[self._name] = [lock, 1]
+
+    def _wait(self, lock: filelock.BaseFileLock) -> None:
+        """Takes the lock now, or when the workers of a dead run have ended."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                lock.acquire(timeout=0)
+                return
+            except filelock.Timeout:
+                owner = self._owner()
+                dead = owner.get("host") == socket.gethostname() and not (
+                    process_is_alive(owner["pid"])
+                )
+                if not dead or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+
+    def release(self) -> None:
+        """Gives the folder back, if this has it."""
+        mine, self._taken = self._taken == os.getpid(), 0
+        if not mine or self._name not in _held:
+            return
+        row = _held[self._name]
+        row[1] -= 1
+        if row[1]:
+            return
+        del _held[self._name]
+        with contextlib.suppress(OSError):
+            (self.folder / _OWNER).unlink()
+        row[0].release()
+
+    def _owner(self) -> dict:
+        """Who has it; empty where that cannot be read."""
+        try:
+            found = json.loads((self.folder / _OWNER).read_bytes())
+            return {
+                "pid": int(found["pid"]),
+                "host": str(found["host"]),
+                "since": str(found["since"]),
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _in_use(self) -> str:
+        owner = self._owner()
+        who = "another run"
+        if owner:
+            who += (
+                f" (process {owner['pid']} on {owner['host']}, since "
+                f"{owner['since']})"
+            )
+        return (
+            f"{self.key}: {who} works in {self.folder}; wait for its end, or "
+            "give another folder"
+        )
