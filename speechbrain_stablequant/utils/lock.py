@@ -122,8 +122,11 @@ class FolderLock:
         if row[1]:
             return
         del _held[self._name]
-        with contextlib.suppress(OSError):
-            (self.folder / _OWNER).unlink()
+        # While it is held, so that whoever comes now is refused; systems that
+        # do not remove an open file keep an empty one.
+        for name in (_OWNER, _LOCK):
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
         row[0].release()
 
     def _owner(self) -> dict:

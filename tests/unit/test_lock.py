@@ -85,6 +85,7 @@ def test_one_process_may_take_it_again(tmp_path):
     one, two = FolderLock(tmp_path, KEY), FolderLock(tmp_path, KEY)
     for lock in (one, one, two):
         lock.acquire()
+    assert (tmp_path / ".run.json").exists()
     one.release()
     one.release()
     pid = os.fork()
@@ -98,6 +99,7 @@ def test_one_process_may_take_it_again(tmp_path):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     two.release()
+    assert not list(tmp_path.iterdir())
     killed(child_that_holds(tmp_path))
 
 
