@@ -12,6 +12,9 @@ import os
 # Before any import of transformers, which reads it once: a hub id without a
 # network costs half a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of tests side by side, each has a core. Read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

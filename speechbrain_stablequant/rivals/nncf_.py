@@ -164,11 +164,11 @@ class Rival:
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """What takes the place of each module's forward, newly compiled."""
-        import openvino as ov
+        from ..runtime.openvino_.core import core
 
         settings = _settings(**self.options)
         path = self.folder / MODEL_FILE
-        compiled = ov.Core().compile_model(path, "CPU", settings)
+        compiled = core().compile_model(path, "CPU", settings)
         return _forwards(self.chain, compiled)
 
     def notes(self) -> list[str]:
@@ -381,12 +381,14 @@ def _convert(
     """The float model as a graph for one utterance of any length."""
     import openvino as ov
 
+    from ..runtime.openvino_.core import core
+
     require_one(len(wave))
     module = Chain(chain).eval()
     model = ov.convert_model(
         module, example_input=wave, input=[ov.PartialShape([1, -1])]
     )
-    compiled = ov.Core().compile_model(model, "CPU", _settings(precision="f32"))
+    compiled = core().compile_model(model, "CPU", _settings(precision="f32"))
     found = _forwards(chain, compiled)[next(iter(chain.values()))](wave)
     largest = output.abs().max()
     if found.shape != output.shape or not torch.allclose(
@@ -526,10 +528,10 @@ def _control(
         ),
         **_common(waves, config),
     )
-    import openvino as ov
+    from ..runtime.openvino_.core import core
 
     settings = _settings(precision="f32")
-    compiled = ov.Core().compile_model(quantized, "CPU", settings)
+    compiled = core().compile_model(quantized, "CPU", settings)
     validate(compiled, range(count))
     # The float model came first.
     baseline, final = rates[0], rates[-1]

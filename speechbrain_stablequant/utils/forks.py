@@ -83,7 +83,13 @@ def keep_in_child(pid: int, *objects: Any) -> None:
     """
     if pid != os.getpid():
         for thing in objects:
-            _add_reference(thing)
+            keep(thing)
+
+
+def keep(thing: Any) -> None:
+    """Keeps an object to the end of the process, which does not destroy it
+    either."""
+    _add_reference(thing)
 
 
 _add_reference = ctypes.pythonapi.Py_IncRef

@@ -476,6 +476,34 @@ t.assert_exact(layer, q, t.strided)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_a_signal_after_executors_have_gone(tmp_path):
+    """What OpenVINO gave to signal handlers is still there."""
+    script = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:]
+import conftest, test_openvino as t
+model = conftest.build_tiny_model("hubert-base")
+spec = t.describe(model)
+made = [t.make_executor(spec, threads=1) for _ in range(3)]
+for _ in range(3):
+    del made[0]
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), 0)
+except KeyboardInterrupt:
+    sys.exit(3)
+"""
+    here = Path(__file__).resolve().parent
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(here), str(here.parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 3, result.stderr
+
+
 @torch.no_grad()
 def test_in_the_place_of_the_model(make_tiny_modules):
     modules = make_tiny_modules("wav2vec2-large")

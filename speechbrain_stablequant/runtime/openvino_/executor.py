@@ -18,6 +18,7 @@ from ..lengths import round_frames
 from ..reference import valid_frame_mask
 from ..time_norm import gain_and_shift
 from ..timing import PREPARATION
+from .core import core
 from .graph import GraphBuilder, first_windows
 
 logger = logging.getLogger(__name__)
@@ -162,9 +163,6 @@ class OpenVINOExecutor:
         # Taken from and put back to by single operations, which are atomic.
         self._idle: list[ov.InferRequest] = []
         self._compiled: ov.CompiledModel | None = None
-        self._core = ov.Core()
-        if cache_folder is not None:
-            self._core.set_property({"CACHE_DIR": str(cache_folder)})
         streams = max(_cores() // threads, 1) if threads else 1
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -177,13 +175,14 @@ class OpenVINOExecutor:
             # others idle.
             "ENABLE_CPU_PINNING": False,
         }
+        if cache_folder is not None:
+            self._settings["CACHE_DIR"] = str(cache_folder)
         with PREPARATION.running():
             self._compiled = self.compile(-1, -1)
 
     def __del__(self):
-        if hasattr(self, "_core"):
-            keep = (self._core, self._compiled, *self._idle)
-            forks.keep_in_child(self._pid, *keep)
+        if hasattr(self, "_compiled"):
+            forks.keep_in_child(self._pid, self._compiled, *self._idle)
 
     def compile(self, batch: int, frames: int) -> ov.CompiledModel:
         """Compiles a graph.
@@ -199,7 +198,7 @@ class OpenVINOExecutor:
         """
         builder = GraphBuilder(self.spec, batch, frames, self._half)
         model = builder.build()
-        return self._core.compile_model(model, "CPU", self._settings)
+        return core().compile_model(model, "CPU", self._settings)
 
     @contextmanager
     def _request(self) -> Iterator[ov.InferRequest]:

@@ -18,6 +18,7 @@ from ..algorithms import (
 from ..cpu import cpu_class
 from ..encoder import AnyLayer
 from ..geometry import Geometry, Results, Trial
+from .core import core
 from .graph import GraphBuilder, flat_windows
 
 
@@ -40,7 +41,6 @@ class OpenVINORunner:
         self._narrow_groups_fail = cpu.name == "amx"
         self._threads = threads or torch.get_num_threads()
         forks.use_in_one_process(self.name)
-        self._core = ov.Core()
         self.versions = {
             "openvino": ov.__version__,
             "precision": "bf16" if self._half else "f32",
@@ -123,7 +123,7 @@ class OpenVINORunner:
             "INFERENCE_NUM_THREADS": self._threads,
             "INFERENCE_PRECISION_HINT": self.versions["precision"],
         }
-        return self._core.compile_model(model, "CPU", settings)
+        return core().compile_model(model, "CPU", settings)
 
 
 def make_runner(
