@@ -28,12 +28,12 @@ from .dry_run import transcribe_batch
 from .evaluation import score
 from .folder import RecogniserSource
 from .preflight import (
-    check_float_wer,
     check_references,
     describe_folder,
     try_runtime,
 )
 from .run import Run
+from .search import check_float_wer
 
 logger = logging.getLogger(__name__)
 

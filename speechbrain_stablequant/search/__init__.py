@@ -9,7 +9,7 @@ from .divergence import Divergence
 from .journal import Journal
 from .layerwise import search_layers
 from .paired import Selection
-from .score import Evaluate, Score
+from .score import Evaluate, Score, check_float_wer
 from .sensitivity import select_units
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Journal",
     "Score",
     "Selection",
+    "check_float_wer",
     "search_cutoffs",
     "search_layers",
     "select_units",

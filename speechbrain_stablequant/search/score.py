@@ -105,3 +105,32 @@ class Evaluate(Protocol):
         -------
         Score
         """
+
+
+def check_float_wer(wer: float, name: str, limit: float) -> None:
+    """Raises where the float model recognizes too little.
+
+    Arguments
+    ---------
+    wer : float
+        Of the float model, in percent.
+    name : str
+        The set.
+    limit : float
+        ``quantize.search.max_float_wer``.
+
+    Raises
+    ------
+    ValueError
+        It is above the limit.
+
+    Example
+    -------
+    >>> check_float_wer(5.0, "test set 'clean'", 90.0)
+    """
+    if wer > limit:
+        raise ValueError(
+            f"quantize: the float model's WER on {name} is {wer:.2f} %, above "
+            f"quantize.search.max_float_wer ({limit:g}); check the checkpoint,"
+            " the transcripts and quantize.metric_attribute, or raise the limit"
+        )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..files import identity
 from ..plan import LayerQuant
 from ..replay import Replay
-from ..search import Divergence, Evaluate, Journal, Score
+from ..search import Divergence, Evaluate, Journal, Score, check_float_wer
 from ..utils.store import Store
 from .calibration import HISTOGRAM_FILE, WHAT, Calibration
 from .recogniser import BeforeBatch, Recogniser
@@ -113,6 +113,9 @@ def search_evaluate(
         score = remembered(quants, **options)
         bar.update(1)
         if not quants:
+            if metric != "divergence":
+                limit = search.max_float_wer
+                check_float_wer(score.wer, "the search set", limit)
             float_words.append(score.words)
         elif not score.complete:
             # Over all words of the set: a lower bound of the WER.

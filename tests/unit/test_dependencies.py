@@ -480,6 +480,23 @@ def test_dataset_digest(tmp_path):
     assert len({same, *others}) == 1 + len(others)
 
 
+# -- what the search set must be -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "reason"),
+    [
+        ("", 1e9, "search set: the transcripts hold no word"),
+        ("w1", 100, r"WER on the search set is .* above quantize.search.max_f"),
+    ],
+)
+def test_a_search_set_that_decides_nothing(tmp_path, text, limit, reason):
+    search = (("search", {"cutoffs": [100, 99], "max_float_wer": limit}),)
+    recipe = Recipe(block=search, valid_text=text, test_text="w1 " * 40)
+    with pytest.raises(ValueError, match=reason):
+        run(tmp_path, recipe)
+
+
 # -- a full disk, two runs -----------------------------------------------------
 
 

@@ -11,10 +11,10 @@ from speechbrain_stablequant import QuantizeConfig, runtime
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.decoding import Row
 from speechbrain_stablequant.preflight import (
-    check_float_wer,
     check_references,
     choose_runtime,
 )
+from speechbrain_stablequant.search import check_float_wer
 
 FAILURE = "operator linear fails: no (tried on a card); use backend: torch"
 
