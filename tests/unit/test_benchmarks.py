@@ -255,6 +255,74 @@ def test_grid_begins_with_what_tells_most(benchmarks):
     assert len(found) == len(set(found)) == 8
 
 
+@pytest.fixture
+def soak(benchmarks, monkeypatch, make_tiny_modules, tmp_path):
+    """The script, and its arguments for a tiny folder."""
+    integration = BENCHMARKS.with_name("integration")
+    monkeypatch.syspath_prepend(str(integration))
+    tiny_folder = importlib.import_module("tiny_folder")
+    script = importlib.import_module("soak")
+    torch.manual_seed(1)
+    folder = tmp_path / "quantized"
+    tiny_folder.write(folder, make_tiny_modules("wav2vec2-large"))
+    arguments = [str(folder), "--runtime", "torch_int8", "--calls", "8"]
+    return script, script.parse([*arguments, "--threads", "4"])
+
+
+@pytest.mark.parametrize("check", ["threads", "two", "repeat"])
+def test_soak_counts_wrong_answers(soak, monkeypatch, check):
+    script, args = soak
+    waves = [torch.randn(3000 + 700 * i) for i in range(4)]
+    monkeypatch.setattr(script, "pieces", lambda args: waves)
+    rows = list(script.CHECKS[check](args))
+    assert [row["passed"] for row in rows] == [True] * len(rows)
+    calls = iter(range(1, 10**6))
+    original = script.Recognizer.encode_batch
+
+    def sometimes_other(self, wavs, lengths):
+        found = original(self, wavs, lengths)
+        return found + 1 if next(calls) % 9 == 0 else found
+
+    monkeypatch.setattr(script.Recognizer, "encode_batch", sometimes_other)
+    rows = list(script.CHECKS[check](args))
+    assert any(row["passed"] is False for row in rows)
+
+
+def test_soak_tells_what_children_say(soak):
+    script, _ = soak
+    line = "it was used before; load the recogniser after the fork"
+    for said, prompt in (
+        ({"error": line, "seconds": 0.2}, True),
+        ({"error": line, "seconds": 1.2}, False),
+        ({"error": f"{line}\nmore", "seconds": 0.2}, False),
+        ({"error": "Segmentation fault", "seconds": 0.2}, False),
+        ({"texts": ["A"]}, False),
+    ):
+        assert script.is_prompt_line(said) is prompt
+
+
+def test_soak_ends_what_hangs(soak, monkeypatch, tmp_path, capsys):
+    script, _ = soak
+    program = tmp_path / "slow.py"
+    row = {"case": "first", "passed": True}
+    program.write_text(
+        f"import time\nprint('row ' + {json.dumps(row)!r}, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(script, "__file__", str(program))
+    arguments = ["none", "--runtimes", "onnx", "--checks", "repeat"]
+    rows = script.main([*arguments, "--limit", "1.5"])
+    assert [row["case"] for row in rows] == [
+        "first",
+        "hangs: not done in 1.5 s",
+    ]
+    assert [row["passed"] for row in rows] == [True, False]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert " ".join(last.split()) == (
+        "onnx repeat hangs: not done in 1.5 s FAILED"
+    )
+
+
 @pytest.mark.parametrize("script", ["gpu", "operators"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_gpu_scripts_need_a_device(benchmarks, script):
