@@ -130,6 +130,7 @@ def test_one_is_killed_and_the_next_start_goes_on(
     assert sorted(found.splitlines()) == sorted(expected.splitlines())
 
 
+@pytest.mark.slow
 def test_gives_up_together(trained, tmp_path):
     """What cannot win is left out at another place, with the same end."""
     outputs = [tmp_path / "one", tmp_path / "two"]
@@ -144,6 +145,7 @@ def test_gives_up_together(trained, tmp_path):
         assert '"complete": false' in journal
 
 
+@pytest.mark.slow
 def test_rounding_is_shared(trained, tmp_path):
     """Sums of floats depend on their order a little, and nothing else."""
     outputs = [tmp_path / "one", tmp_path / "three"]

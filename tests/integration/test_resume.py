@@ -83,6 +83,7 @@ def undisturbed(trained):
     return output
 
 
+@pytest.mark.slow
 def test_killed_search_goes_on(trained, undisturbed, tmp_path):
     output = tmp_path / "killed"
     draw = random.Random(20250406)

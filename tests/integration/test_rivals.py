@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register
     target: [wav2vec2, enc, ctc_lin]
@@ -18,6 +20,7 @@ quantize: !apply:speechbrain_stablequant.register
 ONE_SET = ("--test_sets", "[clean]")
 
 
+@pytest.mark.slow
 def test_rival_beside_a_plan(trained):
     output = trained.root / "rivals"
     finished = trained.run(output, *ONE_SET, block=BLOCK)

@@ -32,13 +32,13 @@ def test_in_the_interpreter(group):
         [
             sys.executable,
             *("-m", "pytest", "-q", str(GROUPS[group])),
-            *("-p", "no:cacheprovider", "--durations=10"),
+            *("-n0", "-p", "no:cacheprovider", "--durations=10"),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0

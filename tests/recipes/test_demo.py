@@ -134,6 +134,7 @@ def test_demo(tmp_path):
 
 
 @needs_checkpoint
+@pytest.mark.slow
 def test_demo_shorthands(tmp_path, few):
     output = tmp_path / "short"
     done = run(
@@ -162,6 +163,7 @@ def test_demo_with_a_wrong_method(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["wav2vec2", "hubert"])
+@pytest.mark.slow
 def test_trained_checkpoint(model, shared, tmp_path):
     output = tmp_path / model
     done = run(

@@ -27,6 +27,8 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
+from speechbrain_stablequant.runtime.cpu import cpu_class
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
 
@@ -71,7 +73,10 @@ BLOCK = "{calibration: {num_utterances: 2}, search: {max_float_wer: 1000}}"
 def make_checkpoint(name: str, folder: Path) -> None:
     """An untrained CTC checkpoint, in the files of the hub's."""
     _, config, model = MODELS[name]
-    model(config(**ARCHITECTURE)).save_pretrained(folder)
+    made = model(config(**ARCHITECTURE))
+    # As of a trained one, <s>, </s> and <unk> are nowhere the best label.
+    made.lm_head.bias.data[1:4] = -100.0
+    made.save_pretrained(folder)
     Wav2Vec2FeatureExtractor(
         do_normalize=True, return_attention_mask=True
     ).save_pretrained(folder)
@@ -156,7 +161,9 @@ def test_report(ran):
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert list(report["test"]) == ["test-clean"]
     assert report["test"]["test-clean"]["float"]["utterances"] == 2
-    assert report["warnings"] == []
+    narrowed = [w for w in report["warnings"] if "has no VNNI" in w]
+    assert report["warnings"] == narrowed
+    assert len(narrowed) == (not cpu_class().exact)
     names = [unit["name"] for unit in report["units"]]
     assert names == [
         *(f"conv.{index}" for index in range(7)),

@@ -305,37 +305,34 @@ def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("frames", [-1, 24], ids=["dynamic", "fixed"])
-def test_every_layer_is_executed_in_integers(tiny_model, precision, frames):
+def test_every_layer_is_executed_in_integers(tiny_model, precision):
     if precision == "bf16" and not cpu_class().bf16:
         pytest.skip("this CPU does not multiply bfloat16")
-    assert_integers(describe(tiny_model), precision, frames)
+    assert_integers(describe(tiny_model), precision)
 
 
-def assert_integers(spec, precision, frames):
-    execute = make_executor(spec, threads=1, precision=precision)
-    compiled = execute.compile(-1 if frames < 0 else 1, frames)
+def assert_integers(spec, precision):
+    compiled = make_executor(spec, threads=1, precision=precision)._compiled
     linear = executed_nodes(compiled, "FullyConnected")
     convs = executed_nodes(compiled, "Convolution")
-    # Windows of any number are multiplied, as those of the first always are.
-    products = len(spec.convs) if frames < 0 else 1
-    assert len(convs) == len(spec.convs) - products + 1
+    # Windows are multiplied; the positional convolution is one.
+    assert len(convs) == 1
     # A float fallback of an integer layer would be named so here.
     kinds = Counter(x["runtimePrecision"] for x in linear)
-    assert kinds.pop("u8") == products + 1 + 6 * len(spec.blocks)
+    assert kinds.pop("u8") == len(spec.convs) + 1 + 6 * len(spec.blocks)
     assert kinds.total() == (0 if spec.rotation is None else 2)
     assert {x["runtimePrecision"] for x in convs} <= {"u8", "i8"}
 
 
 @pytest.mark.parametrize(
-    "variant, precision, frames",
-    [("wav2vec2-base", "f32", 24), ("hubert-large", "auto", -1)],
+    "variant, precision",
+    [("wav2vec2-base", "f32"), ("hubert-large", "auto")],
 )
 def test_layers_with_offsets_are_executed_in_integers(
-    tiny_model, lopsided_quants, precision, frames
+    tiny_model, lopsided_quants, precision
 ):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
-    assert_integers(spec, precision, frames)
+    assert_integers(spec, precision)
 
 
 def worst_case(shape, kind, **geometry) -> IntegerLayer:
@@ -366,7 +363,7 @@ def strided(builder: GraphBuilder, x: ov.Node, layer: IntegerLayer) -> ov.Node:
 
 def run_layer(layer: IntegerLayer, q: torch.Tensor, build) -> torch.Tensor:
     """A layer as a graph of its own, on inputs that lie on its grid."""
-    builder = GraphBuilder(None, 1, -1)
+    builder = GraphBuilder(None)
     x = builder.input("x", [-1] * q.dim())
     model = ov.Model([build(builder, x, layer)], [x], "layer")
     settings = {
@@ -530,7 +527,7 @@ def test_refusals(make_tiny_model):
 
 def test_one_grid_is_quantized_once(make_tiny_model):
     spec = describe(make_tiny_model("hubert-large"))
-    model = GraphBuilder(spec, 1, 24).build()
+    model = GraphBuilder(spec).build()
     kinds = [node.get_type_name() for node in model.get_ops()]
     # Query, key and value share theirs.
     assert kinds.count("FakeQuantize") == len(list(spec.layers())) - 2 * len(
@@ -540,6 +537,6 @@ def test_one_grid_is_quantized_once(make_tiny_model):
     block = spec.blocks[0]
     key = replace(block.key, activation_scale=block.key.activation_scale * 2)
     blocks = (replace(block, key=key), *spec.blocks[1:])
-    other = GraphBuilder(replace(spec, blocks=blocks), 1, 24).build()
+    other = GraphBuilder(replace(spec, blocks=blocks)).build()
     more = [node.get_type_name() for node in other.get_ops()]
     assert more.count("FakeQuantize") == kinds.count("FakeQuantize") + 1

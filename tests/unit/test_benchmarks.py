@@ -202,6 +202,7 @@ def test_grid_ends_in_time(benchmarks, tmp_path, capfd, monkeypatch):
     assert "0.002 minutes are over" in printed
 
 
+@pytest.mark.slow
 def test_grid_goes_on_and_makes_one_table(benchmarks, ctc_folder, tmp_path):
     import grid
 
@@ -229,6 +230,7 @@ def test_grid_goes_on_and_makes_one_table(benchmarks, ctc_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_grid_says_what_failed(benchmarks, tmp_path, capfd):
     import grid
 
@@ -350,6 +352,7 @@ def test_unknown_names_are_errors(benchmarks, capsys, arguments, complaint):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.slow
 def test_triton_executor_in_the_interpreter(ctc_folder, tmp_path):
     finished = run_script(
         *("-c", INTERPRETED, tmp_path / "files", ctc_folder),

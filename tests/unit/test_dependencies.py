@@ -428,7 +428,8 @@ def test_the_quantize_block_is_no_dependency():
     from speechbrain_stablequant.config import QuantizeConfig
 
     block = QuantizeConfig.from_dict({})
-    brain = sb.Brain(hparams={"lr": 1, "quantize": block})
+    brain = sb.Brain(hparams={"lr": 1})
+    brain.hparams.quantize = block
     assert hparams_of(brain) == {"lr": 1}
     assert hparams_of(sb.Brain()) == {}
 

@@ -164,7 +164,7 @@ class OpenVINOExecutor:
         self._idle: list[ov.InferRequest] = []
         self._compiled: ov.CompiledModel | None = None
         streams = max(_cores() // threads, 1) if threads else 1
-        self._settings = {
+        settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": streams
@@ -176,29 +176,14 @@ class OpenVINOExecutor:
             "ENABLE_CPU_PINNING": False,
         }
         if cache_folder is not None:
-            self._settings["CACHE_DIR"] = str(cache_folder)
+            settings["CACHE_DIR"] = str(cache_folder)
         with PREPARATION.running():
-            self._compiled = self.compile(-1, -1)
+            model = GraphBuilder(spec, self._half).build()
+            self._compiled = core().compile_model(model, "CPU", settings)
 
     def __del__(self):
         if hasattr(self, "_compiled"):
             forks.keep_in_child(self._pid, self._compiled, *self._idle)
-
-    def compile(self, batch: int, frames: int) -> ov.CompiledModel:
-        """Compiles a graph.
-
-        Arguments
-        ---------
-        batch, frames : int
-            Of its output; -1 for any.
-
-        Returns
-        -------
-        openvino.CompiledModel
-        """
-        builder = GraphBuilder(self.spec, batch, frames, self._half)
-        model = builder.build()
-        return core().compile_model(model, "CPU", self._settings)
 
     @contextmanager
     def _request(self) -> Iterator[ov.InferRequest]:

@@ -60,27 +60,12 @@ def first_windows(spec: EncoderSpec, frames: int) -> int:
     spec : EncoderSpec
         The encoder.
     frames : int
-        Frames; -1 for any.
+        Frames.
 
     Returns
     -------
     int
-        -1 for any.
-
-    Raises
-    ------
-    ValueError
-        A convolution with padding, dilation or groups.
     """
-    for stage in spec.convs:
-        conv = stage.conv
-        if conv.padding or conv.dilation != 1 or conv.groups != 1:
-            raise ValueError(
-                f"{conv.name}: a feature extractor with padding, dilation or "
-                "groups is not supported; use backend: torch"
-            )
-    if frames < 0:
-        return -1
     for stage in reversed(spec.convs[1:]):
         frames = (frames + _steps(stage.conv) - 1) * stage.conv.stride
     return frames
@@ -131,20 +116,14 @@ class GraphBuilder:
     ---------
     spec : EncoderSpec
         The encoder.
-    batch, frames : int
-        Of the output; -1 for any.
     half : bool
         Whether the output is bfloat16. With one in float32 OpenVINO keeps
         all that is added up from block to block in float32, whatever the
         precision of the rest, and converts it for each layer.
     """
 
-    def __init__(
-        self, spec: EncoderSpec, batch: int, frames: int, half: bool = False
-    ):
+    def __init__(self, spec: EncoderSpec, half: bool = False):
         self.spec = spec
-        self.batch = batch
-        self.frames = frames
         self.half = half
         self.inputs: list[ov.Node] = []
         # Layers that share an input with one scale share its integers.
@@ -340,7 +319,7 @@ class GraphBuilder:
     def strided(self, x: ov.Node, layer: AnyLayer, least: float) -> ov.Node:
         """[batch, time, in] to [batch, time, out] by a convolution of the
         feature extractor; the time is whole strides."""
-        if self.frames >= 0 or layer.algorithm == CONVOLUTION:
+        if layer.algorithm == CONVOLUTION:
             return self.turn(self.conv(self.turn(x), layer, least))
         # With any length OpenVINO would really turn it, which takes as long
         # as the convolution; so the windows are put together.
@@ -423,24 +402,36 @@ class GraphBuilder:
         if stage.norm is None:
             return self.gelu(x)
         if stage.norm.over_time:
-            shape = [self.batch, 1, stage.conv.weight.shape[0]]
+            shape = [-1, 1, stage.conv.weight.shape[0]]
             gain = self.input("gain", shape)
             shift = self.input("shift", shape)
             return self.gelu(op.add(op.multiply(x, gain), shift))
         return self.gelu(self.norm(x, stage.norm))
 
     def build(self) -> ov.Model:
-        """The whole graph.
+        """The whole graph, for any batch of any length.
 
         Returns
         -------
         openvino.Model
+
+        Raises
+        ------
+        ValueError
+            A convolution of the feature extractor with padding, dilation or
+            groups.
         """
         spec = self.spec
-        shape = [self.batch, first_windows(spec, self.frames)]
+        for stage in spec.convs:
+            conv = stage.conv
+            if conv.padding or conv.dilation != 1 or conv.groups != 1:
+                raise ValueError(
+                    f"{conv.name}: a feature extractor with padding, "
+                    "dilation or groups is not supported; use backend: torch"
+                )
         kernel = spec.convs[0].conv.weight.shape[2]
-        windows = self.input("windows", [*shape, kernel])
-        keep = self.input("keep", [self.batch, self.frames, 1])
+        windows = self.input("windows", [-1, -1, kernel])
+        keep = self.input("keep", [-1, -1, 1])
         x = self.features(windows)
         least = -math.inf
         if spec.projection_norm is not None:

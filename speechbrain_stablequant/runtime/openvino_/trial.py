@@ -96,7 +96,7 @@ class OpenVINORunner:
         return Results(found)
 
     def _compiled(self, geometry: Geometry, layer: AnyLayer) -> Any:
-        builder = GraphBuilder(None, 1, -1)
+        builder = GraphBuilder(None)
         width = geometry.shape[1] * geometry.groups
         if geometry.place == "first":
             width = geometry.shape[2]

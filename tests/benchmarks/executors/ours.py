@@ -57,7 +57,6 @@ def layer_on(layer: IntegerLayer, device: str) -> IntegerLayer:
 
 CPU = {
     "ours_openvino": Executor(partial(_load, "openvino")),
-    "ours_openvino_dynamic": Executor(partial(_load, "openvino", max_models=0)),
     "ours_torch": Executor(partial(_load, "torch_int8")),
     "ours_onnx": Executor(partial(_load, "onnx")),
 }
