@@ -350,17 +350,19 @@ def check_lengths(args: argparse.Namespace) -> Checks:
     waves = tqdm(
         excerpts(args.split, lengths), "lengths", len(lengths), leave=False
     )
-    marks = (1, min(FIRST, len(lengths)), len(lengths))
+    count = len(lengths)
+    marks = (1, min(FIRST, count), max(count // 2, 1), count)
     at, began = {}, time.perf_counter()
-    for count, wave in enumerate(waves, 1):
+    for done, wave in enumerate(waves, 1):
         asr.encode_batch(wave[None], torch.ones(1))
-        if count in marks:
-            at[count] = resident_mb()
-    once, first, last = (at[i] for i in marks)
+        if done in marks:
+            at[done] = resident_mb()
+    once, first, half, last = (at[i] for i in marks)
     yield {
         "case": f"{len(set(lengths))} lengths",
         "mb_after_1": round(once),
         f"mb_after_{marks[1]}": round(first),
+        "mb_halfway": round(half),
         "mb_at_end": round(last),
         "growth_mb": round(last - first, 1),
         "ms": round(1e3 * (time.perf_counter() - began) / len(lengths), 1),
