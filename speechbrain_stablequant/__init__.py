@@ -1,13 +1,13 @@
-"""Quantizes SpeechBrain's wav2vec 2.0 and HuBERT recognisers by WER."""
+"""Quantizes SpeechBrain's wav2vec 2.0 and HuBERT recognizers by WER."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .brain.attach import StableQuant, register
     from .config import ConfigError, QuantizeConfig
-    from .lifecycle import StableQuant, register
-    from .plan import QuantizationPlan
-    from .transcribe import Recognizer, load
+    from .core.plan import QuantizationPlan
+    from .transcribe.load import Recognizer, load
 
 __version__ = "0.1.0"
 
@@ -23,12 +23,12 @@ __all__ = [
 
 _PLACES = {
     "ConfigError": "config",
-    "QuantizationPlan": "plan",
+    "QuantizationPlan": "core.plan",
     "QuantizeConfig": "config",
-    "Recognizer": "transcribe",
-    "StableQuant": "lifecycle",
-    "load": "transcribe",
-    "register": "lifecycle",
+    "Recognizer": "transcribe.load",
+    "StableQuant": "brain.attach",
+    "load": "transcribe.load",
+    "register": "brain.attach",
 }
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .checkpoint import FLOAT_DTYPES
-from .runtime import RUNTIMES
-from .runtime.options import check_options, select_options
-from .search.paired import RULES
+from .folder.weights_file import FLOAT_DTYPES
+from .runtimes import RUNTIMES
+from .runtimes.options import check_options, select_options
 from .utils.typed import inside, one_line, short, typed, unknown_key
 
 # Simple calibrators, and the search that this package is about.
@@ -35,6 +34,8 @@ METHODS = (
 RIVALS = ("nncf", "nncf_accuracy_control")
 NNCF_PRESETS = ("mixed", "performance")
 BACKENDS = ("auto", *RUNTIMES)
+#: How the search decides, see ``methods.search.paired``.
+RULES = ("threshold", "interval")
 WEIGHT_METHODS = ("max", "mse")
 
 
@@ -248,8 +249,8 @@ class PlusConfig:
     Arguments
     ---------
     rotate : bool
-        Rotates the residual stream of encoders that normalise before each
-        sublayer (QuaRot): linears behind a normalisation take in mixtures of
+        Rotates the residual stream of encoders that normalize before each
+        sublayer (QuaRot): linears behind a normalization take in mixtures of
         all channels, without outliers. Costs two products per frame.
     keep_wave : bool
         The first convolution, which takes in the audio itself, stays float:
@@ -280,7 +281,7 @@ class PlusConfig:
     asymmetric : bool
         All integers for inputs behind a GELU, which are hardly negative.
     weight_groups : int
-        Below 6 bits, so many neighbouring weights of a row share a scale; 0
+        Below 6 bits, so many neighboring weights of a row share a scale; 0
         for whole rows.
     budget : BudgetConfig
         Mixed precision.
@@ -363,7 +364,7 @@ class QuantizeConfig:
         (simulated), ``torch_int8``, ``openvino``, ``onnx`` or ``triton``.
     backend_options : dict
         Of the runtime, such as its number of threads, see
-        :mod:`speechbrain_stablequant.runtime.options`. With ``auto`` those of
+        :mod:`speechbrain_stablequant.runtimes.options`. With ``auto`` those of
         all runtimes that it may choose: each takes those that it knows.
     float_dtype : str
         ``float16`` or ``float32``: how the file stores all that is not

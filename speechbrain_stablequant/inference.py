@@ -1,7 +1,7 @@
 """``EncoderASR`` on a quantized folder.
 
 The folder's ``hyperparams.yaml`` names the two classes of this module: the
-recogniser, an empty shell until its file is read, and the loader that reads
+recognizer, an empty shell until its file is read, and the loader that reads
 it from wherever ``from_hparams`` was pointed to. The encoder's modules are
 made on the ``meta`` device, and integer weights are read one after the other
 when a runtime takes them: they never exist as floats, nor all at once beside
@@ -30,7 +30,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .checkpoint import (
+from .core.integer_layer import IntegerLayer, layer_geometry
+from .folder.encoder_config import read_config
+from .folder.tokenizer_file import read_tokenizer
+from .folder.weights_file import (
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointError,
@@ -39,20 +42,11 @@ from .checkpoint import (
     load_checkpoint,
     signed_files,
 )
-from .encoder_config import read_config
-from .integer import IntegerLayer, layer_geometry
-from .rotation import attach_rotations, rotation_of
-from .runtime import (
-    RUNTIMES,
-    build_forwards,
-    candidates,
-    first_right,
-    prove,
-)
-from .runtime.options import check_options, select_options
-from .runtime.probe import Probe, chain
-from .shell import empty_shell, folded_norms, has_shell
-from .tokenizer_file import read_tokenizer
+from .model.rotation import attach_rotations, rotation_of
+from .model.skeleton import empty_shell, folded_norms, has_shell
+from .runtimes import RUNTIMES, build_forwards, candidates, first_right, prove
+from .runtimes.options import check_options, select_options
+from .runtimes.probe import Probe, chain
 from .utils import forks
 from .utils.typed import one_line
 
@@ -70,11 +64,11 @@ class RuntimeEncoder(nn.Module):
     Arguments
     ---------
     model : torch.nn.Module
-        An :class:`~speechbrain_stablequant.shell.EncoderShell`.
+        An :class:`~speechbrain_stablequant.model.skeleton.EncoderShell`.
     normalize_wav : bool
-        Whether the waveform is normalised.
+        Whether the waveform is normalized.
     output_norm : bool
-        Whether the output is normalised.
+        Whether the output is normalized.
     output_all_hiddens : bool
         Whether all hidden states are wanted; runtimes refuse it.
     """
@@ -342,7 +336,7 @@ class QuantizedRecogniser(nn.Module):
         The modules behind the encoder, by key, in order.
     backend : str
         What computes: ``auto`` chooses by device; see
-        :func:`~speechbrain_stablequant.runtime.candidates`. Of several the
+        :func:`~speechbrain_stablequant.runtimes.candidates`. Of several the
         first that answers the folder's probe as it should.
     options : dict, optional
         Of the runtime, such as its number of threads.
@@ -402,7 +396,7 @@ class QuantizedRecogniser(nn.Module):
         Raises
         ------
         CheckpointError
-            See :func:`~speechbrain_stablequant.checkpoint.load_checkpoint`.
+            See :func:`~.folder.weights_file.load_checkpoint`.
         """
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
@@ -458,7 +452,7 @@ class QuantizedRecogniser(nn.Module):
 
     def _with_code(self, settings: Mapping[str, Any]) -> nn.Module:
         """The encoder as transformers and SpeechBrain compute it."""
-        from .wrapper import StoredEncoder
+        from .model.wrapper import StoredEncoder
 
         return StoredEncoder(empty_encoder(self._config), **settings)
 
@@ -487,12 +481,12 @@ class QuantizedRecogniser(nn.Module):
         """Builds the runtime for the device that the modules are on, unless
         there is one."""
         if self.folder is None:
-            raise RuntimeError("the recogniser is empty; call load() first")
+            raise RuntimeError("the recognizer is empty; call load() first")
         device = next(self.parameters()).device
         if device.type == "cuda" and self._pid != os.getpid():
             raise RuntimeError(
                 f"the model was on {device} before this process was forked; "
-                "load the recogniser after the fork"
+                "load the recognizer after the fork"
             )
         forks.keep_to_one_thread()
         built = self._built
@@ -562,7 +556,7 @@ class QuantizedRecogniser(nn.Module):
     def forward(
         self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Recognises a batch.
+        """Recognizes a batch.
 
         Arguments
         ---------

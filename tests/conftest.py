@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,14 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from speechbrain_stablequant.baselines.offset import behind_gelu
-from speechbrain_stablequant.layers import find_encoders, find_layers
-from speechbrain_stablequant.numerics import qmax
-from speechbrain_stablequant.plan import LayerQuant
+from speechbrain_stablequant.core.affine import qmax
+from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.methods.plus.zero_point import behind_gelu
+from speechbrain_stablequant.model.layers import find_encoders, find_layers
+
+# Helpers of several tests.
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+collect_ignore = ["quantized_folder.py"]
 
 FAMILIES = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),

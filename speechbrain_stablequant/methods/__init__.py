@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from ..histogram import Histogram
-from ..plan import QuantizationPlan
-from ..stage import Stage, calibrate
+from ..core.histogram import Histogram
+from ..core.plan import QuantizationPlan
 from .adaround import adaround_plan
 from .calibrator import calibrator_plan
 from .given import given_plan
-from .qat import qat_plan
+from .plus.plan import plus_plan
+from .qat.plan import qat_plan
+from .session import Stage, calibrate
 from .stablequant import stablequant_plan
-from .stablequant_plus import plus_plan
 
 __all__ = ["make_plan"]
 
@@ -21,7 +21,7 @@ def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     Arguments
     ---------
     stage : Stage
-        The recogniser, its layers and its block.
+        The recognizer, its layers and its block.
 
     Returns
     -------

@@ -2,11 +2,11 @@
 
 from dataclasses import asdict, replace
 
-from ..adjusted import AdjustedTensors
-from ..baselines import AdaRound
-from ..plan import QuantizationPlan
-from ..stage import Calibration, Stage, rounded_layers
+from ..core.plan import QuantizationPlan
+from ..core.plan_tensors import AdjustedTensors
 from .calibrator import calibrator_plan
+from .layerwise import AdaRound
+from .session import Calibration, Stage, rounded_layers
 
 
 def adaround_plan(
@@ -17,7 +17,7 @@ def adaround_plan(
     Arguments
     ---------
     stage : Stage
-        The recogniser and its layers.
+        The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
     calibration : Calibration

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from ..calibrators import calibrate
-from ..histogram import Histogram
-from ..plan import LayerPlan, QuantizationPlan, UnitPlan
-from ..stage import Stage
+from ..core.calibrators import calibrate
+from ..core.histogram import Histogram
+from ..core.plan import LayerPlan, QuantizationPlan, UnitPlan
+from .session import Stage
 
 
 def calibrator_plan(
@@ -21,7 +21,7 @@ def calibrator_plan(
     Arguments
     ---------
     stage : Stage
-        The recogniser and its layers.
+        The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
     histograms : Mapping
@@ -42,7 +42,7 @@ def calibrator_plan(
     )
     layers = []
     for layer in tqdm(
-        stage.layers, "calibrators", disable=not stage.recogniser.show_progress
+        stage.layers, "calibrators", disable=not stage.recognizer.show_progress
     ):
         histogram = histograms[layer.name]
         amax = calibrate(method, histogram, config.activation_bits, **options)

@@ -2,8 +2,8 @@
 
 import logging
 
-from ..plan import QuantizationPlan
-from ..stage import Stage
+from ..core.plan import QuantizationPlan
+from .session import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ def given_plan(stage: Stage, weights: str) -> QuantizationPlan:
     Arguments
     ---------
     stage : Stage
-        The recogniser and its layers.
+        The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
 
@@ -32,7 +32,7 @@ def given_plan(stage: Stage, weights: str) -> QuantizationPlan:
     kinds = {layer.name: layer.kind for layer in stage.layers}
     plan.check_matches(kinds, stage.config.plan)
     plan.check_tensors(
-        stage.layers, stage.recogniser.modules, stage.config.plan
+        stage.layers, stage.recognizer.modules, stage.config.plan
     )
     if plan.fingerprint != weights:
         logger.warning(

@@ -14,20 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
 
-from ..calibrators import clipped_mse
-from ..histogram import Histogram
-from ..layers import Layer
-from ..plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
-from ..search import (
-    Evaluate,
-    Score,
-    Selection,
-    search_cutoffs,
-    select_units,
-)
-from ..search.cutoff import UnitCutoff
-from ..search.sensitivity import Sensitivity
-from ..stage import Calibration, Stage, search_evaluate
+from ..core.calibrators import clipped_mse
+from ..core.histogram import Histogram
+from ..core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ..model.layers import Layer
+from .search import Evaluate, Score, Selection, search_cutoffs, select_units
+from .search.percentile import UnitCutoff
+from .search.sensitivity import Sensitivity
+from .session import Calibration, Stage, search_evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +34,7 @@ def stablequant_plan(
     Arguments
     ---------
     stage : Stage
-        The recogniser and its layers.
+        The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
     calibration : Calibration
@@ -75,7 +69,7 @@ def stablequant_plan(
         time.monotonic() - started,
     )
     search = {
-        "num_utterances": len(stage.recogniser.ids("search")),
+        "num_utterances": len(stage.recognizer.ids("search")),
         "metric": config.search.metric,
         "selection": config.search.selection,
         "level": config.search.level,
@@ -98,7 +92,7 @@ def search_units(
     Arguments
     ---------
     stage : Stage
-        The recogniser and its layers.
+        The recognizer and its layers.
     evaluate : Evaluate
         Measures on the search set.
     bar : tqdm

@@ -6,7 +6,7 @@ made from it and state nothing else.
 
 from pathlib import Path
 
-from ..files import write_atomic, write_json
+from ..utils.files import write_atomic, write_json
 from .build import build_document
 from .html import render_html
 from .markdown import render_markdown

@@ -4,13 +4,7 @@ import base64
 from collections.abc import Mapping
 from html import escape
 
-from .build import (
-    Bullets,
-    Document,
-    Figure,
-    Table,
-    Text,
-)
+from .build import Bullets, Document, Figure, Table, Text
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -2,13 +2,7 @@
 
 import re
 
-from .build import (
-    Bullets,
-    Document,
-    Figure,
-    Table,
-    Text,
-)
+from .build import Bullets, Document, Figure, Table, Text
 
 # What Markdown or the HTML within it would take for markup. An underscore
 # inside a word is none, and most names have one.

@@ -34,7 +34,7 @@ _STYLE = {
     "ytick.color": "#b9c4cf",
     "ytick.labelcolor": _INK,
 }
-# Eight colours that colour-blind people tell apart, and shapes besides.
+# Eight colors that color-blind people tell apart, and shapes besides.
 _METHOD_COLORS = (
     "#0072b2",
     "#d55e00",
@@ -237,10 +237,10 @@ def _draw_curve(
         _use_log_rates(axes)
     axes.margins(y=0.15)
     axes.set_xlim(-0.5, len(ratios) - 0.5)
-    # On a fine grid only some ratios are labelled.
-    labelled = range(0, len(ratios), -(-len(ratios) // _MAX_RATIO_LABELS))
-    labels = [percent(ratios[index]) for index in labelled]
-    axes.set_xticks(labelled, labels, rotation=60)
+    # On a fine grid only some ratios are labeled.
+    labeled = range(0, len(ratios), -(-len(ratios) // _MAX_RATIO_LABELS))
+    labels = [percent(ratios[index]) for index in labeled]
+    axes.set_xticks(labeled, labels, rotation=60)
     title = f"{_shorten(unit['name'], 32)}: {percent(unit['cutoff'])} %"
     axes.set_title(title, loc="left")
 

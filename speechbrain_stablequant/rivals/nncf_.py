@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from ..config import QuantizeConfig
-from ..files import identity
-from ..replay import StopForward
-from ..runtime.base import shadowed_forwards
-from ..runtime.cpu import cpu_class
-from ..search import Score
-from ..stage import Recogniser
+from ..methods.search import Score
+from ..methods.session import Recognizer
+from ..runtimes.base import shadowed_forwards
+from ..runtimes.cpu import cpu_class
+from ..simulation.prefix_cache import StopForward
+from ..utils.files import identity
 from ..utils.store import Store
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Rival:
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """What takes the place of each module's forward, newly compiled."""
-        from ..runtime.openvino_.core import core
+        from ..runtimes.openvino_.core import core
 
         settings = _settings(**self.options)
         path = self.folder / MODEL_FILE
@@ -250,7 +250,7 @@ class Answers:
 
 
 def make_rival(
-    recogniser: Recogniser,
+    recognizer: Recognizer,
     chain: Mapping[str, nn.Module],
     wave: torch.Tensor,
     output: torch.Tensor,
@@ -262,7 +262,7 @@ def make_rival(
 
     Arguments
     ---------
-    recogniser : Recogniser
+    recognizer : Recognizer
         The float model with its calibration and search sets.
     chain : Mapping
         Its modules in the order of their calls.
@@ -285,19 +285,19 @@ def make_rival(
         A batch of several utterances, or a model that OpenVINO does not
         convert faithfully.
     """
-    key = _key(recogniser, weights, config)
+    key = _key(recognizer, weights, config)
     folder = store.folder
     record = _read_record(store, key)
     if record is None:
         started = time.monotonic()
         model = _convert(chain, wave, output)
-        waves = _calibration_waves(recogniser, next(iter(chain.values())))
+        waves = _calibration_waves(recognizer, next(iter(chain.values())))
         if config.method == "nncf":
             model, search = _quantize(model, waves, config), {}
         else:
             answers = Answers(store, key)
             model, search = _control(
-                model, waves, recogniser, chain, config, answers
+                model, waves, recognizer, chain, config, answers
             )
             search["seconds"] = time.monotonic() - started
         # What names its files as finished is written last.
@@ -337,17 +337,17 @@ def _checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def _key(recogniser: Recogniser, weights: str, config: QuantizeConfig) -> str:
+def _key(recognizer: Recognizer, weights: str, config: QuantizeConfig) -> str:
     content = [
         weights,
         config.method,
         config.float_dtype,
-        recogniser.key("calibration", "inputs"),
+        recognizer.key("calibration", "inputs"),
         config.nncf.preset,
         [version(package) for package in PACKAGES],
     ]
     if config.needs_search:
-        scores = recogniser.key("search", "scores")
+        scores = recognizer.key("search", "scores")
         content += [scores, asdict(config.nncf)]
     return identity(content)
 
@@ -381,7 +381,7 @@ def _convert(
     """The float model as a graph for one utterance of any length."""
     import openvino as ov
 
-    from ..runtime.openvino_.core import core
+    from ..runtimes.openvino_.core import core
 
     require_one(len(wave))
     module = Chain(chain).eval()
@@ -402,7 +402,7 @@ def _convert(
 
 
 def _calibration_waves(
-    recogniser: Recogniser, first: nn.Module
+    recognizer: Recognizer, first: nn.Module
 ) -> list[np.ndarray]:
     """What the first module gets of the calibration set."""
     waves: list[np.ndarray] = []
@@ -414,7 +414,7 @@ def _calibration_waves(
 
     handle = first.register_forward_pre_hook(keep)
     try:
-        recogniser.forward("calibration", lambda _: None)
+        recognizer.forward("calibration", lambda _: None)
     finally:
         handle.remove()
     return waves
@@ -482,7 +482,7 @@ def _quantize(
 def _control(
     model: "ov.Model",
     waves: list[np.ndarray],
-    recogniser: Recogniser,
+    recognizer: Recognizer,
     chain: Mapping[str, nn.Module],
     config: QuantizeConfig,
     answers: Answers,
@@ -490,7 +490,7 @@ def _control(
     """NNCF with accuracy control, and what it measured."""
     import nncf
 
-    count = len(recogniser.ids("search"))
+    count = len(recognizer.ids("search"))
     rates: list[float] = []
 
     def validate(
@@ -504,7 +504,7 @@ def _control(
 
         def measure() -> Score:
             with shadowed_forwards(_forwards(chain, compiled)):
-                return recogniser.score(lambda _: None, None, only)
+                return recognizer.score(lambda _: None, None, only)
 
         score = answers.ask(only, measure)
         if len(only) == count:
@@ -528,7 +528,7 @@ def _control(
         ),
         **_common(waves, config),
     )
-    from ..runtime.openvino_.core import core
+    from ..runtimes.openvino_.core import core
 
     settings = _settings(precision="f32")
     compiled = core().compile_model(quantized, "CPU", settings)

@@ -66,7 +66,7 @@ def use_in_one_process(library: str) -> None:
 #: Why a library does not work in a forked process.
 REASON = (
     "was used before this process was forked, and its threads are not here; "
-    "load the recogniser after the fork"
+    "load the recognizer after the fork"
 )
 
 
@@ -131,7 +131,7 @@ def keep_to_one_thread() -> None:
 @functools.cache
 def _say_once(pid: int) -> None:
     logger.warning(
-        "process %d was forked from one that had loaded a recogniser: torch "
+        "process %d was forked from one that had loaded a recognizer: torch "
         "computes with one thread here; fork first and load then for more",
         pid,
     )

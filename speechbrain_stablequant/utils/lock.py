@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from ..files import process_is_alive, write_json
+from .files import process_is_alive, write_json
 
 logger = logging.getLogger(__name__)
 

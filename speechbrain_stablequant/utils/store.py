@@ -22,13 +22,7 @@ from typing import Any
 
 import torch
 
-from ..files import (
-    json_text,
-    parse_json,
-    read_file,
-    remove_stale,
-    write_atomic,
-)
+from .files import json_text, parse_json, read_file, remove_stale, write_atomic
 from .tensor_bytes import (
     bytes_to_tensors,
     metadata_of,

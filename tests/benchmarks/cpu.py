@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import harness
 from executors import openvino_, ort, ours, torch_
 
-from speechbrain_stablequant.runtime.cpu import cpu_class
+from speechbrain_stablequant.runtimes.cpu import cpu_class
 
 EXECUTORS = {**ours.CPU, **torch_.CPU, **ort.CPU, **openvino_.CPU}
 

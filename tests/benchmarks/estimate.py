@@ -21,13 +21,16 @@ from functools import cache
 
 from shapes import MODELS, Op, operators
 
-from speechbrain_stablequant.kernels.resources import (
+from speechbrain_stablequant.runtimes.triton.kernels.resources import (
     Launch,
     Resources,
     compile_launch,
     launches_of,
 )
-from speechbrain_stablequant.kernels.tuning import Limits, assume_limits
+from speechbrain_stablequant.runtimes.triton.kernels.tuning import (
+    Limits,
+    assume_limits,
+)
 
 
 @dataclass(frozen=True)

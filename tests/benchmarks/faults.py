@@ -26,11 +26,11 @@ import torch
 from wer import transcribe, utterances
 
 from speechbrain_stablequant import Recognizer, load
-from speechbrain_stablequant.evaluation import score
-from speechbrain_stablequant.integer import IntegerLayer
-from speechbrain_stablequant.runtime import build_forwards, executed_form
-from speechbrain_stablequant.runtime.options import select_options
-from speechbrain_stablequant.runtime.probe import Distance, chain
+from speechbrain_stablequant.core.error_rates import score
+from speechbrain_stablequant.core.integer_layer import IntegerLayer
+from speechbrain_stablequant.runtimes import build_forwards, executed_form
+from speechbrain_stablequant.runtimes.options import select_options
+from speechbrain_stablequant.runtimes.probe import Distance, chain
 
 Integers = Mapping[str, IntegerLayer]
 

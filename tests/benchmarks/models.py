@@ -14,14 +14,17 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from speechbrain_stablequant.checkpoint import float_state, save_checkpoint
-from speechbrain_stablequant.integer import integer_layer
-from speechbrain_stablequant.layers import find_layers
-from speechbrain_stablequant.plan import (
+from speechbrain_stablequant.core.integer_layer import integer_layer
+from speechbrain_stablequant.core.plan import (
     LayerPlan,
     LayerQuant,
     QuantizationPlan,
 )
+from speechbrain_stablequant.folder.weights_file import (
+    float_state,
+    save_checkpoint,
+)
+from speechbrain_stablequant.model.layers import find_layers
 
 FAMILIES = {
     "hubert": (HubertConfig, HubertForCTC),
@@ -55,7 +58,7 @@ class Encoder(nn.Module):
         return self.model(wavs).last_hidden_state
 
 
-class Recogniser(nn.Module):
+class Recognizer(nn.Module):
     """Encoder and head in one module: wave to logits.
 
     Arguments
@@ -111,7 +114,7 @@ def load_modules(folder: str | Path) -> dict[str, nn.Module]:
 
 
 def make_wavs(seconds: float, batch: int) -> torch.Tensor:
-    """Noise with a slow envelope, normalised: float32 [batch, samples]."""
+    """Noise with a slow envelope, normalized: float32 [batch, samples]."""
     generator = torch.Generator().manual_seed(1)
     samples = round(seconds * SAMPLE_RATE)
     wavs = torch.randn(batch, samples, generator=generator)
@@ -153,7 +156,7 @@ def save_quantized(
         layer.module.register_forward_pre_hook(ranges[layer.name])
         for layer in layers
     ]
-    Recogniser(modules)(wavs)
+    Recognizer(modules)(wavs)
     for hook in hooks:
         hook.remove()
     rows, integers = [], {}

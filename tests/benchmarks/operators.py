@@ -23,8 +23,11 @@ from gpu import describe, require_device
 from harness import first_line, machine
 from shapes import MODELS, PRODUCT, Op, operators
 
-from speechbrain_stablequant.kernels.tuning import Tuner, time_on_device
-from speechbrain_stablequant.runtime.triton.executor import make_tuner
+from speechbrain_stablequant.runtimes.triton.executor import make_tuner
+from speechbrain_stablequant.runtimes.triton.kernels.tuning import (
+    Tuner,
+    time_on_device,
+)
 
 _SQUARE = 8192
 _COPY = 2**30

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from speechbrain_stablequant.kernels import (
+from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
     group_conv,
     layer_norm,
@@ -89,7 +89,9 @@ class Op:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that one launch reads and writes."""
-        from speechbrain_stablequant.kernels.resources import record_launches
+        from speechbrain_stablequant.runtimes.triton.kernels.resources import (
+            record_launches,
+        )
 
         with record_launches():
             results = self.launch(*self.arguments)

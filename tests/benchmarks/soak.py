@@ -426,7 +426,7 @@ def check_throughput(args: argparse.Namespace) -> Checks:
 @contextmanager
 def no_buckets() -> Iterator[None]:
     """The openvino runtime computes each length as it is."""
-    from speechbrain_stablequant.runtime.openvino_ import executor
+    from speechbrain_stablequant.runtimes.openvino_ import executor
 
     with mock.patch.object(
         executor, "round_frames", lambda frames, *steps: frames

@@ -22,12 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from speechbrain_stablequant import Recognizer, load
-from speechbrain_stablequant.evaluation import (
+from speechbrain_stablequant.core.error_rates import (
     Transcript,
     bootstrap_delta_wer,
     score,
 )
-from speechbrain_stablequant.runtime.timing import BatchTimes
+from speechbrain_stablequant.utils.timing import BatchTimes
 
 SAMPLE_RATE = 16000
 
@@ -51,7 +51,7 @@ def utterances(split: Path) -> list[tuple[Path, str]]:
             found.append((file.with_name(f"{name}.flac"), words))
     if not found:
         sys.exit(f"{split}: no *.trans.txt below it; name a split's folder")
-    # neighbours of equal length: little padding
+    # neighbors of equal length: little padding
     return sorted(found, key=lambda x: -soundfile.info(x[0]).frames)
 
 

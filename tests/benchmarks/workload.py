@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from models import (
     NAMES,
-    Recogniser,
+    Recognizer,
     load_modules,
     make_wavs,
     save_quantized,
@@ -18,8 +18,8 @@ from models import (
 )
 from torch import nn
 
-from speechbrain_stablequant.checkpoint import WEIGHTS_FILE
-from speechbrain_stablequant.precision import full_float32
+from speechbrain_stablequant.folder.weights_file import WEIGHTS_FILE
+from speechbrain_stablequant.utils.precision import full_float32
 
 #: Seconds of audio that ranges are taken from.
 CALIBRATION = 5.0
@@ -100,14 +100,14 @@ class Workload:
         modules = load_modules(self.float_folder)
         return {k: m.to(self.options.device) for k, m in modules.items()}
 
-    def recogniser(self) -> Recogniser:
+    def recognizer(self) -> Recognizer:
         """The float model as one module, newly read."""
-        return Recogniser(self.modules()).eval()
+        return Recognizer(self.modules()).eval()
 
     @cached_property
-    def shared_recogniser(self) -> Recogniser:
+    def shared_recognizer(self) -> Recognizer:
         """The float model, one for all who leave it as it is."""
-        return self.recogniser()
+        return self.recognizer()
 
     @cached_property
     def wavs(self) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Workload:
         they do not fit onto the device."""
         try:
             with torch.no_grad(), full_float32():
-                return self.shared_recogniser(self.wavs).cpu()
+                return self.shared_recognizer(self.wavs).cpu()
         except torch.OutOfMemoryError as error:
             print(f"no reference to compare with: {error}", file=sys.stderr)
             return None

@@ -16,7 +16,7 @@ def underscore(train):
     """As in MEDIA's recipe: the label of a space is ``_``, and the metric
     makes words of labels."""
 
-    class Recogniser(train.Recogniser):
+    class Recognizer(train.Recognizer):
         def on_evaluate_start(self, max_key=None, min_key=None):
             super().on_evaluate_start(max_key, min_key)
             encoder = self.tokenizer
@@ -50,12 +50,12 @@ def underscore(train):
             )
             return self.hparams.ctc_cost(scores, tokens, lengths, token_lengths)
 
-    train.Recogniser = Recogniser
+    train.Recognizer = Recognizer
 
 
 def _change_texts(train, change):
     """Lets a function change what is recognized and what was said."""
-    plain = train.Recogniser.compute_objectives
+    plain = train.Recognizer.compute_objectives
 
     def compute_objectives(self, predictions, batch, stage):
         scores, lengths, texts = predictions
@@ -63,7 +63,7 @@ def _change_texts(train, change):
             texts, batch.wrd = change(texts, batch.wrd)
         return plain(self, (scores, lengths, texts), batch, stage)
 
-    train.Recogniser.compute_objectives = compute_objectives
+    train.Recognizer.compute_objectives = compute_objectives
 
 
 def shortened(train):
@@ -100,26 +100,26 @@ def relu(train):
     """ReLU for GELU in the modules, the configuration unchanged."""
     from torch import nn
 
-    plain = train.Recogniser.on_evaluate_start
+    plain = train.Recognizer.on_evaluate_start
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         plain(self, max_key, min_key)
         for block in self.modules.wav2vec2.model.encoder.layers:
             block.feed_forward.intermediate_act_fn = nn.ReLU()
 
-    train.Recogniser.on_evaluate_start = on_evaluate_start
+    train.Recognizer.on_evaluate_start = on_evaluate_start
 
 
 def hooked(train):
     """A norm whose output a hook changes: no setting says so."""
-    plain = train.Recogniser.on_evaluate_start
+    plain = train.Recognizer.on_evaluate_start
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         plain(self, max_key, min_key)
         norm = self.modules.wav2vec2.model.encoder.layer_norm
         norm.register_forward_hook(lambda _module, _args, out: out.relu())
 
-    train.Recogniser.on_evaluate_start = on_evaluate_start
+    train.Recognizer.on_evaluate_start = on_evaluate_start
 
 
 VARIATIONS = {

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     import speechbrain as sb
     import train
 
-    from speechbrain_stablequant import brain
+    from speechbrain_stablequant.brain import recognizer as brain
 
     # The sets of the tests have a few batches only.
     brain._TOGETHER = 1

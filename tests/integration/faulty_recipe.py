@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(recipe))
     import train
 
-    from speechbrain_stablequant.runtime import openvino_
+    from speechbrain_stablequant.runtimes import openvino_
 
     make_executor = openvino_.make_executor
 

@@ -1,4 +1,4 @@
-"""Loads recognisers, forks, and lets the children use them; then uses them
+"""Loads recognizers, forks, and lets the children use them; then uses them
 itself, and forks again.
 
 Prints one JSON object: what each child said, by "unused" and "used" parent and
@@ -25,19 +25,19 @@ PATIENCE = 120
 INPUTS = range(4)
 
 
-def recognise(
-    recogniser: nn.Module, expected: list[torch.Tensor], first: int
+def recognize(
+    recognizer: nn.Module, expected: list[torch.Tensor], first: int
 ) -> Any:
     """What a child says: "right", the inputs with a wrong answer, or the
     error and the seconds until it came."""
-    # As reading audio does before the recogniser is called.
+    # As reading audio does before the recognizer is called.
     torch.randn(1000, 1000).mean(1)
     began = time.perf_counter()
     try:
         wrong = [
             i
             for i in sorted(INPUTS, key=lambda i: (i + first) % len(INPUTS))
-            if not torch.equal(recogniser(tiny_folder.wave(i)), expected[i])
+            if not torch.equal(recognizer(tiny_folder.wave(i)), expected[i])
         ]
     except Exception as error:
         seconds = time.perf_counter() - began
@@ -71,32 +71,32 @@ def wait(pid: int, reading: int, deadline: float) -> Any:
 
 
 def ask_children(
-    recognisers: dict[str, nn.Module],
+    recognizers: dict[str, nn.Module],
     answers: dict[str, list[torch.Tensor]],
     count: int,
 ) -> dict[str, list]:
     """What so many children say, by backend."""
     children = {
         (name, i): fork(
-            lambda name=name, i=i: recognise(
-                recognisers[name], answers[name], i
+            lambda name=name, i=i: recognize(
+                recognizers[name], answers[name], i
             )
         )
-        for name in recognisers
+        for name in recognizers
         for i in range(count)
     }
     deadline = time.monotonic() + PATIENCE
     said = {key: wait(*child, deadline) for key, child in children.items()}
-    return {name: [said[name, i] for i in range(count)] for name in recognisers}
+    return {name: [said[name, i] for i in range(count)] for name in recognizers}
 
 
 def main(folder: Path, backends: list[str]) -> None:
     """Asks children of this process, which computes with several threads of
-    torch, before and after it has used the recognisers."""
+    torch, before and after it has used the recognizers."""
     answers = {
         name: torch.load(folder / f"answers-{name}.pt") for name in backends
     }
-    recognisers = {
+    recognizers = {
         name: tiny_folder.load(folder / "quantized", name) for name in backends
     }
     torch.set_num_threads(4)
@@ -104,9 +104,9 @@ def main(folder: Path, backends: list[str]) -> None:
     said = {}
     for state, count in CHILDREN.items():
         if state == "used":
-            for recogniser in recognisers.values():
-                recogniser(tiny_folder.wave(0))
-        said[state] = ask_children(recognisers, answers, count)
+            for recognizer in recognizers.values():
+                recognizer(tiny_folder.wave(0))
+        said[state] = ask_children(recognizers, answers, count)
     print(json.dumps(said))
 
 

@@ -14,12 +14,12 @@ if __name__ == "__main__":
     import train
 
     pause = float(os.environ["SECONDS_A_BATCH"])
-    quick = train.Recogniser.compute_forward
+    quick = train.Recognizer.compute_forward
 
     def compute_forward(self, batch, stage):
         """Sleeps first."""
         time.sleep(pause)
         return quick(self, batch, stage)
 
-    train.Recogniser.compute_forward = compute_forward
+    train.Recognizer.compute_forward = compute_forward
     train.run(*train.prepare(sys.argv[1:]))

@@ -17,9 +17,9 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
-from speechbrain_stablequant.baselines import auto_quantize
-from speechbrain_stablequant.plan import LayerPlan, LayerQuant
-from speechbrain_stablequant.search import Score
+from speechbrain_stablequant.core.plan import LayerPlan, LayerQuant
+from speechbrain_stablequant.methods.search import Score
+from speechbrain_stablequant.rivals import auto_quantize
 
 RATE = 16000
 OLD = {
@@ -51,8 +51,8 @@ class Convolution(nn.Module):
         return self.conv(wavs[:, None]).transpose(1, 2).relu()
 
 
-class Recogniser(sb.Brain):
-    """Counts how often it is asked to recognise."""
+class Recognizer(sb.Brain):
+    """Counts how often it is asked to recognize."""
 
     forwards = 0
 
@@ -130,7 +130,7 @@ def make_brain(tmp_path):
         (folder / "quantized" / name).write_bytes(content)
 
     def make(modules=None, run_opts=(), hparams=(), **options) -> sb.Brain:
-        return Recogniser(
+        return Recognizer(
             modules or tiny_modules(),
             hparams={"output_folder": str(folder), **dict(hparams)},
             run_opts={"device": "cpu", "noprogressbar": True, **dict(run_opts)},
@@ -147,7 +147,7 @@ def refused(brain, action, *words: str) -> str:
 
     Arguments
     ---------
-    brain : Recogniser
+    brain : Recognizer
         Must not have been run.
     action : callable
         Of nothing; has to raise.
@@ -306,7 +306,7 @@ def test_set_smaller_than_asked(part, make_brain, corpus):
 
 
 def bad_audio(kind: str, path: Path) -> None:
-    """Writes over a file what cannot be recognised."""
+    """Writes over a file what cannot be recognized."""
     wave = plain()
     if kind == "missing":
         path.unlink()
@@ -410,7 +410,7 @@ def test_output_folder_below_a_file(make_brain, tmp_path):
 
 
 def test_no_output_folder():
-    brain = Recogniser(
+    brain = Recognizer(
         tiny_modules(), hparams={"x": 1}, run_opts={"device": "cpu"}
     )
     attach = lambda: StableQuant.attach(brain)  # noqa: E731

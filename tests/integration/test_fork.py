@@ -1,4 +1,4 @@
-"""A recogniser that was loaded before a fork, and used in the children."""
+"""A recognizer that was loaded before a fork, and used in the children."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def forked(make_tiny_modules, tmp_path_factory) -> tuple[dict, str]:
     backends = [p.values[0] for p in tiny_folder.BACKENDS]
     backends = list(filter(tiny_folder.installed, backends))
     for name in backends:
-        recogniser = tiny_folder.load(folder / "quantized", name)
-        answers = [recogniser(tiny_folder.wave(i)) for i in range(4)]
+        recognizer = tiny_folder.load(folder / "quantized", name)
+        answers = [recognizer(tiny_folder.wave(i)) for i in range(4)]
         torch.save(answers, folder / f"answers-{name}.pt")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *backends],
@@ -58,7 +58,7 @@ def test_used_parent(forked, backend):
     ((kind, message, seconds),) = said["used"][backend]
     assert kind in ("RuntimeError", "ValueError")
     assert "openvino" in message and "\n" not in message
-    assert "load the recogniser after the fork" in message
+    assert "load the recognizer after the fork" in message
     assert seconds < 2
 
 

@@ -18,14 +18,14 @@ from torch import nn
 from trained_recipe import RECIPE
 
 from speechbrain_stablequant import inference
-from speechbrain_stablequant.checkpoint import (
+from speechbrain_stablequant.core.error_rates import Transcript, score
+from speechbrain_stablequant.folder.weights_file import (
     CheckpointError,
     load_checkpoint,
     rounded_floats,
 )
-from speechbrain_stablequant.evaluation import Transcript, score
-from speechbrain_stablequant.runtime import build_forwards, resolve_backend
-from speechbrain_stablequant.runtime.base import shadowed_forwards
+from speechbrain_stablequant.runtimes import build_forwards, resolve_backend
+from speechbrain_stablequant.runtimes.base import shadowed_forwards
 
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register
@@ -92,7 +92,7 @@ def audio_files(trained, name: str = "clean") -> list[Path]:
 
 
 def load(folder: Path, **options) -> EncoderASR:
-    """The recogniser, simulated unless options say otherwise."""
+    """The recognizer, simulated unless options say otherwise."""
     return EncoderASR.from_hparams(
         source=str(folder), **{**SIMULATED, **options}
     )
@@ -207,7 +207,7 @@ def test_transcribe_file_and_batch(trained, folder, brain):
         text == references[file.stem]
         for text, file in zip(one_by_one, files, strict=True)
     )
-    # A system that recognises: most sentences are right as a whole.
+    # A system that recognizes: most sentences are right as a whole.
     assert right >= len(files) / 2
     for file, text in zip(files, one_by_one, strict=True):
         words, tokens = asr.transcribe_batch(*padded([file]))
@@ -252,7 +252,7 @@ def test_error_rates_of_a_folder(
     files = audio_files(trained)
     asr = load(folder)
     said = {file.stem: asr.transcribe_file(str(file)) for file in files}
-    # one wrong word in each of the first three, if they are recognised alike
+    # one wrong word in each of the first three, if they are recognized alike
     words = {name: text or "NOTHING" for name, text in said.items()}
     for file in files[:3]:
         words[file.stem] += " WRONG"
@@ -356,12 +356,12 @@ def test_a_deep_copy(trained, folder, backend, used):
         asr.mods.parameters(), twin.mods.parameters(), strict=True
     ):
         assert one is not two
-    for recogniser in (asr, twin):
-        assert torch.equal(recogniser.encode_batch(wavs, lengths), expected)
+    for recognizer in (asr, twin):
+        assert torch.equal(recognizer.encode_batch(wavs, lengths), expected)
     forwards = [
         vars(module)["forward"]
-        for recogniser in (asr, twin)
-        for module in recogniser.mods.modules()
+        for recognizer in (asr, twin)
+        for module in recognizer.mods.modules()
         if "forward" in vars(module)
     ]
     assert len(set(map(id, forwards))) == len(forwards) > 0
@@ -373,7 +373,7 @@ def test_a_layer_without_a_right_way(
     """By ``auto`` the next runtime computes, after one line; a backend that
     was named is an error."""
     trial = pytest.importorskip(
-        "speechbrain_stablequant.runtime.openvino_.trial"
+        "speechbrain_stablequant.runtimes.openvino_.trial"
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = trial.OpenVINORunner.run

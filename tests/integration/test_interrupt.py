@@ -13,7 +13,7 @@ import pytest
 from starter import environment
 from trained_recipe import BLOCK
 
-from speechbrain_stablequant.interrupts import Interrupted, explained
+from speechbrain_stablequant.utils.interrupts import Interrupted, explained
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "slow_recipe.py"

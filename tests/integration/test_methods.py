@@ -10,7 +10,7 @@ from speechbrain.inference.ASR import EncoderASR
 from trained_recipe import probe_size
 
 from speechbrain_stablequant import QuantizationPlan
-from speechbrain_stablequant.checkpoint import load_checkpoint
+from speechbrain_stablequant.folder.weights_file import load_checkpoint
 
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register
@@ -99,7 +99,7 @@ def test_a_plan_that_one_runtime_executes(written):
 
 
 @pytest.mark.parametrize("name", ["plus", "odd"])
-def test_folder_recognises(trained, written, name):
+def test_folder_recognizes(trained, written, name):
     audio = next(iter(sorted((trained.root / "corpus").glob("clean-*.wav"))))
     wave = torch.from_numpy(soundfile.read(audio, dtype="float32")[0])[None]
     outputs = []

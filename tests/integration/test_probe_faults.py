@@ -10,14 +10,17 @@ import pytest
 import tiny_folder
 import torch
 
-from speechbrain_stablequant.checkpoint import load_checkpoint, save_checkpoint
+from speechbrain_stablequant.folder.weights_file import (
+    load_checkpoint,
+    save_checkpoint,
+)
 from speechbrain_stablequant.inference import CONFIG_FILE
-from speechbrain_stablequant.runtime.probe import ProbeError
+from speechbrain_stablequant.runtimes.probe import ProbeError
 
 MODULES = {
     "openvino": "openvino_",
     "torch_int8": "torch_int8.executor",
-    "onnx": "onnx_",
+    "onnx": "onnx_.executor",
 }
 LINE = "computes something else on this machine: the encoder's output is off by"
 SCRIPT = Path(__file__).resolve().parent / "faulty_recipe.py"
@@ -45,7 +48,7 @@ def break_runtime(monkeypatch):
     """Puts a fault into what a runtime makes of an encoder."""
 
     def do(backend, change=twice_a_scale):
-        name = f"speechbrain_stablequant.runtime.{MODULES[backend]}"
+        name = f"speechbrain_stablequant.runtimes.{MODULES[backend]}"
         if backend != "torch_int8":
             pytest.importorskip(backend.replace("onnx", "onnxruntime"))
         module = importlib.import_module(name)
@@ -120,7 +123,7 @@ def test_the_simulation_is_the_last_resort(folder, break_runtime, caplog):
 def test_nothing_answers_where_nothing_is_right(
     folder, break_runtime, monkeypatch
 ):
-    from speechbrain_stablequant.runtime import simulated
+    from speechbrain_stablequant.runtimes import simulated
 
     make_layer = simulated.make_layer
 
@@ -138,7 +141,7 @@ def test_nothing_answers_where_nothing_is_right(
 
 
 def test_a_wrong_head_is_found(folder, monkeypatch):
-    from speechbrain_stablequant.runtime.torch_int8 import layer
+    from speechbrain_stablequant.runtimes.torch_int8 import layer
 
     make_layer = layer.make_layer
 

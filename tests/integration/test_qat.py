@@ -12,7 +12,7 @@ import torch
 from speechbrain.inference.ASR import EncoderASR
 
 from speechbrain_stablequant import QuantizationPlan
-from speechbrain_stablequant.checkpoint import load_checkpoint
+from speechbrain_stablequant.folder.weights_file import load_checkpoint
 
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register

@@ -1,4 +1,4 @@
-"""One recogniser, many threads: each gets the answer to its own input."""
+"""One recognizer, many threads: each gets the answer to its own input."""
 
 import copy
 import random
@@ -29,14 +29,14 @@ def answers(folder):
 
     def of(backend):
         if backend not in made:
-            recogniser = tiny_folder.load(folder, backend)
-            made[backend] = [recogniser(tiny_folder.wave(i)) for i in INPUTS]
+            recognizer = tiny_folder.load(folder, backend)
+            made[backend] = [recognizer(tiny_folder.wave(i)) for i in INPUTS]
         return made[backend]
 
     return of
 
 
-def wrong(recognisers, expected, threads, calls) -> list[int]:
+def wrong(recognizers, expected, threads, calls) -> list[int]:
     """Inputs whose answer was another than expected; all threads begin at
     once, and each has the inputs in an order of its own."""
     start = threading.Barrier(threads)
@@ -48,7 +48,7 @@ def wrong(recognisers, expected, threads, calls) -> list[int]:
             i
             for place, i in enumerate(order)
             if not torch.equal(
-                recognisers[(number + place) % len(recognisers)](
+                recognizers[(number + place) % len(recognizers)](
                     tiny_folder.wave(i)
                 ),
                 expected[i],
@@ -64,14 +64,14 @@ def wrong(recognisers, expected, threads, calls) -> list[int]:
 def test_cold_and_warm(folder, answers, backend, threads):
     expected = answers(backend)
     assert not torch.equal(expected[0][:, :8], expected[1][:, :8])
-    recogniser = tiny_folder.load(folder, backend)
-    assert recogniser.runtime is None
+    recognizer = tiny_folder.load(folder, backend)
+    assert recognizer.runtime is None
     for _ in ("cold", "warm"):
-        assert wrong([recogniser], expected, threads, 6) == []
+        assert wrong([recognizer], expected, threads, 6) == []
 
 
 @pytest.mark.parametrize("backend", tiny_folder.BACKENDS)
-def test_two_recognisers(folder, answers, backend):
+def test_two_recognizers(folder, answers, backend):
     pair = [tiny_folder.load(folder, backend) for _ in range(2)]
     assert wrong(pair, answers(backend), 4, 8) == []
 
@@ -85,9 +85,9 @@ def test_a_runtime_is_built_once(folder, monkeypatch):
 
     original = inference.build_forwards
     monkeypatch.setattr(inference, "build_forwards", build)
-    recogniser = tiny_folder.load(folder, "torch")
+    recognizer = tiny_folder.load(folder, "torch")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(recogniser, [tiny_folder.wave(0)] * 8))
+        list(pool.map(recognizer, [tiny_folder.wave(0)] * 8))
     assert len(built) == 1
 
 
@@ -99,31 +99,31 @@ def test_a_failed_first_use_leaves_nothing(folder, answers, monkeypatch):
 
     original = inference.build_forwards
     monkeypatch.setattr(inference, "build_forwards", fail)
-    recogniser = tiny_folder.load(folder, "torch_int8")
+    recognizer = tiny_folder.load(folder, "torch_int8")
     for _ in range(2):
         with pytest.raises(MemoryError, match="no room"):
-            recogniser(tiny_folder.wave(0))
-    assert recogniser.runtime is None
+            recognizer(tiny_folder.wave(0))
+    assert recognizer.runtime is None
     monkeypatch.setattr(inference, "build_forwards", original)
     expected = answers("torch_int8")
-    assert torch.equal(recogniser(tiny_folder.wave(1)), expected[1])
+    assert torch.equal(recognizer(tiny_folder.wave(1)), expected[1])
 
 
 def test_a_copy_is_made_while_others_compute(folder, answers):
-    recogniser = tiny_folder.load(folder, "torch")
+    recognizer = tiny_folder.load(folder, "torch")
     expected = answers("torch")
-    recogniser(tiny_folder.wave(0))
+    recognizer(tiny_folder.wave(0))
     failures = []
     done = threading.Event()
 
     def compute():
         while not done.is_set():
-            failures.extend(wrong([recogniser], expected, 1, 1))
+            failures.extend(wrong([recognizer], expected, 1, 1))
 
     thread = threading.Thread(target=compute)
     thread.start()
     try:
-        twins = [copy.deepcopy(recogniser) for _ in range(20)]
+        twins = [copy.deepcopy(recognizer) for _ in range(20)]
     finally:
         done.set()
         thread.join()

@@ -1,5 +1,5 @@
 """A quantized folder around a tiny random encoder: written in a moment, for
-tests of how a recogniser computes rather than of what it says."""
+tests of how a recognizer computes rather than of what it says."""
 
 import importlib.util
 import json
@@ -13,18 +13,21 @@ from speechbrain.lobes.models.VanillaNN import VanillaNN
 from speechbrain.nnet.linear import Linear
 from torch import nn
 
-from speechbrain_stablequant.checkpoint import load_checkpoint
-from speechbrain_stablequant.folder import RecogniserSource, write_folder
-from speechbrain_stablequant.inference import QuantizedRecogniser
-from speechbrain_stablequant.integer import IntegerLayer, integer_layer
-from speechbrain_stablequant.layers import find_layers
-from speechbrain_stablequant.plan import (
+from speechbrain_stablequant.core.integer_layer import (
+    IntegerLayer,
+    integer_layer,
+)
+from speechbrain_stablequant.core.plan import (
     LayerPlan,
     LayerQuant,
     QuantizationPlan,
 )
-from speechbrain_stablequant.runtime import RUNTIMES
-from speechbrain_stablequant.runtime.probe import Probe
+from speechbrain_stablequant.folder.weights_file import load_checkpoint
+from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
+from speechbrain_stablequant.inference import QuantizedRecogniser
+from speechbrain_stablequant.model.layers import find_layers
+from speechbrain_stablequant.runtimes import RUNTIMES
+from speechbrain_stablequant.runtimes.probe import Probe
 
 ENCODER = {
     "key": "wav2vec2",
@@ -98,7 +101,7 @@ def write(
     plan, integers = plan_of(modules, bits)
     folder.mkdir()
     config = modules["wav2vec2"].model.config.to_dict()
-    source = RecogniserSource(
+    source = RecognizerSource(
         keys=tuple(modules),
         encoder=ENCODER,
         config=json.dumps(config),
@@ -123,15 +126,15 @@ def _labels(folder: Path) -> bytes:
 
 
 def load(folder: Path, backend: str, **options) -> QuantizedRecogniser:
-    """The recogniser of a folder, loaded but not used."""
+    """The recognizer of a folder, loaded but not used."""
     heads = {
         "enc": VanillaNN([None, None, 32], dnn_blocks=2, dnn_neurons=24),
         "ctc_lin": Linear(input_size=24, n_neurons=12),
     }
     checksum = load_checkpoint(folder, weights=False).checksum
-    recogniser = QuantizedRecogniser(checksum, ENCODER, heads, backend, options)
-    recogniser.load(folder)
-    return recogniser
+    recognizer = QuantizedRecogniser(checksum, ENCODER, heads, backend, options)
+    recognizer.load(folder)
+    return recognizer
 
 
 def wave(number: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from starter import Finished, Starter
 
-from speechbrain_stablequant.runtime.probe import PREFIX
+from speechbrain_stablequant.runtimes.probe import PREFIX
 
 RECIPE = Path(__file__).resolve().parent / "recipe_without_mention"
 

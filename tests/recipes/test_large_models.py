@@ -1,7 +1,7 @@
 """The recipe on checkpoints of the large models' architecture, made here.
 
 The real ones are 1.2 GB each. These have the same layers in the same order
-(LayerNorm front end with biases, normalisation before each block) and the
+(LayerNorm front end with biases, normalization before each block) and the
 same vocabulary, some thousand times smaller and untrained.
 """
 
@@ -27,7 +27,7 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from speechbrain_stablequant.runtime.cpu import cpu_class
+from speechbrain_stablequant.runtimes.cpu import cpu_class
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from workload import Executor, Prepared, Workload, size_of
 
-from speechbrain_stablequant.runtime.cpu import cpu_class
+from speechbrain_stablequant.runtimes.cpu import cpu_class
 
 #: Random utterances that NNCF takes its ranges from.
 UTTERANCES = 4
@@ -38,7 +38,7 @@ def _convert(workload: Workload) -> None:
     path = _float_path(workload)
     if not path.exists():
         model = ov.convert_model(
-            workload.recogniser(),
+            workload.recognizer(),
             example_input=workload.calibration_wavs(),
             input=[ov.PartialShape([-1, -1])],
         )

@@ -32,7 +32,7 @@ def _export(workload: Workload) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     torch.onnx.export(
-        workload.recogniser(),
+        workload.recognizer(),
         (workload.calibration_wavs(2),),
         str(part / "model.onnx"),
         input_names=["wavs"],

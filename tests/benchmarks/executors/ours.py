@@ -3,19 +3,22 @@
 from dataclasses import replace
 from functools import partial
 
-from models import Encoder, Recogniser
+from models import Encoder, Recognizer
 from torch import nn
 from workload import Executor, Prepared, Workload, size_of
 
-from speechbrain_stablequant.checkpoint import WEIGHTS_FILE, load_checkpoint
-from speechbrain_stablequant.files import read_json
+from speechbrain_stablequant.core.integer_layer import IntegerLayer
+from speechbrain_stablequant.folder.weights_file import (
+    WEIGHTS_FILE,
+    load_checkpoint,
+)
 from speechbrain_stablequant.inference import (
     CONFIG_FILE,
     empty_encoder,
     fill_modules,
 )
-from speechbrain_stablequant.integer import IntegerLayer
-from speechbrain_stablequant.runtime import build_forwards, resolve_backend
+from speechbrain_stablequant.runtimes import build_forwards, resolve_backend
+from speechbrain_stablequant.utils.files import read_json
 
 
 def _load(backend: str, workload: Workload, **options) -> Prepared:
@@ -43,7 +46,7 @@ def _load(backend: str, workload: Workload, **options) -> Prepared:
     for module, forward in forwards.items():
         module.forward = forward
     return Prepared(
-        Recogniser(modules).eval(), size_of([folder / WEIGHTS_FILE])
+        Recognizer(modules).eval(), size_of([folder / WEIGHTS_FILE])
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
-from models import Recogniser
+from models import Recognizer
 from torch import nn
 from workload import Executor, Prepared, Workload, size_of_tensors
 
@@ -25,18 +25,18 @@ def _compiled(model: Callable) -> Callable:
 
 def fp32(workload: Workload) -> Prepared:
     """The float model as it is."""
-    model = workload.shared_recogniser
+    model = workload.shared_recognizer
     return Prepared(model, model_mb(model))
 
 
 def fp32_compile(workload: Workload) -> Prepared:
     """The float model through the compiler."""
-    model = workload.shared_recogniser
+    model = workload.shared_recognizer
     return Prepared(_compiled(model), model_mb(model))
 
 
-def _bf16(workload: Workload) -> Recogniser:
-    return workload.recogniser().to(torch.bfloat16)
+def _bf16(workload: Workload) -> Recognizer:
+    return workload.recognizer().to(torch.bfloat16)
 
 
 def in_bf16(run: Callable) -> Callable:
@@ -66,7 +66,7 @@ def ao_dynamic(workload: Workload) -> Prepared:
     from torch.ao.quantization import quantize_dynamic
 
     model = quantize_dynamic(
-        workload.recogniser(), {nn.Linear}, dtype=torch.qint8, inplace=True
+        workload.recognizer(), {nn.Linear}, dtype=torch.qint8, inplace=True
     )
     packed = chain.from_iterable(
         m._packed_params._weight_bias()
@@ -118,7 +118,7 @@ def pt2e_x86(workload: Workload) -> Prepared:
     # Only a strict export says which operators were a linear layer, and the
     # quantizer passes over the others without a word.
     exported = torch.export.export(
-        workload.recogniser(), (workload.wavs,), strict=True
+        workload.recognizer(), (workload.wavs,), strict=True
     )
     model = prepare_pt2e(exported.module(), quantizer)
     model(workload.wavs)

@@ -19,7 +19,7 @@ def _allow_tf32(allow: bool) -> None:
 
 def _fp32(tf32: bool, workload: Workload) -> Prepared:
     """The float model; TF32 rounds the factors of products to 10 bits."""
-    model = workload.shared_recogniser
+    model = workload.shared_recognizer
 
     def run(wavs: torch.Tensor) -> torch.Tensor:
         _allow_tf32(tf32)
@@ -44,13 +44,13 @@ def _compiled(model: Callable, mode: str) -> Callable:
 
 def _bf16_compile(workload: Workload) -> Prepared:
     """In bfloat16, through the compiler, which adds CUDA graphs."""
-    model = workload.recogniser().to(torch.bfloat16)
+    model = workload.recognizer().to(torch.bfloat16)
     return Prepared(_compiled(model, "reduce-overhead"), model_mb(model))
 
 
 def _bf16_graphs(workload: Workload) -> Prepared:
     """In bfloat16, without a compiler, as one CUDA graph."""
-    model = workload.recogniser().to(torch.bfloat16)
+    model = workload.recognizer().to(torch.bfloat16)
     wavs = workload.wavs.to(torch.bfloat16)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -90,7 +90,7 @@ def _torchao_compile(config: Callable[[], Any], workload: Workload) -> Prepared:
     through the compiler as torchao's documentation has it."""
     from torchao.quantization import quantize_
 
-    model = workload.recogniser().to(torch.bfloat16)
+    model = workload.recognizer().to(torch.bfloat16)
     quantize_(model, config())
     return Prepared(_compiled(model, "max-autotune"), torchao_mb(model))
 

@@ -100,7 +100,7 @@ def test_training_without_block(trained):
     (checkpoint,) = trained.save.glob("CKPT*")
     meta = (checkpoint / "CKPT.yaml").read_text(encoding="utf-8")
     (rate,) = (x for x in meta.splitlines() if x.startswith("WER:"))
-    # A system that recognises, or the other tests would compare nothing.
+    # A system that recognizes, or the other tests would compare nothing.
     assert float(rate.partition(":")[2]) < 50
 
 

@@ -22,7 +22,7 @@ from speechbrain.nnet.schedulers import update_learning_rate
 from speechbrain.utils.data_pipeline import provides, takes
 
 
-class Recogniser(sb.Brain):
+class Recognizer(sb.Brain):
     """Greedy decoding while validating, a beam search while testing."""
 
     def compute_forward(self, batch, stage):
@@ -152,7 +152,7 @@ def prepare(arguments):
     )
     Path(hparams["save_folder"]).mkdir(exist_ok=True)
     sets, encoder = read_sets(hparams)
-    brain = Recogniser(
+    brain = Recognizer(
         modules=hparams["modules"],
         hparams=hparams,
         run_opts=run_opts,

@@ -33,7 +33,7 @@ def make_config(
     channels: int = 96, width: int = 256, layers: int = 4
 ) -> Wav2Vec2Config:
     """Describes a small model with the structure of wav2vec2-large: layer norm
-    and bias in the front end, normalisation before each block.
+    and bias in the front end, normalization before each block.
 
     Arguments
     ---------

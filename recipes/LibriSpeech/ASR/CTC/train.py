@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Recipe for training and evaluating a wav2vec 2.0 or HuBERT CTC recogniser on
+"""Recipe for training and evaluating a wav2vec 2.0 or HuBERT CTC recognizer on
 LibriSpeech, or on a corpus with its layout.
 
 The encoder is a HuggingFace model in SpeechBrain's wrapper. With the key

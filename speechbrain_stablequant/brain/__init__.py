@@ -1,0 +1,1 @@
+"""All that touches ``sb.Brain``: from ``brain.evaluate`` to the report."""

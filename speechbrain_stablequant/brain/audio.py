@@ -1,0 +1,264 @@
+"""Checks the audio files of a data set before long work.
+
+A file's header says most. What a recipe's pipeline makes of a file of another
+rate is not guessed from durations, since pipelines cut segments and trim
+silence: a waveform that is found again in the samples of its file was not
+resampled, and nothing else is refused for its rate.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from torch.utils.data import Dataset
+
+# Formats whose samples can be NaN or infinite.
+FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
+
+#: Files of each rate whose samples are compared with the pipeline's output:
+#: the same pipeline reads them all.
+COMPARED = 3
+
+#: The loudest samples of a waveform that are looked for, and at least.
+_WINDOW, _LEAST = 8000, 64
+
+#: Samples of a file that are searched at once.
+_BLOCK = 1 << 19
+
+#: A stretch of the file, up to a factor, correlates with itself by more.
+_SAME = 0.99
+
+
+class AudioError(ValueError):
+    """An utterance whose audio the recognizer cannot use."""
+
+
+class _CutOffError(AudioError):
+    """A file that ends before its header says."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file's header says.
+
+    Arguments
+    ---------
+    path : str
+        The file.
+    frames, rate, channels : int
+        Length in samples, samples in a second, channels.
+    subtype : str
+        How a sample is stored.
+    """
+
+    path: str
+    frames: int
+    rate: int
+    channels: int
+    subtype: str
+
+
+def check_audio(
+    dataset: Dataset,
+    audio: str,
+    signal: str,
+    sample_rate: int,
+    min_samples: int = 1,
+) -> None:
+    """Checks every audio file of a set by its header, before long work.
+
+    A file of another rate or with several channels is fine when the recipe's
+    pipeline converts it, so such a file is read through the pipeline; so is
+    one that cannot be found or opened here, since the pipeline may know how.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        A SpeechBrain data set; others cannot be checked here.
+    audio : str
+        Column with the path of the audio file; sets without it are left to
+        the check of their batches.
+    signal : str
+        Key of the audio in the pipeline's output.
+    sample_rate : int
+        Of the model, in Hz.
+    min_samples : int
+        Fewer samples give no frame.
+
+    Raises
+    ------
+    AudioError
+        Names the utterance, the file and what is wrong.
+    """
+    if not isinstance(dataset, DynamicItemDataset):
+        return
+    headers: dict[str, Header | AudioError] = {}
+    compared: dict[int, int] = {}
+    for index, name in enumerate(dataset.data_ids):
+        path = dataset.data[name].get(audio)
+        if not isinstance(path, str) or not path:
+            continue
+        if path not in headers:
+            headers[path] = _header(path)
+        header, where = headers[path], f"utterance {name}: {path}"
+        if isinstance(header, _CutOffError):
+            raise AudioError(f"{where} {header}")
+        if isinstance(header, AudioError):
+            wave = _from_pipeline(dataset, index, signal, where, header)
+            _check_signal(where, wave, min_samples)
+            continue
+        if header.frames == 0:
+            raise AudioError(f"{where} is empty; remove the utterance")
+        plain = header.rate == sample_rate and header.channels == 1
+        if plain:
+            _check_long_enough(where, header.frames, min_samples)
+        if plain and header.subtype not in FLOAT_SUBTYPES:
+            continue
+        wave = _signal_of(dataset, index, signal)
+        _check_signal(where, wave, min_samples, header.channels)
+        count = compared.get(header.rate, 0)
+        if header.rate != sample_rate and count < COMPARED:
+            compared[header.rate] = count + 1
+            if is_stretch_of(header, wave):
+                raise AudioError(
+                    f"{where} is sampled at {header.rate} Hz and the recipe's "
+                    f"pipeline does not resample it to {sample_rate} Hz; "
+                    "resample it there, or, if the model was trained at that "
+                    f"rate, write quantize.sample_rate: {header.rate}"
+                )
+
+
+def is_stretch_of(header: Header, wave: torch.Tensor) -> bool:
+    """Whether a waveform is a stretch of a file as it is stored, up to a
+    factor: proof that nothing was resampled.
+
+    Arguments
+    ---------
+    header : Header
+        Of the file.
+    wave : torch.Tensor
+        [samples].
+
+    Returns
+    -------
+    bool
+        False also where the waveform is too short or silent to tell.
+    """
+    sought = _loudest(wave.detach().cpu().numpy().astype(np.float64))
+    if len(sought) < _LEAST or not sought.any():
+        return False
+    with soundfile.SoundFile(header.path) as file:
+        for block in file.blocks(
+            _BLOCK, len(sought) - 1, dtype="float64", always_2d=True
+        ):
+            tracks = {1: [block[:, 0]]}.get(
+                header.channels, [block.mean(1), *block.T]
+            )
+            if any(_best_match(sought, track) > _SAME for track in tracks):
+                return True
+    return False
+
+
+def _loudest(wave: np.ndarray) -> np.ndarray:
+    """The window with the most energy, without its mean."""
+    if len(wave) > _WINDOW:
+        energy = np.cumsum(np.concatenate([[0], wave**2]))
+        start = int(np.argmax(energy[_WINDOW:] - energy[:-_WINDOW]))
+        wave = wave[start : start + _WINDOW]
+    return wave - wave.mean() if len(wave) else wave
+
+
+def _best_match(sought: np.ndarray, track: np.ndarray) -> float:
+    """Largest |correlation coefficient| of a window with a stretch of a
+    track, over all places."""
+    count = len(sought)
+    if len(track) < count:
+        return 0.0
+    size = 1 << (len(track) + count - 1).bit_length()
+    spectrum = np.fft.rfft(track, size) * np.fft.rfft(sought, size).conj()
+    products = np.fft.irfft(spectrum, size)[: len(track) - count + 1]
+    sums, squares = (
+        np.cumsum(np.concatenate([[0], x])) for x in (track, track**2)
+    )
+    means = (sums[count:] - sums[:-count]) / count
+    variance = (squares[count:] - squares[:-count]) / count - means**2
+    # What is nearly constant there matches nothing.
+    variance = np.where(variance > 1e-3 * track.var(), variance, np.inf)
+    scale = np.sqrt(variance * count) * np.linalg.norm(sought)
+    return float(np.abs(products / scale).max())
+
+
+def _header(path: str) -> Header | AudioError:
+    """A file's header; or why it cannot be read."""
+    if not Path(path).is_file():
+        return AudioError("is not there; prepare the data again")
+    kind = AudioError
+    try:
+        info = soundfile.info(path)
+        kind = _CutOffError
+        if info.frames:
+            _read_last_sample(path)
+    except (soundfile.LibsndfileError, OSError) as error:
+        return kind(f"cannot be read as audio ({error})")
+    return Header(
+        path, info.frames, info.samplerate, info.channels, info.subtype
+    )
+
+
+def _read_last_sample(path: str) -> None:
+    """A header may promise more than a file that was cut off holds."""
+    with soundfile.SoundFile(path) as file:
+        file.seek(file.frames - 1)
+        if len(file.read(1)) != 1:
+            raise soundfile.LibsndfileError(0, "it ends too early: ")
+
+
+def _signal_of(
+    dataset: DynamicItemDataset, index: int, signal: str
+) -> torch.Tensor:
+    """What the pipeline makes of an utterance's audio, and nothing else."""
+    with dataset.output_keys_as([signal]):
+        return dataset[index][signal]
+
+
+def _from_pipeline(
+    dataset: DynamicItemDataset,
+    index: int,
+    signal: str,
+    where: str,
+    unreadable: AudioError,
+) -> torch.Tensor:
+    """The audio of a file that was not found or opened here."""
+    try:
+        return _signal_of(dataset, index, signal)
+    except Exception as error:
+        # The pipeline does not know how either.
+        raise AudioError(f"{where} {unreadable}") from error
+
+
+def _check_long_enough(where: str, samples: int, least: int) -> None:
+    if samples < least:
+        raise AudioError(
+            f"{where} has {samples} samples, fewer than the {least} of one "
+            "frame; remove the utterance"
+        )
+
+
+def _check_signal(
+    where: str, wave: Any, min_samples: int, channels: int = 1
+) -> None:
+    if wave.dim() != 1:
+        raise AudioError(
+            f"{where} has {channels} channels; the recipe's pipeline "
+            "must make it mono"
+            if channels > 1
+            else f"{where} becomes a tensor of shape {tuple(wave.shape)}; the "
+            "recipe's pipeline must make it [samples]"
+        )
+    if not torch.isfinite(wave).all():
+        raise AudioError(f"{where} holds NaN or Inf; remove the utterance")
+    _check_long_enough(where, wave.shape[0], min_samples)

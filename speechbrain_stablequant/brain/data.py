@@ -1,0 +1,252 @@
+"""Calibration and search sets: drawn from a recipe's validation set, and held
+in memory, since a search runs over them again and again."""
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from speechbrain.dataio.dataloader import make_dataloader
+from speechbrain.dataio.dataset import (
+    DynamicItemDataset,
+    FilteredSortedDynamicItemDataset,
+)
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..utils.digest import digest
+from ..utils.distributed import gathered, share, size
+from .audio import AudioError
+
+
+def dataset_of(data: Dataset | DataLoader) -> Dataset:
+    """The data set itself, also when a recipe hands over a loader."""
+    return data.dataset if isinstance(data, DataLoader) else data
+
+
+def utterance_ids(dataset: Dataset) -> list[str]:
+    """IDs of a SpeechBrain data set, or positions of a plain one.
+
+    Example
+    -------
+    >>> utterance_ids(DynamicItemDataset({"b": {}, "a": {}}))
+    ['b', 'a']
+    """
+    if isinstance(dataset, DynamicItemDataset):
+        return list(dataset.data_ids)
+    return [str(index) for index in range(len(dataset))]
+
+
+def draw_subset(
+    dataset: Dataset,
+    num_utterances: int | None,
+    most: int,
+    seed: int,
+    key: str,
+) -> Dataset:
+    """Draws utterances; which ones depends on their IDs and the seed alone.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        What to draw from; its order does not matter.
+    num_utterances : int or None
+        How many; None takes all, but no more than ``most``.
+    most : int
+        See above.
+    seed : int
+        Of the draw.
+    key : str
+        Key of the block, for errors.
+
+    Returns
+    -------
+    Dataset
+        Sorted by ID.
+
+    Raises
+    ------
+    ValueError
+        The set is empty or smaller than asked.
+
+    Example
+    -------
+    >>> data = DynamicItemDataset({name: {} for name in "dacb"})
+    >>> utterance_ids(draw_subset(data, 4, 9, 0, "search"))
+    ['a', 'b', 'c', 'd']
+    """
+    ids = utterance_ids(dataset)
+    if not ids:
+        raise ValueError(
+            f"quantize.{key}: the validation set is empty; check the "
+            "recipe's valid_set"
+        )
+    if num_utterances is None:
+        num_utterances = min(len(ids), most)
+    if num_utterances > len(ids):
+        raise ValueError(
+            f"quantize.{key}.num_utterances: {num_utterances} asked, but the "
+            f"validation set has {len(ids)}; write {len(ids)} or less"
+        )
+    if isinstance(dataset, DynamicItemDataset):
+        drawn = random.Random(seed).sample(sorted(ids), num_utterances)
+        return FilteredSortedDynamicItemDataset(dataset, sorted(drawn))
+    positions = random.Random(seed).sample(range(len(ids)), num_utterances)
+    return Subset(dataset, sorted(positions))
+
+
+def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The audio of a batch and its relative lengths.
+
+    Arguments
+    ---------
+    batch : PaddedBatch
+        As a SpeechBrain loader gives it.
+    signal : str
+        Its attribute with the audio.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, time].
+    torch.Tensor
+        [batch], 1 for the longest utterance.
+
+    Raises
+    ------
+    ValueError
+        The batch has no such attribute.
+    """
+    audio = getattr(batch, signal, None)
+    if audio is None:
+        raise ValueError(
+            f"quantize.signal: a batch has no '{signal}'; name the attribute "
+            "that holds the audio and its lengths"
+        )
+    wavs, relative = audio
+    return wavs, relative
+
+
+def _content(batch: Any, names: Collection[str] | None) -> Any:
+    """The data of a batch, or some of them."""
+    if isinstance(batch, Mapping):
+        items = batch
+    elif hasattr(batch, "__dict__"):
+        items = vars(batch)
+    else:
+        return batch
+    return {
+        name: value
+        for name, value in items.items()
+        if not name.startswith("_") and (names is None or name in names)
+    }
+
+
+class Batches:
+    """The batches of a set, collated once and kept.
+
+    Where several processes share the work each has its part of the batches,
+    and indices count within that part.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        The drawn utterances.
+    batch_size : int
+        Utterances in a batch.
+    loader_options : Mapping
+        The recipe's loader options; its collate function is taken over.
+    signal : str
+        Attribute of a batch with the audio and its lengths.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        loader_options: Mapping[str, Any],
+        signal: str,
+    ):
+        self.dataset = dataset
+        #: Of the whole set.
+        self.ids = utterance_ids(dataset)
+        numbers = range(len(self.ids))
+        every = [numbers[i : i + batch_size] for i in numbers[::batch_size]]
+        #: Places of this process's batches among all.
+        self.places = share(len(every))
+        #: Batches of the process with the most.
+        self.rounds = -(-len(every) // size())
+        self._numbers = [list(every[place]) for place in self.places]
+        self._signal = signal
+        self._options = {"batch_sampler": self._numbers}
+        if "collate_fn" in loader_options:
+            self._options["collate_fn"] = loader_options["collate_fn"]
+        self._batches: list[Any] | None = None
+        self._digests: dict[frozenset[str] | None, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def load(self) -> Sequence[Any]:
+        """The batches; the first call reads the audio.
+
+        Raises
+        ------
+        AudioError
+            A batch whose audio is not [batch, time] or is not finite.
+        """
+        if self._batches is None:
+            loader = make_dataloader(self.dataset, **self._options)
+            self._batches = list(loader)
+            for index in range(len(self._batches)):
+                self._check(index)
+        return self._batches
+
+    def digest(self, names: Collection[str] | None = None) -> str:
+        """Identifies what the batches hold, and how it was put into batches.
+
+        Arguments
+        ---------
+        names : collection of str or None
+            Attributes that count beside the audio; None: all of them.
+
+        Returns
+        -------
+        str
+            32 hexadecimal digits, the same in all processes.
+        """
+        known = None if names is None else frozenset({self._signal, *names})
+        if known not in self._digests:
+            mine = [
+                (place, digest(_content(batch, known)))
+                for place, batch in zip(self.places, self.load(), strict=True)
+            ]
+            rows = sorted(row for part in gathered(mine) for row in part)
+            self._digests[known] = digest([self.ids, rows])
+        return self._digests[known]
+
+    def lengths(self, index: int) -> tuple[int, list[int]]:
+        """Samples of a padded batch, real samples of each utterance."""
+        wavs, relative = self._audio(index)
+        total = wavs.shape[1]
+        return total, [round(float(part) * total) for part in relative]
+
+    def seconds(self, sample_rate: int) -> float:
+        """Seconds of real audio in these batches."""
+        count = sum(sum(self.lengths(i)[1]) for i in range(len(self)))
+        return count / sample_rate
+
+    def _audio(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return audio_of(self.load()[index], self._signal)
+
+    def _check(self, index: int) -> None:
+        wavs, _ = self._audio(index)
+        names = ", ".join(self.ids[i] for i in self._numbers[index])
+        if wavs.dim() != 2:
+            raise AudioError(
+                f"utterance {names}: audio of shape {tuple(wavs.shape)}, "
+                "not [batch, time]; make it mono in the recipe's pipeline"
+            )
+        if not torch.isfinite(wavs).all():
+            raise AudioError(
+                f"utterance {names}: the audio holds NaN or Inf; remove it"
+            )

@@ -1,0 +1,387 @@
+"""What is checked, and chosen, before long work begins."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+from torch import nn
+
+from ..config import ConfigError, QuantizeConfig
+from ..core.plan import QuantizationPlan
+from ..folder.write import RecognizerSource
+from ..methods.session import check_earlier_run
+from ..model.encoder_spec import check_encoders
+from ..model.layers import find_layers
+from ..rivals.auto_quantize import require_modelopt
+from ..rivals.nncf_ import require_nncf
+from ..runtimes import RUNTIMES, check_extras, choose_backend
+from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
+from ..utils import distributed
+from ..utils.files import check_writable_folder
+from ..utils.typed import one_line
+from .decoding import Row, Tokenizer, find_uncovered
+from .describe import NoFolderError, describe_recognizer, find_chain
+from .dry_run import check_descriptions
+
+#: Percent of words that labels may be unable to write.
+MOST_UNCOVERED = 50.0
+
+# Options of a Brain that replace the modules that would be quantized.
+_REPLACING = (
+    "jit",
+    "jit_module_keys",
+    "compile",
+    "compile_module_keys",
+    "data_parallel_backend",
+)
+
+
+def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
+    """Checks all that is known when a Brain is made.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    config : QuantizeConfig
+        The validated block.
+
+    Returns
+    -------
+    Path
+        The folder that is written to; it is there.
+
+    Raises
+    ------
+    ValueError
+        A Brain that is attached already, or compiled; a method that needs
+        one process, in several; a layer or a plan that does not fit; a
+        damaged file of an earlier run.
+    """
+    if hasattr(brain, "stablequant"):
+        raise ValueError(
+            "quantize: StableQuant is attached to this Brain already; "
+            "attach it once, or use a YAML block without attach()"
+        )
+    for option in _REPLACING:
+        if getattr(brain, option, None):
+            raise ValueError(
+                f"quantize: --{option} replaces modules that have to be "
+                "quantized; run without it"
+            )
+    modules = dict(brain.modules.items())
+    for variant in config.variant_configs().values():
+        _check_variant(modules, variant)
+    folder = check_writable_folder(
+        _output_folder(brain, config), "quantize.output_folder"
+    )
+    check_earlier_run(folder)
+    return folder
+
+
+def _check_variant(
+    modules: Mapping[str, nn.Module], config: QuantizeConfig
+) -> None:
+    if config.needs_modelopt:
+        require_modelopt()
+    _check_processes(config)
+    layers = find_layers(modules, config.target, config.include, config.exclude)
+    if config.plan is not None:
+        plan = QuantizationPlan.load(config.plan)
+        kinds = {layer.name: layer.kind for layer in layers}
+        plan.check_matches(kinds, config.plan)
+        plan.check_tensors(layers, modules, config.plan)
+
+
+def _check_processes(config: QuantizeConfig) -> None:
+    """Raises if several processes cannot share a method's work."""
+    if distributed.size() == 1:
+        return
+    if config.needs_training or config.is_rival:
+        what = f"method: {config.method}"
+    elif config.needs_modelopt:
+        what = "plus.budget.scores: modelopt"
+    else:
+        return
+    raise ConfigError(
+        f"quantize.{what} runs in one process; start it with python instead "
+        "of torchrun"
+    )
+
+
+def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:
+    if config.output_folder is not None:
+        return Path(config.output_folder)
+    base = getattr(brain.hparams, "output_folder", None)
+    if base is None:
+        raise ValueError(
+            "quantize.output_folder: the recipe has no `output_folder`; "
+            "name a folder here"
+        )
+    return Path(base) / "quantized"
+
+
+def choose_runtime(
+    brain: sb.Brain, config: QuantizeConfig
+) -> tuple[str, list[str]]:
+    """The runtime of a variant.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    config : QuantizeConfig
+        The variant's block.
+
+    Returns
+    -------
+    str
+        Its name.
+    list of str
+        What is to be said about it in the report.
+
+    Raises
+    ------
+    ConfigError
+        The one that the block asks for cannot run here.
+    """
+    if config.is_rival:
+        return _choose_for_rival(brain, config), []
+    try:
+        name, reasons = choose_backend(config.backend, brain.device)
+        if reasons:
+            return _simulated("; ".join(r.partition(";")[0] for r in reasons))
+        check_extras(name, _extras(config))
+        if RUNTIMES[name].encoder is not None:
+            modules = dict(brain.modules.items())
+            check_encoders({key: modules[key] for key in config.target})
+    except ValueError as error:
+        if config.backend != "auto":
+            raise ConfigError(f"quantize.{error}") from error
+        reason = str(error).partition(";")[0].removeprefix("backend: ")
+        return _simulated(reason)
+    return name, seven_bits_notes(name, config)
+
+
+def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
+    """Says that a runtime executes other weights than the plan's.
+
+    Arguments
+    ---------
+    name : str
+        Of the runtime.
+    config : QuantizeConfig
+        The variant's block.
+
+    Returns
+    -------
+    list of str
+        Empty if it executes the plan's.
+    """
+    cpu = cpu_class()
+    if (
+        RUNTIMES[name].pair_sums
+        and not cpu.exact
+        and config.weight_bits > PAIR_SUM_BITS
+    ):
+        return [
+            f"This CPU (class {cpu.name}) has no VNNI: weights of "
+            f"{config.weight_bits} bits were executed with "
+            f"{PAIR_SUM_BITS}."
+        ]
+    return []
+
+
+def try_runtime(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
+) -> tuple[str, list[str]]:
+    """Tries the runtime of a variant on a batch.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain, with its float modules.
+    batch : PaddedBatch
+        Any batch of its data.
+    config : QuantizeConfig
+        The variant's block.
+    backend : str
+        From :func:`choose_runtime`.
+
+    Returns
+    -------
+    str
+        The runtime: the same, or the simulation.
+    list of str
+        What is to be said about it in the report.
+
+    Raises
+    ------
+    ConfigError
+        The one that the block asks for computes something else.
+    """
+    if config.is_rival or RUNTIMES[backend].encoder is None:
+        return backend, []
+    try:
+        check_descriptions(brain, batch, config)
+    except ValueError as error:
+        if config.backend != "auto":
+            raise ConfigError(f"quantize.backend: {error}") from error
+        return _simulated(str(error).partition(";")[0])
+    return backend, []
+
+
+def describe_folder(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig
+) -> tuple[RecognizerSource | None, list[str]]:
+    """Finds out what the inference folder of a variant holds.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain, with its float modules.
+    batch : PaddedBatch
+        Any batch of its data.
+    config : QuantizeConfig
+        The variant's block.
+
+    Returns
+    -------
+    RecognizerSource or None
+        None: there will be no folder.
+    list of str
+        Why.
+
+    Raises
+    ------
+    ConfigError
+        A method that needs what a folder needs.
+    """
+    if config.is_rival:
+        try:
+            find_chain(brain, batch, config)
+        except NoFolderError as error:
+            raise ConfigError(
+                f"quantize.method: {config.method} needs modules that are "
+                f"called one after the other; {error}"
+            ) from error
+        return None, []
+    layers = find_layers(
+        dict(brain.modules.items()),
+        config.target,
+        config.include,
+        config.exclude,
+    )
+    try:
+        names = [layer.name for layer in layers]
+        return describe_recognizer(brain, batch, config, names), []
+    except Exception as error:
+        # A recipe may do anything. It is evaluated all the same.
+        reason = one_line(error)
+        return None, [
+            f"No inference folder (EncoderASR cannot load it): {reason}."
+        ]
+
+
+def check_references(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer | None,
+    name: str,
+    limit: float,
+) -> list[str]:
+    """Raises where the labels cannot write what was said.
+
+    Arguments
+    ---------
+    rows : sequence of Row
+        What the recipe's metric has scored.
+    tokenizer : CTCTextEncoder, SentencePieceProcessor or None
+        The recipe's.
+    name : str
+        The set.
+    limit : float
+        ``quantize.search.max_float_wer``.
+
+    Returns
+    -------
+    list of str
+        What is to be said about some words.
+
+    Raises
+    ------
+    ValueError
+        Most words hold characters that no label yields.
+    """
+    found = None if tokenizer is None else find_uncovered(rows, tokenizer)
+    if found is None:
+        return []
+    example = (
+        f"utterance {found.id} has {found.characters!r}, which no label of the "
+        "recipe's tokenizer yields"
+    )
+    if found.percent > MOST_UNCOVERED and limit < 100:
+        raise ValueError(
+            f"quantize: {name}: {example}, as {found.words} of {found.total} "
+            "words do; write the "
+            "transcripts as the labels are written (case, punctuation), or "
+            "set quantize.search.max_float_wer to 100 or more"
+        )
+    return [
+        f"Of the words of {name} {found.words} of {found.total} cannot be "
+        f"recognized: {example}."
+    ]
+
+
+def _simulated(reason: str) -> tuple[str, list[str]]:
+    return "torch", [f"Evaluated by simulation: {reason}."]
+
+
+def _choose_for_rival(brain: sb.Brain, config: QuantizeConfig) -> str:
+    try:
+        require_nncf(config.method)
+    except ValueError as error:
+        raise ConfigError(f"quantize.{error}") from error
+    device = str(brain.device)
+    if device != "cpu":
+        raise ConfigError(
+            f"quantize.method: {config.method} runs on a CPU, and the "
+            f"device is {device}; run with --device cpu"
+        )
+    return "openvino"
+
+
+def _extras(config: QuantizeConfig) -> frozenset[str]:
+    """What the plan of a variant needs of a runtime."""
+    if config.plan is None:
+        return config.extras
+    return QuantizationPlan.load(config.plan, with_tensors=False).extras
+
+
+def check_checkpoint(
+    brain: sb.Brain, max_key: str | None, min_key: str | None
+) -> None:
+    """Raises if a Brain's checkpointer has nothing to recover.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's Brain.
+    max_key, min_key : str or None
+        As of ``Brain.evaluate``.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the folder.
+    """
+    checkpointer = brain.checkpointer
+    if checkpointer is None or brain.debug:
+        return
+    found = checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
+    if found is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {checkpointer.checkpoints_dir}: train "
+            "first, or set quantize.require_checkpoint to false if the "
+            "weights come from elsewhere"
+        )

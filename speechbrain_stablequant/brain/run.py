@@ -1,0 +1,394 @@
+"""One way to quantize a Brain, and what came of it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import QuantizeConfig
+from ..core.histogram import Histogram
+from ..core.integer_layer import IntegerLayer
+from ..core.plan import QuantizationPlan
+from ..core.plan_tensors import adjusted_floats
+from ..folder.weights_file import rounded_floats
+from ..folder.write import RecognizerSource, folder_size
+from ..model.layers import Layer, find_encoders
+from ..report import comparison_figures, summary_table, write_report
+from ..report.results import (
+    Effort,
+    Execution,
+    SetResult,
+    build_report,
+    comparison,
+    comparison_markdown,
+    float_size,
+)
+from ..rivals.nncf_ import MODEL_FILE, Rival
+from ..runtimes import (
+    RUNTIMES,
+    build_forwards,
+    candidates,
+    executed_form,
+    first_right,
+    prove,
+)
+from ..runtimes.base import shadowed_forwards
+from ..runtimes.options import select_options
+from ..runtimes.probe import (
+    Compute,
+    Probe,
+    chain,
+    encoder_alone,
+    encoder_probe,
+    evaluating,
+    quick_integers,
+)
+from ..utils import distributed
+from ..utils.files import identity, write_atomic, write_json
+from ..utils.outputs import Outputs
+from ..utils.store import Store
+from .data import Batches
+from .preflight import seven_bits_notes
+
+# In a run's folder: what its plan took.
+EFFORT_FILE = "effort.json"
+
+
+@dataclass
+class Run:
+    """One way to quantize, and what came of it.
+
+    Arguments
+    ---------
+    name : str
+        Of the variant; empty without variants.
+    config : QuantizeConfig
+        The block with the variant's changes.
+    folder : Path
+        Where its plan, its model and its report are written.
+    store : Store
+        Of that folder.
+    backend : str
+        What executes it.
+    warnings : list of str
+        What a reader of the report should know.
+    subsets : dict
+        Its calibration and search sets.
+    """
+
+    name: str
+    config: QuantizeConfig
+    folder: Path
+    store: Store
+    backend: str
+    warnings: list[str]
+    subsets: dict[str, Batches] = field(default_factory=dict)
+    plan: QuantizationPlan | None = None
+    integers: dict[str, IntegerLayer] = field(default_factory=dict)
+    source: RecognizerSource | None = None
+    probe: Probe | None = None
+    rival: Rival | None = None
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    results: dict[str, SetResult] = field(default_factory=dict)
+    effort: Effort | None = None
+
+    def remember_effort(self, seconds: float, trained: Sequence[str]) -> None:
+        """Notes what the plan took, when it was made first.
+
+        Arguments
+        ---------
+        seconds : float
+            How long it took now.
+        trained : sequence of str
+            Utterances that it was trained on.
+        """
+        utterances = {
+            name: len(subset.ids) for name, subset in self.subsets.items()
+        }
+        if trained:
+            utterances["train"] = len(trained)
+        key = self._plan_key() if self.rival is None else self.rival.key
+        effort = Effort(seconds, utterances, self.config.transcribed)
+        self.effort = effort.remembered(self.store, EFFORT_FILE, key)
+
+    def _plan_key(self) -> str:
+        plan = self.plan
+        quants = {name: q.to_dict() for name, q in plan.quants().items()}
+        content = [plan.fingerprint, plan.settings, plan.search, quants]
+        if plan.tensors:
+            content.append(plan.tensors.digest())
+        return identity(content)
+
+    def adjusted(
+        self, modules: Mapping[str, nn.Module]
+    ) -> AbstractContextManager[None]:
+        """Context in which all that stays float is as the plan changed it."""
+        tensors = self.plan.tensors
+        floats = {} if tensors is None else tensors.floats
+        return adjusted_floats(modules, floats)
+
+    @contextmanager
+    def as_stored(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Context in which all that stays float is as the file stores it."""
+        with (
+            self.adjusted(modules),
+            rounded_floats(
+                modules, self.plan.quants(), self.config.float_dtype
+            ),
+        ):
+            yield
+
+    def executed(
+        self, modules: Mapping[str, nn.Module], device: str
+    ) -> AbstractContextManager[None]:
+        """Context in which the modules compute by the runtime.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key.
+        device : str
+            Where they are.
+
+        Raises
+        ------
+        ProbeError
+            The runtime that the block names computes something else.
+        """
+        if self.rival is not None:
+            return shadowed_forwards(self.rival.forwards())
+        forwards, _ = self._first_right(
+            modules, self.integers, self.probe, self._network, device
+        )
+        return shadowed_forwards(forwards)
+
+    def try_runtime(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Iterable[Layer],
+        device: str,
+    ) -> list[str]:
+        """Lets the runtime prove itself before there is a plan: on the float
+        model's own encoder, quantized in a moment.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key.
+        layers : iterable of Layer
+            What is going to be quantized.
+        device : str
+            Where the modules are.
+
+        Returns
+        -------
+        list of str
+            What is wrong with runtimes that would have been chosen.
+
+        Raises
+        ------
+        ProbeError
+            The runtime that the block names computes something else.
+        """
+        encoders = find_encoders(modules)
+        layerwise = RUNTIMES[self.backend].encoder is None
+        if self.config.is_rival or layerwise or not encoders:
+            return []
+        encoder, config = encoders[0], self.config
+        alone = {encoder.path: encoder.model}
+        bits = (config.weight_bits, config.activation_bits)
+        with evaluating(alone):
+            integers = quick_integers(
+                encoder, layers, bits, config.sample_rate, device
+            )
+            probe = encoder_probe(
+                encoder,
+                integers,
+                config.sample_rate,
+                device,
+                [executed_form(self.backend)],
+            )
+
+        def network(modules: Mapping, forwards: Mapping) -> Compute:
+            return encoder_alone(encoder.model, forwards)
+
+        _, reasons = self._first_right(alone, integers, probe, network, device)
+        return reasons
+
+    def _first_right(
+        self,
+        modules: Mapping[str, nn.Module],
+        integers: Mapping[str, IntegerLayer],
+        probe: Probe | None,
+        network: Callable[[Mapping, Mapping], Compute],
+        device: str,
+    ) -> tuple[dict[nn.Module, Callable[..., Any]], list[str]]:
+        """The forwards of the first runtime that proves itself, which is the
+        run's from now on, and what is wrong with those before."""
+        integers = {name: x.to(device) for name, x in integers.items()}
+        place = torch.device(device)
+
+        def attempt(name: str) -> tuple[str, dict[nn.Module, Callable]]:
+            forwards = build_forwards(
+                name,
+                modules,
+                integers,
+                **select_options(name, self.config.backend_options),
+            )
+            if probe is not None:
+                with evaluating(modules):
+                    prove(name, probe, network(modules, forwards), place)
+            return name, forwards
+
+        names = candidates(self.config.backend, device)
+        # That of a process on another machine may be further on.
+        start = max(distributed.gathered(names.index(self.backend)))
+        (chosen, forwards), reasons = first_right(
+            names[start:], distributed.together(attempt), device
+        )
+        self.change_runtime(chosen, reasons)
+        return forwards, reasons
+
+    def change_runtime(self, chosen: str, reasons: Sequence[str]) -> None:
+        """Notes what computes from now on.
+
+        Arguments
+        ---------
+        chosen : str
+            The runtime.
+        reasons : sequence of str
+            What is wrong with those that would have come before it.
+        """
+        if chosen != self.backend:
+            before = seven_bits_notes(self.backend, self.config)
+            kept = [text for text in self.warnings if text not in before]
+            self.warnings[:] = kept + seven_bits_notes(chosen, self.config)
+            self.backend = chosen
+        self.warnings += [f"Not executed by {reason}." for reason in reasons]
+
+    def make_probe(self, modules: Mapping[str, nn.Module], device: str) -> None:
+        """Makes the probe of a recognizer that no folder describes: of its
+        encoder alone.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key, as they are stored.
+        device : str
+            Where they are.
+        """
+        for encoder in find_encoders(modules)[:1]:
+            with evaluating(modules):
+                self.probe = encoder_probe(
+                    encoder, self.integers, self.config.sample_rate, device
+                )
+
+    def _network(
+        self,
+        modules: Mapping[str, nn.Module],
+        forwards: Mapping[nn.Module, Callable],
+    ) -> Compute:
+        """What the probe is of, as a runtime computes it."""
+        if self.source is None:
+            return encoder_alone(find_encoders(modules)[0].model, forwards)
+        parts = {key: modules[key] for key in self.source.keys}
+        return chain(parts, self.source.encoder["use_lengths"], forwards)
+
+    def execution(self) -> Execution:
+        """What executes it, for the report."""
+        if self.rival is not None:
+            keys = tuple(self.rival.chain)
+            return Execution(
+                self.backend,
+                self.config.float_dtype,
+                self.rival.size,
+                keys,
+                {"OpenVINO model": MODEL_FILE},
+                self.rival.operations,
+            )
+        return Execution(
+            self.backend,
+            self.config.float_dtype,
+            folder_size(self.folder),
+            None if self.source is None else self.source.keys,
+        )
+
+    def write_report(
+        self,
+        modules: Mapping[str, nn.Module],
+        environment: Mapping[str, Any],
+        outputs: Outputs,
+    ) -> None:
+        """Writes the report of all that was evaluated, and prints its table.
+
+        Arguments
+        ---------
+        modules : Mapping
+            The Brain's modules by key.
+        environment : Mapping
+            What it was measured with.
+        outputs : Outputs
+            Notes what cannot be written.
+        """
+        with outputs.writing():
+            report = build_report(
+                self.plan,
+                self.results,
+                modules,
+                self.histograms,
+                environment,
+                execution=self.execution(),
+                warnings=self.warnings,
+            )
+            # First what was measured: the disk may be full.
+            for warning in self.warnings:
+                print(f"warning: {warning}")
+            print(summary_table(report), flush=True)
+            write_report(report, self.folder)
+            print(f"report: {self.folder / 'report.html'}", flush=True)
+            return
+        for name, result in self.results.items():
+            rates = result.to_dict()
+            print(
+                f"{name}: WER {rates['float']['WER']:.2f} % float, "
+                f"{rates['quantized']['WER']:.2f} % quantized",
+                flush=True,
+            )
+
+
+def write_comparison(
+    runs: Sequence[Run], modules: Mapping[str, nn.Module], folder: Path
+) -> None:
+    """Writes and prints one table of several runs, with its figures.
+
+    Arguments
+    ---------
+    runs : sequence of Run
+        What was evaluated.
+    modules : Mapping
+        The Brain's modules by key.
+    folder : Path
+        Where to.
+    """
+    executions = {run.name: run.execution() for run in runs}
+    for execution in executions.values():
+        if execution.keys is not None:
+            modules = {key: modules[key] for key in execution.keys}
+            break
+    table = comparison(
+        {run.name: (run.plan, run.results) for run in runs},
+        executions,
+        float_size(modules) / 1e6,
+        {run.name: run.effort for run in runs if run.effort},
+    )
+    write_json(folder / "comparison.json", table)
+    for name, image in comparison_figures(table).items():
+        write_atomic(folder / name, image)
+    text = comparison_markdown(table)
+    path = write_atomic(folder / "comparison.md", text)
+    print(text)
+    print(f"comparison: {path}", flush=True)

@@ -1,0 +1,364 @@
+"""SpeechBrain's own training loop, over parameters that are not the Brain's.
+
+For quantization-aware training: ``Brain.fit`` runs, with the recipe's forward
+pass, loss, data and options, and with other optimizers. What belongs to the
+recipe's own training (checkpoints, schedules, epoch counters, logs, running
+statistics) does not notice.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy
+import speechbrain as sb
+import torch
+from speechbrain.processing.features import InputNormalization
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset
+
+from ..utils.patching import shadowed
+from .data import audio_of, dataset_of, utterance_ids
+from .recognizer import first_tensor
+
+# What follows the data while it trains; here it follows the float model.
+_STATISTICS = (_BatchNorm, InputNormalization)
+
+
+class BrainTrainer:
+    """A Brain that trains on a recipe's training set.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        The recipe's.
+    train_set : Dataset or DataLoader
+        As given to ``Brain.fit``.
+    loader_options : Mapping
+        Likewise.
+    signal : str
+        Attribute of a batch with the audio and its lengths.
+    seed : int
+        Of all that is random, but for the order of the data, which is the
+        recipe's.
+    """
+
+    def __init__(
+        self,
+        brain: sb.Brain,
+        train_set: Dataset | DataLoader,
+        loader_options: Mapping[str, Any],
+        signal: str,
+        seed: int,
+    ):
+        self.brain = brain
+        self.train_set = train_set
+        self.loader_options = dict(loader_options)
+        self.signal = signal
+        self.seed = seed
+        self.ids = utterance_ids(dataset_of(train_set))
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        if self._length is None:
+            with kept(self.brain):
+                self._length = len(self._loader())
+        return self._length
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome beside the data and their order."""
+        options = ("batch_size", "shuffle", "drop_last")
+        found = {
+            name: self.loader_options[name]
+            for name in options
+            if name in self.loader_options
+        }
+        for name in ("precision", "max_grad_norm", "grad_accumulation_factor"):
+            found[name] = getattr(self.brain, name)
+        return {**found, "batches": len(self)}
+
+    def _loader(self) -> DataLoader:
+        brain, loader = self.brain, self.train_set
+        if not isinstance(loader, DataLoader):
+            brain.train_sampler = None  # that of another loader
+            options = {**self.loader_options, "ckpt_prefix": None}
+            loader = brain.make_dataloader(loader, sb.Stage.TRAIN, **options)
+        # Brain.fit tells it the epoch: the same order each time.
+        for sampler in (loader.batch_sampler, loader.sampler):
+            if brain.train_sampler is None and hasattr(sampler, "set_epoch"):
+                brain.train_sampler = sampler
+        return loader
+
+    def epoch(
+        self,
+        number: int,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        before_batch: Callable[[int], None],
+        distill: float,
+        resting: Callable[[], AbstractContextManager[None]],
+    ) -> float:
+        """One epoch of ``Brain.fit``.
+
+        Arguments
+        ---------
+        number : int
+            Beginning with 1.
+        optimizers : Mapping
+            Take the steps in place of the Brain's.
+        before_batch : callable
+            Called with the index of each batch before it is run.
+        distill : float
+            0: the recipe's loss; 1: the divergence from the float model.
+        resting : callable
+            Makes a context in which the model is the float model.
+
+        Returns
+        -------
+        float
+            The mean loss.
+        """
+        brain, modules = self.brain, self.brain.modules
+        still = [m for m in modules.modules() if isinstance(m, _STATISTICS)]
+        start_batch = brain.on_fit_batch_start
+        losses: list[float] = []
+
+        def on_fit_batch_start(batch: Any, should_step: bool) -> None:
+            for module in still:
+                module.eval()
+            start_batch(batch, should_step)
+            before_batch(brain.step - 1)
+
+        def on_stage_end(stage: sb.Stage, loss: float, epoch: int) -> None:
+            losses.append(float(loss))
+
+        with (
+            kept(brain),
+            reproducible(self.seed + number),
+            trainable(modules, optimizers.values()),
+        ):
+            loader = self._loader()
+            changes = {
+                "test_only": False,
+                "checkpointer": None,
+                "profiler": None,
+                "optimizer_step_limit": None,
+                "ckpt_interval_minutes": 0,
+                "ckpt_interval_steps": 0,
+                "step": 0,
+                "avg_train_loss": 0.0,
+                "optimizers_dict": dict(optimizers),
+                "on_fit_start": lambda: None,
+                "on_fit_batch_start": on_fit_batch_start,
+                # A recipe's schedule would set its own learning rate.
+                "on_fit_batch_end": lambda *args: None,
+                "on_stage_end": on_stage_end,
+                "freeze_optimizers": lambda every: every,
+            }
+            # A recipe's own would step its own optimizers.
+            for name in ("fit_batch", "optimizers_step", "zero_grad"):
+                changes[name] = partial(getattr(sb.Brain, name), brain)
+            if distill:
+                changes.update(self._distilled(distill, resting))
+            vars(brain).update(changes)
+            sb.Brain.fit(brain, [number], loader, None, progressbar=False)
+        modules.eval()
+        return losses[0]
+
+    def _distilled(
+        self,
+        distill: float,
+        resting: Callable[[], AbstractContextManager[None]],
+    ) -> dict[str, Callable]:
+        """The Brain's two functions, with the float model as a teacher."""
+        brain = self.brain
+        forward, objectives = brain.compute_forward, brain.compute_objectives
+        taught: list[torch.Tensor] = []
+
+        def compute_forward(batch: Any, stage: sb.Stage) -> Any:
+            modes = {m: m.training for m in brain.modules.modules()}
+            # Both see the same augmentation of the data.
+            with resting(), torch.no_grad(), reproducible(None):
+                brain.modules.eval()
+                output = forward(copy.copy(batch), stage)
+            for module, mode in modes.items():
+                module.training = mode
+            taught[:] = [_log_probabilities(output)]
+            return forward(batch, stage)
+
+        def compute_objectives(
+            predictions: Any, batch: Any, stage: sb.Stage
+        ) -> torch.Tensor:
+            _, lengths = audio_of(batch, self.signal)
+            learned = _log_probabilities(predictions)
+            loss = distill * divergence(taught[0], learned, lengths)
+            if distill < 1:
+                own = objectives(predictions, batch, stage)
+                loss = loss + (1 - distill) * own
+            return loss
+
+        return {
+            "compute_forward": compute_forward,
+            "compute_objectives": compute_objectives,
+        }
+
+
+def _log_probabilities(output: Any) -> torch.Tensor:
+    """First tensor of what ``compute_forward`` gives; it may be logits."""
+    return first_tensor(output).float().log_softmax(-1)
+
+
+def divergence(
+    teacher: torch.Tensor, student: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Mean over real frames of KL(teacher || student).
+
+    Arguments
+    ---------
+    teacher, student : torch.Tensor
+        Log probabilities, [batch, time, classes].
+    lengths : torch.Tensor
+        [batch], 1 for the longest utterance.
+
+    Returns
+    -------
+    torch.Tensor
+        A number, 0 where both are the same.
+
+    Example
+    -------
+    >>> one = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
+    >>> two = torch.tensor([[[0.5, 0.5], [0.1, 0.9]]]).log()
+    >>> round(divergence(one, two, torch.ones(1)).item(), 3)  # 0.8 * log(9) / 2
+    0.879
+    >>> divergence(one, two, torch.tensor([0.5])).item()
+    0.0
+    """
+    frames = teacher.shape[1]
+    # A recipe may append augmented copies of its utterances.
+    lengths = lengths.to(teacher.device).repeat(len(teacher) // len(lengths))
+    ends = (lengths * frames).round()[:, None]
+    real = torch.arange(frames, device=teacher.device) < ends
+    each = F.kl_div(student, teacher, reduction="none", log_target=True)
+    return (each.sum(-1) * real).sum() / real.sum()
+
+
+@contextmanager
+def kept(brain: sb.Brain) -> Iterator[None]:
+    """Context after which a Brain has the attributes that it had.
+
+    Arguments
+    ---------
+    brain : sb.Brain
+        Any.
+
+    Example
+    -------
+    >>> brain = sb.Brain()
+    >>> with kept(brain):
+    ...     brain.step = 5
+    >>> brain.step
+    0
+    """
+    attributes = vars(brain).copy()
+    try:
+        yield
+    finally:
+        vars(brain).clear()
+        vars(brain).update(attributes)
+
+
+@contextmanager
+def reproducible(seed: int | None) -> Iterator[None]:
+    """Context with random numbers of its own.
+
+    Arguments
+    ---------
+    seed : int or None
+        None goes on with the present ones, and returns to them.
+
+    Example
+    -------
+    >>> with reproducible(None):
+    ...     a = torch.rand(1)
+    >>> bool(a == torch.rand(1))
+    True
+    """
+    states = random.getstate(), numpy.random.get_state()
+    # By default it takes all GPUs of the machine.
+    used = torch.cuda.is_initialized()
+    devices = [torch.cuda.current_device()] if used else []
+    try:
+        with torch.random.fork_rng(devices):
+            if seed is not None:
+                random.seed(seed)
+                numpy.random.seed(seed % 2**32)
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+
+
+@contextmanager
+def trainable(
+    modules: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> Iterator[None]:
+    """Context in which gradients pass through modules, and stay in those
+    parameters alone that optimizers have.
+
+    SpeechBrain's HuggingFace wrappers run a frozen model without gradients,
+    and HuggingFace's front end asks for those of its input, which nobody
+    needs. Buffers are what they were afterwards.
+
+    Arguments
+    ---------
+    modules : torch.nn.Module
+        The Brain's.
+    optimizers : iterable of torch.optim.Optimizer
+        Those of the training.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> with trainable(linear, [torch.optim.SGD([linear.bias])]):
+    ...     linear.weight.requires_grad, linear.bias.requires_grad
+    (False, True)
+    >>> linear.weight.requires_grad
+    True
+    """
+    trained = {
+        id(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    wanted = [
+        (parameter, parameter.requires_grad)
+        for parameter in modules.parameters()
+        if id(parameter) not in trained
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in modules.buffers()]
+    with ExitStack() as stack:
+        for module in modules.modules():
+            for switch in ("freeze", "_requires_grad"):
+                # Of use to it only where it computes things twice.
+                twice = getattr(module, "gradient_checkpointing", False)
+                if vars(module).get(switch) is True and not twice:
+                    stack.enter_context(shadowed(module, switch, False))
+        try:
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, value in wanted:
+                parameter.requires_grad_(value)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

@@ -1,0 +1,1 @@
+"""What a quantized thing is: scales, weights, plans, integer layers."""

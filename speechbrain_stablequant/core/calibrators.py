@@ -1,0 +1,525 @@
+"""Calibrators: from a histogram of magnitudes to the amax of a tensor.
+
+A calibrator is a function `fn(hist, bits, **options) -> float`. It is pure:
+one collected histogram serves every method and every bit width. `CALIBRATORS`
+maps the name that a user writes to the function; a new method is a new
+function and a new line there.
+
+`weight_amax` does the same for weights, per output channel and on the raw
+values, which are few enough.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from .affine import MIN_AMAX, qmax
+from .histogram import Histogram
+
+# KL divergences closer than this are equal but for rounding.
+_KL_TIE = 1e-10
+
+# Histogram bins that `entropy` works on, as NVIDIA's.
+_ENTROPY_BINS = 2048
+
+# Values searched at once. On a CPU a chunk and its error stay in the cache;
+# on a GPU few large chunks mean few kernel launches.
+_CHUNK_CPU = 1 << 17
+_CHUNK_GPU = 1 << 24
+
+# Candidates of the per-channel weight search, and of its refinement.
+_WEIGHT_GRID = 100
+_WEIGHT_REFINE = 10
+
+
+def max_calibrator(hist: Histogram, bits: int) -> float:
+    """Returns the largest magnitude seen: nothing is clipped.
+
+    Arguments
+    ---------
+    hist : Histogram
+        The magnitudes.
+    bits : int
+        Width of the integers, 2 to 8. The result does not depend on it.
+
+    Returns
+    -------
+    float
+        amax, at least `MIN_AMAX`.
+
+    Raises
+    ------
+    ValueError
+        If no values were collected.
+
+    Example
+    -------
+    >>> hist = Histogram()
+    >>> hist.add(torch.tensor([-3.0, 1.0]))
+    >>> max_calibrator(hist, 8)
+    3.0
+    """
+    qmax(bits)
+    return max(hist.max, MIN_AMAX)
+
+
+def percentile_calibrator(
+    hist: Histogram, bits: int, percentile: float = 99.99
+) -> float:
+    """Returns the magnitude below which `percentile` % of the values lie.
+
+    Arguments
+    ---------
+    hist : Histogram
+        The magnitudes.
+    bits : int
+        Width of the integers, 2 to 8. The result does not depend on it.
+    percentile : float
+        In percent, in (0, 100]; 100 is the maximum.
+
+    Returns
+    -------
+    float
+        amax, at least `MIN_AMAX`.
+
+    Raises
+    ------
+    ValueError
+        If `percentile` is outside of (0, 100] or no values were collected.
+
+    Example
+    -------
+    >>> hist = Histogram()
+    >>> hist.add(torch.linspace(0, 1, 10001))
+    >>> round(percentile_calibrator(hist, 8, percentile=90), 2)
+    0.9
+    """
+    qmax(bits)
+    if not 0 < percentile <= 100:
+        raise ValueError(
+            f"percentile must be in (0, 100] percent, got {percentile!r}"
+        )
+    return max(hist.quantile(percentile / 100), MIN_AMAX)
+
+
+def entropy_calibrator(
+    hist: Histogram, bits: int, start_bin: int = 128
+) -> float:
+    """Returns the amax that loses the least information (KL divergence).
+
+    The procedure that NVIDIA published for TensorRT (S. Migacz, "8-bit
+    Inference with TensorRT", GTC 2017), with the detail of its
+    pytorch-quantization toolkit that the first bin takes the count of the
+    second, so that a spike at zero does not decide. For every number of bins
+    i from `start_bin` to all of them:
+
+    - P is the first i bins, what lies beyond them added to the last one;
+    - Q is the first i bins without that, brought to `2^(bits-1)` levels (128
+      for 8 bits: the magnitudes of the integers) of i / levels bins each, and
+      expanded again evenly over the bins of a level that are not empty;
+    - both are normalized, and KL(P || Q) is taken.
+
+    The i with the smallest divergence wins, the last of them on a tie, and
+    amax is the upper edge of its last bin, not above `max`.
+
+    NVIDIA spans [0, max] with 2048 bins. Here the bins up to the one that
+    holds `max` are used, pairs of them merged until they are fewer than
+    4096: that leaves 2048 to 4095 for a histogram of 4096 bins or more that
+    was not clipped. Where `max` lies within the first `start_bin` bins there
+    is only one candidate, and the result is `max`.
+
+    Arguments
+    ---------
+    hist : Histogram
+        The magnitudes.
+    bits : int
+        Width of the integers, 2 to 8. The method was made for 8: with few
+        levels the divergence grows with i, and amax stays near `start_bin`.
+    start_bin : int
+        Smallest number of bins that a candidate keeps, at least 1.
+
+    Returns
+    -------
+    float
+        amax, at least `MIN_AMAX`.
+
+    Raises
+    ------
+    ValueError
+        If `start_bin` is below 1 or no values were collected.
+
+    Example
+    -------
+    >>> hist = Histogram()
+    >>> hist.add(torch.randn(100000, generator=torch.manual_seed(0)))
+    >>> 2 < entropy_calibrator(hist, 8) < hist.max
+    True
+    """
+    levels = qmax(bits) + 1
+    if start_bin < 1:
+        raise ValueError(f"start_bin must be at least 1, got {start_bin!r}")
+    largest = hist.max
+    counts, width = _occupied_bins(hist)
+    if counts.numel() > 1:
+        counts[0] = counts[1]
+    if counts.numel() <= start_bin or not bool(counts.any()):
+        return max(largest, MIN_AMAX)
+    divergence = _kl_divergences(counts, levels, start_bin)
+    ties = (divergence <= divergence.min() + _KL_TIE).nonzero()
+    kept = start_bin + int(ties[-1])
+    return max(min(kept * width, largest), MIN_AMAX)
+
+
+def mse_calibrator(
+    hist: Histogram,
+    bits: int,
+    upper: float | None = None,
+    num_candidates: int = 256,
+) -> float:
+    """Returns the amax with the smallest expected squared error.
+
+    Minimizes E[(x - fake_quantize(x))^2], rounding and clipping together.
+    The error of a bin is the exact integral over a density that is flat
+    inside the bin: the error at its center would be far off where a
+    quantization step is not much wider than a bin. The search goes through a
+    geometric grid, since the best amax of data with outliers is a small
+    fraction of `max`, and then twice through a linear grid around the best
+    candidate. All in float64.
+
+    Arguments
+    ---------
+    hist : Histogram
+        The magnitudes.
+    bits : int
+        Width of the integers, 2 to 8.
+    upper : float | None
+        Largest amax allowed; None for `max`. Mass above it still counts, with
+        its clipping error: clip the histogram to leave it out.
+    num_candidates : int
+        Size of the first grid, at least 2.
+
+    Returns
+    -------
+    float
+        amax, at least `MIN_AMAX` and else not above `upper`.
+
+    Raises
+    ------
+    ValueError
+        If `upper` is negative or NaN, `num_candidates` is below 2 or no values
+        were collected.
+
+    Example
+    -------
+    >>> hist = Histogram()
+    >>> hist.add(torch.randn(100000, generator=torch.manual_seed(0)))
+    >>> 2.4 < mse_calibrator(hist, 4) < 2.7
+    True
+    """
+    limit = qmax(bits)
+    if upper is not None and not upper >= 0:
+        raise ValueError(f"upper must not be negative, got {upper!r}")
+    if num_candidates < 2:
+        raise ValueError(
+            f"num_candidates must be at least 2, got {num_candidates!r}"
+        )
+    top = hist.max if upper is None else min(upper, hist.max)
+    if top <= MIN_AMAX:
+        return MIN_AMAX
+    bins = _density(hist)
+    # The optimum is no finer than the bins: one amax below them is enough.
+    exponents = torch.linspace(0, 1, num_candidates, dtype=torch.float64)
+    grid = top * hist.num_bins ** (exponents - 1)
+    for _ in range(2):
+        best = int(_squared_errors(grid, limit, *bins).argmin())
+        low = float(grid[max(best - 1, 0)])
+        high = float(grid[min(best + 1, grid.numel() - 1)])
+        # grid[best] stays a candidate, so refining never makes it worse.
+        grid = torch.cat(
+            [torch.linspace(low, high, 33, dtype=torch.float64), grid[[best]]]
+        ).sort()[0]
+    best = int(_squared_errors(grid, limit, *bins).argmin())
+    return max(min(float(grid[best]), top), MIN_AMAX)
+
+
+#: Name -> calibrator. The names are those of the `quantize:` block.
+CALIBRATORS: dict[str, Callable[..., float]] = {
+    "max": max_calibrator,
+    "percentile": percentile_calibrator,
+    "entropy": entropy_calibrator,
+    "mse": mse_calibrator,
+}
+
+
+def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
+    """Runs a calibrator by its name.
+
+    Arguments
+    ---------
+    method : str
+        A key of `CALIBRATORS`.
+    hist : Histogram
+        The magnitudes.
+    bits : int
+        Width of the integers, 2 to 8.
+    **options
+        What the calibrator takes besides, e.g. `percentile=99.9`.
+
+    Returns
+    -------
+    float
+        amax, at least `MIN_AMAX`.
+
+    Raises
+    ------
+    ValueError
+        If the method or an option is unknown, or as the calibrator says.
+
+    Example
+    -------
+    >>> hist = Histogram()
+    >>> hist.add(torch.tensor([0.0, 2.0]))
+    >>> calibrate("percentile", hist, 8, percentile=100)
+    2.0
+    """
+    if method not in CALIBRATORS:
+        raise ValueError(
+            f"unknown calibrator {method!r}; use one of "
+            f"{', '.join(CALIBRATORS)}"
+        )
+    function = CALIBRATORS[method]
+    known = list(inspect.signature(function).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"calibrator {method!r} has no option {option!r}; it takes "
+                f"{', '.join(known) or 'none'}"
+            )
+    return function(hist, bits, **options)
+
+
+def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
+    """Step 3 of StableQuant for one layer.
+
+    Arguments
+    ---------
+    histogram : Histogram
+        Of |input|.
+    edge : float
+        Where the outliers are cut.
+    bits : int
+        Of the activations.
+
+    Returns
+    -------
+    float
+        The amax, not above ``edge``, that minimizes the expected squared
+        quantization error of the histogram clipped at ``edge``.
+
+    Example
+    -------
+    >>> histogram = Histogram()
+    >>> histogram.add(torch.linspace(0, 1, 1000))
+    >>> clipped_mse(histogram, 0.5, 8) <= 0.5
+    True
+    """
+    if edge <= 0:
+        return edge
+    return calibrate("mse", histogram.clip(edge), bits, upper=edge)
+
+
+@torch.no_grad()
+def weight_amax(
+    weight: torch.Tensor, bits: int, method: str = "mse", axis: int = 0
+) -> torch.Tensor:
+    """Returns the amax of each output channel of a weight.
+
+    `mse` tries 100 fractions of the channel's maximum (1 % to 100 %) on the
+    raw values, refines around the best one, and so is never worse than `max`.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        Linear `[N, K]` or Conv1d `[N, K / groups, kernel]`; any shape with
+        the channels along `axis`. Computed in float32.
+    bits : int
+        Width of the integers, 2 to 8.
+    method : str
+        `max` or `mse`.
+    axis : int
+        Axis of the output channels.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 `[weight.shape[axis]]`, on the device of `weight`, at least
+        `MIN_AMAX` (dead channels).
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown or the weight holds NaN or Inf.
+
+    Example
+    -------
+    >>> weight_amax(torch.tensor([[1.0, -2.0], [0.0, 0.0]]), 8, "max")
+    tensor([2.0000e+00, 1.0000e-08])
+    """
+    limit = qmax(bits)
+    if method not in ("max", "mse"):
+        raise ValueError(
+            f"unknown calibrator {method!r} for weights; use one of max, mse"
+        )
+    rows = weight.detach().to(torch.float32).movedim(axis, 0)
+    rows = rows.reshape(rows.shape[0], -1)
+    amax = rows.abs().amax(1)
+    if not bool(torch.isfinite(amax).all()):
+        raise ValueError("a weight holds NaN or Inf; load another checkpoint")
+    amax = amax.clamp(min=MIN_AMAX)
+    if method == "max":
+        return amax
+    chunk = _CHUNK_CPU if rows.device.type == "cpu" else _CHUNK_GPU
+    step = max(1, chunk // rows.shape[1])
+    parts = zip(rows.split(step), amax.split(step), strict=True)
+    return torch.cat(
+        [_search_channels(part.abs(), top, limit) for part, top in parts]
+    )
+
+
+# -- entropy -----------------------------------------------------------------
+
+
+def _occupied_bins(hist: Histogram) -> tuple[torch.Tensor, float]:
+    """Returns int64 counts up to the last occupied bin, and the bin width."""
+    counts, width = hist.counts, hist.bin_width
+    used = int(counts.nonzero()[-1]) + 1
+    while used >= 2 * _ENTROPY_BINS:
+        counts, width = counts.view(-1, 2).sum(1), 2 * width
+        used = (used + 1) // 2
+    return counts[:used], width
+
+
+def _kl_divergences(
+    counts: torch.Tensor, levels: int, start: int
+) -> torch.Tensor:
+    """Returns KL(P || Q) of every candidate i = start .. len(counts).
+
+    With p the counts of P, N their sum, and level k of Q holding the count
+    S_k in Z_k bins that are not empty, each bin of it is S_k / Z_k, and M is
+    the sum of Q. Then
+
+        N KL = sum p log p - sum p log(S / Z) - N log N + N log M
+
+    where the bins of a level add up to S_k log(S_k / Z_k), and only the last
+    bin has p differ from the count. So each candidate costs `levels` terms,
+    read from cumulative sums, instead of i.
+    """
+    zero = counts.new_zeros(1)
+    mass = torch.cat([zero, counts.cumsum(0)])  # exact: int64
+    filled = torch.cat([zero, (counts > 0).cumsum(0)])
+    candidates = torch.arange(start, counts.numel() + 1)
+    total = mass[-1].double()
+    kept = mass[candidates].double()
+    last = counts[candidates - 1].double()
+    tail = total - kept
+
+    # Bin j belongs to level floor(j * levels / i).
+    level = torch.arange(levels + 1)
+    bounds = -(-level * candidates[:, None] // levels)
+    level_mass = mass[bounds].diff(dim=1).double()
+    level_filled = filled[bounds].diff(dim=1).double()
+    mean = level_mass / level_filled.clamp(min=1)
+
+    plogp = torch.special.xlogy(counts.double(), counts.double()).cumsum(0)
+    own = plogp[candidates - 1] - torch.special.xlogy(last, last)
+    own += torch.special.xlogy(last + tail, last + tail)
+    cross = torch.special.xlogy(level_mass, mean).sum(1)
+    # The last bin lies in the last level that is not empty.
+    last_level = (candidates - 1) * levels // candidates
+    last_mean = mean.gather(1, last_level[:, None]).squeeze(1)
+    cross += torch.special.xlogy(tail, last_mean)
+    divergence = (own - cross) / total - total.log() + kept.log()
+    # P has mass where Q has none: the divergence is infinite.
+    impossible = ((last == 0) & (tail > 0)) | (kept == 0)
+    return divergence.masked_fill(impossible, float("inf"))
+
+
+# -- mse ---------------------------------------------------------------------
+
+
+def _density(
+    hist: Histogram,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the occupied bins: left edges, right edges and counts.
+
+    float64. The bin that holds `max` ends there.
+    """
+    counts = hist.counts
+    index = counts.nonzero().squeeze(1)
+    edges = hist.edges()
+    left, right = edges[index], edges[index + 1].clamp(max=hist.max)
+    # A clipped histogram may hold all of a bin's mass at its left edge.
+    # A sliver of a bin is the same and needs no case of its own.
+    sliver = 1e-3 * hist.bin_width
+    return left, torch.maximum(right, left + sliver), counts[index].double()
+
+
+def _squared_errors(
+    amax: torch.Tensor,
+    limit: int,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the squared error of each amax, summed over the bins."""
+    weights = counts / (right - left)
+
+    def errors(scale):
+        return _integral(right, scale, limit) - _integral(left, scale, limit)
+
+    step = max(1, _CHUNK_CPU // left.numel())  # bounds the memory
+    parts = (amax / limit)[:, None].split(step)
+    return torch.cat([errors(scale) @ weights for scale in parts])
+
+
+def _integral(x: torch.Tensor, scale: torch.Tensor, limit: int) -> torch.Tensor:
+    """Returns the integral of (t - fake_quantize(t))^2 from 0 to x >= 0.
+
+    With n the integer of x and r = x - n * scale: a full step contributes
+    scale^3 / 12, and the last, begun one, r^3 / 3 from its middle on. Beyond
+    the range n stays at `limit` and r grows: the same formula.
+    """
+    n = torch.round(x / scale).clamp_(max=limit)
+    r = x - n * scale
+    return n * scale**3 / 12 + r**3 / 3
+
+
+def _search_channels(
+    rows: torch.Tensor, top: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """Returns the best amax of each row of magnitudes; `top` is its max."""
+    work = torch.empty_like(rows)
+
+    def better(amax, best, least):
+        amax = amax.clamp(min=MIN_AMAX).minimum(top)
+        error = _row_errors(rows, amax, limit, work)
+        return torch.where(error < least, amax, best), error.minimum(least)
+
+    best, least = top, _row_errors(rows, top, limit, work)
+    for i in range(1, _WEIGHT_GRID):
+        best, least = better(top * (i / _WEIGHT_GRID), best, least)
+    center, spacing = best, top / (_WEIGHT_GRID * _WEIGHT_REFINE)
+    for i in range(1 - _WEIGHT_REFINE, _WEIGHT_REFINE):
+        best, least = better(center + i * spacing, best, least)
+    return best
+
+
+def _row_errors(
+    rows: torch.Tensor, amax: torch.Tensor, limit: int, work: torch.Tensor
+) -> torch.Tensor:
+    """Returns the root of the squared error of each row; `work` is scratch."""
+    scale = (amax / limit)[:, None]
+    torch.mul(rows, 1.0 / scale, out=work)
+    work.round_().clamp_(max=limit).mul_(scale).sub_(rows)
+    return torch.linalg.vector_norm(work, dim=1)

@@ -1,0 +1,375 @@
+"""A layer as integers: what is stored on disk and what runtimes compute with.
+
+`integer_layer` turns a float layer and its quantization into the int8 values
+and scales that the simulation stands for; `reference_forward` computes with
+them in exact integer arithmetic. Every runtime is checked against it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..model.layers import Layer
+from ..simulation.fake_quant import check_offset, offset_bias
+from .affine import qmax, quantize, scale_from_amax
+from .plan import LayerQuant, layer_extras
+from .plan_tensors import LayerTensors
+from .weights import restore_weight, round_weight, weight_scale
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A Linear or Conv1d in integers.
+
+    Arguments
+    ---------
+    name : str
+        Path of the layer, as in the plan.
+    kind : str
+        ``"linear"`` or ``"conv1d"``.
+    weight : torch.Tensor
+        int8 in ``[-qmax, qmax]``; [out, in] or [out, in / groups, kernel].
+    weight_scale : torch.Tensor
+        float32 [out]; [out, in / weight_group] with groups.
+    weight_bits : int
+        2 to 8.
+    activation_scale : torch.Tensor
+        float32, one element: the scale of the layer's input.
+    activation_bits : int
+        2 to 8.
+    bias : torch.Tensor or None
+        float32 [out].
+    stride, padding, dilation, groups : int
+        Of a convolution.
+    activation_offset : float
+        Subtracted from the input before it is quantized. The bias is that of
+        the layer; :meth:`full_bias` has the offset's share in it.
+    weight_group : int
+        Inputs of a Linear that share a scale; 0 for all.
+    read : callable or None
+        Gives the weight of a layer that is still in its file; ``weight`` is
+        then on the ``meta`` device.
+    algorithm : str
+        How a runtime multiplies it on this machine, see
+        :mod:`speechbrain_stablequant.runtimes.algorithms`.
+    """
+
+    name: str
+    kind: str
+    weight: torch.Tensor = field(repr=False)
+    weight_scale: torch.Tensor = field(repr=False)
+    weight_bits: int
+    activation_scale: torch.Tensor = field(repr=False)
+    activation_bits: int
+    bias: torch.Tensor | None = field(repr=False)
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    activation_offset: float = 0.0
+    weight_group: int = 0
+    read: Callable[[], torch.Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
+    algorithm: str = "native"
+
+    def loaded(self) -> "IntegerLayer":
+        """The layer with its weight in memory. Whoever drops it before the
+        next one holds one weight at a time."""
+        if self.read is None:
+            return self
+        return replace(self, weight=self.read(), read=None)
+
+    def to(self, device: str | torch.device) -> "IntegerLayer":
+        """The layer on a device; one that is still in its file is read, but
+        not for the CPU, whose runtimes do that one layer at a time."""
+        device = torch.device(device)
+        if device.type == "cpu" and self.read is not None:
+            return self
+        layer = self.loaded()
+        parts = ("weight", "weight_scale", "activation_scale", "bias")
+        tensors = {part: getattr(layer, part) for part in parts}
+        moved = {k: t.to(device) for k, t in tensors.items() if t is not None}
+        return replace(layer, **moved)
+
+    def float_weight(self) -> torch.Tensor:
+        """The weight that the integers stand for, float32."""
+        return restore_weight(self.weight, self.weight_scale)
+
+    def full_bias(self) -> torch.Tensor | None:
+        """What is added to the product with the quantized input."""
+        if not self.activation_offset:
+            return self.bias
+        shift = offset_bias(self.float_weight(), self.activation_offset)
+        return shift if self.bias is None else self.bias + shift
+
+    def zero_point(self) -> int:
+        """The integer that an input of 0 becomes; 0 without an offset.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        ValueError
+            An offset for which there is no such integer, or zeros that are
+            padded.
+        """
+        if not self.activation_offset:
+            return 0
+        steps = self.activation_offset / float(self.activation_scale)
+        zero = -round(steps)
+        whole = abs(steps + zero) < 1e-3
+        if not whole or abs(zero) > qmax(self.activation_bits) or self.padding:
+            raise ValueError(
+                f"{self.name}: an activation offset of "
+                f"{self.activation_offset:g} is executed as whole scales of "
+                f"{float(self.activation_scale):g} within the range and "
+                "without padding only; use backend: torch"
+            )
+        return zero
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What a runtime must be able to do beyond plain integers."""
+        return layer_extras(self.activation_offset, self.weight_group)
+
+
+@dataclass(frozen=True)
+class FloatLayer:
+    """A Linear or Conv1d that a plan leaves in floating point.
+
+    Arguments
+    ---------
+    name, kind : str
+        As in :class:`IntegerLayer`.
+    weight : torch.Tensor
+        float32.
+    bias : torch.Tensor or None
+        float32 [out].
+    stride, padding, dilation, groups : int
+        Of a convolution.
+    algorithm : str
+        As in :class:`IntegerLayer`.
+    """
+
+    name: str
+    kind: str
+    weight: torch.Tensor = field(repr=False)
+    bias: torch.Tensor | None = field(repr=False)
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    algorithm: str = "native"
+
+    def loaded(self) -> "FloatLayer":
+        """The layer: its weight is in memory."""
+        return self
+
+    def full_bias(self) -> torch.Tensor | None:
+        """As of :class:`IntegerLayer`."""
+        return self.bias
+
+
+def layer_geometry(module: nn.Module) -> dict[str, int]:
+    """Stride, padding, dilation and groups of a layer.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Returns
+    -------
+    dict
+        Empty for a Linear.
+
+    Raises
+    ------
+    ValueError
+        A padding mode other than zeros, or padding by name.
+
+    Example
+    -------
+    >>> layer_geometry(nn.Conv1d(4, 4, 3, stride=2, groups=2))
+    {'stride': 2, 'padding': 0, 'dilation': 1, 'groups': 2}
+    """
+    if not isinstance(module, nn.Conv1d):
+        return {}
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ValueError(
+            f"a Conv1d with padding {module.padding!r}, mode "
+            f"{module.padding_mode!r} has no integer form; put it in "
+            "quantize.exclude"
+        )
+    return {
+        "stride": module.stride[0],
+        "padding": module.padding[0],
+        "dilation": module.dilation[0],
+        "groups": module.groups,
+    }
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    return None if module.bias is None else module.bias.detach().float()
+
+
+def integer_layer(
+    layer: Layer, quant: LayerQuant, tensors: LayerTensors | None = None
+) -> IntegerLayer:
+    """The integers and scales of a float layer.
+
+    Arguments
+    ---------
+    layer : Layer
+        The float layer.
+    quant : LayerQuant
+        How it is quantized.
+    tensors : LayerTensors, optional
+        Integers and bias to use in place of the nearest ones.
+
+    Returns
+    -------
+    IntegerLayer
+        ``float_weight()`` equals the simulation's weight bit for bit.
+
+    Example
+    -------
+    >>> linear = nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[1.0, -0.5]])
+    >>> layer = Layer("enc", linear, "linear", "head")
+    >>> integer_layer(layer, LayerQuant(8, 8, 2.0)).weight
+    tensor([[127, -64]], dtype=torch.int8)
+    """
+    tensors = tensors or LayerTensors()
+    weight, scale = tensors.weight, tensors.weight_scale
+    own = layer.module.weight.detach().float()
+    bits, group = quant.weight_bits, quant.weight_group
+    if weight is None:
+        scale = weight_scale(own, bits, quant.weight_method, group)
+        weight = round_weight(own, scale, bits)
+    if quant.activation_offset:
+        check_offset(layer.module)
+    bias = _bias(layer.module) if tensors.bias is None else tensors.bias
+    return IntegerLayer(
+        name=layer.name,
+        kind=layer.kind,
+        weight=weight.to(own.device),
+        weight_scale=scale.to(own.device),
+        weight_bits=quant.weight_bits,
+        activation_scale=scale_from_amax(
+            torch.tensor(quant.activation_amax), quant.activation_bits
+        ),
+        activation_bits=quant.activation_bits,
+        bias=None if bias is None else bias.float().to(own.device),
+        activation_offset=quant.activation_offset,
+        weight_group=group,
+        **layer_geometry(layer.module),
+    )
+
+
+def float_layer(name: str, module: nn.Module) -> FloatLayer:
+    """A layer as it is.
+
+    Arguments
+    ---------
+    name : str
+        Path of the layer.
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Returns
+    -------
+    FloatLayer
+    """
+    return FloatLayer(
+        name=name,
+        kind="conv1d" if isinstance(module, nn.Conv1d) else "linear",
+        weight=module.weight.detach().float(),
+        bias=_bias(module),
+        **layer_geometry(module),
+    )
+
+
+def integer_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
+    """int8 x int8 -> int32, exact, with plain torch.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        Its weight.
+    q : torch.Tensor
+        int8 input: [..., in] of a Linear, [batch, in, time] of a convolution.
+
+    Returns
+    -------
+    torch.Tensor
+        int32.
+    """
+    # float64 holds every such sum exactly (below 2^53) and has fast products.
+    x, weight = q.double(), layer.weight.double()
+    if layer.kind == "conv1d":
+        out = F.conv1d(
+            x,
+            weight,
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+    else:
+        out = F.linear(x, weight)
+    return out.round_().to(torch.int32)
+
+
+def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
+    """A layer in integer arithmetic: quantize, multiply, scale, add the bias.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer.
+    x : torch.Tensor
+        float input: [..., in] of a Linear, [batch, in, time] of a convolution.
+
+    Returns
+    -------
+    torch.Tensor
+        float32.
+
+    Example
+    -------
+    >>> linear = nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
+    >>> layer = integer_layer(
+    ...     Layer("enc", linear, "linear", "head"), LayerQuant(8, 8, 127.0))
+    >>> reference_forward(layer, torch.tensor([[3.4, 1.0]])).round()
+    tensor([[2.]])
+    """
+    if layer.activation_offset:
+        x = x - layer.activation_offset
+    q = quantize(x, layer.activation_scale, layer.activation_bits)
+    shape = (-1, 1) if layer.kind == "conv1d" else (-1,)
+    if layer.weight_group:
+        out = _grouped_product(layer, q) * layer.activation_scale
+    else:
+        scale = layer.activation_scale * layer.weight_scale
+        out = integer_product(layer, q).float() * scale.view(shape)
+    bias = layer.full_bias()
+    return out if bias is None else out + bias.view(shape)
+
+
+def _grouped_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
+    """The sum over groups of exact integer products times their scales."""
+    size = layer.weight_group
+    parts = zip(q.split(size, -1), layer.weight.split(size, 1), strict=True)
+    sums = [F.linear(x.double(), weight.double()) for x, weight in parts]
+    scales = layer.weight_scale.unbind(1)
+    scaled = [s.float() * w for s, w in zip(sums, scales, strict=True)]
+    return torch.stack(scaled).sum(0)

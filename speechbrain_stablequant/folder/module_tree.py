@@ -1,0 +1,295 @@
+"""Modules behind an encoder as data: kinds and settings, made again without
+running anything that a file says.
+
+A kind is the full name of a class. Only those of a list are made, with plain
+settings, so a file can choose layers and their sizes and nothing else.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.typed import inside, one_line, short, typed
+from ..utils.yaml_tree import Tagged
+
+_TORCH = (
+    *("Identity", "Linear", "Sequential", "Dropout", "Conv1d"),
+    *("LayerNorm", "BatchNorm1d", "GroupNorm"),
+    *("ReLU", "LeakyReLU", "PReLU", "ELU", "GELU", "SiLU", "Mish"),
+    *("Tanh", "Sigmoid", "Hardtanh", "Softmax", "LogSoftmax"),
+)
+_SPEECHBRAIN = (
+    "lobes.models.VanillaNN.VanillaNN",
+    "nnet.RNN.GRU",
+    "nnet.RNN.LSTM",
+    "nnet.RNN.RNN",
+    "nnet.activations.Softmax",
+    "nnet.activations.Swish",
+    "nnet.containers.LengthsCapableSequential",
+    "nnet.containers.Sequential",
+    "nnet.dropout.Dropout2d",
+    "nnet.linear.Linear",
+    "nnet.normalization.BatchNorm1d",
+    "nnet.normalization.LayerNorm",
+)
+#: Full names of the classes that are made.
+KINDS = frozenset(
+    [
+        *(f"torch.nn.{name}" for name in _TORCH),
+        *(f"speechbrain.{name}" for name in _SPEECHBRAIN),
+    ]
+)
+
+_MAX_SIZE = 1 << 20
+_MAX_ITEMS = 256
+_MAX_DEPTH = 8
+# Settings that say how often something is repeated.
+_COUNTS = ("dnn_blocks", "num_layers")
+_MAX_COUNT = 256
+# Settings that are not the file's to decide.
+_REFUSED = ("device", "dtype")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A module, or the class of one, as data.
+
+    Arguments
+    ---------
+    kind : str
+        Full name of its class.
+    args : tuple
+        Plain values, lists of such, and nodes.
+    settings : Mapping
+        The same by name.
+    made : bool
+        False: the class itself, with its settings where there are some.
+    """
+
+    kind: str
+    args: tuple = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    made: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The node as JSON."""
+        row: dict[str, Any] = {"new" if self.made else "name": self.kind}
+        if self.args:
+            row["args"] = [_to_json(value) for value in self.args]
+        if self.settings:
+            row["settings"] = {k: _to_json(v) for k, v in self.settings.items()}
+        return row
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value.to_dict()
+    return [_to_json(v) for v in value] if isinstance(value, list) else value
+
+
+def node_of_json(raw: Any, where: str, depth: int = 0) -> Node:
+    """Reads what :meth:`Node.to_dict` wrote.
+
+    Arguments
+    ---------
+    raw : Any
+        From JSON.
+    where : str
+        Its place in the file: opens the error.
+    depth : int
+        Nodes that it is inside of.
+
+    Returns
+    -------
+    Node
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+
+    Example
+    -------
+    >>> node_of_json({"new": "torch.nn.ReLU"}, "heads.act").kind
+    'torch.nn.ReLU'
+    """
+    rows = typed(raw, dict, where)
+    (verb,) = {"new", "name"} & set(rows) or (None,)
+    unknown = set(rows) - {verb, "args", "settings"}
+    if verb is None or unknown:
+        raise ValueError(f"{where}: is no module but {short(raw)}")
+    return Node(
+        typed(rows[verb], str, f"{where}.{verb}"),
+        *_contents(
+            rows.get("args", []), rows.get("settings", {}), where, depth
+        ),
+        verb == "new",
+    )
+
+
+def node_of_yaml(value: Any, where: str, depth: int = 0) -> Node:
+    """A node of HyperPyYAML, such as ``!new:torch.nn.ReLU``.
+
+    Arguments
+    ---------
+    value : Any
+        From :func:`~speechbrain_stablequant.utils.yaml_tree.parse_yaml`.
+    where : str
+        Its place in the file: opens the error.
+    depth : int
+        Nodes that it is inside of.
+
+    Returns
+    -------
+    Node
+
+    Raises
+    ------
+    ValueError
+        It makes something in another way.
+
+    Example
+    -------
+    >>> node_of_yaml(Tagged("apply:os.remove", ["plan.json"]), "heads.act")
+    Traceback (most recent call last):
+    ValueError: heads.act: is no module but Tagged(tag='apply:os.remove', ...
+    """
+    tag = value.tag if isinstance(value, Tagged) else ""
+    verb, _, kind = tag.partition(":")
+    if verb not in ("new", "name"):
+        raise ValueError(f"{where}: is no module but {short(value)}")
+    content = value.value
+    args = content if isinstance(content, list) else []
+    settings = content if isinstance(content, dict) else {}
+    if content not in ("", args, settings):
+        raise ValueError(f"{where}: has the settings {short(content)}")
+    return Node(kind, *_contents(args, settings, where, depth), verb == "new")
+
+
+def _contents(
+    args: Any, settings: Any, where: str, depth: int
+) -> tuple[tuple, dict[str, Any]]:
+    depth += 1
+    args = typed(args, list, f"{where}.args")
+    settings = typed(settings, dict, f"{where}.settings")
+    if len(args) + len(settings) > _MAX_ITEMS:
+        raise ValueError(f"{where}: has more than {_MAX_ITEMS} settings")
+    return (
+        tuple(_value(v, f"{where}[{i}]", depth) for i, v in enumerate(args)),
+        {k: _value(v, inside(where, k), depth) for k, v in settings.items()},
+    )
+
+
+def _value(raw: Any, where: str, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{one_line(where)}: is nested too deeply")
+    if isinstance(raw, dict):
+        return node_of_json(raw, where, depth)
+    if isinstance(raw, Tagged):
+        return node_of_yaml(raw, where, depth)
+    if isinstance(raw, list):
+        if len(raw) > _MAX_ITEMS:
+            raise ValueError(f"{where}: has more than {_MAX_ITEMS} items")
+        items = enumerate(raw)
+        return [_value(v, f"{where}[{i}]", depth + 1) for i, v in items]
+    plain = typed(raw, bool | int | float | str | None, where)
+    size = plain if isinstance(plain, int | float) else 0
+    if abs(size) > _MAX_SIZE or len(str(plain)) > _MAX_ITEMS:
+        raise ValueError(f"{where}: cannot be {short(plain)}")
+    return plain
+
+
+# -- making ----------------------------------------------------------------
+
+
+def build_module(node: Node, where: str) -> nn.Module:
+    """Makes a module, without storage for its parameters.
+
+    Arguments
+    ---------
+    node : Node
+        What it is.
+    where : str
+        Its name: opens the error.
+
+    Returns
+    -------
+    torch.nn.Module
+        On the ``meta`` device, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        A kind that is not made, or settings that it does not take.
+
+    Example
+    -------
+    >>> node = Node("torch.nn.Linear", settings={"in_features": 2,
+    ...     "out_features": 3})
+    >>> build_module(node, "head")
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    if not node.made:
+        raise ValueError(f"{where}: is the class {one_line(node.kind)} alone")
+    with torch.device("meta"):
+        module = _build(node, where)
+    return module.eval()
+
+
+def _build(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return [_build(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if not isinstance(value, Node):
+        return value
+    kind = _kind(value.kind, where)
+    args = [_build(v, f"{where}[{i}]") for i, v in enumerate(value.args)]
+    settings = {
+        name: _build(v, inside(where, name))
+        for name, v in value.settings.items()
+    }
+    # By name before by place, for the better message.
+    _check_settings(settings, where)
+    try:
+        named = inspect.signature(kind).bind_partial(*args, **settings)
+    except TypeError as error:
+        raise ValueError(f"{where}: {one_line(error)}") from error
+    _check_settings(named.arguments, where)
+    if not value.made:
+        plain = not (args or settings)
+        return kind if plain else functools.partial(kind, *args, **settings)
+    try:
+        return kind(*args, **settings)
+    except Exception as error:
+        # The class is not ours, and neither are the settings.
+        raise ValueError(
+            f"{where}: {value.kind} does not take its settings "
+            f"({one_line(error)})"
+        ) from error
+
+
+def _kind(name: str, where: str) -> type[nn.Module]:
+    if name not in KINDS:
+        raise ValueError(
+            f"{where}: {one_line(name)} is none of the kinds of modules that "
+            "are made from data alone; if you trust the folder, load it with "
+            "SpeechBrain's EncoderASR.from_hparams, which runs the code that "
+            "it names"
+        )
+    module, _, kind = name.rpartition(".")
+    return getattr(importlib.import_module(module), kind)
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    for name, value in settings.items():
+        if name in _REFUSED:
+            raise ValueError(f"{inside(where, name)}: is not the file's to say")
+        if name in _COUNTS and not (
+            isinstance(value, int) and 0 <= value <= _MAX_COUNT
+        ):
+            raise ValueError(f"{inside(where, name)}: cannot be {short(value)}")

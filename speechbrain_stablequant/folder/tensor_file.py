@@ -1,0 +1,136 @@
+"""Reads a safetensors file tensor by tensor, without mapping it.
+
+A mapped file counts as memory of the process for as long as its pages are
+used once. Here nothing of the file stays but the tensors that were asked for.
+"""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..utils.memory import transient
+from ..utils.typed import short
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_CHUNK = 1 << 20
+#: Elements that no tensor has; its strides stay within int64.
+_MOST = 1 << 48
+
+
+class TensorFile:
+    """An open safetensors file.
+
+    It stays open, so that tensors that are read later are those of the file
+    that was opened, whatever takes its place. Threads and forked processes
+    may read at the same time: every read names its own place in the file.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+
+    Raises
+    ------
+    safetensors.SafetensorError
+        No safetensors file.
+    ValueError
+        A dtype that is not read here.
+
+    Example
+    -------
+    >>> from safetensors.torch import save_file
+    >>> path = getfixture("tmp_path") / "a.safetensors"
+    >>> save_file({"a": torch.ones(2)}, path, {"by": "me"})
+    >>> file = TensorFile(path)
+    >>> file.metadata, file.names, file.read("a")
+    ({'by': 'me'}, ['a'], tensor([1., 1.]))
+    """
+
+    def __init__(self, path: str | Path):
+        # It checks the header and the size.
+        with safe_open(path, framework="pt", device="cpu") as file:
+            self.metadata: dict[str, str] = file.metadata() or {}
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._turn = threading.Lock()
+        size = int.from_bytes(self._file.read(8), "little")
+        header = json.loads(self._file.read(size))
+        header.pop("__metadata__", None)
+        self._start = 8 + size
+        self._rows = header
+        for name, row in header.items():
+            if not name.isprintable():
+                raise ValueError(f"a tensor has the name {short(name)}")
+            if row["dtype"] not in _DTYPES:
+                raise ValueError(f"{short(name)} has dtype {row['dtype']}")
+            # An empty tensor of a huge shape passes safetensors' checks.
+            if math.prod(max(1, size) for size in row["shape"]) >= _MOST:
+                raise ValueError(
+                    f"{short(name)} has the shape {short(row['shape'])}"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._rows)
+
+    def outline(self, name: str) -> torch.Tensor:
+        """Shape and dtype of a tensor: one on the ``meta`` device."""
+        row = self._rows[name]
+        return torch.empty(
+            row["shape"], dtype=_DTYPES[row["dtype"]], device="meta"
+        )
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, with memory of its own."""
+        row = self._rows[name]
+        out = transient(row["shape"], _DTYPES[row["dtype"]])
+        self._fill(name, out.view(-1).view(torch.uint8).numpy(), 0)
+        return out
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, a piece at a time; each piece is overwritten
+        by the next."""
+        begin, end = self._rows[name]["data_offsets"]
+        buffer = memoryview(bytearray(min(_CHUNK, end - begin)))
+        for start in range(0, end - begin, _CHUNK):
+            part = buffer[: min(_CHUNK, end - begin - start)]
+            self._fill(name, part, start)
+            yield part
+
+    def _fill(self, name: str, buffer, start: int) -> None:
+        """Reads bytes of a tensor from a place in it."""
+        place = self._start + self._rows[name]["data_offsets"][0] + start
+        view = memoryview(buffer)
+        while len(view):
+            count = self._read_at(view, place)
+            if not count:
+                raise OSError(f"{self._file.name}: ends before its time")
+            view, place = view[count:], place + count
+
+    def _read_at(self, view: memoryview, place: int) -> int:
+        """Reads into a buffer; the number of bytes that were read."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], place)
+        # Windows: the position in the file is shared by threads, but nothing
+        # is forked there.
+        with self._turn:
+            self._file.seek(place)
+            return self._file.readinto(view)

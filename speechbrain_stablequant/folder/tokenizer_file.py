@@ -1,0 +1,133 @@
+"""Reads the tokenizer of a folder, of SpeechBrain or SentencePiece.
+
+Both libraries believe what a file says. Here its content is checked, so that
+a damaged or foreign file is one line when it is loaded, and never a wrong or
+missing label in a transcript.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from speechbrain.dataio.encoder import CTCTextEncoder
+
+from ..utils.files import read_file
+from ..utils.typed import one_line, short, typed
+from .weights_file import CheckpointError
+
+# Larger than any; SpeechBrain reads labels as Python literals, line by line.
+_MAX_BYTES = 1 << 26
+_MAX_TEXT = 1 << 24
+_MAX_LINE = 2000
+_MAX_LABELS = 1 << 20
+
+
+def read_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Fills a tokenizer from its file.
+
+    Arguments
+    ---------
+    tokenizer : CTCTextEncoder or SentencePieceProcessor
+        To be filled; what it held is forgotten.
+    path : Path
+        The file.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no such tokenizer.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "labels.txt"
+    >>> _ = path.write_text("'a' => zero")
+    >>> read_tokenizer(CTCTextEncoder(), path)
+    Traceback (most recent call last):
+    speechbrain_stablequant...CheckpointError: ...labels.txt: holds \
+no labels (ValueError: invalid literal ...
+    """
+    is_labels = isinstance(tokenizer, CTCTextEncoder)
+    read, what = (
+        (_read_labels, "labels")
+        if is_labels
+        else (_read_pieces, "SentencePiece model")
+    )
+    try:
+        read(tokenizer, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error})"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: holds no {what} ({one_line(error)}); copy or make it "
+            "again"
+        ) from error
+
+
+def _read_labels(encoder: CTCTextEncoder, path: Path) -> None:
+    data = read_file(path)
+    lines = data.decode("utf-8").splitlines()
+    if len(data) > _MAX_TEXT or any(len(line) > _MAX_LINE for line in lines):
+        raise ValueError("it is too large, or a line of it is too long")
+    read = CTCTextEncoder()
+    try:
+        read.load(str(path))
+    except Exception as error:
+        # SpeechBrain evaluates literals: that may raise anything.
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    labels, indices = read.lab2ind, read.ind2lab
+    if not labels or len(labels) != len(indices):
+        raise ValueError("it has no labels, or two of one index")
+    for label, index in labels.items():
+        text = typed(label, str, f"label {short(index)}")
+        # Half characters cannot be printed.
+        text.encode()
+        if not 0 <= index < _MAX_LABELS:
+            raise ValueError(f"label {short(label)} has index {short(index)}")
+    for key in ("blank_label", "unk_label"):
+        special = getattr(read, key, None)
+        if special is not None and special not in list(labels):
+            raise ValueError(f"{key} {short(special)} is none of its labels")
+    typed(read.starting_index, int, "starting_index")
+    encoder.load(str(path))
+    encoder.expect_len(len(encoder))
+
+
+def _read_pieces(processor: Any, path: Path) -> None:
+    data = read_file(path)
+    if not 0 < len(data) < _MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes")
+    try:
+        processor.LoadFromSerializedProto(data)
+        count = processor.get_piece_size()
+    except Exception as error:
+        # The library is not ours, and neither is the file.
+        raise ValueError(error) from error
+    if not 0 < count < _MAX_LABELS:
+        raise ValueError(f"it has {count} pieces")
+
+
+def labels_of(tokenizer: Any) -> list[str | None]:
+    """What each index stands for.
+
+    Arguments
+    ---------
+    tokenizer : CTCTextEncoder or SentencePieceProcessor
+        Filled.
+
+    Returns
+    -------
+    list
+        Labels or pieces by index; None where there is none.
+
+    Example
+    -------
+    >>> encoder = CTCTextEncoder()
+    >>> encoder.update_from_iterable("ab")
+    >>> labels_of(encoder)
+    ['a', 'b']
+    """
+    if isinstance(tokenizer, CTCTextEncoder):
+        known = tokenizer.ind2lab
+        return [known.get(i) for i in range(max(known) + 1)]
+    return [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]

@@ -1,0 +1,788 @@
+"""A quantized model on disk: ``model.safetensors`` beside its ``plan.json``.
+
+The file holds each quantized weight packed to its bits, its scales, and every
+other parameter and buffer under its name in the state dict, in half precision
+by default. Its header says what it is, describes each layer, and has a
+checksum over everything and one for each file that belongs to it, so that a
+damaged, mixed up or foreign folder is an error and never a wrong transcript.
+Nothing is pickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..core.affine import MAX_BITS, MIN_BITS, qmax, scale_from_amax
+from ..core.integer_layer import IntegerLayer
+from ..core.packing import check_packed, pack, unpack
+from ..core.plan import QuantizationPlan
+from ..runtimes import probe as probes
+from ..runtimes.probe import Probe
+from ..utils.files import parse_json, plain_name, write_atomic
+from ..utils.tensor_bytes import tensors_to_bytes
+from ..utils.typed import one_line, short, typed
+from .tensor_file import TensorFile
+
+FORMAT = "speechbrain_stablequant"
+#: Of a file with a probe, and of one without.
+VERSION, VERSION_WITHOUT_PROBE = 2, 1
+WEIGHTS_FILE = "model.safetensors"
+PLAN_FILE = "plan.json"
+
+FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+# Not there where a layer does not use them.
+_EXTRAS = ("activation_offset", "weight_group")
+# Of the largest value of a tensor: what half precision loses by rounding.
+_HALF_ERROR = 2**-11
+
+
+class CheckpointError(ValueError):
+    """A quantized model on disk is damaged, mixed up or something else."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds.
+
+    Arguments
+    ---------
+    plan : QuantizationPlan
+        What was decided.
+    integers : dict
+        IntegerLayer by name.
+    floats : dict
+        Everything else by its name in the state dict, floats as float32; the
+        biases of integer layers are here as well.
+    float_dtype : str
+        How the floats are stored: a key of ``FLOAT_DTYPES``.
+    checksum : str
+        Identifies the content, 64 hexadecimal digits.
+    files : tuple of str
+        The files of the folder whose content was checked.
+    probe : Probe or None
+        A short input with a known answer; files of earlier versions have
+        none.
+    """
+
+    plan: QuantizationPlan
+    integers: dict[str, IntegerLayer] = field(repr=False)
+    floats: dict[str, torch.Tensor] = field(repr=False)
+    float_dtype: str
+    checksum: str
+    files: tuple[str, ...] = ()
+    probe: Probe | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer in the description of the file."""
+
+    kind: Literal["linear", "conv1d"]
+    weight_bits: int
+    activation_bits: int
+    shape: list[int]
+    bias: bool
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    activation_offset: float = 0.0
+    weight_group: int = 0
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What the header says about the file."""
+
+    float_dtype: Literal["float16", "float32"]
+    files: dict[str, str]
+    layers: dict[str, _Row]
+
+
+# -- what stays float ------------------------------------------------------
+
+
+def float_state(
+    modules: Mapping[str, nn.Module], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that are not the weight of a quantized layer.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+    names : iterable of str
+        Quantized layers.
+
+    Returns
+    -------
+    dict
+        The live tensors by name.
+
+    Raises
+    ------
+    CheckpointError
+        A state that is no tensor.
+
+    Example
+    -------
+    >>> modules = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    >>> sorted(float_state(modules, ["a"]))
+    ['a.bias', 'b.bias', 'b.weight']
+    """
+    weights = {f"{name}.weight" for name in names}
+    # The parts of a weight norm: the integer weight stands for both.
+    parts = tuple(f"{name}.parametrizations.weight." for name in names)
+    state = {}
+    for key, module in modules.items():
+        for name, tensor in module.state_dict(prefix=f"{key}.").items():
+            if name in weights or name.startswith(parts):
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"{name}: is a {type(tensor).__name__}, which cannot be "
+                    "stored without pickle; leave the module out of the "
+                    "recipe's `modules`"
+                )
+            state[name] = tensor.detach()
+    return state
+
+
+def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
+    """A tensor as it is stored.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        Any dtype; integers stay as they are.
+    float_dtype : str
+        A key of ``FLOAT_DTYPES``. A tensor that half precision cannot hold
+        (too large, or all of it tiny) is float32 all the same.
+
+    Returns
+    -------
+    torch.Tensor
+        On the CPU.
+
+    Example
+    -------
+    >>> stored_float(torch.tensor([1.0, 2.0]), "float16").dtype
+    torch.float16
+    >>> stored_float(torch.tensor([1.0, 1e6]), "float16").dtype
+    torch.float32
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.float()
+    if float_dtype == "float32" or tensor.numel() == 0:
+        return tensor
+    half = tensor.half()
+    error = (half.float() - tensor).abs().max()
+    # Also false for NaN: it stays visible as it is.
+    return half if error <= _HALF_ERROR * tensor.abs().max() else tensor
+
+
+def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
+    """A layer with the bias that a checkpoint stores.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer.
+    float_dtype : str
+        A key of ``FLOAT_DTYPES``.
+
+    Returns
+    -------
+    IntegerLayer
+    """
+    if layer.bias is None:
+        return layer
+    bias = stored_float(layer.bias, float_dtype).float()
+    return replace(layer, bias=bias.to(layer.bias.device))
+
+
+@contextmanager
+def rounded_floats(
+    modules: Mapping[str, nn.Module], names: Iterable[str], float_dtype: str
+) -> Iterator[None]:
+    """Context in which modules have the values that a checkpoint stores, so
+    that what is evaluated is what is loaded later.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+    names : iterable of str
+        Quantized layers; their weights are left alone.
+    float_dtype : str
+        A key of ``FLOAT_DTYPES``.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> linear.bias.data.fill_(0.1)
+    tensor([0.1000])
+    >>> with rounded_floats({"a": linear}, ["a"], "float16"):
+    ...     print(f"{linear.bias.item():.6f}")
+    0.099976
+    >>> print(f"{linear.bias.item():.6f}")
+    0.100000
+    """
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for tensor in float_state(modules, list(names)).values():
+            stored = stored_float(tensor, float_dtype)
+            if stored.dtype == torch.float16:
+                kept.append((tensor, tensor.clone()))
+                tensor.copy_(stored)
+        yield
+    finally:
+        # The first copy of a shared tensor is the original: it comes last.
+        for tensor, original in reversed(kept):
+            tensor.copy_(original)
+
+
+def loaded_floats(
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> dict[str, torch.Tensor]:
+    """The floats that a checkpoint has when it is loaded.
+
+    Arguments
+    ---------
+    integers, floats, float_dtype
+        As of :func:`save_checkpoint`.
+
+    Returns
+    -------
+    dict
+        By name, on the CPU.
+    """
+    state = {
+        name: _widen(stored_float(value, float_dtype))
+        for name, value in floats.items()
+    }
+    for name, layer in integers.items():
+        if layer.bias is not None:
+            bias = stored_float(layer.bias, float_dtype)
+            state[f"{name}.bias"] = _widen(bias)
+    return state
+
+
+# -- writing ---------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    plan: QuantizationPlan,
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str = "float16",
+    companions: Iterable[str] = (),
+    probe: Probe | None = None,
+) -> str:
+    """Writes a quantized model and its plan.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to. Must exist.
+    plan : QuantizationPlan
+        What was decided.
+    integers : Mapping
+        Exactly the layers that the plan quantizes, by name.
+    floats : Mapping
+        Everything else, from :func:`float_state`; the biases of the integer
+        layers are taken from ``integers``.
+    float_dtype : str
+        ``"float16"`` or ``"float32"``.
+    companions : iterable of str
+        Files of the folder that belong to the model: their content is
+        checked when it is loaded.
+    probe : Probe or None
+        A short input with its answer, for runtimes to prove themselves.
+
+    Returns
+    -------
+    str
+        The checksum.
+
+    Raises
+    ------
+    CheckpointError
+        The layers are not those of the plan.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], [])
+    >>> _ = save_checkpoint(folder, plan, {}, {"a": torch.ones(2)})
+    >>> load_checkpoint(folder).floats
+    {'a': tensor([1., 1.])}
+    """
+    folder = Path(folder)
+    if float_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"float_dtype: '{float_dtype}' is not one of "
+            f"{', '.join(FLOAT_DTYPES)}"
+        )
+    _check_layers(
+        {name: _description(layer) for name, layer in integers.items()},
+        plan,
+        "the model to save",
+    )
+    plan.save(folder / PLAN_FILE)
+    files = {
+        name: _file_digest(folder / bare_name(name))
+        for name in (PLAN_FILE, *companions)
+    }
+    description = json.dumps(
+        {
+            "float_dtype": float_dtype,
+            "files": files,
+            "layers": {n: _description(x) for n, x in integers.items()},
+        },
+        sort_keys=True,
+    )
+    tensors = _tensors(integers, floats, float_dtype)
+    if probe is not None:
+        tensors.update(probe.tensors())
+    checksum = _digest(description, tensors)
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION if probe else VERSION_WITHOUT_PROBE),
+        "checksum": checksum,
+        "description": description,
+    }
+    write_atomic(folder / WEIGHTS_FILE, tensors_to_bytes(tensors, header))
+    return checksum
+
+
+def _tensors(
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> dict[str, torch.Tensor]:
+    tensors = {
+        name: stored_float(value, float_dtype) for name, value in floats.items()
+    }
+    for name, layer in integers.items():
+        weight = layer.weight.cpu().contiguous()
+        tensors[f"{name}.weight"] = pack(weight, layer.weight_bits)
+        for part in ("weight_scale", "activation_scale"):
+            scale = getattr(layer, part).detach().cpu().float()
+            tensors[f"{name}.{part}"] = scale.contiguous()
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = stored_float(layer.bias, float_dtype)
+    # Tied tensors are stored twice: one file must not share memory.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _description(layer: IntegerLayer) -> dict[str, Any]:
+    row = {
+        "kind": layer.kind,
+        "weight_bits": layer.weight_bits,
+        "activation_bits": layer.activation_bits,
+        "shape": list(layer.weight.shape),
+        "bias": layer.bias is not None,
+    }
+    if layer.kind == "conv1d":
+        row.update({key: getattr(layer, key) for key in _GEOMETRY})
+    for key in _EXTRAS:
+        if getattr(layer, key):
+            row[key] = getattr(layer, key)
+    return row
+
+
+def _check_layers(
+    layers: Mapping[str, Mapping], plan: QuantizationPlan, where: str
+) -> None:
+    """The layers must be those that the plan quantizes, as it says."""
+    planned = {
+        row.name: (row.kind, row.quant.weight_bits, row.quant.activation_bits)
+        for row in plan.layers
+        if row.quant is not None
+    }
+    found = {
+        name: (row["kind"], row["weight_bits"], row["activation_bits"])
+        for name, row in layers.items()
+    }
+    for name in [*planned, *found]:
+        if planned.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{where}: layer '{name}' is {_words(found.get(name))}, in "
+                f"{PLAN_FILE} it is {_words(planned.get(name))}; they belong "
+                "to different models"
+            )
+
+
+def _words(row: tuple | None) -> str:
+    if row is None:
+        return "not there"
+    kind, weight_bits, activation_bits = row
+    return f"{kind} W{weight_bits}A{activation_bits}"
+
+
+# -- checksums and names ---------------------------------------------------
+
+
+def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    def chunks(name: str) -> Iterator[Any]:
+        yield tensors[name].reshape(-1).view(torch.uint8).numpy()
+
+    return _digest_of(description, tensors, chunks)
+
+
+def _digest_of(
+    description: str,
+    outlines: Mapping[str, torch.Tensor],
+    chunks: Callable[[str], Iterable[Any]],
+) -> str:
+    """Of tensors of which a piece at a time is there."""
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(outlines):
+        tensor = outlines[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        for chunk in chunks(name):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def bare_name(name: Any) -> str:
+    """``plain_name`` of a checkpoint."""
+    try:
+        return plain_name(name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+# -- reading ---------------------------------------------------------------
+
+
+def load_checkpoint(
+    folder: str | Path, weights: bool = True, needs: Iterable[str] = ()
+) -> Checkpoint:
+    """Reads a quantized model and checks all of it.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Holds ``model.safetensors`` and ``plan.json``.
+    weights : bool
+        False leaves integer weights in the file, which stays open: each is
+        read by ``IntegerLayer.loaded``.
+    needs : iterable of str
+        Files that must be among those whose content is checked, beside the
+        plan.
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    CheckpointError
+        One line that says which file is missing, damaged, mixed up, of
+        another version or something else altogether.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    file = _open(path)
+    description = _read_header(path, file.metadata)
+    for name in sorted({PLAN_FILE, *needs} - set(description.files)):
+        raise CheckpointError(
+            f"{path}: does not name {name} as one of its files, so that it "
+            "may be of another model; copy or make the folder again"
+        )
+    outlines = {name: file.outline(name) for name in file.names}
+    text, checksum = file.metadata["description"], file.metadata["checksum"]
+    if _digest_of(text, outlines, file.chunks) != checksum:
+        raise CheckpointError(
+            f"{path}: is damaged: its content does not have the checksum in "
+            "its header; copy or make it again"
+        )
+    for name, digest in description.files.items():
+        _check_companion(Path(folder) / bare_name(name), digest, path)
+    # What the plan's own tensors decided is in the integers.
+    plan = _load_plan(Path(folder) / PLAN_FILE)
+    rows = {name: asdict(row) for name, row in description.layers.items()}
+    _check_layers(rows, plan, str(path))
+    try:
+        integers = {
+            name: _layer(name, row, file, outlines)
+            for name, row in description.layers.items()
+        }
+        _check_scales(integers, plan)
+        probe = _read_probe(file, outlines)
+        if (probe is not None) != (file.metadata["version"] == str(VERSION)):
+            raise ValueError("its version is not that of its probe")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: is not consistent ({one_line(error)}); make it again"
+        ) from error
+    if weights:
+        integers = {name: layer.loaded() for name, layer in integers.items()}
+    floats = {name: _widen(file.read(name)) for name in outlines}
+    for name, layer in integers.items():
+        if layer.bias is not None:
+            # One copy of each bias.
+            floats[f"{name}.bias"] = layer.bias
+    return Checkpoint(
+        plan,
+        integers,
+        floats,
+        description.float_dtype,
+        checksum,
+        tuple(description.files),
+        probe,
+    )
+
+
+def signed_files(path: str | Path) -> list[str]:
+    """Names of the files that belong to a quantized model.
+
+    Arguments
+    ---------
+    path : str or Path
+        Its ``model.safetensors``.
+
+    Returns
+    -------
+    list of str
+        Plain names.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no quantized model.
+    """
+    path = Path(path)
+    description = _read_header(path, _open(path).metadata)
+    return [bare_name(name) for name in description.files]
+
+
+def _load_plan(path: Path) -> QuantizationPlan:
+    try:
+        return QuantizationPlan.load(path, with_tensors=False)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _open(path: Path) -> TensorFile:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: there is no such file; give the folder that a "
+            "quantization run wrote"
+        )
+    try:
+        return TensorFile(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged or no safetensors file ({one_line(error)}); "
+            "copy or "
+            "make it again"
+        ) from error
+
+
+def _read_header(path: Path, header: Mapping[str, str]) -> _Description:
+    kind, version = header.get("format"), header.get("version")
+    if kind != FORMAT:
+        raise CheckpointError(
+            f"{path}: is not a quantized model of {FORMAT} (its format is "
+            f"{short(kind)}); give the folder that a quantization run wrote"
+        )
+    if version not in (str(VERSION), str(VERSION_WITHOUT_PROBE)):
+        raise CheckpointError(
+            f"{path}: has version {short(version)} of the format, this "
+            f"package reads {VERSION_WITHOUT_PROBE} and {VERSION}; install "
+            f"the version of {FORMAT} that wrote it, or quantize again"
+        )
+    try:
+        text, _ = (
+            typed(header.get(key), str, key)
+            for key in ("description", "checksum")
+        )
+        found = typed(parse_json(text), _Description, "description")
+        for name in found.layers:
+            if not name.isprintable():
+                raise ValueError(f"layer {short(name)}")
+        return found
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: is damaged: its header does not describe its layers "
+            f"({one_line(error)}); copy or make it again"
+        ) from error
+
+
+def _check_companion(file: Path, digest: str, path: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: there is no such file, and {path.name} needs it; copy "
+            "the whole folder"
+        )
+    if _file_digest(file) != digest:
+        raise CheckpointError(
+            f"{file}: is not the file that {path.name} was written with: it "
+            "was edited or is of another model; copy the whole folder again"
+        )
+
+
+def _layer(
+    name: str,
+    row: _Row,
+    file: TensorFile,
+    outlines: dict[str, torch.Tensor],
+) -> IntegerLayer:
+    """A layer whose weight is still in the file; takes its tensors out of
+    ``outlines``, those of the file."""
+    _check_row(name, row)
+    shape = torch.Size(row.shape)
+
+    def outline(part: str) -> torch.Tensor:
+        if f"{name}.{part}" not in outlines:
+            raise ValueError(f"there is no tensor '{name}.{part}'")
+        return outlines.pop(f"{name}.{part}")
+
+    def take(part: str) -> torch.Tensor:
+        dtype = outline(part).dtype
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"layer '{name}': {part} is {dtype}")
+        return file.read(f"{name}.{part}")
+
+    weight_scale = take("weight_scale")
+    activation_scale = take("activation_scale")
+    bias = take("bias") if row.bias else None
+    group = row.weight_group
+    scales = (shape[0], shape[1] // group) if group else shape[:1]
+    for part, tensor, expected in (
+        ("weight_scale", weight_scale, scales),
+        ("activation_scale", activation_scale, activation_scale.shape[:1]),
+        ("bias", bias, shape[:1]),
+    ):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(
+                f"layer '{name}': {part} has shape {list(tensor.shape)}, "
+                f"the weight needs {list(expected)}"
+            )
+    if activation_scale.numel() != 1:
+        raise ValueError(f"layer '{name}': activation_scale is not one value")
+    bits = row.weight_bits
+    try:
+        check_packed(outline("weight"), bits, shape)
+    except ValueError as error:
+        raise ValueError(f"layer '{name}': {error}") from error
+    return IntegerLayer(
+        name=name,
+        kind=row.kind,
+        weight=torch.empty(shape, dtype=torch.int8, device="meta"),
+        weight_scale=weight_scale,
+        weight_bits=bits,
+        activation_scale=activation_scale,
+        activation_bits=row.activation_bits,
+        bias=None if bias is None else bias.float(),
+        read=partial(_read_weight, file, f"{name}.weight", bits, shape),
+        **{key: getattr(row, key) for key in _GEOMETRY + _EXTRAS},
+    )
+
+
+def _check_row(name: str, row: _Row) -> None:
+    """What a description says of a layer must be possible."""
+    sizes, group = row.shape, row.weight_group
+    plain = [getattr(row, key) == getattr(_Row, key) for key in _GEOMETRY]
+    conv = row.kind == "conv1d"
+    checks = {
+        "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
+        "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS,
+        "shape": len(sizes) == (3 if conv else 2) and min(sizes) > 0,
+        "stride": row.stride > 0,
+        "padding": row.padding >= 0,
+        "dilation": row.dilation > 0,
+        "groups": row.groups > 0 and sizes[0] % row.groups == 0,
+        "kind": conv or all(plain),
+        "weight_group": group == 0
+        or (group > 0 and not conv and sizes[1] % group == 0),
+    }
+    for key, good in checks.items():
+        if not good:
+            value = short(getattr(row, key))
+            raise ValueError(f"layer '{name}': {key} cannot be {value}")
+
+
+def _check_scales(
+    integers: Mapping[str, IntegerLayer], plan: QuantizationPlan
+) -> None:
+    """The scales must be positive, and those of inputs the plan's."""
+    quants = plan.quants()
+    for name, layer in integers.items():
+        quant = quants[name]
+        scale = layer.weight_scale
+        if not (scale.isfinite().all() and (scale > 0).all()):
+            raise ValueError(
+                f"layer '{name}': weight_scale has a value that is not positive"
+            )
+        planned = scale_from_amax(
+            torch.tensor(quant.activation_amax), quant.activation_bits
+        )
+        if not torch.allclose(
+            layer.activation_scale.reshape(()), planned, rtol=1e-5, atol=0
+        ):
+            raise ValueError(
+                f"layer '{name}': its inputs have the scale "
+                f"{float(layer.activation_scale):g}, in {PLAN_FILE} it is "
+                f"{float(planned):g}"
+            )
+        for key in _EXTRAS:
+            here, there = getattr(layer, key), getattr(quant, key)
+            if here != there:
+                raise ValueError(
+                    f"layer '{name}': its {key} is {here:g}, in {PLAN_FILE} "
+                    f"it is {there:g}"
+                )
+
+
+def _read_probe(
+    file: TensorFile, outlines: dict[str, torch.Tensor]
+) -> Probe | None:
+    """The probe, if there is one; takes its tensors out of ``outlines``."""
+    names = [name for name in outlines if name.startswith(probes.PREFIX)]
+    probes.check_size(outlines.pop(name) for name in names)
+    if not names:
+        return None
+    return Probe.from_tensors({name: file.read(name) for name in names})
+
+
+def _read_weight(
+    file: TensorFile, name: str, bits: int, shape: torch.Size
+) -> torch.Tensor:
+    weight = unpack(file.read(name), bits, shape)
+    if int(weight.min()) < -qmax(bits):
+        raise CheckpointError(
+            f"{file.path}: '{name}' holds {int(weight.min())}, beyond the "
+            f"range of {bits} bits; make it again"
+        )
+    return weight
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,0 +1,318 @@
+"""The folder that ``EncoderASR.from_hparams`` loads: its files, written.
+
+:mod:`.describe` finds out what a recipe's Brain computes.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from torch import nn
+
+from ..core.integer_layer import IntegerLayer
+from ..core.plan import QuantizationPlan
+from ..inference import CONFIG_FILE, empty_encoder, fill_modules
+from ..model.encoder_spec import check_encoders
+from ..model.wrapper import StoredEncoder
+from ..runtimes import runtimes_with
+from ..runtimes.probe import Probe, simulated_probe
+from ..utils.files import write_atomic, write_json
+from ..utils.typed import one_line
+from ..utils.yaml_tree import parse_yaml
+from .module_tree import node_of_yaml
+from .recognizer_spec import (
+    HYPERPARAMS_FILE,
+    RECOGNIZER_FILE,
+    TOKENIZERS,
+    EncoderSettings,
+    RecognizerSpec,
+)
+from .weights_file import (
+    WEIGHTS_FILE,
+    float_state,
+    loaded_floats,
+    save_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+_HEADER = """\
+# A quantized speech recognizer, written by speechbrain_stablequant:
+#
+#   from speechbrain.inference.ASR import EncoderASR
+#   asr = EncoderASR.from_hparams(source="this folder")
+#   print(asr.transcribe_file("speech.flac"))
+#
+# The runtime is chosen by device; run_opts={"device": "cuda"} and
+# overrides={"backend": "torch"} force one.
+"""
+
+
+@dataclass(frozen=True)
+class RecognizerSource:
+    """What a folder needs beside the weights.
+
+    Arguments
+    ---------
+    keys : tuple of str
+        Modules of the Brain, the encoder first, in the order of their use.
+    encoder : dict
+        Settings of the encoder's wrapper.
+    config : str
+        ``config.json`` of the encoder.
+    heads : dict
+        YAML of each module behind the encoder.
+    tokenizer_class, tokenizer_file : str
+        What the tokenizer is made from.
+    tokenizer : bytes
+        Content of its file.
+    blank_index : int
+        Of the CTC blank.
+    sample_rate : int
+        In Hz.
+    """
+
+    keys: tuple[str, ...]
+    encoder: dict
+    config: str = field(repr=False)
+    heads: dict[str, str]
+    tokenizer_class: str
+    tokenizer_file: str
+    tokenizer: bytes = field(repr=False)
+    blank_index: int
+    sample_rate: int
+
+    def spec(self, backend: str = "auto") -> RecognizerSpec:
+        """The same as data, without the weights and the configuration.
+
+        Arguments
+        ---------
+        backend : str
+            What computes where nothing else is said.
+
+        Raises
+        ------
+        ValueError
+            A head whose YAML is more than kinds and settings.
+        """
+        heads = {
+            key: node_of_yaml(parse_yaml(text)[key], f"heads.{key}")
+            for key, text in self.heads.items()
+        }
+        (tokenizer,) = (
+            name
+            for name, kind in TOKENIZERS.items()
+            if kind == self.tokenizer_class
+        )
+        return RecognizerSpec(
+            encoder=EncoderSettings(**self.encoder),
+            heads=heads,
+            tokenizer=tokenizer,
+            tokenizer_file=self.tokenizer_file,
+            blank_index=self.blank_index,
+            sample_rate=self.sample_rate,
+            backend=backend,
+        )
+
+    def hyperparams(self, checksum: str, backend: str = "auto") -> str:
+        """Text of ``hyperparams.yaml``.
+
+        Arguments
+        ---------
+        checksum : str
+            Of the ``model.safetensors`` beside it.
+        backend : str
+            What computes where nothing else is said.
+        """
+        encoder = json.dumps(self.encoder)
+        heads = "".join(_indented(text, 8) for text in self.heads.values())
+        return (
+            f"{_HEADER}"
+            f"backend: {backend}\n"
+            f"backend_options: {{}}\n"
+            f"sample_rate: {self.sample_rate}\n"
+            f"blank_index: {self.blank_index}\n"
+            f"\n"
+            f"encoder: !new:speechbrain_stablequant.inference."
+            f"QuantizedRecogniser\n"
+            f"    checksum: {json.dumps(checksum)}\n"
+            f"    encoder: {encoder}\n"
+            f"    heads:{heads or ' {}'}\n"
+            f"    backend: !ref <backend>\n"
+            f"    options: !ref <backend_options>\n"
+            f"\n"
+            f"modules:\n"
+            f"    encoder: !ref <encoder>\n"
+            f"\n"
+            f"tokenizer: !new:{self.tokenizer_class}\n"
+            f"\n"
+            f"decoding_function: !name:speechbrain.decoders."
+            f"ctc_greedy_decode\n"
+            f"    blank_id: !ref <blank_index>\n"
+            f"\n"
+            f"audio_normalizer: !new:speechbrain.dataio.preprocess."
+            f"AudioNormalizer\n"
+            f"    sample_rate: !ref <sample_rate>\n"
+            f"\n"
+            f"pretrainer: !new:speechbrain_stablequant.inference."
+            f"FolderLoader\n"
+            f"    recogniser: !ref <encoder>\n"
+            f"    tokenizer: !ref <tokenizer>\n"
+            f"    tokenizer_file: {json.dumps(self.tokenizer_file)}\n"
+        )
+
+
+def _indented(text: str, width: int) -> str:
+    lines = text.strip("\n").splitlines()
+    return "".join(f"\n{' ' * width}{line}" for line in lines)
+
+
+# -- writing ---------------------------------------------------------------
+
+
+def write_folder(
+    folder: str | Path,
+    modules: Mapping[str, nn.Module],
+    plan: QuantizationPlan,
+    integers: Mapping[str, IntegerLayer],
+    float_dtype: str,
+    source: RecognizerSource | None,
+) -> Probe | None:
+    """Writes a quantized model, and what loads it if that is known.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to. Must exist.
+    modules : Mapping
+        Modules of the Brain by key.
+    plan : QuantizationPlan
+        What was decided.
+    integers : Mapping
+        Integer layers by name.
+    float_dtype : str
+        How everything else is stored.
+    source : RecognizerSource or None
+        None: only the weights and the plan.
+
+    Returns
+    -------
+    Probe or None
+        What runtimes prove themselves by, stored with the weights; None
+        without a source.
+    """
+    folder = Path(folder)
+    # Old ones would name the files of another model.
+    for name in (HYPERPARAMS_FILE, RECOGNIZER_FILE):
+        (folder / name).unlink(missing_ok=True)
+    companions, probe = [], None
+    if source is not None:
+        modules = {key: modules[key] for key in source.keys}
+        backend = _backend(modules, plan)
+        write_atomic(folder / CONFIG_FILE, source.config)
+        write_atomic(folder / source.tokenizer_file, source.tokenizer)
+        companions = [CONFIG_FILE, source.tokenizer_file]
+        companions += _write_spec(folder, source, backend)
+    floats = float_state(modules, list(integers))
+    if source is not None:
+        probe = folder_probe(source, integers, floats, float_dtype)
+    checksum = save_checkpoint(
+        folder,
+        plan,
+        integers,
+        floats,
+        float_dtype,
+        companions,
+        probe,
+    )
+    if source is not None:
+        text = source.hyperparams(checksum, backend)
+        write_atomic(folder / HYPERPARAMS_FILE, text)
+    return probe
+
+
+def folder_probe(
+    source: RecognizerSource,
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> Probe:
+    """The probe of a folder, from what its file holds and nothing else.
+
+    Arguments
+    ---------
+    source : RecognizerSource
+        What the folder is made from again.
+    integers : Mapping
+        Integer layers by name.
+    floats : Mapping
+        All else, from :func:`~.checkpoint.float_state`.
+    float_dtype : str
+        How it is stored.
+
+    Returns
+    -------
+    Probe
+        Computed on the CPU, in float32.
+    """
+    integers = {name: layer.to("cpu") for name, layer in integers.items()}
+    state = loaded_floats(integers, floats, float_dtype)
+    settings = dict(source.encoder)
+    key, use_lengths = settings.pop("key"), settings.pop("use_lengths")
+    # Making modules draws random numbers.
+    with torch.random.fork_rng([]):
+        encoder = empty_encoder(json.loads(source.config))
+        parts = {key: StoredEncoder(encoder, **settings)}
+        for name, text in source.heads.items():
+            parts[name] = load_hyperpyyaml(text)[name]
+    fill_modules(parts, integers, state, "the quantized model")
+    for part in parts.values():
+        part.cpu().eval()
+    return simulated_probe(parts, integers, use_lengths, source.sample_rate)
+
+
+def _write_spec(
+    folder: Path, source: RecognizerSource, backend: str
+) -> list[str]:
+    """Writes ``recognizer.json`` if the heads can be described as data."""
+    try:
+        spec = source.spec(backend)
+        spec.build_heads()
+    except ValueError as error:
+        logger.warning(
+            "quantize: speechbrain_stablequant.load will not load this folder, "
+            "EncoderASR does: %s",
+            one_line(error, 400),
+        )
+        return []
+    write_json(folder / RECOGNIZER_FILE, spec.to_dict())
+    return [RECOGNIZER_FILE]
+
+
+def _backend(modules: Mapping[str, nn.Module], plan: QuantizationPlan) -> str:
+    """Where there is no choice, `auto` would choose what cannot do it."""
+    able = runtimes_with(plan.extras)
+    try:
+        check_encoders(modules)
+    except ValueError:
+        able = ["torch"]
+    return able[0] if len(able) == 1 else "auto"
+
+
+def folder_size(folder: str | Path) -> int:
+    """Bytes of the model's file.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The folder.
+
+    Returns
+    -------
+    int
+    """
+    return (Path(folder) / WEIGHTS_FILE).stat().st_size

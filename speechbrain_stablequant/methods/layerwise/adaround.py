@@ -1,0 +1,166 @@
+"""Adaptive rounding: Nagel et al., "Up or Down?" (2020).
+
+For each weight it is learned whether it is rounded up or down, so that the
+layer's output on quantized inputs is nearest to that of the float model. The
+settings are those that AIMET publishes.
+
+One addition: the weight of the term that makes roundings hard is published
+for layers whose outputs are of the usual size. Where the output error is much
+larger than that weight, roundings would end half way and the last threshold
+would give the nearest integers. So as long as more than 1 % of them are not
+hard, some iterations follow with ever larger weights.
+
+The paper draws minibatches of outputs. A layer is linear, so its mean squared
+error over *all* frames of the calibration set is a quadratic form in the
+weights (see :mod:`.moments`): the gradient has no noise, no sample is left
+out, nothing is drawn, and an iteration costs out x in x in products - at most
+as much as one with a minibatch of as many frames as the layer has inputs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ...core.affine import qmax
+from ...core.weights import weight_scale
+
+_LOW, _HIGH = -0.1, 1.1
+# Of Adam, as usual.
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+# The weight grows to 4^12 times the published one at most.
+_HARDENINGS = 12
+
+
+@dataclass(frozen=True)
+class AdaRound:
+    """Finds integers by adaptive rounding.
+
+    Arguments
+    ---------
+    iterations : int
+        Steps of Adam.
+    lr : float
+        Its learning rate.
+    weight : float
+        Of the term that drives each rounding to 0 or 1.
+    beta_start, beta_end : float
+        Its exponent, from soft to hard.
+    warm_start : float
+        Fraction of the iterations without it.
+
+    Example
+    -------
+    >>> weight = torch.tensor([[1.0, 0.45, 0.35]])
+    >>> gram = torch.ones(3, 3)  # the inputs are equal
+    >>> solve = AdaRound(iterations=200, lr=0.05)
+    >>> q, scale = solve(weight, 2, "max", 0, gram, gram)
+    >>> int(q.sum())  # the nearest integers are 1, 0, 0
+    2
+    """
+
+    iterations: int = 10000
+    lr: float = 0.01
+    weight: float = 0.01
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    warm_start: float = 0.2
+
+    cross = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        bits: int,
+        method: str,
+        group: int,
+        gram: torch.Tensor,
+        cross: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`~.refine.Solve`."""
+        scale = weight_scale(weight, bits, method, group)
+        steps = scale.view(len(weight), -1).repeat_interleave(
+            weight.shape[1] // scale.view(len(weight), -1).shape[1], dim=1
+        )
+        limit = qmax(bits)
+        # Beyond the range there is nothing to decide.
+        ratio = (weight / steps).clamp(-limit, limit)
+        floor = ratio.floor().clamp_(max=limit - 1)
+        aim = weight @ cross
+        up = self._learn(floor, ratio - floor, steps, gram, aim)
+        nearest = ratio.round()
+        learned = floor + up
+        # Exact errors, up to the same constant; a row keeps the better one.
+        better = _errors(learned * steps, gram, aim) < _errors(
+            nearest * steps, gram, aim
+        )
+        chosen = torch.where(better[:, None], learned, nearest)
+        return chosen.to(torch.int8), scale
+
+    def _learn(
+        self,
+        floor: torch.Tensor,
+        fraction: torch.Tensor,
+        steps: torch.Tensor,
+        gram: torch.Tensor,
+        aim: torch.Tensor,
+    ) -> torch.Tensor:
+        """1 where a weight is rounded up."""
+        v = -torch.log((_HIGH - _LOW) / (fraction - _LOW) - 1)
+        adam = _Adam(v, self.lr)
+
+        def step(pull: float, beta: float) -> None:
+            sigmoid = torch.sigmoid(v)
+            soft = sigmoid * (_HIGH - _LOW) + _LOW
+            h = soft.clamp(0, 1)
+            slope = 2 * (((floor + h) * steps) @ gram - aim) * steps
+            if pull:
+                # Of pull * sum(1 - |2h - 1|^beta).
+                away = 2 * h - 1
+                power = away.abs().pow_(beta - 1).mul_(away.sign())
+                slope += power.mul_(-2 * beta * pull)
+            slope *= sigmoid * (1 - sigmoid) * (_HIGH - _LOW)
+            slope *= (soft > 0) & (soft < 1)
+            adam.step(slope)
+
+        warm = int(self.warm_start * self.iterations)
+        swing = self.beta_start - self.beta_end
+        for index in range(self.iterations):
+            done = (index - warm) / max(1, self.iterations - warm)
+            beta = self.beta_end + 0.5 * swing * (1 + math.cos(done * math.pi))
+            step(self.weight if index >= warm else 0.0, beta)
+        pull = self.weight
+        for _ in range(_HARDENINGS):
+            h = (torch.sigmoid(v) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+            if ((h > 0.05) & (h < 0.95)).float().mean() <= 0.01:
+                break
+            pull *= 4
+            for _ in range(max(self.iterations // 10, 1)):
+                step(pull, self.beta_end)
+        return (torch.sigmoid(v) * (_HIGH - _LOW) + _LOW >= 0.5).float()
+
+
+class _Adam:
+    """Adam on one tensor, in place."""
+
+    def __init__(self, value: torch.Tensor, lr: float):
+        self.value, self.lr, self.steps = value, lr, 0
+        self.first = torch.zeros_like(value)
+        self.second = torch.zeros_like(value)
+
+    def step(self, slope: torch.Tensor) -> None:
+        self.steps += 1
+        self.first.lerp_(slope, 1 - _BETAS[0])
+        self.second.lerp_(slope * slope, 1 - _BETAS[1])
+        mean = self.first / (1 - _BETAS[0] ** self.steps)
+        spread = (self.second / (1 - _BETAS[1] ** self.steps)).sqrt_()
+        self.value -= self.lr * mean / spread.add_(_EPS)
+
+
+def _errors(
+    grid: torch.Tensor, gram: torch.Tensor, aim: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared output error of each row, without its constant part."""
+    grid = grid.double()
+    return (grid * (grid @ gram.double() - 2 * aim.double())).sum(1)

@@ -1,0 +1,244 @@
+"""Moments of the windows of a convolution that moves one frame at a time.
+
+Its windows overlap in all but one frame. So the second moment of two entries
+is that of their lag, but for the frames at both ends: with rows t = 0..T-1 of
+a signal x, and the entry (c, k) of row t being x[c, t + k],
+
+    G[(c, k+1), (d, j+1)] = G[(c, k), (d, j)]
+                            - x[c, k] x[d, j] + x[c, T+k] x[d, T+j].
+
+The first row and column of blocks and the ends are all that is added up: for a
+kernel of K frames a K-th of the products. A matrix is made when it is asked
+for.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...utils.distributed import gathered_tensors
+from .hessian import Moments, Sums
+
+# A shorter kernel has too few windows in common to be worth it.
+_KERNEL = 8
+
+
+def slides(module: nn.Module) -> bool:
+    """Whether a layer's moments are to be taken by lags.
+
+    Example
+    -------
+    >>> slides(nn.Conv1d(4, 4, 16)), slides(nn.Conv1d(4, 4, 16, stride=2))
+    (True, False)
+    """
+    return isinstance(module, nn.Conv1d) and (
+        module.stride == (1,)
+        and module.dilation == (1,)
+        and module.kernel_size[0] >= _KERNEL
+    )
+
+
+def signals(
+    module: nn.Conv1d,
+    x: torch.Tensor,
+    frames: Sequence[int] | None = None,
+    groups: slice = slice(None),
+) -> list[torch.Tensor]:
+    """What the windows of each utterance are cut from, padding included.
+
+    Arguments
+    ---------
+    module : torch.nn.Conv1d
+        With a stride of one.
+    x : torch.Tensor
+        [batch, in, time]
+    frames : sequence of int, optional
+        Real input frames of each utterance; None for all.
+    groups : slice
+        Groups of the convolution.
+
+    Returns
+    -------
+    list of torch.Tensor
+        [groups, in / groups, rows + kernel - 1] of each utterance that has a
+        row.
+
+    Example
+    -------
+    >>> conv = nn.Conv1d(4, 4, 8, padding=4, groups=2)
+    >>> [s.shape for s in signals(conv, torch.zeros(2, 4, 9), [9, 3])]
+    [torch.Size([2, 2, 17]), torch.Size([2, 2, 11])]
+    """
+    (padding,), (kernel,) = module.padding, module.kernel_size
+    x = x.view(x.shape[0], module.groups, -1, x.shape[2])[:, groups]
+    padded = F.pad(x, (padding, padding))
+    if frames is None:
+        frames = [x.shape[3]] * len(x)
+    lengths = [n + 2 * padding for n in frames]
+    return [
+        one[..., :length]
+        for one, length in zip(padded, lengths, strict=True)
+        if length >= kernel
+    ]
+
+
+@dataclass
+class LagMoments:
+    """Second moments [groups, inputs, inputs], made group by group when they
+    are asked for: ``moments[g]``.
+
+    Arguments
+    ---------
+    rows : int
+        Windows.
+    first_row, first_column : torch.Tensor
+        float64 sums over the windows, [groups, in, in, kernel]: of the left
+        signal's first frame with all frames of the right one's windows, and
+        of the right signal's first frame with all of the left one's.
+    heads, tails : (torch.Tensor, torch.Tensor)
+        Frames at the ends of the left and of the right signal,
+        [groups, utterances, in, kernel - 1].
+    """
+
+    rows: int
+    first_row: torch.Tensor = field(repr=False)
+    first_column: torch.Tensor = field(repr=False)
+    heads: tuple[torch.Tensor, torch.Tensor] = field(repr=False)
+    tails: tuple[torch.Tensor, torch.Tensor] = field(repr=False)
+
+    def __getitem__(self, g: int) -> torch.Tensor:
+        row, column = self.first_row[g], self.first_column[g]
+        left, right, kernel = row.shape
+        ends = self._ends(g)
+        sums = row.new_empty(left, kernel, right, kernel)
+        sums[:, 0] = row
+        sums[..., 0] = column.permute(1, 2, 0)
+        for k in range(kernel - 1):
+            sums[:, k + 1, :, 1:] = sums[:, k, :, :-1] + ends[:, k]
+        return sums.view(left * kernel, -1).div_(self.rows).float()
+
+    def _ends(self, g: int) -> torch.Tensor:
+        """What one step along both windows adds, for each pair of entries."""
+        (head, other_head), (tail, other_tail) = self.heads, self.tails
+        left = torch.cat([tail[g], -head[g]]).flatten(1).double()
+        right = torch.cat([other_tail[g], other_head[g]]).flatten(1).double()
+        _, _, channels, frames = head.shape
+        return (left.T @ right).view(channels, frames, -1, frames)
+
+
+class LagSum:
+    """Adds up the moments utterance by utterance; as
+    :class:`~.moments.MomentSum`, of :func:`signals` instead of rows.
+
+    Arguments
+    ---------
+    kernel : int
+        Frames of a window.
+    second, cross : bool
+        Whether second moments are wanted, and those between the float and
+        the quantized input.
+    edges : (float, float)
+        Least and largest input on the activation grid, for the mean.
+
+    Example
+    -------
+    >>> total = LagSum(2, second=True, cross=False)
+    >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])  # rows: 1, 2 and 2, 3
+    >>> total.add([x], [x])
+    >>> moments = total.result()
+    >>> moments.mean, moments.gram[0]
+    (tensor([[1.5000, 2.5000]]), tensor([[2.5000, 4.0000],
+            [4.0000, 6.5000]]))
+    """
+
+    def __init__(
+        self,
+        kernel: int,
+        second: bool,
+        cross: bool,
+        edges: tuple[float, float] = (-math.inf, math.inf),
+    ):
+        self.kernel = kernel
+        self.edges = edges
+        self.pairs = ["gram"] * second + ["cross"] * cross
+        self._sums = Sums()
+        self._ends: dict[str, list[torch.Tensor]] = {}
+
+    def add(
+        self, floats: Sequence[torch.Tensor], integers: Sequence[torch.Tensor]
+    ) -> None:
+        """Adds a batch.
+
+        Arguments
+        ---------
+        floats, integers : sequence of torch.Tensor
+            Of the float and the quantized model, see :func:`signals`.
+        """
+        for x, q in zip(floats, integers, strict=True):
+            rows = x.shape[2] - self.kernel + 1
+            self._sums.rows += rows
+            self._sums.add("float_mean", self._mean(x.clamp(*self.edges), rows))
+            self._sums.add("mean", self._mean(q, rows))
+            for name in self.pairs:
+                left = q if name == "gram" else x
+                self._sums.add(f"{name} row", self._products(left, q, rows))
+                # Of a signal with itself it is the row.
+                if name == "cross":
+                    self._sums.add("cross column", self._products(q, x, rows))
+            if self.pairs:
+                for name, signal in (("float", x), ("integer", q)):
+                    head = signal[..., : self.kernel - 1]
+                    tail = signal[..., rows:]
+                    self._ends.setdefault(f"{name} heads", []).append(head)
+                    self._ends.setdefault(f"{name} tails", []).append(tail)
+
+    def _mean(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Sum of the windows, [groups, inputs]."""
+        sums = F.pad(x.double().cumsum(-1), (1, 0))
+        return (sums[..., rows:] - sums[..., : self.kernel]).flatten(1)
+
+    def _products(
+        self, first: torch.Tensor, other: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """Sums of the first frame of a window with all frames of the other
+        signal's, [groups, in, in, kernel]."""
+        windows = other.unfold(2, self.kernel, 1).permute(0, 2, 1, 3)
+        # Windows are copied: those of one group at a time.
+        found = torch.stack(
+            [
+                left[:, :rows] @ right.flatten(1)
+                for left, right in zip(first, windows, strict=True)
+            ]
+        )
+        return found.unflatten(2, (-1, self.kernel)).double()
+
+    def result(self) -> Moments:
+        """The means of all that was added, in all processes.
+
+        Raises
+        ------
+        ValueError
+            Nothing was added.
+        """
+        self._sums.join()
+        means = self._sums.means("float_mean", "mean")
+        ends = {
+            name: torch.cat(gathered_tensors(torch.stack(parts, 1)), 1)
+            for name, parts in self._ends.items()
+        }
+        second = {}
+        for name in self.pairs:
+            left = "integer" if name == "gram" else "float"
+            row = self._sums[f"{name} row"]
+            second[name] = LagMoments(
+                self._sums.rows,
+                row,
+                self._sums.get(f"{name} column", row),
+                (ends[f"{left} heads"], ends["integer heads"]),
+                (ends[f"{left} tails"], ends["integer tails"]),
+            )
+        return Moments(self._sums.rows, **means, **second)

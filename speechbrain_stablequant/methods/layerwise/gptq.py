@@ -1,0 +1,139 @@
+"""Rounding with compensation of the error by the weights that follow.
+
+Frantar et al., "GPTQ" (2023): the weights of a row are rounded one input
+after the other; what each leaves is taken up by those that are still free, in
+the way that changes the layer's output least. One pass over the columns, no
+iterations. Where E[x q'] is known, the aim is the output of the float model
+and not that of the float weights on the quantized inputs: then the errors of
+earlier layers are compensated as well.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...core.affine import qmax
+from ...core.weights import weight_scale
+
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Compensate:
+    """Finds integers by error compensation.
+
+    Arguments
+    ---------
+    damping : float
+        Added to the diagonal of the second moments, as a fraction of its
+        mean.
+    cross : bool
+        Whether the output of the float model is the aim.
+
+    Example
+    -------
+    >>> weight = torch.tensor([[1.0, 0.4, 0.4]])
+    >>> gram = torch.ones(3, 3) + 0.01 * torch.eye(3)  # inputs move together
+    >>> q, scale = Compensate(0.001, cross=False)(weight, 2, "max", 0, gram)
+    >>> int(q.sum())  # the nearest integers are 1, 0, 0
+    2
+    """
+
+    damping: float = 0.01
+    cross: bool = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        bits: int,
+        method: str,
+        group: int,
+        gram: torch.Tensor,
+        cross: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`~.refine.Solve`."""
+        gram = gram.clone()
+        diagonal = gram.diagonal()
+        # Inputs that are always zero: any weight is right for them.
+        dead = diagonal <= 0
+        ridge = float(self.damping * diagonal.clamp(min=0).mean())
+        diagonal += ridge if ridge > 0 else 1.0
+        if self.cross and cross is not None:
+            weight = _aimed_at_float_output(weight, gram, cross, ridge, dead)
+        scale = weight_scale(weight, bits, method, group)
+        # Inputs of large energy first, while most others can still move.
+        order = gram.diagonal().argsort(descending=True)
+        columns = scale.view(len(weight), -1).repeat_interleave(
+            weight.shape[1] // scale.view(len(weight), -1).shape[1], dim=1
+        )
+        upper = _inverse_factor(gram[order][:, order])
+        found = _sweep(weight[:, order], columns[:, order], upper, qmax(bits))
+        integers = torch.empty_like(found)
+        integers[:, order] = found
+        return integers.to(torch.int8), scale
+
+
+def _aimed_at_float_output(
+    weight: torch.Tensor,
+    damped: torch.Tensor,
+    cross: torch.Tensor,
+    ridge: float,
+    dead: torch.Tensor,
+) -> torch.Tensor:
+    """The weights that, on quantized inputs, come nearest to the float
+    output: W (E[x q'] + r) (E[q q'] + r)^-1. With nothing known (a large
+    ridge) these are the float weights."""
+    right = cross.clone()
+    right.diagonal().add_(ridge)
+    factor = _cholesky(damped)
+    moved = torch.cholesky_solve((weight @ right).T, factor).T
+    return torch.where(dead, weight, moved)
+
+
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Lower factor; with more damping where rounding made it indefinite."""
+    extra = 0.0
+    mean = float(matrix.diagonal().mean())
+    for _ in range(8):
+        damped = matrix + extra * torch.eye(
+            len(matrix), dtype=matrix.dtype, device=matrix.device
+        )
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return factor
+        extra = max(10 * extra, 1e-3 * mean)
+    raise ValueError(
+        "the second moments of a layer's inputs are not finite; look for NaN "
+        "in the calibration data"
+    )
+
+
+def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """Upper factor U of the inverse, U'U = matrix^-1."""
+    inverse = torch.cholesky_inverse(_cholesky(matrix))
+    return _cholesky(inverse).T.contiguous()
+
+
+def _sweep(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    upper: torch.Tensor,
+    limit: int,
+) -> torch.Tensor:
+    """Rounds column by column; the columns behind take up each error."""
+    weight = weight.clone()
+    found = torch.empty_like(weight)
+    inputs = weight.shape[1]
+    for start in range(0, inputs, _BLOCK):
+        stop = min(start + _BLOCK, inputs)
+        errors = torch.empty_like(weight[:, start:stop])
+        for i in range(start, stop):
+            column, step = weight[:, i], scale[:, i]
+            q = (column / step).round_().clamp_(-limit, limit)
+            found[:, i] = q
+            error = (column - q * step) / upper[i, i]
+            errors[:, i - start] = error
+            weight[:, i:stop] -= torch.outer(error, upper[i, i:stop])
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return found

@@ -1,0 +1,293 @@
+"""Decides the integers and biases of all layers, one after the other."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ...core.plan import LayerQuant
+from ...core.plan_tensors import LayerTensors
+from ...core.weights import restore_weight, round_weight, weight_scale
+from ...model.layers import Layer
+from ...utils.distributed import from_main
+from ...utils.files import identity
+from ...utils.precision import full_float32
+from ...utils.store import Store
+from .conv_hessian import slides
+from .hessian import Moments, conv_groups
+from .prefix_walk import PrefixWalk
+
+# Second moments that are held at once: those of a wide grouped convolution
+# are taken some groups at a time.
+MOMENT_BYTES = 2 * 10**9
+
+
+class Solve(Protocol):
+    """Finds the integers of some rows of a weight that see the same inputs."""
+
+    #: Whether it uses E[x q'].
+    cross: bool
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        bits: int,
+        method: str,
+        group: int,
+        gram: torch.Tensor,
+        cross: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Solves.
+
+        Arguments
+        ---------
+        weight : torch.Tensor
+            float32 [out, inputs].
+        bits : int
+            Of the integers.
+        method : str
+            Calibrator of their scales.
+        group : int
+            Inputs that share a scale; 0 for all.
+        gram, cross : torch.Tensor
+            E[q q'] and E[x q'].
+
+        Returns
+        -------
+        torch.Tensor
+            int8 [out, inputs].
+        torch.Tensor
+            float32 scales [out] or [out, groups].
+        """
+
+
+@dataclass
+class LayerStore:
+    """Finished layers on disk, so that a killed run goes on.
+
+    Arguments
+    ---------
+    store : Store
+        Keeps a file for each.
+    key : str
+        Identifies all that decides the result.
+    reused : int
+        Layers that were found.
+    """
+
+    store: Store
+    key: str
+    reused: int = field(default=0, init=False)
+
+    def _file(self, name: str) -> str:
+        # Layers of other settings stay beside these.
+        return f"{identity([self.key, name])}.safetensors"
+
+    def read(self, name: str) -> LayerTensors | None:
+        """A finished layer.
+
+        Arguments
+        ---------
+        name : str
+            Of the layer.
+
+        Returns
+        -------
+        LayerTensors or None
+        """
+        known = self.store.read_tensors(
+            self._file(name), self.key, "finished layer"
+        )
+        found = from_main(None if known is None else LayerTensors(**known[0]))
+        self.reused += found is not None
+        return found
+
+    def write(self, name: str, tensors: LayerTensors) -> None:
+        """Keeps a finished layer.
+
+        Arguments
+        ---------
+        name : str
+            Of the layer.
+        tensors : LayerTensors
+            What was decided.
+        """
+        parts = {k: v for k, v in vars(tensors).items() if v is not None}
+        self.store.write_tensors(self._file(name), self.key, parts, name)
+
+
+@full_float32()  # the 10 bits of TF32 are too few for second moments
+def refine(
+    walk: PrefixWalk,
+    quants: Mapping[str, LayerQuant],
+    store: LayerStore,
+    solve: Callable[[Layer], Solve | None] = lambda _: None,
+    corrects_bias: Callable[[Layer], bool] = lambda _: False,
+    on_layer: Callable[[str], None] = lambda _: None,
+) -> dict[str, LayerTensors]:
+    """Decides layer by layer, each behind the decided ones before it.
+
+    Arguments
+    ---------
+    walk : PrefixWalk
+        Gives the moments; its simulator gets what is decided.
+    quants : Mapping
+        LayerQuant of the layers to quantize, by name; others stay float.
+    store : LayerStore
+        Finished layers.
+    solve : callable
+        Of a layer: what finds its integers; None: the nearest ones.
+    corrects_bias : callable
+        Of a layer: whether its bias takes up the mean error of its output.
+    on_layer : callable
+        Called with the name of each finished layer.
+
+    Returns
+    -------
+    dict
+        LayerTensors by name.
+    """
+    decided: dict[str, LayerQuant] = {}
+    result: dict[str, LayerTensors] = {}
+    for group in walk.groups():
+        layers = [layer for layer in group if layer.name in quants]
+        found = {layer.name: store.read(layer.name) for layer in layers}
+        problems = [
+            _Problem(layer, quants[layer.name], solve(layer))
+            for layer in layers
+            if found[layer.name] is None
+        ]
+        # Layers of one group see the same inputs: one pass serves them all.
+        for same in _same_inputs(problems):
+            for problem, tensors in _solve_together(
+                walk, same, decided, corrects_bias
+            ):
+                name = problem.layer.name
+                found[name] = tensors
+                store.write(name, tensors)
+        for layer in layers:
+            result[layer.name] = found[layer.name]
+            walk.simulator.tensors[layer.name] = found[layer.name]
+            decided[layer.name] = quants[layer.name]
+            on_layer(layer.name)
+    return result
+
+
+@dataclass
+class _Problem:
+    layer: Layer
+    quant: LayerQuant
+    solve: Solve | None
+
+
+def _same_inputs(problems: list[_Problem]) -> list[list[_Problem]]:
+    """Problems whose inputs are quantized and unfolded alike."""
+    alike: dict[tuple, list[_Problem]] = {}
+    for problem in problems:
+        quant, module = problem.quant, problem.layer.module
+        key = (
+            quant.activation_bits,
+            quant.activation_amax,
+            quant.activation_offset,
+            getattr(module, "kernel_size", None),
+            getattr(module, "stride", None),
+            getattr(module, "padding", None),
+            getattr(module, "dilation", None),
+            conv_groups(module),
+        )
+        alike.setdefault(key, []).append(problem)
+    return list(alike.values())
+
+
+def _solve_together(
+    walk: PrefixWalk,
+    problems: list[_Problem],
+    decided: Mapping[str, LayerQuant],
+    corrects_bias: Callable[[Layer], bool],
+) -> Iterator[tuple[_Problem, LayerTensors]]:
+    first = problems[0]
+    solves = [p.solve for p in problems if p.solve is not None]
+    centered = [corrects_bias(p.layer) for p in problems]
+    if not solves and not any(centered):
+        for problem in problems:
+            yield problem, _nearest(problem)
+        return
+    second = bool(solves)
+    cross = any(solve.cross for solve in solves)
+    count = conv_groups(first.layer.module)
+    inputs = first.layer.module.weight[0].numel()
+    held = 4 * inputs**2 * (1 + cross) if second else 1
+    step = max(1, min(count, MOMENT_BYTES // held))
+    if slides(first.layer.module):
+        step = count  # one pass: they are made from their lags
+    weights = [p.layer.module.weight.detach().float() for p in problems]
+    parts: list[list[tuple]] = [[] for _ in problems]
+    for start in range(0, count, step):
+        chunk = slice(start, min(start + step, count))
+        moments = walk.moments(
+            first.layer, first.quant, decided, second, cross, chunk
+        )
+        for i, problem in enumerate(problems):
+            rows = weights[i].view(count, -1, inputs)[chunk]
+            for g, weight in enumerate(rows):
+                parts[i].append(
+                    _solve_rows(problem, weight, moments, g, centered[i])
+                )
+        del moments
+    for i, problem in enumerate(problems):
+        yield problem, _joined(problem, weights[i], parts[i], centered[i])
+
+
+def _nearest(problem: _Problem) -> LayerTensors:
+    quant = problem.quant
+    weight = problem.layer.module.weight.detach().float()
+    scale = weight_scale(
+        weight, quant.weight_bits, quant.weight_method, quant.weight_group
+    )
+    return LayerTensors(round_weight(weight, scale, quant.weight_bits), scale)
+
+
+def _solve_rows(
+    problem: _Problem,
+    weight: torch.Tensor,
+    moments: Moments,
+    g: int,
+    centered: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Integers, scales and mean output error of the rows of one group."""
+    quant = problem.quant
+    bits, method = quant.weight_bits, quant.weight_method
+    mean, float_mean = moments.mean[g], moments.float_mean[g]
+    if problem.solve is None:
+        scale = weight_scale(weight, bits, method, quant.weight_group)
+        integers = round_weight(weight, scale, bits)
+    else:
+        gram = moments.gram[g]
+        cross = moments.cross[g] if problem.solve.cross else None
+        if centered:
+            # The bias takes up the mean error: only the rest is minimized.
+            gram = gram - torch.outer(mean, mean)
+            if cross is not None:
+                cross = cross - torch.outer(float_mean, mean)
+        integers, scale = problem.solve(
+            weight, bits, method, quant.weight_group, gram, cross
+        )
+    grid = restore_weight(integers, scale)
+    return integers, scale, weight @ float_mean - grid @ mean
+
+
+def _joined(
+    problem: _Problem,
+    weight: torch.Tensor,
+    parts: list[tuple],
+    centered: bool,
+) -> LayerTensors:
+    integers, scale, error = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    bias = None
+    if centered:
+        own = problem.layer.module.bias
+        bias = error if own is None else own.detach().float() + error
+    return LayerTensors(integers.view(weight.shape), scale, bias)

@@ -1,0 +1,98 @@
+"""Integers and biases of layers, decided one behind the other."""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from ...core.plan import LayerQuant
+from ...core.plan_tensors import LayerTensors
+from ...model.layers import Layer
+from ...utils import distributed
+from ...utils.files import identity
+from ..session.session import Stage
+from . import LayerStore, PrefixWalk, refine
+from .reconstruct import Solve
+
+logger = logging.getLogger(__name__)
+
+LAYER_FOLDER = "finished_layers"
+
+
+def rounded_layers(
+    stage: Stage,
+    weights: str,
+    in_order: bool,
+    quants: Mapping[str, LayerQuant],
+    what: str,
+    solve: Callable[[Layer], Solve | None],
+    corrects_bias: Callable[[Layer], bool] = lambda _: False,
+) -> dict[str, LayerTensors]:
+    """Decides integers and biases layer by layer, remembered on disk.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recognizer and its layers.
+    weights : str
+        Fingerprint of the float model.
+    in_order : bool
+        Whether layers are called in the order of their units.
+    quants : Mapping
+        LayerQuant by name; layers that are not named stay float.
+    what : str
+        Name of the method, for the progress bar.
+    solve : callable
+        Of a layer: what finds its integers; None for the nearest ones.
+    corrects_bias : callable
+        Of a layer: whether its bias is corrected.
+
+    Returns
+    -------
+    dict
+        LayerTensors by name.
+    """
+    recognizer = stage.recognizer
+    names = set(quants)
+    content = [
+        "means of what is in the range",
+        weights,
+        recognizer.key("calibration", "inputs"),
+        {name: quant.to_dict() for name, quant in quants.items()},
+        [
+            [layer.name, repr(solve(layer)), corrects_bias(layer)]
+            for layer in stage.layers
+            if layer.name in names
+        ],
+    ]
+    store = LayerStore(stage.store.below(LAYER_FOLDER), identity(content))
+    # The stage's simulator, so that the weights that it makes here serve when
+    # the result is measured.
+    stage.simulator.tensors = {}
+    walk = PrefixWalk(
+        stage.simulator,
+        list(stage.units),
+        partial(recognizer.forward, "calibration"),
+        lambda batch: recognizer.lengths("calibration", batch),
+        stage.geometry(),
+        stage.cuts(in_order),
+        stage.cache_bytes,
+    )
+    with stage.bar(len(names), what) as bar:
+
+        def on_layer(name: str) -> None:
+            bar.update(1)
+            bar.set_postfix_str(name.rpartition(".")[2])
+
+        found = refine(walk, quants, store, solve, corrects_bias, on_layer)
+    missing = sorted(names - set(found))
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: was not called in the first batch; add it to "
+            "quantize.exclude"
+        )
+    if store.reused:
+        logger.info("%s: %d layers from disk", what, store.reused)
+    if distributed.size() > 1:
+        # another card may round another way
+        found = {name: tensors.cpu() for name, tensors in found.items()}
+    return distributed.from_main(found)

@@ -1,0 +1,1 @@
+"""``stablequant_plus``: beyond the paper, without training."""

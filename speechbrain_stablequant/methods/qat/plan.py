@@ -1,0 +1,137 @@
+"""``method: qat``: the calibrated model, trained as it will be executed."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from tqdm import tqdm
+
+from ...core.plan import LayerQuant, QuantizationPlan
+from ...core.plan_tensors import AdjustedTensors, adjusted_floats
+from ...simulation.fake_quant import Simulator
+from ...utils.files import identity
+from ..search import Score
+from ..session import Stage
+from .training import EpochStore, Student, Training
+
+logger = logging.getLogger(__name__)
+
+EPOCH_FOLDER = "finished_epochs"
+
+
+def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
+    """Trains the quantized model.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recognizer with its training loop, its configuration and layers.
+    start : QuantizationPlan
+        The calibrated model.
+
+    Returns
+    -------
+    QuantizationPlan
+        With the integers, biases and changed parameters of the epoch that
+        was kept; ``search["training"]`` has an entry for each epoch.
+    """
+    config, recognizer = stage.config, stage.recognizer
+    settings, trainer = config.qat, recognizer.trainer
+    frozen: tuple[str, ...] = ()
+    if settings.freeze_feature_extractor:
+        frozen = tuple(
+            f"{encoder.path}.feature_extractor." for encoder in stage.encoders
+        )
+    student = Student(
+        stage.layers,
+        start.quants(),
+        {key: recognizer.modules[key] for key in config.target},
+        settings.learn_scales,
+        lambda name: name.startswith(frozen),
+        settings.bfloat16,
+    )
+    training = Training(
+        settings.epochs,
+        settings.lr,
+        settings.scale_lr,
+        settings.distill,
+        settings.keep,
+    )
+    batches = len(trainer)
+    store = EpochStore(stage.store.below(EPOCH_FOLDER), _key(stage, start))
+
+    def measure(
+        quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
+    ) -> Score:
+        simulator = Simulator(stage.layers, tensors.layers)
+        with (
+            simulator.apply(quants),
+            adjusted_floats(recognizer.modules, tensors.floats),
+        ):
+            return recognizer.score(lambda _: None, None)
+
+    with tqdm(
+        total=settings.epochs * batches,
+        desc="qat",
+        dynamic_ncols=True,
+        smoothing=0,
+        disable=not recognizer.show_progress,
+    ) as bar:
+
+        def on_batch(epoch: int, index: int) -> None:
+            done = (epoch - 1) * batches + index
+            if bar.n == 0:
+                # What an earlier run has done says nothing about the time.
+                bar.n = bar.initial = done
+            bar.set_postfix_str(f"epoch {epoch}", refresh=False)
+            bar.update(done - bar.n)
+
+        def on_epoch(entry: Mapping) -> None:
+            said = [
+                f"{what} {entry[name]:{form}}"
+                for what, name, form in (
+                    ("loss", "loss", ".4f"),
+                    ("WER on the search set", "wer", ".2f"),
+                )
+                if entry[name] is not None
+            ]
+            logger.info("qat: epoch %d: %s", entry["epoch"], ", ".join(said))
+
+        quants, tensors, history = training.run(
+            student, trainer, measure, store, on_batch, on_epoch
+        )
+        bar.update(bar.total - bar.n)
+    layers = [
+        replace(
+            layer,
+            quant=quants[layer.name],
+            reason=f"{settings.calibrator} calibration, then training",
+        )
+        for layer in start.layers
+    ]
+    best = training.kept(history)
+    search = {
+        "metric": config.search.metric,
+        "final_wer": best["wer"],
+        "epoch": best["epoch"],
+        "training": history,
+    }
+    if settings.keep == "best":
+        search["num_utterances"] = len(recognizer.ids("search"))
+        search["evaluations"] = len(history)
+    return replace(start, layers=layers, search=search, tensors=tensors)
+
+
+def _key(stage: Stage, start: QuantizationPlan) -> str:
+    """All that decides the outcome."""
+    config, recognizer = stage.config, stage.recognizer
+    content = [
+        start.fingerprint,
+        {name: quant.to_dict() for name, quant in start.quants().items()},
+        asdict(config.qat),
+        config.seed,
+        recognizer.training_key(stage.store),
+    ]
+    if config.qat.keep == "best":
+        content.append(recognizer.key("search", "scores"))
+    return identity(content)

@@ -1,0 +1,182 @@
+"""Passes over the calibration set, remembered on disk."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.histogram import Histogram
+from ...model.layers import Layer
+from ...simulation.observers import Observer
+from ...utils.distributed import from_main, share
+from ...utils.files import identity
+from ...utils.store import Store
+from ...utils.typed import typed
+from .session import Stage
+
+HISTOGRAM_FILE = "histograms.json"
+#: What such a file is to the user.
+WHAT = "calibration histograms"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one pass over the calibration set gave.
+
+    Arguments
+    ---------
+    histograms : dict
+        Histogram of |input| by layer name.
+    in_order : bool
+        Whether layers were first called in the order of their units.
+    """
+
+    histograms: dict[str, Histogram]
+    in_order: bool
+
+
+def calibrate(stage: Stage, weights: str) -> Calibration:
+    """One pass over the calibration set, remembered on disk.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recognizer and its layers.
+    weights : str
+        Fingerprint of the float model.
+
+    Returns
+    -------
+    Calibration
+    """
+    wanted = {HISTOGRAM_FILE: (stage.layers, Observer)}
+    (found,) = calibrations(stage, weights, wanted)
+    return found
+
+
+def calibrations(
+    stage: Stage,
+    weights: str,
+    wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
+) -> list[Calibration]:
+    """Several kinds of histograms from one pass, remembered on disk.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recognizer and its layers.
+    weights : str
+        Fingerprint of the float model.
+    wanted : Mapping
+        For each file that remembers: the layers to observe, and what
+        observes them.
+
+    Returns
+    -------
+    list of Calibration
+        In the order of the files.
+    """
+    data = stage.recognizer.key("calibration", "inputs")
+    part = stage.config.calibration
+    keys = {
+        file: identity(
+            [
+                weights,
+                data,
+                part.num_bins,
+                [layer.name for layer in layers],
+            ]
+        )
+        for file, (layers, _) in wanted.items()
+    }
+    known = {
+        file: from_main(
+            _read(
+                stage.store,
+                file,
+                key,
+                [layer.name for layer in wanted[file][0]],
+                part.num_bins,
+            )
+        )
+        for file, key in keys.items()
+    }
+    missing = {
+        file: observe(layers, stage.geometry(), part.num_bins)
+        for file, (layers, observe) in wanted.items()
+        if known[file] is None
+    }
+    if missing:
+        _observe(stage, list(missing.values()))
+    for file, observer in missing.items():
+        known[file] = _calibration(stage, wanted[file][0], observer)
+        _write(stage.store, file, keys[file], known[file])
+    return [known[file] for file in wanted]
+
+
+def _observe(stage: Stage, observers: Sequence[Observer]) -> None:
+    recognizer = stage.recognizer
+    ids = recognizer.ids("calibration")
+    size = stage.config.calibration.batch_size
+    batches = -(-len(ids) // size)
+    bar = stage.bar(len(share(batches)), "calibration")
+
+    def before_batch(index: int) -> None:
+        lengths = recognizer.lengths("calibration", index)
+        for observer in observers:
+            observer.start_batch(*lengths)
+        bar.update(1)
+
+    with bar, ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer.watch())
+        recognizer.forward("calibration", before_batch)
+    for observer in observers:
+        observer.join()
+
+
+def _calibration(
+    stage: Stage, layers: Sequence[Layer], observer: Observer
+) -> Calibration:
+    observer.check_all_called()
+    called = [stage.unit_index(name) for name in observer.call_order]
+    return Calibration(
+        {layer.name: observer.histograms[layer.name] for layer in layers},
+        called == sorted(called),
+    )
+
+
+def _write(store: Store, file: str, key: str, calibration: Calibration) -> None:
+    store.write(
+        file,
+        key,
+        {
+            "in_order": calibration.in_order,
+            "layers": {
+                name: histogram.to_dict()
+                for name, histogram in calibration.histograms.items()
+            },
+        },
+    )
+
+
+def _read(
+    store: Store, file: str, key: str, names: Sequence[str], num_bins: int
+) -> Calibration | None:
+    return store.read(file, key, WHAT, lambda raw: _parse(raw, names, num_bins))
+
+
+def _parse(raw: Any, names: Sequence[str], num_bins: int) -> Calibration:
+    rows = typed(raw, dict, "content")
+    layers = typed(rows.get("layers"), dict, "layers")
+    if set(layers) != set(names):
+        raise ValueError("its layers are not those that were observed")
+    histograms = {}
+    for name in names:
+        state = layers[name]
+        if typed(state, dict, name).get("num_bins") != num_bins:
+            raise ValueError(f"{name}: has not {num_bins} bins")
+        histograms[name] = Histogram.from_dict(state)
+    return Calibration(
+        histograms, typed(rows.get("in_order"), bool, "in_order")
+    )

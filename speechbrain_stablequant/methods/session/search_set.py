@@ -1,0 +1,204 @@
+"""Measuring on the search set: replayed where that is exact, remembered."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ...core.plan import LayerQuant
+from ...simulation.prefix_cache import Replay
+from ...utils.files import identity
+from ...utils.store import Store
+from ..search import Divergence, Evaluate, Journal, Score, check_float_wer
+from .calibration import HISTOGRAM_FILE, WHAT, Calibration
+from .recognizer import BeforeBatch, Recognizer
+from .session import Stage
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "search.jsonl"
+
+
+def check_earlier_run(folder: Path) -> None:
+    """Raises if what an earlier run left in a folder cannot be read.
+
+    Arguments
+    ---------
+    folder : Path
+        The output folder.
+
+    Raises
+    ------
+    ValueError
+        Names the damaged file.
+    """
+    store = Store(folder)
+    for file in store.names(f"{Path(HISTOGRAM_FILE).stem}*.json"):
+        store.check(file, WHAT)
+    Journal(store, JOURNAL_FILE, "")
+
+
+def search_evaluate(
+    stage: Stage,
+    weights: str,
+    calibration: Calibration,
+    metric: str | None = None,
+) -> tuple[Evaluate, Journal, tqdm]:
+    """The evaluate function of the search, remembered in the journal.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recognizer and its layers.
+    weights : str
+        Identifies the model, with the tensors that its simulator holds.
+    calibration : Calibration
+        Says whether layers are called in the order of their units.
+    metric : str, optional
+        ``"divergence"``: from the float model's outputs, which must have
+        been kept, as a score's loss; else the block's metric.
+
+    Returns
+    -------
+    Evaluate
+        Measures on the search set.
+    Journal
+        What remembers.
+    tqdm
+        Counts the evaluations.
+    """
+    search = stage.config.search
+    key = [weights, metric or search.metric]
+    if metric == "divergence":
+        key += [stage.reference, stage.recognizer.key("search", "outputs")]
+    else:
+        key.append(stage.recognizer.key("search", "scores"))
+    journal = Journal(
+        stage.store,
+        JOURNAL_FILE,
+        identity(key),
+        metric is None and search.selection == "interval",
+    )
+    replay = _replay(stage, calibration.in_order)
+    bar = stage.bar(1, "search")
+
+    def measure(
+        quants: Mapping[str, LayerQuant],
+        start: str | None = None,
+        give_up_above: int | None = None,
+        label: str = "",
+    ) -> Score:
+        bar.set_postfix_str(label)
+        score = stage.recognizer.score
+        if metric == "divergence":
+            score = stage.divergence.score
+        with stage.simulator.apply(quants):
+            if start is None or not replay.prepare(
+                start,
+                _prefix(stage, quants, start),
+                lambda before: stage.recognizer.forward("search", before),
+            ):
+                return score(lambda _: None, give_up_above)
+            with replay.active():
+                return score(replay.start_batch, give_up_above)
+
+    remembered = journal.wrap(measure)
+    float_words: list[int] = []
+
+    def counted(quants: Mapping[str, LayerQuant], **options) -> Score:
+        score = remembered(quants, **options)
+        bar.update(1)
+        if not quants:
+            if metric != "divergence":
+                limit = search.max_float_wer
+                check_float_wer(score.wer, "the search set", limit)
+            float_words.append(score.words)
+        elif not score.complete:
+            # Over all words of the set: a lower bound of the WER.
+            score = replace(score, words=float_words[0])
+        return score
+
+    return counted, journal, bar
+
+
+def keep_float_outputs(stage: Stage) -> None:
+    """Runs the model over the search set, for divergences from it later.
+
+    While it is the float model itself: a run that goes on with a model that
+    is rotated or equalized already must compare with the same outputs as the
+    run that was killed.
+
+    Arguments
+    ---------
+    stage : Stage
+        The recognizer, which no context has changed.
+    """
+    stage.divergence = Divergence(partial(stage.recognizer.outputs, "search"))
+    stage.reference = stage.fingerprint()
+
+
+def _prefix(
+    stage: Stage, quants: Mapping[str, LayerQuant], start: str
+) -> dict[str, tuple[str, LayerQuant]]:
+    order = list(stage.units)
+    before = set(order[: order.index(start)])
+    return {
+        name: (stage.simulator.layers[name].unit, quant)
+        for name, quant in quants.items()
+        if stage.simulator.layers[name].unit in before
+    }
+
+
+def _replay(stage: Stage, in_order: bool) -> Replay:
+    limit = stage.cache_bytes
+    if stage.exact_cuts is None:
+        replay = Replay(stage.cuts(in_order), list(stage.units), limit)
+        replay = verified(replay, stage.recognizer)
+        stage.exact_cuts = list(replay.cuts.values())
+    return Replay(stage.exact_cuts, list(stage.units), limit)
+
+
+def verified(replay: Replay, recognizer: Recognizer) -> Replay:
+    """Drops the cuts from which a replay is not exact.
+
+    Each cut is tried on the first batch; a model that uses more than the
+    cut's output (all hidden states, for instance) gives another result.
+
+    Arguments
+    ---------
+    replay : Replay
+        The cuts to try.
+    recognizer : Recognizer
+        The model and its data.
+
+    Returns
+    -------
+    Replay
+        With the cuts that are exact.
+    """
+
+    def first(before: BeforeBatch) -> torch.Tensor:
+        return recognizer.forward("search", before, first_only=True)
+
+    if not replay.cuts:
+        return replay
+    expected = first(lambda _: None)
+    good = []
+    for unit, cut in replay.cuts.items():
+        trial = Replay([cut], replay.units, replay.limit_bytes)
+        if trial.prepare(unit, {}, first):
+            with trial.active():
+                same = torch.equal(first(trial.start_batch), expected)
+            if not same:
+                logger.warning(
+                    "search: results before %s cannot be reused exactly; "
+                    "they are computed each time",
+                    unit,
+                )
+                continue
+        good.append(cut)
+    return Replay(good, replay.units, replay.limit_bytes)

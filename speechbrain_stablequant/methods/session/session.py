@@ -1,0 +1,132 @@
+"""One recognizer that is being quantized: what every step needs to know."""
+
+import json
+from dataclasses import asdict
+
+from tqdm import tqdm
+
+from ...config import QuantizeConfig
+from ...core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ...model.layers import Cut, find_encoders, find_layers, group_units
+from ...simulation.fake_quant import Simulator
+from ...utils.distributed import from_main
+from ...utils.store import Store
+from ..search import Divergence
+from .recognizer import Recognizer, fingerprint_modules
+
+
+class Stage:
+    """A recognizer with its layers and units, its block and its store.
+
+    Arguments
+    ---------
+    recognizer : Recognizer
+        The float model with its calibration and search sets.
+    config : QuantizeConfig
+        The validated block.
+    store : Store
+        Keeps the journal, the histograms and what is finished.
+    """
+
+    def __init__(
+        self, recognizer: Recognizer, config: QuantizeConfig, store: Store
+    ):
+        self.recognizer = recognizer
+        self.config = config
+        self.store = store
+        self.layers = find_layers(
+            recognizer.modules, config.target, config.include, config.exclude
+        )
+        self.units = group_units(self.layers)
+        self.encoders = find_encoders(
+            {key: recognizer.modules[key] for key in config.target}
+        )
+        self.simulator = Simulator(self.layers)
+        #: Found once, see :mod:`.search_set`.
+        self.exact_cuts: list[Cut] | None = None
+        self.divergence: Divergence | None = None
+        #: Fingerprint of the model that it refers to.
+        self.reference = ""
+
+    def fingerprint(self) -> str:
+        """Identifies the weights of the model as they are now."""
+        return from_main(fingerprint_modules(self.recognizer.modules))
+
+    def assemble(
+        self,
+        weights: str,
+        units: list[UnitPlan],
+        layers: list[LayerPlan],
+        search: dict,
+    ) -> QuantizationPlan:
+        """A plan with the settings of this stage."""
+        return QuantizationPlan(
+            method=self.config.method,
+            weight_bits=self.config.weight_bits,
+            activation_bits=self.config.activation_bits,
+            fingerprint=weights,
+            settings=self._settings(),
+            search=search,
+            units=units,
+            layers=layers,
+        )
+
+    def _settings(self) -> dict:
+        settings = asdict(self.config)
+        for key in ("output_folder", "plan", "variants"):
+            settings.pop(key)
+        # These change the time or end a run, not the outcome.
+        settings["search"].pop("cache_gb")
+        settings["search"].pop("max_float_wer")
+        # What the method does not read decided nothing.
+        if self.config.method != "stablequant_plus":
+            settings.pop("plus")
+        if self.config.method not in ("adaround", "stablequant_plus"):
+            settings.pop("adaround")
+        if not self.config.is_rival:
+            settings.pop("nncf")
+        if self.config.method != "qat":
+            settings.pop("qat")
+        return json.loads(json.dumps(settings))
+
+    def quant(self, amax: float, weight_method: str) -> LayerQuant:
+        """A layer at the block's precision."""
+        return LayerQuant(
+            self.config.weight_bits,
+            self.config.activation_bits,
+            float(amax),
+            weight_method,
+        )
+
+    def unit_index(self, name: str) -> int:
+        """Where the unit of a layer stands in the network."""
+        unit = self.simulator.layers[name].unit
+        return list(self.units).index(unit)
+
+    def geometry(self) -> list[tuple[int, int]]:
+        """Kernel and stride of the convolutions in front of the frames."""
+        if len(self.encoders) != 1:
+            return []
+        return self.encoders[0].conv_geometry()
+
+    def cuts(self, in_order: bool) -> list[Cut]:
+        """Places where a forward pass can be started again; none if layers
+        are not called in the order of their units, or without memory."""
+        if len(self.encoders) != 1 or not in_order or not self.cache_bytes:
+            return []
+        cuts = self.encoders[0].cuts()
+        return [cut for cut in cuts if cut.unit in self.units]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for results that are used again."""
+        return int(self.config.search.cache_gb * 1e9)
+
+    def bar(self, total: int, what: str) -> tqdm:
+        """A progress bar."""
+        return tqdm(
+            total=total,
+            desc=what,
+            dynamic_ncols=True,
+            disable=not self.recognizer.show_progress,
+        )

@@ -1,0 +1,1 @@
+"""What is quantized: layers and units of a recognizer."""

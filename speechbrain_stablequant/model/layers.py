@@ -1,0 +1,381 @@
+"""Finds the quantizable layers of a model and groups them into units.
+
+A *layer* is a Conv1d or a Linear with its weight and its input. A *unit* is
+what the search treats as one: each feature-extractor convolution, the feature
+projection, the positional convolution, each transformer block, the head.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+# Modules that multiply by raw weights of their children, so that a layer's
+# own forward is never called: quantizing them would miss half of a layer.
+FUNCTIONAL_ATTENTION = ("MultiheadAttention", "WavLMAttention")
+
+HEAD = "head"
+
+
+class UnsupportedLayerError(ValueError):
+    """A targeted module computes in a way that module hooks cannot see."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantizable layer.
+
+    Arguments
+    ---------
+    name : str
+        Path of the module, as in the state dict of the Brain's ``modules``.
+    module : torch.nn.Module
+        The Linear or Conv1d itself.
+    kind : str
+        ``"linear"`` or ``"conv1d"``.
+    unit : str
+        Name of the unit that it belongs to.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    kind: str
+    unit: str
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, the bias not counted."""
+        return self.module.weight.numel()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where one module's output determines all that follows.
+
+    Arguments
+    ---------
+    unit : str
+        First unit after the place.
+    module : torch.nn.Module
+        The module whose output is kept.
+    skip : tuple
+        Modules before it whose results are then no longer needed.
+    """
+
+    unit: str
+    module: nn.Module = field(repr=False)
+    skip: tuple[nn.Module, ...] = field(repr=False, default=())
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A HuggingFace wav2vec 2.0 or HuBERT model inside a Brain's module.
+
+    Arguments
+    ---------
+    key : str
+        Key of the Brain's module that holds it.
+    path : str
+        Path of the model in the Brain's modules.
+    wrapper : torch.nn.Module
+        The Brain's module.
+    model : torch.nn.Module
+        The ``Wav2Vec2Model`` or ``HubertModel``.
+    """
+
+    key: str
+    path: str
+    wrapper: nn.Module = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+    def unit_of(self, name: str) -> str | None:
+        """Unit of a layer, from its path inside the Brain's modules."""
+        if not name.startswith(self.path + "."):
+            return None
+        parts = name[len(self.path) + 1 :].split(".")
+        if parts[0] == "feature_extractor":
+            return f"conv.{parts[2]}"
+        if parts[0] == "feature_projection":
+            return "projection"
+        if parts[:2] == ["encoder", "pos_conv_embed"]:
+            return "pos_conv"
+        if parts[:2] == ["encoder", "layers"]:
+            return f"block.{parts[2]}"
+        return ".".join(parts[:2])
+
+    def cuts(self) -> list[Cut]:
+        """Places from which a forward pass can be replayed, in order."""
+        if getattr(self.wrapper, "output_all_hiddens", False):
+            return [Cut(HEAD, self.wrapper)]
+        extractor = self.model.feature_extractor
+        convs = list(extractor.conv_layers)
+        projection = self.model.feature_projection
+        encoder = self.model.encoder
+        blocks = list(encoder.layers)
+        before = (extractor, projection, encoder.pos_conv_embed)
+        cuts = [
+            Cut(f"conv.{i + 1}", convs[i], tuple(convs[:i]))
+            for i in range(len(convs) - 1)
+        ]
+        cuts.append(Cut("projection", extractor))
+        cuts.append(Cut("pos_conv", projection, (extractor,)))
+        cuts.append(Cut("block.0", encoder.dropout, before))
+        for i in range(len(blocks) - 1):
+            skip = (*before, *blocks[:i])
+            cuts.append(Cut(f"block.{i + 1}", blocks[i], skip))
+        cuts.append(Cut(HEAD, self.wrapper))
+        return cuts
+
+    def conv_geometry(self) -> list[tuple[int, int]]:
+        """Kernel and stride of each feature-extractor convolution."""
+        return [
+            (layer.conv.kernel_size[0], layer.conv.stride[0])
+            for layer in self.model.feature_extractor.conv_layers
+        ]
+
+    def frames(self, samples: int) -> int:
+        """Frames that the encoder makes of so many samples."""
+        for kernel, stride in self.conv_geometry():
+            samples = max((samples - kernel) // stride + 1, 0)
+        return samples
+
+
+def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
+    """Finds HuggingFace wav2vec 2.0 and HuBERT models among modules.
+
+    They are recognized by structure (``feature_extractor.conv_layers``,
+    ``feature_projection``, ``encoder.pos_conv_embed``, ``encoder.layers``),
+    so that this module imports no model library.
+
+    Arguments
+    ---------
+    modules : Mapping
+        The Brain's modules by key.
+
+    Returns
+    -------
+    list of Encoder
+        A model behind two keys once, under the first.
+    """
+    encoders = []
+    seen: set[int] = set()
+    for key, module in modules.items():
+        for path, child in module.named_modules(prefix=key):
+            extractor = getattr(child, "feature_extractor", None)
+            encoder = getattr(child, "encoder", None)
+            if (
+                hasattr(extractor, "conv_layers")
+                and hasattr(child, "feature_projection")
+                and hasattr(encoder, "pos_conv_embed")
+                and hasattr(encoder, "layers")
+            ):
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    encoders.append(Encoder(key, path, module, child))
+                break
+    return encoders
+
+
+def _kind(module: nn.Module) -> str | None:
+    """``linear``, ``conv1d`` or None, by base class: a weight-norm
+    parametrized convolution has a class of its own."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv1d):
+        return "conv1d"
+    return None
+
+
+def _keep(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in include) and not any(
+        fnmatchcase(name, p) for p in exclude
+    )
+
+
+def _check_patterns(
+    names: Sequence[str], include: Iterable[str], exclude: Iterable[str]
+) -> None:
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"quantize.{key}: pattern '{pattern}' matches no layer; "
+                    f"layers are named like '{names[0]}'"
+                )
+
+
+def find_layers(
+    modules: Mapping[str, nn.Module],
+    target: Sequence[str],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> list[Layer]:
+    """Finds every Linear and Conv1d below the target keys, in module order.
+
+    Arguments
+    ---------
+    modules : Mapping
+        The Brain's modules by key.
+    target : sequence of str
+        Keys whose layers are quantized.
+    include, exclude : sequence of str
+        fnmatch patterns over layer names.
+
+    Returns
+    -------
+    list of Layer
+        In network order, grouped by unit.
+
+    Raises
+    ------
+    ValueError
+        A key that is not there, a pattern that matches nothing, no layer.
+    UnsupportedLayerError
+        A module that multiplies by raw weights, or a subclass of Linear or
+        Conv1d with a forward of its own.
+
+    Example
+    -------
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(1, 2, 3))
+    >>> [layer.name for layer in find_layers({"enc": model}, ["enc"])]
+    ['enc.0', 'enc.2']
+    """
+    for key in target:
+        if key not in modules:
+            raise ValueError(
+                f"quantize.target: '{key}' is not a key of the recipe's "
+                f"`modules`; they are {', '.join(modules)}"
+            )
+    # A model behind two keys (hf_ctc.lm_head and ctc_lin) is listed once.
+    found: dict[int, tuple[str, nn.Module]] = {}
+    functional: dict[str, nn.Module] = {}
+    encoders = find_encoders({key: modules[key] for key in target})
+    idle = _idle(encoders)
+    for key in target:
+        for name, module in modules[key].named_modules(prefix=key):
+            if id(module) in idle:
+                continue
+            if type(module).__name__ in FUNCTIONAL_ATTENTION:
+                functional[name] = module
+            if _kind(module) is not None:
+                found.setdefault(id(module), (name, module))
+    if not found:
+        raise ValueError(
+            f"quantize.target: no Linear or Conv1d below {list(target)}; "
+            "name the keys of `modules` that hold the recognizer"
+        )
+    _check_patterns([name for name, _ in found.values()], include, exclude)
+    kept = [(n, m) for n, m in found.values() if _keep(n, include, exclude)]
+    if not kept:
+        key, patterns = "exclude", list(exclude)
+        if not include:
+            key, patterns = "include", []
+        raise ValueError(
+            f"quantize.{key}: {patterns} leaves no layer to quantize"
+        )
+    _refuse_functional(functional, kept)
+    layers = [
+        Layer(name, module, _kind(module), _unit(name, encoders))
+        for name, module in kept
+    ]
+    return _network_order(layers, encoders)
+
+
+def _idle(encoders: Iterable[Encoder]) -> set[int]:
+    """Modules that transformers makes and never calls: the positional
+    convolution of wav2vec 2.0 Conformers, which have other positions."""
+    return {
+        id(child)
+        for encoder in encoders
+        if any(hasattr(b, "conv_module") for b in encoder.model.encoder.layers)
+        for child in encoder.model.encoder.pos_conv_embed.modules()
+    }
+
+
+def _refuse_functional(
+    functional: Mapping[str, nn.Module], kept: Iterable[tuple[str, nn.Module]]
+) -> None:
+    for name, module in kept:
+        if type(module).forward not in (nn.Linear.forward, nn.Conv1d.forward):
+            raise UnsupportedLayerError(
+                f"{name}: {type(module).__name__} has a forward of its own "
+                "and cannot be quantized; put it in quantize.exclude"
+            )
+        for owner, attention in functional.items():
+            if name.startswith(owner + "."):
+                raise UnsupportedLayerError(
+                    f"{owner}: {type(attention).__name__} multiplies by raw "
+                    "weights that cannot be quantized yet; add "
+                    f"'{owner}.*' to quantize.exclude"
+                )
+
+
+def _unit(name: str, encoders: Sequence[Encoder]) -> str:
+    for encoder in encoders:
+        unit = encoder.unit_of(name)
+        if unit is not None:
+            return f"{encoder.key}.{unit}" if len(encoders) > 1 else unit
+    # Behind an encoder stands the head; without one each layer is a unit.
+    return HEAD if encoders else name
+
+
+def _network_order(
+    layers: list[Layer], encoders: Sequence[Encoder]
+) -> list[Layer]:
+    """Encoder layers first and by position, whatever the key order is: the
+    positional convolution is declared where the network uses it."""
+    if len(encoders) != 1:
+        return layers
+    order = ["conv", "projection", "pos_conv", "block"]
+
+    def rank(layer: Layer) -> tuple[int, int]:
+        stem, _, index = layer.unit.partition(".")
+        if layer.unit == HEAD:
+            return (len(order) + 1, 0)
+        if stem not in order:
+            return (len(order), 0)
+        return (order.index(stem), int(index) if index.isdigit() else 0)
+
+    return sorted(layers, key=rank)
+
+
+def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+    """Groups layers by unit, in order of first appearance.
+
+    Example
+    -------
+    >>> layers = [Layer("a", None, "linear", "x"), Layer("b", None, "linear",
+    ...     "y"), Layer("c", None, "linear", "x")]
+    >>> {unit: len(group) for unit, group in group_units(layers).items()}
+    {'x': 2, 'y': 1}
+    """
+    units: dict[str, list[Layer]] = {}
+    for layer in layers:
+        units.setdefault(layer.unit, []).append(layer)
+    return units
+
+
+def min_samples(modules: Mapping[str, nn.Module]) -> int:
+    """Samples that give one frame of the first encoder.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+
+    Returns
+    -------
+    int
+        1 without an encoder.
+
+    Example
+    -------
+    >>> min_samples({"lin": nn.Linear(2, 2)})
+    1
+    """
+    samples = 1
+    for encoder in find_encoders(modules)[:1]:
+        for kernel, stride in reversed(encoder.conv_geometry()):
+            samples = (samples - 1) * stride + kernel
+    return samples

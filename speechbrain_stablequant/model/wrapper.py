@@ -1,0 +1,40 @@
+"""SpeechBrain's wrapper around a HuggingFace model that is there already."""
+
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+from torch import nn
+
+#: What SpeechBrain's wrapper knows beside its model.
+WRAPPER_SETTINGS = ("normalize_wav", "output_norm", "output_all_hiddens")
+
+
+class StoredEncoder(Wav2Vec2):
+    """SpeechBrain's wrapper around a model that is there already.
+
+    It computes by SpeechBrain's own code and downloads nothing.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        A HuggingFace wav2vec 2.0 or HuBERT model.
+    normalize_wav : bool
+        Whether the waveform is normalized.
+    output_norm : bool
+        Whether the output is normalized.
+    output_all_hiddens : bool
+        Whether all hidden states are given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalize_wav: bool,
+        output_norm: bool,
+        output_all_hiddens: bool = False,
+    ):
+        # Not that of Wav2Vec2, which fetches a model.
+        nn.Module.__init__(self)
+        self.model = model
+        self.freeze = True
+        self.normalize_wav = normalize_wav
+        self.output_norm = output_norm
+        self.output_all_hiddens = output_all_hiddens

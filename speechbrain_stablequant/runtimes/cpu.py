@@ -1,0 +1,300 @@
+"""What the CPU can do, and which integers it therefore executes.
+
+Without VNNI the int8 kernels of oneDNN and of OpenVINO multiply unsigned by
+signed bytes and add *pairs* of products in int16, which saturates without a
+word: 2 * 255 * 127 is twice what an int16 holds. With weights of 7 bits
+nothing saturates (2 * 255 * 63 = 32130), so there the weights of 8-bit layers
+are rounded once more, to 7 bits. Whoever wants to know what that costs
+evaluates :func:`executed_integers` on the simulated runtime.
+"""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.affine import qmax
+from ..core.integer_layer import IntegerLayer
+from ..utils.memory import transient
+
+logger = logging.getLogger(__name__)
+
+CLASSES = ("other", "avx2", "avx_vnni", "avx512_vnni", "amx")
+
+#: Widest weights whose pair sums with unsigned bytes fit an int16.
+PAIR_SUM_BITS = 7
+
+#: Weights that are floats at a time while they are rounded.
+_PART = 1 << 14
+
+# What oneDNN is told not to use (ONEDNN_MAX_CPU_ISA), by the class left.
+_CAPS = {
+    "SSE41": "avx2",
+    "AVX": "avx2",
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx_vnni",
+    "AVX2_VNNI_2": "avx_vnni",
+    "AVX512_CORE": "avx2",
+    "AVX512_CORE_VNNI": "avx512_vnni",
+    "AVX512_CORE_BF16": "avx512_vnni",
+    "AVX512_CORE_FP16": "avx512_vnni",
+    "AVX10_1_512": "avx512_vnni",
+}
+_NO_BF16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
+
+
+@dataclass(frozen=True)
+class CpuClass:
+    """A kind of CPU.
+
+    Arguments
+    ---------
+    name : str
+        ``"avx2"`` (also x86 with AVX-512 but without VNNI), ``"avx_vnni"``,
+        ``"avx512_vnni"``, ``"amx"``, or ``"other"`` for another architecture.
+    bf16 : bool
+        Whether it multiplies bfloat16 numbers.
+    """
+
+    name: str
+    bf16: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether full 8-bit operands are added up without saturation."""
+        return self.name != "avx2"
+
+
+def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
+    """The class of an x86 CPU.
+
+    Arguments
+    ---------
+    flags : set of str
+        As Linux names them.
+    cap : str
+        Value of ``ONEDNN_MAX_CPU_ISA``, empty for no limit.
+
+    Returns
+    -------
+    CpuClass
+
+    Example
+    -------
+    >>> class_of_flags({"avx2", "avx512f", "avx512_vnni", "avx512_bf16"})
+    CpuClass(name='avx512_vnni', bf16=True)
+    >>> class_of_flags({"avx2", "avx_vnni"}, cap="AVX2").exact
+    False
+    """
+    name = "avx2"
+    if "avx_vnni" in flags:
+        name = "avx_vnni"
+    if "avx512_vnni" in flags:
+        name = "avx512_vnni"
+    if "amx_int8" in flags:
+        name = "amx"
+    bf16 = bool(flags & {"avx512_bf16", "amx_bf16"})
+    cap = cap.upper()
+    if cap in _CAPS:
+        name = min(name, _CAPS[cap], key=CLASSES.index)
+        bf16 = bf16 and cap not in _NO_BF16
+    return CpuClass(name, bf16)
+
+
+#: Linux's description of the processors.
+_CPUINFO = Path("/proc/cpuinfo")
+
+# What torch knows of the flags where there is none.
+_TORCH_FLAGS = {
+    "avx512_vnni": "_is_vnni_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "amx_int8": "_is_amx_tile_supported",
+}
+
+# Of an x86 CPU, and of an ARM one.
+_FLAG_LINES = ("flags", "Features")
+_NAME_LINES = (
+    "model name",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "CPU revision",
+)
+
+# Variables that change the kernels that libraries choose.
+_KERNEL_VARIABLES = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "ATEN_CPU", "MKL_")
+
+
+def _first_processor() -> dict[str, str]:
+    """What Linux says of the first processor; nothing on other systems."""
+    try:
+        text = _CPUINFO.read_text(errors="replace")
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def _flags() -> set[str]:
+    """Flags of the first processor, by Linux's names where torch knows."""
+    lines = _first_processor()
+    for line in _FLAG_LINES:
+        if line in lines:
+            return set(lines[line].split())
+    checks = {
+        flag: getattr(torch.cpu, name, None)
+        for flag, name in _TORCH_FLAGS.items()
+    }
+    return {flag for flag, check in checks.items() if check and check()}
+
+
+def _cap() -> str:
+    """What oneDNN is told to use at most, under its newer or older name."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        if os.environ.get(name):
+            return os.environ[name]
+    return ""
+
+
+@lru_cache(maxsize=1)
+def cpu_class() -> CpuClass:
+    """The class of this CPU, as far as oneDNN may use it.
+
+    Returns
+    -------
+    CpuClass
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "x86"):
+        return CpuClass("other")
+    return class_of_flags(_flags(), _cap())
+
+
+def machine_identity() -> dict[str, Any]:
+    """What decides which kernels libraries choose on this machine.
+
+    Returns
+    -------
+    dict
+        For JSON.
+
+    Example
+    -------
+    >>> machine_identity()["system"] == platform.system()
+    True
+    """
+    lines = _first_processor()
+    names = [lines[line] for line in _NAME_LINES if line in lines]
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": names or [platform.processor()],
+        "flags": sorted(_flags()),
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_KERNEL_VARIABLES)
+        },
+    }
+
+
+def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
+    """The integers that a CPU computes with in place of a layer's.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer of the plan.
+    cpu : CpuClass
+        The CPU.
+
+    Returns
+    -------
+    IntegerLayer
+        The layer itself where its sums are exact, else one with 7-bit
+        weights.
+    """
+    return layer if cpu.exact else narrowed(layer)
+
+
+def narrowed(layer: IntegerLayer) -> IntegerLayer:
+    """A layer whose weights have at most 7 bits.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        The layer of the plan.
+
+    Returns
+    -------
+    IntegerLayer
+    """
+    if layer.weight_bits <= PAIR_SUM_BITS:
+        return layer
+    ratio = qmax(PAIR_SUM_BITS) / qmax(layer.weight_bits)
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        out = transient(weight.shape, torch.int8)
+        parts = zip(
+            out.view(-1).split(_PART),
+            weight.reshape(-1).split(_PART),
+            strict=True,
+        )
+        for rows, part in parts:
+            rows.copy_(part.float().mul_(ratio).round_())
+        return out
+
+    read = layer.read
+    return replace(
+        layer,
+        weight=rounded(layer.weight) if read is None else layer.weight,
+        weight_scale=layer.weight_scale / ratio,
+        weight_bits=PAIR_SUM_BITS,
+        read=None if read is None else lambda: rounded(read()),
+    )
+
+
+def executed_integers(
+    integers: Mapping[str, IntegerLayer], cpu: CpuClass
+) -> dict[str, IntegerLayer]:
+    """:func:`executed_layer` of every layer; says so if any is changed.
+
+    Arguments
+    ---------
+    integers : Mapping
+        Integer layers by name.
+    cpu : CpuClass
+        The CPU.
+
+    Returns
+    -------
+    dict
+        Integer layers by name.
+    """
+    out = {n: executed_layer(layer, cpu) for n, layer in integers.items()}
+    changed = sum(out[name] is not layer for name, layer in integers.items())
+    if changed:
+        logger.warning(
+            "this CPU (class %s) has no VNNI: int8 sums would saturate, so "
+            "the weights of %d layers are executed with %d bits",
+            cpu.name,
+            changed,
+            PAIR_SUM_BITS,
+        )
+    return out

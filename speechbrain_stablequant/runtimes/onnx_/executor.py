@@ -1,0 +1,160 @@
+"""ONNX Runtime: the exported graph, with its integer products on a CPU.
+
+Activations are uint8 with zero point 128, the form in which ONNX Runtime
+turns every dequantize-multiply pair into ``MatMulIntegerToFloat``; with int8
+activations an x86 CPU computes most of them in float32.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...export import export_onnx
+from ...model.encoder_spec import EncoderSpec
+from ...utils import forks
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def require_onnxruntime() -> Any:
+    """The onnxruntime package.
+
+    Returns
+    -------
+    module
+
+    Raises
+    ------
+    ImportError
+        It is not installed; names the extra that brings it.
+    """
+    # Its telemetry has threads, for which a forked process waits at its end.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            "backend: onnx: package 'onnxruntime' is not installed; run "
+            "pip install 'speechbrain_stablequant[onnx]'"
+        ) from error
+    return onnxruntime
+
+
+def open_session(
+    path: str | Path | bytes, threads: int | None = None, provider: str = "cpu"
+) -> Any:
+    """Opens an ONNX file.
+
+    Arguments
+    ---------
+    path : str, Path or bytes
+        The file, or its content.
+    threads : int, optional
+        Threads of an operator; torch's number by default.
+    provider : str
+        ``"cpu"`` or ``"cuda"``.
+
+    Returns
+    -------
+    onnxruntime.InferenceSession
+
+    Raises
+    ------
+    ValueError
+        A provider that is unknown or not in this build of ONNX Runtime.
+    """
+    ort = require_onnxruntime()
+    if provider not in PROVIDERS:
+        raise ValueError(
+            f"provider: '{provider}' is none of {', '.join(PROVIDERS)}"
+        )
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise ValueError(
+            f"provider: this build of onnxruntime has no {provider}; install "
+            "onnxruntime-gpu or write provider: cpu"
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    return ort.InferenceSession(
+        path if isinstance(path, bytes) else str(path),
+        options,
+        providers=[PROVIDERS[provider]],
+    )
+
+
+class OnnxExecutor:
+    """Executes an encoder in ONNX Runtime.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder.
+    threads : int, optional
+        Threads of an operator; torch's number by default.
+    provider : str
+        ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        threads: int | None = None,
+        provider: str = "cpu",
+    ):
+        self._pid, self.session = os.getpid(), None
+        require_onnxruntime()
+        # The session keeps its own copy of the weights, not the file.
+        with tempfile.TemporaryDirectory(prefix="stablequant-") as folder:
+            path = export_onnx(Path(folder) / "encoder.onnx", spec)
+            self.session = open_session(path, threads, provider)
+
+    def __del__(self):
+        forks.keep_in_child(self._pid, self.session)
+
+    def __call__(
+        self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encodes a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            float32 [batch, samples].
+        lengths : torch.Tensor or None
+            int64 [batch], real samples; None: all of them.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [batch, frames, channels], where ``wavs`` is.
+        """
+        batch, samples = wavs.shape
+        real = (
+            np.full(batch, samples, np.int64)
+            if lengths is None
+            else lengths.cpu().to(torch.int64).numpy()
+        )
+        wave = wavs.detach().float().cpu().contiguous().numpy()
+        (out,) = self.session.run(None, {"wave": wave, "lengths": real})
+        return torch.from_numpy(out).to(wavs.device)
+
+
+def make_executor(spec: EncoderSpec, **options: Any) -> OnnxExecutor:
+    """The executor of an encoder.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder.
+    **options
+        ``threads`` and ``provider``, see :class:`OnnxExecutor`.
+
+    Returns
+    -------
+    OnnxExecutor
+    """
+    return OnnxExecutor(spec, **options)

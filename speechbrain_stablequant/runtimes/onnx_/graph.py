@@ -1,0 +1,356 @@
+"""Collects the nodes and constants of an ONNX graph."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...core.affine import qmax
+from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...model.encoder_spec import AnyLayer, Norm
+from ..algorithms import FLOAT
+
+# The first opset with Gelu; the IR version that goes with it.
+OPSET, IR_VERSION = 20, 9
+
+
+def require_onnx() -> Any:
+    """The onnx package.
+
+    Returns
+    -------
+    module
+
+    Raises
+    ------
+    ImportError
+        It is not installed; names the extra that brings it.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError(
+            "export: package 'onnx' is not installed; run "
+            "pip install 'speechbrain_stablequant[onnx]'"
+        ) from error
+    return onnx
+
+
+class Graph:
+    """Collects nodes and constants of an ONNX graph.
+
+    Arguments
+    ---------
+    unsigned : bool
+        Activations as uint8 with zero point 128 instead of int8 with 0; an
+        offset moves either.
+    """
+
+    def __init__(self, unsigned: bool = False):
+        self.onnx = require_onnx()
+        self.unsigned = unsigned
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self._names: dict[str, int] = {}
+        self._constants: dict[tuple, str] = {}
+        self._quantized: dict[tuple, str] = {}
+
+    def model(
+        self,
+        inputs: Mapping[str, Sequence[str | int]],
+        output: str,
+        shape: Sequence[str | int],
+        metadata: Mapping[str, str],
+    ) -> Any:
+        """The finished model.
+
+        Arguments
+        ---------
+        inputs : Mapping
+            Shape by name; ``lengths`` is int64, all others float32.
+        output : str
+            Name of the only output, float32.
+        shape : sequence
+            Its shape.
+        metadata : Mapping
+            Text by key.
+
+        Returns
+        -------
+        onnx.ModelProto
+        """
+        helper, kinds = self.onnx.helper, self.onnx.TensorProto
+        given = [
+            helper.make_tensor_value_info(
+                name, kinds.INT64 if name == "lengths" else kinds.FLOAT, axes
+            )
+            for name, axes in inputs.items()
+        ]
+        made = helper.make_tensor_value_info(output, kinds.FLOAT, shape)
+        model = helper.make_model(
+            helper.make_graph(
+                self.nodes,
+                "speechbrain_stablequant",
+                given,
+                [made],
+                initializer=self.initializers,
+            ),
+            producer_name="speechbrain_stablequant",
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+        )
+        helper.set_model_props(model, metadata)
+        return model
+
+    def name(self, stem: str) -> str:
+        """A name that is not in use yet."""
+        count = self._names.get(stem, 0)
+        self._names[stem] = count + 1
+        return f"{stem}_{count}" if count else stem
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str | None = None,
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        """Adds a node.
+
+        Arguments
+        ---------
+        op : str
+            The operator.
+        inputs : sequence of str
+            Names of its inputs.
+        name : str, optional
+            Of its output; made from the operator by default.
+        outputs : int
+            How many outputs it has.
+        **attributes
+            Of the operator.
+
+        Returns
+        -------
+        str or list of str
+            Name of the output, or of the outputs.
+        """
+        names = [self.name(name or op) for _ in range(outputs)]
+        self.nodes.append(
+            self.onnx.helper.make_node(
+                op, list(inputs), names, name=f"{names[0]}/{op}", **attributes
+            )
+        )
+        return names[0] if outputs == 1 else names
+
+    def result(self, x: str, name: str) -> None:
+        """Gives a value the name of the output, taken from :meth:`name`."""
+        self.nodes.append(self.onnx.helper.make_node("Identity", [x], [name]))
+
+    def tensor(self, value: torch.Tensor | np.ndarray, name: str) -> str:
+        """Adds a stored tensor and returns its name."""
+        array = value.numpy() if isinstance(value, torch.Tensor) else value
+        name = self.name(name)
+        self.initializers.append(
+            self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+        )
+        return name
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        """Name of a small constant; equal ones are stored once."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            # from_array, not tensor(): a 0-d array has to stay one.
+            name = self.name("constant")
+            self.initializers.append(
+                self.onnx.numpy_helper.from_array(array, name)
+            )
+            self._constants[key] = name
+        return self._constants[key]
+
+    def number(self, value: float) -> str:
+        """Name of a float32 scalar."""
+        return self.constant(value, np.float32)
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """0 keeps an axis, -1 is what is left."""
+        return self.add("Reshape", [x, self.constant(shape)])
+
+    def transpose(self, x: str, *axes: int) -> str:
+        """Permutes the axes."""
+        return self.add("Transpose", [x], perm=list(axes))
+
+    def size(self, x: str, axis: int) -> str:
+        """Length of one axis, int64 [1]."""
+        return self.add("Shape", [x], start=axis, end=axis + 1)
+
+    def slice(self, x: str, start: str, end: str, axis: int, step=1) -> str:
+        """A range of one axis; start and end are int64 [1]."""
+        axes, steps = self.constant([axis]), self.constant([step])
+        return self.add("Slice", [x, start, end, axes, steps])
+
+    def _zero(self, layer: IntegerLayer) -> str:
+        zero = layer.zero_point()
+        if self.unsigned:
+            return self.constant(128 + zero, np.uint8)
+        return self.constant(zero, np.int8)
+
+    def quantize(
+        self, x: str, layer: AnyLayer, lowest: float = -float("inf")
+    ) -> str:
+        """A layer's input as integers, or as it is for a float layer.
+
+        Arguments
+        ---------
+        x : str
+            The float input.
+        layer : IntegerLayer or FloatLayer
+            The layer.
+        lowest : float
+            A bound below which ``x`` never falls.
+
+        Returns
+        -------
+        str
+            int8 (uint8) integers to be passed on to :meth:`dequantize`.
+        """
+        if isinstance(layer, FloatLayer):
+            return x
+        scale = np.float32(layer.activation_scale.item())
+        limit, zero = qmax(layer.activation_bits), layer.zero_point()
+        key = (x, float(scale), limit, zero)
+        if key in self._quantized:
+            return self._quantized[key]
+        low = np.float32(-limit - zero) * scale
+        high = np.float32(limit - zero) * scale
+        # QuantizeLinear itself ends at 127.
+        if limit < 127 or lowest < low:
+            bounds = [self.number(low), self.number(high)]
+            clipped = self.add("Clip", [x, *bounds])
+        else:
+            clipped = x
+        out = self.add(
+            "QuantizeLinear", [clipped, self.number(scale), self._zero(layer)]
+        )
+        self._quantized[key] = out
+        return out
+
+    def dequantize(self, q: str, layer: AnyLayer) -> str:
+        """What the integers of :meth:`quantize` stand for."""
+        if isinstance(layer, FloatLayer):
+            return q
+        scale = self.number(layer.activation_scale.item())
+        return self.add("DequantizeLinear", [q, scale, self._zero(layer)])
+
+    def weight(
+        self,
+        layer: AnyLayer,
+        weight: torch.Tensor,
+        axis: int,
+        scale: torch.Tensor | None = None,
+    ) -> str:
+        """A layer's weight in some layout.
+
+        Arguments
+        ---------
+        layer : IntegerLayer or FloatLayer
+            The layer.
+        weight : torch.Tensor
+            Its weight, rearranged.
+        axis : int
+            Axis of the output channels.
+        scale : torch.Tensor, optional
+            Their scales, if these are not all channels of the layer.
+
+        Returns
+        -------
+        str
+            Name of the float weight.
+        """
+        scaled = not isinstance(layer, FloatLayer)
+        if scaled and scale is None:
+            scale = layer.weight_scale
+        if scaled and layer.algorithm == FLOAT:
+            # What the integers stand for; with integers there would be an
+            # integer product again.
+            shape = [1] * weight.dim()
+            shape[axis] = -1
+            weight, scaled = weight.float() * scale.view(shape), False
+        stored = self.tensor(weight.contiguous(), f"{layer.name}.weight")
+        if not scaled:
+            return stored
+        return self.add(
+            "DequantizeLinear",
+            [
+                stored,
+                self.tensor(scale, f"{layer.name}.weight_scale"),
+                self.constant(np.zeros(scale.shape), np.int8),
+            ],
+            axis=axis,
+        )
+
+    def product(self, q: str, layer: AnyLayer, weight: torch.Tensor) -> str:
+        """Integers [..., K] times a weight [K, N], with the bias."""
+        x = self.dequantize(q, layer)
+        out = self.add("MatMul", [x, self.weight(layer, weight, 1)])
+        return self.biased(out, layer)
+
+    def biased(self, x: str, layer: AnyLayer) -> str:
+        """Adds the bias, if any, along the last axis."""
+        if layer.bias is None:
+            return x
+        return self.add(
+            "Add", [x, self.tensor(layer.bias, f"{layer.name}.bias")]
+        )
+
+    def linear(
+        self, x: str, layer: AnyLayer, lowest: float = -float("inf")
+    ) -> str:
+        """A Linear on a float input [..., K]."""
+        return self.product(
+            self.quantize(x, layer, lowest), layer, layer.weight.t()
+        )
+
+    def convolution(self, q: str, layer: AnyLayer) -> str:
+        """A Conv1d on the integers [batch, channels, time] of its input."""
+        inputs = [
+            self.dequantize(q, layer),
+            self.weight(layer, layer.weight, 0),
+        ]
+        if layer.bias is not None:
+            inputs.append(self.tensor(layer.bias, f"{layer.name}.bias"))
+        return self.add(
+            "Conv",
+            inputs,
+            strides=[layer.stride],
+            pads=[layer.padding] * 2,
+            dilations=[layer.dilation],
+            group=layer.groups,
+        )
+
+    def norm(self, x: str, norm: Norm | None) -> str:
+        """A normalization: [..., channels], or [batch, channels, time] if it
+        runs over time."""
+        if norm is None:
+            return x
+        inputs = [
+            x,
+            self.tensor(norm.weight, "norm.weight"),
+            self.tensor(norm.bias, "norm.bias"),
+        ]
+        if norm.over_time:
+            return self.add("InstanceNormalization", inputs, epsilon=norm.eps)
+        return self.add("LayerNormalization", inputs, axis=-1, epsilon=norm.eps)
+
+    def standardize(self, x: str, axes: Sequence[int]) -> str:
+        """Mean 0 and variance 1 over some axes: a layer_norm without
+        weights."""
+        over = self.constant(axes)
+        centered = self.add("Sub", [x, self.add("ReduceMean", [x, over])])
+        square = self.add("Mul", [centered, centered])
+        variance = self.add("ReduceMean", [square, over])
+        safe = self.add("Add", [variance, self.number(1e-5)])
+        return self.add("Div", [centered, self.add("Sqrt", [safe])])

@@ -1,0 +1,160 @@
+"""An encoder and the layers behind it as one ONNX file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...model.encoder_spec import EncoderSpec
+from ...utils.files import write_atomic
+from .encoder import add_encoder
+from .graph import Graph
+from .head import HeadPart, add_head
+
+EXPORT_FORMAT = 1
+
+# Protobuf holds no message of 2 GB.
+MAX_BYTES = 2**31 - 2**20
+
+#: Whom a file is for.
+TARGETS = ("onnxruntime", "portable")
+
+#: What layers may need beyond plain integers.
+EXECUTED = frozenset({"asymmetric"})
+
+
+def _check(spec: EncoderSpec, head: Sequence[HeadPart]) -> None:
+    for layer in [*spec.layers(), *head]:
+        extras = sorted(getattr(layer, "extras", frozenset()) - EXECUTED)
+        if extras:
+            raise ValueError(
+                f"{layer.name}: a plan with {', '.join(extras)} cannot be "
+                "exported; leave that switch off"
+            )
+    for stage in spec.convs:
+        layer = stage.conv
+        if layer.groups != 1 or layer.dilation != 1 or layer.padding:
+            raise ValueError(
+                f"{layer.name}: a convolution with groups, dilation or "
+                "padding in the front end cannot be exported"
+            )
+    if spec.pos_conv.stride != 1 or spec.pos_conv.dilation != 1:
+        raise ValueError(
+            f"{spec.pos_conv.name}: a positional convolution with a stride "
+            "or dilation cannot be exported"
+        )
+    for part in head:
+        if getattr(part, "kind", "linear") != "linear":
+            raise ValueError(
+                f"{part.name}: a {part.kind} in the head cannot be "
+                "exported; export the encoder alone (head=[])"
+            )
+
+
+def export_onnx(
+    path: str | Path,
+    spec: EncoderSpec,
+    head: Sequence[HeadPart] = (),
+    *,
+    normalize_wav: bool = False,
+    output_norm: bool = False,
+    use_lengths: bool = True,
+    sample_rate: int = 16000,
+    target: str = "onnxruntime",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes an encoder, and the layers behind it, as one ONNX file.
+
+    Its inputs are ``wave``, float32 [batch, samples], padded with zeros, and
+    ``lengths``, int64 [batch], the real samples of each utterance; its output
+    is ``logits`` [batch, frames, symbols], or ``hidden`` without a head.
+    Frames of padding hold anything finite.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file; it is there whole or not at all. Its folder must exist.
+    spec : EncoderSpec
+        The encoder.
+    head : sequence
+        Layers behind it, see :func:`describe_head`.
+    normalize_wav : bool
+        Whether the graph first brings each wave, padding included, to mean 0
+        and variance 1, as SpeechBrain's wrapper does with its
+        ``normalize_wav``. Without it a model that needs this has to be given
+        normalized waves.
+    output_norm : bool
+        The same for the encoder's output, as the wrapper's ``output_norm``.
+    use_lengths : bool
+        False for a model that is not told what is padding: there is no input
+        ``lengths`` then.
+    sample_rate : int
+        Written into the file.
+    target : str
+        ``"onnxruntime"``: activations are uint8 with zero point 128 (the same
+        integers, moved) and convolutions are products of unfolded inputs,
+        which is what ONNX Runtime computes in integers on an x86 CPU;
+        ``"portable"``: int8 with zero point 0 and Conv nodes. An offset of
+        the activations moves either zero point.
+    metadata : Mapping, optional
+        More text by key for the file's metadata.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ImportError
+        onnx is not installed.
+    ValueError
+        An unknown target, a layer that cannot be exported, or more than 2 GB
+        of weights.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: '{target}' is none of {', '.join(TARGETS)}")
+    head = list(head)
+    _check(spec, head)
+    behind = [p for p in head if isinstance(p, IntegerLayer | FloatLayer)]
+    layers = [*spec.layers(), *behind]
+    size = sum(layer.weight.nbytes for layer in layers)
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"the weights take {size / 1e9:.1f} GB and an ONNX file holds "
+            "2 GB; quantize more layers"
+        )
+    graph = Graph(unsigned=target == "onnxruntime")
+    wave = graph.name("wave")
+    inputs = {wave: ["batch", "samples"]}
+    lengths = None
+    if use_lengths:
+        lengths = graph.name("lengths")
+        inputs[lengths] = ["batch"]
+    output = graph.name("logits" if head else "hidden")
+    x = graph.standardize(wave, [1]) if normalize_wav else wave
+    x = add_encoder(graph, spec, x, lengths, target == "onnxruntime")
+    if output_norm:
+        x = graph.standardize(x, [1, 2])
+    graph.result(add_head(graph, x, head), output)
+    width = behind[-1].weight.shape[0] if behind else spec.norm.weight.numel()
+    bits = {
+        layer.name: [layer.weight_bits, layer.activation_bits]
+        for layer in layers
+        if isinstance(layer, IntegerLayer)
+    }
+    model = graph.model(
+        inputs,
+        output,
+        ["batch", "frames", width],
+        {
+            "format": f"speechbrain_stablequant.onnx {EXPORT_FORMAT}",
+            "sample_rate": str(sample_rate),
+            # What the graph itself does to the wave.
+            "input_normalization": "layer_norm" if normalize_wav else "none",
+            "output_normalization": "layer_norm" if output_norm else "none",
+            "bits": json.dumps(bits),
+            **(metadata or {}),
+        },
+    )
+    return write_atomic(path, model.SerializeToString())

@@ -1,0 +1,96 @@
+"""Single layers by ONNX Runtime, to compare them with exact arithmetic."""
+
+import torch
+
+from ...model.encoder_spec import AnyLayer
+from ..algorithms import CONVOLUTION, FLOAT, NATIVE
+from ..geometry import Geometry, Results, Trial
+from .encoder import conv_as_product, position_as_products
+from .executor import open_session, require_onnxruntime
+from .graph import Graph
+
+
+class OnnxRunner:
+    """Computes layers as the exported graph does.
+
+    Arguments
+    ---------
+    threads : int, optional
+        As of :class:`~.onnx_.OnnxExecutor`.
+    provider : str
+        As there.
+    """
+
+    name = "onnx"
+
+    def __init__(self, threads: int | None = None, provider: str = "cpu"):
+        self._threads, self._provider = threads, provider
+        self.versions = {
+            "onnxruntime": require_onnxruntime().__version__,
+            "provider": provider,
+        }
+
+    def half(self, geometry: Geometry) -> bool:
+        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
+.LayerRunner`."""
+        return False
+
+    def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
+        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
+.LayerRunner`."""
+        ways = (NATIVE, CONVOLUTION) if geometry.is_conv else (NATIVE,)
+        return (*ways, FLOAT) if geometry.weight_bits else ways
+
+    def run(self, geometry: Geometry, trial: Trial) -> Results:
+        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
+.LayerRunner`."""
+        graph = Graph(unsigned=True)
+        x, out = graph.name("x"), graph.name("out")
+        inputs = {x: [1, "time", geometry.shape[1] * geometry.groups]}
+        y = _product(graph, geometry, trial.layer, x)
+        if geometry.then == "gelu":
+            y = graph.add("Gelu", [y])
+        elif geometry.then == "sum":
+            other = graph.name("other")
+            inputs[other] = [1, "frames", geometry.shape[0]]
+            y = graph.add("Add", [other, y])
+        graph.result(y, out)
+        shape = [1, "rows", geometry.shape[0]]
+        model = graph.model(inputs, out, shape, {})
+        session = open_session(
+            model.SerializeToString(), self._threads, self._provider
+        )
+        found = []
+        for one, other in zip(trial.inputs, trial.others, strict=True):
+            given = {"x": one.numpy()}
+            if geometry.then == "sum":
+                given["other"] = other.numpy()
+            (result,) = session.run(None, given)
+            found.append(torch.from_numpy(result))
+        return Results(found)
+
+
+def _product(graph: Graph, geometry: Geometry, layer: AnyLayer, x: str) -> str:
+    if geometry.place == "position":
+        trim = (geometry.shape[2] + 1) % 2
+        return position_as_products(graph, layer, x, trim)
+    if geometry.is_conv:
+        return conv_as_product(graph, x, layer)
+    return graph.linear(x, layer)
+
+
+def make_runner(
+    threads: int | None = None, provider: str = "cpu"
+) -> OnnxRunner:
+    """The layers of this runtime with its options.
+
+    Arguments
+    ---------
+    threads, provider
+        As of :class:`~.onnx_.OnnxExecutor`.
+
+    Returns
+    -------
+    OnnxRunner
+    """
+    return OnnxRunner(threads, provider)

@@ -1,0 +1,471 @@
+"""An encoder as an OpenVINO graph with int8 constants.
+
+The graph is built from the description, operation by operation, rather than
+traced: the weights enter as the bytes that they are (constant -> convert ->
+scale, which OpenVINO executes as int8), so that no float copy of them exists
+at any time. Layer inputs pass a FakeQuantize on the plan's scale.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset13 as op
+
+from ...core.affine import GELU_MIN, qmax
+from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...model.encoder_spec import (
+    AnyLayer,
+    BlockSpec,
+    ConvSpec,
+    EncoderSpec,
+    Norm,
+)
+from ..algorithms import (
+    CONVOLUTION,
+    FLOAT,
+    JOINED_GROUPS,
+    WINDOW_PRODUCT,
+    join_groups,
+)
+
+#: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
+MASKED = 1e4
+
+#: Added to integers so that none is negative: oneDNN multiplies unsigned by
+#: signed bytes, and takes longer for signed inputs.
+ZERO_POINT = 128
+
+#: To the end, for slices.
+_END = 2**31 - 1
+
+
+def _f32(value: torch.Tensor | float) -> ov.Node:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    return op.constant(np.asarray(value, dtype=np.float32))
+
+
+def _i64(*values: int) -> ov.Node:
+    return op.constant(np.asarray(values, dtype=np.int64))
+
+
+def _steps(layer: AnyLayer) -> int:
+    """Strides that a convolution's window reaches into."""
+    return -(-layer.weight.shape[2] // layer.stride)
+
+
+def first_windows(spec: EncoderSpec, frames: int) -> int:
+    """Windows of the first convolution that so many frames are made of: the
+    later ones take in whole strides.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder.
+    frames : int
+        Frames.
+
+    Returns
+    -------
+    int
+    """
+    for stage in reversed(spec.convs[1:]):
+        frames = (frames + _steps(stage.conv) - 1) * stage.conv.stride
+    return frames
+
+
+def flat_windows(layer: AnyLayer) -> AnyLayer:
+    """A convolution as a product with windows [in, kernel] -> [kernel * in],
+    the innermost last."""
+    rows = layer.weight.transpose(1, 2).flatten(1)
+    return replace(layer, kind="linear", weight=rows, groups=1)
+
+
+def _as_floats(layer: AnyLayer) -> bool:
+    """Whether integers are multiplied as floats."""
+    return isinstance(layer, IntegerLayer) and layer.algorithm == FLOAT
+
+
+def _group(layer: AnyLayer, index: int) -> AnyLayer:
+    """One group of a convolution."""
+    size = layer.weight.shape[0] // layer.groups
+    own = slice(index * size, (index + 1) * size)
+    bias = None if layer.bias is None else layer.bias[own]
+    part = replace(layer, weight=layer.weight[own], bias=bias, groups=1)
+    if isinstance(layer, IntegerLayer):
+        return replace(part, weight_scale=layer.weight_scale[own])
+    return part
+
+
+def _named(model: ov.Model) -> ov.Model:
+    """Names operations by their place: OpenVINO counts them through a whole
+    process, and finds a compiled graph again by these names too."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() != "Parameter":
+            node.set_friendly_name(f"{node.get_type_name()}_{place}")
+    return model
+
+
+class GraphBuilder:
+    """Builds the graph of one encoder.
+
+    Inputs: ``windows`` [batch, windows, kernel] of the first convolution, as
+    many as :func:`first_windows` says; ``keep`` [batch, frames, 1], 1 at real
+    frames and 0 at padded ones; ``gain`` and ``shift`` [batch, 1, channels]
+    in place of a GroupNorm over time. Output: ``hidden`` [batch, frames,
+    channels].
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder.
+    half : bool
+        Whether the output is bfloat16. With one in float32 OpenVINO keeps
+        all that is added up from block to block in float32, whatever the
+        precision of the rest, and converts it for each layer.
+    """
+
+    def __init__(self, spec: EncoderSpec, half: bool = False):
+        self.spec = spec
+        self.half = half
+        self.inputs: list[ov.Node] = []
+        # Layers that share an input with one scale share its integers.
+        self._quantized: dict[tuple, ov.Node] = {}
+        self._alive: list[ov.Node] = []
+
+    def input(self, name: str, shape: list[int]) -> ov.Node:
+        """A float32 input of the graph."""
+        node = op.parameter(shape, np.float32)
+        node.set_friendly_name(name)
+        node.output(0).set_names({name})
+        self.inputs.append(node)
+        return node
+
+    def quantize(
+        self, x: ov.Node, layer: IntegerLayer, least: float = -math.inf
+    ) -> ov.Node:
+        """The input of a layer on the plan's grid, which OpenVINO knows in
+        its width of 8 bits only: 256 levels.
+
+        Arguments
+        ---------
+        x : openvino.Node
+            The input.
+        layer : IntegerLayer
+            The layer.
+        least : float
+            Lower bound of ``x``.
+
+        Returns
+        -------
+        openvino.Node
+            The values on the grid plus ``ZERO_POINT`` scales, less the
+            offset; where they are multiplied as floats the integers, which
+            bfloat16 holds exactly.
+        """
+        scale, bits = float(layer.activation_scale), layer.activation_bits
+        offset = -layer.zero_point() * scale
+        floats = _as_floats(layer)
+        key = (id(x), scale, bits, offset, floats)
+        if key not in self._quantized:
+            node, edge = x, qmax(bits) * scale
+            top = qmax(8) * scale + offset
+            low, high = _f32(top - 255 * scale), _f32(top)
+            # 256 levels are one too many, at the lower end.
+            if bits < 8 or least < offset - edge - scale / 2:
+                node = op.clamp(x, offset - edge, offset + edge)
+            zero, last = _f32(0.0), _f32(255 * scale)
+            if floats:
+                lowest = -ZERO_POINT - layer.zero_point()
+                zero, last = _f32(lowest), _f32(lowest + 255)
+            node = op.fake_quantize(node, low, high, zero, last, 256)
+            self._quantized[key] = node
+            self._alive.append(x)  # its id stays its own
+        return self._quantized[key]
+
+    @staticmethod
+    def weight(layer: AnyLayer, gain: float = 1.0) -> ov.Node:
+        """The weight of a layer, grouped if its convolution is. The operation
+        keeps the integers that it shares."""
+        shape = tuple(layer.weight.shape)
+        if layer.groups > 1:
+            shape = (layer.groups, shape[0] // layer.groups, *shape[1:])
+        weight = layer.weight.reshape(shape)
+        if isinstance(layer, FloatLayer):
+            return _f32(weight * gain)
+        if _as_floats(layer):
+            return _f32(weight)
+        lead = 2 if layer.groups > 1 else 1
+        scale = layer.weight_scale.reshape(
+            (*shape[:lead], *[1] * (len(shape) - lead))
+        )
+        # Shared, not copied: compiling makes a packed copy anyway.
+        integers = op.constant(
+            weight.contiguous().cpu().numpy(), shared_memory=True
+        )
+        return op.multiply(op.convert(integers, "f32"), _f32(scale * gain))
+
+    @staticmethod
+    def bias(layer: AnyLayer, gain: float = 1.0) -> torch.Tensor | None:
+        """What is added to the product: of integers less the share that the
+        zero point has in it."""
+        bias = None if layer.bias is None else layer.bias.double()
+        if isinstance(layer, IntegerLayer) and not _as_floats(layer):
+            # By numpy: torch would make a copy of the weight in 64 bits.
+            rows = layer.weight.flatten(1).cpu().numpy()
+            sums = torch.from_numpy(rows.sum(1, dtype=np.int64)).double()
+            scale = layer.activation_scale.double() * layer.weight_scale
+            share = (ZERO_POINT + layer.zero_point()) * scale * sums
+            bias = -share if bias is None else bias - share
+        return None if bias is None else (bias * gain).float()
+
+    def linear(
+        self,
+        x: ov.Node,
+        layer: AnyLayer,
+        gain: float = 1.0,
+        least: float = -math.inf,
+    ) -> ov.Node:
+        """[..., in] to [..., out], times a constant."""
+        return self.product(self.prepare(x, layer, least), layer, gain)
+
+    def prepare(
+        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
+    ) -> ov.Node:
+        """What a layer multiplies: integers if it is quantized."""
+        if isinstance(layer, IntegerLayer):
+            return self.quantize(x, layer, least)
+        return x
+
+    def product(
+        self, x: ov.Node, layer: AnyLayer, gain: float = 1.0
+    ) -> ov.Node:
+        """What a linear layer makes of its prepared input."""
+        layer = layer.loaded()
+        y = op.matmul(x, self.weight(layer, gain), False, True)
+        return self.finish(y, layer, (-1,), gain)
+
+    def finish(
+        self,
+        y: ov.Node,
+        layer: AnyLayer,
+        shape: tuple[int, ...],
+        gain: float = 1.0,
+    ) -> ov.Node:
+        """What follows a product: its scale, if the weight is without, and
+        the bias, both of the given shape."""
+        if _as_floats(layer):
+            scale = layer.activation_scale * layer.weight_scale * gain
+            y = op.multiply(y, _f32(scale.reshape(shape)))
+        bias = self.bias(layer, gain)
+        return y if bias is None else op.add(y, _f32(bias.reshape(shape)))
+
+    def conv(
+        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
+    ) -> ov.Node:
+        """[batch, in, time] to [batch, out, time]."""
+        layer = layer.loaded()
+        if layer.algorithm in (JOINED_GROUPS, FLOAT):
+            layer = join_groups(layer)
+        if layer.padding:
+            # Padded before it is quantized: zeros are at the zero point, and
+            # the convolution of a margin of its own is 1.7 times as slow.
+            margin = _i64(0, 0, layer.padding)
+            x = op.pad(x, margin, margin, "constant", _f32(0.0))
+        x = self.prepare(x, layer, least)
+        if layer.algorithm == WINDOW_PRODUCT:
+            return self.window_product(x, layer)
+        make = op.convolution if layer.groups == 1 else op.group_convolution
+        stride, dilation = [layer.stride], [layer.dilation]
+        y = make(x, self.weight(layer), stride, [0], [0], dilation)
+        return self.finish(y, layer, (1, -1, 1))
+
+    def window_product(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
+        """A convolution as one product for each group.
+
+        Arguments
+        ---------
+        x : openvino.Node
+            Its padded and prepared input [batch, in, time].
+        layer : IntegerLayer or FloatLayer
+            The convolution.
+
+        Returns
+        -------
+        openvino.Node
+            [batch, out, time].
+        """
+        kernel = layer.weight.shape[2]
+        reach = (kernel - 1) * layer.dilation
+        time = op.gather(op.shape_of(x), _i64(2), _i64(0))
+        count = op.subtract(op.squeeze(time, _i64(0)), _i64(reach))
+        starts = op.range(
+            op.constant(np.int64(0)),
+            op.squeeze(count, _i64(0)),
+            op.constant(np.int64(layer.stride)),
+            "i64",
+        )
+        taps = op.constant(np.arange(kernel, dtype=np.int64) * layer.dilation)
+        index = op.add(op.unsqueeze(starts, _i64(1)), taps)
+        parts = [x]
+        if layer.groups > 1:
+            parts = op.split(x, 1, layer.groups).outputs()
+        outs = []
+        for place, part in enumerate(parts):
+            # [batch, time, kernel, in] of the group.
+            windows = op.gather(self.turn(part), index, _i64(1))
+            windows = op.reshape(windows, _i64(0, 0, -1), True)
+            own = flat_windows(_group(layer, place))
+            outs.append(self.product(windows, own))
+        return self.turn(outs[0] if len(outs) == 1 else op.concat(outs, 2))
+
+    def strided(self, x: ov.Node, layer: AnyLayer, least: float) -> ov.Node:
+        """[batch, time, in] to [batch, time, out] by a convolution of the
+        feature extractor; the time is whole strides."""
+        if layer.algorithm == CONVOLUTION:
+            return self.turn(self.conv(self.turn(x), layer, least))
+        # With any length OpenVINO would really turn it, which takes as long
+        # as the convolution; so the windows are put together.
+        inputs = layer.weight.shape[1]
+        step, steps = layer.stride * inputs, _steps(layer)
+        rows = op.reshape(
+            self.prepare(x, layer, least), _i64(0, -1, step), True
+        )
+        parts = []
+        for place in range(steps):
+            width = layer.weight.shape[2] * inputs - place * step
+            begin = _i64(place, 0)
+            end = _i64(place - steps + 1 or _END, min(width, step))
+            parts.append(op.slice(rows, begin, end, _i64(1, 1), _i64(1, 2)))
+        windows = op.concat(parts, 2) if steps > 1 else parts[0]
+        return self.product(windows, flat_windows(layer.loaded()))
+
+    @staticmethod
+    def norm(x: ov.Node, norm: Norm) -> ov.Node:
+        """LayerNorm over the last axis."""
+        y = op.mvn(x, _i64(-1), True, norm.eps, "inside_sqrt")
+        return op.add(op.multiply(y, _f32(norm.weight)), _f32(norm.bias))
+
+    @staticmethod
+    def gelu(x: ov.Node) -> ov.Node:
+        """The exact one."""
+        return op.gelu(x, "erf")
+
+    @staticmethod
+    def turn(x: ov.Node) -> ov.Node:
+        """[batch, a, b] to [batch, b, a]."""
+        return op.transpose(x, _i64(0, 2, 1))
+
+    def attend(self, block: BlockSpec, x: ov.Node, mask: ov.Node) -> ov.Node:
+        """Self-attention."""
+        heads = self.spec.num_heads
+        width = block.query.weight.shape[0] // heads
+
+        def split(y: ov.Node) -> ov.Node:
+            y = op.reshape(y, _i64(0, 0, heads, width), True)
+            return op.transpose(y, _i64(0, 2, 1, 3))
+
+        # The 1/sqrt(width) of the scores is in the query's scales.
+        query = split(self.linear(x, block.query, width**-0.5))
+        key = split(self.linear(x, block.key))
+        value = split(self.linear(x, block.value))
+        scores = op.add(op.matmul(query, key, False, True), mask)
+        out = op.matmul(op.softmax(scores, -1), value, False, False)
+        # Within the fused attention, before the heads are put together.
+        out = self.prepare(out, block.out)
+        out = op.transpose(out, _i64(0, 2, 1, 3))
+        out = op.reshape(out, _i64(0, 0, heads * width), True)
+        return self.product(out, block.out)
+
+    def block(self, block: BlockSpec, x: ov.Node, mask: ov.Node) -> ov.Node:
+        """One transformer block."""
+        pre = self.spec.pre_norm
+        y = self.norm(x, block.norm1) if pre else x
+        x = op.add(x, self.attend(block, y, mask))
+        if not pre:
+            x = self.norm(x, block.norm1)
+        y = self.norm(x, block.norm2) if pre else x
+        y = self.gelu(self.linear(y, block.up))
+        y = self.linear(y, block.down, least=GELU_MIN)
+        x = op.add(x, y)
+        return x if pre else self.norm(x, block.norm2)
+
+    def features(self, windows: ov.Node) -> ov.Node:
+        """The convolutions: [batch, windows, kernel] to [batch, frames, C]."""
+        first, *others = self.spec.convs
+        y = self.linear(windows, flat_windows(first.conv.loaded()))
+        x = self.activate(y, first)
+        for stage in others:
+            y = self.strided(x, stage.conv, GELU_MIN)
+            x = self.activate(y, stage)
+        return x
+
+    def activate(self, x: ov.Node, stage: ConvSpec) -> ov.Node:
+        """What follows a convolution of the feature extractor."""
+        if stage.norm is None:
+            return self.gelu(x)
+        if stage.norm.over_time:
+            shape = [-1, 1, stage.conv.weight.shape[0]]
+            gain = self.input("gain", shape)
+            shift = self.input("shift", shape)
+            return self.gelu(op.add(op.multiply(x, gain), shift))
+        return self.gelu(self.norm(x, stage.norm))
+
+    def build(self) -> ov.Model:
+        """The whole graph, for any batch of any length.
+
+        Returns
+        -------
+        openvino.Model
+
+        Raises
+        ------
+        ValueError
+            A convolution of the feature extractor with padding, dilation or
+            groups.
+        """
+        spec = self.spec
+        for stage in spec.convs:
+            conv = stage.conv
+            if conv.padding or conv.dilation != 1 or conv.groups != 1:
+                raise ValueError(
+                    f"{conv.name}: a feature extractor with padding, "
+                    "dilation or groups is not supported; use backend: torch"
+                )
+        kernel = spec.convs[0].conv.weight.shape[2]
+        windows = self.input("windows", [-1, -1, kernel])
+        keep = self.input("keep", [-1, -1, 1])
+        x = self.features(windows)
+        least = -math.inf
+        if spec.projection_norm is not None:
+            x = self.norm(x, spec.projection_norm)
+        else:
+            least = GELU_MIN
+        x = op.multiply(self.linear(x, spec.projection, least=least), keep)
+        position = self.conv(self.turn(x), spec.pos_conv)
+        if spec.pos_trim:
+            position = op.slice(
+                position, _i64(0), _i64(-spec.pos_trim), _i64(1), _i64(2)
+            )
+        x = op.add(x, self.turn(self.gelu(position)))
+        if not spec.pre_norm:
+            x = self.norm(x, spec.norm)
+        # Computed from `keep` rather than an input of its own: a float32
+        # input to the fused attention is misread in bfloat16 (2026.4).
+        mask = op.multiply(op.subtract(keep, _f32(1.0)), _f32(MASKED))
+        mask = op.unsqueeze(self.turn(mask), _i64(1))
+        if spec.rotation is not None:
+            x = op.matmul(x, _f32(spec.rotation), False, True)
+        for block in spec.blocks:
+            x = self.block(block, x, mask)
+        if spec.rotation is not None:
+            x = op.matmul(x, _f32(spec.rotation), False, False)
+        if spec.pre_norm:
+            x = self.norm(x, spec.norm)
+        if self.half:
+            x = op.convert(x, "bf16")
+        x.output(0).set_names({"hidden"})
+        return _named(ov.Model([op.result(x)], self.inputs, "encoder"))

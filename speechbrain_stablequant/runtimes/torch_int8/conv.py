@@ -1,0 +1,269 @@
+"""Convolutions of any geometry over [batch, time, channels]."""
+
+import torch
+from torch.nn import functional as F
+
+from ...core.integer_layer import FloatLayer, IntegerLayer
+from ..algorithms import (
+    CONVOLUTION,
+    FLOAT,
+    JOINED_GROUPS,
+    NATIVE,
+    WINDOW_PRODUCT,
+    join_groups,
+)
+from .forms import Grid, form_of
+from .linear import IntegerLinear, Rows, onednn_operators, rows_of
+
+
+class IntegerConv:
+    """int8 convolution by oneDNN, int32 sums.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        A Conv1d.
+    """
+
+    def __init__(self, layer: IntegerLayer):
+        self.form: Grid = form_of(layer, torch.float32)
+        self._scale = layer.weight_scale.float()
+        self._bias = layer.bias
+        self._zeros = torch.zeros(self._scale.shape, dtype=torch.int64)
+        self._geometry = (
+            [layer.stride],
+            [layer.padding],
+            [layer.dilation],
+            layer.groups,
+        )
+        self._weight = onednn_operators().qconv_prepack(
+            layer.loaded().weight.contiguous(),
+            self._scale,
+            self.form.scale,
+            self.form.zero,
+            *self._geometry,
+            None,
+        )
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The convolution.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [batch, time, in] in this convolution's form.
+        dtype : torch.dtype
+            Of the result, float32 or bfloat16.
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, time, out].
+        """
+        out = torch.ops.onednn.qconv1d_pointwise.default(
+            x.transpose(1, 2),
+            self.form.scale,
+            self.form.zero,
+            self._weight,
+            self._scale,
+            self._zeros,
+            self._bias,
+            *self._geometry,
+            1.0,
+            0,
+            dtype,
+            "none",
+            [],
+            None,
+        )
+        return out.transpose(1, 2)
+
+
+class GroupedConv:
+    """The same with one product for each group: with windows of its input,
+    one after the other.
+
+    oneDNN's convolution has half their speed where groups are as narrow as
+    in a positional embedding.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        A Conv1d without dilation.
+    """
+
+    #: Frames of a group whose windows exist at a time.
+    rows = 512
+
+    def __init__(self, layer: IntegerLayer):
+        layer = layer.loaded()
+        self._groups, self._padding = layer.groups, layer.padding
+        self._kernel, self._stride = layer.weight.shape[-1], layer.stride
+        every = rows_of(layer, torch.float32)
+        self.form: Grid = every.form
+        size = len(every.weight) // layer.groups
+        parts = [slice(i, i + size) for i in range(0, len(every.weight), size)]
+        self._products = [
+            IntegerLinear(
+                Rows(
+                    every.weight[part],
+                    every.scale[part],
+                    None if every.bias is None else every.bias[part],
+                    every.form,
+                )
+            )
+            for part in parts
+        ]
+
+    def _utterance(
+        self, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor
+    ) -> None:
+        width = x.shape[1] // self._groups
+        targets = out.chunk(self._groups, 1)
+        rows = max(min(self.rows, len(out)), 1)
+        # Of all groups: memory that is new each time costs more.
+        scratch = x.new_empty(rows, self._kernel * width)
+        for index, product in enumerate(self._products):
+            own = x[:, index * width : (index + 1) * width].contiguous()
+            for start in range(0, len(out), rows):
+                target = targets[index][start : start + rows]
+                windows = scratch[: len(target)]
+                windows.copy_(
+                    own.as_strided(
+                        windows.shape,
+                        (self._stride * width, 1),
+                        start * self._stride * width,
+                    )
+                )
+                target.copy_(product(windows, dtype))
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerConv`."""
+        margin = (0, 0, self._padding, self._padding)
+        x = F.pad(x, margin, value=self.form.zero)
+        frames = (x.shape[1] - self._kernel) // self._stride + 1
+        width = sum(len(product.scale) for product in self._products)
+        out = torch.empty(len(x), frames, width, dtype=dtype)
+        for one, target in zip(x, out, strict=True):
+            self._utterance(one, dtype, target)
+        return out
+
+
+class FloatConv:
+    """The same of a layer that the plan leaves in floating point.
+
+    Arguments
+    ---------
+    layer : FloatLayer
+        A Conv1d.
+    dtype : torch.dtype
+        That it computes in.
+    """
+
+    def __init__(self, layer: FloatLayer, dtype: torch.dtype):
+        self.form = form_of(layer, dtype)
+        dtype = self.form.dtype
+        self._weight = layer.weight.to(dtype)
+        self._bias = None if layer.bias is None else layer.bias.to(dtype)
+        self._geometry = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerConv`."""
+        out = F.conv1d(
+            x.transpose(1, 2), self._weight, self._bias, *self._geometry
+        )
+        return out.transpose(1, 2).to(dtype)
+
+
+class ConvertedConv:
+    """The same of integers that are multiplied as floats.
+
+    Arguments
+    ---------
+    layer : IntegerLayer
+        A Conv1d.
+    """
+
+    def __init__(self, layer: IntegerLayer):
+        layer = layer.loaded()
+        self.form: Grid = form_of(layer, torch.float32)
+        self._weight = layer.weight.float()
+        self._scale = layer.weight_scale.float() * self.form.scale
+        self._bias = layer.bias
+        self._geometry = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerConv`."""
+        x = x.float().sub_(self.form.zero).transpose(1, 2)
+        y = F.conv1d(x, self._weight, None, *self._geometry).transpose(1, 2)
+        y = y * self._scale
+        return (y if self._bias is None else y.add_(self._bias)).to(dtype)
+
+
+Conv = IntegerConv | GroupedConv | FloatConv | ConvertedConv
+
+
+def conv_algorithms(
+    integers: bool, groups: int, dilation: int
+) -> tuple[str, ...]:
+    """The ways that there are for a convolution, the fastest first.
+
+    Arguments
+    ---------
+    integers : bool
+        Whether it is quantized.
+    groups, dilation : int
+        Of the convolution.
+
+    Returns
+    -------
+    tuple of str
+
+    Example
+    -------
+    >>> conv_algorithms(True, 16, 1)
+    ('native', 'convolution', 'float')
+    """
+    if not integers:
+        joined = (JOINED_GROUPS,) if groups > 1 else ()
+        return (NATIVE, *joined, FLOAT)
+    if dilation != 1:
+        return (NATIVE, FLOAT)
+    other = CONVOLUTION if groups > 1 else WINDOW_PRODUCT
+    return (NATIVE, other, FLOAT)
+
+
+def make_conv(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Conv:
+    """The convolution of a layer.
+
+    Arguments
+    ---------
+    layer : IntegerLayer or FloatLayer
+        A Conv1d.
+    dtype : torch.dtype
+        Of a layer that is not quantized.
+
+    Returns
+    -------
+    IntegerConv, GroupedConv, FloatConv or ConvertedConv
+    """
+    algorithm = layer.algorithm
+    if isinstance(layer, FloatLayer):
+        joined = algorithm == JOINED_GROUPS
+        return FloatConv(join_groups(layer) if joined else layer, dtype)
+    if algorithm == FLOAT:
+        return ConvertedConv(layer)
+    windows = layer.groups > 1 and layer.dilation == 1
+    if algorithm == WINDOW_PRODUCT or (windows and algorithm == NATIVE):
+        return GroupedConv(layer)
+    return IntegerConv(layer)

@@ -1,0 +1,205 @@
+"""The feature extractor: wave to frames."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from ...core.integer_layer import FloatLayer
+from ...model.encoder_spec import ConvSpec, Norm
+from ..group_norm import gain_and_shift
+from .forms import Form
+from .linear import make_linear
+
+
+def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """LayerNorm over the last axis."""
+    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+
+
+class Stage:
+    """A convolution as products with windows, its norm, GELU, and the form of
+    what comes next.
+
+    Arguments
+    ---------
+    spec : ConvSpec
+        The convolution.
+    then : Grid or Floats
+        What the next layer takes in.
+    dtype : torch.dtype
+        Of a layer that is not quantized.
+
+    Raises
+    ------
+    ValueError
+        A convolution with padding, dilation or groups.
+    """
+
+    #: Frames computed at a time: what they need stays in the caches.
+    rows = 2048
+
+    def __init__(self, spec: ConvSpec, then: Form, dtype: torch.dtype):
+        conv = spec.conv
+        if conv.padding or conv.dilation != 1 or conv.groups != 1:
+            raise ValueError(
+                f"{conv.name}: a feature extractor with padding, dilation or "
+                "groups is not supported; use backend: torch"
+            )
+        self.kernel, self.stride = conv.weight.shape[2], conv.stride
+        self.norm = spec.norm
+        self.then = then
+        self.product = make_linear(conv, dtype)
+        self.form = self.product.form
+        self.channels = conv.weight.shape[0]
+
+    def inputs(self, frames: int) -> int:
+        """Input frames that so many frames are made of."""
+        return (frames - 1) * self.stride + self.kernel
+
+    def frames(self, inputs: int) -> int:
+        """Frames that so many input frames give."""
+        return max((inputs - self.kernel) // self.stride + 1, 0)
+
+    def windows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        """Some windows of [time, in], the frames of each one after the
+        other."""
+        width = x.shape[1]
+        step = self.stride * width
+        return x.as_strided(
+            (count, self.kernel * width),
+            (step, 1),
+            x.storage_offset() + start * step,
+        ).contiguous()
+
+    def _write(
+        self,
+        windows: torch.Tensor,
+        gain: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        if self.norm is None or self.norm.over_time:
+            self.product.gelu(windows, self.then, gain, shift, out)
+            return
+        y = layer_norm(self.product(windows, torch.float32), self.norm)
+        self.then.prepare(F.gelu(y), out)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs the stage on a stretch of one utterance.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Contiguous [time, in] in this stage's form.
+        gain, shift : torch.Tensor, optional
+            float32 [out], in place of a norm over time.
+
+        Returns
+        -------
+        torch.Tensor
+            [frames, out] in the next layer's form.
+        """
+        frames = self.frames(x.shape[0])
+        out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
+        # Parts of one size: a short one takes as long as a third of a full.
+        parts = max(-(-frames // self.rows), 1)
+        rows = max(-(-frames // parts), 1)
+        for start in range(0, frames, rows):
+            count = min(rows, frames - start)
+            windows = self.windows(x, start, count)
+            self._write(windows, gain, shift, out[start : start + count])
+        return out
+
+
+class FeatureExtractor:
+    """All convolutions.
+
+    Arguments
+    ---------
+    convs : tuple of ConvSpec
+        The convolutions.
+    then : Grid or Floats
+        The form of the features.
+    dtype : torch.dtype
+        Of layers that are not quantized.
+    """
+
+    #: Frames for which all convolutions are computed before the next ones.
+    stretch = 256
+
+    def __init__(
+        self, convs: tuple[ConvSpec, ...], then: Form, dtype: torch.dtype
+    ):
+        self.stages: list[Stage] = []
+        for spec in reversed(convs):
+            # The wave is not rounded to bfloat16: a float first layer is
+            # the plan's way to keep all of it.
+            exact = spec is convs[0] and isinstance(spec.conv, FloatLayer)
+            stage = Stage(spec, then, torch.float32 if exact else dtype)
+            self.stages.insert(0, stage)
+            then = stage.form
+        norm = convs[0].norm
+        self._over_time = None
+        if norm is not None and norm.over_time:
+            self._over_time = convs[0]
+
+    def frames(self, samples: int) -> int:
+        """Frames of so many samples."""
+        for stage in self.stages:
+            samples = stage.frames(samples)
+        return samples
+
+    def _utterance(
+        self,
+        wave: torch.Tensor,
+        gain: torch.Tensor | None,
+        shift: torch.Tensor | None,
+    ) -> torch.Tensor:
+        first, *others = self.stages
+        x = first.form.prepare(wave[:, None])
+        frames = self.frames(len(wave))
+        hop = math.prod(stage.stride for stage in self.stages)
+        parts = []
+        for start in range(0, frames, self.stretch):
+            needed = min(self.stretch, frames - start)
+            for stage in reversed(self.stages):
+                needed = stage.inputs(needed)
+            part = first(x[start * hop : start * hop + needed], gain, shift)
+            for stage in others:
+                part = stage(part)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def __call__(
+        self, wavs: torch.Tensor, lengths: list[int]
+    ) -> list[torch.Tensor]:
+        """Features of each utterance.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            float32 [batch, samples].
+        lengths : list of int
+            Samples of each utterance, enough for a frame.
+
+        Returns
+        -------
+        list of torch.Tensor
+            [frames, channels] in the form that was asked for.
+        """
+        gains = shifts = [None] * len(lengths)
+        if self._over_time is not None:
+            # The float model's norm sees the padding, too.
+            gains, shifts = gain_and_shift(self._over_time, wavs)
+        return [
+            self._utterance(wav[:n], gain, shift)
+            for wav, n, gain, shift in zip(
+                wavs, lengths, gains, shifts, strict=True
+            )
+        ]

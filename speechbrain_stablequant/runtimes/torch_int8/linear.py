@@ -1,0 +1,378 @@
+"""Products with a weight matrix, and what is done to their results at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ...core.affine import GELU_MIN
+from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...utils.memory import transient
+from ..algorithms import FLOAT, NATIVE
+from .forms import Floats, Form, Grid, form_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of weights of layers that take in the same.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        [out, in], int8 or float.
+    scale : torch.Tensor or None
+        float32 [out], of int8.
+    bias : torch.Tensor or None
+        float32 [out].
+    form : Grid or Floats
+        What the product takes in.
+    algorithm : str
+        How it is computed.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    form: Form
+    algorithm: str = NATIVE
+
+
+def rows_of(
+    layer: IntegerLayer | FloatLayer, dtype: torch.dtype, gain: float = 1.0
+) -> Rows:
+    """A layer as the rows of a matrix.
+
+    Arguments
+    ---------
+    layer : IntegerLayer or FloatLayer
+        A Linear, or a Conv1d whose input is [..., kernel * in]: the frames
+        of a window one after the other.
+    dtype : torch.dtype
+        Of a layer that is not quantized.
+    gain : float
+        Multiplies the result.
+
+    Returns
+    -------
+    Rows
+    """
+    weight = layer.loaded().weight
+    if layer.kind == "conv1d":
+        weight = weight.transpose(1, 2).flatten(1)
+    bias = layer.bias if layer.bias is None else layer.bias * gain
+    form = form_of(layer, dtype)
+    if isinstance(form, Floats):
+        weight = weight if gain == 1.0 else weight * gain
+        return Rows(weight.to(form.dtype), None, bias, form)
+    scale = layer.weight_scale.float() * gain
+    return Rows(weight, scale, bias, form, layer.algorithm)
+
+
+def _stacked(rows: Sequence[Rows]) -> Rows:
+    if len(rows) == 1:
+        return rows[0]
+    bias = None
+    if any(r.bias is not None for r in rows):
+        bias = torch.cat(
+            [
+                torch.zeros(r.weight.shape[0]) if r.bias is None else r.bias
+                for r in rows
+            ]
+        )
+    scale = None
+    if rows[0].scale is not None:
+        scale = torch.cat([r.scale for r in rows])
+    weights = [r.weight for r in rows]
+    count = sum(len(w) for w in weights)
+    weight = transient((count, weights[0].shape[1]), weights[0].dtype)
+    torch.cat(weights, out=weight)
+    return replace(rows[0], weight=weight, scale=scale, bias=bias)
+
+
+def onednn_operators() -> Any:
+    """torch's oneDNN operators for integers.
+
+    Raises
+    ------
+    RuntimeError
+        This build of torch has none, as on macOS.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        raise RuntimeError(
+            "this build of torch has no oneDNN operators for integers"
+        )
+    return torch.ops.onednn
+
+
+class IntegerLinear:
+    """int8 products by oneDNN, int32 sums.
+
+    Arguments
+    ---------
+    rows : Rows
+        int8.
+    """
+
+    def __init__(self, rows: Rows):
+        self.form: Grid = rows.form
+        self.scale = rows.scale
+        self.bias = rows.bias
+        self._zeros = torch.zeros(rows.scale.shape, dtype=torch.int64)
+        self._weight = onednn_operators().qlinear_prepack(
+            rows.weight.contiguous(), None
+        )
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        target: tuple[float, int, torch.dtype],
+        gelu: bool = False,
+        scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return torch.ops.onednn.qlinear_pointwise.default(
+            x,
+            self.form.scale,
+            self.form.zero,
+            self._weight,
+            self.scale if scale is None else scale,
+            self._zeros,
+            self.bias if bias is None else bias,
+            *target,
+            "gelu" if gelu else "none",
+            [],
+            "none" if gelu else "",
+        )
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The product.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [rows, in] in this product's form.
+        dtype : torch.dtype
+            Of the result, float32 or bfloat16.
+
+        Returns
+        -------
+        torch.Tensor
+            [rows, out].
+        """
+        return self._run(x, (1.0, 0, dtype))
+
+    def gelu(
+        self,
+        x: torch.Tensor,
+        form: Form,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """GELU of the product in another form.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [rows, in] in this product's form.
+        form : Grid or Floats
+            Of the result.
+        gain, shift : torch.Tensor, optional
+            float32 [out]: the GELU is that of product * gain + shift, without
+            the bias.
+        out : torch.Tensor, optional
+            Where to.
+
+        Returns
+        -------
+        torch.Tensor
+            [rows, out].
+        """
+        scale = None if gain is None else self.scale * gain
+        if isinstance(form, Grid):
+            target = (form.scale, form.zero, torch.uint8)
+            q = self._run(x, target, True, scale, shift)
+            return form.clip(q, out, GELU_MIN)
+        y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
+        return y if out is None else out.copy_(y)
+
+    def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Adds the product to a sum, in place.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [rows, in] in this product's form.
+        total : torch.Tensor
+            [rows, out].
+
+        Returns
+        -------
+        torch.Tensor
+            The sum.
+        """
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            x,
+            self.form.scale,
+            self.form.zero,
+            self._weight,
+            self.scale,
+            self._zeros,
+            total,
+            self.bias,
+            1.0,
+            0,
+            total.dtype,
+            1.0,
+            0,
+            "sum",
+            1.0,
+            "none",
+            [],
+            "",
+        )
+
+
+class FloatLinear:
+    """The same of a layer that the plan leaves in floating point.
+
+    Arguments
+    ---------
+    rows : Rows
+        Float.
+    """
+
+    def __init__(self, rows: Rows):
+        self.form: Floats = rows.form
+        self._weight = rows.weight
+        bias = rows.bias
+        self._bias = None if bias is None else bias.to(rows.weight.dtype)
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        return F.linear(x, self._weight, self._bias).to(dtype)
+
+    def gelu(
+        self,
+        x: torch.Tensor,
+        form: Form,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        if gain is None:
+            y = F.linear(x, self._weight, self._bias)
+        else:
+            y = F.linear(x, self._weight) * gain + shift
+        return form.prepare(F.gelu(y), out)
+
+    def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        return total.add_(F.linear(x, self._weight, self._bias))
+
+
+class ConvertedLinear:
+    """The same of integers that are multiplied as floats.
+
+    Arguments
+    ---------
+    rows : Rows
+        int8.
+    """
+
+    def __init__(self, rows: Rows):
+        self.form: Grid = rows.form
+        self._weight = rows.weight.float()
+        self._scale = rows.scale * self.form.scale
+        self._bias = rows.bias
+
+    def _product(
+        self, x: torch.Tensor, gain: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        # Without the zero point, so that sums stay small.
+        y = F.linear(x.float().sub_(self.form.zero), self._weight)
+        return y.mul_(self._scale if gain is None else self._scale * gain)
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        y = self._product(x)
+        return (y if self._bias is None else y.add_(self._bias)).to(dtype)
+
+    def gelu(
+        self,
+        x: torch.Tensor,
+        form: Form,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        y = self._product(x, gain)
+        bias = self._bias if gain is None else shift
+        y = y if bias is None else y.add_(bias)
+        return form.prepare(F.gelu(y), out)
+
+    def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """See :class:`IntegerLinear`."""
+        return total.add_(self(x, torch.float32))
+
+
+Linear = IntegerLinear | FloatLinear | ConvertedLinear
+
+
+def _product(rows: Rows) -> Linear:
+    if isinstance(rows.form, Grid):
+        converted = rows.algorithm == FLOAT
+        return ConvertedLinear(rows) if converted else IntegerLinear(rows)
+    return FloatLinear(rows)
+
+
+def make_linear(
+    layer: IntegerLayer | FloatLayer, dtype: torch.dtype, gain: float = 1.0
+) -> Linear:
+    """The product of one layer, see :func:`rows_of`."""
+    return _product(rows_of(layer, dtype, gain))
+
+
+class SharedInput:
+    """Products of one input, side by side: one where they take in the same.
+
+    Arguments
+    ---------
+    rows : sequence of Rows
+        The layers in the order of their results.
+    """
+
+    def __init__(self, rows: Sequence[Rows]):
+        groups: list[list[Rows]] = []
+        for one in rows:
+            last = groups[-1][0] if groups else None
+            if last and (last.form, last.algorithm) == (
+                one.form,
+                one.algorithm,
+            ):
+                groups[-1].append(one)
+            else:
+                groups.append([one])
+        self.products = [_product(_stacked(group)) for group in groups]
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The products.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Float [rows, in].
+        dtype : torch.dtype
+            Of the result.
+
+        Returns
+        -------
+        torch.Tensor
+            [rows, sum of out].
+        """
+        results = [p(p.form.prepare(x), dtype) for p in self.products]
+        return results[0] if len(results) == 1 else torch.cat(results, 1)

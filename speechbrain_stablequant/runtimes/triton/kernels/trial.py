@@ -1,0 +1,178 @@
+"""Whether the kernels compute on this card what they should: asked once.
+
+A kernel that a compiler gets wrong for a card gives wrong words, and no
+error. So before a card is used for the first time every operator is compared
+with its plain-torch reference, with the tile that the rule chooses. A card
+that passed is remembered, until the kernels, Triton or torch change.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from ....utils.files import code_identity, identity
+from ....utils.store import Store
+from . import group_conv, matmul
+from .compare import HALF_TOLERANCE, difference
+from .library import OPERATORS
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+OPS = torch.ops.stablequant
+
+
+def trials() -> Iterator[tuple[str, tuple, float]]:
+    """A call of each operator, or of each of its forms.
+
+    Yields
+    ------
+    str
+        The operator.
+    tuple
+        Its arguments, tensors on CPU, always the same.
+    float
+        Tolerance for its result, see :func:`difference`.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cpu")
+
+    def int8(*shape: int) -> torch.Tensor:
+        made = torch.randint(
+            -127, 128, shape, generator=generator, device="cpu"
+        )
+        return made.to(torch.int8)
+
+    exact = 1e-5
+    half = HALF_TOLERANCE
+    rounded = (torch.int8, 20.0, 127, -100)
+    x, q = normal(2, 70, 128), int8(2, 70, 128)
+    vector = normal(128).abs()
+    norm = (vector, normal(128), 1e-5)
+    scale = vector * 1e-4
+    yield "quantize", (x, 20.0, 31, True, -28), exact
+    yield "layer_norm", (x.half(), *norm, True, *rounded), exact
+    yield "layer_norm_both", (x, *norm, torch.float16, 20.0, 127), exact
+    square = int8(128, 128)
+    bias = normal(128)
+    yield "linear", (q, square, scale, bias, None, True, *rounded), exact
+    residual = (q, square, scale, bias, x.half(), False, torch.float16)
+    yield "linear", residual, exact
+    kernel = matmul.pack_conv_weight(int8(128, 128, 3))
+    end = (True, *rounded)
+    yield "conv1d", (q, kernel, scale, None, 3, 2, *norm, *end), exact
+    plain = (None, None, 0.0)
+    yield "conv1d", (q, kernel, scale, bias, 3, 2, *plain, *end), exact
+    grouped = group_conv.pack_group_weight(int8(128, 32, 16), 4)
+    end = (x.half(), 8, 1, True, torch.float16)
+    yield "group_conv1d", (q, grouped, scale, bias, *end), exact
+    wave = (normal(2, 700), 40.0, 127, int8(128, 10))
+    end = (True, *rounded)
+    yield "wave_conv", (*wave, scale, bias, 5, *norm, *end), exact
+    own = (torch.stack([scale, 2 * scale]), torch.stack([bias, -bias]))
+    yield "wave_conv", (*wave, *own, 5, *plain, *end), exact
+    frames = torch.tensor(120)
+    window = (10, 5, frames)
+    yield "wave_gram", (*wave[:3], torch.int8, *window), exact
+    taps = normal(128, 10).half()
+    unscaled = (wave[0], 1.0, 127, taps, torch.ones(128), bias, 5)
+    yield "wave_conv", (*unscaled, *norm, *end), exact
+    yield "wave_gram", (*wave[:3], torch.float16, *window), exact
+    # the frames that are not real are in the tile of one that is, so that
+    # their results are defined as well
+    qkv, real = normal(2, 70, 3 * 128).half() * 3, torch.tensor([65, 70])
+    yield "attention", (qkv, 2, real, *rounded), half
+    yield "attention", (qkv, 2, None, torch.float16), half
+
+
+def first_failure(device: torch.device) -> str | None:
+    """Runs each operator on a device and compares.
+
+    Arguments
+    ---------
+    device : torch.device
+        A CUDA device, or the CPU in Triton's interpreter.
+
+    Returns
+    -------
+    str or None
+        Which operator failed first, and how.
+
+    Example
+    -------
+    >>> first_failure(torch.device("cpu"))  # plain torch with itself
+    """
+    for name, arguments, tolerance in trials():
+        moved = [
+            a.to(device).contiguous() if isinstance(a, torch.Tensor) else a
+            for a in arguments
+        ]
+        expected = OPERATORS[name].reference(*arguments)
+        try:
+            found = getattr(OPS, name)(*moved)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        # whatever a compiler or a driver raises
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"operator {name} fails: {lines[0]}"
+        single = isinstance(found, torch.Tensor)
+        for a, b in zip(
+            [found] if single else found,
+            [expected] if single else expected,
+            strict=True,
+        ):
+            reason = difference(a, b, tolerance)
+            if reason is not None:
+                return f"operator {name}: the result {reason}"
+    return None
+
+
+def kernels_digest() -> str:
+    """Identifies the kernels: 32 hexadecimal digits."""
+    return code_identity(Path(__file__).parent)
+
+
+def _version() -> dict[str, str | int]:
+    """What a passed trial holds for."""
+    return {
+        "format": FORMAT,
+        "kernels": kernels_digest(),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def failure_on_card(
+    device: torch.device, card: str, store: Store
+) -> str | None:
+    """:func:`first_failure`, remembered for a card that passed.
+
+    Arguments
+    ---------
+    device : torch.device
+        The device.
+    card : str
+        Its name.
+    store : Store
+        Where passed trials are remembered.
+
+    Returns
+    -------
+    str or None
+        Which operator failed first, and how.
+    """
+    name = f"{card}-passed.json".replace(" ", "_").replace("/", "_")
+    key = identity(_version())
+    if store.read(name, key, "trial of kernels") is not None:
+        return None
+    logger.info("triton: trying the kernels on %s, once", card)
+    reason = first_failure(device)
+    if reason is None:
+        store.write(name, key, {"card": card})
+    return reason

@@ -1,0 +1,223 @@
+"""An encoder on the operators of ``kernels``, without any host decision.
+
+What depends on the values of the input (how many frames are real) comes in
+tensors, so that one capture of the launches serves every input of a shape.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from ...model.encoder_spec import BlockSpec, EncoderSpec
+from .layers import (
+    OPS,
+    ConvStage,
+    Form,
+    Linear,
+    PositionalConv,
+    Projections,
+    input_form,
+    move_norm,
+    normalize,
+)
+
+
+class Windows:
+    """Frames that several convolutions in a row make of so many samples.
+
+    Nested roundings down are one: a frame for each ``stride`` samples, the
+    first of ``width``.
+
+    Arguments
+    ---------
+    geometry : iterable of tuple of int
+        Kernel and stride of each convolution.
+
+    Example
+    -------
+    >>> windows = Windows([(10, 5), (3, 2)])
+    >>> windows.width, windows.stride
+    (20, 10)
+    >>> windows.count(torch.tensor([19, 20, 30]))
+    tensor([0, 1, 2])
+    """
+
+    def __init__(self, geometry: Iterable[tuple[int, int]]):
+        self.width = self.stride = 1
+        for kernel, stride in geometry:
+            self.width += (kernel - 1) * self.stride
+            self.stride *= stride
+
+    def count(self, samples: torch.Tensor) -> torch.Tensor:
+        """Frames; less than 1 if there are too few samples for one."""
+        return (samples - self.width) // self.stride + 1
+
+
+class Block:
+    """A transformer block.
+
+    Arguments
+    ---------
+    spec : BlockSpec
+        The block.
+    num_heads : int
+        Attention heads.
+    dtype : torch.dtype
+        Of floating-point activations.
+    device : torch.device
+        Where it runs.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        num_heads: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        qkv = (spec.query, spec.key, spec.value)
+        self.qkv = Projections(qkv, dtype, device)
+        self.out = Linear((spec.out,), dtype, device)
+        self.up = Linear((spec.up,), dtype, device)
+        self.down = Linear((spec.down,), dtype, device)
+        self.norm1 = move_norm(spec.norm1, device)
+        self.norm2 = move_norm(spec.norm2, device)
+        self.num_heads = num_heads
+
+    def attend(
+        self, y: torch.Tensor, x: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """``x + out(attention(y))``; ``y`` in the form of the projections."""
+        form = self.out.form
+        attended = OPS.attention(
+            self.qkv(y), self.num_heads, real, *form.arguments()
+        )
+        return self.out(attended, residual=x)
+
+    def feed(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``x + down(gelu(up(y)))``; ``y`` in the form of ``up``."""
+        return self.down(self.up(y, self.down.form, gelu=True), residual=x)
+
+
+def _norm_both(
+    norm, x: torch.Tensor, form: Form, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm in 16 bit and in a form."""
+    if not form.quantized:
+        y = normalize(norm, x, Form(dtype))
+        return y, y
+    return OPS.layer_norm_both(
+        x, norm.weight, norm.bias, norm.eps, dtype, *form.arguments()[1:]
+    )
+
+
+class Network:
+    """The whole encoder.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        What it computes.
+    dtype : torch.dtype
+        Of the residual stream and of the attention.
+    device : torch.device
+        Where it runs.
+    """
+
+    def __init__(
+        self, spec: EncoderSpec, dtype: torch.dtype, device: torch.device
+    ):
+        self.dtype = dtype
+        self.pre_norm = spec.pre_norm
+        self.norm = move_norm(spec.norm, device)
+        self.projection_norm = move_norm(spec.projection_norm, device)
+        self.projection = Linear((spec.projection,), dtype, device)
+        # A norm between them takes the last stage's output as floats.
+        last = (
+            input_form(spec.projection, dtype)
+            if spec.projection_norm is None
+            else Form(dtype)
+        )
+        forms = [input_form(s.conv, dtype) for s in spec.convs[1:]]
+        if input_form(spec.convs[0].conv, dtype).zero:
+            raise ValueError(
+                f"{spec.convs[0].conv.name}: the triton runtime has no kernel "
+                "for a waveform with an activation offset; use backend: torch"
+            )
+        self.stages = [
+            ConvStage(s.conv, s.norm, form, dtype, device)
+            for s, form in zip(spec.convs, [*forms, last], strict=True)
+        ]
+        self.position = PositionalConv(
+            spec.pos_conv, spec.pos_trim, dtype, device
+        )
+        geometry = [
+            (s.conv.weight.shape[-1], s.conv.stride) for s in spec.convs
+        ]
+        self.windows = [
+            Windows(geometry[: i + 1]) for i in range(len(geometry))
+        ]
+        self.blocks = [
+            Block(block, spec.num_heads, dtype, device) for block in spec.blocks
+        ]
+        self.rotation = None
+        if spec.rotation is not None:
+            self.rotation = spec.rotation.to(device, dtype).contiguous()
+
+    def front(self, wave: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        """The convolutions: float32 [batch, samples] to the projection."""
+        x = wave
+        for stage, windows in zip(self.stages, self.windows, strict=True):
+            # only a norm over time has to know
+            frames = windows.count(samples) if stage.over_time else None
+            x = stage(x, frames)
+        if self.projection_norm is not None:
+            x = normalize(self.projection_norm, x, self.projection.form)
+        return self.projection(x)
+
+    def __call__(
+        self, wave: torch.Tensor, samples: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Encodes a batch.
+
+        Arguments
+        ---------
+        wave : torch.Tensor
+            float32 [batch, samples], contiguous.
+        samples : torch.Tensor
+            int64 scalar: samples of the batch that are no padding to a
+            bucket.
+        lengths : torch.Tensor
+            int64 [batch]: samples of each utterance that are no padding.
+
+        Returns
+        -------
+        torch.Tensor
+            16 bit [batch, frames, channels].
+        """
+        x = self.front(wave, samples)
+        # softmax over nothing is not finite
+        real = self.windows[-1].count(lengths).clamp_(1, x.shape[1])
+        inside = torch.arange(x.shape[1], device=x.device) < real[:, None]
+        # a product would keep what is not finite
+        x = x.masked_fill_(~inside[:, :, None], 0.0)
+        x = self.position(x)
+        if self.pre_norm:
+            if self.rotation is not None:
+                x = x @ self.rotation.T
+            for block in self.blocks:
+                y = normalize(block.norm1, x, block.qkv.form)
+                x = block.attend(y, x, real)
+                y = normalize(block.norm2, x, block.up.form)
+                x = block.feed(y, x)
+            if self.rotation is not None:
+                x = x @ self.rotation
+            return normalize(self.norm, x, Form(self.dtype))
+        norm = self.norm
+        for block in self.blocks:
+            x, y = _norm_both(norm, x, block.qkv.form, self.dtype)
+            x = block.attend(y, x, real)
+            x, y = _norm_both(block.norm1, x, block.up.form, self.dtype)
+            x = block.feed(y, x)
+            norm = block.norm2
+        return normalize(norm, x, Form(self.dtype))

@@ -1,0 +1,1 @@
+"""The float model computing as a plan says."""

@@ -1,0 +1,322 @@
+"""Simulated quantization: the float model computes as the plan says, and is
+itself again afterwards.
+
+Each layer's ``forward`` is shadowed on the instance. Parameters, state dict,
+hooks and parametrizations stay as they are, so that checkpoints of the float
+model load and save while a simulation is on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..core.affine import fake_quantize, scale_from_amax
+from ..core.plan import LayerQuant
+from ..core.plan_tensors import LayerTensors
+from ..core.weights import restore_weight, round_weight, weight_scale
+from ..model.layers import Layer
+from ..utils.precision import plain_float32
+
+_NOTHING = LayerTensors()
+
+
+def quantize_weight(
+    weight: torch.Tensor, bits: int, method: str, group: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fake-quantized weight and its scales.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        Float weight, output channels first.
+    bits : int
+        2 to 8.
+    method : str
+        ``"max"`` or ``"mse"``.
+    group : int
+        Inputs of a Linear that share a scale; 0 for all.
+
+    Returns
+    -------
+    torch.Tensor
+        Weight of the same shape, on the quantization grid.
+    torch.Tensor
+        float32 scales, one per output channel or [out, groups].
+
+    Example
+    -------
+    >>> weight, scale = quantize_weight(torch.tensor([[1.0, 0.4]]), 2, "max")
+    >>> weight, scale
+    (tensor([[1., 0.]]), tensor([1.]))
+    """
+    weight = weight.detach().float()
+    scale = weight_scale(weight, bits, method, group)
+    if group:
+        return restore_weight(round_weight(weight, scale, bits), scale), scale
+    return fake_quantize(weight, scale, bits, axis=0), scale
+
+
+def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    """What an activation offset adds to a layer's bias: the product of its
+    weight with a constant input.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        On the quantization grid, output channels first.
+    offset : float
+        As of :class:`~speechbrain_stablequant.core.plan.LayerQuant`.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [out].
+
+    Example
+    -------
+    >>> offset_bias(torch.tensor([[1.0, 2.0]]), 0.5)
+    tensor([1.5000])
+    """
+    return weight.flatten(1).sum(1).float() * offset
+
+
+def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
+    """A layer's input as its integers stand for it.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        float32.
+    quant : LayerQuant
+        How it is quantized.
+
+    Returns
+    -------
+    torch.Tensor
+        On the quantization grid.
+
+    Example
+    -------
+    >>> quantize_input(torch.tensor([0.9, 9.0]), LayerQuant(4, 2, 1.0))
+    tensor([1., 1.])
+    """
+    bits = quant.activation_bits
+    scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
+    scale = scale.to(x.device)
+    if not quant.activation_offset:
+        return fake_quantize(x, scale, bits)
+    offset = quant.activation_offset
+    return fake_quantize(x - offset, scale, bits) + offset
+
+
+def multiply(
+    module: nn.Module,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """A layer's product with a weight and a bias that are not its own.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+    x, weight, bias : torch.Tensor
+        In place of its input and parameters.
+
+    Returns
+    -------
+    torch.Tensor
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> multiply(linear, torch.ones(1), torch.ones(1, 1), torch.ones(1)).item()
+    2.0
+    """
+    if isinstance(module, nn.Conv1d):
+        # Zero padding stays exact: the zero point is 0.
+        return module._conv_forward(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def quantized_forward(
+    module: nn.Module,
+    quant: LayerQuant,
+    weight: torch.Tensor,
+    new_bias: torch.Tensor | None = None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a layer under simulation.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d, parametrized or not.
+    quant : LayerQuant
+        How its input is quantized.
+    weight : torch.Tensor
+        Its weight on the quantization grid.
+    new_bias : torch.Tensor or None
+        In place of the module's own.
+
+    Returns
+    -------
+    callable
+        Of the input, giving the output in the input's dtype.
+    """
+    bits = quant.activation_bits
+    scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
+    scale = scale.to(weight.device)
+    offset, shift = quant.activation_offset, None
+    if offset:
+        check_offset(module)
+        shift = offset_bias(weight, offset)
+    if new_bias is not None:
+        new_bias = new_bias.to(weight.device)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # A 16-bit product of grid values would round them a second time, and
+        # so would TF32.
+        with plain_float32(x):
+            bias = module.bias if new_bias is None else new_bias
+            bias = None if bias is None else bias.float()
+            if shift is None:
+                grid = fake_quantize(x.float(), scale, bits)
+            else:
+                grid = fake_quantize(x.float() - offset, scale, bits)
+                bias = shift if bias is None else bias + shift
+            out = multiply(module, grid, weight, bias)
+        return out.to(x.dtype)
+
+    return forward
+
+
+def check_offset(module: nn.Module) -> None:
+    """Raises if a layer cannot have an activation offset.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Raises
+    ------
+    ValueError
+        A convolution that pads with zeros, which the offset would change.
+    """
+    if isinstance(module, nn.Conv1d) and module.padding not in (0, (0,)):
+        raise ValueError(
+            f"{type(module).__name__} with padding {module.padding}: an "
+            "activation offset is not exact where zeros are padded"
+        )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer computed with last, and what it was made from."""
+
+    quant: LayerQuant
+    tensors: LayerTensors
+    weight: torch.Tensor
+    forward: Callable[[torch.Tensor], torch.Tensor]
+
+    def same_weight(self, quant: LayerQuant, tensors: LayerTensors) -> bool:
+        """Whether the weight serves another quantization as well."""
+        if tensors.weight is not None or self.tensors.weight is not None:
+            return tensors.weight is self.tensors.weight
+        return all(
+            getattr(quant, name) == getattr(self.quant, name)
+            for name in ("weight_bits", "weight_method", "weight_group")
+        )
+
+
+class Simulator:
+    """Applies quantization to the layers of one model, again and again.
+
+    The last weight of each layer is kept, since a search returns to it: one
+    float32 copy of the model, however many precisions are tried.
+
+    Arguments
+    ---------
+    layers : iterable of Layer
+        All layers that may be quantized.
+    tensors : Mapping, optional
+        LayerTensors by name: integers and biases to use in place of the
+        nearest ones. The attribute of this name may be changed between two
+        contexts.
+
+    Example
+    -------
+    >>> linear = nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
+    >>> layer = Layer("enc", linear, "linear", "head")
+    >>> with Simulator([layer]).apply({"enc": LayerQuant(2, 2, 1.0)}):
+    ...     linear(torch.tensor([0.6, 7.0])).tolist()
+    [0.0]
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        tensors: Mapping[str, LayerTensors] | None = None,
+    ):
+        self.layers = {layer.name: layer for layer in layers}
+        self.tensors = dict(tensors or {})
+        self._kept: dict[str, _Kept] = {}
+
+    def _forward(
+        self, name: str, quant: LayerQuant
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        tensors = self.tensors.get(name, _NOTHING)
+        kept = self._kept.get(name)
+        if kept and kept.quant == quant and kept.tensors is tensors:
+            return kept.forward
+        module = self.layers[name].module
+        if kept and kept.same_weight(quant, tensors):
+            weight = kept.weight
+        elif tensors.weight is not None:
+            device = module.weight.device
+            weight = restore_weight(
+                tensors.weight.to(device), tensors.weight_scale.to(device)
+            )
+        else:
+            weight, _ = quantize_weight(
+                module.weight,
+                quant.weight_bits,
+                quant.weight_method,
+                quant.weight_group,
+            )
+        forward = quantized_forward(module, quant, weight, tensors.bias)
+        self._kept[name] = _Kept(quant, tensors, weight, forward)
+        return forward
+
+    @contextmanager
+    def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
+        """Context in which the named layers compute quantized.
+
+        Arguments
+        ---------
+        quants : Mapping
+            LayerQuant by layer name; layers that are not named stay float.
+
+        Raises
+        ------
+        KeyError
+            A name that is no layer of this model.
+        """
+        shadowed = []
+        try:
+            for name, quant in quants.items():
+                module = self.layers[name].module
+                if "forward" in vars(module):
+                    raise RuntimeError(f"{name}: is being simulated already")
+                module.forward = self._forward(name, quant)
+                shadowed.append(module)
+            yield
+        finally:
+            for module in shadowed:
+                del module.forward

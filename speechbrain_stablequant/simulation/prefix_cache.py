@@ -1,0 +1,240 @@
+"""Reuses the results of earlier units while a search changes a later one.
+
+The search measures one unit after the other. All that comes before the unit
+in question computes the same thing again and again, so its last result is
+kept, for each batch, and the modules before it are skipped. What is computed
+is the same to the last bit; only the time differs.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.plan import LayerQuant
+from ..model.layers import Cut
+
+
+class StopForward(Exception):
+    """Ends a forward pass early, once the wanted result is there."""
+
+
+def map_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
+    """Applies a function to each tensor of a nested output.
+
+    Example
+    -------
+    >>> map_tensors((torch.zeros(2), None), lambda t: t.shape[0])
+    (2, None)
+    """
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, Mapping):
+        items = {k: map_tensors(v, fn) for k, v in value.items()}
+        return type(value)(**items) if items else value
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, fn) for v in value)
+    return value
+
+
+def _nbytes(value: Any) -> int:
+    sizes: list[int] = []
+    map_tensors(value, lambda t: sizes.append(t.nbytes))
+    return sum(sizes)
+
+
+def _device(value: Any) -> torch.device:
+    devices: list[torch.device] = []
+    map_tensors(value, lambda t: devices.append(t.device))
+    return devices[0]
+
+
+def _half_free(device: torch.device) -> float:
+    """Half of the bytes that a GPU has left, what torch holds in reserve
+    included; no limit elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    return (free - torch.cuda.memory_allocated(device)) / 2
+
+
+class Replay:
+    """Keeps the result of one cut for every batch of a data set.
+
+    Arguments
+    ---------
+    cuts : sequence of Cut
+        Places to cut, in network order.
+    units : sequence of str
+        All units, in network order.
+    limit_bytes : int
+        Results larger than this are not kept, nor what would take more than
+        half of the memory that a GPU has left.
+
+    Example
+    -------
+    >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> replay = Replay([Cut("b", a)], ["a", "b"], limit_bytes=100)
+    >>> x = torch.ones(1, 2)
+    >>> def forward(before_batch):
+    ...     before_batch(0)
+    ...     try:
+    ...         b(a(x))
+    ...     except StopForward:
+    ...         pass
+    >>> replay.prepare("b", {}, forward)
+    True
+    >>> with replay.active():
+    ...     replay.start_batch(0)
+    ...     same = torch.equal(a(torch.zeros(1, 2)), a(x))
+    >>> same
+    True
+    """
+
+    def __init__(
+        self, cuts: Sequence[Cut], units: Sequence[str], limit_bytes: int
+    ):
+        self.cuts = {cut.unit: cut for cut in cuts}
+        self.units = list(units)
+        self.limit_bytes = limit_bytes
+        self._cut: Cut | None = None
+        self._prefix: Mapping[str, Any] = {}
+        self._kept: list[Any] = []
+        self._shapes: dict[int, list[Any]] = {}
+        self._batch = 0
+        self._too_large: set[str] = set()
+
+    def start_batch(self, index: int) -> None:
+        """Says which batch the next forward pass is about."""
+        self._batch = index
+
+    def holds(self, unit: str) -> bool:
+        """Whether the results before a unit are kept."""
+        return self._cut is not None and self._cut.unit == unit
+
+    def drop(self) -> None:
+        """Forgets everything that was kept."""
+        self._cut, self._prefix = None, {}
+        self._kept, self._shapes = [], {}
+
+    def _can_start_from(
+        self, unit: str, prefix: Mapping[str, tuple[str, LayerQuant]]
+    ) -> bool:
+        """Whether what is kept lies before ``unit`` on the same prefix."""
+        if self._cut is None:
+            return False
+        here = self.units.index(self._cut.unit)
+        there = self.units.index(unit)
+        before = set(self.units[:here])
+        earlier = {n: row for n, row in prefix.items() if row[0] in before}
+        return here <= there and earlier == self._prefix
+
+    def prepare(
+        self,
+        unit: str,
+        prefix: Mapping[str, tuple[str, LayerQuant]],
+        forward: Callable[[Callable[[int], None]], None],
+    ) -> bool:
+        """Keeps the results before a unit, unless they are kept already.
+
+        Arguments
+        ---------
+        unit : str
+            The first unit that will compute.
+        prefix : Mapping
+            (unit, LayerQuant) of every quantized layer before it; the caller
+            has them in place.
+        forward : callable
+            Runs the model over all batches; calls its argument with the
+            batch's index before each, and goes on to the next batch at
+            :class:`StopForward`.
+
+        Returns
+        -------
+        bool
+            False when there is no place to cut, or the results are too
+            large: run the whole model then.
+        """
+        cut = self.cuts.get(unit)
+        if cut is None or unit in self._too_large:
+            return False
+        if self._cut is cut and self._prefix == prefix:
+            return True
+        if not self._can_start_from(unit, prefix):
+            self.drop()
+        kept: list[Any] = []
+        shapes: dict[int, list[Any]] = {id(m): [] for m in cut.skip}
+        size, limit = 0, None
+
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            nonlocal size, limit
+            if limit is None:
+                limit = min(self.limit_bytes, _half_free(_device(output)))
+            size += _nbytes(output)
+            if size > limit:
+                raise _TooLarge
+            kept.append(output)
+            raise StopForward
+
+        def note_shape(module: nn.Module, args: tuple, output: Any) -> None:
+            blank = map_tensors(output, lambda t: t.to("meta"))
+            shapes[id(module)].append(blank)
+
+        handles = [cut.module.register_forward_hook(keep)]
+        handles += [m.register_forward_hook(note_shape) for m in cut.skip]
+        try:
+            with self.active():
+                forward(self.start_batch)
+        except (_TooLarge, torch.OutOfMemoryError):
+            kept.clear()
+            self._too_large.add(unit)
+            self.drop()
+            return False
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._cut, self._prefix = cut, dict(prefix)
+        self._kept, self._shapes = kept, shapes
+        return True
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context in which the kept results stand for what came before."""
+        if self._cut is None:
+            yield
+            return
+        replaced: list[tuple[nn.Module, Any]] = []
+
+        def shadow(module: nn.Module, result: Callable[[], Any]) -> None:
+            replaced.append((module, vars(module).get("forward")))
+            module.forward = lambda *_, **__: result()
+
+        def blank(module: nn.Module) -> Any:
+            # Of the right shape and never read: the cut's result replaces
+            # everything that would be computed from it.
+            shape = self._shapes[id(module)][self._batch]
+            device = _device(self._kept[self._batch])
+            return map_tensors(
+                shape, lambda t: torch.empty_like(t, device=device)
+            )
+
+        try:
+            shadow(self._cut.module, lambda: self._kept[self._batch])
+            for module in self._cut.skip:
+                shadow(module, partial(blank, module))
+            yield
+        finally:
+            for module, before in replaced:
+                if before is None:
+                    del module.forward
+                else:
+                    module.forward = before
+
+
+class _TooLarge(Exception):
+    """The results to keep are over the limit."""

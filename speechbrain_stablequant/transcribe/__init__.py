@@ -1,0 +1,1 @@
+"""A recognizer from a folder, without executing anything in it."""

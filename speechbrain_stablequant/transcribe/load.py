@@ -1,0 +1,303 @@
+"""A recognizer from a quantized folder, without executing anything in it.
+
+``EncoderASR.from_hparams`` reads ``hyperparams.yaml``, whose tags are calls.
+Here only data files are read (safetensors, JSON, labels or a SentencePiece
+model), and what they say can choose among known modules and sizes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from speechbrain.dataio import audio_io
+from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.dataio.preprocess import AudioNormalizer
+from speechbrain.decoders import ctc_greedy_decode
+from torch import nn
+
+from ..core.plan import QuantizationPlan
+from ..folder.recognizer_spec import RecognizerSpec, read_spec
+from ..folder.tokenizer_file import labels_of, read_tokenizer
+from ..folder.weights_file import CheckpointError
+from ..inference import QuantizedRecogniser
+from ..model.layers import min_samples
+from ..runtimes import RUNTIMES
+from ..runtimes.options import check_options
+from ..utils.typed import one_line, short
+
+# Of the filter that changes a sampling rate: more means rates that have
+# hardly a common divisor, and gigabytes.
+_MAX_FILTER = 1 << 24
+_BACKENDS = ("auto", *RUNTIMES)
+
+
+class Recognizer:
+    """A quantized recognizer: :func:`load` makes it.
+
+    Any number of threads may call it.
+
+    Arguments
+    ---------
+    model : QuantizedRecogniser
+        From audio to log probabilities, loaded.
+    spec : RecognizerSpec
+        What it is beside its weights.
+    tokenizer : CTCTextEncoder or SentencePieceProcessor
+        Filled.
+    device : torch.device
+        Where it computes.
+    """
+
+    def __init__(
+        self,
+        model: QuantizedRecogniser,
+        spec: RecognizerSpec,
+        tokenizer: CTCTextEncoder | sentencepiece.SentencePieceProcessor,
+        device: torch.device,
+    ):
+        self.model = model
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.device = device
+        #: What each output stands for; None where there is no label.
+        self.labels = labels_of(tokenizer)
+        self._normalizer = AudioNormalizer(spec.sample_rate)
+        self._shortest = min_samples(dict(model.parts.items()))
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder's wrapper; its ``model`` has the parameters."""
+        return self.model.parts[self.spec.encoder.key]
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The modules behind the encoder by key, in order."""
+        return {key: self.model.parts[key] for key in self.spec.heads}
+
+    @property
+    def plan(self) -> QuantizationPlan:
+        """What was decided for each layer."""
+        return self.model.plan
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The encoder's configuration."""
+        return self.model.config
+
+    @property
+    def runtime(self) -> str | None:
+        """The runtime that computes; None before the first batch."""
+        return self.model.runtime
+
+    def transcribe_file(self, path: str | Path) -> str:
+        """Transcribes an audio file.
+
+        Arguments
+        ---------
+        path : str or Path
+            A local file of any format that soundfile reads, of any sampling
+            rate and number of channels.
+
+        Returns
+        -------
+        str
+
+        Raises
+        ------
+        ValueError
+            Names the file, and what is wrong with it.
+        """
+        wave = self.load_audio(path)
+        try:
+            words, _ = self.transcribe_batch(wave[None])
+        except ValueError as error:
+            raise ValueError(f"{path}: {one_line(error, 400)}") from error
+        return words[0]
+
+    def transcribe_batch(
+        self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[list[str], list[list[int]]]:
+        """Transcribes a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            [batch, samples], at the model's sampling rate.
+        lengths : torch.Tensor, optional
+            Relative lengths, [batch]; all are whole without them.
+
+        Returns
+        -------
+        list of str
+            The transcripts.
+        list of list of int
+            The indices of their tokens.
+        """
+        if lengths is None:
+            lengths = torch.ones(len(wavs))
+        found = self.encode_batch(wavs, lengths)
+        tokens = ctc_greedy_decode(
+            found, lengths.to(found.device), blank_id=self.spec.blank_index
+        )
+        return [self._text(row) for row in tokens], tokens
+
+    def encode_batch(
+        self, wavs: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Log probabilities of a batch.
+
+        Arguments
+        ---------
+        wavs, lengths : torch.Tensor
+            As of :meth:`transcribe_batch`.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [batch, frames, labels].
+        """
+        if wavs.dim() != 2 or lengths.shape != wavs.shape[:1]:
+            raise ValueError(
+                f"audio of shape {list(wavs.shape)} with lengths of shape "
+                f"{list(lengths.shape)}; give [batch, samples] and [batch]"
+            )
+        if wavs.shape[1] < self._shortest:
+            raise ValueError(
+                f"audio of {wavs.shape[1]} samples is shorter than one frame "
+                f"({self._shortest} samples at {self.spec.sample_rate} Hz)"
+            )
+        wavs = wavs.to(self.device, torch.float32)
+        return self.model(wavs, lengths.to(self.device))
+
+    def load_audio(self, path: str | Path) -> torch.Tensor:
+        """Audio as the model wants it: its sampling rate, one channel.
+
+        Arguments
+        ---------
+        path : str or Path
+            The file.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [samples].
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such audio file")
+        try:
+            signal, rate = audio_io.load(str(path), channels_first=False)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path}: cannot be read as audio ({one_line(error)})"
+            ) from error
+        wanted = self.spec.sample_rate
+        common = math.gcd(rate, wanted)
+        if (rate // common) * (wanted // common) > _MAX_FILTER:
+            raise ValueError(
+                f"{path}: audio of {rate} Hz cannot be resampled to {wanted} "
+                "Hz; convert it first"
+            )
+        return self._normalizer(signal.to(self.device), rate)
+
+    def _text(self, tokens: list[int]) -> str:
+        known = self.labels
+        for index in tokens:
+            if index >= len(known) or known[index] is None:
+                raise ValueError(
+                    f"the model found output {index}, for which the folder's "
+                    f"{self.spec.tokenizer_file} has no label; copy or make "
+                    "the folder again"
+                )
+        if isinstance(self.tokenizer, CTCTextEncoder):
+            return "".join(known[index] for index in tokens)
+        return self.tokenizer.decode_ids(tokens)
+
+
+def load(
+    folder: str | Path,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    backend_options: Mapping[str, Any] | None = None,
+) -> Recognizer:
+    """Loads a quantized folder; nothing in it is executed.
+
+    Arguments
+    ---------
+    folder : str or Path
+        What a run has written, on this machine.
+    backend : str
+        What computes; ``auto`` takes what the folder says, or chooses by
+        device.
+    device : str or torch.device
+        Where it computes.
+    backend_options : Mapping, optional
+        Of the runtime, such as its number of threads; those that the folder
+        says where there are none.
+
+    Returns
+    -------
+    Recognizer
+
+    Raises
+    ------
+    CheckpointError
+        The folder is damaged, holds something else, or has modules that only
+        code can make: one line that names the file.
+    ValueError
+        No such backend or option.
+
+    Example
+    -------
+    >>> load("no/such/folder")
+    Traceback (most recent call last):
+    speechbrain_stablequant...CheckpointError: no/such/folder: there \
+is no such folder; download it first, or give another
+    """
+    folder = Path(folder)
+    if backend not in _BACKENDS:
+        raise ValueError(
+            f"backend: {short(backend)} is none of {', '.join(_BACKENDS)}"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: there is no such folder; download it first, or give "
+            "another"
+        )
+    spec, name = read_spec(folder)
+    if backend != "auto":
+        spec = replace(spec, backend=backend)
+    if backend_options is not None:
+        spec = replace(spec, backend_options=dict(backend_options))
+    if spec.backend not in _BACKENDS:
+        raise CheckpointError(
+            f"{folder / name}: backend {short(spec.backend)} is none of "
+            f"{', '.join(_BACKENDS)}"
+        )
+    check_options(spec.backend, spec.backend_options)
+    try:
+        heads = spec.build_heads()
+    except ValueError as error:
+        reason = one_line(error, 400)
+        raise CheckpointError(f"{folder / name}: {reason}") from error
+    model = QuantizedRecogniser(
+        spec.checksum,
+        asdict(spec.encoder),
+        heads,
+        spec.backend,
+        spec.backend_options,
+    )
+    # The YAML is not signed: it names the checksum of what is.
+    signed = [name] if spec.checksum is None else []
+    model.load(folder, needs=[spec.tokenizer_file, *signed])
+    tokenizer = (
+        CTCTextEncoder()
+        if spec.tokenizer == "labels"
+        else sentencepiece.SentencePieceProcessor()
+    )
+    read_tokenizer(tokenizer, folder / spec.tokenizer_file)
+    device = torch.device(device)
+    return Recognizer(model.to(device), spec, tokenizer, device)

@@ -1,0 +1,293 @@
+"""Error rates, bootstrap interval, real-time factor and size."""
+
+import random
+
+import jiwer
+import numpy as np
+import pytest
+from speechbrain.utils.metric_stats import ErrorRateStats
+
+from speechbrain_stablequant.core import error_rates as evaluation
+from speechbrain_stablequant.core.error_rates import (
+    Transcript,
+    bootstrap_delta_wer,
+    paired_error,
+    paired_interval,
+    real_time_factor,
+    score,
+    size_on_disk,
+)
+
+
+def corpus(error_seed, num_utterances=40, error_rate=0.2):
+    """The same references for each seed, with other errors."""
+    texts, errors = random.Random(7), random.Random(error_seed)
+    vocabulary = ["".join(texts.choices("ABCDE", k=4)) for _ in range(50)]
+    transcripts = []
+    for index in range(num_utterances):
+        words = texts.choices(vocabulary, k=texts.randint(1, 12))
+        heard = []
+        for word in words:
+            if errors.random() < error_rate:
+                # a deletion, a substitution or an insertion
+                heard += errors.choice([[], ["XYZ"], [word, "OH"]])
+            else:
+                heard.append(word)
+        transcripts.append(
+            Transcript(f"u{index}", " ".join(words), " ".join(heard))
+        )
+    return transcripts
+
+
+def test_score_counts_by_hand():
+    rates = score(
+        [
+            Transcript("a", "A B C", "A X C D"),  # 1 substitution, 1 insertion
+            Transcript("b", "ONE TWO", "TWO"),  # 1 deletion
+            Transcript("c", "YES", "YES"),
+        ]
+    )
+    assert rates.to_dict() == {
+        "WER": 50.0,
+        "CER": pytest.approx(100 * (1 + 2 + 4) / (5 + 7 + 3)),
+        "utterances": 3,
+        "words": 6,
+        "substitutions": 1,
+        "deletions": 1,
+        "insertions": 1,
+        "characters": 15,
+    }
+    assert (
+        rates.character_substitutions,
+        rates.character_deletions,
+        rates.character_insertions,
+    ) == (1, 4, 2)
+
+
+def test_score_is_jiwer_corpus_rate_and_not_the_mean_of_utterances():
+    transcripts = corpus(1)
+    references = [item.reference for item in transcripts]
+    hypotheses = [item.hypothesis for item in transcripts]
+    rates = score(transcripts)
+    assert rates.wer == pytest.approx(100 * jiwer.wer(references, hypotheses))
+    assert rates.cer == pytest.approx(100 * jiwer.cer(references, hypotheses))
+    mean = np.mean([score([item]).wer for item in transcripts])
+    assert abs(rates.wer - mean) > 0.1
+
+
+def test_empty_hypothesis_deletes_everything():
+    rates = score([Transcript("a", "ONE TWO", ""), Transcript("b", "X", " ")])
+    assert (rates.wer, rates.cer) == (100.0, 100.0)
+    assert (rates.deletions, rates.words) == (3, 3)
+
+
+def test_spaces_around_and_between_words_are_no_word_errors():
+    rates = score([Transcript("a", " ONE  TWO ", "ONE TWO")])
+    assert (rates.wer, rates.words) == (0.0, 2)
+
+
+@pytest.mark.parametrize("reference", ["", "  "])
+def test_an_empty_reference_counts_its_insertions(reference):
+    """As SpeechBrain's ErrorRateStats: no words, and all that is recognized
+    counts against the words of the whole set."""
+    transcripts = [
+        Transcript("a", "ONE TWO", "ONE TWO"),
+        Transcript("silence", reference, " OH  NO "),
+        Transcript("b", "THREE FOUR", "THREE"),
+    ]
+    rates = score(transcripts)
+    assert (rates.words, rates.insertions, rates.deletions) == (4, 2, 1)
+    assert (rates.characters, rates.character_insertions) == (17, 5)
+    stats = ErrorRateStats()
+    for item in transcripts:
+        rows = [[text.split()] for text in (item.hypothesis, item.reference)]
+        stats.append([item.id], *rows)
+    assert rates.wer == stats.summarize("WER") == 75.0
+
+
+def test_bootstrap_with_empty_references():
+    """A resample without a word has no rate and is left out."""
+    baseline = [Transcript("a", "ONE TWO", "ONE TWO"), Transcript("b", "", "")]
+    other = [Transcript("a", "ONE TWO", "ONE"), Transcript("b", "", "OH")]
+    delta, low, high = bootstrap_delta_wer(baseline, other)
+    # One draw in four has no word; the others have 2 errors in 4 or 2 words.
+    assert (delta, low, high) == (100, 50, 100)
+    single = bootstrap_delta_wer(baseline, other, num_resamples=1, seed=4)
+    assert tuple(single) == (100, 100, 100)
+
+
+def test_no_reference_has_a_word():
+    with pytest.raises(ValueError, match=r"no reference .* 'a' is the") as e:
+        score([Transcript("a", "", "A"), Transcript("b", " ", "")])
+    assert "\n" not in str(e.value)
+
+
+def test_no_transcripts():
+    with pytest.raises(ValueError, match="set is empty"):
+        score([])
+    with pytest.raises(ValueError, match="set is empty"):
+        bootstrap_delta_wer([], [])
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
+def test_bootstrap_equals_a_direct_loop(unit):
+    baseline, other = corpus(1), corpus(2)
+    rate = {"word": jiwer.wer, "char": jiwer.cer}[unit]
+
+    def percent(transcripts):
+        return 100 * rate(
+            [item.reference for item in transcripts],
+            [item.hypothesis for item in transcripts],
+        )
+
+    generator = np.random.default_rng(3)
+    deltas = []
+    for _ in range(200):
+        drawn = generator.integers(len(baseline), size=len(baseline))
+        deltas.append(
+            percent([other[i] for i in drawn])
+            - percent([baseline[i] for i in drawn])
+        )
+    expected = np.percentile(deltas, [5, 95])
+    result = bootstrap_delta_wer(
+        baseline, other, num_resamples=200, level=0.9, seed=3, unit=unit
+    )
+    assert result.delta == pytest.approx(percent(other) - percent(baseline))
+    assert (result.low, result.high) == pytest.approx(tuple(expected))
+    assert result.low < result.delta < result.high
+
+
+def test_chunks_change_memory_and_not_the_result():
+    extra, lengths = np.arange(-5, 6), np.arange(1, 12)
+    whole = evaluation._resampled_ratios(extra, lengths, 100, seed=0)
+    for max_draws in (1, 30, 400):
+        parts = evaluation._resampled_ratios(
+            extra, lengths, 100, seed=0, max_draws=max_draws
+        )
+        np.testing.assert_array_equal(parts, whole)
+
+
+def test_bootstrap_of_a_known_distribution():
+    # 100 one-word utterances of which 20 are newly wrong: a resample's rise
+    # is binomial(100, 0.2), whose 95 % range is 12 to 28 points.
+    baseline = [Transcript(str(i), "A", "A") for i in range(100)]
+    other = [
+        Transcript(str(i), "A", "B" if i < 20 else "A") for i in range(100)
+    ]
+    delta, low, high = bootstrap_delta_wer(baseline, other)
+    assert delta == pytest.approx(20)
+    assert low == pytest.approx(12, abs=1)
+    assert high == pytest.approx(28, abs=1)
+
+
+def test_bootstrap_is_paired():
+    # Very different utterances, yet always exactly one more error in ten
+    # words: paired resampling knows the difference without any doubt.
+    reference = "A B C D E F G H I J"
+    baseline, other = [], []
+    for index in range(10):
+        words = reference.split()
+        baseline.append(
+            Transcript(str(index), reference, " ".join(words[:index]))
+        )
+        other.append(
+            Transcript(str(index), reference, " ".join(words[: index - 1]))
+            if index
+            else Transcript("0", reference, "X Y Z P Q R S T U V W")
+        )
+    result = bootstrap_delta_wer(baseline, other, num_resamples=500)
+    assert result.delta == pytest.approx(10)
+    assert result.high - result.low < 1e-9
+
+
+def test_bootstrap_of_a_system_with_itself_and_its_mirror():
+    one, two = corpus(1), corpus(2)
+    assert bootstrap_delta_wer(one, one, num_resamples=50) == (0, 0, 0)
+    there = bootstrap_delta_wer(one, two, num_resamples=999)
+    back = bootstrap_delta_wer(two, one, num_resamples=999)
+    assert back == pytest.approx((-there.delta, -there.high, -there.low))
+    assert there != bootstrap_delta_wer(one, two, num_resamples=999, seed=1)
+    assert there == bootstrap_delta_wer(one, two, num_resamples=999)
+
+
+def test_a_higher_level_is_wider():
+    one, two = corpus(1), corpus(2)
+    narrow = bootstrap_delta_wer(one, two, num_resamples=999, level=0.5)
+    wide = bootstrap_delta_wer(one, two, num_resamples=999, level=0.99)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ([("a", "ONE"), ("c", "TWO")], "utterance 1 is 'b' .* and 'c'"),
+        ([("a", "ONE")], "utterance 'b' was recognized by one system only"),
+        (
+            [("a", "ONE"), ("b", "TWO"), ("c", "THREE")],
+            "utterance 'c' was recognized by one system only",
+        ),
+        ([("a", "ONE"), ("b", "TOO")], "utterance 'b' has two different ref"),
+    ],
+)
+def test_bootstrap_refuses_sets_that_do_not_match(other, message):
+    baseline = [Transcript("a", "ONE", "ONE"), Transcript("b", "TWO", "TWO")]
+    with pytest.raises(ValueError, match=message) as error:
+        bootstrap_delta_wer(baseline, [Transcript(i, t, t) for i, t in other])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("num_resamples", 0), ("level", 0.0), ("level", 1.0), ("unit", "phone")],
+)
+def test_bootstrap_names_a_wrong_argument(key, value):
+    one = [Transcript("a", "ONE", "ONE")]
+    with pytest.raises(ValueError, match=key):
+        bootstrap_delta_wer(one, one, **{key: value})
+
+
+def test_real_time_factor():
+    assert real_time_factor(3.0, 12.0) == 0.25
+    assert real_time_factor(0.0, 12.0) == 0.0
+    for audio in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="seconds_audio"):
+            real_time_factor(1.0, audio)
+    for compute in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="seconds_compute"):
+            real_time_factor(compute, 1.0)
+
+
+def test_size_packs_each_tensor_to_whole_bytes():
+    assert size_on_disk([(3, 6)]) == 3  # 18 bits
+    assert size_on_disk([(3, 6), (3, 6)]) == 6  # not 36 bits together
+    assert size_on_disk([(1024, 8), (16, 32)], num_scales=4) == 1024 + 64 + 16
+    assert size_on_disk([]) == 0
+
+
+@pytest.mark.parametrize("entry", [(-1, 8), (10, 0), (10, float("nan"))])
+def test_size_refuses_impossible_entries(entry):
+    with pytest.raises(ValueError, match="entry 1"):
+        size_on_disk([(1, 8), entry])
+    with pytest.raises(ValueError, match="num_scales"):
+        size_on_disk([], num_scales=-1)
+
+
+# -- how many utterances a resolution needs ------------------------------------
+
+
+def test_paired_error_is_the_spread_of_the_bootstrap():
+    random = np.random.default_rng(1)
+    words = random.integers(5, 40, size=300)
+    extra = random.integers(-2, 4, size=300)
+    error = paired_error(extra, words)
+    _, low, high = paired_interval(extra, words, level=0.95)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    # Four times as many utterances of the same kind: half the error.
+    four = paired_error(np.tile(extra, 4), np.tile(words, 4))
+    assert four == pytest.approx(error / 2, rel=0.01)
+
+
+def test_paired_error_of_a_rise_in_proportion_is_none():
+    """Longer utterances have more words and more errors: no noise."""
+    words = np.array([10, 20, 40])
+    assert paired_error(words // 10, words) == pytest.approx(0, abs=1e-12)

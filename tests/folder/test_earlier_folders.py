@@ -1,0 +1,32 @@
+"""Folders of earlier versions load with today's code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from speechbrain.inference.ASR import EncoderASR
+
+from speechbrain_stablequant import load
+
+#: A random recognizer, written by 0.1.0 when the modules had other places.
+FOLDER = Path(__file__).resolve().parent / "written_by_0.1.0"
+TEXT = "BGBCBG"
+
+
+@pytest.fixture
+def wave():
+    return torch.randn(1, 6000, generator=torch.Generator().manual_seed(92))
+
+
+def test_from_hparams(wave, tmp_path):
+    asr = EncoderASR.from_hparams(
+        source=str(FOLDER),
+        savedir=str(tmp_path),
+        overrides={"backend": "torch"},
+    )
+    assert asr.transcribe_batch(wave, torch.ones(1))[0] == [TEXT]
+
+
+def test_load(wave):
+    recognizer = load(FOLDER, backend="torch")
+    assert recognizer.transcribe_batch(wave, torch.ones(1))[0] == [TEXT]

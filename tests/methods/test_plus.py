@@ -1,0 +1,616 @@
+"""AdaRound and StableQuant-plus through the stage, on tiny models."""
+
+import copy
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
+from speechbrain_stablequant.core.affine import GELU_MIN
+from speechbrain_stablequant.core.histogram import Histogram
+from speechbrain_stablequant.core.integer_layer import integer_layer
+from speechbrain_stablequant.core.plan_tensors import adjusted_floats
+from speechbrain_stablequant.methods import make_plan
+from speechbrain_stablequant.methods.plus.quarot import (
+    is_rotated,
+    rotated,
+    rotated_floats,
+)
+from speechbrain_stablequant.methods.plus.smoothquant import (
+    ChannelMaxima,
+    changed_floats,
+    equalized,
+    factors,
+    find_sites,
+)
+from speechbrain_stablequant.methods.plus.zero_point import (
+    behind_gelu,
+    lopsided_range,
+)
+from speechbrain_stablequant.methods.search import Score
+from speechbrain_stablequant.methods.session import Stage
+from speechbrain_stablequant.model.layers import find_encoders, find_layers
+from speechbrain_stablequant.model.rotation import (
+    attach_rotation,
+    detach_rotation,
+    is_rotation,
+    random_rotation,
+)
+from speechbrain_stablequant.rivals import auto_quantize
+from speechbrain_stablequant.rivals.auto_quantize import Calls, inputs_of_first
+from speechbrain_stablequant.runtimes import RUNTIMES, build_forwards
+from speechbrain_stablequant.runtimes.base import shadowed_forwards
+from speechbrain_stablequant.simulation.fake_quant import Simulator
+from speechbrain_stablequant.simulation.prefix_cache import StopForward
+from speechbrain_stablequant.utils.store import Store
+
+TARGET = ["wav2vec2", "enc", "ctc_lin"]
+
+
+class Recognizer:
+    """A tiny model whose words are its frames, right where the float model
+    says the same."""
+
+    show_progress = False
+
+    def __init__(self, modules):
+        self.modules = dict(modules.items())
+        torch.manual_seed(5)
+        self.batches = [torch.randn(2, 1300) for _ in range(2)]
+        self.runs = self.scores = 0
+        with torch.no_grad():
+            self.truth = [self.output(wavs) for wavs in self.batches]
+
+    def ids(self, subset):
+        return ["a", "b", "c", "d"]
+
+    def key(self, subset, kind):
+        return f"{kind} of {subset}"
+
+    def lengths(self, subset, batch):
+        return 1300, [1300, 1300]
+
+    def output(self, wavs):
+        x = self.modules["wav2vec2"](wavs)
+        return self.modules["ctc_lin"](self.modules["enc"](x)).log_softmax(-1)
+
+    @torch.no_grad()
+    def forward(self, subset, before_batch, first_only=False, turns=1):
+        out = None
+        for index, wavs in enumerate(self.batches):
+            for _ in range(turns):
+                before_batch(index)
+                self.runs += 1
+                out = None
+                with suppress(StopForward):
+                    out = self.output(wavs)
+            if first_only:
+                break
+        return out
+
+    @torch.no_grad()
+    def outputs(self, subset, before_batch):
+        for index, wavs in enumerate(self.batches):
+            before_batch(index)
+            self.runs += 1
+            yield self.output(wavs)
+
+    @torch.no_grad()
+    def score(self, before_batch, give_up_above):
+        self.scores += 1
+        errors, words, loss = 0, 0, 0.0
+        for index, wavs in enumerate(self.batches):
+            before_batch(index)
+            out, truth = self.output(wavs), self.truth[index]
+            errors += int((out.argmax(-1) != truth.argmax(-1)).sum())
+            words += truth[..., 0].numel()
+            loss += float(
+                F.kl_div(out, truth, reduction="sum", log_target=True)
+            )
+            if give_up_above is not None and errors > give_up_above:
+                return Score(errors, words, loss, index == 1)
+        return Score(errors, words, loss)
+
+
+def stage_of(modules, folder, **block):
+    block = {
+        "target": TARGET,
+        "weight_bits": 4,
+        "activation_bits": 6,
+        "search": {"cutoffs": [100, 99.5]},
+        **block,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    config = QuantizeConfig.from_dict(block)
+    return Stage(Recognizer(modules), config, Store(folder))
+
+
+def run(modules, folder, **block):
+    stage = stage_of(modules, folder, **block)
+    plan, _ = make_plan(stage)
+    return stage, plan
+
+
+def loss_of(stage, plan):
+    """The whole plan, executed as a runtime does from integers."""
+    modules = stage.recognizer.modules
+    tensors = plan.tensors
+    layers, floats = ({}, {}) if tensors is None else vars(tensors).values()
+    quants = plan.quants()
+    with adjusted_floats(modules, floats):
+        integers = {
+            layer.name: integer_layer(
+                layer, quants[layer.name], layers.get(layer.name)
+            )
+            for layer in stage.layers
+            if layer.name in quants
+        }
+        forwards = build_forwards("torch", modules, integers)
+        with shadowed_forwards(forwards):
+            return stage.recognizer.score(lambda _: None, None).loss
+
+
+def state(modules):
+    return {k: v.clone() for k, v in modules.state_dict().items()}
+
+
+def assert_unchanged(modules, before):
+    after = modules.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any("forward" in vars(m) for m in modules.modules())
+
+
+@pytest.fixture
+def large(make_tiny_modules):
+    return make_tiny_modules("wav2vec2-large", num_hidden_layers=1)
+
+
+ADAROUND = {"iterations": 40, "lr": 0.1}
+
+
+# -- AdaRound ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["wav2vec2-large", "hubert-base"])
+def test_adaround(make_tiny_modules, shape, tmp_path):
+    modules = make_tiny_modules(shape, num_hidden_layers=1)
+    before = state(modules)
+    stage, plan = run(modules, tmp_path, method="adaround", adaround=ADAROUND)
+    assert_unchanged(modules, before)
+    nearest = run(modules, tmp_path, method="mse")[1]
+    assert plan.quants() == nearest.quants()
+    assert set(plan.tensors.layers) == set(plan.quants())
+    assert not plan.tensors.floats
+    assert loss_of(stage, plan) < loss_of(stage, nearest)
+    assert plan.settings["adaround"]["iterations"] == 40
+    assert "adaround" not in nearest.settings
+
+
+def test_finished_layers_are_not_done_again(large, tmp_path):
+    block = {"method": "adaround", "adaround": ADAROUND}
+    first = run(large, tmp_path, **block)[1]
+    files = {
+        f: f.stat().st_mtime_ns for f in tmp_path.glob("finished_layers/*")
+    }
+    assert len(files) == len(first.quants())
+    stage, second = run(large, tmp_path, **block)
+    assert second.tensors.digest() == first.tensors.digest()
+    assert stage.recognizer.runs == 1  # the order of the layers
+    assert files == {
+        f: f.stat().st_mtime_ns for f in tmp_path.glob("finished_layers/*")
+    }
+    other = {**block, "adaround": {**ADAROUND, "weight": 0.1}}
+    stage, _ = run(large, tmp_path, **other)
+    assert stage.recognizer.runs > 10
+
+
+def test_the_plan_can_be_used_again(large, tmp_path):
+    block = {"method": "adaround", "adaround": ADAROUND}
+    stage, plan = run(large, tmp_path / "a", **block)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    other, again = run(large, tmp_path / "b", plan=str(path))
+    assert again == plan
+    assert loss_of(other, again) == loss_of(stage, plan)
+    assert other.recognizer.runs == 0
+    wider = replace(plan.tensors, floats={"enc.nothing": torch.ones(3)})
+    replace(plan, tensors=wider).save(path)
+    with pytest.raises(ValueError, match=r"'enc\.nothing' has shape \[3\]"):
+        run(large, tmp_path / "c", plan=str(path))
+
+
+# -- equalization --------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_equalized_float_model_is_the_same(tiny_modules, variant):
+    recognizer = Recognizer(tiny_modules)
+    layers = find_layers(recognizer.modules, TARGET)
+    sites = find_sites(find_encoders(recognizer.modules), layers)
+    # The residual of a post-norm block reads the normalization as well.
+    assert len(sites) == 1 + 2 * (3 if variant.endswith("large") else 1)
+    before = state(tiny_modules)
+    with ChannelMaxima([s.consumers[0] for s in sites]).watch() as maxima:
+        recognizer.forward("calibration", lambda _: None)
+    by_site = {
+        s.name: factors(s, maxima.values[s.consumers[0].name], 0.5)
+        for s in sites
+    }
+    assert all(f.max() / f.min() > 1.5 for f in by_site.values())
+    quantized = [layer.name for layer in layers[:-2]]
+    with equalized(sites, by_site):
+        assert recognizer.score(lambda _: None, None).loss < 1e-5
+        floats = changed_floats(sites, quantized)
+        changed = {
+            name: value
+            for name, value in state(tiny_modules).items()
+            if not torch.equal(value, before[name])
+        }
+    assert_unchanged(tiny_modules, before)
+    # All that changed is in the floats, but for weights that are integers.
+    left = set(changed) - set(floats)
+    assert left <= {f"{name}.weight" for name in quantized}
+    assert all(
+        torch.equal(floats[n], changed[n]) for n in floats if n in changed
+    )
+
+
+def test_strength_one_makes_channels_equal(large):
+    recognizer = Recognizer(large)
+    layers = find_layers(recognizer.modules, TARGET)
+    sites = find_sites(find_encoders(recognizer.modules), layers)
+    watched = [s.consumers[0] for s in sites]
+    with ChannelMaxima(watched).watch() as before:
+        recognizer.forward("calibration", lambda _: None)
+    by_site = {
+        s.name: factors(s, before.values[s.consumers[0].name], 1.0)
+        for s in sites
+    }
+    with equalized(sites, by_site), ChannelMaxima(watched).watch() as after:
+        recognizer.forward("calibration", lambda _: None)
+    for values in after.values.values():
+        assert torch.allclose(values, torch.ones_like(values), rtol=1e-3)
+
+
+# -- rotation ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_rotated_float_model_is_the_same(large):
+    recognizer = Recognizer(large)
+    (encoder,) = find_encoders(recognizer.modules)
+    layers = find_layers(recognizer.modules, TARGET)
+    quantized = [layer.name for layer in layers[:-2]]
+    before = state(large)
+    with rotated([encoder]):
+        assert recognizer.score(lambda _: None, None).loss < 1e-5
+        floats = rotated_floats([encoder], quantized)
+        changed = {
+            name: value
+            for name, value in state(large).items()
+            if name not in before or not torch.equal(value, before[name])
+        }
+        block = encoder.model.encoder.layers[0]
+        assert is_rotated(block.final_layer_norm, [encoder])
+        assert not is_rotated(encoder.model.encoder.layer_norm, [encoder])
+    assert_unchanged(large, before)
+    assert set(state(large)) == set(before)
+    left = set(changed) - set(floats)
+    assert left and left <= {f"{name}.weight" for name in quantized}
+    assert all(
+        torch.equal(floats[n], changed[n]) for n in changed if n in floats
+    )
+
+
+@torch.no_grad()
+def test_a_deep_copy_turns_by_its_own_rotation(make_tiny_model):
+    model, wavs = make_tiny_model("hubert-large"), torch.randn(1, 1300)
+    attach_rotation(model.encoder, random_rotation(32))
+    expected = model(wavs).last_hidden_state
+    twin = copy.deepcopy(model)
+    model.encoder.stream_rotation.zero_()
+    assert torch.equal(twin(wavs).last_hidden_state, expected)
+    detach_rotation(twin.encoder)
+    assert not torch.equal(twin(wavs).last_hidden_state, expected)
+
+
+def test_rotation_spreads_what_one_channel_holds(large):
+    (encoder,) = find_encoders({"wav2vec2": large["wav2vec2"]})
+    block = encoder.model.encoder.layers[0]
+    block.final_layer_norm.weight.data[3] *= 30
+    largest = []
+
+    def peak(module, args):
+        x = args[0].flatten(0, -2)
+        largest.append(float(x.abs().max() / x.square().mean().sqrt()))
+
+    linear = block.feed_forward.intermediate_dense
+    handle = linear.register_forward_pre_hook(peak)
+    recognizer = Recognizer(large)
+    with rotated([encoder]):
+        recognizer.forward("search", lambda _: None, first_only=True)
+    handle.remove()
+    assert largest[-1] < 0.7 * largest[0]
+
+
+def test_cut_offs_of_layers_follow_the_divergence(large, tmp_path):
+    block = {"method": "stablequant_plus", "weight_bits": 8}
+    block["plus"] = {**OFF, "cutoffs": "layers"}
+    block["search"] = {"cutoffs": [100, 99, 95]}
+    _, plan = run(large, tmp_path, **block)
+    (part,) = [p for p in plan.search["parts"] if p["part"] == "cutoffs"]
+    by_name = {layer.name: layer for layer in plan.layers}
+    assert set(part["layers"]) == set(by_name)
+    for name, curve in part["layers"].items():
+        ratio, _ = min(curve, key=lambda row: (row[1], -row[0]))
+        assert by_name[name].cutoff == ratio
+
+
+# -- inputs behind a GELU ------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_offset_halves_the_steps(bits):
+    x = F.gelu(2 * torch.randn(50000))
+    shifted = Histogram()
+    shifted.add(x - GELU_MIN)
+    top = float(x.max())
+    amax, offset = lopsided_range(shifted, bits, top)
+    limit = 2 ** (bits - 1) - 1
+    step = amax / limit
+    assert offset / step == pytest.approx(round(offset / step))
+    grid = ((x - offset) / step).round().clamp(-limit, limit) * step + offset
+    found = (x - grid).square().mean()
+    # Against the best range around zero, by trial.
+    best = min(
+        (x - (x / s).round().clamp(-limit, limit) * s).square().mean()
+        for s in torch.linspace(0.2, 1, 60) * top / limit
+    )
+    assert found < 0.5 * best
+    # Zero is one of the values.
+    assert round(-offset / step) in range(-limit, limit + 1)
+    exact, there = lopsided_range(shifted, bits, top, search=False)
+    assert exact + there == pytest.approx(top)
+
+
+def test_layers_behind_a_gelu(tiny_modules):
+    recognizer = Recognizer(tiny_modules)
+    layers = find_layers(recognizer.modules, TARGET)
+    found = behind_gelu(find_encoders(recognizer.modules), layers)
+    convs = [f"conv_layers.{i}.conv" for i in range(1, 7)]
+    downs = [f"layers.{i}.feed_forward.output_dense" for i in range(2)]
+    assert len(found) == len(convs) + len(downs)
+    assert all(any(n.endswith(e) for n in found) for e in convs + downs)
+
+
+# -- the whole -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["hubert-large", "wav2vec2-base"])
+def test_plus_is_better_than_stablequant(make_tiny_modules, shape, tmp_path):
+    modules = make_tiny_modules(shape, num_hidden_layers=1)
+    before = state(modules)
+    block = {"method": "stablequant_plus", "plus": {"strengths": [0.5]}}
+    stage, plan = run(modules, tmp_path, **block)
+    assert_unchanged(modules, before)
+    plain = run(modules, tmp_path, method="stablequant")[1]
+    loss = loss_of(stage, plan)
+    assert loss < loss_of(stage, plain)
+    parts = plan.search["parts"]
+    names = [part["part"] for part in parts]
+    assert names == [
+        *["equalize"] * 2,
+        "cutoffs",
+        "scales",
+        "rounding",
+        "rounding and biases",
+    ]
+    best = min(part["divergence"] for part in parts[-2:])
+    # What was measured while searching is what the integers compute.
+    frames = sum(x[..., 0].numel() for x in stage.recognizer.truth)
+    assert best == pytest.approx(loss / frames, rel=0.05)
+    assert plan.search["final_wer"] > plan.search["baseline_wer"] == 0
+    assert "torch" in plan.search["runtimes"]
+    assert plan.extras == {"asymmetric"}
+    (first,) = [x for x in plan.layers if "conv_layers.0" in x.name]
+    assert first.quant is None
+    # A model that normalizes behind each sublayer cannot be rotated.
+    rotations = [n for n in plan.tensors.floats if is_rotation(n)]
+    assert len(rotations) == shape.endswith("large")
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert QuantizationPlan.load(path) == plan
+
+
+def test_a_second_run_is_the_same(large, tmp_path):
+    block = {"method": "stablequant_plus", "plus": {"strengths": [0.5]}}
+    stage, plan = run(large, tmp_path, **block)
+    assert stage.recognizer.runs > 40
+    stage, again = run(large, tmp_path, **block)
+    assert stage.recognizer.scores == 0
+    assert isinstance(stage.simulator, Simulator)
+    assert not stage.simulator.tensors
+    assert again == plan
+    assert again.tensors.digest() == plan.tensors.digest()
+
+
+OFF = {
+    "equalize": False,
+    "rotate": False,
+    "keep_wave": False,
+    "cutoffs": "none",
+    "compensate": False,
+    "bias_correction": False,
+    "asymmetric": False,
+}
+
+
+def test_everything_off_is_mse(large, tmp_path):
+    stage, plan = run(large, tmp_path, method="stablequant_plus", plus=OFF)
+    mse = run(large, tmp_path, method="mse")[1]
+    assert plan.quants() == mse.quants()
+    assert plan.tensors is None
+    assert stage.recognizer.scores == 2
+
+
+@pytest.mark.parametrize(
+    "part, kind",
+    [
+        ({"equalize": True, "strengths": [0.5]}, "equalize"),
+        ({"compensate": True}, "weights"),
+        ({"compensate": True, "earlier_errors": True}, "weights"),
+        ({"bias_correction": True}, "biases"),
+        ({"cutoffs": "units", "compensate": True, "adaround": True}, "weights"),
+    ],
+)
+def test_one_part(large, tmp_path, part, kind):
+    block = {"plus": {**OFF, **part}, "adaround": ADAROUND}
+    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    off = run(large, tmp_path, method="stablequant_plus", plus=OFF)[1]
+    assert loss_of(stage, plan) <= loss_of(stage, off) * 1.001
+    if kind == "equalize":
+        strength = plan.tensors is not None
+        assert strength == (plan.quants() != off.quants())
+        return
+    assert not plan.tensors.floats
+    biases = [t.bias is not None for t in plan.tensors.layers.values()]
+    assert all(biases) if kind == "biases" else not any(biases)
+
+
+def test_asymmetric(large, tmp_path):
+    # The weights must not be what matters.
+    block = {"plus": {**OFF, "asymmetric": True}, "weight_bits": 8}
+    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    offsets = {n for n, q in plan.quants().items() if q.activation_offset}
+    assert offsets == behind_gelu(stage.encoders, stage.layers)
+    assert plan.search["runtimes"] == list(RUNTIMES)
+    block["plus"] = OFF
+    off = run(large, tmp_path, method="stablequant_plus", **block)[1]
+    assert loss_of(stage, plan) < loss_of(stage, off)
+
+
+def test_weight_groups(large, tmp_path):
+    block = {"plus": {**OFF, "weight_groups": 16}, "weight_bits": 3}
+    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    groups = {n: q.weight_group for n, q in plan.quants().items()}
+    kinds = {layer.name: layer for layer in stage.layers}
+    for name, group in groups.items():
+        layer = kinds[name]
+        fits = layer.kind == "linear" and layer.module.in_features % 16 == 0
+        assert group == (16 if fits else 0)
+    assert plan.search["runtimes"] == ["torch"]
+    block["plus"] = OFF
+    off = run(large, tmp_path, method="stablequant_plus", **block)[1]
+    assert loss_of(stage, plan) < loss_of(stage, off)
+    block = {**block, "weight_bits": 6, "plus": {**OFF, "weight_groups": 16}}
+    plan = run(large, tmp_path, method="stablequant_plus", **block)[1]
+    assert not plan.extras
+
+
+def test_budget(large, tmp_path):
+    block = {
+        "activation_bits": 8,
+        "plus": {**OFF, "budget": {"size": 0.4, "bits": [4, 8, 16]}},
+    }
+    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    bits = {
+        layer.unit: 16 if layer.quant is None else layer.quant.weight_bits
+        for layer in plan.layers
+    }
+    assert len(set(bits.values())) > 1
+    (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+    assert {u: row["bits"] for u, row in part["units"].items()} == bits
+    chosen = sum(
+        option["size"]
+        for row in part["units"].values()
+        for option in row["options"]
+        if option["bits"] == row["bits"]
+    )
+    assert chosen <= part["bytes"]
+    # As all that is measured is remembered, it is the same again.
+    stage, again = run(large, tmp_path, method="stablequant_plus", **block)
+    assert again == plan
+    assert stage.recognizer.scores == 0
+    block["plus"]["budget"] = {"size": 0.01}
+    with pytest.raises(ValueError, match=r"plus\.budget\.size"):
+        run(large, tmp_path, method="stablequant_plus", **block)
+
+
+def test_budget_counts_the_rotation(large, tmp_path):
+    rooms = []
+    for rotate in (False, True):
+        plus = {**OFF, "rotate": rotate, "budget": {"size": 0.4}}
+        stage, plan = run(large, tmp_path, method="stablequant_plus", plus=plus)
+        (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+        rooms.append(part["bytes"])
+    width = stage.encoders[0].model.config.hidden_size
+    assert rooms[0] - rooms[1] == 2 * width**2  # float16
+
+
+def test_inputs_of_the_first_module(large):
+    recognizer = Recognizer(large)
+    modules = {key: recognizer.modules[key] for key in reversed(TARGET)}
+    order, batches = inputs_of_first(
+        modules, lambda: recognizer.forward("calibration", lambda _: None)
+    )
+    assert order == TARGET
+    assert len(batches) == len(recognizer.batches)
+    for (wavs,), expected in zip(batches, recognizer.batches, strict=True):
+        assert torch.equal(wavs, expected)
+
+
+def test_copies_of_the_modules_compute_the_same(large):
+    recognizer = Recognizer(large)
+    wavs = recognizer.batches[0]
+    expected = recognizer.output(wavs)
+    calls = Calls({key: recognizer.modules[key] for key in TARGET})
+    assert torch.allclose(calls((wavs,)), expected, atol=1e-5)
+    assert all(p.requires_grad for p in calls.parameters())
+    # The recognizer's own are as they were, weight norm and all.
+    assert torch.equal(recognizer.output(wavs), expected)
+
+
+def test_modelopt_is_missing(monkeypatch):
+    monkeypatch.setattr(auto_quantize, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"speechbrain_stablequant\[modelopt"):
+        auto_quantize.require_modelopt()
+
+
+def test_budget_by_modelopt(large, tmp_path):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    budget = {"size": 0.4, "bits": [4, 8, 16], "scores": "modelopt"}
+    block = {"activation_bits": 8, "plus": {**OFF, "budget": budget}}
+    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+    assert part["scores"] == "modelopt"
+    for row in part["units"].values():
+        at_4, at_8, at_16 = (o["harm"] for o in row["options"])
+        assert at_4 > at_8 > at_16 == 0
+    runs = stage.recognizer.runs
+    stage, again = run(large, tmp_path, method="stablequant_plus", **block)
+    assert again == plan
+    # The scores are on disk.
+    assert stage.recognizer.runs < runs
+
+
+def test_modelopt_scores_another_output(large, tmp_path):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    stage = stage_of(large, tmp_path)
+    # The recipe's log probabilities are those of warmer scores.
+    head = stage.recognizer.modules["ctc_lin"]
+    handle = head.register_forward_hook(lambda *args: 2 * args[2])
+    reference = stage.recognizer.forward("calibration", lambda _: None, True)
+    handle.remove()
+    with pytest.raises(ValueError, match="use scores: divergence"):
+        auto_quantize.auto_quantize_scores(
+            {key: stage.recognizer.modules[key] for key in TARGET},
+            [(wavs,) for wavs in stage.recognizer.batches],
+            reference,
+            stage.layers,
+            [4, 8],
+            8,
+            0,
+        )

@@ -1,0 +1,569 @@
+"""The report: one source, three forms, nothing claimed that was not shown."""
+
+import base64
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from speechbrain_stablequant.report import (
+    build,
+    check_report,
+    plots,
+    summary_table,
+    write_report,
+)
+from speechbrain_stablequant.utils.files import read_json
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ALL_FILES = {
+    "report.json",
+    "report.md",
+    "report.html",
+    "sensitivity.png",
+    "cutoffs.png",
+    "histograms.png",
+}
+
+
+def rates(wer, cer, errors):
+    return {
+        "WER": wer,
+        "CER": cer,
+        "utterances": 2620,
+        "words": 52576,
+        "substitutions": errors[0],
+        "deletions": errors[1],
+        "insertions": errors[2],
+        "characters": 281530,
+    }
+
+
+def make_unit(name, delta, selected=False, cutoff=100.0, curve=()):
+    return {
+        "name": name,
+        "layers": 6,
+        "parameters": 12596224,
+        "wer": None if delta is None else 2.2 + delta,
+        "delta_wer": delta,
+        "selected": selected,
+        "cutoff": cutoff,
+        "curve": [
+            {"cutoff": ratio, "wer": wer, "secondary": None}
+            for ratio, wer in curve
+        ],
+    }
+
+
+@pytest.fixture
+def report():
+    curve = [(100.0, 3.4), (99.99, 2.4), (99.0, None), (98.0, 61.0)]
+    counts = [1000, 100, 0, 1]
+    return {
+        "format": 1,
+        "created": "2025-11-24T03:52:00+00:00",
+        "title": "wav2vec2 base",
+        "method": "stablequant",
+        "bits": {"weight": 8, "activation": 6},
+        "backend": "openvino",
+        "environment": {"python": "3.11", "threads": 2, "device": None},
+        "test": {
+            "test-clean": {
+                "float": rates(2.17, 0.61, (901, 120, 110)),
+                "quantized": rates(2.19, 0.62, (905, 125, 112)),
+                "delta_wer": 0.02,
+                "delta_wer_ci": [-0.03, 0.07],
+                "delta_cer": 0.01,
+                "delta_cer_ci": [-0.01, 0.03],
+            }
+        },
+        "size_mb": {"float": 1262.1, "quantized": 315.5},
+        "rtf": {"float": 0.4, "quantized": 0.2},
+        "search": {
+            "num_utterances": 256,
+            "baseline_wer": 2.2,
+            "threshold": 0.25,
+            "evaluations": 77,
+            "seconds": 5123.4,
+            "metric": "WER",
+        },
+        "units": [
+            make_unit("conv.0", 1.2, True, 99.99, curve),
+            make_unit("conv.1", -0.01),
+            make_unit("ctc_lin", None),
+        ],
+        "histograms": {
+            "conv.0.conv": {
+                "unit": "conv.0",
+                "range": 8.0,
+                "counts": counts,
+                "max": 7.9,
+                "cutoff_amax": 3.0,
+                "amax": 2.5,
+            }
+        },
+        "warnings": ["the head stays in floating point"],
+        "files": {"plan": "plan.json"},
+    }
+
+
+class Page(HTMLParser):
+    """Text, attributes and balance of an HTML page."""
+
+    VOID = ("meta", "img", "br", "hr", "link", "input")
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.images, self.text = [], set(), [], []
+        self.attributes = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [name for name, _ in attrs]
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def texts(folder):
+    return {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in ("report.md", "report.html")
+    }
+
+
+def without(report, path):
+    """A copy of the report that lacks the key at a path."""
+    report = copy.deepcopy(report)
+    *parents, key = path
+    container = report
+    for part in parents:
+        container = container[part]
+    del container[key]
+    return report
+
+
+def replaced(report, path, value):
+    """A copy of the report with another value at a path."""
+    report = copy.deepcopy(report)
+    *parents, key = path
+    container = report
+    for part in parents:
+        container = container[part]
+    container[key] = value
+    return report
+
+
+def test_write_report_writes_all_files(report, tmp_path):
+    folder = tmp_path / "deep" / "report"
+    written = write_report(report, folder)
+    assert written[0] == folder / "report.json"
+    assert {path.name for path in written} == ALL_FILES
+    assert {path.name for path in folder.iterdir()} == ALL_FILES
+    assert read_json(folder / "report.json", "report") == report
+    for path in folder.glob("*.png"):
+        assert path.read_bytes().startswith(PNG)
+
+
+def test_the_same_report_gives_the_same_bytes(report, tmp_path):
+    first = write_report(report, tmp_path / "a")
+    second = write_report(copy.deepcopy(report), tmp_path / "b")
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name
+
+
+def test_all_forms_state_the_same_numbers(report, tmp_path):
+    write_report(report, tmp_path)
+    forms = texts(tmp_path)
+    forms["report.html"] = "".join(Page(forms["report.html"]).text)
+    for name, text in forms.items():
+        for fact in (
+            "2.17",
+            "2.19",
+            "+0.02 (-0.03 to +0.07)",
+            "+0.01 (-0.01 to +0.03)",
+            "901 / 120 / 110",
+            "905 / 125 / 112",
+            "2,620 utterances",
+            "4.00x smaller",
+            "2.00x faster",
+            "99.99",
+            "256",
+            "0.25",
+            "the head stays in floating point",
+            "plan.json",
+        ):
+            assert fact in text, (name, fact)
+        places = [
+            text.index(heading)
+            for heading in ("Verdict", "Units", "How it was", "Warnings")
+        ]
+        assert places == sorted(places), name
+
+
+def test_html_is_self_contained(report, tmp_path):
+    write_report(report, tmp_path)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert not page.tags & {"script", "link", "a", "iframe", "object"}
+    assert "http://" not in source and "https://" not in source
+    assert not [name for name in page.attributes if name.startswith("on")]
+    prefix = "data:image/png;base64,"
+    embedded = [base64.b64decode(src[len(prefix) :]) for src in page.images]
+    assert all(src.startswith(prefix) for src in page.images)
+    names = ("sensitivity.png", "cutoffs.png", "histograms.png")
+    assert embedded == [(tmp_path / name).read_bytes() for name in names]
+
+
+def test_markup_in_names_stays_text(report, tmp_path):
+    nasty = "<script>alert('1')</script>|&amp; \"x\"\n$a$ `b` __c__ [d](e)"
+    report["title"] = report["units"][0]["name"] = nasty
+    report["warnings"] = [nasty]
+    report["environment"][nasty] = nasty
+    report["test"][nasty] = report["test"].pop("test-clean")
+    report["histograms"] = {nasty: report["histograms"]["conv.0.conv"]}
+    write_report(report, tmp_path)
+    forms = texts(tmp_path)
+    page = Page(forms["report.html"])
+    assert "script" not in page.tags
+    assert page.text.count(nasty) == 6  # twice as title, once elsewhere
+    markdown = forms["report.md"]
+    assert not re.search(r"(?<!\\)<script", markdown)
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    for row, following in pairwise(rows):
+        if set(following) <= set("|-: "):  # a table's head
+            assert cells(row) == cells(following)
+    assert cells(rows[0]) == cells(rows[2]) == 9
+
+
+def cells(row):
+    return len(re.findall(r"(?<!\\)\|", row)) - 1
+
+
+def test_without_optional_parts(report, tmp_path):
+    for key in ("search", "histograms", "warnings", "files"):
+        del report[key]
+    report["units"] = [
+        {"name": "a", "delta_wer": None, "selected": False, "cutoff": None}
+    ]
+    entry = report["test"]["test-clean"]
+    for key in ("delta_cer", "delta_cer_ci"):
+        del entry[key]
+    for system in ("float", "quantized"):
+        entry[system] = {"WER": 1.0, "CER": None, "utterances": 3}
+    report["rtf"] = {"float": None, "quantized": None}
+    written = write_report(report, tmp_path)
+    assert {path.suffix for path in written} == {".json", ".md", ".html"}
+    for text in texts(tmp_path).values():
+        assert "CER %" not in text  # nothing to put in that column
+        assert "No search was made" in text
+        assert "<img" not in text and "![" not in text
+
+
+def test_no_test_set_is_said(report, tmp_path):
+    report["test"] = {}
+    write_report(report, tmp_path)
+    assert "No test set was evaluated." in texts(tmp_path)["report.md"]
+    assert "WER" not in summary_table(report)
+
+
+def test_plots_of_an_earlier_report_do_not_stay(report, tmp_path):
+    write_report(report, tmp_path)
+    (tmp_path / "other.png").write_bytes(PNG)
+    del report["histograms"]
+    report["units"][0]["curve"] = []
+    write_report(report, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    gone = {"cutoffs.png", "histograms.png"}
+    assert names == (ALL_FILES - gone) | {"other.png"}
+
+
+@pytest.mark.parametrize(
+    "backend, simulated",
+    [
+        ("simulated", True),
+        ("torch (simulated)", True),
+        ("torch", True),
+        ("torch_int8", False),
+        ("openvino", False),
+        ("triton", False),
+    ],
+)
+def test_simulated_speed_is_no_claim(report, tmp_path, backend, simulated):
+    report["backend"] = backend
+    write_report(report, tmp_path)
+    for text in (*texts(tmp_path).values(), summary_table(report)):
+        assert ("simulated arithmetic: not a speed claim" in text) is simulated
+        assert ("faster" in text) is not simulated
+
+
+@pytest.mark.parametrize(
+    "ends, tone, word",
+    [
+        ([-0.03, 0.07], "same", "No difference shown"),
+        ([0.0, 0.07], "same", "No difference shown"),
+        ([0.01, 0.07], "bad", "Worse"),
+        ([-0.07, -0.01], "good", "Better"),
+    ],
+)
+def test_verdict_claims_what_the_interval_allows(report, ends, tone, word):
+    report["test"]["test-clean"]["delta_wer_ci"] = ends
+    verdict = build.build_document(report, []).sections[0].blocks[0]
+    assert (verdict.tone, word in verdict.text) == (tone, True)
+    others = {"No difference shown", "Worse", "Better"} - {word}
+    assert not any(other in verdict.text for other in others)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("format",),
+        ("created",),
+        ("title",),
+        ("method",),
+        ("backend",),
+        ("environment",),
+        ("bits", "weight"),
+        ("bits", "activation"),
+        ("test",),
+        ("test", "test-clean", "float"),
+        ("test", "test-clean", "quantized", "WER"),
+        ("test", "test-clean", "float", "CER"),
+        ("test", "test-clean", "quantized", "utterances"),
+        ("test", "test-clean", "delta_wer"),
+        ("test", "test-clean", "delta_wer_ci"),
+        ("size_mb",),
+        ("size_mb", "quantized"),
+        ("rtf", "float"),
+        ("units",),
+        ("units", 1, "name"),
+        ("units", 1, "delta_wer"),
+        ("units", 1, "selected"),
+        ("units", 1, "cutoff"),
+        ("units", 0, "curve", 1, "wer"),
+        ("histograms", "conv.0.conv", "counts"),
+        ("histograms", "conv.0.conv", "amax"),
+    ],
+)
+def test_a_missing_key_is_named(report, tmp_path, path):
+    parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
+    key = "".join(parts)[1:]
+    with pytest.raises(ValueError) as error:
+        write_report(without(report, path), tmp_path)
+    assert str(error.value) == f"report: the key '{key}' is missing"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("format",), 2, "'format' is 2"),
+        (("title",), 3, "'title' must be a str, not a int"),
+        (("test",), [], "'test' must be a dict"),
+        (("size_mb", "float"), "1", "'size_mb.float' must be a number"),
+        (("rtf", "float"), True, "'rtf.float' must be a number"),
+        (("units",), {"a": 1}, "'units' must be a list"),
+        (("units", 0, "selected"), 1, "'units[0].selected' must be a bool"),
+        (("units", 0, "layers"), "6", "'units[0].layers' must be a number"),
+        (
+            ("test", "test-clean", "delta_wer_ci"),
+            [0.1],
+            "'test.test-clean.delta_wer_ci' must be [low, high]",
+        ),
+        (
+            ("test", "test-clean", "delta_cer_ci"),
+            [0.1, None],
+            "'test.test-clean.delta_cer_ci[1]' must be a number, not None",
+        ),
+        (("search", "threshold"), "x", "'search.threshold' must be a num"),
+        (("search",), [1], "'search' must be a dict"),
+        (("warnings",), [1], "'warnings[0]' must be a str"),
+        (
+            ("histograms", "conv.0.conv", "counts"),
+            [1, None],
+            "'histograms.conv.0.conv.counts[1]' must be a number, not None",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named(report, path, value, message):
+    with pytest.raises(ValueError) as error:
+        check_report(replaced(report, path, value))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nan_is_named_before_anything_is_written(report, tmp_path):
+    report["units"][1]["delta_wer"] = float("nan")
+    with pytest.raises(ValueError, match=r"nan at 'units\[1\].delta_wer'"):
+        write_report(report, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_fits_the_terminal(report):
+    lines = summary_table(report).splitlines()
+    assert lines[0] == "stablequant W8A6, openvino"
+    assert [" ".join(line.split()) for line in lines[3:]] == [
+        "WER % 2.17 2.19 +0.02 -0.03 to +0.07",
+        "CER % 0.61 0.62 +0.01 -0.01 to +0.03",
+        "size, MB 1262.1 315.5 4.00x smaller",
+        "real-time factor 0.400 0.200 2.00x faster",
+    ]
+    entry = report["test"]["test-clean"]
+    entry["delta_wer_ci"] = [-100.0, 100.0]
+    report["test"] = {"a\nvery " + "long name " * 20: entry}
+    report["backend"] = "simulated"
+    report["method"] = "m" * 200
+    report["size_mb"] = {"float": 123456.7, "quantized": 1.2}
+    lines = summary_table(report).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 7
+    assert "(2620 utterances)" in lines[2]
+
+
+def bars(figure):
+    return [patch.get_width() for patch in figure.axes[0].patches]
+
+
+def test_sensitivity_plot(report):
+    figure = plots.draw_sensitivity(report)
+    axes = figure.axes[0]
+    assert bars(figure) == [1.2, -0.01, 0]
+    assert [text.get_text() for text in axes.texts] == ["+1.20", "-0.01", "n/a"]
+    low, high = axes.get_ylim()
+    assert low > high  # the first unit is at the top
+    selected, other, _ = [patch.get_facecolor() for patch in axes.patches]
+    assert selected != other
+    assert axes.get_lines()[-1].get_xdata()[0] == 0.25
+    assert axes.get_xlim()[0] < -0.01 and axes.get_xlim()[1] > 1.2
+
+
+def test_sensitivity_plot_shows_small_bars_next_to_a_ruined_unit(report):
+    report["units"][0]["delta_wer"] = 90.0
+    report["units"][1]["delta_wer"] = 0.2
+    axes = plots.draw_sensitivity(report).axes[0]
+    ends = axes.transData.transform([(0.0, 0), (0.2, 0), (90.0, 0)])[:, 0]
+    assert (ends[1] - ends[0]) / (ends[2] - ends[0]) > 0.1
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.4])
+def test_sensitivity_plot_without_any_rise(report, delta):
+    del report["search"]
+    report["units"] = [make_unit("a", delta)]
+    axes = plots.draw_sensitivity(report).axes[0]
+    low, high = axes.get_xlim()
+    assert low <= delta <= 0 < high
+
+
+def test_cutoff_plot(report):
+    (axes,) = plots.draw_cutoffs(report).axes
+    assert axes.get_title(loc="left") == "conv.0: 99.99 %"
+    baseline, curve, chosen = axes.get_lines()
+    assert list(baseline.get_ydata()) == [2.2, 2.2]
+    assert list(curve.get_ydata()) == [3.4, 2.4, 61.0]  # without the null
+    assert list(chosen.get_ydata()) == [2.4]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["100", "99.99", "98"]
+    assert axes.get_yscale() == "log"  # 61 must not flatten the rest
+
+
+def test_many_units_and_long_names_do_not_overlap(report):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    name = "modules.wav2vec2.model.encoder.with.a.long.path.layers."
+    report["units"] = [make_unit(f"{name}{i}", 100 - i) for i in range(60)]
+    figure = plots.draw_sensitivity(report)
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    labels = axes.get_yticklabels()
+    assert len({label.get_text() for label in labels}) == 60
+    for group in (labels, axes.texts):
+        boxes = [item.get_window_extent() for item in group]
+        assert all(box.x0 >= 0 for box in boxes)
+        assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+        assert not any(one.overlaps(two) for one, two in pairwise(boxes))
+    right = axes.get_window_extent().x1
+    assert min(item.get_window_extent().x0 for item in axes.texts) > right
+
+
+def test_histogram_plot_shows_the_six_most_clipped(report):
+    entry = report["histograms"]["conv.0.conv"]
+    report["histograms"] = {
+        f"layer.{i}": {**entry, "amax": 1.0 + i} for i in range(10)
+    }
+    report["histograms"]["empty"] = {**entry, "counts": [0, 0], "amax": 0.1}
+    figure = plots.draw_histograms(report)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [f"layer.{i}" for i in range(6)]
+    marks = [line.get_xdata()[0] for line in figure.axes[0].get_lines()]
+    assert marks == [7.9, 3.0, 1.0]
+
+
+def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
+    (tmp_path / "in.json").write_text(json.dumps(report))
+    code = (
+        "import json, sys\n"
+        "from speechbrain_stablequant.report import write_report\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "write_report(json.load(open('in.json')), 'out')\n"
+        "assert 'matplotlib' in sys.modules\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    # a user's style must not reach the report
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: black\n")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    write_report(report, tmp_path / "here")
+    for name in ("sensitivity.png", "cutoffs.png", "histograms.png"):
+        one, two = tmp_path / "out" / name, tmp_path / "here" / name
+        assert one.read_bytes() == two.read_bytes()
+
+
+# -- a folder that decodes otherwise than the recipe -------------------------
+
+
+def with_folder(report):
+    """The report of a recipe that decodes by beams."""
+    report["test"]["test-clean"]["folder"] = {
+        "float": rates(2.91, 0.81, (1, 2, 3)),
+        "quantized": rates(2.96, 0.83, (1, 2, 3)),
+    }
+    return report
+
+
+def test_rates_of_the_folder_stand_beside_those_of_the_recipe(report, tmp_path):
+    write_report(with_folder(report), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| test-clean | 2.91 | 2.96 | 0.81 | 0.83 |" in text
+    assert "The inference folder decodes greedily" in text
+    (line,) = (x for x in summary_table(report).splitlines() if "folder" in x)
+    assert "2.91" in line
+    assert "2.96" in line
+    assert len(line) <= 80
+
+
+def test_no_word_of_a_folder_that_decodes_as_the_recipe(report, tmp_path):
+    write_report(report, tmp_path)
+    assert "folder" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "folder" not in summary_table(report)
+
+
+@pytest.mark.parametrize("key", ["float.WER", "quantized.CER"])
+def test_rates_of_the_folder_are_checked(report, key):
+    model, rate = key.split(".")
+    del with_folder(report)["test"]["test-clean"]["folder"][model][rate]
+    with pytest.raises(ValueError, match=rf"test-clean\.folder\.{key}"):
+        check_report(report)

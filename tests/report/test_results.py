@@ -1,0 +1,398 @@
+"""Tests of speechbrain_stablequant.report.results."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from speechbrain.utils.metric_stats import ErrorRateStats
+from torch import nn
+
+from speechbrain_stablequant.core.error_rates import (
+    Transcript,
+    bootstrap_delta_wer,
+    score,
+)
+from speechbrain_stablequant.core.plan import (
+    LayerPlan,
+    LayerQuant,
+    QuantizationPlan,
+    UnitPlan,
+)
+from speechbrain_stablequant.report import comparison_figures, results
+from speechbrain_stablequant.report.results import (
+    Effort,
+    Evaluation,
+    Execution,
+    SetResult,
+    comparison,
+    comparison_markdown,
+    environment,
+    float_size,
+)
+from speechbrain_stablequant.utils.store import Store
+
+
+def plan_of(quants, fingerprint="weights", **fields):
+    """A plan that quantizes some layers."""
+    layers = [
+        LayerPlan(name, "head", "linear", quant, 1.0, 100.0, "")
+        for name, quant in quants.items()
+    ]
+    units = [UnitPlan("head")]
+    values = {"method": "max", "weight_bits": 8, "activation_bits": 8}
+    values.update(fields)
+    return QuantizationPlan(
+        **values,
+        fingerprint=fingerprint,
+        settings={},
+        search={},
+        units=units,
+        layers=layers,
+    )
+
+
+def bits(weight_bits):
+    return LayerQuant(weight_bits, 8, 1.0)
+
+
+# -- sizes, by hand ------------------------------------------------------------
+
+
+def test_size_of_a_linear():
+    assert float_size({"enc": nn.Linear(3, 2)}) == 4 * (6 + 2)
+    assert float_size({"enc": nn.Linear(3, 2, bias=False)}) == 4 * 6
+
+
+def test_size_of_half_precision_is_that_of_float32():
+    assert float_size({"enc": nn.Linear(3, 2).half()}) == 4 * (6 + 2)
+
+
+def test_a_module_behind_two_keys_counts_once():
+    shared = nn.Linear(3, 2)
+    modules = {"a": shared, "b": nn.Sequential(shared)}
+    assert float_size(modules) == 4 * (6 + 2)
+
+
+def test_size_of_a_whole_model(tiny_modules):
+    count = sum(p.numel() for p in tiny_modules.parameters())
+    assert float_size(dict(tiny_modules)) == 4 * count
+
+
+# -- both evaluations of a set -------------------------------------------------
+
+FLOAT = [
+    Transcript("u1", "ONE TWO THREE FOUR", "ONE TWO THREE FOUR"),
+    Transcript("u2", "FIVE SIX", "FIVE SIX SEVEN"),
+    Transcript("u3", "EIGHT", ""),
+]
+QUANTIZED = [
+    Transcript("u1", "ONE TWO THREE FOUR", "ONE TOO THREE"),
+    Transcript("u2", "FIVE SIX", "FIVE SIX"),
+    Transcript("u3", "EIGHT", "AIT"),
+]
+
+
+def evaluation(transcripts, seconds=2.0):
+    return Evaluation(transcripts, seconds, audio_seconds=10.0)
+
+
+def test_pair_brings_into_order():
+    result = SetResult.pair(
+        evaluation(FLOAT), evaluation(QUANTIZED[::-1], seconds=1.5)
+    )
+    assert result.baseline == evaluation(FLOAT)
+    assert result.quantized == evaluation(QUANTIZED, seconds=1.5)
+
+
+@pytest.mark.parametrize(
+    "transcripts, named",
+    [
+        (QUANTIZED[:2], "u3"),
+        (QUANTIZED[1:], "u1"),
+        ([], "u1, u2, u3"),
+        ([*QUANTIZED, Transcript("u4", "NINE", "NINE")], "more ran"),
+        ([*QUANTIZED[:2], Transcript("u4", "NINE", "NINE")], "u3"),
+    ],
+)
+def test_pair_refuses_other_utterances(transcripts, named):
+    with pytest.raises(ValueError) as error:
+        SetResult.pair(evaluation(FLOAT), evaluation(transcripts))
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.startswith("test set: the float and the quantized evaluation")
+    assert f"({named})" in text
+
+
+def test_result_in_the_report():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    raw = result.to_dict()
+    assert raw["float"] == score(FLOAT).to_dict()
+    assert raw["quantized"] == score(QUANTIZED).to_dict()
+    # 7 reference words; one insertion and one deletion against two
+    # substitutions and one deletion.
+    assert raw["delta_wer"] == pytest.approx(100 / 7)
+    words = bootstrap_delta_wer(FLOAT, QUANTIZED)
+    chars = bootstrap_delta_wer(FLOAT, QUANTIZED, unit="char")
+    assert raw["delta_wer_ci"] == [words.low, words.high]
+    assert raw["delta_cer"] == chars.delta
+    assert raw["delta_cer_ci"] == [chars.low, chars.high]
+
+
+# -- kept for a run that is started again --------------------------------------
+
+PLAN = plan_of({"enc": bits(8)})
+
+
+def place(path):
+    """Store and name of a file."""
+    return Store(path.parent), path.name
+
+
+def test_write_and_read(tmp_path):
+    path = tmp_path / "transcripts.json"
+    key = evaluation(FLOAT).key(PLAN)
+    kept = evaluation(QUANTIZED, seconds=1 / 3)
+    kept.write(*place(path), key)
+    assert Evaluation.read(*place(path), key) == kept
+
+
+GREEDY = [replace(t, hypothesis="SIX") for t in FLOAT]
+
+
+def test_the_folders_transcripts_are_kept(tmp_path):
+    where = place(tmp_path / "transcripts.json")
+    kept = replace(evaluation(QUANTIZED), folder=tuple(GREEDY))
+    kept.write(*where, "key")
+    assert Evaluation.read(*where, "key") == kept
+
+
+def test_the_folders_rates_where_it_decodes_otherwise():
+    one = replace(evaluation(FLOAT), folder=tuple(GREEDY))
+    two = replace(evaluation(QUANTIZED[::-1]), folder=tuple(GREEDY[::-1]))
+    found = SetResult.pair(one, two).to_dict()["folder"]
+    expected = score(GREEDY).to_dict()
+    assert found == {"float": expected, "quantized": expected}
+    # Where only one of both differs, the other is the recipe's.
+    found = SetResult.pair(one, evaluation(QUANTIZED)).to_dict()["folder"]
+    assert found["float"] == expected
+    assert found["quantized"] == score(QUANTIZED).to_dict()
+    plain = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    assert "folder" not in plain.to_dict()
+
+
+def collected(*texts):
+    """A metric of two utterances, and what the folder has heard of them."""
+    metric = ErrorRateStats()
+    metric.append(
+        ["u1", "u2"], [["ONE", "TWO"], ["SIX"]], [["ONE"], ["FIVE", "SIX"]]
+    )
+    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0, audio_digest="a")
+    return Evaluation.of(metric, clock, [tuple(text) for text in texts])
+
+
+def test_what_the_folder_has_heard():
+    found = collected("ONE TWO", "SX")
+    assert [t.id for t in found.folder] == ["u1", "u2"]
+    assert [t.hypothesis for t in found.folder] == ["ONE TWO", "SX"]
+    assert [t.reference for t in found.folder] == ["ONE", "FIVE SIX"]
+    # The same, or not of all utterances: nothing beside the recipe's.
+    assert collected("ONE TWO ", "SIX").folder == ()
+    assert collected("ONE").folder == ()
+    assert collected().folder == ()
+
+
+def test_read_by_another_key(tmp_path):
+    path = tmp_path / "transcripts.json"
+    evaluation(QUANTIZED).write(*place(path), "one")
+    before = path.read_bytes()
+    assert Evaluation.read(*place(path), "two") is None
+    assert path.read_bytes() == before
+
+
+def test_read_what_is_not_there(tmp_path):
+    assert Evaluation.read(*place(tmp_path / "nothing.json"), "key") is None
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"seconds": 1}'])
+def test_read_something_else(tmp_path, content):
+    path = tmp_path / "transcripts.json"
+    path.write_text(content)
+    assert Evaluation.read(*place(path), "key") is None
+
+
+def test_read_a_damaged_file(tmp_path):
+    path = tmp_path / "transcripts.json"
+    path.write_text('{"key": "k"')
+    with pytest.raises(ValueError, match=r"transcripts\.json"):
+        Evaluation.read(*place(path), "k")
+
+
+def test_key_is_about_the_plan_and_the_utterances():
+    base = evaluation(FLOAT)
+    others = [
+        base.key(plan_of({})),
+        base.key(plan_of({"enc": bits(7)})),
+        base.key(plan_of({"enc": LayerQuant(8, 8, 1.0, "mse")})),
+        base.key(plan_of({"enc": LayerQuant(8, 8, 1.5)})),
+        base.key(plan_of({"lin": bits(8)})),
+        base.key(plan_of({"enc": bits(8)}, fingerprint="other")),
+        base.key(PLAN, "openvino"),
+        base.key(PLAN, "openvino", "float32"),
+        evaluation(FLOAT[:2]).key(PLAN),
+        evaluation([*FLOAT[:2], Transcript("u9", "EIGHT", "")]).key(PLAN),
+        evaluation([*FLOAT[:2], Transcript("u3", "NINE", "")]).key(PLAN),
+        # What the float model hears now shows what else has changed.
+        evaluation(QUANTIZED).key(PLAN),
+        replace(base, audio="others").key(PLAN),
+    ]
+    assert len({base.key(PLAN), *others}) == 1 + len(others)
+
+
+def test_key_is_not_about_times():
+    key = evaluation(FLOAT).key(PLAN)
+    assert evaluation(FLOAT, seconds=9.0).key(PLAN) == key
+    assert evaluation(FLOAT).key(copy.deepcopy(PLAN)) == key
+
+
+# -- what it was measured with -------------------------------------------------
+
+
+def test_environment_says_what_float_was(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    plain = environment("cpu")
+    assert plain["float arithmetic"] == "float32"
+    assert not {"TF32", "CUDA"} & set(plain)
+    monkeypatch.setattr(results, "allows_tf32", lambda: (True, False))
+    found = environment("cuda:0", "fp16")
+    assert found["device"] == "a card"
+    assert found["float arithmetic"] == "autocast to float16"
+    assert (found["TF32"], found["CUDA"]) == ("products", "13.0")
+    monkeypatch.setattr(results, "allows_tf32", lambda: (False, False))
+    assert environment("cuda", "fp32")["TF32"] == "off"
+
+
+# -- variants side by side -----------------------------------------------------
+
+
+def test_comparison():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    same = SetResult.pair(evaluation(FLOAT), evaluation(FLOAT))
+    six = plan_of({}, method="mse", weight_bits=6, activation_bits=5)
+    table = comparison(
+        {
+            "w8": (PLAN, {"clean": same, "other": result}),
+            "w6": (six, {"clean": result}),
+        }
+    )
+    rows = table["rows"]
+    assert [(row["variant"], row["set"]) for row in rows] == [
+        ("w8", "clean"),
+        ("w8", "other"),
+        ("w6", "clean"),
+    ]
+    assert rows[0]["delta_wer"] == 0
+    assert rows[2]["delta_wer"] == pytest.approx(100 / 7)
+    assert (rows[2]["method"], rows[2]["weight_bits"]) == ("mse", 6)
+    assert rows[2]["activation_bits"] == 5
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[1:4] for line in lines[2:]] == [
+        [" clean ", " float ", " 28.57 "],
+        [" clean ", " w8 ", " 28.57 "],
+        [" other ", " float ", " 28.57 "],
+        [" other ", " w8 ", " 42.86 "],
+        [" clean ", " w6 ", " 42.86 "],
+    ]
+    assert all(line.count("|") == 8 for line in lines)
+
+
+def test_comparison_with_sizes():
+    quantized = evaluation(QUANTIZED, seconds=1.5)
+    result = SetResult.pair(evaluation(FLOAT), quantized)
+    table = comparison(
+        {
+            "w8": (PLAN, {"clean": result}),
+            "w6": (plan_of({}, weight_bits=6), {"clean": result}),
+        },
+        {
+            "w8": Execution("openvino", "float16", 8_000_000),
+            "w6": Execution("torch", "float16", 6_040_000),
+        },
+        32.0,
+    )
+    lines = comparison_markdown(table).splitlines()
+    # A simulation's speed is none.
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" MB ", " RTF "],
+        ["---", "---"],
+        [" 32.0 ", " 0.200 "],
+        [" 8.0 ", " 0.150 "],
+        [" 6.0 ", " "],
+    ]
+    images = comparison_figures(table)
+    assert list(images) == ["comparison_clean.png"]
+    assert images["comparison_clean.png"].startswith(b"\x89PNG")
+    assert images == comparison_figures(table)
+
+
+def test_comparison_with_efforts(tmp_path):
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    path = tmp_path / "effort.json"
+    first = Effort(61.4, {"calibration": 40, "train": 9}, ["train"])
+    assert first.remembered(*place(path), "plan") == first
+    # The same plan again was read from what is on disk.
+    again = replace(first, seconds=0.2)
+    assert again.remembered(*place(path), "plan") == first
+    assert again.remembered(*place(path), "another plan") == again
+    table = comparison(
+        {name: (PLAN, {"clean": result}) for name in ("qat", "plan")},
+        efforts={"qat": first},
+    )
+    assert table["rows"][0]["effort"]["seconds"] == 61.4
+    assert "effort" not in table["rows"][1]
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" made in ", " utterances used "],
+        ["---", "---"],
+        [" ", " "],
+        [" 61 s ", " calibration 40, train 9 with transcripts "],
+        [" ", " "],
+    ]
+
+
+def test_comparison_with_a_rival():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    rival = Execution(
+        "openvino",
+        "float16",
+        9_000_000,
+        files={"OpenVINO model": "model.xml"},
+        operations={"integer": 30, "float": 4},
+    )
+    assert rival.list_files() == {"OpenVINO model": "model.xml"}
+    ours = Execution("openvino", "float16", 8_000_000)
+    table = comparison(
+        {
+            "nncf": (plan_of({}, method="nncf"), {"clean": result}),
+            "w8": (PLAN, {"clean": result}),
+        },
+        {"nncf": rival, "w8": ours},
+    )
+    assert table["rows"][0]["operations"] == {"integer": 30, "float": 4}
+    assert "operations" not in table["rows"][1]
+    lines = comparison_markdown(table).splitlines()
+    assert [line.split("|")[-2] for line in lines] == [
+        " float products ",
+        "---",
+        " ",
+        " 4 of 34 ",
+        " ",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_no_picture_without_sizes():
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    assert not comparison_figures(comparison({"a": (PLAN, {"s": result})}))

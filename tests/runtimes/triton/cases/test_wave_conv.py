@@ -1,0 +1,73 @@
+"""The first convolution."""
+
+import pytest
+import torch
+
+from speechbrain_stablequant.runtimes.triton.kernels import wave_conv
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+#: batch, samples, out, kernel, stride
+GEOMETRIES = [
+    (1, 10, 8, 10, 5),
+    (2, 333, 24, 10, 5),
+    (3, 170, 48, 3, 2),
+    (1, 700, 17, 40, 20),
+]
+WAVE = (float(1.0 / torch.tensor(3.0 / 127)), 127)
+
+
+KINDS = [torch.int8, torch.float16, torch.float32]
+
+
+def _inputs(geometry, kind=torch.int8):
+    batch, samples, columns, kernel, _ = geometry
+    wave = torch.randn(batch, samples)
+    if kind == torch.int8:
+        weight = torch.randint(-127, 128, (columns, kernel), dtype=kind)
+        scale = torch.rand(columns) * 1e-3
+    else:
+        weight, scale = (
+            torch.randn(columns, kernel).to(kind),
+            torch.ones(columns),
+        )
+    return wave, weight, scale, torch.randn(columns)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_convolution(geometry, has_norm, dtype, kind, surrounded, check_close):
+    stride, columns = geometry[4], geometry[2]
+    wave, weight, scale, bias = _inputs(geometry, kind)
+    norm = (torch.randn(columns), torch.randn(columns))
+    norm = norm if has_norm else (None, None)
+    tail = (1e-5, True, dtype, 40.0, 31, -28)
+    expected = wave_conv.reference(
+        wave, *WAVE, weight, scale, bias, stride, *norm, *tail
+    )
+    norm = tuple(map(surrounded, norm)) if has_norm else norm
+    found = wave_conv.launch(
+        surrounded(wave),
+        *WAVE,
+        *map(surrounded, (weight, scale, bias)),
+        stride,
+        *norm,
+        *tail,
+    )
+    check_close(found, expected)
+
+
+def test_refuses_what_it_cannot_compute(device):
+    weight = torch.empty(8, 200, dtype=torch.int8, device=device)
+    wave, one = torch.zeros(1, 9, device=device), torch.ones(8, device=device)
+    tail = (one, None, 5, None, None, 0.0, False, torch.float16)
+    with pytest.raises(ValueError, match="200 taps, at most 128"):
+        wave_conv.launch(wave, *WAVE, weight, *tail)
+    with pytest.raises(ValueError, match="9 samples are fewer than the ker"):
+        wave_conv.launch(wave, *WAVE, weight[:, :10], *tail)
+    with pytest.raises(TypeError, match="weight must be int8, got"):
+        wave_conv.launch(wave, *WAVE, weight[:, :5].int(), *tail)
+    with pytest.raises(ValueError, match="must be contiguous float32"):
+        wave_conv.launch(wave.half(), *WAVE, weight[:, :5], *tail)

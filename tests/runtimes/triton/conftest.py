@@ -1,0 +1,106 @@
+"""Where kernel tests run, and memory in which a stray access shows.
+
+The tests in ``cases`` need kernels that run: on a CUDA device, or in Triton's
+interpreter. The interpreter must be chosen before Triton is imported, so
+without a device ``test_cases.py`` starts a process of its own for each file
+of ``cases`` and this process does not collect them.
+"""
+
+import os
+
+import pytest
+import torch
+
+from speechbrain_stablequant.runtimes.triton import executor
+from speechbrain_stablequant.runtimes.triton.kernels.compare import difference
+
+HAS_DEVICE = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore = [] if HAS_DEVICE or INTERPRETED else ["cases"]
+
+#: Elements around a tensor that nobody may touch.
+MARGIN = 256
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def _poison(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 113
+
+
+def _guarded(shape, dtype, device, buffers) -> torch.Tensor:
+    """A tensor filled with poison, with poison around it."""
+    numel = int(torch.Size(shape).numel())
+    buffer = torch.full(
+        (numel + 2 * MARGIN,), _poison(dtype), dtype=dtype, device=device
+    )
+    buffers.append(buffer)
+    return buffer[MARGIN : MARGIN + numel].view(shape)
+
+
+@pytest.fixture
+def surrounded(device):
+    """Puts a tensor into poisoned memory, optionally with gaps of poison
+    after each row of its last axis."""
+
+    def put(x: torch.Tensor, gap: int = 0) -> torch.Tensor:
+        shape = (*x.shape[:-1], x.shape[-1] + gap)
+        wide = _guarded(shape, x.dtype, device, [])
+        view = wide[..., : x.shape[-1]]
+        view.copy_(x)
+        return view
+
+    return put
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """``torch.empty`` gives poison with guarded margins; the margins must be
+    intact at the end. What is left of the poison inside fails a comparison."""
+    buffers: list[torch.Tensor] = []
+
+    def empty(*shape, dtype=torch.float32, device="cpu"):
+        if len(shape) == 1 and not isinstance(shape[0], int):
+            shape = shape[0]
+        return _guarded(shape, dtype, device, buffers)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield
+    assert buffers, "no output was allocated: the test checks nothing"
+    for buffer in buffers:
+        for margin in (buffer[:MARGIN], buffer[-MARGIN:]):
+            if buffer.dtype.is_floating_point:
+                assert margin.isnan().all()
+            else:
+                assert (margin == _poison(buffer.dtype)).all()
+
+
+def _check_close(found, expected, tolerance=1e-5):
+    reason = difference(found, expected, tolerance)
+    assert reason is None, reason
+
+
+@pytest.fixture
+def check_close():
+    """Compares a kernel with its reference."""
+    return _check_close
+
+
+@pytest.fixture
+def pretended_card(monkeypatch):
+    """Makes torch say that there is a card of some name and capability."""
+
+    def pretend(name: str, capability: tuple[int, int]) -> None:
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(cuda, "get_device_name", lambda _: name)
+        executor.why_not.cache_clear()
+
+    yield pretend
+    executor.why_not.cache_clear()

@@ -1,0 +1,191 @@
+"""The estimates of ``tests/benchmarks/estimate.py``."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="interpreted kernels are not compiled",
+)
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The script and its table of shapes."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    names = ("estimate", "shapes")
+    return [importlib.import_module(name) for name in names]
+
+
+@pytest.mark.parametrize("name", ["hubert-large", "wav2vec2-base"])
+def test_operations_are_those_of_the_model(scripts, name):
+    """Products of every weight, counted from the shapes of the real model."""
+    from transformers import (
+        HubertConfig,
+        HubertModel,
+        Wav2Vec2Config,
+        Wav2Vec2Model,
+    )
+
+    _, shapes = scripts
+    model = shapes.MODELS[name]
+    kind, config = (
+        (HubertModel, HubertConfig)
+        if name == "hubert-large"
+        else (Wav2Vec2Model, Wav2Vec2Config)
+    )
+    with torch.device("meta"):
+        real = kind(
+            config(
+                hidden_size=model.channels,
+                intermediate_size=model.inner,
+                num_hidden_layers=model.blocks,
+                num_attention_heads=model.heads,
+                do_stable_layer_norm=model.large,
+                feat_extract_norm="layer" if model.large else "group",
+            )
+        )
+    samples, expected = 5 * 16000, 0
+    for stage in real.feature_extractor.conv_layers:
+        weight, stride = stage.conv.weight, stage.conv.stride[0]
+        samples = (samples - weight.shape[2]) // stride + 1
+        expected += 2 * 3 * samples * weight.numel()
+    for module in (real.feature_projection, real.encoder):
+        for part in module.modules():
+            if isinstance(part, torch.nn.Linear | torch.nn.Conv1d):
+                expected += 2 * 3 * samples * part.weight.numel()
+    ops = shapes.operators(name, 5.0, 3)
+    found = sum(
+        op.integer_ops * op.count for op in ops if "sums" not in op.name
+    )
+    assert found == expected
+    (attention,) = (op for op in ops if op.float_ops)
+    assert attention.count * attention.float_ops == (
+        4 * 3 * samples**2 * model.channels * model.blocks
+    )
+
+
+def test_bytes_are_each_tensor_once(scripts):
+    _, shapes = scripts
+    ops = {op.name: op for op in shapes.operators("hubert-large", 10.0, 1)}
+    up = ops["up + GELU"]
+    assert up.shape == (499, 4096, 1024)
+    inputs, weight, output = 499 * 1024, 4096 * 1024, 499 * 4096
+    vectors = 2 * 4 * 4096
+    assert up.moved_bytes() == inputs + weight + output + vectors
+    wide = 2 * (inputs + weight + output) + vectors
+    assert up.moved_bytes(integer_size=2) == wide
+
+
+def test_the_floor_is_the_longer_of_moving_and_computing(scripts):
+    estimate, _ = scripts
+    card = estimate.Card(90, 132, 1000.0, 100.0, 50.0)
+    assert card.microseconds(1e6, 1e6, 0) == pytest.approx(1.0)
+    assert card.microseconds(1e3, 1e9, 1e9) == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "blocks"),
+    [
+        (32, 0, 4, 16),  # warps
+        (255, 0, 8, 1),  # registers: 256 * 32 * 8 = 65536
+        (40, 98304, 4, 2),  # shared memory
+    ],
+)
+def test_occupancy(scripts, registers, shared, warps, blocks):
+    estimate, _ = scripts
+    from speechbrain_stablequant.runtimes.triton.kernels.resources import (
+        Launch,
+        Resources,
+    )
+
+    found = Resources(registers, 0, 0, shared, warps, (), 0, 0, "")
+    launch = Launch(None, (264, 2), {}, {})
+    fit = estimate.occupancy(found, launch, estimate.CARDS["H100"])
+    assert fit.blocks == blocks
+    assert fit.warps == blocks * warps / 64
+    assert fit.waves == pytest.approx(528 / 132 / blocks)
+
+
+def test_the_card_decides_the_tile(scripts):
+    estimate, shapes = scripts
+    ops = {op.name: op for op in shapes.operators("hubert-large", 10.0, 1)}
+    tiles = {
+        name: estimate._tile(estimate.choose(ops["conv 2"], card))
+        for name, card in estimate.CARDS.items()
+    }
+    # whole rows of 512 channels do not fit twice into 99 kB
+    assert tiles["RTX3090"] != tiles["H100"]
+
+
+def test_prints_every_operator_as_an_estimate(scripts, capsys):
+    estimate, shapes = scripts
+    options = ["--model", "wav2vec2-base", "--seconds", "5", "--batch", "1"]
+    assert estimate.main([*options, "--cards", "H100", "--no-compile"]) == 0
+    text = capsys.readouterr().out
+    assert "Estimates from data sheets; nothing below was measured" in text
+    assert "wav2vec2-base, 5 s x 1, H100: estimate" in text
+    for op in shapes.operators("wav2vec2-base", 5.0, 1):
+        assert f"\n{op.name} " in text
+    assert "ideal ratio" in text
+    shares = [line for line in text.splitlines() if "%" in line]
+    total = sum(float(s.split("%")[0].split()[-1]) for s in shares[:-1])
+    assert total == pytest.approx(100, abs=1)
+
+
+def test_compiles_what_it_prints(scripts, capsys):
+    """One kernel on one card: registers and blocks stand in its line."""
+    estimate, shapes = scripts
+    ops = [
+        op
+        for op in shapes.operators("wav2vec2-base", 5.0, 1)
+        if op.name == "last norm"
+    ]
+    table = estimate._table("x", ops, "H100", estimate.CARDS["H100"], True)
+    lines = list(table)
+    numbers = lines[2].split()[-7:]
+    registers, _, blocks = map(int, numbers[2:5])
+    assert 8 <= registers <= 255
+    assert blocks >= 1
+    floor, issue = float(lines[2].split()[5]), float(numbers[0])
+    longer = float(lines[-1].split()[-1])
+    assert longer == pytest.approx(max(floor, issue), abs=0.11)
+
+
+def test_time_of_instructions(scripts):
+    """100 once and 10 in each of 8 passes, by 4 warps of 66 blocks."""
+    estimate, _ = scripts
+    from speechbrain_stablequant.runtimes.triton.kernels import matmul
+    from speechbrain_stablequant.runtimes.triton.kernels.resources import (
+        Launch,
+        Resources,
+    )
+
+    sizes = {"DEPTH": 1000, "BLOCK_K": 128}
+    launch = Launch(matmul.matmul_kernel, (66,), sizes, {})
+    found = Resources(32, 0, 0, 0, 4, (), 100, 10, "")
+    card = estimate.CARDS["H100"]
+    assert card.clock == pytest.approx(1830, abs=1)
+    microseconds = 180 * 4 * 66 / (132 * 4 * card.clock)
+    found = estimate.issue_microseconds(found, launch, card)
+    assert found == pytest.approx(microseconds)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tops", "600"], "--bandwidth and --tops: give both or none"),
+        (["--tflops", "600"], "give --bandwidth and --tops as well"),
+        (["--bandwidth", "1000", "--tops", "0"], "must be positive"),
+        (["--batch", "0"], "must be positive"),
+    ],
+)
+def test_options_that_cannot_be(scripts, capsys, options, message):
+    estimate, _ = scripts
+    assert estimate.main(options) == 2
+    assert message in capsys.readouterr().err
