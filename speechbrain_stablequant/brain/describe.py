@@ -24,9 +24,8 @@ from speechbrain.nnet.linear import Linear as SpeechBrainLinear
 from torch import nn
 
 from ..config import QuantizeConfig
-from ..folder.encoder_config import check_config
+from ..folder.encoder_config import check_config, empty_encoder
 from ..folder.write import HYPERPARAMS_FILE, RecognizerSource
-from ..inference import empty_encoder
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
 from .data import audio_of
 from .decoding import describe_tokenizer, find_tokenizer

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..model.layers import Layer
-from ..simulation.fake_quant import check_offset, offset_bias
 from .affine import qmax, quantize, scale_from_amax
 from .plan import LayerQuant, layer_extras
 from .plan_tensors import LayerTensors
@@ -373,3 +372,47 @@ def _grouped_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
     scales = layer.weight_scale.unbind(1)
     scaled = [s.float() * w for s, w in zip(sums, scales, strict=True)]
     return torch.stack(scaled).sum(0)
+
+
+def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    """What an activation offset adds to a layer's bias: the product of its
+    weight with a constant input.
+
+    Arguments
+    ---------
+    weight : torch.Tensor
+        On the quantization grid, output channels first.
+    offset : float
+        As of :class:`~speechbrain_stablequant.core.plan.LayerQuant`.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [out].
+
+    Example
+    -------
+    >>> offset_bias(torch.tensor([[1.0, 2.0]]), 0.5)
+    tensor([1.5000])
+    """
+    return weight.flatten(1).sum(1).float() * offset
+
+
+def check_offset(module: nn.Module) -> None:
+    """Raises if a layer cannot have an activation offset.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        A Linear or Conv1d.
+
+    Raises
+    ------
+    ValueError
+        A convolution that pads with zeros, which the offset would change.
+    """
+    if isinstance(module, nn.Conv1d) and module.padding not in (0, (0,)):
+        raise ValueError(
+            f"{type(module).__name__} with padding {module.padding}: an "
+            "activation offset is not exact where zeros are padded"
+        )

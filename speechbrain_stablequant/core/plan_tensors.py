@@ -25,7 +25,7 @@ from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
 from ..utils.typed import one_line, short, typed
 from .packing import pack, unpack
 
-TENSORS_FORMAT = "speechbrain_stablequant.core.plan"
+TENSORS_FORMAT = "speechbrain_stablequant.plan"
 _PARTS = {
     "weight": torch.int8,
     "weight_scale": torch.float32,
@@ -37,7 +37,7 @@ _PARTS = {
 class _Description:
     """What the file says about its tensors: bits and shape of integers."""
 
-    format: Literal["speechbrain_stablequant.core.plan"]
+    format: Literal["speechbrain_stablequant.plan"]
     weights: dict[str, list[int]]
 
 

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from ..folder.load import load_folder
+from ..folder.tokenizer_file import labels_of
+from ..folder.weights_file import load_checkpoint
 from ..model.encoder_spec import describe_encoder
 from ..model.layers import find_encoders
 from ..runtimes.cpu import narrowed
@@ -50,13 +53,9 @@ def export_folder(
     ValueError
         A model that cannot be exported.
     """
-    # The package below needs no SpeechBrain; this does.
-    from ..folder.weights_file import load_checkpoint
-    from ..transcribe.load import load
-
     require_onnx()
-    recognizer = load(folder)
-    spec, settings = recognizer.spec, recognizer.spec.encoder
+    loaded = load_folder(folder)
+    spec, settings = loaded.spec, loaded.spec.encoder
     if settings.output_all_hiddens:
         raise ValueError(
             f"{folder}: a model with output_all_hiddens cannot be exported"
@@ -64,18 +63,22 @@ def export_folder(
     integers = load_checkpoint(folder).integers
     if reduce_range:
         integers = {n: narrowed(layer) for n, layer in integers.items()}
-    (encoder,) = find_encoders({settings.key: recognizer.encoder})
+    parts = loaded.model.parts
+    heads = {key: parts[key] for key in spec.heads}
+    (encoder,) = find_encoders({settings.key: parts[settings.key]})
     return export_onnx(
         path,
         describe_encoder(encoder.model, encoder.path, integers),
-        describe_head(recognizer.heads, integers),
+        describe_head(heads, integers),
         normalize_wav=settings.normalize_wav,
         output_norm=settings.output_norm,
         use_lengths=settings.use_lengths,
         sample_rate=spec.sample_rate,
         target=target,
         metadata={
-            "labels": json.dumps(recognizer.labels, ensure_ascii=False),
+            "labels": json.dumps(
+                labels_of(loaded.tokenizer), ensure_ascii=False
+            ),
             "blank_index": str(spec.blank_index),
         },
     )

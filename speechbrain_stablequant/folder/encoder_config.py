@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..utils.files import read_json
 from ..utils.typed import one_line, short, typed
 from .weights_file import CheckpointError
 
+CONFIG_FILE = "config.json"
 #: Families of encoders that take in a waveform.
 KINDS = (
     *("wav2vec2", "hubert", "wavlm", "data2vec-audio"),
@@ -176,3 +180,41 @@ def _check_shape(config: Mapping[str, Any]) -> None:
             and all(0 < size <= most for size in sizes),
             key,
         )
+
+
+def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
+    """A HuggingFace model without storage.
+
+    Arguments
+    ---------
+    config : Mapping
+        Content of its ``config.json``.
+
+    Returns
+    -------
+    torch.nn.Module
+        On the ``meta`` device, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        A model that this version of transformers does not know.
+    """
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: transformers knows no model_type {kind!r}; "
+            "install the version that the folder was written with"
+        )
+    try:
+        known = CONFIG_MAPPING[kind].from_dict(dict(config))
+        with torch.device("meta"):
+            return AutoModel.from_config(known, dtype=torch.float32).eval()
+    except Exception as error:
+        # Neither the library nor the configuration is ours.
+        raise CheckpointError(
+            f"{CONFIG_FILE}: transformers cannot make the {kind} model that "
+            f"it describes ({one_line(error)}); copy or make it again"
+        ) from error

@@ -15,7 +15,6 @@ from torch import nn
 
 from ..core.integer_layer import IntegerLayer
 from ..core.plan import QuantizationPlan
-from ..inference import CONFIG_FILE, empty_encoder, fill_modules
 from ..model.encoder_spec import check_encoders
 from ..model.wrapper import StoredEncoder
 from ..runtimes import runtimes_with
@@ -23,6 +22,8 @@ from ..runtimes.probe import Probe, simulated_probe
 from ..utils.files import write_atomic, write_json
 from ..utils.typed import one_line
 from ..utils.yaml_tree import parse_yaml
+from .encoder_config import CONFIG_FILE, empty_encoder
+from .fill_modules import fill_modules
 from .module_tree import node_of_yaml
 from .recognizer_spec import (
     HYPERPARAMS_FILE,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.affine import fake_quantize, scale_from_amax
+from ..core.integer_layer import check_offset, offset_bias
 from ..core.plan import LayerQuant
 from ..core.plan_tensors import LayerTensors
 from ..core.weights import restore_weight, round_weight, weight_scale
@@ -58,30 +59,6 @@ def quantize_weight(
     if group:
         return restore_weight(round_weight(weight, scale, bits), scale), scale
     return fake_quantize(weight, scale, bits, axis=0), scale
-
-
-def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
-    """What an activation offset adds to a layer's bias: the product of its
-    weight with a constant input.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        On the quantization grid, output channels first.
-    offset : float
-        As of :class:`~speechbrain_stablequant.core.plan.LayerQuant`.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 [out].
-
-    Example
-    -------
-    >>> offset_bias(torch.tensor([[1.0, 2.0]]), 0.5)
-    tensor([1.5000])
-    """
-    return weight.flatten(1).sum(1).float() * offset
 
 
 def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
@@ -193,26 +170,6 @@ def quantized_forward(
         return out.to(x.dtype)
 
     return forward
-
-
-def check_offset(module: nn.Module) -> None:
-    """Raises if a layer cannot have an activation offset.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        A Linear or Conv1d.
-
-    Raises
-    ------
-    ValueError
-        A convolution that pads with zeros, which the offset would change.
-    """
-    if isinstance(module, nn.Conv1d) and module.padding not in (0, (0,)):
-        raise ValueError(
-            f"{type(module).__name__} with padding {module.padding}: an "
-            "activation offset is not exact where zeros are padded"
-        )
 
 
 @dataclass(frozen=True)

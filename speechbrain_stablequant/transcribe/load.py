@@ -7,7 +7,6 @@ model), and what they say can choose among known modules and sizes.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,16 @@ from speechbrain.decoders import ctc_greedy_decode
 from torch import nn
 
 from ..core.plan import QuantizationPlan
-from ..folder.recognizer_spec import RecognizerSpec, read_spec
-from ..folder.tokenizer_file import labels_of, read_tokenizer
-from ..folder.weights_file import CheckpointError
-from ..inference import QuantizedRecogniser
+from ..folder.load import load_folder
+from ..folder.recognizer import QuantizedRecognizer
+from ..folder.recognizer_spec import RecognizerSpec
+from ..folder.tokenizer_file import labels_of
 from ..model.layers import min_samples
-from ..runtimes import RUNTIMES
-from ..runtimes.options import check_options
-from ..utils.typed import one_line, short
+from ..utils.typed import one_line
 
 # Of the filter that changes a sampling rate: more means rates that have
 # hardly a common divisor, and gigabytes.
 _MAX_FILTER = 1 << 24
-_BACKENDS = ("auto", *RUNTIMES)
 
 
 class Recognizer:
@@ -42,7 +38,7 @@ class Recognizer:
 
     Arguments
     ---------
-    model : QuantizedRecogniser
+    model : QuantizedRecognizer
         From audio to log probabilities, loaded.
     spec : RecognizerSpec
         What it is beside its weights.
@@ -54,7 +50,7 @@ class Recognizer:
 
     def __init__(
         self,
-        model: QuantizedRecogniser,
+        model: QuantizedRecognizer,
         spec: RecognizerSpec,
         tokenizer: CTCTextEncoder | sentencepiece.SentencePieceProcessor,
         device: torch.device,
@@ -257,47 +253,7 @@ def load(
     speechbrain_stablequant...CheckpointError: no/such/folder: there \
 is no such folder; download it first, or give another
     """
-    folder = Path(folder)
-    if backend not in _BACKENDS:
-        raise ValueError(
-            f"backend: {short(backend)} is none of {', '.join(_BACKENDS)}"
-        )
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: there is no such folder; download it first, or give "
-            "another"
-        )
-    spec, name = read_spec(folder)
-    if backend != "auto":
-        spec = replace(spec, backend=backend)
-    if backend_options is not None:
-        spec = replace(spec, backend_options=dict(backend_options))
-    if spec.backend not in _BACKENDS:
-        raise CheckpointError(
-            f"{folder / name}: backend {short(spec.backend)} is none of "
-            f"{', '.join(_BACKENDS)}"
-        )
-    check_options(spec.backend, spec.backend_options)
-    try:
-        heads = spec.build_heads()
-    except ValueError as error:
-        reason = one_line(error, 400)
-        raise CheckpointError(f"{folder / name}: {reason}") from error
-    model = QuantizedRecogniser(
-        spec.checksum,
-        asdict(spec.encoder),
-        heads,
-        spec.backend,
-        spec.backend_options,
-    )
-    # The YAML is not signed: it names the checksum of what is.
-    signed = [name] if spec.checksum is None else []
-    model.load(folder, needs=[spec.tokenizer_file, *signed])
-    tokenizer = (
-        CTCTextEncoder()
-        if spec.tokenizer == "labels"
-        else sentencepiece.SentencePieceProcessor()
-    )
-    read_tokenizer(tokenizer, folder / spec.tokenizer_file)
+    parts = load_folder(folder, backend, backend_options)
     device = torch.device(device)
-    return Recognizer(model.to(device), spec, tokenizer, device)
+    model = parts.model.to(device)
+    return Recognizer(model, parts.spec, parts.tokenizer, device)

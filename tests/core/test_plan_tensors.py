@@ -1,5 +1,6 @@
 """Tensors beside a plan: on disk, simulated, as integers, in folders."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -21,13 +22,13 @@ from speechbrain_stablequant.core.plan_tensors import (
     adjusted_floats,
 )
 from speechbrain_stablequant.core.weights import restore_weight, weight_scale
+from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.weights_file import (
     float_state,
     load_checkpoint,
     save_checkpoint,
     stored_layer,
 )
-from speechbrain_stablequant.inference import fill_modules
 from speechbrain_stablequant.methods.search.journal import evaluation_key
 from speechbrain_stablequant.model.layers import Layer, find_layers
 from speechbrain_stablequant.runtimes import RUNTIMES, build_forwards
@@ -36,6 +37,7 @@ from speechbrain_stablequant.simulation.fake_quant import (
     Simulator,
     quantize_input,
 )
+from speechbrain_stablequant.utils.tensor_bytes import bytes_to_tensors
 
 
 def modules_of() -> dict[str, nn.Module]:
@@ -390,3 +392,12 @@ def test_keys_of_other_layers_stay_as_they_were():
     assert evaluation_key("m", quants) == "c673e415bb340d1c4c251ab48a2e8b9f"
     changed = {"a": replace(quants["a"], activation_offset=0.5)}
     assert evaluation_key("m", changed) != evaluation_key("m", quants)
+
+
+def test_the_file_format_keeps_its_name(tmp_path):
+    """Files that were written once must load for ever."""
+    file = tmp_path / "plan.safetensors"
+    AdjustedTensors(floats={"a": torch.ones(1)}).save(file, {})
+    _, header = bytes_to_tensors(file.read_bytes())
+    description = json.loads(header["description"])
+    assert description["format"] == "speechbrain_stablequant.plan"

@@ -17,8 +17,8 @@ from starter import environment
 from torch import nn
 from trained_recipe import RECIPE
 
-from speechbrain_stablequant import inference
 from speechbrain_stablequant.core.error_rates import Transcript, score
+from speechbrain_stablequant.folder import recognizer as recognizer_module
 from speechbrain_stablequant.folder.weights_file import (
     CheckpointError,
     load_checkpoint,
@@ -331,8 +331,8 @@ def test_code_is_fetched_where_it_is_needed(trained, folder, monkeypatch):
     wavs, lengths = padded(audio_files(trained))
     asr = load(folder, overrides={})
     encoder = asr.mods.encoder.parts["wav2vec2"]
-    assert isinstance(encoder, inference.RuntimeEncoder)
-    monkeypatch.setattr(inference, "candidates", lambda *_: ["torch"])
+    assert isinstance(encoder, recognizer_module.RuntimeEncoder)
+    monkeypatch.setattr(recognizer_module, "candidates", lambda *_: ["torch"])
     out = asr.encode_batch(wavs, lengths)
     assert asr.mods.encoder.runtime == "torch"
     assert next(iter(asr.mods.encoder.parts)) == "wav2vec2"
@@ -422,8 +422,8 @@ def test_weights_never_are_floats(folder, monkeypatch):
         assert stored <= {"masked_spec_embed"}
         return shells[-1]
 
-    original = inference.empty_encoder
-    monkeypatch.setattr(inference, "empty_encoder", keep)
+    original = recognizer_module.empty_encoder
+    monkeypatch.setattr(recognizer_module, "empty_encoder", keep)
     asr = load(folder)
     (shell,) = shells
     linears = [m for m in shell.modules() if isinstance(m, nn.Linear)]

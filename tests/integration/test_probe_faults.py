@@ -10,11 +10,11 @@ import pytest
 import tiny_folder
 import torch
 
+from speechbrain_stablequant.folder.encoder_config import CONFIG_FILE
 from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
     save_checkpoint,
 )
-from speechbrain_stablequant.inference import CONFIG_FILE
 from speechbrain_stablequant.runtimes.probe import ProbeError
 
 MODULES = {

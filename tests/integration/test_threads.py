@@ -9,7 +9,7 @@ import pytest
 import tiny_folder
 import torch
 
-from speechbrain_stablequant import inference
+from speechbrain_stablequant.folder import recognizer as recognizer_module
 
 INPUTS = range(6)
 
@@ -83,8 +83,8 @@ def test_a_runtime_is_built_once(folder, monkeypatch):
         built.append(threading.get_ident())
         return original(*args, **kwargs)
 
-    original = inference.build_forwards
-    monkeypatch.setattr(inference, "build_forwards", build)
+    original = recognizer_module.build_forwards
+    monkeypatch.setattr(recognizer_module, "build_forwards", build)
     recognizer = tiny_folder.load(folder, "torch")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(recognizer, [tiny_folder.wave(0)] * 8))
@@ -97,14 +97,14 @@ def test_a_failed_first_use_leaves_nothing(folder, answers, monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError("no room")
 
-    original = inference.build_forwards
-    monkeypatch.setattr(inference, "build_forwards", fail)
+    original = recognizer_module.build_forwards
+    monkeypatch.setattr(recognizer_module, "build_forwards", fail)
     recognizer = tiny_folder.load(folder, "torch_int8")
     for _ in range(2):
         with pytest.raises(MemoryError, match="no room"):
             recognizer(tiny_folder.wave(0))
     assert recognizer.runtime is None
-    monkeypatch.setattr(inference, "build_forwards", original)
+    monkeypatch.setattr(recognizer_module, "build_forwards", original)
     expected = answers("torch_int8")
     assert torch.equal(recognizer(tiny_folder.wave(1)), expected[1])
 

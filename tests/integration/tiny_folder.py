@@ -22,9 +22,9 @@ from speechbrain_stablequant.core.plan import (
     LayerQuant,
     QuantizationPlan,
 )
+from speechbrain_stablequant.folder.recognizer import QuantizedRecognizer
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
-from speechbrain_stablequant.inference import QuantizedRecogniser
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes import RUNTIMES
 from speechbrain_stablequant.runtimes.probe import Probe
@@ -125,14 +125,14 @@ def _labels(folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def load(folder: Path, backend: str, **options) -> QuantizedRecogniser:
+def load(folder: Path, backend: str, **options) -> QuantizedRecognizer:
     """The recognizer of a folder, loaded but not used."""
     heads = {
         "enc": VanillaNN([None, None, 32], dnn_blocks=2, dnn_neurons=24),
         "ctc_lin": Linear(input_size=24, n_neurons=12),
     }
     checksum = load_checkpoint(folder, weights=False).checksum
-    recognizer = QuantizedRecogniser(checksum, ENCODER, heads, backend, options)
+    recognizer = QuantizedRecognizer(checksum, ENCODER, heads, backend, options)
     recognizer.load(folder)
     return recognizer
 

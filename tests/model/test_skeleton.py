@@ -6,11 +6,9 @@ from torch import nn
 
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.inference import (
-    RuntimeEncoder,
-    empty_encoder,
-    fill_modules,
-)
+from speechbrain_stablequant.folder.encoder_config import empty_encoder
+from speechbrain_stablequant.folder.fill_modules import fill_modules
+from speechbrain_stablequant.folder.recognizer import RuntimeEncoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.skeleton import (
     EncoderShell,

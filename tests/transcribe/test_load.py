@@ -13,7 +13,7 @@ from speechbrain.inference.ASR import EncoderASR
 from torch import nn
 
 import speechbrain_stablequant
-from speechbrain_stablequant import inference
+from speechbrain_stablequant.folder import recognizer
 from speechbrain_stablequant.folder.recognizer_spec import read_spec
 from speechbrain_stablequant.folder.weights_file import CheckpointError
 from speechbrain_stablequant.model.wrapper import StoredEncoder
@@ -370,9 +370,9 @@ def test_code_that_a_configuration_names(folder, monkeypatch):
     )
     sign(folder)
     taken = []
-    original = inference.empty_encoder
+    original = recognizer.empty_encoder
     monkeypatch.setattr(
-        inference, "empty_encoder", lambda c: taken.append(c) or original(c)
+        recognizer, "empty_encoder", lambda c: taken.append(c) or original(c)
     )
     load(folder, "torch").transcribe_batch(torch.randn(1, 9000))
     text = json.dumps(taken)

@@ -8,14 +8,14 @@ from torch import nn
 from workload import Executor, Prepared, Workload, size_of
 
 from speechbrain_stablequant.core.integer_layer import IntegerLayer
+from speechbrain_stablequant.folder.encoder_config import (
+    CONFIG_FILE,
+    empty_encoder,
+)
+from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.weights_file import (
     WEIGHTS_FILE,
     load_checkpoint,
-)
-from speechbrain_stablequant.inference import (
-    CONFIG_FILE,
-    empty_encoder,
-    fill_modules,
 )
 from speechbrain_stablequant.runtimes import build_forwards, resolve_backend
 from speechbrain_stablequant.utils.files import read_json

@@ -1,0 +1,425 @@
+"""The model of a quantized folder, from audio to log probabilities.
+
+Encoder modules are made on the ``meta`` device. A runtime reads integer weights
+one layer at a time, so they never exist as floats unless the simulated runtime
+is chosen.
+"""
+
+import copy
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.dataio.dataio import length_to_mask
+from torch import nn
+from torch.nn import functional as F
+
+from ..core.integer_layer import IntegerLayer
+from ..model.skeleton import empty_shell, folded_norms, has_shell
+from ..runtimes import RUNTIMES, build_forwards, candidates, first_right, prove
+from ..runtimes.options import check_options, select_options
+from ..runtimes.probe import Probe, chain
+from ..utils import forks
+from .encoder_config import CONFIG_FILE, empty_encoder, read_config
+from .fill_modules import fill_modules
+from .weights_file import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RuntimeEncoder(nn.Module):
+    """What SpeechBrain's wrapper computes around a model that gives its last
+    hidden state only, as integer runtimes do.
+
+    SpeechBrain's own class comes with all of transformers.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        An :class:`~speechbrain_stablequant.model.skeleton.EncoderShell`.
+    normalize_wav : bool
+        Whether the waveform is normalized.
+    output_norm : bool
+        Whether the output is normalized.
+    output_all_hiddens : bool
+        Whether all hidden states are wanted; runtimes refuse it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalize_wav: bool,
+        output_norm: bool,
+        output_all_hiddens: bool = False,
+    ):
+        super().__init__()
+        self.model = model
+        self.normalize_wav = normalize_wav
+        self.output_norm = output_norm
+        self.output_all_hiddens = output_all_hiddens
+
+    def forward(
+        self, wav: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encodes a batch.
+
+        Arguments
+        ---------
+        wav : torch.Tensor
+            float32 [batch, samples].
+        wav_lens : torch.Tensor, optional
+            Relative lengths, [batch].
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, frames, channels].
+        """
+        mask = None
+        if wav_lens is not None:
+            lengths = torch.round(wav_lens * wav.shape[1])
+            mask = length_to_mask(lengths).bool()
+        if self.normalize_wav:
+            wav = F.layer_norm(wav, wav.shape[1:])
+        out = self.model(
+            wav,
+            attention_mask=mask,
+            output_hidden_states=self.output_all_hiddens,
+        ).last_hidden_state
+        return F.layer_norm(out, out.shape[1:]) if self.output_norm else out
+
+
+@dataclass(frozen=True)
+class BuiltRuntime:
+    """A runtime that was built for a recognizer.
+
+    Arguments
+    ---------
+    name : str
+        A key of ``RUNTIMES``.
+    device : torch.device
+        The device it computes on.
+    pid : int
+        The process it was built in.
+    encoder : torch.nn.Module
+        The encoder that it needs in the place of the present one.
+    forwards : Mapping
+        Forward by module, for this encoder and the heads.
+    """
+
+    name: str
+    device: torch.device
+    pid: int
+    encoder: nn.Module
+    forwards: Mapping[nn.Module, Callable[..., Any]]
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether it computes on a device, in this process."""
+        return device == self.device and (
+            self.pid == os.getpid() or RUNTIMES[self.name].fork_safe
+        )
+
+
+class QuantizedRecognizer(nn.Module):
+    """An encoder and what follows it, from audio to log probabilities.
+
+    Any number of threads may call it. The runtime is built by the first call,
+    once; then no lock is held while it computes. A process that is forked
+    after :meth:`load` builds its own runtime, or shares the parent's where
+    that is safe, and torch computes with one thread there. OpenVINO does not
+    work in a child of a process that has used it: an error says so.
+
+    Arguments
+    ---------
+    checksum : str or None
+        Of the ``model.safetensors`` that this was written with; None takes
+        whatever the folder holds.
+    encoder : dict
+        ``key``, the wrapper's settings, and ``use_lengths``: whether the
+        recipe tells the encoder what is padding.
+    heads : dict
+        The modules behind the encoder, by key, in order.
+    backend : str
+        What computes: ``auto`` chooses by device; see
+        :func:`~speechbrain_stablequant.runtimes.candidates`. Of several the
+        first that answers the folder's probe as it should.
+    options : dict, optional
+        Of the runtime, such as its number of threads.
+    """
+
+    def __init__(
+        self,
+        checksum: str | None,
+        encoder: Mapping[str, Any],
+        heads: Mapping[str, nn.Module],
+        backend: str = "auto",
+        options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.checksum = checksum
+        self.encoder_settings = dict(encoder)
+        self.backend = backend
+        self.options = check_options(backend, options or {})
+        self.parts = nn.ModuleDict(heads)
+        self.folder: Path | None = None
+        self._integers: dict[str, IntegerLayer] | None = None
+        self._probe: Probe | None = None
+        self._built: BuiltRuntime | None = None
+        self._locks: dict[int, threading.Lock] = {}
+        self._pid = os.getpid()
+
+    @property
+    def runtime(self) -> str | None:
+        """The runtime that computes; None before the first batch."""
+        built = self._built
+        return None if built is None else built.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedRecognizer":
+        """A copy that builds a runtime of its own, from the folder."""
+        derived = {"_integers": None, "_built": None, "_locks": {}}
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for module in self.parts.modules():
+            # Taken over as they are, not taken out of the original for a
+            # moment: it may be computing.
+            if "forward" in vars(module):
+                memo[id(module.forward)] = module.forward
+        vars(twin).update(copy.deepcopy({**vars(self), **derived}, memo))
+        twin._remove_forwards()
+        return twin
+
+    def load(self, folder: str | Path, needs: Iterable[str] = ()) -> None:
+        """Reads the model.
+
+        Arguments
+        ---------
+        folder : str or Path
+            The quantized folder.
+        needs : iterable of str
+            Files that must belong to the model, beside its plan and the
+            configuration of its encoder.
+
+        Raises
+        ------
+        CheckpointError
+            See :func:`~.folder.weights_file.load_checkpoint`.
+        """
+        self.folder = Path(folder).absolute()
+        path = self.folder / WEIGHTS_FILE
+        checkpoint = self._read(needs)
+        settings = dict(self.encoder_settings)
+        self._key = settings.pop("key")
+        self._use_lengths = settings.pop("use_lengths")
+        count = len(checkpoint.integers) + len(checkpoint.floats)
+        self._config = read_config(self.folder / CONFIG_FILE, count)
+        self.plan = checkpoint.plan
+        row = RUNTIMES.get(self.backend)
+        layer_by_layer = row is not None and row.encoder is None
+        floats = checkpoint.floats
+        if layer_by_layer or not has_shell(self._config):
+            encoder = self._with_code(settings)
+        else:
+            encoder = RuntimeEncoder(empty_shell(self._config), **settings)
+            floats = folded_norms(floats)
+        parts = {self._key: encoder, **self.parts}
+        fill_modules(parts, checkpoint.integers, floats, str(path))
+        self.parts = nn.ModuleDict(parts)
+        self._integers = checkpoint.integers
+        self._probe = checkpoint.probe
+        if self._probe is None:
+            logger.warning(
+                "%s: was written without a probe, so that runtimes are not "
+                "checked with it on this machine; quantize again to have one",
+                path,
+            )
+        self._pid = os.getpid()
+        forks.protect_children()
+        self.eval()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The encoder's configuration."""
+        return self._config
+
+    def _read(self, needs: Iterable[str] = ()) -> Checkpoint:
+        """The folder's content; integer weights stay in the file."""
+        checkpoint = load_checkpoint(
+            self.folder, weights=False, needs=(CONFIG_FILE, *needs)
+        )
+        self.checksum = self.checksum or checkpoint.checksum
+        if checkpoint.checksum != self.checksum:
+            raise CheckpointError(
+                f"{self.folder / WEIGHTS_FILE}: is not the model that "
+                "hyperparams.yaml was written for; copy the whole folder, and "
+                "give from_hparams no savedir that another model was loaded "
+                "with"
+            )
+        return checkpoint
+
+    def _with_code(self, settings: Mapping[str, Any]) -> nn.Module:
+        """The encoder as transformers and SpeechBrain compute it."""
+        from ..model.wrapper import StoredEncoder
+
+        return StoredEncoder(empty_encoder(self._config), **settings)
+
+    def _encoder_with_code(self, device: torch.device) -> nn.Module:
+        """The encoder, or one that computes if it is a shell."""
+        if not isinstance(self.parts[self._key], RuntimeEncoder):
+            return self.parts[self._key]
+        settings = dict(self.encoder_settings)
+        del settings["key"], settings["use_lengths"]
+        encoder = self._with_code(settings)
+        checkpoint = self._read()
+        inside = f"{self._key}."
+        integers, floats = (
+            {name: x for name, x in rows.items() if name.startswith(inside)}
+            for rows in (checkpoint.integers, checkpoint.floats)
+        )
+        where = str(self.folder / WEIGHTS_FILE)
+        fill_modules({self._key: encoder}, integers, floats, where)
+        return encoder.to(device).eval()
+
+    def train(self, mode: bool = True) -> "QuantizedRecognizer":
+        """Stays in evaluation mode: integers are not trained."""
+        return super().train(False)
+
+    def _prepare(self) -> None:
+        """Builds the runtime for the device that the modules are on, unless
+        there is one."""
+        if self.folder is None:
+            raise RuntimeError("the recognizer is empty; call load() first")
+        device = next(self.parameters()).device
+        if device.type == "cuda" and self._pid != os.getpid():
+            raise RuntimeError(
+                f"the model was on {device} before this process was forked; "
+                "load the recognizer after the fork"
+            )
+        forks.keep_to_one_thread()
+        built = self._built
+        if built is not None and built.serves(device):
+            return
+        # One lock for each process: in a child, another thread of the parent
+        # may have held the parent's lock for ever.
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            built = self._built
+            if built is not None and built.serves(device):
+                return
+            self._built = None
+            self._remove_forwards()
+            self._install(self._build_runtime(device))
+            if built is not None and forks.used_before_fork(built.name):
+                logger.warning(
+                    "backend %s: %s %s; %s computes here",
+                    self.backend,
+                    built.name,
+                    forks.REASON,
+                    self.runtime,
+                )
+
+    def _build_runtime(self, device: torch.device) -> BuiltRuntime:
+        """Builds the runtime that is to compute on a device: the first that
+        proves itself. Nothing of the recognizer is changed."""
+        integers = self._integers
+
+        def build(name: str) -> BuiltRuntime:
+            nonlocal integers
+            if integers is None:
+                integers = self._read().integers
+            parts = dict(self.parts.items())
+            if RUNTIMES[name].encoder is None:
+                parts[self._key] = self._encoder_with_code(device)
+            forwards = build_forwards(
+                name,
+                parts,
+                {key: layer.to(device) for key, layer in integers.items()},
+                **select_options(name, self.options),
+            )
+            if self._probe is not None:
+                compute = chain(parts, self._use_lengths, forwards)
+                prove(name, self._probe, compute, device)
+            encoder = parts[self._key]
+            return BuiltRuntime(name, device, os.getpid(), encoder, forwards)
+
+        names = candidates(self.backend, device)
+        built, _ = first_right(names, build, device)
+        return built
+
+    def _install(self, built: BuiltRuntime) -> None:
+        """Makes the modules compute by a runtime."""
+        self.parts[self._key] = built.encoder
+        for module, forward in built.forwards.items():
+            module.forward = forward
+        # The runtime keeps what it needs; a second copy would stay for ever.
+        self._integers = None
+        self._built = built
+
+    def _remove_forwards(self) -> None:
+        """Makes the modules compute by their own forwards again."""
+        for module in self.parts.modules():
+            vars(module).pop("forward", None)
+
+    @torch.no_grad()
+    def forward(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Recognizes a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            float32 [batch, samples].
+        wav_lens : torch.Tensor, optional
+            Relative lengths, [batch].
+
+        Returns
+        -------
+        torch.Tensor
+            Log probabilities, float32 [batch, frames, labels].
+        """
+        check_finite(wavs)
+        self._prepare()
+        encoder, *heads = self.parts.values()
+        x = encoder(wavs, wav_lens if self._use_lengths else None)
+        for head in heads:
+            x = head(x)
+        return x.float().log_softmax(-1)
+
+
+def check_finite(wavs: torch.Tensor) -> None:
+    """Raises where audio holds NaN or infinity.
+
+    Arguments
+    ---------
+    wavs : torch.Tensor
+        [batch, samples].
+
+    Raises
+    ------
+    ValueError
+        Names the row of the batch, and the sample.
+
+    Example
+    -------
+    >>> check_finite(torch.tensor([[0.0, 0.5], [0.0, float("nan")]]))
+    Traceback (most recent call last):
+    ValueError: audio: row 1 of the batch holds nan at sample 1; look for a \
+broken file or a division by zero before the recognizer
+    """
+    good = wavs.isfinite()
+    if bool(good.all()):
+        return
+    row, sample = (~good).nonzero()[0, :2].tolist()
+    raise ValueError(
+        f"audio: row {row} of the batch holds {float(wavs[row, sample])} at "
+        f"sample {sample}; look for a broken file or a division by zero "
+        "before the recognizer"
+    )
