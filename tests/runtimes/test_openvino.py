@@ -269,12 +269,12 @@ def test_calls_side_by_side(make_tiny_model, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(executor, "_cores", lambda: 2)
     spec = describe(make_tiny_model("hubert-large"))
-    settings = make_executor(spec, threads=threads)._settings
+    settings = make_executor(spec, threads=threads).settings
     streams = 1 if threads is None else 2
     assert settings["NUM_STREAMS"] == streams
     assert settings["INFERENCE_NUM_THREADS"] == 2
     monkeypatch.setattr(executor, "_cores", lambda: 1)
-    settings = make_executor(spec, threads=3)._settings
+    settings = make_executor(spec, threads=3).settings
     assert settings["NUM_STREAMS"] == 1
     assert settings["INFERENCE_NUM_THREADS"] == 3
 

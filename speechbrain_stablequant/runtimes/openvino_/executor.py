@@ -164,7 +164,7 @@ class OpenVINOExecutor:
         self._idle: list[ov.InferRequest] = []
         self._compiled: ov.CompiledModel | None = None
         streams = max(_cores() // threads, 1) if threads else 1
-        settings = {
+        self.settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": streams
@@ -176,10 +176,10 @@ class OpenVINOExecutor:
             "ENABLE_CPU_PINNING": False,
         }
         if cache_folder is not None:
-            settings["CACHE_DIR"] = str(cache_folder)
+            self.settings["CACHE_DIR"] = str(cache_folder)
         with PREPARATION.running():
             model = GraphBuilder(spec, self._half).build()
-            self._compiled = core().compile_model(model, "CPU", settings)
+            self._compiled = core().compile_model(model, "CPU", self.settings)
 
     def __del__(self):
         if hasattr(self, "_compiled"):
