@@ -19,15 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from resources import Launch, Resources, compile_launch, launches_of
 from shapes import MODELS, Op, operators
 
-from speechbrain_stablequant.runtimes.triton.kernels.resources import (
-    Launch,
-    Resources,
-    compile_launch,
-    launches_of,
-)
-from speechbrain_stablequant.runtimes.triton.kernels.tuning import (
+from speechbrain_stablequant.runtimes.triton.kernels.tiles import (
     Limits,
     assume_limits,
 )

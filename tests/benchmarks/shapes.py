@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from resources import record_launches
 
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
+    conv,
     group_conv,
     layer_norm,
-    matmul,
+    linear,
     quantize,
     wave_conv,
     wave_gram,
@@ -89,10 +91,6 @@ class Op:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that one launch reads and writes."""
-        from speechbrain_stablequant.runtimes.triton.kernels.resources import (
-            record_launches,
-        )
-
         with record_launches():
             results = self.launch(*self.arguments)
         if isinstance(results, torch.Tensor):
@@ -144,7 +142,7 @@ def _linear(
         name,
         (rows, columns, depth),
         count,
-        matmul.launch_linear,
+        linear.launch,
         arguments,
         integer_ops=2.0 * rows * columns * depth,
     )
@@ -159,7 +157,7 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
     wide = CONV_CHANNELS
     vectors = (meta(wide), meta(wide))
     norm = vectors if model.large else (None, None)
-    frames = matmul.frames_out(samples, KERNELS[0], STRIDES[0])
+    frames = conv.frames_out(samples, KERNELS[0], STRIDES[0])
     rows = batch * frames
     wave = (meta(batch, samples), 1.0, 127, meta(wide, KERNELS[0], dtype=INT8))
     first = {
@@ -187,14 +185,14 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
     for index in range(1, len(KERNELS)):
         kernel, stride = KERNELS[index], STRIDES[index]
         q = meta(batch, frames, wide, dtype=INT8)
-        frames = matmul.frames_out(frames, kernel, stride)
+        frames = conv.frames_out(frames, kernel, stride)
         rows, depth = batch * frames, kernel * wide
         last = index == len(KERNELS) - 1
         yield Op(
             f"conv {index + 1}",
             (rows, wide, depth),
             1,
-            matmul.launch_conv1d,
+            conv.launch,
             (
                 *(q, meta(wide, depth, dtype=INT8), *vectors),
                 *(kernel, stride, *norm, 1e-5, True, HALF if last else INT8),

@@ -1,9 +1,7 @@
 """The triton runtime: int8 kernels on CUDA, the rest in 16 bit.
 
-Works with every wav2vec 2.0 and HuBERT encoder that
-:func:`~speechbrain_stablequant.model.encoder_spec.describe_encoder` describes,
-with any of its layers left in floating point. The kernels and what they do
-are in :mod:`speechbrain_stablequant.runtimes.triton.kernels`.
+Supports every wav2vec 2.0 and HuBERT encoder that `describe_encoder` describes,
+with any of its layers in floating point. The operators are in ``kernels``.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from ..base import LayerExecutor
 
 
 def _import(name: str) -> Any:
-    """A module of this package that needs Triton."""
+    """Imports a module of this folder that needs Triton."""
     import importlib
 
     try:
@@ -32,7 +30,7 @@ def _import(name: str) -> Any:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, by default CUDA."""
+    """The requested device, by default CUDA, checked."""
     if device is None:
         interpreted = _import(".kernels.library").INTERPRETED
         if not torch.cuda.is_available() and not interpreted:
@@ -57,30 +55,29 @@ def make_executor(
     tune: bool = True,
     cache: str | Path | None = None,
 ) -> Callable[..., torch.Tensor]:
-    """Packs an encoder for its kernels.
+    """Packs an encoder for the kernels.
 
     Arguments
     ---------
     spec : EncoderSpec
         The encoder.
     device : str, torch.device or None
-        Where it runs; by default the CUDA device that the model is on, else
-        the current one. On ``"cpu"`` the operators are computed by plain
-        torch, or by Triton's interpreter under ``TRITON_INTERPRET=1``: slow,
-        for tests.
+        Where to run; by default the model's CUDA device, else the current one.
+        On ``"cpu"`` the operators run in plain torch, or in Triton's
+        interpreter with ``TRITON_INTERPRET=1``: slow, for tests.
     dtype : str
-        ``"float16"``, ``"bfloat16"`` or ``"float32"``: of the residual stream
-        and of the attention.
+        Of the residual stream and the attention: ``"float16"``,
+        ``"bfloat16"`` or ``"float32"``.
     max_graphs : int
-        CUDA graphs to keep, one for each (batch, length) bucket; 0: none.
-        There are eight lengths between a power of two and the next, so the
-        default holds all from half a second to 32 s at one batch size.
+        Number of CUDA graphs kept, one per (batch, length) bucket; 0: none.
+        There are eight buckets per doubling of the length, so the default
+        holds all lengths from 0.5 s to 32 s at one batch size.
     tune : bool
-        Whether tiles are measured when a shape is first seen; otherwise they
-        are chosen by rule.
+        Whether to measure tiles when a shape is first seen; otherwise they
+        are chosen by an estimate.
     cache : str, Path or None
-        JSON file of measured tiles; by default one for each card in the
-        user's cache folder.
+        JSON file of measured tiles; by default one per card in the user's
+        cache folder.
 
     Returns
     -------
@@ -89,8 +86,8 @@ def make_executor(
     Raises
     ------
     ValueError
-        No CUDA device, one that is too old, an unknown dtype, a layer that
-        there is no kernel for.
+        No CUDA device or one that is too old, an unknown dtype, or a layer
+        without a kernel.
     ImportError
         Triton is not installed.
     """
@@ -115,24 +112,24 @@ def make_executor(
 def make_layer(
     layer: IntegerLayer, device: str | torch.device | None = None
 ) -> LayerExecutor:
-    """A layer outside the encoder, such as the head.
+    """Packs a layer outside the encoder, such as the head.
 
     Arguments
     ---------
     layer : IntegerLayer
         A Linear, or a Conv1d without padding, dilation or groups.
     device : str, torch.device or None
-        Where it runs; by default the current CUDA device.
+        Where to run; by default the current CUDA device.
 
     Returns
     -------
     callable
-        Float input as the float layer takes it, float32 output.
+        Takes the float layer's input, returns float32.
 
     Raises
     ------
     ValueError
-        A convolution that there is no kernel for.
+        A convolution without a kernel.
     """
     layers = _import(".layers")
     if layer.kind != "linear":

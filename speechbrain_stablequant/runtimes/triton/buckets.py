@@ -1,4 +1,4 @@
-"""Lengths that share a shape, and what is kept for each shape."""
+"""Buckets of input lengths, and a cache of what is made for each."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,19 +11,7 @@ Kept = TypeVar("Kept")
 
 
 def samples_for(spec: EncoderSpec, frames: int) -> int:
-    """Fewest samples that give so many frames.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    frames : int
-        At least 1.
-
-    Returns
-    -------
-    int
-    """
+    """Smallest number of samples that gives ``frames`` frames."""
     for stage in reversed(spec.convs):
         kernel = stage.conv.weight.shape[-1]
         frames = (frames - 1) * stage.conv.stride + kernel
@@ -31,22 +19,8 @@ def samples_for(spec: EncoderSpec, frames: int) -> int:
 
 
 def bucket_samples(spec: EncoderSpec, samples: int) -> int:
-    """Length that an input of so many samples is padded to.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    samples : int
-        Enough for a frame.
-
-    Returns
-    -------
-    int
-        At least ``samples``, with a round number of frames: at most 12.5 %
-        more than needed, or 7.
-    """
-    # the samples behind the last frame may reach into one more
+    """Length to pad to: at most 12.5 % or 7 frames more than needed."""
+    # samples behind the last frame may need one more frame
     frames = round_frames(spec.frames(samples))
     while samples_for(spec, frames) < samples:
         frames = round_frames(frames + 1)
@@ -54,23 +28,7 @@ def bucket_samples(spec: EncoderSpec, samples: int) -> int:
 
 
 class LeastRecent(Generic[Kept]):
-    """Keeps what was used last, and lets go of what was not.
-
-    Arguments
-    ---------
-    limit : int
-        How many to keep, at least 1.
-    discard : callable, optional
-        Called with what is let go, before its successor is made.
-
-    Example
-    -------
-    >>> kept = LeastRecent(2)
-    >>> [kept.get(key, str) for key in (1, 2, 1, 3)]
-    ['1', '2', '1', '3']
-    >>> list(kept.items)
-    [1, 3]
-    """
+    """LRU cache that discards an item before it makes the next one."""
 
     def __init__(
         self, limit: int, discard: Callable[[Kept], None] | None = None
@@ -82,7 +40,7 @@ class LeastRecent(Generic[Kept]):
         self.items: OrderedDict[Hashable, Kept] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[Hashable], Kept]) -> Kept:
-        """What is kept under a key, made if it is not there."""
+        """The item of a key, made if it is missing."""
         if key in self.items:
             self.items.move_to_end(key)
             return self.items[key]
@@ -90,7 +48,7 @@ class LeastRecent(Generic[Kept]):
             _, old = self.items.popitem(last=False)
             if self.discard is not None:
                 self.discard(old)
-            # its memory must be free before the successor takes some
+            # free its memory before the next one allocates
             del old
         self.items[key] = make(key)
         return self.items[key]

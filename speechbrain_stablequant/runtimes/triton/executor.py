@@ -1,4 +1,4 @@
-"""Executes an encoder on CUDA: buckets of lengths, one CUDA graph for each."""
+"""Executes an encoder on CUDA, with one CUDA graph per bucket of lengths."""
 
 import contextlib
 import functools
@@ -23,25 +23,16 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-#: Compute capability of the first cards with these integer instructions.
+#: Lowest compute capability with the integer instructions of the kernels.
 MIN_CAPABILITY = (8, 0)
-#: Shapes that are remembered as seen once, before which nothing is captured.
+#: Number of shapes remembered as seen; a shape is captured when seen again.
 MAX_SEEN = 4096
 
 
 @dataclass
 class Inputs:
-    """Inputs of a fixed shape; a captured graph reads them where they are.
-
-    Arguments
-    ---------
-    wave : torch.Tensor
-        float32 [batch, samples of the bucket].
-    samples : torch.Tensor
-        int64 scalar, see :class:`~.network.Network`.
-    lengths : torch.Tensor
-        int64 [batch].
-    """
+    """Static inputs of a captured graph: ``wave`` is float32 [batch, samples of
+    the bucket], the rest as `Network` takes it."""
 
     wave: torch.Tensor
     samples: torch.Tensor
@@ -49,7 +40,7 @@ class Inputs:
 
     @classmethod
     def empty(cls, batch: int, samples: int, device: torch.device) -> "Inputs":
-        """Memory for inputs of a shape."""
+        """Allocates inputs of a shape."""
         return cls(
             torch.zeros((batch, samples), device=device),
             torch.zeros((), dtype=torch.int64, device=device),
@@ -57,7 +48,7 @@ class Inputs:
         )
 
     def fill(self, wavs: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Takes over a batch and pads it. Nothing here waits for the device."""
+        """Copies and pads a batch, without waiting for the device."""
         samples = wavs.shape[1]
         self.wave[:, :samples].copy_(wavs)
         self.wave[:, samples:].zero_()
@@ -70,7 +61,7 @@ class Inputs:
 
 @dataclass
 class Capture:
-    """A captured graph with the memory that it reads and writes."""
+    """A captured graph with its inputs and output."""
 
     inputs: Inputs
     graph: "torch.cuda.CUDAGraph" = field(repr=False)
@@ -78,19 +69,9 @@ class Capture:
 
 
 class Graphs:
-    """CUDA graphs by shape, with scratch memory in common.
+    """LRU cache of CUDA graphs by shape, which share their scratch memory.
 
-    A graph's output is valid until another one runs. What was used least
-    recently goes first.
-
-    Arguments
-    ---------
-    network : callable
-        Runs on the tensors of `Inputs`.
-    device : torch.device
-        A CUDA device.
-    limit : int
-        How many to keep.
+    A graph's output is valid until another one runs.
     """
 
     def __init__(
@@ -104,8 +85,8 @@ class Graphs:
         self.kept = LeastRecent(limit, self._discard)
         self.side = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        # A pool dies with the last graph that uses it and cannot be used
-        # again. An empty graph keeps it.
+        # A pool is freed for good with the last graph that uses it; an empty
+        # graph keeps it alive.
         self._holder = torch.cuda.CUDAGraph()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -113,7 +94,8 @@ class Graphs:
                 pass
 
     def _capturing(self, graph: "torch.cuda.CUDAGraph"):
-        # Other threads, such as one that pins a loader's memory, may go on.
+        # "thread_local" lets other threads use CUDA, such as a loader's
+        # thread that pins memory.
         return torch.cuda.graph(
             graph,
             pool=self.pool,
@@ -132,8 +114,8 @@ class Graphs:
         current = torch.cuda.current_stream(self.device)
         self.side.wait_stream(current)
         with torch.cuda.stream(self.side):
-            # Once for all that must not happen during the capture: loading
-            # of kernels, workspaces of libraries.
+            # A warm-up loads kernels and allocates workspaces of libraries,
+            # which must not happen during the capture.
             self.network(inputs)
         current.wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
@@ -151,7 +133,7 @@ class Graphs:
         wavs: torch.Tensor,
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The network's output for a batch, by the graph of its shape."""
+        """Runs a batch on the graph of its shape, captured if it is new."""
         capture = self.kept.get(key, self._prepared)
         capture.inputs.fill(wavs, lengths)
         capture.graph.replay()
@@ -159,29 +141,15 @@ class Graphs:
 
 
 class TritonExecutor:
-    """Executes an encoder with int8 kernels in Triton.
+    """Executes an encoder with int8 kernels in Triton; see `make_executor`.
 
-    An input is padded to its bucket and the padding is not attended to, so
-    that its result does not depend on the bucket. On CUDA the launches of a
-    bucket are captured when it is met for the second time; the graphs share
-    their scratch memory, and only the last used ones are kept. Threads take
-    turns; one that uses a stream of its own has to wait for the result on it.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    device : torch.device
-        Where it runs.
-    dtype : torch.dtype
-        Of the residual stream and of the attention.
-    max_graphs : int
-        CUDA graphs to keep; 0 launches kernel by kernel.
-    tuner : Tuner or None
-        Chooses the tiles; None: they are chosen by rule.
+    An input is padded to its bucket; the padding is not attended to, so the
+    result does not depend on the bucket. On CUDA a bucket is captured as a
+    graph when it is seen for the second time. Threads take turns; a thread with
+    a stream of its own has to wait for the result on it.
     """
 
-    # The generator that graphs share must not be made in inference mode.
+    # Graphs share a generator, which must not be created in inference mode.
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -211,8 +179,8 @@ class TritonExecutor:
         self.tuner.save()
         return out
 
-    def _met(self, key: tuple[int, int]) -> bool:
-        """Whether a shape was met before; notes it."""
+    def _seen_before(self, key: tuple[int, int]) -> bool:
+        """Whether a shape was seen before; remembers it."""
         if key in self._seen:
             return True
         if len(self._seen) >= MAX_SEEN:
@@ -220,31 +188,14 @@ class TritonExecutor:
         self._seen.add(key)
         return False
 
-    # Tensors made in inference mode could not be filled outside of it.
+    # Tensors made in inference mode could not be refilled outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        lengths : torch.Tensor or None
-            int64 [batch], real samples; None: no mask.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, channels].
-
-        Raises
-        ------
-        ValueError
-            The input is on another device, or shorter than a frame.
-        """
+        """float32 [batch, samples] to float32 [batch, frames, channels];
+        ``lengths`` (int64 [batch]) are the real samples, None: no mask."""
         if wavs.device != self.device:
             raise ValueError(
                 f"backend triton: the encoder is on {self.device}, the audio "
@@ -261,14 +212,14 @@ class TritonExecutor:
         on_cuda = self.device.type == "cuda"
         place = torch.cuda.device(self.device) if on_cuda else _NOWHERE
         with self._turn, place:
-            met = self._met(key)
-            if self.graphs is not None and met:
+            seen = self._seen_before(key)
+            if self.graphs is not None and seen:
                 out = self.graphs(key, wavs, lengths)
             else:
                 inputs = Inputs.empty(*key, self.device)
                 inputs.fill(wavs, lengths)
-                if on_cuda and not met:
-                    # compiles, and measures tiles
+                if on_cuda and not seen:
+                    # compiles kernels and measures tiles
                     with PREPARATION.running(torch.cuda.synchronize):
                         self._run(inputs)
                 out = self._run(inputs)
@@ -281,17 +232,7 @@ _NOWHERE = contextlib.nullcontext()
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why a CUDA device cannot run the kernels, or None if it can.
-
-    Arguments
-    ---------
-    device : torch.device
-        A CUDA device that is there.
-
-    Returns
-    -------
-    str or None
-    """
+    """Why a CUDA device cannot run the kernels, or None if it can."""
     card = torch.cuda.get_device_name(device)
     found = torch.cuda.get_device_capability(device)
     if found < MIN_CAPABILITY:
@@ -306,7 +247,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises unless a CUDA device can run the kernels."""
+    """Raises if a CUDA device cannot run the kernels."""
     reason = why_not(device)
     if reason is not None:
         raise ValueError(f"backend triton: {reason}")
@@ -318,14 +259,14 @@ def make_tuner(
     cache: str | Path | None,
     make: Callable[..., Tuner] = Tuner,
 ) -> Tuner | None:
-    """The tuner of a device; None where nothing can be measured."""
+    """The tuner of a device; None without tuning or CUDA."""
     if not tune or device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if cache is None:
         import triton
 
-        # other kernels have other tiles
+        # the best tiles change with the kernels
         version = f"{triton.__version__}-{kernels_digest()[:8]}"
         file = f"{name}-{version}.json".replace(" ", "_").replace("/", "_")
         store = machine_store("triton")

@@ -1,104 +1,17 @@
 """Layers of an encoder on the operators of ``kernels``.
 
-Activations travel in one of two *forms*: integers on a layer's scale, or
-16-bit floats. A layer says which form it wants its input in and is told which
-form its output is wanted in, so that quantizing is part of what comes before.
-Everything is [batch, time, channels].
+Activations are [batch, time, channels] in one of the two ``forms``. ``dtype``
+is that of float activations everywhere.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from ...core.affine import qmax
 from ...core.integer_layer import FloatLayer, IntegerLayer
 from ...model.encoder_spec import AnyLayer, Norm
+from .forms import OPS, Form, convert, input_form, move_norm, normalize
+from .kernels import conv as conv_kernel
 from .kernels import group_conv, matmul, wave, wave_gram
-
-OPS = torch.ops.stablequant
-
-
-@dataclass(frozen=True)
-class Form:
-    """How an activation is represented.
-
-    Arguments
-    ---------
-    dtype : torch.dtype
-        int8 for integers.
-    inverse : float
-        1 / scale of the integers.
-    limit : int
-        The largest integer.
-    zero : int
-        The integer that 0 becomes.
-    """
-
-    dtype: torch.dtype
-    inverse: float = 1.0
-    limit: int = 127
-    zero: int = 0
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it is integers."""
-        return self.dtype == torch.int8
-
-    def arguments(self) -> tuple[torch.dtype, float, int, int]:
-        """What the operators take."""
-        return self.dtype, self.inverse, self.limit, self.zero
-
-
-def input_form(layer: AnyLayer, dtype: torch.dtype) -> Form:
-    """The form that a layer wants its input in.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        The layer.
-    dtype : torch.dtype
-        Of floating-point activations.
-
-    Returns
-    -------
-    Form
-    """
-    if isinstance(layer, FloatLayer):
-        return Form(dtype)
-    # in float32, as numerics.quantize takes it
-    inverse = 1.0 / layer.activation_scale.float().reshape(())
-    limit = qmax(layer.activation_bits)
-    return Form(torch.int8, float(inverse), limit, layer.zero_point())
-
-
-def convert(x: torch.Tensor, form: Form, gelu: bool = False) -> torch.Tensor:
-    """A float activation, after a GELU if asked, in another form."""
-    if form.quantized:
-        return OPS.quantize(x, form.inverse, form.limit, gelu, form.zero)
-    return (F.gelu(x) if gelu else x).to(form.dtype)
-
-
-def normalize(
-    norm: Norm | None, x: torch.Tensor, form: Form, gelu: bool = False
-) -> torch.Tensor:
-    """LayerNorm, if there is one, and GELU, if asked, to a form."""
-    if norm is None:
-        return convert(x, form, gelu)
-    return OPS.layer_norm(
-        x, norm.weight, norm.bias, norm.eps, gelu, *form.arguments()
-    )
-
-
-def move_norm(norm: Norm | None, device: torch.device) -> Norm | None:
-    """A normalization with its parameters on a device, as float32."""
-    if norm is None:
-        return None
-    weight, bias = (
-        p.to(device, torch.float32).contiguous()
-        for p in (norm.weight, norm.bias)
-    )
-    return Norm(weight, bias, norm.eps, norm.over_time)
 
 
 def _scale(layer: IntegerLayer, device: torch.device) -> torch.Tensor:
@@ -112,17 +25,9 @@ def _bias(layer: AnyLayer, device: torch.device) -> torch.Tensor | None:
 
 
 class Linear:
-    """One product for one or more linear layers that share their input.
+    """Linear layers with the same input, computed as one product.
 
-    Arguments
-    ---------
-    layers : sequence
-        Linear layers: all integer with equal input forms, or all float. Their
-        outputs stand side by side.
-    dtype : torch.dtype
-        Of floating-point activations.
-    device : torch.device
-        Where it runs.
+    All are integer with equal input forms, or all are float.
     """
 
     def __init__(
@@ -159,19 +64,14 @@ class Linear:
         gelu: bool = False,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[..., in] in the layer's form to [..., out] in ``form`` (16 bit if
-        it is None): GELU if asked, then plus ``residual``."""
+        """[..., in] in ``self.form`` to [..., out] in ``form`` (None: 16 bit):
+        GELU if asked, then plus ``residual``."""
         form = form or Form(self.dtype)
         if self.form.quantized:
             return OPS.linear(
-                x,
-                self.weight,
-                self.scale,
-                self.bias,
-                residual,
-                gelu,
+                x, self.weight, self.scale, self.bias, residual, gelu,
                 *form.arguments(),
-            )
+            )  # fmt: skip
         y = F.linear(x, self.weight, self.bias)
         if residual is not None:
             y = (F.gelu(y) if gelu else y) + residual
@@ -180,17 +80,7 @@ class Linear:
 
 
 class Projections:
-    """Query, key and value: one product where their inputs agree.
-
-    Arguments
-    ---------
-    layers : sequence
-        The three linear layers.
-    dtype : torch.dtype
-        Of floating-point activations.
-    device : torch.device
-        Where it runs.
-    """
+    """Query, key and value, as one product if their input forms are equal."""
 
     def __init__(
         self,
@@ -218,22 +108,8 @@ class Projections:
 def masked_group_norm(
     x: torch.Tensor, norm: Norm, frames: torch.Tensor
 ) -> torch.Tensor:
-    """Each channel normalized over its real frames, in float32.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        [batch, time, channels].
-    norm : Norm
-        Its parameters.
-    frames : torch.Tensor
-        int64 scalar: only so many frames are real.
-
-    Returns
-    -------
-    torch.Tensor
-        float32; what is not real holds anything finite.
-    """
+    """GroupNorm of each channel over the first ``frames`` (int64 scalar) frames
+    of [batch, time, channels], to float32; the others hold anything finite."""
     x = x.float()
     real = (torch.arange(x.shape[1], device=x.device) < frames)[None, :, None]
     mean = (x * real).sum(1, keepdim=True) / frames
@@ -243,7 +119,7 @@ def masked_group_norm(
 
 
 class FloatConv:
-    """A convolution that stays in floating point."""
+    """A convolution in floating point, by torch."""
 
     def __init__(
         self, layer: FloatLayer, dtype: torch.dtype, device: torch.device
@@ -257,14 +133,9 @@ class FloatConv:
         """16 bit [batch, time, in] to [batch, frames, out]."""
         layer = self.layer
         y = F.conv1d(
-            x.transpose(1, 2),
-            self.weight,
-            self.bias,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+            x.transpose(1, 2), self.weight, self.bias,
+            layer.stride, layer.padding, layer.dilation, layer.groups,
+        )  # fmt: skip
         return y.transpose(1, 2).contiguous()
 
 
@@ -279,28 +150,14 @@ def check_plain_conv(layer: IntegerLayer) -> None:
 
 
 def _takes_wave(layer: FloatLayer) -> bool:
-    """Whether the kernel for the waveform computes a convolution."""
+    """Whether ``wave_conv`` can compute a convolution."""
     _, channels, taps = layer.weight.shape
     plain = (layer.padding, layer.dilation, layer.groups) == (0, 1, 1)
     return plain and channels == 1 and taps <= wave.MAX_TAPS
 
 
 class ConvStage:
-    """Convolution, normalization, GELU: one stage of the feature extractor.
-
-    Arguments
-    ---------
-    conv : IntegerLayer or FloatLayer
-        The convolution, without padding.
-    norm : Norm or None
-        What follows it.
-    form : Form
-        In which the output is wanted.
-    dtype : torch.dtype
-        Of floating-point activations.
-    device : torch.device
-        Where it runs.
-    """
+    """Stage of the feature extractor: convolution, norm, GELU, to ``form``."""
 
     def __init__(
         self,
@@ -325,13 +182,13 @@ class ConvStage:
             if not _takes_wave(conv):
                 self.float_conv = FloatConv(conv, dtype, device)
                 return
-            # audio has more than the 8 bits of a bfloat16's mantissa
+            # audio needs more than bfloat16's 8 bits of mantissa
             narrow = torch.float32 if dtype == torch.float32 else torch.float16
             self.weight = conv.weight[:, 0].to(device, narrow).contiguous()
             self.scale = torch.ones(len(self.weight), device=device)
         else:
             check_plain_conv(conv)
-            self.weight = matmul.pack_conv_weight(conv.weight).to(device)
+            self.weight = conv_kernel.pack_weight(conv.weight).to(device)
             self.scale = _scale(conv, device)
         self.bias = _bias(conv, device)
 
@@ -343,7 +200,7 @@ class ConvStage:
     def _finish(
         self, y: torch.Tensor, frames: torch.Tensor | None
     ) -> torch.Tensor:
-        """What could not be fused."""
+        """Norm, GELU and conversion where they are not fused."""
         if self.over_time:
             y = masked_group_norm(y, self.norm, frames)
             return convert(y, self.out, gelu=True)
@@ -363,21 +220,14 @@ class ConvStage:
             )  # fmt: skip
             return self._finish(y, frames)
         return OPS.wave_conv(
-            wave,
-            *quantized,
-            self.weight,
-            scale,
-            bias,
-            self.stride,
-            *self._norm_arguments(),
-            True,
-            *self.out.arguments(),
-        )
+            wave, *quantized, self.weight, scale, bias, self.stride,
+            *self._norm_arguments(), True, *self.out.arguments(),
+        )  # fmt: skip
 
     def _over_time(
         self, wave: torch.Tensor, frames: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and bias that stand for the norm, by utterance."""
+        """Scale and bias of each utterance that include the norm."""
         gram = OPS.wave_gram(
             wave, self.form.inverse, self.form.limit, self.weight.dtype,
             self.kernel, self.stride, frames,
@@ -390,21 +240,9 @@ class ConvStage:
     def __call__(
         self, x: torch.Tensor, frames: torch.Tensor | None
     ) -> torch.Tensor:
-        """One stage.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [batch, time, in] in the stage's form; float32 [batch, samples]
-            if it is the first.
-        frames : torch.Tensor or None
-            int64 scalar: real frames of the output; read by a norm over time.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, frames, out] in the form that was asked for.
-        """
+        """[batch, time, in] in ``self.form``, or float32 [batch, samples] for
+        the first stage, to [batch, frames, out] in ``self.out``. ``frames``
+        (int64 scalar, real output frames) is read by a norm over time only."""
         if self.float_conv is not None:
             x = x[:, :, None].to(self.dtype) if x.dim() == 2 else x
             return self._finish(self.float_conv(x), frames)
@@ -412,33 +250,14 @@ class ConvStage:
             return self._wave(x, frames)
         form = self.out if self.fused else Form(self.dtype)
         y = OPS.conv1d(
-            x,
-            self.weight,
-            self.scale,
-            self.bias,
-            self.kernel,
-            self.stride,
-            *self._norm_arguments(),
-            self.fused,
-            *form.arguments(),
-        )
+            x, self.weight, self.scale, self.bias, self.kernel, self.stride,
+            *self._norm_arguments(), self.fused, *form.arguments(),
+        )  # fmt: skip
         return y if self.fused else self._finish(y, frames)
 
 
 class PositionalConv:
-    """``x + gelu(conv(x))``, trimmed to the frames of ``x``.
-
-    Arguments
-    ---------
-    conv : IntegerLayer or FloatLayer
-        The grouped convolution.
-    trim : int
-        Last frames that are not wanted.
-    dtype : torch.dtype
-        Of floating-point activations.
-    device : torch.device
-        Where it runs.
-    """
+    """``x + gelu(conv(x))`` without the last ``trim`` frames of ``conv(x)``."""
 
     def __init__(
         self,
@@ -460,7 +279,7 @@ class PositionalConv:
                 f"positional convolution with stride {conv.stride}, dilation "
                 f"{conv.dilation}; use backend: torch"
             )
-        packed = group_conv.pack_group_weight(conv.weight, conv.groups)
+        packed = group_conv.pack_weight(conv.weight, conv.groups)
         self.weight = packed.to(device)
         self.scale, self.bias = _scale(conv, device), _bias(conv, device)
 
@@ -470,28 +289,15 @@ class PositionalConv:
             y = self.float_conv(x)
             return x + F.gelu(y[:, : y.shape[1] - self.trim])
         return OPS.group_conv1d(
-            convert(x, self.form),
-            self.weight,
-            self.scale,
-            self.bias,
-            x,
-            self.padding,
-            self.trim,
-            True,
-            self.dtype,
-        )
+            convert(x, self.form), self.weight, self.scale, self.bias, x,
+            self.padding, self.trim, True, self.dtype,
+        )  # fmt: skip
 
 
 class Head:
-    """A layer outside the encoder: float input as the float layer takes it,
-    float32 output.
+    """A Linear or plain Conv1d outside the encoder, float to float32.
 
-    Arguments
-    ---------
-    layer : IntegerLayer
-        A Linear, or a Conv1d without padding, dilation or groups.
-    device : torch.device
-        Where it runs first; it follows its input to another.
+    Takes the float layer's input, and follows it to another device.
     """
 
     def __init__(self, layer: IntegerLayer, device: torch.device):
@@ -504,7 +310,7 @@ class Head:
         self.device = device
         packed = layer.weight
         if layer.kind != "linear":
-            packed = matmul.pack_conv_weight(packed)
+            packed = conv_kernel.pack_weight(packed)
         self.weight = packed.contiguous().to(device)
         self.scale, self.bias = _scale(layer, device), _bias(layer, device)
 

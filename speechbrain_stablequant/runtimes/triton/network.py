@@ -1,7 +1,7 @@
-"""An encoder on the operators of ``kernels``, without any host decision.
+"""An encoder on the operators of ``kernels``.
 
-What depends on the values of the input (how many frames are real) comes in
-tensors, so that one capture of the launches serves every input of a shape.
+The host decides by shapes only: numbers of real frames come in tensors, so that
+one CUDA graph serves every input of a shape.
 """
 
 from collections.abc import Iterable
@@ -9,37 +9,15 @@ from collections.abc import Iterable
 import torch
 
 from ...model.encoder_spec import BlockSpec, EncoderSpec
-from .layers import (
-    OPS,
-    ConvStage,
-    Form,
-    Linear,
-    PositionalConv,
-    Projections,
-    input_form,
-    move_norm,
-    normalize,
-)
+from .forms import OPS, Form, input_form, move_norm, normalize
+from .layers import ConvStage, Linear, PositionalConv, Projections
 
 
 class Windows:
-    """Frames that several convolutions in a row make of so many samples.
+    """Receptive fields of stacked convolutions: ``width`` samples for each
+    frame, ``stride`` apart. ``geometry`` is kernel and stride of each.
 
-    Nested roundings down are one: a frame for each ``stride`` samples, the
-    first of ``width``.
-
-    Arguments
-    ---------
-    geometry : iterable of tuple of int
-        Kernel and stride of each convolution.
-
-    Example
-    -------
-    >>> windows = Windows([(10, 5), (3, 2)])
-    >>> windows.width, windows.stride
-    (20, 10)
-    >>> windows.count(torch.tensor([19, 20, 30]))
-    tensor([0, 1, 2])
+    Rounding down after each convolution equals rounding down once.
     """
 
     def __init__(self, geometry: Iterable[tuple[int, int]]):
@@ -49,24 +27,12 @@ class Windows:
             self.stride *= stride
 
     def count(self, samples: torch.Tensor) -> torch.Tensor:
-        """Frames; less than 1 if there are too few samples for one."""
+        """Number of frames; less than 1 if the samples are too few."""
         return (samples - self.width) // self.stride + 1
 
 
 class Block:
-    """A transformer block.
-
-    Arguments
-    ---------
-    spec : BlockSpec
-        The block.
-    num_heads : int
-        Attention heads.
-    dtype : torch.dtype
-        Of floating-point activations.
-    device : torch.device
-        Where it runs.
-    """
+    """A transformer block."""
 
     def __init__(
         self,
@@ -87,7 +53,7 @@ class Block:
     def attend(
         self, y: torch.Tensor, x: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """``x + out(attention(y))``; ``y`` in the form of the projections."""
+        """``x + out(attention(y))``, with ``y`` in ``self.qkv.form``."""
         form = self.out.form
         attended = OPS.attention(
             self.qkv(y), self.num_heads, real, *form.arguments()
@@ -95,14 +61,14 @@ class Block:
         return self.out(attended, residual=x)
 
     def feed(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``x + down(gelu(up(y)))``; ``y`` in the form of ``up``."""
+        """``x + down(gelu(up(y)))``, with ``y`` in ``self.up.form``."""
         return self.down(self.up(y, self.down.form, gelu=True), residual=x)
 
 
 def _norm_both(
     norm, x: torch.Tensor, form: Form, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm in 16 bit and in a form."""
+    """LayerNorm both in ``dtype`` and in ``form``."""
     if not form.quantized:
         y = normalize(norm, x, Form(dtype))
         return y, y
@@ -112,17 +78,7 @@ def _norm_both(
 
 
 class Network:
-    """The whole encoder.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        What it computes.
-    dtype : torch.dtype
-        Of the residual stream and of the attention.
-    device : torch.device
-        Where it runs.
-    """
+    """The whole encoder; ``dtype`` is that of residual stream and attention."""
 
     def __init__(
         self, spec: EncoderSpec, dtype: torch.dtype, device: torch.device
@@ -132,17 +88,17 @@ class Network:
         self.norm = move_norm(spec.norm, device)
         self.projection_norm = move_norm(spec.projection_norm, device)
         self.projection = Linear((spec.projection,), dtype, device)
-        # A norm between them takes the last stage's output as floats.
+        # a norm before the projection takes floats
         last = (
             input_form(spec.projection, dtype)
             if spec.projection_norm is None
             else Form(dtype)
         )
         forms = [input_form(s.conv, dtype) for s in spec.convs[1:]]
-        if input_form(spec.convs[0].conv, dtype).zero:
+        if input_form(spec.convs[0].conv, dtype).zero_point:
             raise ValueError(
                 f"{spec.convs[0].conv.name}: the triton runtime has no kernel "
-                "for a waveform with an activation offset; use backend: torch"
+                "for a waveform with a zero point; use backend: torch"
             )
         self.stages = [
             ConvStage(s.conv, s.norm, form, dtype, device)
@@ -165,10 +121,10 @@ class Network:
             self.rotation = spec.rotation.to(device, dtype).contiguous()
 
     def front(self, wave: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-        """The convolutions: float32 [batch, samples] to the projection."""
+        """Feature extractor and projection of float32 [batch, samples]."""
         x = wave
         for stage, windows in zip(self.stages, self.windows, strict=True):
-            # only a norm over time has to know
+            # only a norm over time needs the number of real frames
             frames = windows.count(samples) if stage.over_time else None
             x = stage(x, frames)
         if self.projection_norm is not None:
@@ -178,28 +134,16 @@ class Network:
     def __call__(
         self, wave: torch.Tensor, samples: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Encodes a batch.
+        """Encodes float32 [batch, samples] to [batch, frames, channels].
 
-        Arguments
-        ---------
-        wave : torch.Tensor
-            float32 [batch, samples], contiguous.
-        samples : torch.Tensor
-            int64 scalar: samples of the batch that are no padding to a
-            bucket.
-        lengths : torch.Tensor
-            int64 [batch]: samples of each utterance that are no padding.
-
-        Returns
-        -------
-        torch.Tensor
-            16 bit [batch, frames, channels].
+        ``samples`` (int64 scalar) excludes the padding to a bucket, ``lengths``
+        (int64 [batch]) also that of each utterance.
         """
         x = self.front(wave, samples)
-        # softmax over nothing is not finite
+        # at least 1: a softmax over no keys is not finite
         real = self.windows[-1].count(lengths).clamp_(1, x.shape[1])
         inside = torch.arange(x.shape[1], device=x.device) < real[:, None]
-        # a product would keep what is not finite
+        # a product with the mask would keep values that are not finite
         x = x.masked_fill_(~inside[:, :, None], 0.0)
         x = self.position(x)
         if self.pre_norm:

@@ -7,12 +7,17 @@ of ``cases`` and this process does not collect them.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from speechbrain_stablequant.runtimes.triton import executor
 from speechbrain_stablequant.runtimes.triton.kernels.compare import difference
+
+# For ``resources``; appended, as its other names are common ones.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 HAS_DEVICE = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,22 +11,20 @@ from inspect import signature as signature_of
 
 import pytest
 import torch
+from resources import compile_launch, launches_of, specialize
 
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
+    conv,
     group_conv,
     layer_norm,
+    linear,
     matmul,
     quantize,
     wave_conv,
     wave_gram,
 )
-from speechbrain_stablequant.runtimes.triton.kernels.resources import (
-    compile_launch,
-    launches_of,
-    specialise,
-)
-from speechbrain_stablequant.runtimes.triton.kernels.tuning import Config
+from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1",
@@ -71,11 +69,11 @@ def is_wgmma(found) -> bool:
     return all(name.startswith("wgmma") for name in found.tensor_core)
 
 
-def linear(columns: int, depth: int, has_residual: bool, end, tile=None):
+def product(columns: int, depth: int, has_residual: bool, end, tile=None):
     """Arguments of a linear layer on a batch of 8 utterances."""
     rows = 8 * FRAMES
     residual = meta(rows, columns, dtype=HALF) if has_residual else None
-    return matmul.launch_linear, (
+    return linear.launch, (
         meta(rows, depth, dtype=INT8),
         meta(columns, depth, dtype=INT8),
         meta(columns),
@@ -96,7 +94,7 @@ def lasting(tiles):
     "tile", [*matmul.TILES, *lasting(matmul.TILES[:3])], ids=str
 )
 def test_gelu_and_quantize(arch, tile):
-    function, arguments = linear(4096, 1024, False, ACTIVATED, tile)
+    function, arguments = product(4096, 1024, False, ACTIVATED, tile)
     found = compiled(arch, function, *arguments)
     check(arch, found)
     assert is_wgmma(found) == (arch == 90)
@@ -110,7 +108,7 @@ def test_gelu_and_quantize(arch, tile):
 )
 def test_residual(arch, tile):
     end = (False, HALF, 1.0, 127, 0)
-    function, arguments = linear(1024, 4096, True, end, tile)
+    function, arguments = product(1024, 4096, True, end, tile)
     found = compiled(arch, function, *arguments)
     check(arch, found)
     assert is_wgmma(found) == (arch == 90)
@@ -120,14 +118,14 @@ def test_residual(arch, tile):
 @pytest.mark.parametrize("channels", [768, 1024])
 def test_projections(arch, channels):
     end = (False, HALF, 1.0, 127, 0)
-    function, arguments = linear(3 * channels, channels, False, end)
+    function, arguments = product(3 * channels, channels, False, end)
     check(arch, compiled(arch, function, *arguments))
 
 
 @pytest.mark.parametrize("tile", matmul.RAGGED_TILES, ids=str)
 def test_depth_that_is_no_multiple_of_the_tile(tile):
     end = (False, HALF, 1.0, 127, 0)
-    function, arguments = linear(32, 1000, False, end, tile)
+    function, arguments = product(32, 1000, False, end, tile)
     for arch in ARCHITECTURES:
         check(arch, compiled(arch, function, *arguments))
 
@@ -142,7 +140,7 @@ def test_fits_onto_cards_with_little_shared_memory():
             continue
         found = compiled(
             86,
-            matmul.launch_conv1d,
+            conv.launch,
             meta(1, 31999, 512, dtype=INT8),
             meta(512, 1536, dtype=INT8),
             *vectors[:2],
@@ -165,7 +163,7 @@ def test_convolution_with_layer_norm(arch, m, k, warps, stages, persistent):
     vectors = [meta(512) for _ in range(4)]
     found = compiled(
         arch,
-        matmul.launch_conv1d,
+        conv.launch,
         meta(1, 31999, 512, dtype=INT8),
         meta(512, 1536, dtype=INT8),
         *vectors[:2],
@@ -301,8 +299,8 @@ def _launches(batch: int, frames: int):
     tile = Config(64, 64, 64, 4, 2)
     grid = (1.0, 127)
     for function, arguments in (
-        (matmul.launch_linear, (q, square, vector, vector, x, *ends)),
-        (matmul.launch_conv1d, (q, kernel, vector, None, 3, 2, *norm, *ends)),
+        (linear.launch, (q, square, vector, vector, x, *ends)),
+        (conv.launch, (q, kernel, vector, None, 3, 2, *norm, *ends)),
         (group_conv.launch, (q, grouped, vector, None, x, 8, 1, *ends)),
         (attention.launch, (meta(batch, frames, 192, dtype=HALF), 1, real)),
         (layer_norm.launch, (x, *norm, *ends)),
@@ -327,7 +325,7 @@ def _launches(batch: int, frames: int):
 def test_another_length_needs_no_compilation():
     """Tiles are given: what is left are the sizes themselves."""
     sources = [
-        [specialise(launch) for launch in _launches(*size)]
+        [specialize(launch) for launch in _launches(*size)]
         for size in ((1, 17), (3, 64), (16, 63))
     ]
     assert len(sources[0]) == 9

@@ -99,10 +99,7 @@ def test_the_floor_is_the_longer_of_moving_and_computing(scripts):
 )
 def test_occupancy(scripts, registers, shared, warps, blocks):
     estimate, _ = scripts
-    from speechbrain_stablequant.runtimes.triton.kernels.resources import (
-        Launch,
-        Resources,
-    )
+    from resources import Launch, Resources
 
     found = Resources(registers, 0, 0, shared, warps, (), 0, 0, "")
     launch = Launch(None, (264, 2), {}, {})
@@ -110,6 +107,16 @@ def test_occupancy(scripts, registers, shared, warps, blocks):
     assert fit.blocks == blocks
     assert fit.warps == blocks * warps / 64
     assert fit.waves == pytest.approx(528 / 132 / blocks)
+
+
+def test_instructions_in_and_out_of_loops(scripts):
+    from resources import count_instructions
+
+    listing = (
+        " /*00*/ MOV R1, R2 ;\n.L_x_1:\n /*10*/ FADD R1, R1, R2 ;\n"
+        " /*20*/ @P0 BRA `(.L_x_1) ;\n /*30*/ EXIT ;\n"
+    )
+    assert count_instructions(listing) == (2, 2)
 
 
 def test_the_card_decides_the_tile(scripts):
@@ -160,11 +167,9 @@ def test_compiles_what_it_prints(scripts, capsys):
 def test_time_of_instructions(scripts):
     """100 once and 10 in each of 8 passes, by 4 warps of 66 blocks."""
     estimate, _ = scripts
+    from resources import Launch, Resources
+
     from speechbrain_stablequant.runtimes.triton.kernels import matmul
-    from speechbrain_stablequant.runtimes.triton.kernels.resources import (
-        Launch,
-        Resources,
-    )
 
     sizes = {"DEPTH": 1000, "BLOCK_K": 128}
     launch = Launch(matmul.matmul_kernel, (66,), sizes, {})

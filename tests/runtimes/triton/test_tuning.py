@@ -16,9 +16,12 @@ from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
     group_conv,
     matmul,
+    tiles,
     tuning,
 )
-from speechbrain_stablequant.runtimes.triton.kernels.tuning import Config, Tuner
+from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
+from speechbrain_stablequant.runtimes.triton.kernels.tuning import Tuner
+from speechbrain_stablequant.runtimes.triton.network import Windows
 
 SLOW, FAST = Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)
 CPU = torch.device("cpu")
@@ -164,11 +167,11 @@ def test_a_file_of_another_card_is_refused(tmp_path):
 
 
 def test_the_rule_fills_the_device():
-    hopper = tuning.Limits(132, 227 * 1024, 4096)
+    hopper = tiles.Limits(132, 227 * 1024, 4096)
 
     def best(rows, columns):
-        with tuning.assume_limits(hopper):
-            return tuning.rank(matmul.TILES, rows, columns, CPU)[0]
+        with tiles.assume_limits(hopper):
+            return tiles.rank(matmul.TILES, rows, columns, CPU)[0]
 
     assert best(32 * 1499, 4096) == matmul.TILES[0]
     # 128 tiles for 132 multiprocessors
@@ -178,12 +181,17 @@ def test_the_rule_fills_the_device():
     assert short.block_m * short.block_n <= 64 * 64
 
 
+def test_shapes_that_share_a_tile():
+    buckets = [tiles.shape_bucket(n) for n in (1, 60, 65, 97, 250)]
+    assert buckets == [64, 64, 96, 128, 256]
+
+
 def test_blocks_go_on_where_not_all_fit_at_once():
     def lasting(rows, *which):
         found = matmul._candidates(rows, 4096, 1024, *which, CPU)
         return [tile for tile in found if tile.persistent]
 
-    with tuning.assume_limits(tuning.Limits(132, 227 * 1024, 4096)):
+    with tiles.assume_limits(tiles.Limits(132, 227 * 1024, 4096)):
         assert len(lasting(8000, False, False)) == 3
         assert len(lasting(8000, False, True)) == 2
         assert not lasting(499, False, False)
@@ -192,16 +200,16 @@ def test_blocks_go_on_where_not_all_fit_at_once():
 
 
 def test_every_kernel_has_a_tile_for_small_shared_memory():
-    with tuning.assume_limits(tuning.Limits(82, 99 * 1024, 1024)):
+    with tiles.assume_limits(tiles.Limits(82, 99 * 1024, 1024)):
         assert matmul._candidates(499, 512, 1536, True, False, CPU)
         assert len(matmul._candidates(499, 1024, 4096, False, True, CPU)) > 2
         assert matmul._candidates(499, 1024, 1000, False, False, CPU)
         assert attention._candidates(499, 16, 64, 2, CPU)
-        tiles = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
-        assert tuning.rank(tiles, 499, 1024, CPU)
-    with tuning.assume_limits(tuning.Limits(1, 100, 1024)):
+        some = [Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES]
+        assert tiles.rank(some, 499, 1024, CPU)
+    with tiles.assume_limits(tiles.Limits(1, 100, 1024)):
         with pytest.raises(ValueError, match="no tile of this kernel fits"):
-            tuning.rank(matmul.TILES, 1, 1, CPU)
+            tiles.rank(matmul.TILES, 1, 1, CPU)
         with pytest.raises(ValueError, match="do not fit into 100 bytes"):
             attention._candidates(499, 16, 64, 2, CPU)
 
@@ -220,6 +228,12 @@ def test_buckets_hold_what_they_must(make_tiny_model):
         buckets.add(padded)
     assert len(buckets) < 20
     assert all(round_frames(n) >= n for n in range(1, 3000))
+
+
+def test_receptive_field_of_stacked_convolutions():
+    windows = Windows([(10, 5), (3, 2)])
+    assert (windows.width, windows.stride) == (20, 10)
+    assert windows.count(torch.tensor([19, 20, 30])).tolist() == [0, 1, 2]
 
 
 def test_what_is_not_used_is_discarded():

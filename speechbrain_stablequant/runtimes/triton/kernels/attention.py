@@ -1,9 +1,8 @@
 """Attention over the real frames of each utterance, to int8 if asked.
 
-Lengths come as numbers, not as a mask: no mask is built or read, what is
-padding is not computed, and an utterance that was padded to a bucket costs
-hardly more than one that was not. Scores stay in registers, and the integers
-of the output projection are written without a 16-bit tensor in between.
+Lengths come as numbers, not as a mask: padding is not computed, so that an
+utterance costs hardly more when it is padded to a bucket. Scores stay in
+registers, and the integer input of the output projection is written directly.
 """
 
 import torch
@@ -14,7 +13,8 @@ from torch.nn import functional as F
 from .device import store_tile
 from .library import declare
 from .plain import finish
-from .tuning import Config, device_limits, select, shape_bucket
+from .tiles import Config, device_limits, shape_bucket
+from .tuning import select
 
 #: (queries, keys of a step, warps, stages)
 TILES = (
@@ -31,7 +31,7 @@ _LOG2_E = 1.4426950408889634
 
 
 def _check(qkv: torch.Tensor, heads: int) -> int:
-    """Channels of a head."""
+    """Channels of a head; raises for an input that has no kernel."""
     if qkv.dim() != 3 or not qkv.is_contiguous():
         raise ValueError(
             "stablequant::attention: qkv must be contiguous [batch, time, "
@@ -56,41 +56,12 @@ def reference(
     limit: int = 127,
     zero: int = 0,
 ) -> torch.Tensor:
-    """Scaled dot-product attention of each head.
+    """Scaled dot-product attention of each head to [batch, time, channels].
 
-    Arguments
-    ---------
-    qkv : torch.Tensor
-        float [batch, time, 3 * channels], contiguous: query, key and value
-        side by side, each with its heads side by side.
-    heads : int
-        Attention heads.
-    real : torch.Tensor or None
-        int64 [batch]: only so many keys are attended to, at least 1; None:
-        all.
-    dtype : torch.dtype
-        Of the result; int8 means that it is quantized.
-    inverse : float
-        1 / scale of the quantized result.
-    limit : int
-        Its largest integer.
-    zero : int
-        The integer that a result of 0 becomes.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, time, channels]. Frames that are not real hold anything
-        finite.
-
-    Example
-    -------
-    >>> qkv = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]]])
-    >>> reference(qkv, 1, None, torch.float32)
-    tensor([[[2.],
-             [2.]]])
-    >>> reference(qkv, 1, torch.tensor([1]), torch.int8, 10.0)[0, 0]
-    tensor([10], dtype=torch.int8)
+    ``qkv`` [batch, time, 3 * channels] holds query, key and value, each with
+    its heads side by side. Only the first ``real`` (int64 [batch], at least 1)
+    keys are attended to, None: all. Frames that are not real hold anything
+    finite.
     """
     _check(qkv, heads)
     batch, frames, columns = qkv.shape
@@ -240,7 +211,7 @@ def _candidates(
     item: int,
     device: torch.device,
 ) -> list[Config]:
-    """Tiles that fit, the one that should be fastest first."""
+    """Tiles that fit, the fastest by estimate first."""
     limits = device_limits(device)
 
     def shared(tile: Config) -> int:
@@ -249,11 +220,11 @@ def _candidates(
 
     def cycles(tile: Config) -> float:
         blocks = triton.cdiv(frames, tile.block_m) * instances
-        # beside its own queries each tile loads all the keys
+        # each tile loads its own queries and all the keys
         return triton.cdiv(blocks, limits.processors) * (tile.block_m + 32)
 
-    # float32, for comparisons, is not multiplied by the tensor cores: of
-    # all tiles only the smallest fits into the registers
+    # float32 is for comparisons only and does not use the tensor cores: only
+    # the smallest tile fits into the registers
     usable = TILES if item < 4 else TILES[-1:]
     tiles = [Config(m, n, width, w, s) for m, n, w, s in usable]
     fitting = [t for t in tiles if shared(t) <= limits.shared_bytes]
@@ -267,17 +238,11 @@ def _candidates(
 
 
 def launch(
-    qkv,
-    heads,
-    real,
-    dtype,
-    inverse=1.0,
-    limit=127,
-    zero=0,
+    qkv, heads, real, dtype, inverse=1.0, limit=127, zero=0,
     config: Config | None = None,
-) -> torch.Tensor:
-    """:func:`reference` in Triton. ``config`` overrides the tile; its
-    ``block_k`` is the width of a head, rounded up to a power of two."""
+) -> torch.Tensor:  # fmt: skip
+    """`reference` in Triton. ``config`` overrides the tile; its ``block_k`` is
+    the width of a head, rounded up to a power of two."""
     size = _check(qkv, heads)
     batch, frames, _ = qkv.shape
     out = torch.empty(
@@ -286,27 +251,17 @@ def launch(
     width = max(triton.next_power_of_2(size), 16)
 
     def run(tile: Config) -> None:
-        attention_kernel[(triton.cdiv(frames, tile.block_m), batch * heads)](
-            qkv,
-            out,
-            qkv if real is None else real,
-            frames,
-            size**-0.5 * _LOG2_E,
-            inverse,
-            float(limit),
-            float(zero),
-            HEADS=heads,
-            SIZE=size,
-            HAS_REAL=real is not None,
+        grid = (triton.cdiv(frames, tile.block_m), batch * heads)
+        attention_kernel[grid](
+            qkv, out, qkv if real is None else real, frames,
+            size**-0.5 * _LOG2_E, inverse, float(limit), float(zero),
+            HEADS=heads, SIZE=size, HAS_REAL=real is not None,
             QUANTIZE=dtype == torch.int8,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            WIDTH=width,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=width,
             # float32 is for comparisons, not for speed
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
     if config is None:
         config = select(
@@ -318,7 +273,7 @@ def launch(
                 frames, batch * heads, width, qkv.element_size(), qkv.device
             ),
             run,
-            # what is behind the real frames depends on the tile
+            # values behind the real frames depend on the tile
             lambda: out if real is None else out[:, : int(real.min())],
         )
     run(config)
@@ -326,7 +281,7 @@ def launch(
 
 
 def shape(qkv, heads, real, dtype, inverse=1.0, limit=127, zero=0):
-    """An empty result."""
+    """Empty result of the right shape, for torch.compile."""
     batch, frames, columns = qkv.shape
     return qkv.new_empty((batch, frames, columns // 3), dtype=dtype)
 

@@ -1,38 +1,19 @@
-"""Whether two results of a kernel are the same but for rounding."""
+"""Whether two results of a kernel are equal up to rounding."""
 
 import torch
 
-#: Where products have factors of 16 bit that depend on the tile.
+#: For products of 16-bit factors, whose rounding depends on the tile.
 HALF_TOLERANCE = 4 * torch.finfo(torch.float16).eps
 
 
 def difference(
     found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5
 ) -> str | None:
-    """What distinguishes a kernel's result from the reference's.
+    """How a kernel's result differs from the reference's; None if it does not.
 
     Integers may be one apart on 1 % of the values, where rounding meets a
     tie. Floats may differ by ``tolerance`` times the largest value, plus one
     unit in the last place of the dtype.
-
-    Arguments
-    ---------
-    found, expected : torch.Tensor
-        The two, on any device.
-    tolerance : float
-        Relative to the largest value that is expected.
-
-    Returns
-    -------
-    str or None
-        None if they agree.
-
-    Example
-    -------
-    >>> one = torch.ones(3)
-    >>> difference(one, one)
-    >>> difference(one * 1.5, one)
-    'differs by up to 0.5, where values are up to 1'
     """
     for what in ("shape", "dtype"):
         a, b = getattr(found, what), getattr(expected, what)
@@ -44,7 +25,7 @@ def difference(
         wide = torch.int16 if found.dtype == torch.int8 else torch.int64
         apart = (found.to(wide) - expected.to(wide)).abs()
         largest, count = int(apart.max()), int((apart > 0).sum())
-        # of few values a single one is more than 1 %
+        # one value of a few is more than 1 %
         if largest > 1 or count > max(0.01 * apart.numel(), 1):
             return f"{count} of {apart.numel()} integers up to {largest} apart"
         return None
@@ -53,7 +34,7 @@ def difference(
     unit = torch.finfo(found.dtype).eps
     wide, target = found.float(), expected.float()
     scale = float(target.abs().max())
-    # a unit of 16 bits also at the largest value, whose neighbors are added
+    # in 16 bit, one unit of the largest value too, as values are summed
     limit = scale * max(tolerance, unit if unit > 1e-5 else 0.0)
     apart = (wide - target).abs()
     if bool((apart > limit + unit * target.abs()).any()):

@@ -7,9 +7,9 @@ import triton.language as tl
 # ties to even, and leaves that integer in the low bits of the sum.
 ROUNDER = tl.constexpr(12582912.0)
 # log2 of the normal distribution's tail, log2(Phi(-t)), as a polynomial in t:
-# coefficients from t^0 to t^5, the minimax fit on [0, 6.5] of what GELU makes
-# of it, t * Phi(-t), by linear programming. The leading one is negative, so
-# beyond 6.5 it keeps falling towards 0.
+# coefficients from t^0 to t^5. Minimax fit of GELU's term t * Phi(-t) on
+# [0, 6.5], by linear programming. The leading coefficient is negative, so the
+# tail keeps falling towards 0 beyond 6.5.
 TAIL = tl.constexpr(
     (
         -1.00003763,

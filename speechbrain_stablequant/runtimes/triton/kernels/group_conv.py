@@ -1,7 +1,7 @@
 """The positional convolution: grouped, 128 taps, with GELU and residual.
 
-Each group is an implicit product of its own over (tap, channel). The padding
-is a mask of the loads, and no window is ever written out.
+Each group is an implicit product over (tap, channel). The padding is a mask of
+the loads, and windows are never written to memory.
 """
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from .device import gelu_erf, scale_and_bias, store_tile
 from .library import check_int8, declare
 from .plain import finish, scaled
-from .tuning import Config, rank, select, shape_bucket
+from .tiles import Config, rank, shape_bucket
+from .tuning import select
 
 #: (block_m, channels of one step, warps, stages)
 TILES = (
@@ -24,28 +25,11 @@ TILES = (
 )
 
 
-def pack_group_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """[out, in / groups, taps] to [groups, out / groups, taps, width].
+def pack_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """int8 [out, in / groups, taps] to [groups, out / groups, taps, width].
 
-    The channels of a group are padded with zeros to a power of two of at
-    least 32, so that a step of the reduction holds whole taps.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        int8.
-    groups : int
-        Groups of the convolution.
-
-    Returns
-    -------
-    torch.Tensor
-        int8, contiguous.
-
-    Example
-    -------
-    >>> pack_group_weight(torch.ones(6, 3, 5, dtype=torch.int8), 2).shape
-    torch.Size([2, 3, 5, 32])
+    A group's channels are padded with zeros to a power of two of at least 32,
+    so that a step of the reduction holds whole taps.
     """
     out, channels, taps = weight.shape
     width = max(triton.next_power_of_2(channels), 32)
@@ -56,6 +40,7 @@ def pack_group_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _frames(frames: int, taps: int, padding: int, trim: int) -> int:
+    """Number of output frames."""
     return frames + 2 * padding - taps + 1 - trim
 
 
@@ -70,34 +55,9 @@ def reference(
     gelu: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """A grouped convolution of stride 1 on integers.
-
-    Arguments
-    ---------
-    q : torch.Tensor
-        int8 [batch, time, in], contiguous.
-    weight : torch.Tensor
-        int8 [groups, out / groups, taps, width], of `pack_group_weight`.
-    scale : torch.Tensor
-        float32 [out]: scale of the input times scale of the weight.
-    bias : torch.Tensor or None
-        float32 [out].
-    residual : torch.Tensor or None
-        float [batch, frames, out], added last.
-    padding : int
-        Zeros before and after.
-    trim : int
-        Last frames that are not wanted.
-    gelu : bool
-        Whether GELU is applied, before the residual.
-    dtype : torch.dtype
-        Of the result, a float dtype.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, frames, out].
-    """
+    """Grouped convolution of stride 1, GELU, then ``residual``: int8 ``q``
+    [batch, time, in], contiguous, and ``weight`` from `pack_weight` to float
+    [batch, frames, out]. Drops the last ``trim`` frames."""
     check_int8("group_conv1d", q=q, weight=weight)
     groups, out, taps, _ = weight.shape
     channels = q.shape[2] // groups
@@ -191,20 +151,23 @@ def group_conv_kernel(
     store_tile(out, offsets, y, 1.0, 127.0, 0.0, mask, QUANTIZE=False)
 
 
+def _check_shape(
+    name: str, tensor: torch.Tensor, expected: tuple[int, ...]
+) -> None:
+    if tuple(tensor.shape) != expected or not tensor.is_contiguous():
+        raise ValueError(
+            f"stablequant::group_conv1d: {name} must be contiguous "
+            f"{list(expected)}, got {list(tensor.shape)} with strides "
+            f"{list(tensor.stride())}"
+        )
+
+
 def launch(
-    q,
-    weight,
-    scale,
-    bias,
-    residual,
-    padding,
-    trim,
-    gelu,
-    dtype,
+    q, weight, scale, bias, residual, padding, trim, gelu, dtype,
     config: Config | None = None,
-) -> torch.Tensor:
-    """:func:`reference` in Triton. ``config`` overrides the tile; its
-    ``block_k`` is a multiple of the weight's width."""
+) -> torch.Tensor:  # fmt: skip
+    """`reference` in Triton. ``config`` overrides the tile; its ``block_k`` is
+    a multiple of the weight's width."""
     check_int8("group_conv1d", q=q, weight=weight)
     groups, columns, taps, width = weight.shape
     batch, frames_in, channels = q.shape
@@ -215,18 +178,9 @@ def launch(
             f"stablequant::group_conv1d: {frames_in} frames with padding "
             f"{padding} are fewer than the kernel's {taps}"
         )
-    for name, tensor, expected in (
-        ("q", q, tuple(q.shape)),
-        ("residual", residual, out_shape),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != expected or not tensor.is_contiguous():
-            raise ValueError(
-                f"stablequant::group_conv1d: {name} must be contiguous "
-                f"{list(expected)}, got {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}"
-            )
+    _check_shape("q", q, tuple(q.shape))
+    if residual is not None:
+        _check_shape("residual", residual, out_shape)
     out = torch.empty(out_shape, dtype=dtype, device=q.device)
     rows = batch * frames
     block_n = min(max(triton.next_power_of_2(columns), 16), 128)
@@ -238,30 +192,15 @@ def launch(
             groups * triton.cdiv(columns, tile.block_n),
         )
         group_conv_kernel[grid](
-            q,
-            weight,
-            out,
-            scale,
-            scale if bias is None else bias,
+            q, weight, out,
+            scale, scale if bias is None else bias,
             out if residual is None else residual,
-            rows,
-            frames,
-            frames_in,
-            GROUPS=groups,
-            CHANNELS=channels // groups,
-            WIDTH=width,
-            COLUMNS=columns,
-            TAPS=taps,
-            PADDING=padding,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            GELU=gelu,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            rows, frames, frames_in,
+            GROUPS=groups, CHANNELS=channels // groups, WIDTH=width,
+            COLUMNS=columns, TAPS=taps, PADDING=padding,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            GELU=gelu, **tile.options(),
+        )  # fmt: skip
 
     if config is None:
         config = select(
@@ -277,7 +216,7 @@ def launch(
 
 
 def shape(q, weight, scale, bias, residual, padding, trim, gelu, dtype):
-    """An empty result."""
+    """Empty result of the right shape, for torch.compile."""
     groups, columns, taps, _ = weight.shape
     frames = _frames(q.shape[1], taps, padding, trim)
     return q.new_empty((q.shape[0], frames, groups * columns), dtype=dtype)

@@ -1,7 +1,7 @@
 """LayerNorm over the channels: to int8, to floating point, or to both.
 
-A post-norm block needs both: the integers go into its product, the 16-bit
-values into its residual stream.
+A post-norm block needs both: integers for its product, 16 bit for its residual
+stream.
 """
 
 import torch
@@ -11,9 +11,10 @@ import triton.language as tl
 from .device import affine_columns, gelu_erf, standardize_rows, store_tile
 from .library import check_rows, declare
 from .plain import finish
-from .tuning import Config, select, shape_bucket
+from .tiles import Config, shape_bucket
+from .tuning import select
 
-#: A row is held in registers.
+#: A block holds whole rows in registers.
 MAX_CHANNELS = 16384
 
 
@@ -28,38 +29,7 @@ def reference(
     limit: int = 127,
     zero: int = 0,
 ) -> torch.Tensor:
-    """LayerNorm, GELU if asked, then int8 or a float dtype.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        float [..., channels].
-    weight, bias : torch.Tensor
-        float32 [channels].
-    eps : float
-        Added to the variance.
-    gelu : bool
-        Whether a GELU follows.
-    dtype : torch.dtype
-        Of the result; int8 means that it is quantized.
-    inverse : float
-        1 / scale of the quantized result.
-    limit : int
-        Its largest integer.
-    zero : int
-        The integer that a result of 0 becomes.
-
-    Returns
-    -------
-    torch.Tensor
-        The shape of ``x``.
-
-    Example
-    -------
-    >>> x, one, zero = torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2)
-    >>> reference(x, one, zero, 0.0, False, torch.int8, 10.0)
-    tensor([[-10,  10]], dtype=torch.int8)
-    """
+    """LayerNorm over the last axis of float ``x``, GELU, then int8 or float."""
     norm = (weight, bias, eps)
     return finish(x.float(), gelu, dtype, inverse, limit, norm, zero=zero)
 
@@ -74,7 +44,7 @@ def reference_both(
     limit: int,
     zero: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm as float of ``dtype`` and as int8, from one pass."""
+    """LayerNorm as float of ``dtype`` and as int8, in one pass."""
     return (
         reference(x, weight, bias, eps, False, dtype),
         reference(
@@ -122,7 +92,7 @@ def layer_norm_kernel(
 
 
 def _candidates(columns: int) -> list[Config]:
-    """A row in one warp needs no barrier; several warps share its work."""
+    """One warp per row needs no barrier; several warps share the work."""
     width = triton.next_power_of_2(columns)
     rows = max(1024 // width, 1)
     if width <= 1024:
@@ -147,25 +117,12 @@ def _launch(
 
     def run(tile: Config) -> None:
         layer_norm_kernel[(triton.cdiv(count, tile.block_m),)](
-            rows,
-            out,
-            out_int8,
-            weight,
-            bias,
-            count,
-            rows.stride(0),
-            eps,
-            inverse,
-            float(limit),
-            float(zero),
-            COLUMNS=columns,
-            GELU=gelu,
-            QUANTIZE=dtype == torch.int8,
-            BOTH=both,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
+            rows, out, out_int8, weight, bias, count, rows.stride(0),
+            eps, inverse, float(limit), float(zero),
+            COLUMNS=columns, GELU=gelu, QUANTIZE=dtype == torch.int8,
+            BOTH=both, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
-        )
+        )  # fmt: skip
 
     if config is None:
         config = select(
@@ -180,48 +137,33 @@ def _launch(
 
 
 def launch(
-    x,
-    weight,
-    bias,
-    eps,
-    gelu,
-    dtype,
-    inverse=1.0,
-    limit=127,
-    zero=0,
+    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0,
     config: Config | None = None,
-) -> torch.Tensor:
-    """:func:`reference` in Triton; rows of ``x`` may be strided. ``config``
-    overrides the tile, which holds whole rows."""
+) -> torch.Tensor:  # fmt: skip
+    """`reference` in Triton; rows of ``x`` may be strided. ``config`` overrides
+    the tile, which holds whole rows."""
     return _launch(
         x, weight, bias, eps, gelu, dtype, inverse, limit, zero, False, config
     )[0]
 
 
 def launch_both(
-    x,
-    weight,
-    bias,
-    eps,
-    dtype,
-    inverse,
-    limit,
-    zero=0,
+    x, weight, bias, eps, dtype, inverse, limit, zero=0,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`reference_both` in Triton. ``config`` overrides the tile."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`reference_both` in Triton. ``config`` overrides the tile."""
     return _launch(
         x, weight, bias, eps, False, dtype, inverse, limit, zero, True, config
     )
 
 
 def shape(x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0):
-    """An empty result."""
+    """Empty result of the right shape, for torch.compile."""
     return x.new_empty(x.shape, dtype=dtype)
 
 
 def shape_both(x, weight, bias, eps, dtype, inverse, limit, zero=0):
-    """Empty results."""
+    """Empty results of the right shape, for torch.compile."""
     return (
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(x.shape, dtype=torch.int8),

@@ -1,4 +1,4 @@
-"""How an operator is declared: reference, kernel and shape function."""
+"""Declares operators: reference, kernel and shape function."""
 
 import functools
 from collections.abc import Callable
@@ -14,8 +14,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def _let_the_interpreter_loop() -> None:
-    """Bounds of loops are arrays of one element to Triton 3.6's interpreter,
-    and NumPy from 2.4 on takes these for no integers any more."""
+    """Triton 3.6's interpreter has one-element arrays as loop bounds, which
+    NumPy no longer accepts as integers since 2.4."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -35,21 +35,13 @@ if INTERPRETED:
 
 @dataclass(frozen=True)
 class Operator:
-    """What computes an operator.
-
-    Arguments
-    ---------
-    reference : callable
-        In plain torch.
-    launch : callable
-        By a Triton kernel.
-    """
+    """An operator's implementations: plain torch, and a Triton kernel."""
 
     reference: Callable
     launch: Callable
 
 
-#: All that were declared, by name.
+#: All declared operators, by name.
 OPERATORS: dict[str, Operator] = {}
 
 
@@ -85,8 +77,7 @@ def declare(
 
 
 def _on_its_device(launch: Callable) -> Callable:
-    """Triton launches on the current device, which need not be the one that
-    the tensors are on."""
+    """Makes the tensors' device current, on which Triton launches."""
 
     @functools.wraps(launch)
     def run(first: torch.Tensor, *args, **kwargs):
@@ -97,30 +88,8 @@ def _on_its_device(launch: Callable) -> Callable:
 
 
 def check_rows(name: str, x: torch.Tensor) -> torch.Tensor:
-    """A tensor as rows: [..., channels] to [rows, channels] without a copy.
-
-    Arguments
-    ---------
-    name : str
-        The operator, for the error.
-    x : torch.Tensor
-        Channels innermost.
-
-    Returns
-    -------
-    torch.Tensor
-        A view, its last axis contiguous.
-
-    Raises
-    ------
-    ValueError
-        The tensor has no such view.
-
-    Example
-    -------
-    >>> check_rows("quantize", torch.zeros(2, 3, 4)).shape
-    torch.Size([6, 4])
-    """
+    """[..., channels] as [rows, channels] with contiguous rows, without a copy;
+    raises if the strides do not allow it."""
     rows = x if x.dim() == 2 else None
     if rows is None:
         try:
@@ -136,20 +105,7 @@ def check_rows(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_int8(name: str, **tensors: torch.Tensor) -> None:
-    """Raises unless every tensor is int8.
-
-    Arguments
-    ---------
-    name : str
-        The operator, for the error.
-    **tensors : torch.Tensor
-        Tensors by the name of their argument.
-
-    Raises
-    ------
-    TypeError
-        Names the argument.
-    """
+    """Raises unless every tensor, given by argument name, is int8."""
     for argument, tensor in tensors.items():
         if tensor.dtype != torch.int8:
             raise TypeError(

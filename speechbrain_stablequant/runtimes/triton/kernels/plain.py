@@ -1,4 +1,4 @@
-"""What the operators compute after their product, in plain torch."""
+"""Epilogue of the operators in plain torch: what follows their product."""
 
 import torch
 from torch.nn import functional as F
@@ -14,36 +14,10 @@ def finish(
     residual: torch.Tensor | None = None,
     zero: int = 0,
 ) -> torch.Tensor:
-    """Normalizes, activates, adds, and rounds to the dtype of the result.
+    """LayerNorm, GELU, residual, then quantizes or rounds to ``dtype``.
 
-    Arguments
-    ---------
-    y : torch.Tensor
-        float32 [..., channels].
-    gelu : bool
-        Whether GELU is applied.
-    dtype : torch.dtype
-        Of the result; int8 means that it is quantized.
-    inverse : float
-        1 / scale of the quantized result.
-    limit : int
-        Its largest integer.
-    norm : tuple or None
-        Weight, bias and eps of a LayerNorm over the channels.
-    residual : torch.Tensor or None
-        Added last, the shape of ``y``.
-    zero : int
-        The integer that a result of 0 becomes.
-
-    Returns
-    -------
-    torch.Tensor
-        The shape of ``y``.
-
-    Example
-    -------
-    >>> finish(torch.tensor([0.3, 9.0]), False, torch.int8, 10.0, 31)
-    tensor([ 3, 31], dtype=torch.int8)
+    ``y`` is float32 [..., channels], ``norm`` is weight, bias and eps; the rest
+    as in the package's docstring.
     """
     if norm is not None:
         weight, bias, eps = norm
@@ -61,21 +35,6 @@ def finish(
 def scaled(
     total: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Integer sums to float: ``total * scale + bias``.
-
-    Arguments
-    ---------
-    total : torch.Tensor
-        Exact sums [..., channels], any dtype.
-    scale : torch.Tensor
-        float32, broadcasts against ``total``.
-    bias : torch.Tensor or None
-        float32, the shape of ``scale``.
-
-    Returns
-    -------
-    torch.Tensor
-        float32.
-    """
+    """Exact sums [..., channels] to float32: ``total * scale + bias``."""
     y = total.float() * scale
     return y if bias is None else y + bias

@@ -16,31 +16,7 @@ def reference(
     gelu: bool = False,
     zero: int = 0,
 ) -> torch.Tensor:
-    """``clamp(round(x * inverse + zero), -limit, limit)``.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        float, any shape.
-    inverse : float
-        1 / scale, a float32 value.
-    limit : int
-        The largest integer.
-    gelu : bool
-        Whether a GELU comes first.
-    zero : int
-        The integer that 0 becomes.
-
-    Returns
-    -------
-    torch.Tensor
-        int8, the shape of ``x``.
-
-    Example
-    -------
-    >>> reference(torch.tensor([0.5, 1.5, -9.0]), 1.0, 7)
-    tensor([ 0,  2, -7], dtype=torch.int8)
-    """
+    """Float to int8, ``clamp(round(x * inverse + zero), -limit, limit)``."""
     return finish(x.float(), gelu, torch.int8, inverse, limit, zero=zero)
 
 
@@ -77,7 +53,7 @@ def launch(
     gelu: bool = False,
     zero: int = 0,
 ) -> torch.Tensor:
-    """:func:`reference` in Triton; rows of ``x`` may be strided."""
+    """`reference` in Triton; rows of ``x`` may be strided."""
     rows = check_rows("quantize", x)
     count, columns = rows.shape
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -85,24 +61,15 @@ def launch(
     block_m = max(2048 // block_n, 1)
     grid = (triton.cdiv(count, block_m), triton.cdiv(columns, block_n))
     quantize_kernel[grid](
-        rows,
-        out,
-        count,
-        rows.stride(0),
-        inverse,
-        float(limit),
-        float(zero),
-        COLUMNS=columns,
-        GELU=gelu,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        rows, out, count, rows.stride(0), inverse, float(limit), float(zero),
+        COLUMNS=columns, GELU=gelu, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
 
 
 def shape(x, inverse, limit, gelu=False, zero=0):
-    """An empty result."""
+    """Empty result of the right shape, for torch.compile."""
     return x.new_empty(x.shape, dtype=torch.int8)
 
 

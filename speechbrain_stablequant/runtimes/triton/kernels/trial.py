@@ -1,9 +1,9 @@
-"""Whether the kernels compute on this card what they should: asked once.
+"""Checks once per card that the kernels compute what they should.
 
-A kernel that a compiler gets wrong for a card gives wrong words, and no
-error. So before a card is used for the first time every operator is compared
-with its plain-torch reference, with the tile that the rule chooses. A card
-that passed is remembered, until the kernels, Triton or torch change.
+A kernel miscompiled for a card gives wrong words and no error. So before the
+first use of a card, every operator is compared with its plain-torch reference,
+with the default tile. A card that passed is remembered until the kernels,
+Triton or torch change.
 """
 
 import logging
@@ -15,7 +15,7 @@ import triton
 
 from ....utils.files import code_identity, identity
 from ....utils.store import Store
-from . import group_conv, matmul
+from . import conv, group_conv
 from .compare import HALF_TOLERANCE, difference
 from .library import OPERATORS
 
@@ -26,17 +26,7 @@ OPS = torch.ops.stablequant
 
 
 def trials() -> Iterator[tuple[str, tuple, float]]:
-    """A call of each operator, or of each of its forms.
-
-    Yields
-    ------
-    str
-        The operator.
-    tuple
-        Its arguments, tensors on CPU, always the same.
-    float
-        Tolerance for its result, see :func:`difference`.
-    """
+    """Operator, arguments (tensors on CPU) and tolerance of each test call."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -63,12 +53,12 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
     yield "linear", (q, square, scale, bias, None, True, *rounded), exact
     residual = (q, square, scale, bias, x.half(), False, torch.float16)
     yield "linear", residual, exact
-    kernel = matmul.pack_conv_weight(int8(128, 128, 3))
+    kernel = conv.pack_weight(int8(128, 128, 3))
     end = (True, *rounded)
     yield "conv1d", (q, kernel, scale, None, 3, 2, *norm, *end), exact
     plain = (None, None, 0.0)
     yield "conv1d", (q, kernel, scale, bias, 3, 2, *plain, *end), exact
-    grouped = group_conv.pack_group_weight(int8(128, 32, 16), 4)
+    grouped = group_conv.pack_weight(int8(128, 32, 16), 4)
     end = (x.half(), 8, 1, True, torch.float16)
     yield "group_conv1d", (q, grouped, scale, bias, *end), exact
     wave = (normal(2, 700), 40.0, 127, int8(128, 10))
@@ -83,30 +73,15 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
     unscaled = (wave[0], 1.0, 127, taps, torch.ones(128), bias, 5)
     yield "wave_conv", (*unscaled, *norm, *end), exact
     yield "wave_gram", (*wave[:3], torch.float16, *window), exact
-    # the frames that are not real are in the tile of one that is, so that
-    # their results are defined as well
+    # the padded frames share a tile with real ones, so that their results are
+    # defined too
     qkv, real = normal(2, 70, 3 * 128).half() * 3, torch.tensor([65, 70])
     yield "attention", (qkv, 2, real, *rounded), half
     yield "attention", (qkv, 2, None, torch.float16), half
 
 
 def first_failure(device: torch.device) -> str | None:
-    """Runs each operator on a device and compares.
-
-    Arguments
-    ---------
-    device : torch.device
-        A CUDA device, or the CPU in Triton's interpreter.
-
-    Returns
-    -------
-    str or None
-        Which operator failed first, and how.
-
-    Example
-    -------
-    >>> first_failure(torch.device("cpu"))  # plain torch with itself
-    """
+    """Runs every operator on a device; names the first that fails, and how."""
     for name, arguments, tolerance in trials():
         moved = [
             a.to(device).contiguous() if isinstance(a, torch.Tensor) else a
@@ -117,7 +92,7 @@ def first_failure(device: torch.device) -> str | None:
             found = getattr(OPS, name)(*moved)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        # whatever a compiler or a driver raises
+        # a compiler or a driver may raise anything
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"operator {name} fails: {lines[0]}"
@@ -134,12 +109,12 @@ def first_failure(device: torch.device) -> str | None:
 
 
 def kernels_digest() -> str:
-    """Identifies the kernels: 32 hexadecimal digits."""
+    """Hash of the kernels' source: 32 hexadecimal digits."""
     return code_identity(Path(__file__).parent)
 
 
 def _version() -> dict[str, str | int]:
-    """What a passed trial holds for."""
+    """Versions for which a passed trial holds."""
     return {
         "format": FORMAT,
         "kernels": kernels_digest(),
@@ -151,22 +126,7 @@ def _version() -> dict[str, str | int]:
 def failure_on_card(
     device: torch.device, card: str, store: Store
 ) -> str | None:
-    """:func:`first_failure`, remembered for a card that passed.
-
-    Arguments
-    ---------
-    device : torch.device
-        The device.
-    card : str
-        Its name.
-    store : Store
-        Where passed trials are remembered.
-
-    Returns
-    -------
-    str or None
-        Which operator failed first, and how.
-    """
+    """`first_failure`, skipped for a card that passed before."""
     name = f"{card}-passed.json".replace(" ", "_").replace("/", "_")
     key = identity(_version())
     if store.read(name, key, "trial of kernels") is not None:

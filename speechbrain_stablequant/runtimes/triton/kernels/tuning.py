@@ -1,20 +1,16 @@
-"""Which tile a kernel runs with: by rule, or by measurement kept on disk.
+"""Which tile a kernel runs with: the estimate's, or a measured one.
 
-A kernel names its candidates, best guess first. Without a tuner it takes the
+A kernel lists its candidates, best guess first. Without a tuner it takes the
 first. Inside ``Tuner.active()`` each new shape is measured once on the device
-and the winner kept, in memory and, after ``save``, in a JSON file.
-
-The rule estimates: a multiprocessor works off its share of the tiles one
-after the other, and each takes as long as its products or its loads do.
+and the fastest kept, in memory and, after ``save``, in a JSON file.
 """
 
-import functools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,104 +21,24 @@ from ....utils.files import identity
 from ....utils.store import Store
 from ....utils.typed import typed
 from .compare import HALF_TOLERANCE, difference
+from .tiles import Config
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 
-#: Cycles that the device idles before a timed launch: 100 microseconds or so.
+#: Idle cycles of the device before a timed launch: about 100 microseconds.
 _AHEAD_CYCLES = 200_000
 
-#: How many of the rule's best tiles are measured: each has to be compiled,
-#: which takes a second or two.
+#: Candidates that are measured: compiling each takes a second or two.
 MEASURED = 5
 
-#: Values of a result that are compared: a large one is not copied.
+#: Largest number of values of a result that are compared, to save memory.
 _COMPARED = 1 << 22
-
-#: int8 products that a multiprocessor finishes in a cycle, by capability.
-_PRODUCTS = {(8, 0): 2048, (9, 0): 4096}
-_OTHER_PRODUCTS = 1024
-#: Bytes that it loads from the second-level cache in a cycle, in practice.
-_LOADED_BYTES = 40
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the rule has to know about a device.
-
-    Arguments
-    ---------
-    processors : int
-        Streaming multiprocessors.
-    shared_bytes : int
-        Shared memory that a block may have.
-    products : int
-        int8 products that a multiprocessor finishes in a cycle.
-    """
-
-    processors: int
-    shared_bytes: int
-    products: int
-
-
-#: Where no device tells.
-_A100 = Limits(108, 163 * 1024, 2048)
-_assumed: ContextVar[Limits] = ContextVar("limits", default=_A100)
-
-
-@contextmanager
-def assume_limits(limits: Limits) -> Iterator[None]:
-    """Context in which tiles are chosen for a device that is not there.
-
-    Arguments
-    ---------
-    limits : Limits
-        Of the device; on a CUDA device its own count.
-
-    Example
-    -------
-    >>> with assume_limits(Limits(82, 99 * 1024, 1024)):
-    ...     device_limits(torch.device("cpu")).processors
-    82
-    """
-    token = _assumed.set(limits)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
-
-
-@dataclass(frozen=True)
-class Config:
-    """A tile and how it is run.
-
-    Arguments
-    ---------
-    block_m, block_n, block_k : int
-        Rows, columns and reduction of one step.
-    num_warps : int
-        Warps of a block.
-    num_stages : int
-        Steps whose operands are in shared memory at once.
-    persistent : bool
-        Whether a block computes one tile after the other.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    persistent: bool = False
-
-    def shared_bytes(self) -> int:
-        """Shared memory of the int8 operands."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k
 
 
 def _parse(raw: Any) -> dict[str, Config]:
-    """Tiles by operator and shape, as they are remembered."""
+    """Tiles by operator and shape, from their JSON form."""
     names = [field.name for field in fields(Config)]
     rows = typed(raw, dict[str, list[int | bool]], "content")
     return {
@@ -131,130 +47,8 @@ def _parse(raw: Any) -> dict[str, Config]:
     }
 
 
-@functools.cache
-def _card_limits(index: int) -> Limits:
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    return Limits(
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        _PRODUCTS.get(capability, _OTHER_PRODUCTS),
-    )
-
-
-def device_limits(device: torch.device) -> Limits:
-    """What a device has.
-
-    Arguments
-    ---------
-    device : torch.device
-        Where the kernel runs; if it is no CUDA device, those of an A100 or
-        of `assume_limits`.
-
-    Returns
-    -------
-    Limits
-    """
-    if device.type != "cuda":
-        return _assumed.get()
-    index = device.index
-    return _card_limits(torch.cuda.current_device() if index is None else index)
-
-
-def shape_bucket(size: int) -> int:
-    """Rounds up to 1, 1.5, 2, 3, 4, 6, 8 ... : shapes tuned as one.
-
-    Arguments
-    ---------
-    size : int
-        Positive.
-
-    Returns
-    -------
-    int
-
-    Example
-    -------
-    >>> [shape_bucket(n) for n in (1, 60, 65, 97, 250)]
-    [64, 64, 96, 128, 256]
-    """
-    power = 64
-    while power < size:
-        if power * 3 // 2 >= size:
-            return power * 3 // 2
-        power *= 2
-    return power
-
-
-def rank(
-    candidates: Sequence[Config],
-    rows: int,
-    columns: int,
-    device: torch.device,
-) -> list[Config]:
-    """Orders candidates by rule, the one that should be fastest first.
-
-    Arguments
-    ---------
-    candidates : sequence of Config
-        Where two should be equally fast, the earlier one comes first.
-    rows, columns : int
-        Of the result.
-    device : torch.device
-        Where the kernel runs.
-
-    Returns
-    -------
-    list of Config
-        Those that fit into shared memory; at least one.
-
-    Raises
-    ------
-    ValueError
-        None fits.
-    """
-    return list(
-        _ranked(tuple(candidates), rows, columns, device_limits(device))
-    )
-
-
-@functools.lru_cache(4096)
-def _ranked(
-    candidates: tuple[Config, ...], rows: int, columns: int, limits: Limits
-) -> tuple[Config, ...]:
-    shared = limits.shared_bytes
-    fitting = [c for c in candidates if c.shared_bytes() <= shared]
-    if not fitting:
-        raise ValueError(
-            f"no tile of this kernel fits into {shared} bytes of shared "
-            "memory; use backend: torch on this device"
-        )
-
-    def cycles(config: Config) -> float:
-        """Of the busiest multiprocessor, for one step of the reduction."""
-        m, n = config.block_m, config.block_n
-        tiles = triton.cdiv(rows, m) * triton.cdiv(columns, n)
-        share = triton.cdiv(tiles, limits.processors)
-        return share * max(m * n / limits.products, (m + n) / _LOADED_BYTES)
-
-    return tuple(sorted(fitting, key=cycles))
-
-
 def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
-    """Milliseconds of a launch: median over device events.
-
-    Arguments
-    ---------
-    run : callable
-        Launches the kernel.
-    repeats : int
-        Launches timed, after three that are not.
-
-    Returns
-    -------
-    float
-        Infinity for a tile that this device cannot run.
-    """
+    """Median milliseconds of a launch; infinity if the device cannot run it."""
     try:
         for _ in range(3):
             run()
@@ -263,7 +57,7 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
         return float("inf")
     except torch.OutOfMemoryError:
         raise
-    # whatever a compiler raises that cannot do one tile
+    # A compiler that cannot compile one tile may raise anything.
     except Exception as error:
         logger.warning("a tile is left out: %s", str(error).strip())
         return float("inf")
@@ -275,8 +69,9 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
     for _ in range(repeats):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        # What goes ahead keeps the device from waiting for the host between
-        # the two events, and the weights out of the cache, as in a network.
+        # The sleep keeps the device from waiting for the host between the two
+        # events; the fill flushes the weights from the cache, as a network
+        # would.
         torch.cuda._sleep(_AHEAD_CYCLES)
         cache.zero_()
         start.record()
@@ -295,16 +90,16 @@ class Tuner:
     path : str, Path or None
         JSON file of earlier measurements; None keeps them in memory only.
     device : str
-        Name of the card: another card's file is refused.
+        Name of the card; a file of another card is refused.
     measure : callable
-        Takes a function that launches, returns its time.
+        Takes a function that launches a kernel, returns its time.
     store : Store or None
-        Of the file's folder; one that is not private by default.
+        Store of the file's folder; by default a public one.
 
     Raises
     ------
     ValueError
-        The file holds something else, or another card's measurements.
+        The file is no tuning cache, or another card's.
     """
 
     def __init__(
@@ -343,7 +138,7 @@ class Tuner:
         return tiles
 
     def save(self) -> None:
-        """Writes new measurements beside those that others wrote meanwhile."""
+        """Writes new measurements; keeps those that other processes wrote."""
         if self.path is None or not self._changed:
             return
         self._changed = False
@@ -361,32 +156,10 @@ class Tuner:
         run: Callable[[Config], None],
         result: Callable[[], torch.Tensor] | None = None,
     ) -> Config:
-        """The fastest candidate, measured at the first call for a key.
-
-        One whose result differs from that of the first is left out.
-
-        Arguments
-        ---------
-        key : str
-            Kernel and bucketed shape.
-        candidates : sequence of Config
-            At least one.
-        run : callable
-            Launches the kernel with a candidate.
-        result : callable, optional
-            What the last launch has written.
-
-        Returns
-        -------
-        Config
-
-        Raises
-        ------
-        RuntimeError
-            This device can run none.
-        """
+        """The fastest candidate, measured at the first call for a key; see
+        `select`. Skips candidates whose result differs from the first's."""
         known = self.table.get(key)
-        # a file of an earlier version may name a tile that is gone
+        # a file of an earlier version may hold a tile that no longer exists
         if known in candidates:
             return known
         times, expected = {}, None
@@ -416,7 +189,7 @@ class Tuner:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Context in which kernels ask this tuner."""
+        """Context in which `select` asks this tuner."""
         token = _current.set(self)
         try:
             yield
@@ -425,13 +198,13 @@ class Tuner:
 
 
 def _worth_measuring(candidates: Sequence[Config]) -> list[Config]:
-    """The rule's best, each with all ways to run it."""
+    """The first candidates, each with its persistent form if there is one."""
     bases = [c for c in candidates if not c.persistent][:MEASURED]
     return [c for c in candidates if replace(c, persistent=False) in bases]
 
 
 def _sample(result: torch.Tensor) -> torch.Tensor:
-    """Some values from all over a result; an odd step meets all columns."""
+    """Evenly spaced values; the step is odd so that all columns are sampled."""
     flat = result.reshape(-1)
     return flat[:: flat.numel() // _COMPARED | 1]
 
@@ -445,7 +218,7 @@ def select(
     run: Callable[[Config], None],
     result: Callable[[], torch.Tensor] | None = None,
 ) -> Config:
-    """The tile to run with.
+    """The tile to run with: the active tuner's choice, else the first.
 
     Arguments
     ---------
@@ -456,12 +229,11 @@ def select(
     run : callable
         Launches the kernel with a candidate.
     result : callable, optional
-        What the last launch has written: the same with every candidate.
+        Returns what the last launch wrote; the same for every candidate.
 
     Returns
     -------
     Config
-        The tuner's choice if one is active, else the first.
     """
     tuner = _current.get()
     if tuner is None or len(candidates) == 1:

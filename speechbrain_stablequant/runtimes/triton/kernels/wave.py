@@ -1,34 +1,15 @@
-"""The waveform as the first convolution takes it; see ``wave_conv``."""
+"""The waveform as input of the first convolution; see ``wave_conv``."""
 
 import torch
 
-from .matmul import frames_out
+from .conv import frames_out
 
-#: Most taps of the first convolution.
+#: Largest kernel size of the first convolution.
 MAX_TAPS = 128
 
 
 def check_wave(name: str, wave: torch.Tensor, taps: int, stride: int) -> int:
-    """Frames that a convolution makes of a waveform.
-
-    Arguments
-    ---------
-    name : str
-        The operator, for errors.
-    wave : torch.Tensor
-        float32 [batch, samples], contiguous.
-    taps, stride : int
-        Of the convolution.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        The waveform cannot be read, or the convolution has no kernel.
-    """
+    """Number of output frames; raises for an input that has no kernel."""
     if taps > MAX_TAPS:
         raise ValueError(
             f"stablequant::{name}: a kernel of {taps} taps, at most "
@@ -51,7 +32,7 @@ def check_wave(name: str, wave: torch.Tensor, taps: int, stride: int) -> int:
 def as_input(
     wave: torch.Tensor, inverse: float, limit: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The waveform as a convolution with weights of ``dtype`` takes it."""
+    """The waveform as input for weights of ``dtype``: integers, or a cast."""
     if dtype == torch.int8:
         return torch.round(wave * inverse).clamp_(-limit, limit)
     return wave.to(dtype)

@@ -1,9 +1,9 @@
-"""The first convolution: from the waveform, which it quantizes on the way.
+"""The first convolution, which also quantizes the waveform.
 
-One input channel, so the reduction is a single step. A LayerNorm over the
+With one input channel the reduction is a single step. A LayerNorm over the
 channels is fused. A GroupNorm over time (base models) is a scale and a bias
-for each utterance and channel, which ``wave_gram`` finds before. With weights
-in floating point the waveform takes their dtype instead of being quantized.
+for each utterance and channel, computed from ``wave_gram``. With floating-point
+weights the waveform is cast to their dtype instead of being quantized.
 """
 
 import torch
@@ -20,14 +20,15 @@ from .device import (
     store_tile,
 )
 from .library import check_int8, declare
-from .matmul import MAX_NORM_CHANNELS
+from .matmul import check_norm_width
 from .plain import finish, scaled
-from .tuning import Config, rank, select, shape_bucket
+from .tiles import Config, rank, shape_bucket
+from .tuning import select
 from .wave import as_input, check_wave
 
-#: (block_m, block_n, warps) where a tile need not hold whole rows.
+#: (block_m, block_n, warps) without a norm.
 TILES = ((128, 64, 4), (128, 128, 8), (64, 64, 4))
-#: (block_m, warps) where it must.
+#: (block_m, warps) where a tile holds whole rows, for a norm.
 ROW_TILES = ((64, 16), (64, 8), (32, 8), (16, 4))
 
 
@@ -48,44 +49,12 @@ def reference(
     limit: int = 127,
     zero: int = 0,
 ) -> torch.Tensor:
-    """Quantize, convolve, scale, add the bias, LayerNorm, GELU, quantize.
+    """Convolution without padding, LayerNorm, GELU: float32 ``wave`` [batch,
+    samples], contiguous, to [batch, frames, out].
 
-    Arguments
-    ---------
-    wave : torch.Tensor
-        float32 [batch, samples], contiguous.
-    wave_inverse : float
-        1 / scale of the quantized waveform; read with int8 weights only.
-    wave_limit : int
-        Its largest integer.
-    weight : torch.Tensor
-        int8 [out, kernel]; or float, which takes the waveform as it is.
-    scale : torch.Tensor
-        float32 [out], or [batch, out]: scale of the input times scale of the
-        weight.
-    bias : torch.Tensor or None
-        float32, the shape of ``scale``.
-    stride : int
-        Of the convolution; it has no padding.
-    norm_weight, norm_bias : torch.Tensor or None
-        float32 [out] of a LayerNorm over the channels; both or none.
-    eps : float
-        Of the LayerNorm.
-    gelu : bool
-        Whether GELU is applied.
-    dtype : torch.dtype
-        Of the result; int8 means that it is quantized.
-    inverse : float
-        1 / scale of the quantized result.
-    limit : int
-        Its largest integer.
-    zero : int
-        The integer that a result of 0 becomes.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, frames, out].
+    ``weight`` is [out, kernel]: int8, for which the waveform is quantized with
+    ``wave_inverse`` and ``wave_limit``, or float. ``scale`` and ``bias`` are
+    float32 [out], or [batch, out].
     """
     _check_weight("wave_conv", weight)
     x = as_input(wave, wave_inverse, wave_limit, weight.dtype)
@@ -209,49 +178,33 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
         check_int8(name, weight=weight)
 
 
+def _tiles(weight: torch.Tensor, has_norm: bool) -> list[Config]:
+    columns, taps = weight.shape
+    block_k = max(triton.next_power_of_2(taps), 32)
+    if not has_norm:
+        return [Config(m, n, block_k, w, 1) for m, n, w in TILES]
+    width = max(triton.next_power_of_2(columns), 32)
+    # float32 is for comparisons only; larger tiles take too many registers
+    tiles = ROW_TILES if weight.dtype != torch.float32 else ROW_TILES[-1:]
+    return [Config(m, width, block_k, w, 1) for m, w in tiles]
+
+
 def launch(
-    wave,
-    wave_inverse,
-    wave_limit,
-    weight,
-    scale,
-    bias,
-    stride,
-    norm_weight,
-    norm_bias,
-    eps,
-    gelu,
-    dtype,
-    inverse=1.0,
-    limit=127,
-    zero=0,
-    config: Config | None = None,
-) -> torch.Tensor:
-    """:func:`reference` in Triton. ``config`` overrides the tile."""
+    wave, wave_inverse, wave_limit, weight, scale, bias, stride,
+    norm_weight, norm_bias, eps, gelu, dtype,
+    inverse=1.0, limit=127, zero=0, config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`reference` in Triton. ``config`` overrides the tile."""
     _check_weight("wave_conv", weight)
     columns, taps = weight.shape
     frames = check_wave("wave_conv", wave, taps, stride)
-    block_k = max(triton.next_power_of_2(taps), 32)
-    kind = str(weight.dtype).removeprefix("torch.")
     batch, samples = wave.shape
     has_norm = norm_weight is not None
-    if has_norm and columns > MAX_NORM_CHANNELS:
-        raise ValueError(
-            f"stablequant::wave_conv: a LayerNorm over {columns} channels "
-            f"cannot be fused, at most {MAX_NORM_CHANNELS}; call layer_norm "
-            "after it"
-        )
+    if has_norm:
+        check_norm_width("wave_conv", columns)
     out = torch.empty((batch, frames, columns), dtype=dtype, device=wave.device)
     by_utterance = scale.dim() == 2
     rows = frames if by_utterance else batch * frames
-    width = max(triton.next_power_of_2(columns), 32)
-    # float32, for comparisons, takes too many registers for larger ones
-    row_tiles = ROW_TILES if weight.dtype != torch.float32 else ROW_TILES[-1:]
-    tiles = (
-        [Config(m, width, block_k, w, 1) for m, w in row_tiles]
-        if has_norm
-        else [Config(m, n, block_k, w, 1) for m, n, w in TILES]
-    )
 
     def run(tile: Config) -> None:
         grid = (
@@ -259,45 +212,29 @@ def launch(
             triton.cdiv(columns, tile.block_n),
             batch if by_utterance else 1,
         )
-        # An argument that is not there is never read: any pointer will do.
+        # A pointer whose constexpr flag is off is never read: any will do.
         wave_conv_kernel[grid](
-            wave,
-            weight,
-            out,
-            scale,
-            scale if bias is None else bias,
+            wave, weight, out,
+            scale, scale if bias is None else bias,
             norm_weight if has_norm else scale,
             norm_bias if has_norm else scale,
-            rows,
-            frames,
-            samples,
-            wave_inverse,
-            float(wave_limit),
-            eps,
-            inverse,
-            float(limit),
-            float(zero),
-            COLUMNS=columns,
-            TAPS=taps,
-            STRIDE=stride,
-            BY_UTTERANCE=by_utterance,
-            HAS_BIAS=bias is not None,
-            NORM=has_norm,
-            GELU=gelu,
-            QUANTIZE=dtype == torch.int8,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            rows, frames, samples, wave_inverse, float(wave_limit),
+            eps, inverse, float(limit), float(zero),
+            COLUMNS=columns, TAPS=taps, STRIDE=stride,
+            BY_UTTERANCE=by_utterance, HAS_BIAS=bias is not None,
+            NORM=has_norm, GELU=gelu, QUANTIZE=dtype == torch.int8,
+            **tile.options(),
+        )  # fmt: skip
 
     if config is None:
+        kind = str(weight.dtype).removeprefix("torch.")
         config = select(
             f"wave_conv/{kind}/{shape_bucket(batch * frames)}x{columns}x{taps}"
             f"/{int(has_norm)}{int(gelu)}{int(by_utterance)}"
             f"/{str(dtype).removeprefix('torch.')}",
-            rank(tiles, batch * frames, columns, wave.device),
+            rank(
+                _tiles(weight, has_norm), batch * frames, columns, wave.device
+            ),
             run,
             lambda: out,
         )
@@ -306,23 +243,11 @@ def launch(
 
 
 def shape(
-    wave,
-    wave_inverse,
-    wave_limit,
-    weight,
-    scale,
-    bias,
-    stride,
-    norm_weight,
-    norm_bias,
-    eps,
-    gelu,
-    dtype,
-    inverse=1.0,
-    limit=127,
-    zero=0,
-):
-    """An empty result."""
+    wave, wave_inverse, wave_limit, weight, scale, bias, stride,
+    norm_weight, norm_bias, eps, gelu, dtype,
+    inverse=1.0, limit=127, zero=0,
+):  # fmt: skip
+    """Empty result of the right shape, for torch.compile."""
     frames = (wave.shape[1] - weight.shape[1]) // stride + 1
     return wave.new_empty((wave.shape[0], frames, weight.shape[0]), dtype=dtype)
 

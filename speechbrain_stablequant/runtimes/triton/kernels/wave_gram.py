@@ -1,11 +1,10 @@
-"""What a GroupNorm after the first convolution needs, without computing it.
+"""Statistics for a GroupNorm after the first convolution, before it runs.
 
-The convolution is linear in its windows: over time, the mean of a channel is
-its weights times the windows' mean, and its variance is the quadratic form of
-its weights with the windows' covariance. So a pass over the waveform adds up
-the windows and their products (65 sums for ten taps), `normalized_over_time`
-turns these into a scale and a bias for each utterance and channel, and the
-convolution itself runs once, with its normalization fused.
+The convolution is linear in its windows: over time, a channel's mean is w . m
+and its variance w' C w, with the mean m and the covariance C of the windows.
+One pass over the waveform sums the windows and their products (65 sums for ten
+taps), `normalized_over_time` turns them into a scale and a bias for each
+utterance and channel, and the convolution runs once with its norm fused.
 """
 
 import torch
@@ -16,7 +15,7 @@ from .device import round_to_int8
 from .library import declare
 from .wave import as_input, check_wave
 
-#: Frames of a block: float32 sums of their products of 127 are exact.
+#: Frames of a block: float32 sums of so many products of int8 are exact.
 BLOCK = 256
 
 
@@ -29,36 +28,11 @@ def reference(
     stride: int,
     frames: torch.Tensor,
 ) -> torch.Tensor:
-    """Sums over time of the windows of a waveform and of their products.
+    """Sums over time of products of a waveform's windows, and of the windows.
 
-    Arguments
-    ---------
-    wave : torch.Tensor
-        float32 [batch, samples], contiguous.
-    wave_inverse : float
-        1 / scale of the quantized waveform; read if ``dtype`` is int8.
-    wave_limit : int
-        Its largest integer.
-    dtype : torch.dtype
-        int8, or the float dtype that the waveform takes before anything.
-    taps, stride : int
-        Length of a window, and samples from one to the next.
-    frames : torch.Tensor
-        int64 scalar: only so many windows are real.
-
-    Returns
-    -------
-    torch.Tensor
-        float64 [batch, taps + 1, taps]: the products, then the sums.
-
-    Example
-    -------
-    >>> wave = torch.tensor([[1.0, 2.0, 3.0]])
-    >>> one = torch.tensor(1)
-    >>> reference(wave, 1.0, 127, torch.int8, 2, 1, one)
-    tensor([[[1., 2.],
-             [2., 4.],
-             [1., 2.]]], dtype=torch.float64)
+    float32 ``wave`` [batch, samples] to float64 [batch, taps + 1, taps]:
+    products, then sums, of the first ``frames`` (int64 scalar) windows. The
+    waveform is quantized first if ``dtype`` is int8, else cast to it.
     """
     check_wave("wave_gram", wave, taps, stride)
     x = as_input(wave, wave_inverse, wave_limit, dtype)
@@ -78,37 +52,12 @@ def normalized_over_time(
     bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and bias that normalize the convolution over time.
+    """Scale and bias, float32 [batch, out], that fuse GroupNorm into the
+    convolution with weight ``kernel`` [out, taps] and ``scale`` [out].
 
-    The convolution's own bias cancels. All of it is in float64, so that the
-    covariance loses nothing where a channel takes away what is strong.
-
-    Arguments
-    ---------
-    gram : torch.Tensor
-        float64 [batch, taps + 1, taps], of :func:`reference`.
-    frames : torch.Tensor
-        int64 scalar, as there.
-    kernel : torch.Tensor
-        int8 or float [out, taps]: the convolution's weight.
-    scale : torch.Tensor
-        float32 [out]: what its sums are multiplied by.
-    weight, bias : torch.Tensor
-        float32 [out] of the GroupNorm.
-    eps : float
-        Of the GroupNorm.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        float32 [batch, out], both: for the convolution's sums.
-
-    Example
-    -------
-    >>> gram = torch.tensor([[[10.0], [4.0]]]).double()  # of 1 and 3
-    >>> two, one, zero = torch.full((1, 1), 2.0), torch.ones(1), torch.zeros(1)
-    >>> normalized_over_time(gram, torch.tensor(2), two, one, one, zero, 0.0)
-    (tensor([[0.5000]]), tensor([[-2.]]))
+    ``weight`` and ``bias`` are the norm's; the convolution's own bias cancels.
+    float64, because the covariance loses precision for a channel that removes
+    the signal's strong components.
     """
     gram, kernel = gram / frames, kernel.double()
     products, mean = gram[:, :-1], gram[:, -1:]
@@ -161,7 +110,7 @@ def wave_gram_kernel(
         tl.store(place + j * TAPS + i, total)
 
 
-#: Of the convolution's weights -> what Triton calls it.
+#: Dtype of the convolution's weights -> Triton's name for it.
 _KINDS = {
     torch.int8: tl.int8,
     torch.float16: tl.float16,
@@ -173,7 +122,7 @@ _KINDS = {
 def launch(
     wave, wave_inverse, wave_limit, dtype, taps, stride, frames
 ) -> torch.Tensor:
-    """:func:`reference` in Triton."""
+    """`reference` in Triton."""
     count = check_wave("wave_gram", wave, taps, stride)
     if dtype not in _KINDS:
         raise TypeError(
@@ -188,24 +137,15 @@ def launch(
         device=wave.device,
     )
     wave_gram_kernel[(pieces, batch, taps)](
-        wave,
-        grams,
-        frames,
-        count,
-        samples,
-        wave_inverse,
-        float(wave_limit),
-        KIND=_KINDS[dtype],
-        TAPS=taps,
-        STRIDE=stride,
-        BLOCK=BLOCK,
+        wave, grams, frames, count, samples, wave_inverse, float(wave_limit),
+        KIND=_KINDS[dtype], TAPS=taps, STRIDE=stride, BLOCK=BLOCK,
         num_warps=1,
-    )
+    )  # fmt: skip
     return grams.sum(1)
 
 
 def shape(wave, wave_inverse, wave_limit, dtype, taps, stride, frames):
-    """An empty result."""
+    """Empty result of the right shape, for torch.compile."""
     return wave.new_empty((wave.shape[0], taps + 1, taps), dtype=torch.float64)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speechbrain_stablequant.runtimes.triton.kernels import attention
-from speechbrain_stablequant.runtimes.triton.kernels.tuning import Config
+from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

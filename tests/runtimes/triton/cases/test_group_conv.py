@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_stablequant.runtimes.triton.kernels import group_conv
-from speechbrain_stablequant.runtimes.triton.kernels.tuning import Config
+from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -36,7 +36,7 @@ def test_sums_are_exact(geometry, surrounded):
     q, weight = _inputs(geometry)
     found = group_conv.launch(
         surrounded(q),
-        surrounded(group_conv.pack_group_weight(weight, groups)),
+        surrounded(group_conv.pack_weight(weight, groups)),
         surrounded(torch.ones(weight.shape[0])),
         None,
         None,
@@ -63,7 +63,7 @@ def test_gelu_and_residual(
     groups, taps, trim = geometry[4:]
     q, weight = _inputs(geometry)
     count = weight.shape[0]
-    weight = group_conv.pack_group_weight(weight, groups)
+    weight = group_conv.pack_weight(weight, groups)
     scale, bias = torch.rand(count) * 1e-4, torch.randn(count)
     residual = torch.randn(*q.shape[:2], count).to(dtype)
     tail = (taps // 2, trim, True, dtype)

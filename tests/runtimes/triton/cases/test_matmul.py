@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechbrain_stablequant.runtimes.triton.kernels import matmul
-from speechbrain_stablequant.runtimes.triton.kernels.tuning import Config
+from speechbrain_stablequant.runtimes.triton.kernels import conv, linear, matmul
+from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -31,7 +31,7 @@ def _int8(*shape):
 def test_sums_are_exact(rows, depth, columns, gap, surrounded):
     q, weight = _int8(rows, depth), _int8(columns, depth)
     one = torch.ones(columns)
-    found = matmul.launch_linear(
+    found = linear.launch(
         surrounded(q, gap),
         surrounded(weight),
         surrounded(one),
@@ -47,7 +47,7 @@ def test_sums_are_exact(rows, depth, columns, gap, surrounded):
 def test_worst_case_operands_are_exact(surrounded):
     q = torch.full((33, 1000), -127, dtype=torch.int8)
     weight = torch.full((40, 1000), 127, dtype=torch.int8)
-    found = matmul.launch_linear(
+    found = linear.launch(
         surrounded(q),
         surrounded(weight),
         surrounded(torch.ones(40)),
@@ -73,8 +73,8 @@ def test_ends(
     bias = torch.randn(columns) if has_bias else None
     residual = torch.randn(rows, columns).half() if has_residual else None
     end = (gelu, dtype, 21.5, 31)
-    expected = matmul.reference_linear(q, weight, scale, bias, residual, *end)
-    found = matmul.launch_linear(
+    expected = linear.reference(q, weight, scale, bias, residual, *end)
+    found = linear.launch(
         surrounded(q),
         surrounded(weight),
         surrounded(scale),
@@ -91,13 +91,13 @@ def test_every_tile(tile, surrounded, check_close):
     q, weight = _int8(3, 90, 272), _int8(70, 272)
     scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
     end = (True, torch.int8, 30.0, 127, -113)
-    found = matmul.launch_linear(
+    found = linear.launch(
         *(surrounded(t) for t in (q, weight, scale, bias)),
         None,
         *end,
         config=tile,
     )
-    expected = matmul.reference_linear(q, weight, scale, bias, None, *end)
+    expected = linear.reference(q, weight, scale, bias, None, *end)
     check_close(found, expected)
 
 
@@ -109,8 +109,8 @@ def test_blocks_that_go_on(rows, blocks, surrounded, check_close, monkeypatch):
     q, weight = _int8(rows, 192), _int8(70, 192)
     scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
     end = (True, torch.int8, 30.0, 127, -113)
-    expected = matmul.reference_linear(q, weight, scale, bias, None, *end)
-    found = matmul.launch_linear(
+    expected = linear.reference(q, weight, scale, bias, None, *end)
+    found = linear.launch(
         *(surrounded(t) for t in (q, weight, scale, bias)),
         None,
         *end,
@@ -128,10 +128,10 @@ def test_blocks_of_a_convolution_that_go_on(
     tensors = [q, weight, torch.rand(60) * 1e-3, torch.randn(60)]
     norm = (torch.randn(60), torch.randn(60)) if has_norm else (None, None)
     tail = (3, 2, *norm, 1e-5, True, torch.int8, 40.0, 127)
-    expected = matmul.reference_conv1d(*tensors, *tail)
+    expected = conv.reference(*tensors, *tail)
     if has_norm:
         tail = (3, 2, *map(surrounded, norm), *tail[4:])
-    found = matmul.launch_conv1d(
+    found = conv.launch(
         *map(surrounded, tensors),
         *tail,
         config=Config(16, 64, 32, 4, 2, persistent=True),
@@ -153,9 +153,9 @@ CONVOLUTIONS = [
 def test_convolution_sums_are_exact(geometry, surrounded):
     batch, frames, channels, columns, kernel, stride = geometry
     q, weight = _int8(batch, frames, channels), _int8(columns, channels, kernel)
-    found = matmul.launch_conv1d(
+    found = conv.launch(
         surrounded(q),
-        surrounded(matmul.pack_conv_weight(weight)),
+        surrounded(conv.pack_weight(weight)),
         surrounded(torch.ones(columns)),
         None,
         kernel,
@@ -181,16 +181,16 @@ def test_convolution(geometry, has_norm, dtype, surrounded, check_close):
     q, weight = _int8(batch, frames, channels), _int8(columns, channels, kernel)
     tensors = [
         q,
-        matmul.pack_conv_weight(weight),
+        conv.pack_weight(weight),
         torch.rand(columns) * 1e-3,
         torch.randn(columns),
     ]
     norm = (torch.randn(columns), torch.randn(columns)) if has_norm else None
     tail = (1e-5, True, dtype, 40.0, 127, -113)
-    expected = matmul.reference_conv1d(
+    expected = conv.reference(
         *tensors, kernel, stride, *(norm or (None, None)), *tail
     )
-    found = matmul.launch_conv1d(
+    found = conv.launch(
         *map(surrounded, tensors),
         kernel,
         stride,
@@ -206,14 +206,14 @@ def test_every_tile_of_whole_rows(m, k, warps, stages, surrounded, check_close):
     q, weight = _int8(2, 80, 40), _int8(96, 120)
     vectors = [torch.rand(96) * 1e-3, *(torch.randn(96) for _ in range(3))]
     scale, bias, norm_weight, norm_bias = vectors
-    expected = matmul.reference_conv1d(
+    expected = conv.reference(
         q, weight, scale, bias, 3, 2, norm_weight, norm_bias, 1e-5, True,
         torch.int8, 40.0, 127,
     )  # fmt: skip
     q, weight, scale, bias, norm_weight, norm_bias = map(
         surrounded, (q, weight, *vectors)
     )
-    found = matmul.launch_conv1d(
+    found = conv.launch(
         q, weight, scale, bias, 3, 2, norm_weight, norm_bias, 1e-5, True,
         torch.int8, 40.0, 127, config=Config(m, 128, k, warps, stages),
     )  # fmt: skip
@@ -226,8 +226,8 @@ def test_refuses_what_it_cannot_compute(device):
     one = torch.ones(8, device=device)
     rest = (None, None, 0.0, False, torch.int8)
     with pytest.raises(ValueError, match="2 frames are fewer than the ker"):
-        matmul.launch_conv1d(q, weight, one, None, 3, 2, *rest)
+        conv.launch(q, weight, one, None, 3, 2, *rest)
     with pytest.raises(TypeError, match="q must be int8, got torch"):
-        matmul.launch_conv1d(q.float(), weight, one, None, 2, 2, *rest)
+        conv.launch(q.float(), weight, one, None, 2, 2, *rest)
     with pytest.raises(ValueError, match="q must be contiguous"):
-        matmul.launch_conv1d(q.transpose(1, 2), weight, one, None, 2, 2, *rest)
+        conv.launch(q.transpose(1, 2), weight, one, None, 2, 2, *rest)

@@ -1,8 +1,8 @@
-"""What compiled kernels need, found without a device.
+"""Resources of compiled kernels, found without a GPU.
 
-`record_launches` notes what a launch function would run, with tensors on the
-``meta`` device; `compile_launch` compiles that for a GPU that need not be
-there and asks the assembler, which comes with Triton, what it used.
+`record_launches` records what a launch function would run, with tensors on the
+``meta`` device; `compile_launch` compiles it for any GPU and reads the
+resources from the assembler that comes with Triton.
 """
 
 import os
@@ -27,19 +27,7 @@ _TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel.
-
-    Arguments
-    ---------
-    kernel : triton.JITFunction
-        The kernel.
-    grid : tuple of int
-        Blocks along each axis.
-    arguments : dict
-        Value of each argument by name.
-    options : dict
-        ``num_warps`` and ``num_stages``.
-    """
+    """One launch of a kernel: arguments by name, and launch options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -94,13 +82,7 @@ class Resources:
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Context in which kernels are noted instead of run.
-
-    Returns
-    -------
-    list of Launch
-        Filled as launch functions are called.
-    """
+    """Context in which launches are recorded instead of run."""
     launches: list[Launch] = []
     original = JITFunction.run
 
@@ -121,37 +103,16 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def launches_of(function: Callable, *args: Any, **kwargs: Any) -> list[Launch]:
-    """What a launch function runs for these arguments.
-
-    Arguments
-    ---------
-    function : callable
-        A launch function of this package.
-    *args, **kwargs
-        Its arguments; tensors may be on the ``meta`` device.
-
-    Returns
-    -------
-    list of Launch
-    """
+    """Launches of a launch function; its tensors may be on ``meta``."""
     with record_launches() as launches:
         function(*args, **kwargs)
     return launches
 
 
-def specialise(launch: Launch) -> ASTSource:
-    """What Triton would compile for a launch.
+def specialize(launch: Launch) -> ASTSource:
+    """What Triton would compile for a launch: types, constants, alignments.
 
-    Arguments
-    ---------
-    launch : Launch
-        The launch.
-
-    Returns
-    -------
-    triton.compiler.ASTSource
-        With the types, constants and alignments that Triton derives from
-        values: divisibility by 16, and ones.
+    Triton derives them from values: divisibility by 16, and ones.
     """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -197,7 +158,7 @@ def _tool(
 
 
 def _assemble(ptx: str, arch: int) -> str:
-    """What the assembler says about a kernel."""
+    """The assembler's report on a kernel."""
     name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
     output = ("-o", os.devnull)
     return _tool(
@@ -205,31 +166,13 @@ def _assemble(ptx: str, arch: int) -> str:
     ).stderr
 
 
-#: A label, or an instruction with what it is applied to.
+#: A label, or an instruction and its operands.
 _LINE = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*\w+\*/\s+(?:@\S+\s+)?(\S+)(.*))")
 
 
 def count_instructions(listing: str) -> tuple[int, int]:
-    """Instructions of a disassembled kernel, outside of and in loops.
-
-    Arguments
-    ---------
-    listing : str
-        What ``nvdisasm`` prints.
-
-    Returns
-    -------
-    tuple of int
-        Those that a thread meets once, and those of one pass through each
-        loop. Branches forward are taken for never taken.
-
-    Example
-    -------
-    >>> count_instructions(
-    ...     " /*00*/ MOV R1, R2 ;\\n.L_x_1:\\n /*10*/ FADD R1, R1, R2 ;\\n"
-    ...     " /*20*/ @P0 BRA `(.L_x_1) ;\\n /*30*/ EXIT ;\\n")
-    (2, 2)
-    """
+    """Instructions of a disassembled kernel that a thread executes once, and in
+    one pass through each loop; no forward branch is taken."""
     labels: dict[str, int] = {}
     in_loop: list[bool] = []
     for line in listing.splitlines():
@@ -246,33 +189,16 @@ def count_instructions(listing: str) -> tuple[int, int]:
         target = re.search(r"\.L_x_\d+", rest)
         if name.startswith("BRA") and target and target[0] in labels:
             start = labels[target[0]]
-            # the last instruction of all jumps to itself
+            # the last instruction of a kernel jumps to itself
             if start < len(in_loop) - 1:
                 in_loop[start:] = [True] * (len(in_loop) - start)
     return in_loop.count(False), in_loop.count(True)
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compiles a launch for an architecture.
-
-    Arguments
-    ---------
-    launch : Launch
-        What to compile.
-    arch : int
-        Compute capability times ten: 80, 86, 90.
-
-    Returns
-    -------
-    Resources
-
-    Raises
-    ------
-    RuntimeError
-        The assembler refuses it.
-    """
+    """Compiles a launch for an architecture, such as 80, 86 or 90."""
     compiled = triton.compile(
-        specialise(launch),
+        specialize(launch),
         target=GPUTarget("cuda", arch, 32),
         options=launch.options,
     )
