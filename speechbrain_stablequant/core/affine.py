@@ -29,28 +29,8 @@ GELU_MIN = -0.17
 
 
 def qmax(bits: int) -> int:
-    """Returns the largest integer of a `bits`-wide symmetric narrow range.
-
-    Arguments
-    ---------
-    bits : int
-        Width of the integers, 2 to 8.
-
-    Returns
-    -------
-    int
-        `2^(bits-1) - 1`.
-
-    Raises
-    ------
-    ValueError
-        If `bits` is not an integer from 2 to 8.
-
-    Example
-    -------
-    >>> qmax(8), qmax(6), qmax(2)
-    (127, 31, 1)
-    """
+    """Returns the largest integer of a symmetric narrow range, ``2^(bits-1) -
+    1``."""
     is_int = isinstance(bits, int) and not isinstance(bits, bool)
     if not is_int or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
@@ -61,31 +41,8 @@ def qmax(bits: int) -> int:
 
 
 def scale_from_amax(amax: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns the scale that maps `[-amax, amax]` onto `[-qmax, qmax]`.
-
-    Arguments
-    ---------
-    amax : torch.Tensor
-        Largest representable magnitudes, any shape, any real dtype. Values
-        below `MIN_AMAX` count as `MIN_AMAX`.
-    bits : int
-        Width of the integers, 2 to 8.
-
-    Returns
-    -------
-    torch.Tensor
-        `amax / qmax`, float32, the shape of `amax`.
-
-    Raises
-    ------
-    ValueError
-        If a value of `amax` is NaN, infinite or negative, or beyond float32.
-
-    Example
-    -------
-    >>> scale_from_amax(torch.tensor([254.0, 0.0]), bits=8)
-    tensor([2.0000e+00, 7.8740e-11])
-    """
+    """Returns the float32 scales ``amax / qmax``; ``amax`` is raised to
+    ``MIN_AMAX`` where it is below."""
     limit = qmax(bits)
     amax = amax.detach().to(torch.float32)
     if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
@@ -102,34 +59,8 @@ def quantize(
     bits: int,
     axis: int | None = None,
 ) -> torch.Tensor:
-    """Quantizes a float tensor to integers.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        Finite values, any shape, float32 or narrower.
-    scale : torch.Tensor
-        Positive float32: one element if `axis` is None, else `[x.shape[axis]]`.
-    bits : int
-        Width of the integers, 2 to 8.
-    axis : int | None
-        Axis of `x` that `scale` runs along; None for one scale.
-
-    Returns
-    -------
-    torch.Tensor
-        int8, the shape of `x`, values in `[-qmax, qmax]`.
-
-    Raises
-    ------
-    ValueError
-        If `scale` does not fit `x` and `axis`.
-
-    Example
-    -------
-    >>> quantize(torch.tensor([0.5, 1.5, -9.0]), torch.tensor(1.0), bits=4)
-    tensor([ 0,  2, -7], dtype=torch.int8)
-    """
+    """Quantizes a tensor to int8; ``scale`` has one element, or one per slice
+    along ``axis``."""
     limit = qmax(bits)
     inverse = 1.0 / _spread(scale, x, axis)
     q = torch.round(x.to(torch.float32) * inverse)
@@ -139,34 +70,8 @@ def quantize(
 def dequantize(
     q: torch.Tensor, scale: torch.Tensor, axis: int | None = None
 ) -> torch.Tensor:
-    """Turns integers back into the float values that they stand for.
-
-    Arguments
-    ---------
-    q : torch.Tensor
-        Integers, any shape.
-    scale : torch.Tensor
-        Positive float32: one element if `axis` is None, else `[q.shape[axis]]`.
-    axis : int | None
-        Axis of `q` that `scale` runs along; None for one scale.
-
-    Returns
-    -------
-    torch.Tensor
-        `q * scale`, float32, the shape of `q`.
-
-    Raises
-    ------
-    ValueError
-        If `scale` does not fit `q` and `axis`.
-
-    Example
-    -------
-    >>> q = torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-    >>> dequantize(q, torch.tensor([0.5, 2.0]), axis=0)
-    tensor([[0.5000, 1.0000],
-            [6.0000, 8.0000]])
-    """
+    """Returns ``q * scale`` in float32; ``scale`` runs along ``axis`` if there
+    is one."""
     return q.to(torch.float32) * _spread(scale, q, axis)
 
 
@@ -176,39 +81,10 @@ def fake_quantize(
     bits: int,
     axis: int | None = None,
 ) -> torch.Tensor:
-    """Rounds a float tensor to the values that its integers stand for.
+    """Rounds a tensor to its quantization grid, in its own dtype.
 
-    Equals `dequantize(quantize(x, ...), ...)` bit for bit in float32, in one
-    pass; for float16 and bfloat16 the result is that value rounded to the
-    dtype of `x`. It runs torch's own operators, which tracing and exporters
-    know as int8 quantization. The gradient with respect to `x` is the
-    straight-through estimator of those operators.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        Finite values, any shape, float32 or narrower.
-    scale : torch.Tensor
-        Positive float32: one element if `axis` is None, else `[x.shape[axis]]`.
-    bits : int
-        Width of the integers, 2 to 8.
-    axis : int | None
-        Axis of `x` that `scale` runs along; None for one scale.
-
-    Returns
-    -------
-    torch.Tensor
-        The dtype and shape of `x`.
-
-    Raises
-    ------
-    ValueError
-        If `scale` does not fit `x` and `axis`.
-
-    Example
-    -------
-    >>> fake_quantize(torch.tensor([0.4, 0.8, 9.0]), torch.tensor(0.5), bits=3)
-    tensor([0.5000, 1.0000, 1.5000])
+    Equals ``dequantize(quantize(x))`` bit for bit in float32. It runs torch's
+    operators, which exporters know and which have a straight-through gradient.
     """
     limit = qmax(bits)
     _check_scale(scale, x, axis)
@@ -237,8 +113,8 @@ def fake_quantize(
 
 
 def _can_run_in_place(x: torch.Tensor) -> bool:
-    """Whether nobody looks for torch's own operator: no gradient through it,
-    no tracing, no compiler."""
+    """Whether torch's own operator is not needed: no gradient, tracing or
+    compiler."""
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     followed = torch.jit.is_tracing() or torch.compiler.is_compiling()
     return x.dtype == torch.float32 and not wants_gradient and not followed

@@ -34,32 +34,7 @@ _WEIGHT_REFINE = 10
 
 
 def max_calibrator(hist: Histogram, bits: int) -> float:
-    """Returns the largest magnitude seen: nothing is clipped.
-
-    Arguments
-    ---------
-    hist : Histogram
-        The magnitudes.
-    bits : int
-        Width of the integers, 2 to 8. The result does not depend on it.
-
-    Returns
-    -------
-    float
-        amax, at least `MIN_AMAX`.
-
-    Raises
-    ------
-    ValueError
-        If no values were collected.
-
-    Example
-    -------
-    >>> hist = Histogram()
-    >>> hist.add(torch.tensor([-3.0, 1.0]))
-    >>> max_calibrator(hist, 8)
-    3.0
-    """
+    """Returns the largest magnitude: nothing is clipped."""
     qmax(bits)
     return max(hist.max, MIN_AMAX)
 
@@ -67,34 +42,7 @@ def max_calibrator(hist: Histogram, bits: int) -> float:
 def percentile_calibrator(
     hist: Histogram, bits: int, percentile: float = 99.99
 ) -> float:
-    """Returns the magnitude below which `percentile` % of the values lie.
-
-    Arguments
-    ---------
-    hist : Histogram
-        The magnitudes.
-    bits : int
-        Width of the integers, 2 to 8. The result does not depend on it.
-    percentile : float
-        In percent, in (0, 100]; 100 is the maximum.
-
-    Returns
-    -------
-    float
-        amax, at least `MIN_AMAX`.
-
-    Raises
-    ------
-    ValueError
-        If `percentile` is outside of (0, 100] or no values were collected.
-
-    Example
-    -------
-    >>> hist = Histogram()
-    >>> hist.add(torch.linspace(0, 1, 10001))
-    >>> round(percentile_calibrator(hist, 8, percentile=90), 2)
-    0.9
-    """
+    """Returns the magnitude below which ``percentile`` % of the values lie."""
     qmax(bits)
     if not 0 < percentile <= 100:
         raise ValueError(
@@ -108,53 +56,20 @@ def entropy_calibrator(
 ) -> float:
     """Returns the amax that loses the least information (KL divergence).
 
-    The procedure that NVIDIA published for TensorRT (S. Migacz, "8-bit
-    Inference with TensorRT", GTC 2017), with the detail of its
-    pytorch-quantization toolkit that the first bin takes the count of the
-    second, so that a spike at zero does not decide. For every number of bins
-    i from `start_bin` to all of them:
+    After S. Migacz, "8-bit Inference with TensorRT", GTC 2017, with the detail
+    of
+    NVIDIA's pytorch-quantization toolkit that the first bin takes the count of
+    the
+    second. For each number of bins i from ``start_bin`` to all of them:
 
-    - P is the first i bins, what lies beyond them added to the last one;
-    - Q is the first i bins without that, brought to `2^(bits-1)` levels (128
-      for 8 bits: the magnitudes of the integers) of i / levels bins each, and
-      expanded again evenly over the bins of a level that are not empty;
-    - both are normalized, and KL(P || Q) is taken.
+    - P is the first i bins, with the mass beyond them added to the last one;
+    - Q is the first i bins without that mass, merged to ``2^(bits-1)`` levels
+    and
+      expanded evenly over the bins of a level that are not empty;
+    - both are normalized, and KL(P || Q) is computed.
 
-    The i with the smallest divergence wins, the last of them on a tie, and
-    amax is the upper edge of its last bin, not above `max`.
-
-    NVIDIA spans [0, max] with 2048 bins. Here the bins up to the one that
-    holds `max` are used, pairs of them merged until they are fewer than
-    4096: that leaves 2048 to 4095 for a histogram of 4096 bins or more that
-    was not clipped. Where `max` lies within the first `start_bin` bins there
-    is only one candidate, and the result is `max`.
-
-    Arguments
-    ---------
-    hist : Histogram
-        The magnitudes.
-    bits : int
-        Width of the integers, 2 to 8. The method was made for 8: with few
-        levels the divergence grows with i, and amax stays near `start_bin`.
-    start_bin : int
-        Smallest number of bins that a candidate keeps, at least 1.
-
-    Returns
-    -------
-    float
-        amax, at least `MIN_AMAX`.
-
-    Raises
-    ------
-    ValueError
-        If `start_bin` is below 1 or no values were collected.
-
-    Example
-    -------
-    >>> hist = Histogram()
-    >>> hist.add(torch.randn(100000, generator=torch.manual_seed(0)))
-    >>> 2 < entropy_calibrator(hist, 8) < hist.max
-    True
+    The last i with the smallest divergence wins. NVIDIA uses 2048 bins over
+    [0, max]; here pairs of bins are merged until fewer than 4096 are occupied.
     """
     levels = qmax(bits) + 1
     if start_bin < 1:
@@ -177,45 +92,16 @@ def mse_calibrator(
     upper: float | None = None,
     num_candidates: int = 256,
 ) -> float:
-    """Returns the amax with the smallest expected squared error.
+    """Returns the amax that minimizes E[(x - fake_quantize(x))^2], at most
+    ``upper``.
 
-    Minimizes E[(x - fake_quantize(x))^2], rounding and clipping together.
-    The error of a bin is the exact integral over a density that is flat
-    inside the bin: the error at its center would be far off where a
-    quantization step is not much wider than a bin. The search goes through a
-    geometric grid, since the best amax of data with outliers is a small
-    fraction of `max`, and then twice through a linear grid around the best
-    candidate. All in float64.
-
-    Arguments
-    ---------
-    hist : Histogram
-        The magnitudes.
-    bits : int
-        Width of the integers, 2 to 8.
-    upper : float | None
-        Largest amax allowed; None for `max`. Mass above it still counts, with
-        its clipping error: clip the histogram to leave it out.
-    num_candidates : int
-        Size of the first grid, at least 2.
-
-    Returns
-    -------
-    float
-        amax, at least `MIN_AMAX` and else not above `upper`.
-
-    Raises
-    ------
-    ValueError
-        If `upper` is negative or NaN, `num_candidates` is below 2 or no values
-        were collected.
-
-    Example
-    -------
-    >>> hist = Histogram()
-    >>> hist.add(torch.randn(100000, generator=torch.manual_seed(0)))
-    >>> 2.4 < mse_calibrator(hist, 4) < 2.7
-    True
+    The error of a bin is the exact integral over a density that is flat inside
+    the
+    bin; its center would be far off where a step is hardly wider than a bin.
+    The
+    search takes a geometric grid, because with outliers the best amax is a
+    small
+    fraction of the maximum, and refines it twice on a linear grid, in float64.
     """
     limit = qmax(bits)
     if upper is not None and not upper >= 0:
@@ -253,36 +139,8 @@ CALIBRATORS: dict[str, Callable[..., float]] = {
 
 
 def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
-    """Runs a calibrator by its name.
-
-    Arguments
-    ---------
-    method : str
-        A key of `CALIBRATORS`.
-    hist : Histogram
-        The magnitudes.
-    bits : int
-        Width of the integers, 2 to 8.
-    **options
-        What the calibrator takes besides, e.g. `percentile=99.9`.
-
-    Returns
-    -------
-    float
-        amax, at least `MIN_AMAX`.
-
-    Raises
-    ------
-    ValueError
-        If the method or an option is unknown, or as the calibrator says.
-
-    Example
-    -------
-    >>> hist = Histogram()
-    >>> hist.add(torch.tensor([0.0, 2.0]))
-    >>> calibrate("percentile", hist, 8, percentile=100)
-    2.0
-    """
+    """Runs the calibrator of this name, one of ``CALIBRATORS``, with its
+    options."""
     if method not in CALIBRATORS:
         raise ValueError(
             f"unknown calibrator {method!r}; use one of "
@@ -300,30 +158,8 @@ def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
 
 
 def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
-    """Step 3 of StableQuant for one layer.
-
-    Arguments
-    ---------
-    histogram : Histogram
-        Of |input|.
-    edge : float
-        Where the outliers are cut.
-    bits : int
-        Of the activations.
-
-    Returns
-    -------
-    float
-        The amax, not above ``edge``, that minimizes the expected squared
-        quantization error of the histogram clipped at ``edge``.
-
-    Example
-    -------
-    >>> histogram = Histogram()
-    >>> histogram.add(torch.linspace(0, 1, 1000))
-    >>> clipped_mse(histogram, 0.5, 8) <= 0.5
-    True
-    """
+    """Step 3 of StableQuant: the MSE amax of the histogram clipped at
+    ``edge``."""
     if edge <= 0:
         return edge
     return calibrate("mse", histogram.clip(edge), bits, upper=edge)
@@ -333,38 +169,11 @@ def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
 def weight_amax(
     weight: torch.Tensor, bits: int, method: str = "mse", axis: int = 0
 ) -> torch.Tensor:
-    """Returns the amax of each output channel of a weight.
+    """Returns the float32 amax of each output channel, by ``"max"`` or
+    ``"mse"``.
 
-    `mse` tries 100 fractions of the channel's maximum (1 % to 100 %) on the
-    raw values, refines around the best one, and so is never worse than `max`.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        Linear `[N, K]` or Conv1d `[N, K / groups, kernel]`; any shape with
-        the channels along `axis`. Computed in float32.
-    bits : int
-        Width of the integers, 2 to 8.
-    method : str
-        `max` or `mse`.
-    axis : int
-        Axis of the output channels.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 `[weight.shape[axis]]`, on the device of `weight`, at least
-        `MIN_AMAX` (dead channels).
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown or the weight holds NaN or Inf.
-
-    Example
-    -------
-    >>> weight_amax(torch.tensor([[1.0, -2.0], [0.0, 0.0]]), 8, "max")
-    tensor([2.0000e+00, 1.0000e-08])
+    ``mse`` tries 100 fractions of the channel's maximum on the raw values and
+    refines around the best, so it is never worse than ``max``.
     """
     limit = qmax(bits)
     if method not in ("max", "mse"):
@@ -451,10 +260,8 @@ def _kl_divergences(
 def _density(
     hist: Histogram,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the occupied bins: left edges, right edges and counts.
-
-    float64. The bin that holds `max` ends there.
-    """
+    """Returns left edges, right edges and counts of the occupied bins,
+    float64."""
     counts = hist.counts
     index = counts.nonzero().squeeze(1)
     edges = hist.edges()
@@ -484,11 +291,11 @@ def _squared_errors(
 
 
 def _integral(x: torch.Tensor, scale: torch.Tensor, limit: int) -> torch.Tensor:
-    """Returns the integral of (t - fake_quantize(t))^2 from 0 to x >= 0.
+    """Integrates (t - fake_quantize(t))^2 from 0 to x >= 0.
 
     With n the integer of x and r = x - n * scale: a full step contributes
-    scale^3 / 12, and the last, begun one, r^3 / 3 from its middle on. Beyond
-    the range n stays at `limit` and r grows: the same formula.
+    scale^3 / 12, and the last one r^3 / 3. Beyond the range n stays at
+    ``limit``.
     """
     n = torch.round(x / scale).clamp_(max=limit)
     r = x - n * scale

@@ -1,8 +1,7 @@
-"""What a report states: error rates, their uncertainty, speed and size.
+"""Error rates, their confidence intervals, speed and size.
 
-Plain functions of transcripts and numbers. Nothing here knows SpeechBrain or
-a model. Rates are in percent, differences in percentage points, sizes in
-bytes (1 MB is 1e6 bytes).
+Plain functions of transcripts and numbers. Rates are in percent, differences in
+percentage points, sizes in bytes.
 """
 
 import math
@@ -23,17 +22,7 @@ _MAX_DRAWS = 1 << 22
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was said and what was recognized in one utterance.
-
-    Arguments
-    ---------
-    id : str
-        The utterance.
-    reference : str
-        What was said.
-    hypothesis : str
-        What was recognized. May be empty.
-    """
+    """Reference and hypothesis of one utterance."""
 
     id: str
     reference: str
@@ -42,20 +31,8 @@ class Transcript:
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Corpus-level error rates with the counts that they come from.
-
-    Arguments
-    ---------
-    wer, cer : float
-        Word and character error rate in percent: all errors of the set
-        divided by all reference words (characters) of the set.
-    utterances, words, characters : int
-        How much was compared, counted in the references.
-    substitutions, deletions, insertions : int
-        Word errors.
-    character_substitutions, character_deletions, character_insertions : int
-        Character errors.
-    """
+    """Corpus-level word and character error rates in percent, with their
+    counts."""
 
     wer: float
     cer: float
@@ -70,13 +47,7 @@ class ErrorRates:
     character_insertions: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """The rates as they stand in ``report.json``.
-
-        Returns
-        -------
-        dict
-            WER and CER in percent and the counts of words.
-        """
+        """Returns the rates as in ``report.json``."""
         return {
             "WER": self.wer,
             "CER": self.cer,
@@ -98,36 +69,11 @@ class DeltaInterval(NamedTuple):
 
 
 def score(transcripts: Sequence[Transcript]) -> ErrorRates:
-    """Counts word and character errors of a set, as jiwer does.
+    """Counts word and character errors of a set, as jiwer does, without
+    normalization.
 
-    Words are what spaces separate. Characters include the spaces between
-    words, without those at the ends of the text. Nothing is normalized: case
-    and punctuation count.
-
-    Arguments
-    ---------
-    transcripts : Sequence[Transcript]
-        The set. An empty reference has no words: what was recognized there
-        is inserted, and counts against the words of the whole set.
-
-    Returns
-    -------
-    ErrorRates
-        The rates of the whole set.
-
-    Raises
-    ------
-    ValueError
-        No utterance, or no reference with a word.
-
-    Example
-    -------
-    >>> rates = score([
-    ...     Transcript("a", "THE CAT SAT", "THE CAT"),
-    ...     Transcript("b", "YES", "YES"),
-    ... ])
-    >>> rates.wer, rates.deletions, rates.words
-    (25.0, 1, 4)
+    An empty reference has no words; what was recognized there counts as
+    inserted.
     """
     words = _count_errors(transcripts, "word").sum(axis=0)
     chars = _count_errors(transcripts, "char").sum(axis=0)
@@ -154,41 +100,14 @@ def bootstrap_delta_wer(
     seed: int = 0,
     unit: Unit = "word",
 ) -> DeltaInterval:
-    """Difference of two systems' error rates, with a confidence interval.
+    """Returns the difference of two systems' error rates with a confidence
+    interval.
 
     Paired bootstrap over utterances with a percentile interval, after Bisani
-    and Ney, "Bootstrap estimates for confidence intervals in ASR performance
-    evaluation", ICASSP 2004. Both systems are resampled together, because an
-    utterance that is hard for one is hard for the other: what remains is the
-    uncertainty of the difference alone.
-
-    Arguments
-    ---------
-    baseline : Sequence[Transcript]
-        One system's transcripts, here the float model's.
-    other : Sequence[Transcript]
-        The other's, with the same utterances in the same order.
-    num_resamples : int
-        How often the set is drawn anew.
-    level : float
-        The interval's coverage, between 0 and 1.
-    seed : int
-        The same seed gives the same interval.
-    unit : str
-        ``"word"`` for WER, ``"char"`` for CER.
-
-    Returns
-    -------
-    DeltaInterval
-        ``(delta, low, high)``: rate(other) - rate(baseline) on the set and
-        the ends of its interval, in percentage points.
-
-    Example
-    -------
-    >>> float_model = [Transcript("a", "ONE TWO THREE FOUR", "ONE TWO THREE")]
-    >>> quantized = [Transcript("a", "ONE TWO THREE FOUR", "ONE TWO")]
-    >>> tuple(bootstrap_delta_wer(float_model, quantized, num_resamples=10))
-    (25.0, 25.0, 25.0)
+    and Ney,
+    "Bootstrap estimates for confidence intervals in ASR performance
+    evaluation",
+    ICASSP 2004. Pairing leaves only the uncertainty of the difference.
     """
     _check_paired(baseline, other)
     before = _count_errors(baseline, unit)
@@ -207,31 +126,7 @@ def paired_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> DeltaInterval:
-    """A sum of differences over a sum of lengths, with its interval.
-
-    Arguments
-    ---------
-    extra : np.ndarray
-        What one system has more than the other, by utterance.
-    lengths : np.ndarray
-        Length of each utterance, such as its words.
-    num_resamples : int
-        How often the set is drawn anew.
-    level : float
-        The interval's coverage, between 0 and 1.
-    seed : int
-        The same seed gives the same interval.
-
-    Returns
-    -------
-    DeltaInterval
-        In percent of the lengths.
-
-    Example
-    -------
-    >>> tuple(paired_interval(np.array([1, 1]), np.array([4, 4])))
-    (25.0, 25.0, 25.0)
-    """
+    """Returns 100 * sum(extra) / sum(lengths) with its bootstrap interval."""
     if num_resamples < 1:
         raise ValueError(
             f"num_resamples must be at least 1, not {num_resamples}"
@@ -250,28 +145,9 @@ def paired_interval(
 
 
 def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
-    """Standard error of a difference of error rates, from pairs.
+    """Returns the standard error of a difference of error rates, in points.
 
-    With so many times as many utterances it is smaller by the square root of
-    that number.
-
-    Arguments
-    ---------
-    extra : np.ndarray
-        Word errors that one system has more than the other, by utterance.
-    lengths : np.ndarray
-        Words of each utterance.
-
-    Returns
-    -------
-    float
-        In points. The rate is a ratio of two sums over utterances, both of
-        which vary: this is its linear approximation.
-
-    Example
-    -------
-    >>> round(paired_error(np.array([1, -1, 1, -1]), np.full(4, 10)), 3)
-    5.774
+    Linear approximation for a ratio of two sums over utterances.
     """
     residuals = extra - lengths * (extra.sum() / lengths.sum())
     count = len(lengths)
@@ -280,25 +156,7 @@ def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
 
 
 def real_time_factor(seconds_compute: float, seconds_audio: float) -> float:
-    """Computing time for each second of audio; below 1 is faster than speech.
-
-    Arguments
-    ---------
-    seconds_compute : float
-        How long recognition took.
-    seconds_audio : float
-        How long the audio lasts, without padding.
-
-    Returns
-    -------
-    float
-        The ratio.
-
-    Example
-    -------
-    >>> real_time_factor(seconds_compute=2.0, seconds_audio=10.0)
-    0.2
-    """
+    """Returns computing time divided by the duration of the audio."""
     if not (math.isfinite(seconds_audio) and seconds_audio > 0):
         raise ValueError(
             f"seconds_audio must be greater than 0, not {seconds_audio}"
@@ -313,28 +171,8 @@ def real_time_factor(seconds_compute: float, seconds_audio: float) -> float:
 def size_on_disk(
     entries: Iterable[tuple[int, float]], num_scales: int = 0
 ) -> int:
-    """Bytes that a model's tensors take in a file, without its small header.
-
-    Weights of b bits are packed, b bits each; each tensor starts on a whole
-    byte. What stays in floating point enters with 32 bits.
-
-    Arguments
-    ---------
-    entries : Iterable[tuple[int, float]]
-        For each tensor its number of values and the bits of one value.
-    num_scales : int
-        How many scales are stored, at 4 bytes each.
-
-    Returns
-    -------
-    int
-        The size. Divide by 1e6 for MB.
-
-    Example
-    -------
-    >>> size_on_disk([(1000, 6), (10, 32)], num_scales=5)
-    810
-    """
+    """Returns the bytes of tensors given as (number of values, bits per
+    value)."""
     if num_scales < 0:
         raise ValueError(f"num_scales must be 0 or more, not {num_scales}")
     total = num_scales * BYTES_PER_SCALE
@@ -349,7 +187,8 @@ def size_on_disk(
 
 
 def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
-    """Reference length, substitutions, deletions, insertions by utterance."""
+    """Reference length, substitutions, deletions and insertions by
+    utterance."""
     if unit not in ("word", "char"):
         raise ValueError(f"unit must be 'word' or 'char', not {unit!r}")
     if not transcripts:
@@ -397,7 +236,7 @@ def _count_units(text: str, unit: Unit) -> int:
 def _check_paired(
     baseline: Sequence[Transcript], other: Sequence[Transcript]
 ) -> None:
-    """Both lists must hold the same utterances in the same order."""
+    """Raises unless both lists hold the same utterances in the same order."""
     for index, (one, two) in enumerate(zip(baseline, other, strict=False)):
         if one.id != two.id:
             raise ValueError(
@@ -425,11 +264,11 @@ def _resampled_ratios(
     seed: int,
     max_draws: int = _MAX_DRAWS,
 ) -> np.ndarray:
-    """100 * sum(extra) / sum(lengths) over utterances drawn with replacement;
-    not a number where the lengths are 0.
+    """100 * sum(extra) / sum(lengths) over resampled utterances; NaN where the
+    lengths are 0.
 
-    The generator's stream is consumed row by row: the chunk size changes the
-    memory taken and not the result.
+    The random stream is consumed row by row: the chunk size does not change the
+    result.
     """
     generator = np.random.default_rng(seed)
     size = len(lengths)

@@ -29,29 +29,9 @@ _CHUNK_GPU = 1 << 24
 
 
 class Histogram:
-    """Counts of `|x|` in bins of equal width that start at 0.
+    """Counts of ``|x|`` in bins of equal width that start at 0.
 
-    The range is the smallest power of two strictly greater than the largest
-    magnitude seen, so that the occupied part is between a half and all of it.
-
-    Arguments
-    ---------
-    num_bins : int
-        Number of bins, a power of two.
-
-    Raises
-    ------
-    ValueError
-        If `num_bins` is not a power of two from 2 to 2^24.
-
-    Example
-    -------
-    >>> hist = Histogram(num_bins=8)
-    >>> hist.add(torch.tensor([0.1, -0.6, 3.0]))
-    >>> hist.range, hist.counts.tolist()
-    (4.0, [1, 1, 0, 0, 0, 0, 1, 0])
-    >>> hist.count, hist.max
-    (3, 3.0)
+    The range is the smallest power of two above the largest magnitude seen.
     """
 
     def __init__(self, num_bins: int = 4096):
@@ -68,26 +48,8 @@ class Histogram:
 
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
-        """Counts the magnitudes of a tensor.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            Any shape, any device, a floating dtype; counted as float32.
-
-        Raises
-        ------
-        ValueError
-            If a value is NaN or infinite, or `x` is not floating. Nothing is
-            counted then.
-
-        Example
-        -------
-        >>> hist = Histogram()
-        >>> hist.add(torch.randn(2, 3, 5))
-        >>> hist.count
-        30
-        """
+        """Counts the magnitudes of a float tensor; raises on NaN or
+        infinity."""
         if not x.is_floating_point():
             raise ValueError(f"a histogram needs floats, got {x.dtype}")
         if x.numel() == 0:
@@ -108,34 +70,8 @@ class Histogram:
         self._counts = self._counts + new
 
     def merge(self, other: "Histogram") -> "Histogram":
-        """Adds the counts of another histogram to this one.
-
-        The order of merges does not matter. Exact: the result is that of one
-        histogram that saw all of the data.
-
-        Arguments
-        ---------
-        other : Histogram
-            The same `num_bins`, any range. Stays as it is.
-
-        Returns
-        -------
-        Histogram
-            This histogram.
-
-        Raises
-        ------
-        ValueError
-            If the numbers of bins differ.
-
-        Example
-        -------
-        >>> a, b = Histogram(), Histogram()
-        >>> a.add(torch.tensor([0.5]))
-        >>> b.add(torch.tensor([80.0, 2.0]))
-        >>> a.merge(b).count
-        3
-        """
+        """Adds the counts of another histogram, exactly, and returns this
+        one."""
         if other.num_bins != self.num_bins:
             raise ValueError(
                 f"cannot merge histograms of {self.num_bins} and "
@@ -148,7 +84,7 @@ class Histogram:
         return self
 
     def _widen(self, exponent: int) -> None:
-        """Grows the range to at least `2^exponent`."""
+        """Grows the range to at least ``2^exponent``."""
         if exponent > self._exponent:
             self._counts = _merge_bins(self._counts, exponent - self._exponent)
             self._exponent = exponent
@@ -162,7 +98,7 @@ class Histogram:
 
     @property
     def counts(self) -> torch.Tensor:
-        """int64 `[num_bins]` on the CPU, a copy."""
+        """A copy of the counts, int64 ``[num_bins]`` on the CPU."""
         return self._counts.clone()
 
     @property
@@ -187,68 +123,20 @@ class Histogram:
         return self._max
 
     def edges(self) -> torch.Tensor:
-        """Returns the bin edges.
-
-        Returns
-        -------
-        torch.Tensor
-            float64 `[num_bins + 1]`, from 0 to `range`.
-
-        Example
-        -------
-        >>> hist = Histogram(num_bins=2)
-        >>> hist.add(torch.tensor([1.5]))
-        >>> hist.edges()
-        tensor([0., 1., 2.], dtype=torch.float64)
-        """
+        """Returns the bin edges, float64 ``[num_bins + 1]``."""
         index = torch.arange(self.num_bins + 1, dtype=torch.float64)
         return index * self.bin_width
 
     def centers(self) -> torch.Tensor:
-        """Returns the bin centers.
-
-        Returns
-        -------
-        torch.Tensor
-            float64 `[num_bins]`.
-
-        Example
-        -------
-        >>> hist = Histogram(num_bins=2)
-        >>> hist.add(torch.tensor([1.5]))
-        >>> hist.centers()
-        tensor([0.5000, 1.5000], dtype=torch.float64)
-        """
+        """Returns the bin centers, float64 ``[num_bins]``."""
         return self.edges()[:-1] + self.bin_width / 2
 
     def quantile(self, p: float) -> float:
-        """Returns the magnitude below which the fraction `p` of the data lies.
+        """Returns the magnitude below which the fraction ``p`` of the values
+        lies.
 
-        The mass of a bin counts as spread evenly over it (over its part up to
-        `max` in the bin that holds `max`), so the error is below one bin
-        width. The cumulative sum is exact and divided in float64.
-
-        Arguments
-        ---------
-        p : float
-            Fraction in (0, 1].
-
-        Returns
-        -------
-        float
-            Never above `max`; exactly `max` for `p = 1`.
-
-        Raises
-        ------
-        ValueError
-            If `p` is outside of (0, 1] or no values were collected.
-
-        Example
-        -------
-        >>> hist = Histogram()
-        >>> hist.add(torch.arange(1, 101).float())
-        >>> abs(hist.quantile(0.5) - 50) < hist.bin_width + 1, hist.quantile(1)
-        (True, 100.0)
+        The values of a bin count as spread evenly, so the error is below a bin
+        width.
         """
         if not 0 < p <= 1:
             raise ValueError(f"a quantile needs 0 < p <= 1, got {p!r}")
@@ -266,44 +154,13 @@ class Histogram:
     # -- clipping ----------------------------------------------------------
 
     def clip(self, edge: float, drop: bool = False) -> "Histogram":
-        """Returns the histogram of the data limited to `edge`.
+        """Returns the histogram of the data limited to ``edge``.
 
-        `edge` lies inside a bin as a rule. Saturating (`drop=False`) is still
-        exact in every count: what lay above `edge` becomes `edge` and thereby
-        belongs to that bin. Dropping splits that bin: as in `quantile`, its
-        mass counts as spread evenly, and the part above `edge` is discarded
-        (rounded to whole values), so that `clip(quantile(p), drop=True)`
-        keeps the fraction `p`. The bins stay as wide as they are: what is
-        finer is not known any more.
-
-        Arguments
-        ---------
-        edge : float
-            Finite, at least 0. Nothing changes if `max` is not above it.
-        drop : bool
-            Discard what lies above `edge` instead of saturating it. This may
-            leave an empty histogram.
-
-        Returns
-        -------
-        Histogram
-            A new histogram; its `max` is at most `edge`. After a drop `max`
-            is an upper bound (the edge of the last occupied bin), since the
-            largest value that is left is not known.
-
-        Raises
-        ------
-        ValueError
-            If `edge` is negative or not finite, or no values were collected.
-
-        Example
-        -------
-        >>> hist = Histogram(num_bins=8)
-        >>> hist.add(torch.tensor([0.5, 1.5, 7.0]))
-        >>> hist.clip(2.0).counts.tolist(), hist.clip(2.0).max
-        ([1, 1, 1, 0, 0, 0, 0, 0], 2.0)
-        >>> hist.clip(2.0, drop=True).count
-        2
+        Values above ``edge`` saturate, which is exact in every count, or are
+        dropped.
+        Dropping splits the bin of ``edge`` as :meth:`quantile` does; ``max`` is
+        then an
+        upper bound.
         """
         if not (math.isfinite(edge) and edge >= 0):
             raise ValueError(
@@ -330,20 +187,7 @@ class Histogram:
         return result
 
     def copy(self) -> "Histogram":
-        """Returns an independent copy.
-
-        Returns
-        -------
-        Histogram
-            The same counts, range and `max`.
-
-        Example
-        -------
-        >>> hist = Histogram()
-        >>> hist.copy().add(torch.ones(3))
-        >>> hist.count
-        0
-        """
+        """Returns an independent copy."""
         result = Histogram(self.num_bins)
         result._counts = self._counts.clone()
         result._exponent = self._exponent
@@ -353,21 +197,8 @@ class Histogram:
     # -- JSON --------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a form that `json` can write.
-
-        Returns
-        -------
-        dict
-            `num_bins`, `exponent` (the range is `2^exponent`), `max` and
-            `counts` without the zeros at its end. Plain int and float.
-
-        Example
-        -------
-        >>> hist = Histogram(num_bins=8)
-        >>> hist.add(torch.tensor([1.0, 2.5]))
-        >>> hist.to_dict()["counts"]
-        [0, 0, 1, 0, 0, 1]
-        """
+        """Returns plain data for JSON; zeros at the end of the counts are left
+        out."""
         occupied = self._counts.nonzero()
         used = int(occupied[-1]) + 1 if len(occupied) else 0
         return {
@@ -379,30 +210,7 @@ class Histogram:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "Histogram":
-        """Reads what `to_dict` returned.
-
-        Arguments
-        ---------
-        state : dict
-            As from `to_dict`.
-
-        Returns
-        -------
-        Histogram
-            Equal to the one that was written.
-
-        Raises
-        ------
-        ValueError
-            If a key is missing or the values contradict each other.
-
-        Example
-        -------
-        >>> hist = Histogram(num_bins=8)
-        >>> hist.add(torch.tensor([1.0, 2.5]))
-        >>> Histogram.from_dict(hist.to_dict()).max
-        2.5
-        """
+        """Reads and checks what :meth:`to_dict` returned."""
         state = typed(state, dict, "a histogram")
         missing = {"num_bins", "exponent", "max", "counts"} - set(state)
         if missing:
@@ -442,7 +250,7 @@ class Histogram:
     # -- helpers -----------------------------------------------------------
 
     def _span(self, index: int) -> tuple[float, float]:
-        """Returns the edges of a bin, the upper one not above `max`."""
+        """Returns the edges of a bin, the upper one not above ``max``."""
         left = index * self.bin_width
         return left, max(left, min(left + self.bin_width, self._max))
 
@@ -456,7 +264,7 @@ class Histogram:
 
 
 def _is_power_of_two(n: int) -> bool:
-    """Says whether `n` is an integer power of two."""
+    """Whether ``n`` is an integer power of two."""
     is_int = isinstance(n, int) and not isinstance(n, bool)
     return is_int and n > 0 and n & (n - 1) == 0
 
@@ -464,7 +272,7 @@ def _is_power_of_two(n: int) -> bool:
 def _lies_in_last_bin(
     value: float, used: int, exponent: int, num_bins: int
 ) -> bool:
-    """Says whether `value` lies in bin `used - 1` or on its upper edge."""
+    """Whether ``value`` lies in bin ``used - 1`` or on its upper edge."""
     width = math.ldexp(1.0, exponent) / num_bins
     return max(used - 1, 0) * width <= value <= used * width
 

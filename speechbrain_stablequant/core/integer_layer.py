@@ -76,15 +76,18 @@ class IntegerLayer:
     algorithm: str = "native"
 
     def loaded(self) -> "IntegerLayer":
-        """The layer with its weight in memory. Whoever drops it before the
-        next one holds one weight at a time."""
+        """Returns the layer with its weight in memory.
+
+        Release each layer before loading the next, to keep one weight in
+        memory.
+        """
         if self.read is None:
             return self
         return replace(self, weight=self.read(), read=None)
 
     def to(self, device: str | torch.device) -> "IntegerLayer":
-        """The layer on a device; one that is still in its file is read, but
-        not for the CPU, whose runtimes do that one layer at a time."""
+        """Moves the layer to a device, reading its weight from the file first;
+        on the CPU the weight stays in the file."""
         device = torch.device(device)
         if device.type == "cpu" and self.read is not None:
             return self
@@ -95,29 +98,19 @@ class IntegerLayer:
         return replace(layer, **moved)
 
     def float_weight(self) -> torch.Tensor:
-        """The weight that the integers stand for, float32."""
+        """Returns the dequantized weight, float32."""
         return restore_weight(self.weight, self.weight_scale)
 
     def full_bias(self) -> torch.Tensor | None:
-        """What is added to the product with the quantized input."""
+        """Returns the bias including the share of the activation offset."""
         if not self.activation_offset:
             return self.bias
         shift = offset_bias(self.float_weight(), self.activation_offset)
         return shift if self.bias is None else self.bias + shift
 
     def zero_point(self) -> int:
-        """The integer that an input of 0 becomes; 0 without an offset.
-
-        Returns
-        -------
-        int
-
-        Raises
-        ------
-        ValueError
-            An offset for which there is no such integer, or zeros that are
-            padded.
-        """
+        """Returns the integer that an input of 0 becomes; raises if the offset
+        has none."""
         if not self.activation_offset:
             return 0
         steps = self.activation_offset / float(self.activation_scale)
@@ -134,27 +127,14 @@ class IntegerLayer:
 
     @property
     def extras(self) -> frozenset[str]:
-        """What a runtime must be able to do beyond plain integers."""
+        """What a runtime must support beyond plain integers."""
         return layer_extras(self.activation_offset, self.weight_group)
 
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """A Linear or Conv1d that a plan leaves in floating point.
-
-    Arguments
-    ---------
-    name, kind : str
-        As in :class:`IntegerLayer`.
-    weight : torch.Tensor
-        float32.
-    bias : torch.Tensor or None
-        float32 [out].
-    stride, padding, dilation, groups : int
-        Of a convolution.
-    algorithm : str
-        As in :class:`IntegerLayer`.
-    """
+    """A Linear or Conv1d that a plan leaves in floating point; fields as in
+    :class:`IntegerLayer`."""
 
     name: str
     kind: str
@@ -167,37 +147,17 @@ class FloatLayer:
     algorithm: str = "native"
 
     def loaded(self) -> "FloatLayer":
-        """The layer: its weight is in memory."""
+        """Returns the layer itself: its weight is in memory."""
         return self
 
     def full_bias(self) -> torch.Tensor | None:
-        """As of :class:`IntegerLayer`."""
+        """Returns the bias, as of :class:`IntegerLayer`."""
         return self.bias
 
 
 def layer_geometry(module: nn.Module) -> dict[str, int]:
-    """Stride, padding, dilation and groups of a layer.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        A Linear or Conv1d.
-
-    Returns
-    -------
-    dict
-        Empty for a Linear.
-
-    Raises
-    ------
-    ValueError
-        A padding mode other than zeros, or padding by name.
-
-    Example
-    -------
-    >>> layer_geometry(nn.Conv1d(4, 4, 3, stride=2, groups=2))
-    {'stride': 2, 'padding': 0, 'dilation': 1, 'groups': 2}
-    """
+    """Returns stride, padding, dilation and groups of a Conv1d; empty for a
+    Linear."""
     if not isinstance(module, nn.Conv1d):
         return {}
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -221,30 +181,8 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 def integer_layer(
     layer: Layer, quant: LayerQuant, tensors: LayerTensors | None = None
 ) -> IntegerLayer:
-    """The integers and scales of a float layer.
-
-    Arguments
-    ---------
-    layer : Layer
-        The float layer.
-    quant : LayerQuant
-        How it is quantized.
-    tensors : LayerTensors, optional
-        Integers and bias to use in place of the nearest ones.
-
-    Returns
-    -------
-    IntegerLayer
-        ``float_weight()`` equals the simulation's weight bit for bit.
-
-    Example
-    -------
-    >>> linear = nn.Linear(2, 1, bias=False)
-    >>> linear.weight.data = torch.tensor([[1.0, -0.5]])
-    >>> layer = Layer("enc", linear, "linear", "head")
-    >>> integer_layer(layer, LayerQuant(8, 8, 2.0)).weight
-    tensor([[127, -64]], dtype=torch.int8)
-    """
+    """Quantizes a float layer; ``tensors`` replace the nearest integers and the
+    bias."""
     tensors = tensors or LayerTensors()
     weight, scale = tensors.weight, tensors.weight_scale
     own = layer.module.weight.detach().float()
@@ -273,19 +211,7 @@ def integer_layer(
 
 
 def float_layer(name: str, module: nn.Module) -> FloatLayer:
-    """A layer as it is.
-
-    Arguments
-    ---------
-    name : str
-        Path of the layer.
-    module : torch.nn.Module
-        A Linear or Conv1d.
-
-    Returns
-    -------
-    FloatLayer
-    """
+    """Returns a float layer as data."""
     return FloatLayer(
         name=name,
         kind="conv1d" if isinstance(module, nn.Conv1d) else "linear",
@@ -296,20 +222,7 @@ def float_layer(name: str, module: nn.Module) -> FloatLayer:
 
 
 def integer_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
-    """int8 x int8 -> int32, exact, with plain torch.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        Its weight.
-    q : torch.Tensor
-        int8 input: [..., in] of a Linear, [batch, in, time] of a convolution.
-
-    Returns
-    -------
-    torch.Tensor
-        int32.
-    """
+    """Multiplies int8 by int8 into int32, exactly, with plain torch."""
     # float64 holds every such sum exactly (below 2^53) and has fast products.
     x, weight = q.double(), layer.weight.double()
     if layer.kind == "conv1d":
@@ -328,29 +241,7 @@ def integer_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
 
 
 def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
-    """A layer in integer arithmetic: quantize, multiply, scale, add the bias.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        The layer.
-    x : torch.Tensor
-        float input: [..., in] of a Linear, [batch, in, time] of a convolution.
-
-    Returns
-    -------
-    torch.Tensor
-        float32.
-
-    Example
-    -------
-    >>> linear = nn.Linear(2, 1, bias=False)
-    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
-    >>> layer = integer_layer(
-    ...     Layer("enc", linear, "linear", "head"), LayerQuant(8, 8, 127.0))
-    >>> reference_forward(layer, torch.tensor([[3.4, 1.0]])).round()
-    tensor([[2.]])
-    """
+    """Computes a layer in integer arithmetic; returns float32."""
     if layer.activation_offset:
         x = x - layer.activation_offset
     q = quantize(x, layer.activation_scale, layer.activation_bits)
@@ -365,7 +256,7 @@ def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
-    """The sum over groups of exact integer products times their scales."""
+    """Sums exact integer products of the groups, each times its scale."""
     size = layer.weight_group
     parts = zip(q.split(size, -1), layer.weight.split(size, 1), strict=True)
     sums = [F.linear(x.double(), weight.double()) for x, weight in parts]
@@ -375,42 +266,13 @@ def _grouped_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
 
 
 def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
-    """What an activation offset adds to a layer's bias: the product of its
-    weight with a constant input.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        On the quantization grid, output channels first.
-    offset : float
-        As of :class:`~speechbrain_stablequant.core.plan.LayerQuant`.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 [out].
-
-    Example
-    -------
-    >>> offset_bias(torch.tensor([[1.0, 2.0]]), 0.5)
-    tensor([1.5000])
-    """
+    """Returns what an activation offset adds to a bias: float32 [out]."""
     return weight.flatten(1).sum(1).float() * offset
 
 
 def check_offset(module: nn.Module) -> None:
-    """Raises if a layer cannot have an activation offset.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        A Linear or Conv1d.
-
-    Raises
-    ------
-    ValueError
-        A convolution that pads with zeros, which the offset would change.
-    """
+    """Raises for a convolution with zero padding, where an activation offset is
+    not exact."""
     if isinstance(module, nn.Conv1d) and module.padding not in (0, (0,)):
         raise ValueError(
             f"{type(module).__name__} with padding {module.padding}: an "

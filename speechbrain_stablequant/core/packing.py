@@ -17,53 +17,14 @@ _ROWS = 1 << 13
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that so many values take.
-
-    Arguments
-    ---------
-    count : int
-        Number of values.
-    bits : int
-        2 to 8.
-
-    Returns
-    -------
-    int
-
-    Example
-    -------
-    >>> packed_size(16, 6), packed_size(17, 6), packed_size(17, 8)
-    (12, 18, 17)
-    """
+    """Returns the number of bytes that packed values take."""
     qmax(bits)
     return count if bits == 8 else -(-count // _GROUP) * bits
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs signed integers.
-
-    Arguments
-    ---------
-    values : torch.Tensor
-        int8, any shape, each in ``[-2^(bits-1), 2^(bits-1) - 1]``.
-    bits : int
-        2 to 8.
-
-    Returns
-    -------
-    torch.Tensor
-        For 8 bits ``values`` itself; else uint8 ``[packed_size]``.
-
-    Raises
-    ------
-    ValueError
-        Another dtype, or a value that needs more bits.
-
-    Example
-    -------
-    >>> pack(torch.tensor([1, -1], dtype=torch.int8), 4).tolist()
-    [241, 0, 0, 0]
-    """
+    """Packs int8 values of any shape: int8 as they are for 8 bits, else flat
+    uint8."""
     size = packed_size(values.numel(), bits)
     if values.dtype != torch.int8:
         raise ValueError(f"only int8 can be packed, not {values.dtype}")
@@ -84,22 +45,8 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def check_packed(packed: torch.Tensor, bits: int, shape: torch.Size) -> None:
-    """Raises unless a tensor has the dtype and the size of packed values.
-
-    Arguments
-    ---------
-    packed : torch.Tensor
-        From :func:`pack`; it may be on the ``meta`` device.
-    bits : int
-        2 to 8.
-    shape : torch.Size
-        Of the values.
-
-    Raises
-    ------
-    ValueError
-        It is not what so many values of so many bits make.
-    """
+    """Raises unless a tensor, possibly on ``meta``, has the dtype and size of
+    packed values."""
     size = packed_size(shape.numel(), bits)
     dtype = torch.int8 if bits == 8 else torch.uint8
     if packed.dtype != dtype or packed.numel() != size:
@@ -110,34 +57,7 @@ def check_packed(packed: torch.Tensor, bits: int, shape: torch.Size) -> None:
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
-    """Gives back what :func:`pack` was given.
-
-    Arguments
-    ---------
-    packed : torch.Tensor
-        From :func:`pack`.
-    bits : int
-        2 to 8.
-    shape : torch.Size or sequence of int
-        Of the values.
-
-    Returns
-    -------
-    torch.Tensor
-        int8.
-
-    Raises
-    ------
-    ValueError
-        ``packed`` is not what so many values of so many bits make.
-
-    Example
-    -------
-    >>> values = torch.tensor([[3, -4, 0], [-1, 2, -3]], dtype=torch.int8)
-    >>> packed = pack(values, 3)
-    >>> packed.numel(), torch.equal(unpack(packed, 3, values.shape), values)
-    (3, True)
-    """
+    """Restores the int8 values that :func:`pack` packed."""
     shape = torch.Size(shape)
     check_packed(packed, bits, shape)
     if bits == 8:

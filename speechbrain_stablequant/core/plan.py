@@ -1,4 +1,5 @@
-"""The decisions of a quantization run: what was chosen for each layer, why."""
+"""The decisions of a quantization run: what was chosen for each layer, and
+why."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -51,15 +52,8 @@ class LayerQuant:
     weight_group: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, without those that only some methods use and this
-        layer does not: files and keys of all others stay as they are.
-
-        Example
-        -------
-        >>> sorted(LayerQuant(8, 8, 1.0, weight_group=64).to_dict())
-        ['activation_amax', 'activation_bits', 'weight_bits', \
-'weight_group', 'weight_method']
-        """
+        """Returns the fields as JSON; optional ones only where they are used,
+        so that files and cache keys of other plans stay the same."""
         raw = asdict(self)
         for name in ("activation_offset", "weight_group"):
             if not raw[name]:
@@ -68,25 +62,13 @@ class LayerQuant:
 
     @property
     def extras(self) -> frozenset[str]:
-        """What a runtime must be able to do beyond plain integers."""
+        """What a runtime must support beyond plain integers."""
         return layer_extras(self.activation_offset, self.weight_group)
 
 
 def layer_extras(activation_offset: float, weight_group: int) -> frozenset[str]:
-    """What a layer needs of a runtime, by the names of the switches.
-
-    Arguments
-    ---------
-    activation_offset : float
-        As of :class:`LayerQuant`.
-    weight_group : int
-        As of :class:`LayerQuant`.
-
-    Returns
-    -------
-    frozenset of str
-        Of ``"asymmetric"`` and ``"weight_groups"``.
-    """
+    """Returns the features that a layer needs: of ``"asymmetric"``,
+    ``"weight_groups"``."""
     needs = {
         "asymmetric": activation_offset != 0,
         "weight_groups": weight_group != 0,
@@ -95,30 +77,7 @@ def layer_extras(activation_offset: float, weight_group: int) -> frozenset[str]:
 
 
 def read_quant(raw: Any, where: str) -> LayerQuant | None:
-    """How a layer is quantized, from a file that a user may edit.
-
-    Arguments
-    ---------
-    raw : Any
-        As of :meth:`LayerQuant.to_dict`, or None.
-    where : str
-        The layer: opens the error.
-
-    Returns
-    -------
-    LayerQuant or None
-
-    Raises
-    ------
-    ValueError
-        Names the first wrong key.
-
-    Example
-    -------
-    >>> read_quant({"weight_bits": 8}, "layer 'enc'")
-    Traceback (most recent call last):
-    ValueError: layer 'enc': lacks 'activation_bits'
-    """
+    """Reads and checks a layer's quantization from a file; None stays None."""
     if raw is None:
         return None
     quant = typed(raw, LayerQuant, where)
@@ -143,7 +102,7 @@ def _require(checks: Mapping[str, bool], row: Any, where: str) -> None:
 
 
 def _check_name(name: str, where: str) -> None:
-    """A layer's name stands in messages and in names of tensors."""
+    """Checks a layer's name, which is used in messages and in tensor names."""
     if not (name.isprintable() and 0 < len(name) <= _MAX_NAME):
         raise ValueError(f"{where}: name cannot be {short(name)}")
 
@@ -254,7 +213,7 @@ def _read_layer(raw: Any, where: str) -> LayerPlan:
 
 @dataclass(frozen=True)
 class _Beside:
-    """What the plan says about the file of its tensors."""
+    """The plan's reference to the file of its tensors."""
 
     file: str
     sha256: str
@@ -298,7 +257,7 @@ class QuantizationPlan:
     )
 
     def quants(self) -> dict[str, LayerQuant]:
-        """The quantized layers by name."""
+        """Returns the quantized layers by name."""
         return {
             layer.name: layer.quant
             for layer in self.layers
@@ -307,7 +266,7 @@ class QuantizationPlan:
 
     @property
     def extras(self) -> frozenset[str]:
-        """What a runtime must be able to do beyond plain integers."""
+        """What a runtime must support beyond plain integers."""
         return frozenset().union(*(q.extras for q in self.quants().values()))
 
     def save(self, path: str | Path) -> None:
@@ -413,20 +372,8 @@ class QuantizationPlan:
         return replace(plan, units=parts["units"], layers=parts["layers"])
 
     def check_matches(self, names: Mapping[str, str], path: str) -> None:
-        """Raises unless the plan is about exactly these layers.
-
-        Arguments
-        ---------
-        names : Mapping
-            Kind of each layer of the model by name.
-        path : str
-            Where the plan came from, for the error.
-
-        Raises
-        ------
-        ValueError
-            Names the first layer that differs.
-        """
+        """Raises unless the plan covers exactly these layers, given as kind by
+        name."""
         planned = {layer.name: layer.kind for layer in self.layers}
         for name in [*planned, *names]:
             if planned.get(name) != names.get(name):
@@ -443,22 +390,7 @@ class QuantizationPlan:
         modules: Mapping[str, nn.Module],
         path: str,
     ) -> None:
-        """Raises unless the plan's tensors fit the model.
-
-        Arguments
-        ---------
-        layers : iterable of Layer
-            The layers of the model.
-        modules : Mapping
-            Its modules by key.
-        path : str
-            Where the plan came from, for the error.
-
-        Raises
-        ------
-        ValueError
-            Names the first tensor that does not fit.
-        """
+        """Raises unless the plan's tensors fit the model."""
         if self.tensors is None:
             return
         quants = self.quants()

@@ -1,10 +1,8 @@
-"""Tensors that a method decided, beside the numbers of a plan.
+"""Tensors of a plan: integers, biases and float parameters that a method chose.
 
-Most methods decide numbers: bits, ranges. Some decide the integers
-themselves (adaptive rounding, error compensation), correct biases, or move
-factors between a normalization and the layers behind it. Their tensors are
-kept in a file beside ``plan.json``, so that the plan can be executed and used
-again like any other.
+Most methods choose numbers only: bits and ranges. Adaptive rounding and error
+compensation choose the integers themselves. Their tensors are stored in a file
+beside ``plan.json``, so that the plan can be executed and reused.
 """
 
 import hashlib
@@ -35,7 +33,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class _Description:
-    """What the file says about its tensors: bits and shape of integers."""
+    """Header of the file: bits and shape of each packed weight."""
 
     format: Literal["speechbrain_stablequant.plan"]
     weights: dict[str, list[int]]
@@ -43,18 +41,10 @@ class _Description:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What was decided for one quantized layer; None: as the plan's numbers
-    say.
+    """Tensors of one quantized layer; None where the plan's numbers decide.
 
-    Arguments
-    ---------
-    weight : torch.Tensor or None
-        int8 in the shape of the float weight.
-    weight_scale : torch.Tensor or None
-        float32 [out], or [out, groups] with a scale for each group of
-        inputs. Given with ``weight`` and not without.
-    bias : torch.Tensor or None
-        float32 [out], in place of the layer's own or where it has none.
+    ``weight`` is int8 and comes with its float32 ``weight_scale`` ([out], or
+    [out, groups]); ``bias`` is float32 [out].
     """
 
     weight: torch.Tensor | None = field(default=None, repr=False)
@@ -66,7 +56,7 @@ class LayerTensors:
             raise ValueError("integers and their scales belong together")
 
     def cpu(self) -> "LayerTensors":
-        """The tensors in the memory of the host."""
+        """Returns a copy in host memory."""
         parts = self.weight, self.weight_scale, self.bias
         return LayerTensors(
             *(part if part is None else part.cpu() for part in parts)
@@ -75,16 +65,9 @@ class LayerTensors:
 
 @dataclass(frozen=True)
 class AdjustedTensors:
-    """All tensors of a plan.
-
-    Arguments
-    ---------
-    layers : dict
-        LayerTensors of quantized layers, by name.
-    floats : dict
-        Changed parameters of everything else, float32, by their name in the
-        state dict of the Brain's modules, and rotations of encoders' streams.
-    """
+    """All tensors of a plan: those of quantized layers, and changed float32
+    parameters
+    (``floats``), by name in the state dict, rotations included."""
 
     layers: dict[str, LayerTensors] = field(default_factory=dict)
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -93,27 +76,14 @@ class AdjustedTensors:
         return bool(self.layers or self.floats)
 
     def cpu(self) -> "AdjustedTensors":
-        """The tensors in the memory of the host."""
+        """Returns a copy in host memory."""
         return AdjustedTensors(
             {name: tensors.cpu() for name, tensors in self.layers.items()},
             {name: tensor.cpu() for name, tensor in self.floats.items()},
         )
 
     def digest(self) -> str:
-        """Identifies the content.
-
-        Returns
-        -------
-        str
-            32 hexadecimal digits.
-
-        Example
-        -------
-        >>> one = AdjustedTensors(floats={"a": torch.ones(2)})
-        >>> two = AdjustedTensors(floats={"a": torch.zeros(2)})
-        >>> one.digest() == two.digest()
-        False
-        """
+        """Identifies the content, in 32 hexadecimal digits."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.flat().items()):
             flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -123,17 +93,8 @@ class AdjustedTensors:
         return digest.hexdigest()[:32]
 
     def flat(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, as :meth:`from_flat` takes them.
-
-        Returns
-        -------
-        dict
-
-        Example
-        -------
-        >>> AdjustedTensors(floats={"a": torch.ones(1)}).flat()
-        {'floats/a': tensor([1.])}
-        """
+        """Returns all tensors by one name each, as :meth:`from_flat` takes
+        them."""
         flat = {f"floats/{k}": v for k, v in self.floats.items()}
         for name, tensors in self.layers.items():
             for part in ("weight", "weight_scale", "bias"):
@@ -144,17 +105,7 @@ class AdjustedTensors:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, torch.Tensor]) -> "AdjustedTensors":
-        """The inverse of :meth:`flat`.
-
-        Arguments
-        ---------
-        flat : Mapping
-            Tensors by name.
-
-        Returns
-        -------
-        AdjustedTensors
-        """
+        """Restores and checks what :meth:`flat` returned."""
         floats: dict[str, torch.Tensor] = {}
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
@@ -178,29 +129,8 @@ class AdjustedTensors:
     # -- on disk -----------------------------------------------------------
 
     def save(self, path: str | Path, bits: Mapping[str, int]) -> str:
-        """Writes the tensors, whole or not at all.
-
-        Arguments
-        ---------
-        path : str or Path
-            The file.
-        bits : Mapping
-            Bits of each layer's weights, by name.
-
-        Returns
-        -------
-        str
-            SHA-256 of the file.
-
-        Example
-        -------
-        >>> path = getfixture("tmp_path") / "plan.safetensors"
-        >>> integers = torch.tensor([[1, -7]], dtype=torch.int8)
-        >>> tensors = LayerTensors(integers, torch.ones(1))
-        >>> sha = AdjustedTensors({"enc": tensors}).save(path, {"enc": 4})
-        >>> AdjustedTensors.load(path, sha).layers["enc"].weight
-        tensor([[ 1, -7]], dtype=torch.int8)
-        """
+        """Writes the tensors atomically, weights packed to ``bits``; returns
+        the file's SHA-256."""
         tensors, weights = {}, {}
         for name, tensor in self.flat().items():
             tensor = tensor.detach().cpu().contiguous()
@@ -220,24 +150,7 @@ class AdjustedTensors:
     def load(
         cls, path: str | Path, sha256: str | None = None
     ) -> "AdjustedTensors":
-        """Reads what :meth:`save` wrote.
-
-        Arguments
-        ---------
-        path : str or Path
-            The file.
-        sha256 : str, optional
-            What :meth:`save` returned: then it must be that file.
-
-        Returns
-        -------
-        AdjustedTensors
-
-        Raises
-        ------
-        ValueError
-            The file is missing, is another one, or is damaged.
-        """
+        """Reads and checks what :meth:`save` wrote."""
         path = Path(path)
         try:
             data = read_file(path)
@@ -288,22 +201,8 @@ class AdjustedTensors:
         modules: Mapping[str, nn.Module],
         path: str,
     ) -> None:
-        """Raises unless each tensor fits its layer or parameter.
-
-        Arguments
-        ---------
-        layers : iterable of Layer
-            The layers of the model.
-        modules : Mapping
-            Its modules by key.
-        path : str
-            Where the plan came from, for the error.
-
-        Raises
-        ------
-        ValueError
-            Names the first that does not fit.
-        """
+        """Raises unless each tensor fits its layer or parameter; ``path`` names
+        the plan."""
         by_name = {layer.name: layer for layer in layers}
         for name, tensors in self.layers.items():
             layer = by_name.get(name)
@@ -357,7 +256,7 @@ def _rotation_shape(
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """The live parameters by their name in the state dict."""
+    """Returns the live parameters by their name in the state dict."""
     return {
         f"{key}.{name}": parameter
         for key, module in modules.items()
@@ -369,30 +268,7 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
 def adjusted_floats(
     modules: Mapping[str, nn.Module], floats: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Context in which parameters have other values, and streams are rotated.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-    floats : Mapping
-        Values by the parameter's name in the state dict; rotations by that
-        of their buffer.
-
-    Raises
-    ------
-    KeyError
-        A name that is no parameter.
-
-    Example
-    -------
-    >>> norm = nn.LayerNorm(1)
-    >>> with adjusted_floats({"a": norm}, {"a.weight": torch.zeros(1)}):
-    ...     norm.weight.item()
-    0.0
-    >>> norm.weight.item()
-    1.0
-    """
+    """Context in which parameters have other values and streams are rotated."""
     state = _parameters(modules) if floats else {}
     # All names are looked up before anything is changed.
     targets = {name: state[name] for name in floats if not is_rotation(name)}

@@ -1,5 +1,6 @@
 """Weights on the quantization grid: a scale for each output channel, or for
-each group of a channel's inputs."""
+each
+group of a channel's inputs."""
 
 import torch
 
@@ -10,35 +11,8 @@ from .calibrators import weight_amax
 def weight_scale(
     weight: torch.Tensor, bits: int, method: str, group: int = 0
 ) -> torch.Tensor:
-    """Scales of a weight.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        Output channels first.
-    bits : int
-        2 to 8.
-    method : str
-        ``"max"`` or ``"mse"``.
-    group : int
-        0: one scale per output channel. Else so many neighboring inputs of
-        a Linear share one.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 [out], or [out, in / group].
-
-    Raises
-    ------
-    ValueError
-        A group that does not divide the inputs of a Linear.
-
-    Example
-    -------
-    >>> weight_scale(torch.tensor([[7.0, 1.0, 14.0, 1.0]]), 4, "max", 2)
-    tensor([[1., 2.]])
-    """
+    """Returns float32 scales, [out], or [out, in / group] for a Linear with
+    groups."""
     weight = weight.detach().float()
     if not group:
         return scale_from_amax(weight_amax(weight, bits, method), bits)
@@ -55,28 +29,7 @@ def weight_scale(
 def round_weight(
     weight: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """The nearest integers of a weight.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        Output channels first.
-    scale : torch.Tensor
-        From :func:`weight_scale`.
-    bits : int
-        2 to 8.
-
-    Returns
-    -------
-    torch.Tensor
-        int8, the shape of ``weight``.
-
-    Example
-    -------
-    >>> round_weight(torch.tensor([[7.0, 1.0, 14.0, 1.0]]),
-    ...     torch.tensor([[1.0, 2.0]]), 4)
-    tensor([[7, 1, 7, 0]], dtype=torch.int8)
-    """
+    """Rounds a weight to its nearest integers, int8."""
     weight = weight.detach().float()
     if scale.dim() == 1:
         return quantize(weight, scale, bits, axis=0)
@@ -86,25 +39,7 @@ def round_weight(
 
 
 def restore_weight(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The float weight that integers stand for.
-
-    Arguments
-    ---------
-    q : torch.Tensor
-        int8, output channels first.
-    scale : torch.Tensor
-        float32 [out] or [out, groups].
-
-    Returns
-    -------
-    torch.Tensor
-        float32, the shape of ``q``.
-
-    Example
-    -------
-    >>> restore_weight(torch.tensor([[7, 1, 7, 0]]), torch.tensor([[1.0, 2]]))
-    tensor([[ 7.,  1., 14.,  0.]])
-    """
+    """Returns the float32 weight that integers and their scales represent."""
     if scale.dim() == 1:
         return dequantize(q, scale, axis=0)
     rows = q.reshape(scale.numel(), -1)

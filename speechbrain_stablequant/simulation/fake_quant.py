@@ -1,9 +1,7 @@
-"""Simulated quantization: the float model computes as the plan says, and is
-itself again afterwards.
+"""Simulated quantization: the float model computes as the plan says.
 
 Each layer's ``forward`` is shadowed on the instance. Parameters, state dict,
-hooks and parametrizations stay as they are, so that checkpoints of the float
-model load and save while a simulation is on.
+hooks and parametrizations stay, so that checkpoints load and save meanwhile.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,32 +26,7 @@ _NOTHING = LayerTensors()
 def quantize_weight(
     weight: torch.Tensor, bits: int, method: str, group: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fake-quantized weight and its scales.
-
-    Arguments
-    ---------
-    weight : torch.Tensor
-        Float weight, output channels first.
-    bits : int
-        2 to 8.
-    method : str
-        ``"max"`` or ``"mse"``.
-    group : int
-        Inputs of a Linear that share a scale; 0 for all.
-
-    Returns
-    -------
-    torch.Tensor
-        Weight of the same shape, on the quantization grid.
-    torch.Tensor
-        float32 scales, one per output channel or [out, groups].
-
-    Example
-    -------
-    >>> weight, scale = quantize_weight(torch.tensor([[1.0, 0.4]]), 2, "max")
-    >>> weight, scale
-    (tensor([[1., 0.]]), tensor([1.]))
-    """
+    """Returns the fake-quantized weight and its float32 scales."""
     weight = weight.detach().float()
     scale = weight_scale(weight, bits, method, group)
     if group:
@@ -62,25 +35,7 @@ def quantize_weight(
 
 
 def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
-    """A layer's input as its integers stand for it.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        float32.
-    quant : LayerQuant
-        How it is quantized.
-
-    Returns
-    -------
-    torch.Tensor
-        On the quantization grid.
-
-    Example
-    -------
-    >>> quantize_input(torch.tensor([0.9, 9.0]), LayerQuant(4, 2, 1.0))
-    tensor([1., 1.])
-    """
+    """Returns a layer's float32 input on its quantization grid."""
     bits = quant.activation_bits
     scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
     scale = scale.to(x.device)
@@ -96,25 +51,7 @@ def multiply(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """A layer's product with a weight and a bias that are not its own.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        A Linear or Conv1d.
-    x, weight, bias : torch.Tensor
-        In place of its input and parameters.
-
-    Returns
-    -------
-    torch.Tensor
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1)
-    >>> multiply(linear, torch.ones(1), torch.ones(1, 1), torch.ones(1)).item()
-    2.0
-    """
+    """Runs a Linear or Conv1d with another weight and bias."""
     if isinstance(module, nn.Conv1d):
         # Zero padding stays exact: the zero point is 0.
         return module._conv_forward(x, weight, bias)
@@ -127,24 +64,8 @@ def quantized_forward(
     weight: torch.Tensor,
     new_bias: torch.Tensor | None = None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward of a layer under simulation.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        A Linear or Conv1d, parametrized or not.
-    quant : LayerQuant
-        How its input is quantized.
-    weight : torch.Tensor
-        Its weight on the quantization grid.
-    new_bias : torch.Tensor or None
-        In place of the module's own.
-
-    Returns
-    -------
-    callable
-        Of the input, giving the output in the input's dtype.
-    """
+    """Returns the simulated forward of a Linear or Conv1d, whose output has the
+    input's dtype."""
     bits = quant.activation_bits
     scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
     scale = scale.to(weight.device)
@@ -174,7 +95,7 @@ def quantized_forward(
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a layer computed with last, and what it was made from."""
+    """What a layer last computed with, and what it was made from."""
 
     quant: LayerQuant
     tensors: LayerTensors
@@ -182,7 +103,7 @@ class _Kept:
     forward: Callable[[torch.Tensor], torch.Tensor]
 
     def same_weight(self, quant: LayerQuant, tensors: LayerTensors) -> bool:
-        """Whether the weight serves another quantization as well."""
+        """Whether the weight also serves another quantization."""
         if tensors.weight is not None or self.tensors.weight is not None:
             return tensors.weight is self.tensors.weight
         return all(
@@ -192,28 +113,13 @@ class _Kept:
 
 
 class Simulator:
-    """Applies quantization to the layers of one model, again and again.
+    """Applies quantization to the layers of one model, repeatedly.
 
     The last weight of each layer is kept, since a search returns to it: one
-    float32 copy of the model, however many precisions are tried.
-
-    Arguments
-    ---------
-    layers : iterable of Layer
-        All layers that may be quantized.
-    tensors : Mapping, optional
-        LayerTensors by name: integers and biases to use in place of the
-        nearest ones. The attribute of this name may be changed between two
-        contexts.
-
-    Example
-    -------
-    >>> linear = nn.Linear(2, 1, bias=False)
-    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
-    >>> layer = Layer("enc", linear, "linear", "head")
-    >>> with Simulator([layer]).apply({"enc": LayerQuant(2, 2, 1.0)}):
-    ...     linear(torch.tensor([0.6, 7.0])).tolist()
-    [0.0]
+    float32
+    copy of the model. ``tensors`` hold integers and biases that replace the
+    nearest
+    ones; the attribute may be changed between two contexts.
     """
 
     def __init__(
@@ -228,6 +134,7 @@ class Simulator:
     def _forward(
         self, name: str, quant: LayerQuant
     ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns the layer's simulated forward, reusing its last weight."""
         tensors = self.tensors.get(name, _NOTHING)
         kept = self._kept.get(name)
         if kept and kept.quant == quant and kept.tensors is tensors:
@@ -253,18 +160,8 @@ class Simulator:
 
     @contextmanager
     def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
-        """Context in which the named layers compute quantized.
-
-        Arguments
-        ---------
-        quants : Mapping
-            LayerQuant by layer name; layers that are not named stay float.
-
-        Raises
-        ------
-        KeyError
-            A name that is no layer of this model.
-        """
+        """Context in which the named layers compute quantized; others stay
+        float."""
         shadowed = []
         try:
             for name, quant in quants.items():

@@ -1,8 +1,7 @@
-"""One pass over data gives a histogram of |input| for each layer.
+"""Collects a histogram of |input| for each layer in one pass over the data.
 
-Padding never enters a histogram. A batch says how many samples of each
-utterance are real; each layer sees another time resolution, so the number of
-its real frames follows from the network's convolutions.
+Padding is never counted: the number of real frames at a layer follows from the
+real samples of each utterance and the network's convolutions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +16,7 @@ from ..utils.distributed import gathered
 
 
 def conv_frames(samples: int, kernel: int, stride: int) -> int:
-    """Output frames of an unpadded convolution that see no padding.
-
-    Example
-    -------
-    >>> conv_frames(400, 10, 5)
-    79
-    """
+    """Returns the output frames of an unpadded convolution."""
     return max((samples - kernel) // stride + 1, 0)
 
 
@@ -33,32 +26,12 @@ def valid_frames(
     lengths: Sequence[int],
     geometry: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
-    """How many frames of each utterance are real at some time resolution.
+    """Returns the real frames of each utterance at a layer with ``frames``
+    frames.
 
-    Arguments
-    ---------
-    frames : int
-        Frames of the padded batch at the layer's input.
-    total : int
-        Samples of the padded batch.
-    lengths : sequence of int
-        Real samples of each utterance.
-    geometry : sequence of (int, int)
-        Kernel and stride of the convolutions that lead from samples to
-        frames. A resolution that none of them gives is taken as a plain
-        fraction of the samples.
-
-    Returns
-    -------
-    list of int
-        Real frames of each utterance.
-
-    Example
-    -------
-    >>> valid_frames(79, 400, [400, 200], [(10, 5)])
-    [79, 39]
-    >>> valid_frames(100, 400, [400, 200])
-    [100, 50]
+    ``geometry`` lists kernel and stride of the convolutions. A resolution that
+    none
+    of them gives is taken as a plain fraction of the samples.
     """
     padded, real = total, list(lengths)
     for kernel, stride in (*geometry, (1, 1)):
@@ -70,27 +43,7 @@ def valid_frames(
 
 
 class Observer:
-    """Collects the histograms while a model runs.
-
-    Arguments
-    ---------
-    layers : iterable of Layer
-        The layers to watch.
-    geometry : sequence of (int, int)
-        Kernel and stride of the feature extractor's convolutions.
-    num_bins : int
-        Bins of each histogram.
-
-    Example
-    -------
-    >>> linear = nn.Linear(2, 1)
-    >>> observer = Observer([Layer("enc", linear, "linear", "head")])
-    >>> with observer.watch():
-    ...     observer.start_batch(total=4, lengths=[2])
-    ...     _ = linear(torch.tensor([[[1.0, 2], [3, 4], [5, 6], [7, 8]]]))
-    >>> observer.histograms["enc"].max
-    4.0
-    """
+    """Collects a histogram for each layer while a model runs."""
 
     def __init__(
         self,
@@ -108,20 +61,13 @@ class Observer:
         self._lengths: list[int] = []
 
     def start_batch(self, total: int, lengths: Sequence[int]) -> None:
-        """Says what the next forward pass will see.
-
-        Arguments
-        ---------
-        total : int
-            Samples of the padded batch.
-        lengths : sequence of int
-            Real samples of each utterance.
-        """
+        """Sets the padded and the real number of samples of the next forward
+        pass."""
         self._total, self._lengths = total, list(lengths)
 
     @contextmanager
     def watch(self) -> Iterator["Observer"]:
-        """Context in which forward passes are collected."""
+        """Context in which forward passes are observed."""
         handles = [
             layer.module.register_forward_pre_hook(self._hook(layer))
             for layer in self.layers
@@ -162,7 +108,7 @@ class Observer:
             histogram.add(row.narrow(time_axis - 1, 0, count))
 
     def join(self) -> None:
-        """Takes up what other processes have collected."""
+        """Merges the histograms of all processes."""
         for name, histogram in self.histograms.items():
             parts = gathered(histogram)
             for part in parts[1:]:
@@ -170,14 +116,8 @@ class Observer:
             self.histograms[name] = parts[0]
 
     def check_all_called(self) -> None:
-        """Raises when a layer was never called.
-
-        Raises
-        ------
-        ValueError
-            Names the first such layer: its weight is unused, or used behind
-            the layer's back, and must not count as quantized.
-        """
+        """Raises if a layer was never called, since it must not count as
+        quantized."""
         for layer in self.layers:
             if self.histograms[layer.name].count == 0:
                 raise ValueError(

@@ -1,9 +1,9 @@
 """Reuses the results of earlier units while a search changes a later one.
 
-The search measures one unit after the other. All that comes before the unit
-in question computes the same thing again and again, so its last result is
-kept, for each batch, and the modules before it are skipped. What is computed
-is the same to the last bit; only the time differs.
+The search measures one unit after the other. The results before the current
+unit
+do not change, so they are kept for each batch and the modules before it are
+skipped. Outputs stay bit-equal.
 """
 
 import math
@@ -20,17 +20,11 @@ from ..model.layers import Cut
 
 
 class StopForward(Exception):
-    """Ends a forward pass early, once the wanted result is there."""
+    """Ends a forward pass once the wanted result is there."""
 
 
 def map_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
-    """Applies a function to each tensor of a nested output.
-
-    Example
-    -------
-    >>> map_tensors((torch.zeros(2), None), lambda t: t.shape[0])
-    (2, None)
-    """
+    """Applies a function to each tensor of a nested output."""
     if isinstance(value, torch.Tensor):
         return fn(value)
     if isinstance(value, Mapping):
@@ -54,8 +48,8 @@ def _device(value: Any) -> torch.device:
 
 
 def _half_free(device: torch.device) -> float:
-    """Half of the bytes that a GPU has left, what torch holds in reserve
-    included; no limit elsewhere."""
+    """Half of a GPU's free bytes, torch's reserve included; infinite
+    elsewhere."""
     if device.type != "cuda":
         return math.inf
     free, _ = torch.cuda.mem_get_info(device)
@@ -64,36 +58,11 @@ def _half_free(device: torch.device) -> float:
 
 
 class Replay:
-    """Keeps the result of one cut for every batch of a data set.
+    """Keeps the result at one cut for every batch of a data set.
 
-    Arguments
-    ---------
-    cuts : sequence of Cut
-        Places to cut, in network order.
-    units : sequence of str
-        All units, in network order.
-    limit_bytes : int
-        Results larger than this are not kept, nor what would take more than
-        half of the memory that a GPU has left.
-
-    Example
-    -------
-    >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    >>> replay = Replay([Cut("b", a)], ["a", "b"], limit_bytes=100)
-    >>> x = torch.ones(1, 2)
-    >>> def forward(before_batch):
-    ...     before_batch(0)
-    ...     try:
-    ...         b(a(x))
-    ...     except StopForward:
-    ...         pass
-    >>> replay.prepare("b", {}, forward)
-    True
-    >>> with replay.active():
-    ...     replay.start_batch(0)
-    ...     same = torch.equal(a(torch.zeros(1, 2)), a(x))
-    >>> same
-    True
+    Results larger than ``limit_bytes``, or than half of a GPU's free memory,
+    are
+    not kept.
     """
 
     def __init__(
@@ -110,7 +79,7 @@ class Replay:
         self._too_large: set[str] = set()
 
     def start_batch(self, index: int) -> None:
-        """Says which batch the next forward pass is about."""
+        """Sets the batch of the next forward pass."""
         self._batch = index
 
     def holds(self, unit: str) -> bool:
@@ -118,14 +87,14 @@ class Replay:
         return self._cut is not None and self._cut.unit == unit
 
     def drop(self) -> None:
-        """Forgets everything that was kept."""
+        """Releases all kept results."""
         self._cut, self._prefix = None, {}
         self._kept, self._shapes = [], {}
 
     def _can_start_from(
         self, unit: str, prefix: Mapping[str, tuple[str, LayerQuant]]
     ) -> bool:
-        """Whether what is kept lies before ``unit`` on the same prefix."""
+        """Whether the kept results lie before ``unit`` on the same prefix."""
         if self._cut is None:
             return False
         here = self.units.index(self._cut.unit)
@@ -142,23 +111,12 @@ class Replay:
     ) -> bool:
         """Keeps the results before a unit, unless they are kept already.
 
-        Arguments
-        ---------
-        unit : str
-            The first unit that will compute.
-        prefix : Mapping
-            (unit, LayerQuant) of every quantized layer before it; the caller
-            has them in place.
-        forward : callable
-            Runs the model over all batches; calls its argument with the
-            batch's index before each, and goes on to the next batch at
-            :class:`StopForward`.
-
+        ``forward`` runs the model over all batches: it calls its argument with
+        the
+        index before each, and goes to the next batch at :class:`StopForward`.
         Returns
-        -------
-        bool
-            False when there is no place to cut, or the results are too
-            large: run the whole model then.
+        False if there is no cut or the results are too large: run the whole
+        model then.
         """
         cut = self.cuts.get(unit)
         if cut is None or unit in self._too_large:
@@ -204,7 +162,7 @@ class Replay:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Context in which the kept results stand for what came before."""
+        """Context in which the kept results replace what came before."""
         if self._cut is None:
             yield
             return
@@ -237,4 +195,4 @@ class Replay:
 
 
 class _TooLarge(Exception):
-    """The results to keep are over the limit."""
+    """The results to keep exceed the limit."""

@@ -1,9 +1,9 @@
-"""Identifies objects and code by what they are, the same in each process.
+"""Identifies objects and code by their content, the same in each process.
 
-What was measured depends on objects that a recipe has made: a searcher with
-its options, a label encoder, a normalizer, and the functions that use them.
-Here they become text: classes by their names, functions by their code, all
-else by its values. Addresses, hooks and files do not count.
+What was measured depends on objects that a recipe made: a searcher, a label
+encoder, a normalizer, and the functions that use them. Classes are described by
+name, functions by their code, everything else by its values. Addresses, hooks
+and files are ignored.
 """
 
 import functools
@@ -46,54 +46,19 @@ _LIBRARIES = (
 
 
 def digest(value: Any, known: Mapping[int, str] | None = None) -> str:
-    """Identifies an object by its content.
+    """Identifies an object by its content, in 32 hexadecimal digits.
 
-    Arguments
-    ---------
-    value : Any
-        The object.
-    known : Mapping, optional
-        By ``id``: names of objects that are identified elsewhere, such as
-        modules whose weights change.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-
-    Example
-    -------
-    >>> digest({"a": [1, torch.ones(1)]}) == digest({"a": [1, torch.ones(1)]})
-    True
-    >>> digest(nn.Dropout(0.1)) == digest(nn.Dropout(0.2))
-    False
+    ``known`` maps ``id`` to the names of objects that are identified elsewhere,
+    such
+    as modules whose weights change.
     """
     text = json.dumps(_Describer(known or {})(value, DEPTH))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def structure_digest(modules: Mapping[str, nn.Module]) -> str:
-    """Identifies what modules compute beside their weights: classes,
-    settings, the code of their forward passes.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-
-    Example
-    -------
-    >>> one = structure_digest({"a": nn.LayerNorm(2)})
-    >>> one == structure_digest({"a": nn.LayerNorm(2)})
-    True
-    >>> one == structure_digest({"a": nn.LayerNorm(2, eps=1e-3)})
-    False
-    """
+    """Identifies what modules compute apart from their weights: classes,
+    settings and the code of their forwards."""
     known = {
         id(module): f"{key}.{name}"
         for key, top in modules.items()
@@ -109,23 +74,7 @@ def structure_digest(modules: Mapping[str, nn.Module]) -> str:
 
 
 def tensor_digest(*tensors: torch.Tensor) -> str:
-    """Identifies tensors by dtype, shape and values.
-
-    Arguments
-    ---------
-    *tensors : torch.Tensor
-        On any device.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-
-    Example
-    -------
-    >>> tensor_digest(torch.zeros(2)) == tensor_digest(torch.zeros(1, 2))
-    False
-    """
+    """Identifies tensors by dtype, shape and values."""
     found = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -135,24 +84,10 @@ def tensor_digest(*tensors: torch.Tensor) -> str:
 
 
 class Code:
-    """Functions and all that they call in files that are no library's.
+    """The code of functions and of everything they call outside of libraries.
 
-    Arguments
-    ---------
-    functions : iterable of callable
-        Functions or methods.
-    owner : type, optional
-        The class whose methods they are: those that they name are followed.
-    library : type, optional
-        A base of that class whose methods are a library's.
-
-    Example
-    -------
-    >>> one = Code([lambda x: x + 1])
-    >>> one.digest == Code([lambda x: x + 1]).digest
-    True
-    >>> one.digest == Code([lambda x: x + 2]).digest
-    False
+    Methods of ``owner`` that are named are followed, up to its base
+    ``library``.
     """
 
     def __init__(
@@ -226,23 +161,8 @@ class Code:
 
 
 def is_library(thing: Any) -> bool:
-    """Whether a function or class comes with Python or a package, whose
-    version identifies it.
-
-    Arguments
-    ---------
-    thing : Any
-        Has a ``__module__``.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> is_library(nn.Linear), is_library(lambda: None)
-    (True, False)
-    """
+    """Whether a function or class belongs to Python or a package, whose version
+    identifies it."""
     code = getattr(thing, "__code__", None)
     if code is not None:
         file = code.co_filename
@@ -253,7 +173,7 @@ def is_library(thing: Any) -> bool:
 
 @functools.cache
 def _file_of(module: str) -> str | None:
-    """Of a module, resolved; empty for the script that runs."""
+    """Resolved file of a module; empty for the script that runs."""
     if module == "__main__":
         return ""
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -271,7 +191,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _code(code: types.CodeType, doc: str | None = None) -> list:
-    """Its instructions and constants, without places and its docstring."""
+    """Instructions and constants, without line numbers and the docstring."""
     constants = [_constant(x) for x in code.co_consts if x != doc]
     return [code.co_code.hex(), constants, list(code.co_names)]
 
@@ -294,7 +214,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 class _Describer:
-    """Turns objects into what JSON holds."""
+    """Turns objects into JSON values."""
 
     def __init__(self, known: Mapping[int, str], follow: bool = True):
         self.known = known
@@ -362,7 +282,7 @@ class _Describer:
         ]
 
     def settings(self, module: nn.Module, depth: int) -> list:
-        """A module without its tensors and its children."""
+        """Describes a module without its tensors and children."""
         own = {
             name: value
             for name, value in vars(module).items()
@@ -389,7 +309,7 @@ class _Describer:
 
 
 def _plain(value: Any) -> tuple[Any] | None:
-    """What JSON holds as it is, in a tuple; None for all else."""
+    """Returns a plain value as JSON in a tuple; None for everything else."""
     if isinstance(value, Enum):
         return (["enum", _name(type(value)), value.name],)
     if value is None or type(value) in (bool, int, str):
@@ -410,7 +330,7 @@ def _plain(value: Any) -> tuple[Any] | None:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """The attributes of an object."""
+    """Returns the attributes of an object, slots included."""
     found = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())

@@ -1,10 +1,9 @@
 """Several processes that make one plan together.
 
 Under ``torchrun`` every process has the whole model and its share of the
-calibration and search sets. All of them go through the same steps: what is
-measured is put together before anything is decided, and what is known from an
-earlier run is what the first process knows. In one process each function here
-gives back what it was given.
+calibration and search sets. All processes run the same steps: measurements are
+gathered before each decision, and the first process decides what is known from
+an earlier run. In a single process each function returns its argument.
 """
 
 import atexit
@@ -36,8 +35,8 @@ _PATIENCE = timedelta(hours=6)
 
 
 class LostProcessError(SystemExit):
-    """Another process has ended: this one ends as well, with one line or, where
-    another process of the same launcher has said it, without."""
+    """Ends this process because another one has ended, with one line or
+    silently."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class _Peer:
 
     @classmethod
     def this(cls) -> "_Peer":
-        """The one that asks."""
+        """The calling process."""
         try:
             namespace = os.readlink("/proc/self/ns/pid")
         except OSError:
@@ -66,12 +65,13 @@ class _Peer:
         )
 
     def sees(self, other: "_Peer") -> bool:
-        """Whether the other's process number means something to this one."""
+        """Whether the other's process id is valid here: same host and
+        namespace."""
         here, there = (self.host, self.namespace), (other.host, other.namespace)
         return here == there
 
     def has_ended(self) -> bool:
-        """Whether this process, of the same machine, is gone or a zombie."""
+        """Whether this process of the same machine is gone or a zombie."""
         try:
             os.kill(self.pid, 0)
             stat = Path(f"/proc/{self.pid}/stat").read_text()
@@ -83,36 +83,30 @@ class _Peer:
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     return distributed.get_world_size()
 
 
 def rank() -> int:
-    """Which one this is; the first is 0."""
+    """Rank of this process."""
     return distributed.get_rank() if size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process writes files and logs."""
     return rank() == 0
 
 
 def share(count: int) -> range:
-    """Which of so many things are this process's.
-
-    Example
-    -------
-    >>> list(share(3))
-    [0, 1, 2]
-    """
+    """Indices of this process among ``count`` items."""
     return range(rank(), count, size())
 
 
 @functools.cache
 def _group() -> Any:
-    """For objects and for tensors of any device; NCCL knows those of GPUs."""
+    """A gloo group: it takes objects, and tensors of any device."""
     return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
@@ -125,8 +119,10 @@ def _peers() -> list[_Peer]:
 
 
 def _lost(mine: _Peer, peers: list[_Peer], seconds: float = 2.0) -> list[_Peer]:
-    """Those that ended, as far as this machine can tell. A process closes its
-    connections shortly before it is gone."""
+    """Waits for processes of this machine to end and returns those that did.
+
+    A process closes its connections shortly before it is gone.
+    """
     others = [peer for peer in peers if peer != mine and mine.sees(peer)]
     until = time.monotonic() + seconds
     while True:
@@ -137,7 +133,7 @@ def _lost(mine: _Peer, peers: list[_Peer], seconds: float = 2.0) -> list[_Peer]:
 
 
 def _is_first_to_tell(mine: _Peer, peers: list[_Peer]) -> bool:
-    """Whether no process of this launcher has told the loss: one line each."""
+    """Whether no process of this launcher has reported the loss yet."""
     siblings = [
         peer
         for peer in peers
@@ -164,7 +160,7 @@ def _is_first_to_tell(mine: _Peer, peers: list[_Peer]) -> bool:
 def _loss_line(
     mine: _Peer, peers: list[_Peer], ended: list[_Peer], reason: str
 ) -> str:
-    """Which processes are lost, and how to go on."""
+    """The message: which processes are lost, and how to continue."""
     if ended:
         who = "; ".join(
             f"rank {peer.rank} (process {peer.pid} on {peer.host})"
@@ -180,28 +176,15 @@ def _loss_line(
 
 
 def _is_loss(error: RuntimeError) -> bool:
-    """Whether an error of anything says that a connection broke."""
+    """Whether an error means a broken connection."""
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 @contextmanager
 def loss_in_one_line(only_collectives: bool = False) -> Iterator[None]:
-    """Ends this process with one line when another one has ended.
+    """Raises LostProcessError, in one line, when another process has ended.
 
-    Arguments
-    ---------
-    only_collectives : bool
-        Whether every RuntimeError within is one of a collective operation.
-
-    Raises
-    ------
-    LostProcessError
-        Says which process, and how to go on.
-
-    Example
-    -------
-    >>> with loss_in_one_line():
-    ...     pass
+    With ``only_collectives`` every RuntimeError inside counts as such a loss.
     """
     peers: list[_Peer] = []
     try:
@@ -223,13 +206,7 @@ def loss_in_one_line(only_collectives: bool = False) -> Iterator[None]:
 
 
 def gathered(value: Value) -> list[Value]:
-    """What each process has, in the order of the processes.
-
-    Example
-    -------
-    >>> gathered("here")
-    ['here']
-    """
+    """Returns the value of each process, by rank."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
@@ -239,27 +216,15 @@ def gathered(value: Value) -> list[Value]:
 
 
 def gathered_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of all processes, on this one's device.
-
-    Example
-    -------
-    >>> gathered_tensors(torch.zeros(1))
-    [tensor([0.])]
-    """
+    """Returns the tensors of all processes, on this one's device."""
     if size() == 1:
         return [tensor]
     return [part.to(tensor.device) for part in gathered(tensor.cpu())]
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, whose tensors have the same shape; this one
-    may be overwritten.
-
-    Example
-    -------
-    >>> summed(torch.ones(2))
-    tensor([1., 1.])
-    """
+    """Sums tensors of one shape over all processes; may overwrite its
+    argument."""
     if size() > 1:
         tensor = tensor.contiguous()
         with loss_in_one_line(only_collectives=True):
@@ -270,23 +235,7 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 def together(
     attempt: Callable[..., Value],
 ) -> Callable[..., Value]:
-    """A function that fails in all processes if it fails in one, so that all
-    of them go on in the same way.
-
-    Arguments
-    ---------
-    attempt : callable
-        Called by all processes.
-
-    Returns
-    -------
-    callable
-
-    Example
-    -------
-    >>> together(abs)(-1)
-    1
-    """
+    """Makes a function fail in all processes if it fails in one."""
 
     @functools.wraps(attempt)
     def joined(*args: Any, **kwargs: Any) -> Value:
@@ -308,13 +257,7 @@ def together(
 
 
 def from_main(value: Value) -> Value:
-    """What the first process has.
-
-    Example
-    -------
-    >>> from_main(3)
-    3
-    """
+    """Returns the value of the first process."""
     if size() == 1:
         return value
     values = [value if is_main() else None]
@@ -324,24 +267,8 @@ def from_main(value: Value) -> Value:
 
 
 def own_folder(folder: Path) -> Path:
-    """The folder itself for the first process, one of its own for each other,
-    since all of them write the same and one of them for good.
-
-    Arguments
-    ---------
-    folder : Path
-        The output folder.
-
-    Returns
-    -------
-    Path
-        The others' are deleted when their process ends by itself.
-
-    Example
-    -------
-    >>> own_folder(Path("results"))
-    PosixPath('results')
-    """
+    """Returns the folder for the first process, and a temporary one for each
+    other."""
     if size() == 1:
         return folder
     # all have looked at what an earlier run left before anybody writes

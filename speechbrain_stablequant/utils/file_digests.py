@@ -13,18 +13,7 @@ _CHUNK = 1 << 20
 class FileDigests:
     """Identifies values by the content of the files that they name.
 
-    Arguments
-    ---------
-    store : Store
-        Remembers digests by path, size and time of the last change.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "a.wav"
-    >>> _ = path.write_bytes(b"12")
-    >>> digests = FileDigests(Store(None))
-    >>> digests.of(str(path)) == digests.of("no file"), digests.of(5)
-    (False, 5)
+    The store remembers digests by path, size and modification time.
     """
 
     def __init__(self, store: Store):
@@ -34,18 +23,8 @@ class FileDigests:
         self._found: dict[str, list] = {}
 
     def of(self, value: Any) -> Any:
-        """What identifies a value.
-
-        Arguments
-        ---------
-        value : Any
-            The path of a file, or anything else.
-
-        Returns
-        -------
-        Any
-            The value itself where it names no file.
-        """
+        """Returns the digest of the file that a value names, else the value
+        itself."""
         if not isinstance(value, str) or os.sep not in value:
             return value
         try:
@@ -62,7 +41,7 @@ class FileDigests:
         return f"file {known[2]}"
 
     def keep(self) -> None:
-        """Remembers what was found."""
+        """Stores the digests that were computed."""
         if not self._found.items() <= self._known.items():
             self._known |= self._found
             self.store.write(_FILE, _FILE, self._known)

@@ -1,8 +1,7 @@
-"""Files that are either whole or not there, and errors that name them.
+"""Files that are complete or absent, and errors that name them.
 
-A run can be killed at any moment. Everything it leaves behind is written to
-a temporary name in the same folder first and renamed when it is complete, so
-that a reader never meets half a file.
+A run can be killed at any moment: files are written under a temporary name in
+the same folder and renamed when they are complete.
 """
 
 import contextlib
@@ -39,30 +38,7 @@ _STALE_AFTER = 24 * 3600
 def write_atomic(
     path: str | Path, data: str | bytes, mode: int = 0o666
 ) -> Path:
-    """Writes a file in one step: the old content or the new, never a part.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file. Its folder must exist.
-    data : str or bytes
-        The content. Text is written as UTF-8, line ends as they are.
-    mode : int
-        Permissions of the file, of which the umask takes away.
-
-    Returns
-    -------
-    Path
-        The file that was written.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> write_atomic(folder / "note.txt", "whole").read_text()
-    'whole'
-    >>> [file.name for file in folder.iterdir()]
-    ['note.txt']
-    """
+    """Writes a file in one step: the old content or the new, never a part."""
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
     # Not mkstemp: it makes files that only their owner may read, and a
@@ -90,30 +66,18 @@ def write_atomic(
 
 
 def _temporary(path: Path) -> Path:
-    """A new hidden name beside a file, which says whose it is."""
+    """Returns a new hidden name beside a file; the name says which process owns
+    it."""
     owner = f"{_HOST}-{os.getpid()}-{_TOKEN}"
     return path.with_name(f".{path.name}.{owner}.{secrets.token_hex(4)}.tmp")
 
 
 def remove_stale(folder: str | Path) -> None:
-    """Removes temporary files that killed processes have left in a folder.
+    """Removes temporary files that killed processes left in a folder.
 
-    Those of live processes of this machine stay, and for a day those of
-    other machines.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder; it need not exist.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> _ = (folder / ".plan.json.0123abcd.tmp").write_text("half a pl")
-    >>> os.utime(folder / ".plan.json.0123abcd.tmp", (0, 0))
-    >>> remove_stale(folder)
-    >>> list(folder.iterdir())
-    []
+    Those of live processes of this machine stay, and those of other machines
+    for a
+    day.
     """
     # What cannot be listed or removed is in nobody's way.
     with contextlib.suppress(OSError):
@@ -137,23 +101,8 @@ def _is_stale(
 
 
 def process_is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs, as far as that can be known.
-
-    Arguments
-    ---------
-    pid : int
-        Its number.
-
-    Returns
-    -------
-    bool
-        True where the system does not tell.
-
-    Example
-    -------
-    >>> process_is_alive(os.getpid())
-    True
-    """
+    """Whether a process of this machine runs; True where the system does not
+    tell."""
     if os.name != "posix":
         return True  # there os.kill is no question
     try:
@@ -166,30 +115,7 @@ def process_is_alive(pid: int) -> bool:
 
 
 def json_text(obj: Any, name: str) -> str:
-    r"""An object as strict JSON.
-
-    Arguments
-    ---------
-    obj : Any
-        Dictionaries, lists, strings, numbers, booleans and None.
-    name : str
-        Of the file that it is for: opens the error.
-
-    Returns
-    -------
-    str
-        Ends with a line feed.
-
-    Raises
-    ------
-    ValueError
-        Says where something is that JSON cannot hold.
-
-    Example
-    -------
-    >>> json_text([1], "sizes.json")
-    '[\n 1\n]\n'
-    """
+    """Returns an object as strict JSON; ``name`` opens the error."""
     try:
         text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -199,75 +125,22 @@ def json_text(obj: Any, name: str) -> str:
 
 
 def write_json(path: str | Path, obj: Any) -> Path:
-    r"""Writes an object as strict JSON, atomically.
-
-    Keys keep their order. NaN and infinity have no JSON form and are refused.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file. Its folder must exist.
-    obj : Any
-        Dictionaries, lists, strings, numbers, booleans and None.
-
-    Returns
-    -------
-    Path
-        The file that was written.
-
-    Example
-    -------
-    >>> file = getfixture("tmp_path") / "sizes.json"
-    >>> write_json(file, {"float": 1.5}).read_text()
-    '{\n "float": 1.5\n}\n'
-    >>> write_json(file, {"units": [{"wer": float("nan")}]})
-    Traceback (most recent call last):
-    ValueError: sizes.json: cannot store nan at 'units[0].wer' as JSON
-    """
+    """Writes an object as strict JSON, atomically. NaN and infinity are
+    refused."""
     path = Path(path)
     return write_atomic(path, json_text(obj, path.name))
 
 
 def identity(content: Any) -> str:
-    """Identifies what something was made from.
-
-    Arguments
-    ---------
-    content : Any
-        Dictionaries, lists, strings, numbers, booleans and None.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits of a SHA-256; the order of keys does not count.
-
-    Example
-    -------
-    >>> identity({"a": 1, "b": 2}) == identity({"b": 2, "a": 1})
-    True
-    """
+    """Identifies JSON data, in 32 hexadecimal digits; the order of keys is
+    ignored."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def code_identity(*folders: Path) -> str:
-    """Identifies the Python files below some folders of this package.
-
-    Arguments
-    ---------
-    *folders : Path
-        The folders.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits of a SHA-256.
-
-    Example
-    -------
-    >>> len(code_identity(Path(__file__).parent / "kernels"))
-    32
-    """
+    """Identifies the Python files below some folders, in 32 hexadecimal
+    digits."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
@@ -276,26 +149,7 @@ def code_identity(*folders: Path) -> str:
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """Reads a JSON file, with an error that says which file and what it was.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file.
-    what : str
-        What the file is to the user, such as ``"plan"``: opens the error.
-
-    Returns
-    -------
-    Any
-        The content.
-
-    Example
-    -------
-    >>> file = write_json(getfixture("tmp_path") / "plan.json", {"bits": 8})
-    >>> read_json(file, "plan")
-    {'bits': 8}
-    """
+    """Reads a JSON file; ``what`` names it to the user in errors."""
     path = Path(path)
     try:
         text = read_file(path).decode("utf-8")
@@ -312,28 +166,11 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def check_writable_folder(path: str | Path, key: str) -> Path:
-    """Creates a folder and proves, by writing, that files can be put in it.
+    """Creates a folder and checks that files can be written to it.
 
-    Meant for the start of a run: a long search must not end with an output
-    folder that refuses its result.
-
-    Arguments
-    ---------
-    path : str or Path
-        The folder.
-    key : str
-        The configuration key that named it: opens the error.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path") / "quantized"
-    >>> check_writable_folder(folder, "output_folder").is_dir()
-    True
+    Called before a run starts, so that a long search does not end without
+    output.
+    ``key`` is the configuration key that named the folder.
     """
     if not str(path):
         raise ValueError(f"{key}: the folder's name is empty; give a folder")
@@ -363,7 +200,7 @@ def check_writable_folder(path: str | Path, key: str) -> Path:
 
 
 def _file_on_the_way(folder: Path) -> Path | None:
-    """The first component of a path that exists and is not a folder."""
+    """First component of a path that exists and is not a folder."""
     for part in (*reversed(folder.parents), folder):
         # lexists: a link that leads nowhere stands in the way as well
         if os.path.lexists(part) and not part.is_dir():
@@ -372,30 +209,7 @@ def _file_on_the_way(folder: Path) -> Path | None:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The content of a regular file.
-
-    A pipe or a device would be read for ever.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file, or a link to one.
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    OSError
-        There is no such file, or it is something else.
-
-    Example
-    -------
-    >>> read_file(getfixture("tmp_path"))
-    Traceback (most recent call last):
-    OSError: [Errno 22] is a folder: ...
-    """
+    """Returns the content of a regular file; a pipe or device would block."""
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # such as a null byte in the name
@@ -407,28 +221,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def plain_name(name: Any) -> str:
-    """A file's name that cannot lead out of its folder.
-
-    Arguments
-    ---------
-    name : Any
-        As it stands in a file.
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    ValueError
-        It is something else.
-
-    Example
-    -------
-    >>> plain_name("../plan.json")
-    Traceback (most recent call last):
-    ValueError: '../plan.json' is not the plain name of a file in this folder
-    """
+    """Returns a file name after checking that it cannot leave its folder."""
     good = isinstance(name, str) and name not in ("", ".", "..")
     if not (good and name.isprintable() and len(name) <= 255) or any(
         path(name).name != name for path in (PurePosixPath, PureWindowsPath)
@@ -440,30 +233,8 @@ def plain_name(name: Any) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Reads strict JSON.
-
-    Arguments
-    ---------
-    text : str or bytes
-        The JSON.
-
-    Returns
-    -------
-    Any
-        The content: of moderate depth, with finite numbers, and with text
-        that can be written again.
-
-    Raises
-    ------
-    ValueError
-        It is something else.
-
-    Example
-    -------
-    >>> parse_json("[1e999]")
-    Traceback (most recent call last):
-    ValueError: 1e999 is not a finite number
-    """
+    """Parses strict JSON of moderate depth, with finite numbers and valid
+    text."""
     try:
         content = json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite
@@ -477,7 +248,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
-    """Refuses what Python reads but JSON does not have: NaN and infinity."""
+    """Refuses NaN and infinity, which Python reads but JSON does not have."""
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -489,8 +260,7 @@ def _finite(digits: str) -> float:
 
 
 def _check_content(content: Any) -> None:
-    """Refuses depth that other functions cannot follow, and half characters,
-    which cannot be written."""
+    """Refuses deep nesting, and lone surrogates, which cannot be written."""
     level, depth = [content], 0
     while level:
         if depth > _MAX_DEPTH:
@@ -509,7 +279,7 @@ def _check_content(content: Any) -> None:
 
 
 def _unstorable(obj: Any, place: str) -> str | None:
-    """Names the first value that JSON cannot hold, and where it is."""
+    """Names the first value that JSON cannot hold, and its place."""
     if isinstance(obj, dict):
         items = [
             (f"{place}.{key}" if place else str(key), value)

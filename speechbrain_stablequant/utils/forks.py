@@ -1,9 +1,9 @@
 """What a forked process must not take over from its parent.
 
-A fork copies the memory of a process, and of its threads the one that forks.
-The other threads are gone, and whoever waits for them waits for ever: torch's
-pool of threads, OpenVINO's, and those of any other library that has computed
-with several.
+A fork copies only the thread that forks. The other threads are gone, and
+waiting
+for them blocks forever: the pools of torch, OpenVINO and any other library that
+has computed with several threads.
 """
 
 import ctypes
@@ -20,45 +20,13 @@ _users: dict[str, int] = {}
 
 
 def used_before_fork(library: str) -> bool:
-    """Whether a library has worked in a process that this one descends from.
-
-    Arguments
-    ---------
-    library : str
-        A name given to :func:`use_in_one_process`.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> used_before_fork("a library")
-    False
-    """
+    """Whether a library was used in a process that this one descends from."""
     return _users.get(library, os.getpid()) != os.getpid()
 
 
 def use_in_one_process(library: str) -> None:
-    """Notes that a library works in this process, and refuses to let it work
-    in processes that are forked from now on.
-
-    Arguments
-    ---------
-    library : str
-        Its name, a backend.
-
-    Raises
-    ------
-    RuntimeError
-        It has worked in a process that this one descends from.
-
-    Example
-    -------
-    >>> use_in_one_process("another library")
-    >>> used_before_fork("another library")
-    False
-    """
+    """Marks a library as used in this process; raises in processes forked
+    later."""
     if _users.setdefault(library, os.getpid()) != os.getpid():
         raise RuntimeError(f"backend: {library} {REASON}")
 
@@ -71,24 +39,15 @@ REASON = (
 
 
 def keep_in_child(pid: int, *objects: Any) -> None:
-    """Keeps objects of a parent process for ever: their destructors would
-    wait for threads that are not here, at the latest when this process ends.
-
-    Arguments
-    ---------
-    pid : int
-        The process that made the objects; nothing is done in it.
-    *objects
-        What owns threads.
-    """
+    """Keeps objects of a parent process forever: their destructors would wait
+    for threads that do not exist here."""
     if pid != os.getpid():
         for thing in objects:
             keep(thing)
 
 
 def keep(thing: Any) -> None:
-    """Keeps an object to the end of the process, which does not destroy it
-    either."""
+    """Keeps an object until the process ends, without destroying it then."""
     _add_reference(thing)
 
 
@@ -101,8 +60,7 @@ _in_child = False
 
 @functools.cache
 def protect_children() -> None:
-    """Lets torch compute with one thread in processes that are forked from
-    now on: it does not know that its other threads are gone."""
+    """Makes torch use one thread in processes forked from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_begin_child)
 
@@ -120,8 +78,7 @@ def in_child() -> bool:
 
 
 def keep_to_one_thread() -> None:
-    """Makes sure that torch computes with one thread in a child, and says so
-    once; elsewhere does nothing."""
+    """In a child, makes torch use one thread, and warns once."""
     if _in_child:
         if torch.get_num_threads() > 1:
             torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM during a run: one line that says how to go on.
+"""Ctrl-C and SIGTERM during a run: one line that says how to continue.
 
-Everything that a run has finished is on disk, so the same command goes on
-from there. A user who does not know that would start anew or, worse, delete
-the folder.
+Everything that a run has finished is on disk, and the same command continues
+from
+there.
 """
 
 import contextlib
@@ -30,29 +30,11 @@ class Interrupted(SystemExit, KeyboardInterrupt):
 
 @contextlib.contextmanager
 def explained(what: str, ends_process: bool) -> Iterator[None]:
-    """Context whose interruption prints one line.
+    """Context whose interruption prints one line, ``what``.
 
-    Arguments
-    ---------
-    what : str
-        The line: what is kept and how to go on.
-    ends_process : bool
-        Whether the process ends with the exit status of an interrupted one,
-        for SIGTERM as well. Else KeyboardInterrupt goes on.
-
-    Raises
-    ------
-    Interrupted
-        On KeyboardInterrupt, if the process is to end.
-
-    Example
-    -------
-    >>> try:
-    ...     with explained("start the same command again", True):
-    ...         raise KeyboardInterrupt
-    ... except SystemExit as end:
-    ...     print(end.code)
-    130
+    With ``ends_process``, the process ends with the status of an interrupted
+    one, on
+    SIGTERM too; else KeyboardInterrupt is raised again.
     """
     stack = _terminable() if ends_process else contextlib.nullcontext()
     try:
@@ -66,7 +48,7 @@ def explained(what: str, ends_process: bool) -> Iterator[None]:
 
 
 def _say(what: str) -> None:
-    """One line below all progress bars."""
+    """Prints one line below all progress bars."""
     # They would be drawn over it when they are dropped.
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
@@ -76,8 +58,8 @@ def _say(what: str) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Context in which SIGTERM is an interruption, where nobody else has a
-    use for it and no other process is waited for."""
+    """Context in which SIGTERM interrupts, unless it has a handler or other
+    processes run."""
     free = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -26,27 +26,15 @@ _held: dict[tuple[int, str], list] = {}
 
 
 class FolderInUse(RuntimeError):
-    """Another run works in the folder."""
+    """Another run uses the folder."""
 
 
 class FolderLock:
-    """Keeps other runs out of an output folder, as long as it is held.
+    """Keeps other runs out of an output folder while it is held.
 
-    The system takes it back when the process ends, however it ends. Within
-    one process it can be taken several times.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder, which must exist.
-    key : str
-        The configuration key that named it: opens the error.
-
-    Example
-    -------
-    >>> lock = FolderLock(getfixture("tmp_path"), "quantize.output_folder")
-    >>> lock.acquire()
-    >>> lock.release()
+    The system releases it when the process ends. One process can take it
+    several
+    times. ``key`` is the configuration key that named the folder.
     """
 
     def __init__(self, folder: str | Path, key: str):
@@ -60,13 +48,8 @@ class FolderLock:
         return os.getpid(), os.path.realpath(self.folder)
 
     def acquire(self) -> None:
-        """Takes the folder.
-
-        Raises
-        ------
-        FolderInUse
-            Another run has it: names its process, machine and start.
-        """
+        """Takes the folder, or raises FolderInUse with the process that has
+        it."""
         if self._taken:
             return
         self._taken = os.getpid()
@@ -113,7 +96,7 @@ class FolderLock:
             time.sleep(0.2)
 
     def release(self) -> None:
-        """Gives the folder back, if this has it."""
+        """Releases the folder, if this object holds it."""
         mine, self._taken = self._taken == os.getpid(), 0
         if not mine or self._name not in _held:
             return
@@ -130,7 +113,7 @@ class FolderLock:
         row[0].release()
 
     def _owner(self) -> dict:
-        """Who has it; empty where that cannot be read."""
+        """Who holds the lock; empty if that cannot be read."""
         try:
             found = json.loads((self.folder / _OWNER).read_bytes())
             return {

@@ -1,4 +1,4 @@
-"""Memory that goes back to the system as soon as it is no longer used."""
+"""Memory returned to the OS on release."""
 
 import math
 import mmap
@@ -14,27 +14,11 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def transient(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialized tensor for what is soon dropped again.
+    """Allocates a short-lived CPU tensor, uninitialized.
 
-    Taken from the heap, large tensors that come and go between others that
-    stay would leave holes: a quarter of what a whole model's weights take.
-
-    Arguments
-    ---------
-    shape : sequence of int
-        Its shape.
-    dtype : torch.dtype
-        Its dtype.
-
-    Returns
-    -------
-    torch.Tensor
-        On the CPU.
-
-    Example
-    -------
-    >>> transient((300, 300), torch.int8).zero_().sum().item()
-    0
+    On the heap, large short-lived tensors between long-lived ones leave holes:
+    a
+    quarter of a model's weights.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Files that a run has to write: what fails is said, and raised at the end."""
+"""Files that a run must write: failures are logged, and raised at the end."""
 
 import logging
 from collections.abc import Iterator
@@ -8,24 +8,14 @@ logger = logging.getLogger(__name__)
 
 
 class Outputs:
-    """Notes which files could not be written, so that a run goes on.
-
-    Example
-    -------
-    >>> outputs = Outputs()
-    >>> with outputs.writing():
-    ...     raise OSError(28, "No space left on device", "plan.json")
-    >>> outputs.check()
-    Traceback (most recent call last):
-    OSError: plan.json: No space left on device; make room and start the ...
-    """
+    """Records which files could not be written, so that the run continues."""
 
     def __init__(self) -> None:
         self._failed: dict[str, str] = {}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Context whose failure to write is kept for the end."""
+        """Context whose failure to write is recorded."""
         try:
             yield
         except OSError as error:
@@ -35,13 +25,7 @@ class Outputs:
             logger.warning("%s: %s; the run goes on", file, reason)
 
     def check(self) -> None:
-        """Raises if something could not be written.
-
-        Raises
-        ------
-        OSError
-            Names the files.
-        """
+        """Raises if a file could not be written."""
         if not self._failed:
             return
         reasons = "; ".join(dict.fromkeys(self._failed.values()))

@@ -1,4 +1,4 @@
-"""Attributes of objects that are others for a while."""
+"""Temporary replacement of attributes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,7 @@ from typing import Any
 
 @contextmanager
 def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an instance attribute, and puts back what was there.
-
-    Example
-    -------
-    >>> class Thing:
-    ...     size = 1
-    >>> thing = Thing()
-    >>> with shadowed(thing, "size", 2):
-    ...     thing.size
-    2
-    >>> thing.size, vars(thing)
-    (1, {})
-    """
+    """Sets an instance attribute, and restores the previous state."""
     had = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)

@@ -1,13 +1,9 @@
 """Everything that is remembered under a key, in one folder.
 
-What was measured is kept so that a run that was killed goes on, and so that a
-machine is asked only once. The key identifies all that the content depends
-on: what was kept under another key is not there. Content is checked by a
-digest, so a damaged file is never believed.
-
-Nothing is lost when a folder cannot be written (a full disk, a folder that
-became read-only): one line says so, and what would be in the file is kept in
-memory.
+Measurements are kept so that a killed run continues and a machine is measured
+only once. The key identifies everything that the content depends on; content
+under another key is ignored. A digest detects damaged files. If a folder cannot
+be written, one line says so and the content stays in memory.
 """
 
 import functools
@@ -38,25 +34,13 @@ _PACKAGE = "speechbrain_stablequant"
 
 
 class Store:
-    """Files of one folder, each under a key.
+    """Files of one folder, each under a key; in memory only without a folder.
 
-    Arguments
-    ---------
-    folder : str, Path or None
-        Where to; made when something is written. None: in memory only.
-    private : bool
-        Whether the files decide what a later process of this user computes,
-        as those of a cache in the user's home do. Then the folder is made for
-        the user alone, files of another owner or that others may write are
-        not believed, and a damaged one is only warned of.
-
-    Example
-    -------
-    >>> store = Store(getfixture("tmp_path") / "new")
-    >>> store.write("sizes.json", "model A", {"units": [1, 2]})
-    >>> store.read("sizes.json", "model A", "sizes")
-    {'units': [1, 2]}
-    >>> store.read("sizes.json", "model B", "sizes")
+    A ``private`` store holds files that decide what a later process of this
+    user
+    computes. Its folder is made for the user alone, files that others own or
+    may
+    write are ignored, and a damaged file is only a warning.
     """
 
     def __init__(self, folder: str | Path | None, private: bool = False):
@@ -74,18 +58,7 @@ class Store:
             remove_stale(self.folder)
 
     def below(self, name: str) -> "Store":
-        """The store of a folder in this one.
-
-        Arguments
-        ---------
-        name : str
-            Of the folder; empty for this one itself.
-
-        Returns
-        -------
-        Store
-            Always the same one.
-        """
+        """Returns the store of a subfolder, always the same object."""
         if not name:
             return self
         if name not in self._below:
@@ -98,17 +71,7 @@ class Store:
     # -- one value ---------------------------------------------------------
 
     def write(self, name: str, key: str, content: Any) -> None:
-        """Keeps a value.
-
-        Arguments
-        ---------
-        name : str
-            Of the file; a value that it held before is replaced.
-        key : str
-            Identifies all that the value depends on.
-        content : Any
-            Dictionaries, lists, strings, numbers, booleans and None.
-        """
+        """Stores a JSON value under a key, replacing the file."""
         text = json_text({"key": key, "content": content}, name)
         # As it is read again: with text for the keys of dictionaries.
         record = json.loads(text)
@@ -122,29 +85,11 @@ class Store:
         what: str,
         parse: Callable[[Any], Any] = lambda content: content,
     ) -> Any:
-        """A value that was kept.
+        """Returns a stored value, or None if there is none under this key.
 
-        Arguments
-        ---------
-        name : str
-            Of the file.
-        key : str
-            As in :meth:`write`.
-        what : str
-            What the file is to the user: opens an error.
-        parse : callable
-            Makes of the value what is given back; a ValueError says that the
-            file is damaged.
-
-        Returns
-        -------
-        Any
-            None where there is none, or one of another key.
-
-        Raises
-        ------
+        ``what`` names the file in errors. ``parse`` converts the value; its
         ValueError
-            The file is damaged: names it and says what to do.
+        means that the file is damaged.
         """
         found, content = self._record(name, what)
         if found is None or found != key:
@@ -155,22 +100,11 @@ class Store:
             return self._damaged(name, what, one_line(error))
 
     def check(self, name: str, what: str) -> None:
-        """Raises if a file that :meth:`write` wrote is damaged.
-
-        Arguments
-        ---------
-        name, what : str
-            As in :meth:`read`.
-
-        Raises
-        ------
-        ValueError
-            Names the file and says what to do.
-        """
+        """Raises if a file that :meth:`write` wrote is damaged."""
         self._record(name, what)
 
     def _record(self, name: str, what: str) -> tuple[str | None, Any]:
-        """Key and value of a file; None for what earlier versions wrote."""
+        """Key and value of a file; None for files of earlier versions."""
         data = self._get(name, what)
         if data is None:
             return None, None
@@ -192,30 +126,10 @@ class Store:
     def update(
         self, name: str, key: str, changes: Mapping[str, Any], what: str
     ) -> dict[str, Any]:
-        """Adds entries to a value that is a dictionary.
+        """Adds entries to a stored dictionary and returns all of them.
 
-        Of two processes that do so in the same moment one may be forgotten:
-        for what can be measured again.
-
-        Arguments
-        ---------
-        name, key, what : str
-            As in :meth:`read`.
-        changes : Mapping
-            The entries.
-
-        Returns
-        -------
-        dict
-            All entries.
-
-        Example
-        -------
-        >>> store = Store(getfixture("tmp_path"))
-        >>> store.update("tiles.json", "k", {"a": 1}, "tiles")
-        {'a': 1}
-        >>> store.update("tiles.json", "k", {"b": 2}, "tiles")
-        {'a': 1, 'b': 2}
+        Of two concurrent updates one may be lost: only for what can be measured
+        again.
         """
         content = {**(self.read(name, key, what) or {}), **changes}
         self.write(name, key, content)
@@ -230,26 +144,8 @@ class Store:
         tensors: Mapping[str, torch.Tensor],
         content: Any = None,
     ) -> None:
-        """Keeps tensors, and a value that belongs to them.
-
-        Arguments
-        ---------
-        name : str
-            Of the file, a safetensors file.
-        key : str
-            Identifies all that they depend on.
-        tensors : Mapping
-            Tensors by name.
-        content : Any
-            As in :meth:`write`.
-
-        Example
-        -------
-        >>> store = Store(getfixture("tmp_path"))
-        >>> store.write_tensors("a.safetensors", "k", {"x": torch.ones(1)}, 5)
-        >>> store.read_tensors("a.safetensors", "k", "layer")
-        ({'x': tensor([1.])}, 5)
-        """
+        """Stores tensors, and a value that belongs to them, as a safetensors
+        file."""
         data = tensors_to_bytes(tensors, {})
         metadata = {"key": key, "content": json.dumps(content)}
         digest = _digest([metadata, tensors_digest(data)])
@@ -258,23 +154,7 @@ class Store:
     def read_tensors(
         self, name: str, key: str, what: str
     ) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """Tensors that were kept, and their value.
-
-        Arguments
-        ---------
-        name, key, what : str
-            As in :meth:`read`.
-
-        Returns
-        -------
-        tuple or None
-            None where there are none, or those of another key.
-
-        Raises
-        ------
-        ValueError
-            The file is damaged: names it and says what to do.
-        """
+        """Returns stored tensors and their value, or None."""
         data = self._get(name, what)
         if data is None:
             return None
@@ -293,49 +173,14 @@ class Store:
     # -- a journal ---------------------------------------------------------
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Adds a line to a journal.
-
-        Arguments
-        ---------
-        name : str
-            Of the file.
-        row : Mapping
-            What :meth:`write` takes; its entries should identify what they
-            depend on.
-
-        Example
-        -------
-        >>> store = Store(getfixture("tmp_path"))
-        >>> store.append("search.jsonl", {"key": "k", "errors": 3})
-        >>> store.rows("search.jsonl")
-        [{'key': 'k', 'errors': 3}]
-        """
+        """Adds a line to a journal."""
         row = json.loads(json.dumps(row, allow_nan=False))
         line = json.dumps({**row, "check": _digest(row)[:8]}) + "\n"
         self._unwritten_rows.setdefault(name, []).append(line.encode())
         self._write_rows(name)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The lines of a journal.
-
-        Half a line that a kill has left at the end is cut off.
-
-        Arguments
-        ---------
-        name : str
-            Of the file.
-
-        Returns
-        -------
-        list of dict
-            Of all lines; those of earlier versions carry no digest and may
-            hold anything.
-
-        Raises
-        ------
-        ValueError
-            Names the file and the damaged line.
-        """
+        """Returns the lines of a journal; half a line at the end is cut off."""
         data = self._get(name, "journal") or b""
         whole = data.rfind(b"\n") + 1
         if whole != len(data):
@@ -355,19 +200,7 @@ class Store:
         return rows
 
     def damaged_row(self, name: str, number: int) -> ValueError:
-        """The error about a line that cannot be used.
-
-        Arguments
-        ---------
-        name : str
-            Of the file.
-        number : int
-            Of the line, beginning with 1.
-
-        Returns
-        -------
-        ValueError
-        """
+        """Returns the error about a damaged line."""
         return ValueError(
             f"{self.folder / name}: line {number} is damaged; delete the "
             "file, and it is measured again"
@@ -376,17 +209,7 @@ class Store:
     # -- files -------------------------------------------------------------
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Names of the files, sorted.
-
-        Arguments
-        ---------
-        pattern : str
-            As of ``Path.glob``.
-
-        Returns
-        -------
-        list of str
-        """
+        """Returns the sorted names of the files that match a glob pattern."""
         found = {n for n in self._unwritten if Path(n).match(pattern)}
         if self.folder is not None:
             found |= {path.name for path in self.folder.glob(pattern)}
@@ -405,13 +228,7 @@ class Store:
             store.flush()
 
     def delete(self, name: str) -> None:
-        """Forgets a file, if there is one.
-
-        Arguments
-        ---------
-        name : str
-            Of the file.
-        """
+        """Deletes a file, if there is one."""
         self._unwritten.pop(name, None)
         self._unwritten_rows.pop(name, None)
         if self.folder is None:
@@ -504,7 +321,7 @@ class Store:
         return True
 
     def _complain(self, name: str, error: OSError) -> None:
-        """Says once what is kept in memory only."""
+        """Warns once about what stays in memory."""
         if self._complaints:
             return
         self._complaints.append(name)
@@ -524,8 +341,7 @@ class Store:
         logger.warning("%s; it is computed again", line)
 
     def _is_own(self) -> bool:
-        """Whether a private folder is not there yet, or is the user's own,
-        which others may not write from now on."""
+        """Whether a private folder is absent, or belongs to the user alone."""
         try:
             state = os.stat(self.folder)
         except FileNotFoundError:
@@ -551,40 +367,20 @@ class Store:
 
 
 def machine_store(name: str) -> Store:
-    """What is remembered for this user about this machine.
-
-    Arguments
-    ---------
-    name : str
-        Of the folder in the user's cache.
-
-    Returns
-    -------
-    Store
-        In memory only for a user without a home.
-
-    Example
-    -------
-    >>> machine_store("triton").private
-    True
-    """
+    """Returns the store of this user for this machine; in memory without a
+    home."""
     return _private_store(cache_folder(), name)
 
 
 @functools.cache
 def _private_store(folder: Path | None, name: str) -> Store:
-    """One for a process: what cannot be written is in its memory."""
+    """One store per process, so that its memory is shared."""
     return Store(None if folder is None else folder / name, private=True)
 
 
 def cache_folder() -> Path | None:
-    """Where this package keeps files for a user, as XDG has it.
-
-    Returns
-    -------
-    Path or None
-        None for a user without a home.
-    """
+    """This package's cache folder by the XDG convention; None without a
+    home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / _PACKAGE
@@ -600,12 +396,13 @@ def _digest(content: Any) -> str:
 
 
 def _owned(state: os.stat_result) -> bool:
-    """Whether this user owns a file; there are systems that do not tell."""
+    """Whether this user owns a file, where the system tells."""
     return os.name != "posix" or state.st_uid == os.geteuid()
 
 
 def _made_private(folder: Path, state: os.stat_result) -> str | None:
-    """Keeps others out of a folder; says why it cannot be used."""
+    """Makes a folder private; returns the reason if it stays writable by
+    others."""
     if os.name != "posix" or not state.st_mode & 0o077:
         return None
     try:

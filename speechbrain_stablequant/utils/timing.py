@@ -1,4 +1,4 @@
-"""Time of computing, told apart from that of getting ready."""
+"""Computing time, without the time of preparation."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,24 +6,10 @@ from contextlib import contextmanager
 
 
 class Preparation:
-    """Seconds that runtimes spent on getting ready, not on computing.
+    """Seconds that runtimes spent on preparation, such as compiling for a new
+    length.
 
-    Some compile when a length is first met, and keep the result. What is
-    spent so is counted here, for whoever takes the time of a forward pass.
-
-    Arguments
-    ---------
-    seconds : float
-        Since the process began.
-
-    Example
-    -------
-    >>> preparation = Preparation()
-    >>> with preparation.running():
-    ...     sum(range(1000))
-    499500
-    >>> preparation.seconds > 0
-    True
+    Timers of forward passes subtract them.
     """
 
     def __init__(self) -> None:
@@ -33,13 +19,8 @@ class Preparation:
     def running(
         self, wait: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Context of what is not computing.
-
-        Arguments
-        ---------
-        wait : callable
-            Waits for a device to finish, before and after.
-        """
+        """Context of preparation; ``wait`` waits for a device before and after
+        it."""
         wait()
         start = time.perf_counter()
         try:
@@ -54,22 +35,7 @@ PREPARATION = Preparation()
 
 
 class BatchTimes:
-    """Takes the time of batches, without what was prepared in them.
-
-    Arguments
-    ---------
-    wait : callable
-        Waits for a device to finish, before and after a batch.
-
-    Example
-    -------
-    >>> times = BatchTimes()
-    >>> for _ in range(3):
-    ...     with times.batch():
-    ...         pass
-    >>> len(times.counted(times.seconds))
-    2
-    """
+    """Times batches, without the preparation inside them."""
 
     def __init__(self, wait: Callable[[], None] = lambda: None):
         self.wait = wait
@@ -77,7 +43,7 @@ class BatchTimes:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Context of one batch; nothing is noted of one that fails."""
+        """Context of one batch; a batch that fails is not recorded."""
         self.wait()
         prepared = PREPARATION.seconds
         start = time.perf_counter()
@@ -88,6 +54,6 @@ class BatchTimes:
 
     @staticmethod
     def counted(values: list[float]) -> list[float]:
-        """Of values by batch those that count: where there are others, not
-        the first, which loads libraries and allocates."""
+        """Drops the first value, which includes loading and allocation, if
+        there are others."""
         return values[1:] or values

@@ -1,9 +1,8 @@
-"""Checks values that were read from a file against the types that are meant.
+"""Checks values read from a file against their intended types.
 
-A file may hold anything: it was damaged, edited, or made by somebody else.
-What is read goes through :func:`typed` before it is used, so that a wrong
-value is one line that names its place and never an exception of some
-library further on.
+A file may be damaged, edited or foreign. Values pass :func:`typed` before use,
+so
+that a wrong one gives one line that names its place.
 """
 
 import difflib
@@ -20,30 +19,13 @@ _MAX_TEXT = 200
 
 
 def one_line(text: Any, limit: int = _MAX_TEXT) -> str:
-    """A text as one line of an error message.
-
-    Arguments
-    ---------
-    text : Any
-        An exception or anything else that has a text.
-    limit : int
-        Number of characters after which it is cut off.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> one_line(ValueError("first\\n  second"))
-    'first second'
-    """
+    """Returns a text as one line, cut off at ``limit`` characters."""
     line = " ".join(str(text).split()) or type(text).__name__
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 class _Short(reprlib.Repr):
-    """Values of any size and depth in few characters."""
+    """Shortens values of any size and depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,57 +39,17 @@ class _Short(reprlib.Repr):
 
 
 def short(value: Any) -> str:
-    """A value as it stands in an error message: one short line.
-
-    Arguments
-    ---------
-    value : Any
-        Anything that a file may hold.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> short("a\\nb"), short(10**5000)
-    ("'a\\\\nb'", '<an integer of 16610 bits>')
-    """
+    """Returns a value as one short line for an error message."""
     return one_line(_Short().repr(value))
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
-    """Checks a value against a type.
+    """Checks a value from JSON or YAML against a type and returns it converted.
 
-    Arguments
-    ---------
-    value : Any
-        As JSON or YAML gives it.
-    hint : type
-        ``int``, ``float``, ``str``, ``bool``, ``dict``, ``list``, ``Any``, a
-        ``Literal``, a union with None, a list, tuple or mapping of such, or
-        a dataclass of such.
-    where : str
-        Place of the value in its file: opens the error.
-
-    Returns
-    -------
-    Any
-        The value; whole numbers become floats where those are meant, lists
-        become tuples, and mappings become dataclasses.
-
-    Raises
-    ------
-    ValueError
-        Names the first place whose value is wrong.
-
-    Example
-    -------
-    >>> typed([1, 2], tuple[float, ...], "scores")
-    (1.0, 2.0)
-    >>> typed({"a": [True]}, dict[str, list[int]], "file")
-    Traceback (most recent call last):
-    ValueError: file.a[0]: must be int, not True
+    Takes plain types, ``Any``, ``Literal``, unions with None, lists, tuples,
+    mappings
+    and dataclasses of these. ``where`` is the value's place and opens the
+    error.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -133,36 +75,13 @@ def typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def inside(where: str, key: Any) -> str:
-    """Place of a key's value in a file.
-
-    Example
-    -------
-    >>> inside("layers[0]", "quant"), inside("", "quant")
-    ('layers[0].quant', 'quant')
-    """
+    """Returns the place of a key's value."""
     name = one_line(key, 80)
     return f"{where}.{name}" if where else name
 
 
 def unknown_key(key: Any, known: Sequence[str]) -> str:
-    """What an error says about a key that nobody knows.
-
-    Arguments
-    ---------
-    key : Any
-        The key.
-    known : sequence of str
-        The keys that there are.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> unknown_key("weight_bitz", ["method", "weight_bits"])
-    "unknown key; did you mean 'weight_bits'?"
-    """
+    """Returns the error text for an unknown key, with the closest known one."""
     close = difflib.get_close_matches(str(key), known, n=1)
     if close:
         return f"unknown key; did you mean '{close[0]}'?"

@@ -23,24 +23,7 @@ from packaging.version import Version
 
 
 def matching_torchaudio(torch: str) -> str:
-    """The requirement for a torchaudio that loads beside a torch.
-
-    Arguments
-    ---------
-    torch : str
-        Its version.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> matching_torchaudio("2.9.1+cu128"), matching_torchaudio("2.12.0")
-    ('torchaudio==2.9.1', 'torchaudio==2.11.0')
-    >>> matching_torchaudio("2.15.0")
-    'torchaudio>=2.11.1'
-    """
+    """Returns the requirement for a torchaudio that loads with this torch."""
     release = Version(torch)
     if release.release[:2] < (2, 11):
         return f"torchaudio=={release.base_version}"
@@ -50,28 +33,8 @@ def matching_torchaudio(torch: str) -> str:
 
 
 def pair_error(torch: str, torchaudio: str | None, reason: str) -> str:
-    """One line about a torchaudio that could not be imported.
-
-    Arguments
-    ---------
-    torch : str
-        The version of torch.
-    torchaudio : str or None
-        The version of torchaudio; None if there is none.
-    reason : str
-        What the import said, for pairs that are not known to fail.
-
-    Returns
-    -------
-    str
-        Names both versions and the command that installs a pair that loads.
-
-    Example
-    -------
-    >>> print(pair_error("2.11.0", "2.11.1", "undefined symbol"))
-    torch 2.11.0 and torchaudio 2.11.1 do not load together: pip install \
-"torchaudio==2.11.0"
-    """
+    """Returns one line about a torchaudio that could not be imported, with the
+    command that installs a matching pair."""
     wanted = matching_torchaudio(torch)
     if torchaudio is None:
         return f'torch {torch} needs a torchaudio: pip install "{wanted}"'
@@ -86,17 +49,8 @@ def pair_error(torch: str, torchaudio: str | None, reason: str) -> str:
 
 
 def import_torchaudio() -> None:
-    """Imports torchaudio, as SpeechBrain does.
-
-    Raises
-    ------
-    ImportError
-        One line with both versions and what to install instead.
-
-    Example
-    -------
-    >>> import_torchaudio()
-    """
+    """Imports torchaudio; raises ImportError with one line if it does not
+    load."""
     # What fails in torch itself is not torchaudio's.
     import_module("torch")
     try:

@@ -1,8 +1,8 @@
-"""Reads YAML as a tree of data: what stands behind a tag is not made.
+"""Reads YAML as plain data.
 
-HyperPyYAML makes objects while it reads. Here a node such as
-``!new:torch.nn.Linear`` is a :class:`Tagged` value with its text, and nothing
-is imported or called.
+HyperPyYAML creates objects while it reads. Here a node such as
+``!new:torch.nn.Linear`` becomes a :class:`Tagged` value; nothing is imported or
+called.
 """
 
 import re
@@ -24,43 +24,15 @@ _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 @dataclass(frozen=True)
 class Tagged:
-    """A node with a tag.
-
-    Arguments
-    ---------
-    tag : str
-        Such as ``new:torch.nn.Linear``.
-    value : Any
-        What stands behind it: a dictionary, a list, or a text.
-    """
+    """A node with a tag, such as ``new:torch.nn.Linear``, and its plain
+    value."""
 
     tag: str
     value: Any
 
 
 def parse_yaml(text: str) -> Any:
-    """Reads YAML.
-
-    Arguments
-    ---------
-    text : str
-        The YAML.
-
-    Returns
-    -------
-    Any
-        Dictionaries, lists, plain values, and :class:`Tagged` ones.
-
-    Raises
-    ------
-    ValueError
-        It is something else, or larger than files of a recognizer are.
-
-    Example
-    -------
-    >>> parse_yaml("head: !new:torch.nn.Linear {in_features: 2}")
-    {'head': Tagged(tag='new:torch.nn.Linear', value={'in_features': 2})}
-    """
+    """Returns dictionaries, lists, plain values and :class:`Tagged` ones."""
     if len(text) > _MAX_TEXT or _flow_depth(text) > _MAX_DEPTH:
         # The parser's time grows with the square of both.
         raise ValueError("its YAML is too large or nested too deeply")
@@ -73,7 +45,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _flow_depth(text: str) -> int:
-    """At most so many brackets are open at once."""
+    """Largest number of brackets open at once."""
     depth = deepest = 0
     for sign in re.findall(r"[\[\]{}]", text):
         depth = max(0, depth + (1 if sign in "[{" else -1))
@@ -82,20 +54,14 @@ def _flow_depth(text: str) -> int:
 
 
 class _Reader:
-    """Turns nodes into values.
-
-    Arguments
-    ---------
-    scalars : ruamel.yaml.SafeConstructor
-        Reads numbers and the like.
-    """
+    """Converts nodes; ``scalars`` is a ruamel constructor for numbers."""
 
     def __init__(self, scalars: Any):
         self.scalars = scalars
         self.count = 0
 
     def read(self, node: Node, depth: int) -> Any:
-        """The value of a node."""
+        """Returns the value of a node."""
         self.count += 1
         if self.count > _MAX_NODES or depth > _MAX_DEPTH:
             raise ValueError("its YAML is too large or nested too deeply")
