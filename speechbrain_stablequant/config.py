@@ -4,48 +4,42 @@ HyperPyYAML does not check nested keys, so every key is checked here, before
 anything runs. An error names the key and says what to write instead.
 """
 
-import math
+import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from .folder.weights_file import FLOAT_DTYPES
-from .runtimes import RUNTIMES
-from .runtimes.options import check_options, select_options
-from .utils.typed import inside, one_line, short, typed, unknown_key
+from .utils.fields import (
+    build,
+    choice,
+    count,
+    fraction,
+    not_negative,
+    option,
+    positive,
+)
+from .utils.typed import one_line, short
 
-# Simple calibrators, and the search that this package is about.
+logger = logging.getLogger(__name__)
+
+CALIBRATORS = ("max", "percentile", "entropy", "mse")
+#: Methods of other projects: compared with, they write no plan.
+RIVALS = ("nncf", "nncf_accuracy_control")
 METHODS = (
     "stablequant",
-    "max",
-    "percentile",
-    "entropy",
-    "mse",
+    *CALIBRATORS,
     "adaround",
     "stablequant_plus",
     "qat",
-    "nncf",
-    "nncf_accuracy_control",
+    *RIVALS,
 )
-# Made by others: they have no plan, and are only compared.
-RIVALS = ("nncf", "nncf_accuracy_control")
-NNCF_PRESETS = ("mixed", "performance")
-BACKENDS = ("auto", *RUNTIMES)
-#: How the search decides, see ``methods.search.paired``.
+#: Decision rules of the search, see ``methods.search.paired``.
 RULES = ("threshold", "interval")
-WEIGHT_METHODS = ("max", "mse")
+#: How the weights file stores what is not quantized.
+FLOAT_DTYPES = ("float16", "float32")
 
-
-# What gets a cut-off of its own in StableQuant-plus.
-CUTOFFS = ("layers", "units", "none")
-# What measures units for mixed precision.
-SCORES = ("divergence", "modelopt")
-# Blocks inside of the block.
-_PARTS = ("calibration", "search", "adaround", "plus", "qat", "nncf")
-# What all variants of a block have in common.
+# Keys that a variant cannot change.
 _SHARED_KEYS = (
     "variants",
     "output_folder",
@@ -55,9 +49,10 @@ _SHARED_KEYS = (
     "sample_rate",
     "require_checkpoint",
 )
+# Old keys that are still accepted, by sub-block.
+_RENAMED = {"plus": {"keep_wave": "keep_first_conv_float"}}
 
 _MAX_MESSAGE = 1000
-
 # A variant's name is a folder's name.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -67,6 +62,18 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(one_line(message, _MAX_MESSAGE))
+
+
+def _bits(default: int) -> Any:
+    return option(default, lambda n: 2 <= n <= 8, "2 to 8")
+
+
+def _percentiles(default: tuple[float, ...]) -> Any:
+    return option(
+        default,
+        lambda row: len(row) > 0 and all(0 < x <= 100 for x in row),
+        "a list of percentiles above 0 and at most 100, such as 99.9",
+    )
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,16 @@ class CalibrationConfig:
         Bins of each histogram, a power of two.
     """
 
-    num_utterances: int | None = None
-    batch_size: int = 1
-    percentile: float = 99.99
-    num_bins: int = 4096
+    num_utterances: int | None = count(None)
+    batch_size: int = count(1)
+    percentile: float = option(
+        99.99, lambda x: 0 < x <= 100, "above 0 and at most 100, in percent"
+    )
+    num_bins: int = option(
+        4096,
+        lambda n: 128 <= n <= 2**20 and n & (n - 1) == 0,
+        "a power of two from 128 to 1048576",
+    )
 
 
 @dataclass(frozen=True)
@@ -125,23 +138,19 @@ class SearchConfig:
         recipe's labels cannot write.
     """
 
-    num_utterances: int | None = None
-    batch_size: int = 1
-    metric: str = "WER"
-    threshold: float = 0.25
-    selection: str = "threshold"
-    level: float = 0.8
-    cutoffs: tuple[float, ...] = (
-        100.0,
-        99.999,
-        99.99,
-        99.9,
-        99.8,
-        99.5,
-        99.0,
+    num_utterances: int | None = count(None)
+    batch_size: int = count(1)
+    metric: str = choice("WER", "WER")
+    threshold: float = not_negative(0.25)
+    selection: str = choice("threshold", *RULES)
+    level: float = option(
+        0.8, lambda x: 0 < x < 1, "a coverage between 0 and 1, such as 0.8"
     )
-    cache_gb: float = 4.0
-    max_float_wer: float = 90.0
+    cutoffs: tuple[float, ...] = _percentiles(
+        (100.0, 99.999, 99.99, 99.9, 99.8, 99.5, 99.0)
+    )
+    cache_gb: float = not_negative(4.0)
+    max_float_wer: float = option(90.0, lambda x: x > 0, "positive, in percent")
 
 
 @dataclass(frozen=True)
@@ -167,13 +176,13 @@ class AdaRoundConfig:
         Of the activations: ``max``, ``percentile``, ``entropy`` or ``mse``.
     """
 
-    iterations: int = 10000
-    lr: float = 0.01
-    weight: float = 0.01
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    warm_start: float = 0.2
-    calibrator: str = "mse"
+    iterations: int = count(10000)
+    lr: float = positive(0.01)
+    weight: float = positive(0.01)
+    beta_start: float = positive(20.0)
+    beta_end: float = positive(2.0)
+    warm_start: float = fraction(0.2)
+    calibrator: str = choice("mse", *CALIBRATORS)
 
 
 @dataclass(frozen=True)
@@ -209,13 +218,13 @@ class QatConfig:
         is exact in any case.
     """
 
-    epochs: int = 3
-    lr: float = 1e-5
+    epochs: int = count(3)
+    lr: float = positive(1e-5)
     learn_scales: bool = False
-    scale_lr: float = 1e-3
-    calibrator: str = "mse"
-    keep: str = "best"
-    distill: float = 0.0
+    scale_lr: float = positive(1e-3)
+    calibrator: str = choice("mse", *CALIBRATORS)
+    keep: str = choice("best", "best", "last")
+    distill: float = fraction(0.0)
     freeze_feature_extractor: bool = False
     bfloat16: bool = False
 
@@ -237,9 +246,17 @@ class BudgetConfig:
         AutoQuantize, to compare with.
     """
 
-    size: float | None = None
-    bits: tuple[int, ...] = (4, 5, 6, 8, 16)
-    scores: str = "divergence"
+    size: float | None = option(
+        None,
+        lambda x: 0 < x <= 1,
+        "a fraction of the float32 size, such as 0.22",
+    )
+    bits: tuple[int, ...] = option(
+        (4, 5, 6, 8, 16),
+        lambda row: len(row) > 0 and all(2 <= b <= 8 or b == 16 for b in row),
+        "a list of bits from 2 to 8, or 16 for units that stay float",
+    )
+    scores: str = choice("divergence", "divergence", "modelopt")
 
 
 @dataclass(frozen=True)
@@ -288,17 +305,25 @@ class PlusConfig:
     """
 
     rotate: bool = True
-    keep_wave: bool = True
+    keep_first_conv_float: bool = True
     equalize: bool = True
-    strengths: tuple[float, ...] = (0.5, 0.75)
-    cutoffs: str = "layers"
+    strengths: tuple[float, ...] = option(
+        (0.5, 0.75),
+        lambda row: len(row) > 0 and all(0 <= x <= 1 for x in row),
+        "a list of fractions from 0 to 1, such as 0.5",
+    )
+    cutoffs: str = choice("layers", "layers", "units", "none")
     compensate: bool = True
-    damping: float = 0.01
+    damping: float = option(
+        0.01, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1"
+    )
     earlier_errors: bool = False
     adaround: bool = False
     bias_correction: bool = True
     asymmetric: bool = True
-    weight_groups: int = 0
+    weight_groups: int = option(
+        0, lambda n: n == 0 or n >= 8, "0 (whole rows) or at least 8"
+    )
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
@@ -319,9 +344,9 @@ class NncfConfig:
         suffer most; None for all.
     """
 
-    preset: str = "mixed"
-    max_drop: float = 0.5
-    ranking_utterances: int | None = None
+    preset: str = choice("mixed", "mixed", "performance")
+    max_drop: float = not_negative(0.5)
+    ranking_utterances: int | None = count(None)
 
 
 @dataclass(frozen=True)
@@ -388,13 +413,15 @@ class QuantizeConfig:
         evaluated in its own folder, and one table compares them.
     """
 
-    target: tuple[str, ...] = ("wav2vec2", "enc", "ctc_lin")
+    target: tuple[str, ...] = option(
+        ("wav2vec2", "enc", "ctc_lin"), bool, "at least one module's name"
+    )
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    weight_bits: int = 8
-    activation_bits: int = 8
-    method: str = "stablequant"
-    weight_method: str | None = None
+    weight_bits: int = _bits(8)
+    activation_bits: int = _bits(8)
+    method: str = choice("stablequant", *METHODS)
+    weight_method: str | None = choice(None, "max", "mse")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     adaround: AdaRoundConfig = field(default_factory=AdaRoundConfig)
@@ -404,13 +431,13 @@ class QuantizeConfig:
     plan: str | None = None
     backend: str = "auto"
     backend_options: dict = field(default_factory=dict)
-    float_dtype: str = "float16"
+    float_dtype: str = choice("float16", *FLOAT_DTYPES)
     output_folder: str | None = None
     seed: int = 0
     metric_attribute: str = "wer_metric"
     signal: str = "sig"
     audio: str = "wav"
-    sample_rate: int = 16000
+    sample_rate: int = count(16000)
     require_checkpoint: bool = True
     variants: tuple[dict, ...] = ()
 
@@ -511,18 +538,11 @@ class QuantizeConfig:
             for key in _SHARED_KEYS:
                 if key in changes:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
-            for part in _PARTS:
-                if isinstance(changes.get(part), Mapping):
-                    changes[part] = _merged(base[part], changes[part])
-            if changes.get("backend") in RUNTIMES:
-                # The block's options may be those of another runtime.
-                changes.setdefault(
-                    "backend_options",
-                    select_options(changes["backend"], self.backend_options),
-                )
-            config = _build(QuantizeConfig, {**base, **changes}, where)
-            _check_values(config, where)
-            configs[name] = config
+            # Options of a runtime are one value, not a sub-block.
+            options = changes.pop("backend_options", base["backend_options"])
+            merged = _merged(base, changes)
+            merged["backend_options"] = options
+            configs[name] = _built(merged, where)
         return configs
 
     @classmethod
@@ -553,20 +573,13 @@ class QuantizeConfig:
         speechbrain_stablequant.config.ConfigError: quantize.weight_bitz: \
 unknown key; did you mean 'weight_bits'?
         """
-        config = _build(cls, block, "quantize")
-        _check_values(config, "quantize")
+        config = _built(_with_new_names(block), "quantize")
         config.variant_configs()
         return config
 
 
 def _merged(base: Mapping, changes: Mapping) -> dict:
-    """A part of the block with some of its keys changed.
-
-    Example
-    -------
-    >>> _merged({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 4}})
-    {'a': 1, 'b': {'c': 4, 'd': 3}}
-    """
+    """A copy of ``base`` with some keys changed, sub-blocks key by key."""
     result = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
@@ -574,291 +587,79 @@ def _merged(base: Mapping, changes: Mapping) -> dict:
     return result
 
 
-def _build(cls: type, block: Any, path: str) -> Any:
-    if not isinstance(block, Mapping):
-        raise ConfigError(
-            f"{path}: must be a block of keys, not {short(block)}"
-        )
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    values = {}
-    for key, value in block.items():
-        where = inside(path, key)
-        if key not in known:
-            raise ConfigError(f"{where}: {unknown_key(key, known)}")
-        hint = hints[key]
-        if is_dataclass(hint):
-            values[key] = _build(hint, value, where)
-        else:
-            values[key] = _convert(value, hint, where)
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Checks a value against a type, lists becoming tuples."""
-    if get_origin(hint) is UnionType:
-        if value is None:
-            return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        if isinstance(value, str) and item is str:
-            return (value,)
-        if not isinstance(value, list | tuple):
-            raise ConfigError(
-                f"{where}: must be a list of {item.__name__}, not "
-                f"{short(value)}"
-            )
-        return tuple(_convert(v, item, where) for v in value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and isinstance(value, float):
-        return value
-    if is_number and hint in (int, float):
-        try:
-            # Not of a size that no number of ours has.
-            return typed(value, hint, where)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    if hint is str and isinstance(value, Path):
-        return str(value)
-    if hint is dict and isinstance(value, Mapping):
-        return {
-            k: str(v) if isinstance(v, Path) else v for k, v in value.items()
-        }
-    if not isinstance(value, hint) or (hint is int and not is_number):
-        raise ConfigError(
-            f"{where}: must be {hint.__name__}, not {short(value)}"
-        )
-    return value
-
-
-def _check_values(config: QuantizeConfig, path: str) -> None:
-    """Raises an error that names the first wrong value below ``path``."""
-
-    def require(good: bool, where: str, what: str) -> None:
-        if not good:
-            raise ConfigError(f"{path}.{where}: {what}")
-
-    for key, known in (
-        ("method", METHODS),
-        ("backend", BACKENDS),
-        ("float_dtype", tuple(FLOAT_DTYPES)),
-        ("weight_method", (None, *WEIGHT_METHODS)),
-    ):
-        value = getattr(config, key)
-        names = ", ".join(str(k) for k in known if k is not None)
-        require(value in known, key, f"'{value}' is not one of {names}")
+def _built(block: Any, path: str) -> QuantizeConfig:
     try:
-        check_options(config.backend, config.backend_options)
+        config = build(QuantizeConfig, block, path)
     except ValueError as error:
-        raise ConfigError(f"{path}.{error}") from error
-    for key in ("weight_bits", "activation_bits"):
-        bits = getattr(config, key)
-        require(2 <= bits <= 8, key, f"must be 2 to 8, not {bits}")
-    require(len(config.target) > 0, "target", "names no module")
-    require(config.sample_rate > 0, "sample_rate", "must be positive")
-    for name in ("calibration", "search"):
-        part = getattr(config, name)
-        count = part.num_utterances
-        require(
-            count is None or count > 0,
-            f"{name}.num_utterances",
-            f"must be at least 1, not {count}",
+        raise ConfigError(str(error)) from None
+    _check_together(config, path)
+    return config
+
+
+def _with_new_names(block: Any) -> Any:
+    """The block and its variants with renamed keys under their new names."""
+    renamed: dict[str, str] = {}
+    block = _renamed(block, renamed)
+    if isinstance(block, Mapping):
+        variants = block.get("variants")
+        if isinstance(variants, list | tuple):
+            block["variants"] = [_renamed(v, renamed) for v in variants]
+    for old, new in renamed.items():
+        logger.warning(
+            "quantize.%s: was renamed to %s; the old name still works",
+            old,
+            new,
         )
-        require(
-            part.batch_size > 0,
-            f"{name}.batch_size",
-            f"must be at least 1, not {part.batch_size}",
+    return block
+
+
+def _renamed(block: Any, renamed: dict[str, str]) -> Any:
+    """A copy without old keys; notes in ``renamed`` which there were."""
+    if not isinstance(block, Mapping):
+        return block
+    result = dict(block)
+    for part, names in _RENAMED.items():
+        if not isinstance(result.get(part), Mapping):
+            continue
+        keys = dict(result[part])
+        for old, new in names.items():
+            if old in keys and new in keys:
+                raise ConfigError(
+                    f"quantize.{part}.{old}: is the old name of {new}, which "
+                    "is set as well; remove it"
+                )
+            if old in keys:
+                keys[new] = keys.pop(old)
+                renamed[f"{part}.{old}"] = new
+        result[part] = keys
+    return result
+
+
+def _check_together(config: QuantizeConfig, path: str) -> None:
+    """Checks keys that restrict one another."""
+    if config.plus.adaround and config.plus.cutoffs != "units":
+        raise ConfigError(
+            f"{path}.plus.adaround: rounds the units that are selected; set "
+            "plus.cutoffs to units"
         )
-    _check_adaround(config.adaround, require)
-    _check_plus(config.plus, require)
-    _check_nncf(config, require)
-    _check_qat(config.qat, require)
-    bins = config.calibration.num_bins
-    require(
-        128 <= bins <= 2**20 and bins & (bins - 1) == 0,
-        "calibration.num_bins",
-        f"must be a power of two from 128 to 1048576, not {bins}",
-    )
-    percentile = config.calibration.percentile
-    require(
-        0 < percentile <= 100,
-        "calibration.percentile",
-        f"must be in percent, above 0 and at most 100, not {percentile}",
-    )
-    search = config.search
-    require(
-        search.metric == "WER",
-        "search.metric",
-        f"'{search.metric}' is not one of WER",
-    )
-    require(
-        0 <= search.threshold < math.inf,
-        "search.threshold",
-        f"must be finite and not negative, not {search.threshold}",
-    )
-    require(
-        search.selection in RULES,
-        "search.selection",
-        f"'{search.selection}' is not one of {', '.join(RULES)}",
-    )
-    require(
-        0 < search.level < 1,
-        "search.level",
-        f"must be a coverage between 0 and 1, such as 0.8, not {search.level}",
-    )
-    require(
-        search.max_float_wer > 0,
-        "search.max_float_wer",
-        f"must be positive, in percent, not {search.max_float_wer}",
-    )
-    require(
-        0 <= search.cache_gb < math.inf,
-        "search.cache_gb",
-        f"must be finite and not negative, not {search.cache_gb}",
-    )
-    require(
-        len(search.cutoffs) > 0
-        and all(0 < ratio <= 100 for ratio in search.cutoffs),
-        "search.cutoffs",
-        "must be ratios in percent, above 0 and at most 100, such as 99.9",
-    )
-
-
-def _check_adaround(part: AdaRoundConfig, require: Callable) -> None:
-    require(
-        part.iterations > 0,
-        "adaround.iterations",
-        f"must be at least 1, not {part.iterations}",
-    )
-    for key in ("lr", "weight", "beta_start", "beta_end"):
-        value = getattr(part, key)
-        require(
-            0 < value < math.inf,
-            f"adaround.{key}",
-            f"must be positive and finite, not {value}",
-        )
-    require(
-        0 <= part.warm_start <= 1,
-        "adaround.warm_start",
-        f"must be a fraction from 0 to 1, not {part.warm_start}",
-    )
-    known = ("max", "percentile", "entropy", "mse")
-    require(
-        part.calibrator in known,
-        "adaround.calibrator",
-        f"'{part.calibrator}' is not one of {', '.join(known)}",
-    )
-
-
-def _check_nncf(config: QuantizeConfig, require: Callable) -> None:
-    part = config.nncf
-    require(
-        part.preset in NNCF_PRESETS,
-        "nncf.preset",
-        f"'{part.preset}' is not one of {', '.join(NNCF_PRESETS)}",
-    )
-    require(
-        0 <= part.max_drop < math.inf,
-        "nncf.max_drop",
-        f"must be finite and not negative, not {part.max_drop}",
-    )
-    count = part.ranking_utterances
-    require(
-        count is None or count > 0,
-        "nncf.ranking_utterances",
-        f"must be at least 1, not {count}",
-    )
     if not config.is_rival:
         return
     for key in ("weight_bits", "activation_bits"):
         bits = getattr(config, key)
-        require(bits == 8, key, f"NNCF quantizes to 8 bits, not to {bits}")
+        if bits != 8:
+            raise ConfigError(
+                f"{path}.{key}: NNCF quantizes to 8 bits, not to {bits}"
+            )
     for name in ("calibration", "search"):
         size = getattr(config, name).batch_size
-        require(
-            size == 1,
-            f"{name}.batch_size",
-            f"method {config.method} takes one utterance at a time, not {size}",
-        )
+        if size != 1:
+            raise ConfigError(
+                f"{path}.{name}.batch_size: method {config.method} takes one "
+                f"utterance at a time, not {size}"
+            )
     for key, default in (("include", ("*",)), ("exclude", ())):
-        require(
-            getattr(config, key) == default,
-            key,
-            f"method {config.method} chooses its operations; leave it out",
-        )
-
-
-def _check_qat(part: QatConfig, require: Callable) -> None:
-    require(
-        part.epochs > 0,
-        "qat.epochs",
-        f"must be at least 1, not {part.epochs}",
-    )
-    for key in ("lr", "scale_lr"):
-        value = getattr(part, key)
-        require(
-            0 < value < math.inf,
-            f"qat.{key}",
-            f"must be positive and finite, not {value}",
-        )
-    require(
-        0 <= part.distill <= 1,
-        "qat.distill",
-        f"must be a fraction from 0 to 1, not {part.distill}",
-    )
-    for key, known in (
-        ("calibrator", ("max", "percentile", "entropy", "mse")),
-        ("keep", ("best", "last")),
-    ):
-        value = getattr(part, key)
-        require(
-            value in known,
-            f"qat.{key}",
-            f"'{value}' is not one of {', '.join(known)}",
-        )
-
-
-def _check_plus(part: PlusConfig, require: Callable) -> None:
-    require(
-        part.cutoffs in CUTOFFS,
-        "plus.cutoffs",
-        f"'{part.cutoffs}' is not one of {', '.join(CUTOFFS)}",
-    )
-    require(
-        not part.adaround or part.cutoffs == "units",
-        "plus.adaround",
-        "rounds the units that are selected: set plus.cutoffs to units",
-    )
-    require(
-        len(part.strengths) > 0 and all(0 <= s <= 1 for s in part.strengths),
-        "plus.strengths",
-        "must be fractions from 0 to 1, such as 0.5",
-    )
-    require(
-        0 < part.damping <= 1,
-        "plus.damping",
-        f"must be a fraction above 0 and at most 1, not {part.damping}",
-    )
-    groups = part.weight_groups
-    require(
-        groups == 0 or groups >= 8,
-        "plus.weight_groups",
-        f"must be 0 (whole rows) or at least 8, not {groups}",
-    )
-    size, bits = part.budget.size, part.budget.bits
-    require(
-        size is None or 0 < size <= 1,
-        "plus.budget.size",
-        f"must be a fraction of the float32 size such as 0.22, not {size}",
-    )
-    require(
-        len(bits) > 0 and all(2 <= b <= 8 or b == 16 for b in bits),
-        "plus.budget.bits",
-        "must be bits from 2 to 8, or 16 for units that stay float",
-    )
-    require(
-        part.budget.scores in SCORES,
-        "plus.budget.scores",
-        f"'{part.budget.scores}' is not one of {', '.join(SCORES)}",
-    )
+        if getattr(config, key) != default:
+            raise ConfigError(
+                f"{path}.{key}: method {config.method} chooses its "
+                "operations; leave it out"
+            )

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from speechbrain_stablequant.config import (
-    BACKENDS,
+    FLOAT_DTYPES,
     METHODS,
     ConfigError,
     QuantizeConfig,
 )
+from speechbrain_stablequant.folder import weights_file
 
 NAN, INF = float("nan"), float("inf")
 
@@ -94,7 +95,7 @@ def test_needs_search(method, plan):
     [
         ("weight_bits", [2, 8]),
         ("activation_bits", [2, 8]),
-        ("backend", BACKENDS),
+        ("float_dtype", FLOAT_DTYPES),
         ("weight_method", [None, "max", "mse"]),
         ("search.threshold", [0, 0.0, 3]),
         ("search.cutoffs", [[100], [1e-3, 50.5]]),
@@ -207,7 +208,7 @@ def test_wrong_type(key, value, kind):
         ("weight_bits", [1, 9, 0, -8, 16]),
         ("activation_bits", [1, 9, 32]),
         ("method", ["MAX", "", "stable_quant", "awq"]),
-        ("backend", ["tensorrt", "TORCH", ""]),
+        ("float_dtype", ["float64", "half", ""]),
         ("weight_method", ["percentile", ""]),
         ("target", [[]]),
         ("sample_rate", [0, -16000]),
@@ -244,7 +245,9 @@ def test_wrong_choice_lists_the_right_ones():
         "entropy, mse, adaround, stablequant_plus, qat, nncf, "
         "nncf_accuracy_control"
     )
-    assert "auto, torch" in error_of({"backend": "awq"})
+    text = error_of({"float_dtype": "int8"})
+    assert text.endswith("'int8' is not one of float16, float32")
+    assert tuple(weights_file.FLOAT_DTYPES) == FLOAT_DTYPES
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,7 @@ def test_rules_of_the_search(key, value, what):
         ("plus.strengths", [2.0], "fractions"),
         ("plus.damping", 0.0, "above 0"),
         ("plus.weight_groups", 4, "at least 8"),
-        ("plus.equalize", True, "did you mean 'equalize'"),
+        ("plus.equalise", True, "did you mean 'equalize'"),
         ("plus.budget", 0.22, "must be a block"),
         ("plus.budget.size", 22.0, "fraction"),
         ("plus.budget.bits", [1], "from 2 to 8, or 16"),
@@ -340,6 +343,32 @@ def test_extras(changes, extras):
     block["plan"] = "plan.json"
     assert not QuantizeConfig.from_dict(block).extras
     assert not QuantizeConfig.from_dict({"plus": changes}).extras
+
+
+# -- renamed keys --------------------------------------------------------------
+
+
+def test_an_old_key_is_accepted_with_one_warning(caplog):
+    block = {
+        "plus": {"keep_wave": False},
+        "variants": [
+            {"name": "a", "plus": {"keep_wave": True}},
+            {"name": "b", "plus": {"rotate": False}},
+        ],
+    }
+    config = QuantizeConfig.from_dict(block)
+    a, b = config.variant_configs().values()
+    kept = [c.plus.keep_first_conv_float for c in (config, a, b)]
+    assert kept == [False, True, False]
+    (message,) = caplog.messages
+    assert "plus.keep_wave" in message and "keep_first_conv_float" in message
+    assert block["plus"] == {"keep_wave": False}
+
+
+def test_an_old_key_beside_its_new_name():
+    keys = {"keep_wave": False, "keep_first_conv_float": True}
+    text = error_of({"plus": keys})
+    assert text.startswith("quantize.plus.keep_wave: is the old name of keep_")
 
 
 # -- variants ------------------------------------------------------------------

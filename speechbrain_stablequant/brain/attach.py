@@ -33,7 +33,7 @@ from ..methods.session import Stage
 from ..model.layers import Layer, find_layers, min_samples
 from ..report.results import Evaluation, SetResult, environment
 from ..rivals.nncf_ import make_rival, require_one
-from ..runtimes import code_digest
+from ..runtimes import code_digest, runtimes_with
 from ..utils import distributed
 from ..utils.files import write_atomic
 from ..utils.interrupts import explained
@@ -43,6 +43,7 @@ from ..utils.patching import shadowed
 from ..utils.store import Store
 from .audio import check_audio
 from .before_search import BeforeSearch
+from .block import read_block, variant_configs
 from .data import Batches, dataset_of, draw_subset, utterance_ids
 from .dependencies import Dependencies
 from .describe import find_chain
@@ -92,7 +93,7 @@ def register(**block: Any) -> QuantizeConfig:
     'stablequant'
     """
     _hook_brain_init()
-    return QuantizeConfig.from_dict(block)
+    return read_block(block)
 
 
 def _hook_brain_init() -> None:
@@ -130,7 +131,7 @@ def _configs(
     brain: sb.Brain, config: QuantizeConfig
 ) -> dict[str, QuantizeConfig]:
     """Of each run; after two batches of training any WER is as it should be."""
-    found = config.variant_configs()
+    found = variant_configs(config)
     if not brain.debug:
         return found
     return {
@@ -237,7 +238,7 @@ class StableQuant:
             After ``brain.evaluate`` the plan and the results of each of its
             ``runs`` are there.
         """
-        config = QuantizeConfig.from_dict(block)
+        config = read_block(block)
         return cls(brain, config, valid_set, train_set)
 
     @property
@@ -583,7 +584,7 @@ class StableQuant:
         with self._outputs.writing():
             run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
-        return Stage(recognizer, run.config, self.store)
+        return Stage(recognizer, run.config, self.store, runtimes_with)
 
     def _quantize(
         self,

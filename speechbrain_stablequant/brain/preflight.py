@@ -10,10 +10,10 @@ from torch import nn
 from ..config import ConfigError, QuantizeConfig
 from ..core.plan import QuantizationPlan
 from ..folder.write import RecognizerSource
+from ..methods.search.auto_quantize import require_modelopt
 from ..methods.session import check_earlier_run
 from ..model.encoder_spec import check_encoders
 from ..model.layers import find_layers
-from ..rivals.auto_quantize import require_modelopt
 from ..rivals.nncf_ import require_nncf
 from ..runtimes import RUNTIMES, check_extras, choose_backend
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class

@@ -18,8 +18,7 @@ from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
 from speechbrain_stablequant.core.plan import LayerPlan, LayerQuant
-from speechbrain_stablequant.methods.search import Score
-from speechbrain_stablequant.rivals import auto_quantize
+from speechbrain_stablequant.methods.search import Score, auto_quantize
 
 RATE = 16000
 OLD = {

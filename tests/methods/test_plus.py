@@ -30,7 +30,11 @@ from speechbrain_stablequant.methods.plus.zero_point import (
     behind_gelu,
     lopsided_range,
 )
-from speechbrain_stablequant.methods.search import Score
+from speechbrain_stablequant.methods.search import Score, auto_quantize
+from speechbrain_stablequant.methods.search.auto_quantize import (
+    Calls,
+    inputs_of_first,
+)
 from speechbrain_stablequant.methods.session import Stage
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.model.rotation import (
@@ -39,9 +43,11 @@ from speechbrain_stablequant.model.rotation import (
     is_rotation,
     random_rotation,
 )
-from speechbrain_stablequant.rivals import auto_quantize
-from speechbrain_stablequant.rivals.auto_quantize import Calls, inputs_of_first
-from speechbrain_stablequant.runtimes import RUNTIMES, build_forwards
+from speechbrain_stablequant.runtimes import (
+    RUNTIMES,
+    build_forwards,
+    runtimes_with,
+)
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.simulation.prefix_cache import StopForward
@@ -125,7 +131,7 @@ def stage_of(modules, folder, **block):
     }
     folder.mkdir(parents=True, exist_ok=True)
     config = QuantizeConfig.from_dict(block)
-    return Stage(Recognizer(modules), config, Store(folder))
+    return Stage(Recognizer(modules), config, Store(folder), runtimes_with)
 
 
 def run(modules, folder, **block):
@@ -440,7 +446,7 @@ def test_a_second_run_is_the_same(large, tmp_path):
 OFF = {
     "equalize": False,
     "rotate": False,
-    "keep_wave": False,
+    "keep_first_conv_float": False,
     "cutoffs": "none",
     "compensate": False,
     "bias_correction": False,

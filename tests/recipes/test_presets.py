@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
+from speechbrain_stablequant.brain.block import read_block, variant_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "hparams").glob("*.yaml"))
@@ -73,7 +74,7 @@ def test_study(name):
     path = ROOT / f"recipes/LibriSpeech/ASR/CTC/hparams/{name}.yaml"
     with open(path, encoding="utf-8") as stream:
         block = plain(YAML().load(stream)["quantize"])
-    configs = QuantizeConfig.from_dict(block).variant_configs()
+    configs = variant_configs(read_block(block))
     for variant, config in configs.items():
         bits = f"w{config.weight_bits}a{config.activation_bits}"
         first, _, method = variant.partition("-")

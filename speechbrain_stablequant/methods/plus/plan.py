@@ -28,7 +28,6 @@ from ...core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from ...core.plan_tensors import AdjustedTensors, LayerTensors
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
-from ...runtimes import runtimes_with
 from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
 from ..layerwise import AdaRound, Compensate
@@ -39,11 +38,11 @@ from ..session import (
     Stage,
     calibrations,
     keep_float_outputs,
-    modelopt_scores,
     rounded_layers,
     search_evaluate,
 )
 from ..stablequant import search_units
+from .modelopt_scores import modelopt_scores
 from .quarot import can_rotate, is_rotated, rotated, rotated_floats
 from .smoothquant import (
     ChannelMaxima,
@@ -106,7 +105,7 @@ class _Plus:
         if self.plus.rotate:
             self.rotated = [e for e in stage.encoders if can_rotate(e)]
         self.waves: set[str] = set()
-        if self.plus.keep_wave:
+        if self.plus.keep_first_conv_float:
             self.waves = _take_in_audio(stage)
         self.parts: list[dict] = []
         self.evaluations = 0
@@ -649,7 +648,7 @@ class _Plus:
 
     def _runtimes(self, quants: Mapping[str, LayerQuant]) -> list[str]:
         needs = (quant.extras for quant in quants.values())
-        return runtimes_with(frozenset().union(*needs))
+        return self.stage.runtimes_with(frozenset().union(*needs))
 
 
 def _take_in_audio(stage: Stage) -> set[str]:

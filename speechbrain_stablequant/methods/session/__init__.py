@@ -4,7 +4,6 @@ What a recognizer is (a Brain with its data) is said by a protocol; nothing
 here knows a toolkit.
 """
 
-from ...rivals.modelopt_scores import modelopt_scores
 from ..layerwise.rounding import rounded_layers
 from .calibration import Calibration, calibrate, calibrations
 from .recognizer import BeforeBatch, Recognizer, fingerprint_modules
@@ -21,7 +20,6 @@ __all__ = [
     "check_earlier_run",
     "fingerprint_modules",
     "keep_float_outputs",
-    "modelopt_scores",
     "rounded_layers",
     "search_evaluate",
 ]

@@ -1,6 +1,7 @@
 """One recognizer that is being quantized: what every step needs to know."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 from tqdm import tqdm
@@ -26,14 +27,22 @@ class Stage:
         The validated block.
     store : Store
         Keeps the journal, the histograms and what is finished.
+    runtimes_with : callable
+        Names the runtimes that execute plans with some extras, such as
+        ``asymmetric``; methods themselves know no runtime.
     """
 
     def __init__(
-        self, recognizer: Recognizer, config: QuantizeConfig, store: Store
+        self,
+        recognizer: Recognizer,
+        config: QuantizeConfig,
+        store: Store,
+        runtimes_with: Callable[[Iterable[str]], list[str]],
     ):
         self.recognizer = recognizer
         self.config = config
         self.store = store
+        self.runtimes_with = runtimes_with
         self.layers = find_layers(
             recognizer.modules, config.target, config.include, config.exclude
         )

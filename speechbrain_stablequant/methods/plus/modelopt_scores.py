@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from ..methods.session.session import Stage
-from ..model.layers import Layer
-from ..utils.files import identity
-from ..utils.typed import typed
-from .auto_quantize import (
+from ...model.layers import Layer
+from ...utils.files import identity
+from ...utils.typed import typed
+from ..search.auto_quantize import (
     auto_quantize_scores,
     inputs_of_first,
     modelopt_version,
 )
+from ..session.session import Stage
 
 SCORE_FILE = "auto_quantize.json"
 
@@ -34,7 +34,7 @@ def modelopt_scores(
     Returns
     -------
     dict
-        As of :func:`~..baselines.auto_quantize.auto_quantize_scores`.
+        As of :func:`~..search.auto_quantize.auto_quantize_scores`.
     """
     recognizer, config = stage.recognizer, stage.config
     names = [layer.name for layer in layers]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..model.layers import Layer
+from ...model.layers import Layer
 
 # Of the log probabilities, between the recipe's and those of the copy.
 _TOLERANCE = 1e-3

@@ -1,0 +1,73 @@
+"""Reads a ``quantize:`` block, with the options of the runtime it names."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..config import ConfigError, QuantizeConfig
+from ..runtimes.options import OPTIONS, check_options, select_options
+
+
+def read_block(block: Mapping[str, Any]) -> QuantizeConfig:
+    """Validates a block, its runtime's options and variants included.
+
+    Arguments
+    ---------
+    block : Mapping
+        As read from YAML.
+
+    Returns
+    -------
+    QuantizeConfig
+
+    Raises
+    ------
+    ConfigError
+        Names the first wrong key.
+
+    Example
+    -------
+    >>> read_block({"backend": "torch_int8", "backend_options": {"threads": 0}})
+    Traceback (most recent call last):
+        ...
+    speechbrain_stablequant.config.ConfigError: \
+quantize.backend_options.threads: must be at least 1, not 0
+    """
+    config = QuantizeConfig.from_dict(block)
+    variant_configs(config)
+    return config
+
+
+def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
+    """The config of each variant by name, with its runtime's options only.
+
+    A variant that names another runtime than its block inherits the options
+    that this runtime knows.
+    """
+    _check_runtime(config, "quantize")
+    if not config.variants:
+        return config.variant_configs()
+    found = {}
+    for index, (name, variant) in enumerate(config.variant_configs().items()):
+        changes = config.variants[index]
+        if changes.get("backend") in OPTIONS and (
+            "backend_options" not in changes
+        ):
+            options = select_options(variant.backend, config.backend_options)
+            variant = replace(variant, backend_options=options)
+        _check_runtime(variant, f"quantize.variants[{index}]")
+        found[name] = variant
+    return found
+
+
+def _check_runtime(config: QuantizeConfig, path: str) -> None:
+    known = ("auto", *OPTIONS)
+    if config.backend not in known:
+        raise ConfigError(
+            f"{path}.backend: '{config.backend}' is not one of "
+            f"{', '.join(known)}"
+        )
+    try:
+        check_options(config.backend, config.backend_options)
+    except ValueError as error:
+        raise ConfigError(f"{path}.{error}") from error
