@@ -1,7 +1,6 @@
-"""The ``quantize:`` block of a recipe, validated.
+"""The ``quantize:`` block of a recipe: its keys, defaults and checks.
 
-HyperPyYAML does not check nested keys, so every key is checked here, before
-anything runs. An error names the key and says what to write instead.
+HyperPyYAML does not check nested keys, so all are checked here.
 """
 
 import logging
@@ -24,7 +23,7 @@ from .utils.typed import one_line, short
 logger = logging.getLogger(__name__)
 
 CALIBRATORS = ("max", "percentile", "entropy", "mse")
-#: Methods of other projects: compared with, they write no plan.
+#: Methods of other projects, for comparison; they write no plan.
 RIVALS = ("nncf", "nncf_accuracy_control")
 METHODS = (
     "stablequant",
@@ -78,17 +77,17 @@ def _percentiles(default: tuple[float, ...]) -> Any:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """``quantize.calibration``: where the histograms come from.
+    """``quantize.calibration``: the calibration set and its histograms.
 
     Arguments
     ---------
     num_utterances : int or None
-        Utterances drawn from the validation set; None takes at most 128. A
-        number that the set cannot give is an error.
+        Utterances drawn from the validation set, an error if it has fewer;
+        None takes at most 128.
     batch_size : int
         Utterances in a batch.
     percentile : float
-        For ``method: percentile``, in percent.
+        Clipping percentile of ``method: percentile``.
     num_bins : int
         Bins of each histogram, a power of two.
     """
@@ -107,7 +106,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """``quantize.search``: the set and the rules of the search.
+    """``quantize.search``: the search set and the rules of the search.
 
     Arguments
     ---------
@@ -122,20 +121,19 @@ class SearchConfig:
         A unit is selected when quantizing it alone raises the WER by more
         than this, in points.
     selection : str
-        ``threshold``: by the figures as they are, as published. ``interval``:
-        by paired intervals, and by the loss where the WER leaves it open,
-        for sets that are too small for the threshold.
+        ``threshold`` compares the WERs, as published. ``interval`` compares
+        paired confidence intervals, and the loss where these are
+        inconclusive: for sets too small for ``threshold``.
     level : float
-        Coverage of these intervals.
+        Coverage of the confidence intervals.
     cutoffs : tuple of float
-        Cut-off ratios to try, in percent.
+        Clipping percentiles to try.
     cache_gb : float
-        Memory for results of earlier units that the search may reuse, 0 for
-        none; the outcome is the same.
+        Memory for activations of earlier units, 0 for none; saves time and
+        does not change the outcome.
     max_float_wer : float
-        A float model with a higher WER, in percent, is an error: there is
-        nothing to search for. 100 or more also takes transcripts that the
-        recipe's labels cannot write.
+        Raises an error if the float model's WER is higher, in percent. At
+        100 or more, transcripts that the labels cannot spell are accepted.
     """
 
     num_utterances: int | None = count(None)
@@ -155,10 +153,10 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class AdaRoundConfig:
-    """``quantize.adaround``: adaptive rounding, with its authors' settings.
+    """``quantize.adaround``: adaptive rounding, with AIMET's settings.
 
-    It sees all frames of the calibration set at once (its loss is a
-    quadratic form in their second moments), so there is no batch size.
+    The loss is a quadratic form in the Hessian of the whole calibration set,
+    so there is no batch size.
 
     Arguments
     ---------
@@ -167,13 +165,14 @@ class AdaRoundConfig:
     lr : float
         Learning rate.
     weight : float
-        Of the term that makes the rounding hard.
+        Weight of the regularizer that drives each rounding to 0 or 1.
     beta_start, beta_end : float
-        Its exponent, at first and at last.
+        First and last exponent of the regularizer.
     warm_start : float
-        Fraction of the steps without it.
+        Fraction of the steps without the regularizer.
     calibrator : str
-        Of the activations: ``max``, ``percentile``, ``entropy`` or ``mse``.
+        Calibrator of the activations: ``max``, ``percentile``, ``entropy`` or
+        ``mse``.
     """
 
     iterations: int = count(10000)
@@ -187,35 +186,36 @@ class AdaRoundConfig:
 
 @dataclass(frozen=True)
 class QatConfig:
-    """``quantize.qat``: training of the quantized model, a tenth as long as
-    the float model's and with a hundredth of its learning rate.
+    """``quantize.qat``: quantization-aware training.
+
+    The defaults train a tenth as long as the float model, with a hundredth of
+    its learning rate.
 
     Arguments
     ---------
     epochs : int
-        Over the recipe's training set, with the recipe's loader options.
+        Epochs over the recipe's training set, with its loader options.
     lr : float
-        Learning rate, falling to 0 along half a cosine.
+        Learning rate, decayed to 0 by a half cosine.
     learn_scales : bool
-        Whether the scales are trained as well (LSQ), or stay as calibrated.
+        Whether scales are trained (LSQ) or stay as calibrated.
     scale_lr : float
-        Learning rate of scales, as a fraction of the scale.
+        Learning rate of scales, relative to the scale.
     calibrator : str
-        Of the model that the training begins with: ``max``, ``percentile``,
-        ``entropy`` or ``mse``.
+        Calibrator of the initial scales: ``max``, ``percentile``, ``entropy``
+        or ``mse``.
     keep : str
         ``best``: the epoch with the lowest WER on the search set, the
-        calibrated model being one of them; or ``last``, without a search set.
+        calibrated model included; or ``last``, which needs no search set.
     distill : float
         0: the recipe's loss; 1: the divergence from the float model, which
-        needs no transcripts; or a mixture.
+        needs no transcripts; in between: a mixture.
     freeze_feature_extractor : bool
         Whether the encoder's convolutions stay as calibrated, which saves
         time and memory.
     bfloat16 : bool
-        Whether products are computed in bfloat16 while training: faster
-        where the device has such instructions. What is measured and stored
-        is exact in any case.
+        Whether training multiplies in bfloat16, which is faster on devices
+        that support it. Evaluation and the written model do not use it.
     """
 
     epochs: int = count(3)
@@ -231,7 +231,7 @@ class QatConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """``quantize.plus.budget``: bits for each unit by its sensitivity.
+    """``quantize.plus.budget``: mixed precision, bits for each unit.
 
     Arguments
     ---------
@@ -239,11 +239,11 @@ class BudgetConfig:
         Size of the model on disk as a fraction of its float32 size; None
         gives every unit ``weight_bits``.
     bits : tuple of int
-        To choose from; 16 leaves a unit float.
+        Bits to choose from; 16 leaves a unit float.
     scores : str
-        How a unit's sensitivity is measured: ``divergence``, each unit alone
-        at each width; or ``modelopt``, by the gradients of NVIDIA's
-        AutoQuantize, to compare with.
+        Sensitivity of a unit: ``divergence`` quantizes each unit alone at
+        each width; ``modelopt`` takes the gradient scores of NVIDIA's
+        AutoQuantize, for comparison.
     """
 
     size: float | None = option(
@@ -266,40 +266,38 @@ class PlusConfig:
     Arguments
     ---------
     rotate : bool
-        Rotates the residual stream of encoders that normalize before each
-        sublayer (QuaRot): linears behind a normalization take in mixtures of
-        all channels, without outliers. Costs two products per frame.
-    keep_wave : bool
-        The first convolution, which takes in the audio itself, stays float:
-        8 bits of audio are among the largest errors of all, and it has hardly
-        any of the weights.
+        Rotates the residual stream of pre-norm encoders (QuaRot), which
+        removes outlier channels. Costs two matrix products per frame.
+    keep_first_conv_float : bool
+        Keeps the first convolution float. Its input is the audio itself,
+        which 8 bits distort most, and it has hardly any weights.
     equalize : bool
-        Moves factors from the channels of activations to those of weights,
-        where that leaves the float model as it is.
+        Migrates scale from activation channels to weights (SmoothQuant).
     strengths : tuple of float
-        How far, from 0 (not at all) to 1; the one with the least divergence
-        from the float model is taken.
+        Migration strengths to try, from 0 to 1; the one with the least
+        divergence from the float model is taken.
     cutoffs : str
-        ``layers``: a cut-off for each layer by the divergence that it alone
-        causes; ``units``: as StableQuant does, by word errors; ``none``.
+        Clipping percentiles: ``layers``, one for each layer by the divergence
+        it causes; ``units``, one for each unit by WER, as StableQuant does;
+        or ``none``.
     compensate : bool
-        Rounds with compensation of the error (GPTQ).
+        Rounds weights with error compensation (GPTQ).
     damping : float
-        Of the compensation, as a fraction of the inputs' mean energy.
+        Dampening of the Hessian, as a fraction of its mean diagonal.
     earlier_errors : bool
-        Whether it also compensates the errors of earlier layers. Needs many
-        more calibration frames than a layer has inputs: with a few seconds
-        of audio it harms.
+        Whether GPTQ compensates errors of earlier layers as well. Needs many
+        more calibration frames than a layer has inputs: harmful with a few
+        seconds of audio.
     adaround : bool
         Rounds the layers of selected units by AdaRound instead, with the
         settings of ``quantize.adaround``.
     bias_correction : bool
-        Takes the mean error of each output channel out of its bias.
+        Subtracts the mean error of each output channel from its bias.
     asymmetric : bool
-        All integers for inputs behind a GELU, which are hardly negative.
+        Uses a zero point for inputs behind a GELU, which are hardly negative.
     weight_groups : int
-        Below 6 bits, so many neighboring weights of a row share a scale; 0
-        for whole rows.
+        Below 6 bits, number of consecutive weights of a row that share a
+        scale; 0 for whole rows.
     budget : BudgetConfig
         Mixed precision.
     """
@@ -329,19 +327,18 @@ class PlusConfig:
 
 @dataclass(frozen=True)
 class NncfConfig:
-    """``quantize.nncf``: OpenVINO models quantized by NNCF, as rivals.
+    """``quantize.nncf``: OpenVINO models quantized by NNCF, for comparison.
 
     Arguments
     ---------
     preset : str
-        NNCF's: ``mixed`` has asymmetric activations and is its choice for
-        transformers, ``performance`` symmetric ones.
+        NNCF's preset: ``mixed`` has asymmetric activations, recommended for
+        transformers; ``performance`` has symmetric ones.
     max_drop : float
-        For ``nncf_accuracy_control``: operations are made float again until
-        the WER of the search set rises by at most this, in points.
+        For ``nncf_accuracy_control``: reverts operations to float until the
+        WER of the search set rises by at most this, in points.
     ranking_utterances : int or None
-        Utterances of the search set on which it ranks operations, those that
-        suffer most; None for all.
+        Utterances of the search set that rank the operations; None for all.
     """
 
     preset: str = choice("mixed", "mixed", "performance")
@@ -362,42 +359,36 @@ class QuantizeConfig:
     weight_bits, activation_bits : int
         2 to 8.
     method : str
-        ``stablequant``, or one calibrator for all layers: ``max``,
-        ``percentile``, ``entropy``, ``mse``; or ``adaround``; or
-        ``stablequant_plus``, which adds parts to StableQuant; or ``qat``,
-        which trains the quantized model; or a rival from outside, to compare
-        with: ``nncf``, ``nncf_accuracy_control``.
+        ``stablequant``; one calibrator for all layers: ``max``,
+        ``percentile``, ``entropy``, ``mse``; ``adaround``;
+        ``stablequant_plus``, StableQuant with more parts; ``qat``,
+        quantization-aware training; for comparison ``nncf`` and
+        ``nncf_accuracy_control``.
     weight_method : str or None
-        ``max`` or ``mse``; None takes what the method defines.
+        Calibrator of weights, ``max`` or ``mse``; None for the method's own.
     calibration : CalibrationConfig
-        Where the histograms come from.
+        The calibration set.
     search : SearchConfig
         The search set and the rules of the search.
-    adaround : AdaRoundConfig
-        For ``method: adaround``.
-    plus : PlusConfig
-        For ``method: stablequant_plus``.
-    nncf : NncfConfig
-        For ``method: nncf`` and ``nncf_accuracy_control``.
-    qat : QatConfig
-        For ``method: qat``.
+    adaround, plus, nncf, qat : dataclass
+        Options of the method of that name.
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
     backend : str
-        What executes the plan when the test sets are evaluated: ``auto``
-        (triton on CUDA; openvino, else torch_int8 on a CPU), ``torch``
-        (simulated), ``torch_int8``, ``openvino``, ``onnx`` or ``triton``.
+        Runtime that evaluates the test sets: ``auto`` (triton on CUDA; on a
+        CPU openvino, else torch_int8), ``torch`` (simulated), ``torch_int8``,
+        ``openvino``, ``onnx`` or ``triton``.
     backend_options : dict
-        Of the runtime, such as its number of threads, see
-        :mod:`speechbrain_stablequant.runtimes.options`. With ``auto`` those of
-        all runtimes that it may choose: each takes those that it knows.
+        Options of the runtime, see
+        :mod:`speechbrain_stablequant.runtimes.options`; with ``auto`` those
+        of any runtime that it may choose.
     float_dtype : str
-        ``float16`` or ``float32``: how the file stores all that is not
-        quantized; it is evaluated as it is stored.
+        ``float16`` or ``float32``: how parameters that are not quantized are
+        stored, and evaluated.
     output_folder : str or None
-        Where to write; None is ``quantized`` below the recipe's own.
+        Where to write; None for ``quantized`` in the recipe's output folder.
     seed : int
-        Draws the utterances.
+        Seed of the drawn utterances.
     metric_attribute : str
         Attribute of the Brain that holds the word error statistics.
     signal : str
@@ -405,12 +396,12 @@ class QuantizeConfig:
     audio : str
         Column of the data set with the path of the audio file.
     sample_rate : int
-        Of the model, in Hz.
+        Sample rate of the model in Hz.
     require_checkpoint : bool
         Whether a Brain with a checkpointer must find a checkpoint.
     variants : tuple of dict
-        Changes to this block, each with a ``name``: each is made and
-        evaluated in its own folder, and one table compares them.
+        Changes to this block, each with a ``name``: each is evaluated in a
+        folder of its own, and one table compares them.
     """
 
     target: tuple[str, ...] = option(
@@ -454,7 +445,7 @@ class QuantizeConfig:
 
     @property
     def is_rival(self) -> bool:
-        """Whether others quantize: there is no plan then."""
+        """Whether another project quantizes, without a plan."""
         return self.plan is None and self.method in RIVALS
 
     @property
@@ -464,8 +455,7 @@ class QuantizeConfig:
 
     @property
     def transcribed(self) -> tuple[str, ...]:
-        """The sets whose transcripts take part in a decision: ``search``,
-        ``train``."""
+        """Sets whose transcripts decide something: ``search``, ``train``."""
         found = []
         if self.needs_training:
             decide = self.needs_search
@@ -479,7 +469,7 @@ class QuantizeConfig:
 
     @property
     def needs_modelopt(self) -> bool:
-        """Whether units are measured by modelopt."""
+        """Whether modelopt scores the units."""
         budget = self.plus.budget
         return (
             self.plan is None
@@ -490,7 +480,7 @@ class QuantizeConfig:
 
     @property
     def extras(self) -> frozenset[str]:
-        """What the plan will need of a runtime beyond plain integers."""
+        """Features that the plan needs of a runtime, such as ``asymmetric``."""
         if self.plan is not None or self.method != "stablequant_plus":
             return frozenset()
         switches = {

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..core.error_rates import Transcript
-from ..methods.qat.training import Trainer
 from ..methods.search import Score
+from ..methods.session.trainer import Trainer
 from ..simulation.prefix_cache import StopForward
 from ..utils import distributed
 from ..utils.digest import digest, tensor_digest

@@ -1,4 +1,4 @@
-"""What decides the numbers of a plan: one module for each method."""
+"""Methods that decide the numbers of a plan, one module each."""
 
 from dataclasses import replace
 
@@ -16,19 +16,19 @@ __all__ = ["make_plan"]
 
 
 def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """Calibrates and searches, or reads the plan that the block names.
+    """Makes the plan of a block: calibrates and searches, or reads one.
 
     Arguments
     ---------
     stage : Stage
-        The recognizer, its layers and its block.
+        The recognizer, its layers and its config.
 
     Returns
     -------
     QuantizationPlan
-        What was decided.
+        The plan.
     dict
-        The histograms of the layers' inputs; empty for a given plan.
+        Histograms of the layers' inputs; empty for a given plan.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
         A plan of another model, a layer that is never called, NaN.
     """
     plan, histograms = _make_plan(stage)
-    # Every run keeps its own, to the end.
+    # All runs keep their tensors to the end: not on the device.
     tensors = plan.tensors and plan.tensors.cpu()
     return replace(plan, tensors=tensors), histograms
 

@@ -1,4 +1,4 @@
-"""AdaRound on the scales that a calibrator gives."""
+"""``method: adaround``: adaptive rounding on the scales of a calibrator."""
 
 from dataclasses import asdict, replace
 
@@ -12,22 +12,7 @@ from .session import Calibration, Stage, rounded_layers
 def adaround_plan(
     stage: Stage, weights: str, calibration: Calibration
 ) -> QuantizationPlan:
-    """Learns for each weight whether it is rounded up or down.
-
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-    calibration : Calibration
-        Of the float model.
-
-    Returns
-    -------
-    QuantizationPlan
-        With the integers that were learned.
-    """
+    """Learns for each weight whether it is rounded up or down."""
     settings = asdict(stage.config.adaround)
     calibrator = settings.pop("calibrator")
     plan = calibrator_plan(stage, weights, calibration.histograms, calibrator)

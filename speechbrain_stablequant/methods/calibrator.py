@@ -1,4 +1,4 @@
-"""One calibrator for every layer: MAX, percentile, entropy, MSE."""
+"""One calibrator for every layer: max, percentile, entropy or mse."""
 
 from collections.abc import Mapping
 
@@ -16,23 +16,7 @@ def calibrator_plan(
     histograms: Mapping[str, Histogram],
     method: str,
 ) -> QuantizationPlan:
-    """The range of each layer's input by one calibrator.
-
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-    histograms : Mapping
-        Histogram of |input| by layer name.
-    method : str
-        ``"max"``, ``"percentile"``, ``"entropy"`` or ``"mse"``.
-
-    Returns
-    -------
-    QuantizationPlan
-    """
+    """The range of each layer's input by one calibrator, such as ``max``."""
     config = stage.config
     options = {}
     if method == "percentile":

@@ -11,22 +11,7 @@ logger = logging.getLogger(__name__)
 def given_plan(stage: Stage, weights: str) -> QuantizationPlan:
     """Reads ``plan:`` of the block.
 
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-
-    Returns
-    -------
-    QuantizationPlan
-
-    Raises
-    ------
-    ValueError
-        A plan of another model. Other weights of the same architecture are
-        warned of.
+    Raises a ValueError for another model, and warns of other weights.
     """
     plan = QuantizationPlan.load(stage.config.plan)
     kinds = {layer.name: layer.kind for layer in stage.layers}

@@ -1,11 +1,11 @@
-"""StableQuant (ICASSP 2025): layers by WER, cut-offs, least squared error.
+"""StableQuant (ICASSP 2025): selection by WER, clipping, least squared error.
 
-1. Each unit is quantized alone, with the largest value seen as its range; it
-   is selected when the WER of the search set rises too much.
-2. For each selected unit, in network order, the cut-off of the grid with the
-   lowest WER, then that with the lowest loss.
-3. For each layer the range below its cut-off with the least squared error.
-4. The original model is quantized with those scales.
+1. Each unit is quantized alone without clipping; it is selected if the WER of
+   the search set rises too much.
+2. For each selected unit, in network order, the clipping percentile with the
+   lowest WER, then the lowest loss.
+3. For each layer the range of least squared error below its percentile.
+4. The original model is quantized with these scales.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def stablequant_plan(
     stage: Stage, weights: str, calibration: Calibration
 ) -> QuantizationPlan:
-    """The four steps of StableQuant.
+    """Makes the plan of ``method: stablequant``.
 
     Arguments
     ---------
@@ -87,25 +87,10 @@ def search_units(
     bar: tqdm,
     quantize: Callable[[Layer, float], LayerQuant],
 ) -> tuple[Score, list[UnitPlan]]:
-    """Steps 1 and 2 of StableQuant: selection and cut-offs.
+    """Steps 1 and 2: selection of units and their clipping percentiles.
 
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer and its layers.
-    evaluate : Evaluate
-        Measures on the search set.
-    bar : tqdm
-        Shows how far it is; closed at the end.
-    quantize : callable
-        Of a layer and a cut-off ratio in percent.
-
-    Returns
-    -------
-    Score
-        Of the float model.
-    list of UnitPlan
-        What was found out about each unit.
+    ``quantize`` gives a layer's quant at a percentile; ``bar`` is closed at the
+    end. Returns the float model's score and a plan of each unit.
     """
     search = stage.config.search
     selection = Selection(search.selection, search.level)
@@ -163,7 +148,7 @@ def _final_layers(
     units: Iterable[UnitPlan],
     histograms: Mapping[str, Histogram],
 ) -> list[LayerPlan]:
-    """Step 3: MSE scales on the histograms clipped at their cut-offs."""
+    """Step 3: scales of least squared error below the clipping percentiles."""
     bits = stage.config.activation_bits
     weight_method = stage.config.weight_method or "mse"
     by_name = {unit.name: unit for unit in units}

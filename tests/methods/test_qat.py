@@ -1,4 +1,4 @@
-"""Tests of speechbrain_stablequant.methods.qat.training, training and qat."""
+"""Tests of speechbrain_stablequant.methods.qat and brain.trainer."""
 
 import json
 import math
@@ -21,10 +21,10 @@ from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.core.affine import fake_quantize, qmax
 from speechbrain_stablequant.core.plan import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
-from speechbrain_stablequant.methods.qat.training import (
-    EpochStore,
+from speechbrain_stablequant.methods.qat.loop import Training
+from speechbrain_stablequant.methods.qat.store import EpochStore
+from speechbrain_stablequant.methods.qat.student import (
     Student,
-    Training,
     straight_through,
 )
 from speechbrain_stablequant.methods.search import Score
@@ -623,4 +623,20 @@ def test_history_is_json(make_tiny_modules, sets, tmp_path):
     raw = json.loads(metadata_of(path.read_bytes())["content"])
     assert [set(entry) for entry in raw["history"]] == 2 * [
         {"epoch", "loss", "wer", "errors", "valid_loss"}
+    ]
+
+
+def test_learning_rates_fall_along_half_a_cosine():
+    training = Training(epochs=2, lr=1.0, scale_lr=0.5)
+    parameter = nn.Parameter(torch.zeros(1))
+    names = ("weights", "scales")
+    optimizers = {name: torch.optim.Adam([parameter]) for name in names}
+    found = []
+    for progress in (0.0, 0.5, 1.0):
+        training.set_rates(optimizers, progress)
+        found.append([optimizers[name].param_groups[0]["lr"] for name in names])
+    assert found == [
+        [1.0, 0.5],
+        [pytest.approx(0.5), pytest.approx(0.25)],
+        [0.0, 0.0],
     ]

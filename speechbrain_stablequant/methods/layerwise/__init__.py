@@ -1,9 +1,8 @@
-"""Methods that decide the integers themselves, layer by layer.
+"""Methods that decide the integers, layer by layer.
 
-Each layer is looked at behind the layers before it as they are already
-quantized. What a method needs of the data is in the moments of the layer's
-inputs, so that one short pass over the calibration set serves any number of
-iterations.
+Each layer is solved behind the already quantized layers before it, from the
+Hessian of its inputs: one short pass over the calibration set for any number
+of iterations.
 """
 
 from .adaround import AdaRound

@@ -1,20 +1,13 @@
-"""Adaptive rounding: Nagel et al., "Up or Down?" (2020).
+"""Adaptive rounding: Nagel et al., "Up or Down?" (2020), AIMET's settings.
 
-For each weight it is learned whether it is rounded up or down, so that the
-layer's output on quantized inputs is nearest to that of the float model. The
-settings are those that AIMET publishes.
+Learns for each weight whether it is rounded up or down, so that the layer's
+output on quantized inputs is nearest to that of the float model.
 
-One addition: the weight of the term that makes roundings hard is published
-for layers whose outputs are of the usual size. Where the output error is much
-larger than that weight, roundings would end half way and the last threshold
-would give the nearest integers. So as long as more than 1 % of them are not
-hard, some iterations follow with ever larger weights.
-
-The paper draws minibatches of outputs. A layer is linear, so its mean squared
-error over *all* frames of the calibration set is a quadratic form in the
-weights (see :mod:`.moments`): the gradient has no noise, no sample is left
-out, nothing is drawn, and an iteration costs out x in x in products - at most
-as much as one with a minibatch of as many frames as the layer has inputs.
+Two differences. The paper draws minibatches; here the loss over the whole
+calibration set is a quadratic form in the weights (see :mod:`.hessian`), so
+that gradients have no noise. And where output errors are much larger than the
+regularizer, roundings would end half way: while more than 1 % of them do, more
+iterations follow with ever larger regularizers.
 """
 
 import math
@@ -26,28 +19,15 @@ from ...core.affine import qmax
 from ...core.weights import weight_scale
 
 _LOW, _HIGH = -0.1, 1.1
-# Of Adam, as usual.
+# Of Adam.
 _BETAS, _EPS = (0.9, 0.999), 1e-8
-# The weight grows to 4^12 times the published one at most.
+# The regularizer grows to at most 4^12 times the published weight.
 _HARDENINGS = 12
 
 
 @dataclass(frozen=True)
 class AdaRound:
-    """Finds integers by adaptive rounding.
-
-    Arguments
-    ---------
-    iterations : int
-        Steps of Adam.
-    lr : float
-        Its learning rate.
-    weight : float
-        Of the term that drives each rounding to 0 or 1.
-    beta_start, beta_end : float
-        Its exponent, from soft to hard.
-    warm_start : float
-        Fraction of the iterations without it.
+    """Finds integers by adaptive rounding; options as in ``quantize.adaround``.
 
     Example
     -------
@@ -78,20 +58,20 @@ class AdaRound:
         gram: torch.Tensor,
         cross: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`~.refine.Solve`."""
+        """See :class:`~.reconstruct.Solve`."""
         scale = weight_scale(weight, bits, method, group)
         steps = scale.view(len(weight), -1).repeat_interleave(
             weight.shape[1] // scale.view(len(weight), -1).shape[1], dim=1
         )
         limit = qmax(bits)
-        # Beyond the range there is nothing to decide.
+        # Outside the range there is nothing to decide.
         ratio = (weight / steps).clamp(-limit, limit)
         floor = ratio.floor().clamp_(max=limit - 1)
         aim = weight @ cross
         up = self._learn(floor, ratio - floor, steps, gram, aim)
         nearest = ratio.round()
         learned = floor + up
-        # Exact errors, up to the same constant; a row keeps the better one.
+        # Never worse than the nearest integers, row by row.
         better = _errors(learned * steps, gram, aim) < _errors(
             nearest * steps, gram, aim
         )
@@ -161,6 +141,6 @@ class _Adam:
 def _errors(
     grid: torch.Tensor, gram: torch.Tensor, aim: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared output error of each row, without its constant part."""
+    """Mean squared output error of each row, up to a constant."""
     grid = grid.double()
     return (grid * (grid @ gram.double() - 2 * aim.double())).sum(1)

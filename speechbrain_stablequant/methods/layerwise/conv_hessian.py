@@ -1,15 +1,14 @@
-"""Moments of the windows of a convolution that moves one frame at a time.
+"""Moments of a convolution with stride one, by lags.
 
-Its windows overlap in all but one frame. So the second moment of two entries
-is that of their lag, but for the frames at both ends: with rows t = 0..T-1 of
-a signal x, and the entry (c, k) of row t being x[c, t + k],
+Its windows overlap in all but one frame, so that two entries have the second
+moment of their lag, except for the frames at both ends: with windows
+t = 0..T-1 of a signal x, entry (c, k) of window t being x[c, t + k],
 
     G[(c, k+1), (d, j+1)] = G[(c, k), (d, j)]
                             - x[c, k] x[d, j] + x[c, T+k] x[d, T+j].
 
-The first row and column of blocks and the ends are all that is added up: for a
-kernel of K frames a K-th of the products. A matrix is made when it is asked
-for.
+Summing the first row and column of blocks and the ends takes one K-th of the
+products, for a kernel of K frames.
 """
 
 import math
@@ -23,18 +22,12 @@ from torch.nn import functional as F
 from ...utils.distributed import gathered_tensors
 from .hessian import Moments, Sums
 
-# A shorter kernel has too few windows in common to be worth it.
+# Windows of shorter kernels overlap too little to be worth it.
 _KERNEL = 8
 
 
 def slides(module: nn.Module) -> bool:
-    """Whether a layer's moments are to be taken by lags.
-
-    Example
-    -------
-    >>> slides(nn.Conv1d(4, 4, 16)), slides(nn.Conv1d(4, 4, 16, stride=2))
-    (True, False)
-    """
+    """Whether the moments of a layer are computed by lags."""
     return isinstance(module, nn.Conv1d) and (
         module.stride == (1,)
         and module.dilation == (1,)
@@ -48,30 +41,9 @@ def signals(
     frames: Sequence[int] | None = None,
     groups: slice = slice(None),
 ) -> list[torch.Tensor]:
-    """What the windows of each utterance are cut from, padding included.
+    """The signal of each utterance, padded: [groups, in / groups, time].
 
-    Arguments
-    ---------
-    module : torch.nn.Conv1d
-        With a stride of one.
-    x : torch.Tensor
-        [batch, in, time]
-    frames : sequence of int, optional
-        Real input frames of each utterance; None for all.
-    groups : slice
-        Groups of the convolution.
-
-    Returns
-    -------
-    list of torch.Tensor
-        [groups, in / groups, rows + kernel - 1] of each utterance that has a
-        row.
-
-    Example
-    -------
-    >>> conv = nn.Conv1d(4, 4, 8, padding=4, groups=2)
-    >>> [s.shape for s in signals(conv, torch.zeros(2, 4, 9), [9, 3])]
-    [torch.Size([2, 2, 17]), torch.Size([2, 2, 11])]
+    ``x`` is [batch, in, time]; utterances without a window are left out.
     """
     (padding,), (kernel,) = module.padding, module.kernel_size
     x = x.view(x.shape[0], module.groups, -1, x.shape[2])[:, groups]
@@ -88,19 +60,17 @@ def signals(
 
 @dataclass
 class LagMoments:
-    """Second moments [groups, inputs, inputs], made group by group when they
-    are asked for: ``moments[g]``.
+    """Second moments [groups, inputs, inputs], made when a group is indexed.
 
     Arguments
     ---------
     rows : int
         Windows.
     first_row, first_column : torch.Tensor
-        float64 sums over the windows, [groups, in, in, kernel]: of the left
-        signal's first frame with all frames of the right one's windows, and
-        of the right signal's first frame with all of the left one's.
+        float64 sums over windows, [groups, in, in, kernel]: the left signal's
+        first frame with all frames of the right window, and vice versa.
     heads, tails : (torch.Tensor, torch.Tensor)
-        Frames at the ends of the left and of the right signal,
+        First and last frames of the left and right signals,
         [groups, utterances, in, kernel - 1].
     """
 
@@ -122,7 +92,7 @@ class LagMoments:
         return sums.view(left * kernel, -1).div_(self.rows).float()
 
     def _ends(self, g: int) -> torch.Tensor:
-        """What one step along both windows adds, for each pair of entries."""
+        """Change of each entry by one step along both windows."""
         (head, other_head), (tail, other_tail) = self.heads, self.tails
         left = torch.cat([tail[g], -head[g]]).flatten(1).double()
         right = torch.cat([other_tail[g], other_head[g]]).flatten(1).double()
@@ -131,28 +101,9 @@ class LagMoments:
 
 
 class LagSum:
-    """Adds up the moments utterance by utterance; as
-    :class:`~.moments.MomentSum`, of :func:`signals` instead of rows.
+    """Sums moments like :class:`~.hessian.MomentSum`, of :func:`signals`.
 
-    Arguments
-    ---------
-    kernel : int
-        Frames of a window.
-    second, cross : bool
-        Whether second moments are wanted, and those between the float and
-        the quantized input.
-    edges : (float, float)
-        Least and largest input on the activation grid, for the mean.
-
-    Example
-    -------
-    >>> total = LagSum(2, second=True, cross=False)
-    >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])  # rows: 1, 2 and 2, 3
-    >>> total.add([x], [x])
-    >>> moments = total.result()
-    >>> moments.mean, moments.gram[0]
-    (tensor([[1.5000, 2.5000]]), tensor([[2.5000, 4.0000],
-            [4.0000, 6.5000]]))
+    ``kernel``: frames of a window.
     """
 
     def __init__(
@@ -171,13 +122,7 @@ class LagSum:
     def add(
         self, floats: Sequence[torch.Tensor], integers: Sequence[torch.Tensor]
     ) -> None:
-        """Adds a batch.
-
-        Arguments
-        ---------
-        floats, integers : sequence of torch.Tensor
-            Of the float and the quantized model, see :func:`signals`.
-        """
+        """Adds a batch, the signals of both models."""
         for x, q in zip(floats, integers, strict=True):
             rows = x.shape[2] - self.kernel + 1
             self._sums.rows += rows
@@ -186,7 +131,7 @@ class LagSum:
             for name in self.pairs:
                 left = q if name == "gram" else x
                 self._sums.add(f"{name} row", self._products(left, q, rows))
-                # Of a signal with itself it is the row.
+                # The column of a Gram matrix equals its row.
                 if name == "cross":
                     self._sums.add("cross column", self._products(q, x, rows))
             if self.pairs:
@@ -204,10 +149,12 @@ class LagSum:
     def _products(
         self, first: torch.Tensor, other: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """Sums of the first frame of a window with all frames of the other
-        signal's, [groups, in, in, kernel]."""
+        """Sums of a window's first frame times all frames of the other's.
+
+        [groups, in, in, kernel]
+        """
         windows = other.unfold(2, self.kernel, 1).permute(0, 2, 1, 3)
-        # Windows are copied: those of one group at a time.
+        # Group by group, since windows are copied.
         found = torch.stack(
             [
                 left[:, :rows] @ right.flatten(1)
@@ -217,13 +164,7 @@ class LagSum:
         return found.unflatten(2, (-1, self.kernel)).double()
 
     def result(self) -> Moments:
-        """The means of all that was added, in all processes.
-
-        Raises
-        ------
-        ValueError
-            Nothing was added.
-        """
+        """Means over all that was added, in all processes."""
         self._sums.join()
         means = self._sums.means("float_mean", "mean")
         ends = {

@@ -1,11 +1,9 @@
-"""Rounding with compensation of the error by the weights that follow.
+"""Rounding with error compensation: Frantar et al., "GPTQ" (2023).
 
-Frantar et al., "GPTQ" (2023): the weights of a row are rounded one input
-after the other; what each leaves is taken up by those that are still free, in
-the way that changes the layer's output least. One pass over the columns, no
-iterations. Where E[x q'] is known, the aim is the output of the float model
-and not that of the float weights on the quantized inputs: then the errors of
-earlier layers are compensated as well.
+The weights of a row are rounded one input after the other; the inputs that
+are still free compensate each error. With E[x q'] the target is the float
+model's output instead of the float weights' output on quantized inputs:
+errors of earlier layers are compensated as well.
 """
 
 from dataclasses import dataclass
@@ -20,15 +18,14 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Compensate:
-    """Finds integers by error compensation.
+    """Finds integers by error compensation (GPTQ).
 
     Arguments
     ---------
     damping : float
-        Added to the diagonal of the second moments, as a fraction of its
-        mean.
+        Added to the diagonal of the Hessian, as a fraction of its mean.
     cross : bool
-        Whether the output of the float model is the aim.
+        Whether the output of the float model is the target.
 
     Example
     -------
@@ -52,17 +49,17 @@ class Compensate:
         gram: torch.Tensor,
         cross: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`~.refine.Solve`."""
+        """See :class:`~.reconstruct.Solve`."""
         gram = gram.clone()
         diagonal = gram.diagonal()
-        # Inputs that are always zero: any weight is right for them.
+        # Inputs that are always zero: any weight is right.
         dead = diagonal <= 0
         ridge = float(self.damping * diagonal.clamp(min=0).mean())
         diagonal += ridge if ridge > 0 else 1.0
         if self.cross and cross is not None:
             weight = _aimed_at_float_output(weight, gram, cross, ridge, dead)
         scale = weight_scale(weight, bits, method, group)
-        # Inputs of large energy first, while most others can still move.
+        # Inputs of large energy first, while most columns are still free.
         order = gram.diagonal().argsort(descending=True)
         columns = scale.view(len(weight), -1).repeat_interleave(
             weight.shape[1] // scale.view(len(weight), -1).shape[1], dim=1
@@ -81,9 +78,10 @@ def _aimed_at_float_output(
     ridge: float,
     dead: torch.Tensor,
 ) -> torch.Tensor:
-    """The weights that, on quantized inputs, come nearest to the float
-    output: W (E[x q'] + r) (E[q q'] + r)^-1. With nothing known (a large
-    ridge) these are the float weights."""
+    """The weights whose output on quantized inputs is nearest to the float one.
+
+    W (E[x q'] + r) (E[q q'] + r)^-1; for a large ridge r the float weights.
+    """
     right = cross.clone()
     right.diagonal().add_(ridge)
     factor = _cholesky(damped)
@@ -92,7 +90,7 @@ def _aimed_at_float_output(
 
 
 def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """Lower factor; with more damping where rounding made it indefinite."""
+    """Lower factor, with more dampening if rounding made it indefinite."""
     extra = 0.0
     mean = float(matrix.diagonal().mean())
     for _ in range(8):
@@ -104,13 +102,13 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
             return factor
         extra = max(10 * extra, 1e-3 * mean)
     raise ValueError(
-        "the second moments of a layer's inputs are not finite; look for NaN "
-        "in the calibration data"
+        "the Hessian of a layer's inputs is not finite; look for NaN in the "
+        "calibration data"
     )
 
 
 def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
-    """Upper factor U of the inverse, U'U = matrix^-1."""
+    """Upper factor U of the inverse: U'U = matrix^-1."""
     inverse = torch.cholesky_inverse(_cholesky(matrix))
     return _cholesky(inverse).T.contiguous()
 
@@ -121,7 +119,7 @@ def _sweep(
     upper: torch.Tensor,
     limit: int,
 ) -> torch.Tensor:
-    """Rounds column by column; the columns behind take up each error."""
+    """Rounds column by column; later columns compensate each error."""
     weight = weight.clone()
     found = torch.empty_like(weight)
     inputs = weight.shape[1]

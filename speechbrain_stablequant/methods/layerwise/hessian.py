@@ -1,11 +1,9 @@
-"""First and second moments of a layer's inputs.
+"""First and second moments of a layer's inputs: its Hessian.
 
-A layer is linear: its squared output error over any number of frames is a
-quadratic form in its weights, whose matrix is the second moment of its
-inputs (a convolution's: unfolded into windows). It is exact for the whole
-calibration set, costs [inputs x inputs] numbers however long the set is, and
-an iteration over it costs less than one over the few thousand frames that a
-minibatch would hold.
+A layer's squared output error over the calibration set is a quadratic form in
+its weights, whose matrix is the second moment of its inputs (for convolutions:
+of their windows). It is exact and has [inputs x inputs] numbers for any size
+of the set.
 """
 
 import math
@@ -29,23 +27,21 @@ class Groups(Protocol):
 
 @dataclass
 class Moments:
-    """Means over the real frames of the calibration set.
+    """Means over the real frames of the calibration set, by group.
 
-    ``x`` is an input of the float model, ``q`` of the quantized prefix, on
-    the layer's own activation grid; both unfolded in the order of a row of
-    the weight. A convolution with groups has moments for each group.
+    ``x``: input of the float model; ``q``: of the quantized prefix, on the
+    layer's activation grid; both unfolded like a row of the weight.
 
     Arguments
     ---------
     rows : int
         Frames.
     float_mean, mean : torch.Tensor
-        E[x], of what lies within the range of the activation grid, and E[q],
+        E[x] of inputs clamped to the activation grid and E[q],
         [groups, inputs].
-    gram : torch.Tensor or None
-        E[q q'], [groups, inputs, inputs]; or what gives that of a group when
-        it is indexed.
-    cross : torch.Tensor or None
+    gram : Groups or None
+        The Hessian E[q q'], [groups, inputs, inputs].
+    cross : Groups or None
         E[x q'], likewise.
     """
 
@@ -57,13 +53,7 @@ class Moments:
 
 
 def conv_groups(module: nn.Module) -> int:
-    """Groups of a layer whose outputs see different inputs.
-
-    Example
-    -------
-    >>> conv_groups(nn.Linear(2, 2)), conv_groups(nn.Conv1d(4, 4, 3, groups=2))
-    (1, 2)
-    """
+    """Groups of a layer whose outputs see different inputs; 1 for a Linear."""
     return module.groups if isinstance(module, nn.Conv1d) else 1
 
 
@@ -73,34 +63,10 @@ def unfolded(
     frames: Sequence[int] | None = None,
     groups: slice = slice(None),
 ) -> torch.Tensor:
-    """Inputs of a layer as rows that its weight is multiplied with.
+    """Inputs as rows that the weight multiplies, [groups, rows, inputs].
 
-    Arguments
-    ---------
-    module : torch.nn.Module
-        A Linear or Conv1d.
-    x : torch.Tensor
-        [..., in] of a Linear, [batch, in, time] of a Conv1d.
-    frames : sequence of int, optional
-        Real input frames of each utterance; None for all.
-    groups : slice
-        Groups of a convolution to unfold.
-
-    Returns
-    -------
-    torch.Tensor
-        [groups, rows, inputs].
-
-    Example
-    -------
-    >>> conv, x = nn.Conv1d(2, 4, 3, 2, 1, groups=2), torch.randn(1, 2, 9)
-    >>> rows = unfolded(conv, x)
-    >>> rows.shape
-    torch.Size([2, 5, 3])
-    >>> out = torch.einsum("grk,gok->gor", rows, conv.weight.view(2, 2, 3))
-    >>> expected = conv(x) - conv.bias[:, None]
-    >>> torch.allclose(out.reshape(1, 4, 5), expected, atol=1e-6)
-    True
+    ``x``: [..., in] of a Linear, [batch, in, time] of a Conv1d; ``frames``:
+    real input frames of each utterance; ``groups``: groups to unfold.
     """
     if not isinstance(module, nn.Conv1d):
         if frames is not None and x.dim() == 3:
@@ -126,68 +92,37 @@ def unfolded(
 
 
 class Sums(dict[str, torch.Tensor]):
-    """Tensors that are added up over rows, by name.
-
-    Example
-    -------
-    >>> sums = Sums()
-    >>> for value in (1.0, 2.0):
-    ...     sums.rows += 1
-    ...     sums.add("x", torch.tensor(value))
-    >>> sums["x"], sums.means()
-    (tensor(3.), {'x': tensor(1.5000)})
-    """
+    """Tensors that are summed over rows, by name."""
 
     rows = 0
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        """Adds to a sum; the first value becomes it."""
+        """Adds to a sum; takes over the first value."""
         if name in self:
             self[name] += value
         else:
             self[name] = value
 
     def join(self) -> None:
-        """Takes up what other processes have added."""
+        """Adds the sums of other processes."""
         self.rows = sum(gathered(self.rows))
         for name in sorted(self):
             self[name] = summed(self[name])
 
     def means(self, *names: str) -> dict[str, torch.Tensor]:
-        """Sums by their rows, float32; all of them where none is named.
-
-        Raises
-        ------
-        ValueError
-            Nothing was added.
-        """
+        """Sums divided by rows, float32; all of them if none is named."""
         if not self.rows:
-            raise ValueError("the calibration set gives a layer no frame")
+            raise ValueError(
+                "the calibration set has no frame for a layer; use longer audio"
+            )
         return {k: (self[k] / self.rows).float() for k in names or self}
 
 
 class MomentSum:
-    """Adds up the moments batch by batch.
+    """Sums the moments batch by batch.
 
-    Arguments
-    ---------
-    second : bool
-        Whether second moments are wanted.
-    cross : bool
-        Whether those between the float and the quantized input are.
-    edges : (float, float)
-        Least and largest input on the activation grid. The mean is that of
-        inputs cut to them: where a few frames are far beyond, their error is
-        not one that all frames should take up.
-
-    Example
-    -------
-    >>> total = MomentSum(second=True, cross=False)
-    >>> x = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
-    >>> total.add(x, x)
-    >>> total.result().gram
-    tensor([[[5., 1.],
-             [1., 2.]]])
+    ``edges``: least and largest input on the activation grid. E[x] is taken of
+    clamped inputs: the bias should not compensate the error of a few outliers.
     """
 
     def __init__(
@@ -202,13 +137,7 @@ class MomentSum:
         self._sums = Sums()
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
-        """Adds a batch.
-
-        Arguments
-        ---------
-        x, q : torch.Tensor
-            [groups, rows, inputs] of the float and the quantized model.
-        """
+        """Adds a batch, [groups, rows, inputs] of both models."""
         self._sums.rows += q.shape[1]
         inside = x.clamp(*self.edges)
         self._sums.add("float_mean", inside.sum(1, dtype=torch.float64))
@@ -219,12 +148,6 @@ class MomentSum:
             self._sums.add("cross", x.mT @ q)
 
     def result(self) -> Moments:
-        """The means of all that was added, in all processes.
-
-        Raises
-        ------
-        ValueError
-            Nothing was added.
-        """
+        """Means over all that was added, in all processes."""
         self._sums.join()
         return Moments(self._sums.rows, **self._sums.means())

@@ -1,4 +1,4 @@
-"""Walks through a network layer by layer, behind a quantized prefix."""
+"""A walk through the network, layer by layer, behind a quantized prefix."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,8 +19,8 @@ from .hessian import Moments, MomentSum, unfolded
 class Forward(Protocol):
     """Runs the model over the calibration set.
 
-    Each batch is run ``turns`` times in a row, and ``before_batch`` is called
-    with its index before each; :class:`~..replay.StopForward` ends one.
+    Each batch runs ``turns`` times; ``before_batch`` gets its index each time;
+    :class:`~...simulation.prefix_cache.StopForward` ends a pass.
     """
 
     def __call__(
@@ -32,24 +32,24 @@ class Forward(Protocol):
 
 
 class PrefixWalk:
-    """Gives the moments of each layer's inputs, behind what is decided.
+    """Computes moments of each layer's inputs, behind a quantized prefix.
 
     Arguments
     ---------
     simulator : Simulator
-        Computes what is decided; its ``tensors`` hold the integers.
+        Computes the decided layers; its ``tensors`` hold their integers.
     units : sequence of str
         Units in network order.
     forward : Forward
         Runs the calibration set.
     lengths : callable
-        Of a batch's index: its padded samples, and real ones by utterance.
+        Padded and real samples of a batch, by its index.
     geometry : sequence of (int, int)
         Kernel and stride of the feature extractor's convolutions.
     cuts : sequence of Cut
-        Where a forward pass can be started again.
+        Where a forward pass can resume.
     limit_bytes : int
-        For the results that are kept there.
+        Memory for activations at the cuts.
     """
 
     def __init__(
@@ -67,23 +67,16 @@ class PrefixWalk:
         self.forward = forward
         self.lengths = lengths
         self.geometry = tuple(geometry)
-        # One for the float model and one for the quantized prefix.
+        # For the float model and for the quantized prefix.
         self._replays = tuple(
             Replay(cuts, self.units, limit_bytes // 2) for _ in range(2)
         )
 
     def groups(self) -> list[list[Layer]]:
-        """Layers in the order of their calls; those that are called one
-        after the other with the same tensor (query, key, value) together.
+        """Layers in call order; those that read the same tensor together.
 
-        Returns
-        -------
-        list of list of Layer
-
-        Raises
-        ------
-        ValueError
-            A layer that is called twice in one pass.
+        Query, key and value are one group. Raises a ValueError for a layer
+        that is called twice in a pass.
         """
         calls: list[tuple[Layer, torch.Tensor]] = []
 
@@ -109,8 +102,8 @@ class PrefixWalk:
         for layer, x in calls:
             if layer.name in seen:
                 raise ValueError(
-                    f"{layer.name}: is called twice in one pass, so its "
-                    "inputs cannot be told apart; put it in quantize.exclude"
+                    f"{layer.name}: is called twice in one forward pass, "
+                    "which has no single input; add it to quantize.exclude"
                 )
             seen.add(layer.name)
             if x is last and groups[-1][0].unit == layer.unit:
@@ -138,9 +131,9 @@ class PrefixWalk:
         quant : LayerQuant
             How its input is quantized.
         decided : Mapping
-            What is quantized before it, by name.
+            LayerQuant of the layers before it, by name.
         second, cross : bool
-            Which second moments are wanted.
+            Which second moments are needed.
         groups : slice
             Groups of a convolution.
 
@@ -163,7 +156,7 @@ class PrefixWalk:
         def hook(module: nn.Module, args: tuple) -> None:
             x = args[0].detach().float()
             frames = self._frames(layer, x, batch)
-            # The recipe may evaluate in 16 bits; sums need more.
+            # The recipe may use 16 bits; sums need float32.
             with torch.autocast(x.device.type, enabled=False):
                 if turn == 0:
                     kept.append(taken(module, x, frames, groups))
@@ -210,7 +203,7 @@ class PrefixWalk:
     def _frames(
         self, layer: Layer, x: torch.Tensor, batch: int
     ) -> list[int] | None:
-        """Real frames of each utterance; None where all are."""
+        """Real frames of each utterance; None if there is no padding."""
         total, lengths = self.lengths(batch)
         if all(n == total for n in lengths):
             return None

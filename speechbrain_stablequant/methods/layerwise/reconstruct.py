@@ -1,4 +1,4 @@
-"""Decides the integers and biases of all layers, one after the other."""
+"""Decides integers and biases of all layers, one after the other."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from .conv_hessian import slides
 from .hessian import Moments, conv_groups
 from .prefix_walk import PrefixWalk
 
-# Second moments that are held at once: those of a wide grouped convolution
-# are taken some groups at a time.
+# Limit of the second moments in memory: a wide grouped convolution takes a few
+# groups at a time.
 MOMENT_BYTES = 2 * 10**9
 
 
 class Solve(Protocol):
-    """Finds the integers of some rows of a weight that see the same inputs."""
+    """Finds the integers of weight rows that see the same inputs."""
 
-    #: Whether it uses E[x q'].
+    #: Whether it needs E[x q'].
     cross: bool
 
     def __call__(
@@ -45,7 +45,7 @@ class Solve(Protocol):
         weight : torch.Tensor
             float32 [out, inputs].
         bits : int
-            Of the integers.
+            Bits of the integers.
         method : str
             Calibrator of their scales.
         group : int
@@ -64,16 +64,10 @@ class Solve(Protocol):
 
 @dataclass
 class LayerStore:
-    """Finished layers on disk, so that a killed run goes on.
+    """Finished layers on disk, so that a killed run resumes.
 
-    Arguments
-    ---------
-    store : Store
-        Keeps a file for each.
-    key : str
-        Identifies all that decides the result.
-    reused : int
-        Layers that were found.
+    ``key`` identifies all that decides the result; ``reused`` counts the layers
+    that were found.
     """
 
     store: Store
@@ -81,21 +75,11 @@ class LayerStore:
     reused: int = field(default=0, init=False)
 
     def _file(self, name: str) -> str:
-        # Layers of other settings stay beside these.
+        # Results of other settings are kept in the same folder.
         return f"{identity([self.key, name])}.safetensors"
 
     def read(self, name: str) -> LayerTensors | None:
-        """A finished layer.
-
-        Arguments
-        ---------
-        name : str
-            Of the layer.
-
-        Returns
-        -------
-        LayerTensors or None
-        """
+        """A finished layer, or None."""
         known = self.store.read_tensors(
             self._file(name), self.key, "finished layer"
         )
@@ -104,20 +88,12 @@ class LayerStore:
         return found
 
     def write(self, name: str, tensors: LayerTensors) -> None:
-        """Keeps a finished layer.
-
-        Arguments
-        ---------
-        name : str
-            Of the layer.
-        tensors : LayerTensors
-            What was decided.
-        """
+        """Stores a finished layer."""
         parts = {k: v for k, v in vars(tensors).items() if v is not None}
         self.store.write_tensors(self._file(name), self.key, parts, name)
 
 
-@full_float32()  # the 10 bits of TF32 are too few for second moments
+@full_float32()  # TF32 has too few bits for second moments
 def refine(
     walk: PrefixWalk,
     quants: Mapping[str, LayerQuant],
@@ -131,15 +107,15 @@ def refine(
     Arguments
     ---------
     walk : PrefixWalk
-        Gives the moments; its simulator gets what is decided.
+        Computes the moments; its simulator takes the decided integers.
     quants : Mapping
-        LayerQuant of the layers to quantize, by name; others stay float.
+        LayerQuant by name; other layers stay float.
     store : LayerStore
         Finished layers.
     solve : callable
-        Of a layer: what finds its integers; None: the nearest ones.
+        Solver of a layer; None for the nearest integers.
     corrects_bias : callable
-        Of a layer: whether its bias takes up the mean error of its output.
+        Whether a layer's bias compensates the mean error of its output.
     on_layer : callable
         Called with the name of each finished layer.
 
@@ -158,7 +134,7 @@ def refine(
             for layer in layers
             if found[layer.name] is None
         ]
-        # Layers of one group see the same inputs: one pass serves them all.
+        # One pass serves all layers of a group: they see the same inputs.
         for same in _same_inputs(problems):
             for problem, tensors in _solve_together(
                 walk, same, decided, corrects_bias
@@ -182,7 +158,7 @@ class _Problem:
 
 
 def _same_inputs(problems: list[_Problem]) -> list[list[_Problem]]:
-    """Problems whose inputs are quantized and unfolded alike."""
+    """Groups problems whose inputs are quantized and unfolded alike."""
     alike: dict[tuple, list[_Problem]] = {}
     for problem in problems:
         quant, module = problem.quant, problem.layer.module
@@ -220,7 +196,7 @@ def _solve_together(
     held = 4 * inputs**2 * (1 + cross) if second else 1
     step = max(1, min(count, MOMENT_BYTES // held))
     if slides(first.layer.module):
-        step = count  # one pass: they are made from their lags
+        step = count  # lags are compact: one pass for all groups
     weights = [p.layer.module.weight.detach().float() for p in problems]
     parts: list[list[tuple]] = [[] for _ in problems]
     for start in range(0, count, step):
@@ -266,7 +242,7 @@ def _solve_rows(
         gram = moments.gram[g]
         cross = moments.cross[g] if problem.solve.cross else None
         if centered:
-            # The bias takes up the mean error: only the rest is minimized.
+            # The bias compensates the mean error: minimize the rest.
             gram = gram - torch.outer(mean, mean)
             if cross is not None:
                 cross = cross - torch.outer(float_mean, mean)

@@ -1,4 +1,4 @@
-"""Integers and biases of layers, decided one behind the other."""
+"""Integers and biases of the layers of a stage, solved layer by layer."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def rounded_layers(
     solve: Callable[[Layer], Solve | None],
     corrects_bias: Callable[[Layer], bool] = lambda _: False,
 ) -> dict[str, LayerTensors]:
-    """Decides integers and biases layer by layer, remembered on disk.
+    """Decides integers and biases layer by layer, cached on disk.
 
     Arguments
     ---------
@@ -38,13 +38,13 @@ def rounded_layers(
     in_order : bool
         Whether layers are called in the order of their units.
     quants : Mapping
-        LayerQuant by name; layers that are not named stay float.
+        LayerQuant by name; other layers stay float.
     what : str
         Name of the method, for the progress bar.
     solve : callable
-        Of a layer: what finds its integers; None for the nearest ones.
+        Solver of a layer; None for the nearest integers.
     corrects_bias : callable
-        Of a layer: whether its bias is corrected.
+        Whether a layer's bias is corrected.
 
     Returns
     -------
@@ -65,8 +65,8 @@ def rounded_layers(
         ],
     ]
     store = LayerStore(stage.store.below(LAYER_FOLDER), identity(content))
-    # The stage's simulator, so that the weights that it makes here serve when
-    # the result is measured.
+    # The stage's own simulator: weights that it fake-quantizes here are reused
+    # when the result is measured.
     stage.simulator.tensors = {}
     walk = PrefixWalk(
         stage.simulator,
@@ -93,6 +93,6 @@ def rounded_layers(
     if store.reused:
         logger.info("%s: %d layers from disk", what, store.reused)
     if distributed.size() > 1:
-        # another card may round another way
+        # Another GPU may round differently: all take the first one's.
         found = {name: tensors.cpu() for name, tensors in found.items()}
     return distributed.from_main(found)

@@ -1,4 +1,4 @@
-"""A cut-off for each layer, by the divergence that it alone causes."""
+"""The clipping percentile of each layer, by the divergence it causes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,7 @@ from ..search.score import Evaluate
 
 @dataclass(frozen=True)
 class LayerCutoff:
-    """The cut-off of one layer, and how it was found.
-
-    Arguments
-    ---------
-    layer : str
-        Its name.
-    cutoff : float
-        The chosen ratio in percent.
-    curve : list of (float, float)
-        Ratios that were tried, and the divergence of each.
-    """
+    """The clipping percentile of a layer, and the divergence of each tried."""
 
     layer: str
     cutoff: float
@@ -32,19 +22,19 @@ def search_layers(
     quantize: Callable[[str, float], LayerQuant],
     evaluate: Evaluate,
 ) -> list[LayerCutoff]:
-    """Searches the cut-off of each layer, everything else float.
+    """Searches the clipping percentile of each layer, everything else float.
 
-    The ratios are tried from the largest on, until one is worse than the
-    best: a range that cuts too much only gets worse from there.
+    From the largest percentile down, until one is worse than the best: clipping
+    more only gets worse from there.
 
     Arguments
     ---------
     units : Mapping
         Names of layers by unit.
     grid : sequence of float
-        Ratios in percent to try.
+        Percentiles to try.
     quantize : callable
-        Of a layer and a ratio. Ratios that give the same are tried once.
+        Of a layer and a percentile. Equal results are tried once.
     evaluate : Evaluate
         Measures the divergence, as its score's loss.
 
@@ -54,7 +44,7 @@ def search_layers(
 
     Example
     -------
-    >>> from .score import Score
+    >>> from ..search.score import Score
     >>> def measure(quants, start=None, give_up_above=None, label=""):
     ...     amax = quants["a"].activation_amax
     ...     return Score(0, 1, abs(amax - 99.9))
@@ -80,7 +70,7 @@ def search_layers(
                 curve.append((ratio, score.loss))
                 if score.loss > min(loss for _, loss in curve):
                     break
-            # Ties go to the larger ratio.
+            # Ties go to the larger percentile.
             cutoff, _ = min(curve, key=lambda row: (row[1], -row[0]))
             found.append(LayerCutoff(layer, cutoff, curve))
     return found

@@ -1,4 +1,4 @@
-"""Scores of modelopt's AutoQuantize, remembered on disk."""
+"""Scores of modelopt's AutoQuantize, cached on disk."""
 
 from collections.abc import Sequence
 
@@ -18,24 +18,7 @@ SCORE_FILE = "auto_quantize.json"
 def modelopt_scores(
     stage: Stage, weights: str, layers: Sequence[Layer], widths: Sequence[int]
 ) -> dict[str, dict[int, float]]:
-    """Scores of modelopt's AutoQuantize, remembered on disk.
-
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-    layers : sequence of Layer
-        What is quantized.
-    widths : sequence of int
-        Bits of weights.
-
-    Returns
-    -------
-    dict
-        As of :func:`~..search.auto_quantize.auto_quantize_scores`.
-    """
+    """Scores of layers by bits, from modelopt's AutoQuantize."""
     recognizer, config = stage.recognizer, stage.config
     names = [layer.name for layer in layers]
     key = identity(

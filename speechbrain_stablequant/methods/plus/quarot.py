@@ -1,15 +1,12 @@
 """Rotation of the residual stream, folded into the weights.
 
 After Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs"
-(2024), which rotates models with RMSNorm. A LayerNorm subtracts the mean as
-well; the rotations used here keep the vector of ones, so that they commute
-with it. Gain and bias of each normalization go into the linears behind it.
-What these linears take in is then a mixture of all channels, close to a normal
-distribution whatever a few channels do, and that is the easiest thing to
-quantize.
+(2024), for LayerNorm instead of RMSNorm: the rotations keep the vector of
+ones, so that they commute with the subtraction of the mean. Gain and bias of
+each normalization are folded into the linears behind it, whose inputs become
+mixtures of all channels: nearly normal, without outliers.
 
-Only in models that normalize before each sublayer: elsewhere the residual
-stream itself is a normalization's output.
+Pre-norm encoders only: in others the residual stream is itself normalized.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,17 +20,7 @@ from ...model.rotation import BUFFER, attached_rotations, random_rotation
 
 
 def can_rotate(encoder: Encoder) -> bool:
-    """Whether an encoder normalizes before each sublayer.
-
-    Arguments
-    ---------
-    encoder : Encoder
-        The encoder.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether an encoder normalizes before each sublayer."""
     blocks = encoder.model.encoder.layers
     return (
         bool(getattr(encoder.model.config, "do_stable_layer_norm", False))
@@ -43,19 +30,7 @@ def can_rotate(encoder: Encoder) -> bool:
 
 
 def is_rotated(module: nn.Module, encoders: Iterable[Encoder]) -> bool:
-    """Whether a module is a normalization whose output is rotated.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        Any module.
-    encoders : iterable of Encoder
-        The rotated ones.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a module is a normalization whose output is rotated."""
     norms = {
         id(norm)
         for encoder in encoders
@@ -68,8 +43,7 @@ def is_rotated(module: nn.Module, encoders: Iterable[Encoder]) -> bool:
 def _block_parts(
     block: nn.Module,
 ) -> tuple[list[tuple[nn.Module, list[nn.Module]]], list[nn.Module]]:
-    """Normalizations with the linears behind them, and the linears that add
-    to the stream."""
+    """Normalizations with their linears; linears that add to the stream."""
     attention, forward = block.attention, block.feed_forward
     heads = [attention.q_proj, attention.k_proj, attention.v_proj]
     readers = [
@@ -101,7 +75,7 @@ def _fold(encoder: Encoder, rotation: torch.Tensor) -> None:
         readers, writers = _block_parts(block)
         for norm, linears in readers:
             for linear in linears:
-                # In float64: a rounding error here is one of the model.
+                # In float64: rounding errors here change the model.
                 weight = linear.weight.double()
                 linear.bias += (weight @ norm.bias.double()).float()
                 weight = (weight * norm.weight) @ rotation.T
@@ -115,15 +89,9 @@ def _fold(encoder: Encoder, rotation: torch.Tensor) -> None:
 
 @contextmanager
 def rotated(encoders: Iterable[Encoder], seed: int = 0) -> Iterator[None]:
-    """Context in which the streams of encoders are rotated; the float model
-    computes what it did.
+    """Context in which residual streams are rotated and outputs unchanged.
 
-    Arguments
-    ---------
-    encoders : iterable of Encoder
-        Those for which :func:`can_rotate` holds.
-    seed : int
-        Of the rotations.
+    ``encoders``: those for which :func:`can_rotate` holds.
     """
     encoders = list(encoders)
     kept = [
@@ -154,19 +122,9 @@ def rotated(encoders: Iterable[Encoder], seed: int = 0) -> Iterator[None]:
 def rotated_floats(
     encoders: Iterable[Encoder], quantized: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """What :func:`rotated` changes and integers do not hold.
+    """Rotations and changed parameters that are not quantized, as copies.
 
-    Arguments
-    ---------
-    encoders : iterable of Encoder
-        The encoders; called inside of the context.
-    quantized : iterable of str
-        Names of quantized layers: their weights are integers.
-
-    Returns
-    -------
-    dict
-        Copies by name in the state dict.
+    Called inside of :func:`rotated`; by name in the state dict.
     """
     quantized = set(quantized)
     found = {}

@@ -1,14 +1,11 @@
-"""Equalization: factors move from activations to weights.
+"""Equalization: scale migrates from activations to weights.
 
-Xiao et al., "SmoothQuant" (2023). A few channels of an activation are far
-larger than the rest and set its scale. Where a channel can be divided by a
-factor before it is quantized, and the weights that multiply it be multiplied
-by the same factor, the float model computes what it did and the activation is
-easier to quantize. Between a normalization and the linears that alone read
-its output, the normalization's own gain and bias take the factor; between
-value and output projection the value's weights do, since attention is linear
-in them. Not in models that normalize after each sublayer: there the residual
-reads the normalization as well.
+Xiao et al., "SmoothQuant" (2023). A few channels with large activations set
+the scale of all. Dividing a channel by a factor before quantization, and
+multiplying the weights that read it, leaves the float model as it is. The
+producer takes the factor: a normalization's gain and bias, or the value
+projection, in which attention is linear. A post-norm model's residual reads
+the normalization as well, so its sites are fewer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,22 +18,16 @@ from torch import nn
 from ...model.layers import Encoder, Layer
 from ...utils.distributed import gathered_tensors
 
-# Factors beyond this would only move rounding noise about.
+# Larger factors only move rounding noise.
 _MAX_FACTOR = 1e4
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where factors can move.
+    """A place where scale can migrate.
 
-    Arguments
-    ---------
-    name : str
-        Path of the producer.
-    producer : torch.nn.Module
-        The normalization or Linear whose output channels are divided.
-    consumers : tuple of Layer
-        The linears that read it, and nothing else does.
+    ``producer``: the normalization or Linear whose output channels are divided;
+    ``consumers``: the linears that are its only readers.
     """
 
     name: str
@@ -47,19 +38,9 @@ class Site:
 def find_sites(
     encoders: Iterable[Encoder], layers: Iterable[Layer]
 ) -> list[Site]:
-    """Finds all places in wav2vec 2.0 and HuBERT encoders.
+    """Sites of wav2vec 2.0 and HuBERT encoders, in network order.
 
-    Arguments
-    ---------
-    encoders : iterable of Encoder
-        The encoders.
-    layers : iterable of Layer
-        Layers that are quantized. A site with another consumer is left out.
-
-    Returns
-    -------
-    list of Site
-        In network order.
+    All consumers of a site must be among ``layers``.
     """
     by_id = {id(layer.module): layer for layer in layers}
     sites = []
@@ -94,22 +75,7 @@ def _places(
 
 
 class ChannelMaxima:
-    """Largest |input| of each channel of linears.
-
-    Arguments
-    ---------
-    layers : iterable of Layer
-        Linears to watch.
-
-    Example
-    -------
-    >>> linear = nn.Linear(2, 1)
-    >>> maxima = ChannelMaxima([Layer("a", linear, "linear", "head")])
-    >>> with maxima.watch():
-    ...     _ = linear(torch.tensor([[1.0, -3.0], [-2.0, 0.0]]))
-    >>> maxima.values["a"]
-    tensor([2., 3.])
-    """
+    """Largest |input| of each channel of linears, by layer name."""
 
     def __init__(self, layers: Iterable[Layer]):
         self.layers = list(layers)
@@ -117,7 +83,7 @@ class ChannelMaxima:
 
     @contextmanager
     def watch(self) -> Iterator["ChannelMaxima"]:
-        """Context in which forward passes are seen."""
+        """Context in which forward passes are observed."""
         handles = [
             layer.module.register_forward_pre_hook(self._hook(layer.name))
             for layer in self.layers
@@ -129,7 +95,7 @@ class ChannelMaxima:
                 handle.remove()
 
     def join(self) -> None:
-        """Takes up what other processes have seen."""
+        """Takes the maxima of all processes."""
         for name, value in self.values.items():
             self.values[name] = torch.stack(gathered_tensors(value)).amax(0)
 
@@ -145,29 +111,9 @@ class ChannelMaxima:
 
 
 def factors(site: Site, maxima: torch.Tensor, strength: float) -> torch.Tensor:
-    """What each channel of a site is divided by.
+    """Divisors [channels] of a site, from the maxima of its activations.
 
-    Arguments
-    ---------
-    site : Site
-        The place.
-    maxima : torch.Tensor
-        Largest |activation| of each channel.
-    strength : float
-        0: none; 1: all channels equally large afterwards.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 [channels], positive.
-
-    Example
-    -------
-    >>> linear = nn.Linear(2, 1)
-    >>> _ = linear.weight.data.fill_(1.0)
-    >>> site = Site("n", nn.LayerNorm(2), (Layer("a", linear, "linear", "u"),))
-    >>> factors(site, torch.tensor([1.0, 16.0]), 0.5)
-    tensor([1., 4.])
+    ``strength`` 0: all ones; 1: activations are equally large afterwards.
     """
     weights = torch.stack(
         [c.module.weight.detach().float().abs().amax(0) for c in site.consumers]
@@ -175,7 +121,7 @@ def factors(site: Site, maxima: torch.Tensor, strength: float) -> torch.Tensor:
     if strength == 0:
         return torch.ones_like(weights)
     high = maxima.to(weights.device)
-    # Channels that never speak, and inputs that nobody reads.
+    # Channels without activations or without weights.
     high = high.clamp(min=1e-5 * float(high.max()) + 1e-30)
     weights = weights.clamp(min=1e-5 * float(weights.max()) + 1e-30)
     found = high**strength / weights ** (1 - strength)
@@ -188,12 +134,7 @@ def equalized(
 ) -> Iterator[None]:
     """Context in which the float model is equalized.
 
-    Arguments
-    ---------
-    sites : sequence of Site
-        All places.
-    by_site : Mapping
-        Factors by the name of the site.
+    ``by_site``: factors by the name of each site.
     """
     changed: dict[int, nn.Parameter] = {}
     for site in sites:
@@ -227,19 +168,9 @@ def _divide(producer: nn.Module, factor: torch.Tensor) -> None:
 def changed_floats(
     sites: Iterable[Site], quantized: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The parameters that :func:`equalized` changes and integers do not hold.
+    """Copies of the parameters that equalization changed, if not quantized.
 
-    Arguments
-    ---------
-    sites : iterable of Site
-        All places; called inside of the context.
-    quantized : iterable of str
-        Names of quantized layers: their weights are integers.
-
-    Returns
-    -------
-    dict
-        Copies by the parameter's name in the state dict.
+    Called inside of :func:`equalized`; by name in the state dict.
     """
     quantized = set(quantized)
     found = {}

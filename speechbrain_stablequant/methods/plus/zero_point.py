@@ -1,10 +1,9 @@
-"""Activation offsets: all integers for an input that is hardly negative.
+"""Zero points: all integers for inputs that are hardly negative.
 
-Behind a GELU nothing is below -0.17, so that half of the integers of a range
-around zero are never used. With an offset of a whole number of steps the
-range covers what occurs, zero stays exact, and the constant part of the
-product goes into the bias. Only where no zeros are padded: the convolutions
-of the feature extractor have no padding, and linears never do.
+A GELU's output is above -0.17, so a symmetric range wastes almost half of the
+integers. The zero point is a whole number of steps: zero stays exact, and its
+constant product goes into the bias. Requires layers without zero padding: the
+convolutions of the feature extractor, and linears.
 """
 
 from itertools import pairwise
@@ -18,25 +17,12 @@ from ...model.layers import Encoder, Layer
 from ...simulation.observers import Observer
 
 _CANDIDATES = 192
-# Points inside of a bin: it may be as wide as a step.
+# Points in a bin, which may be as wide as a quantization step.
 _POINTS = 4
 
 
 def behind_gelu(encoders: list[Encoder], layers: list[Layer]) -> set[str]:
-    """Layers whose input is the output of a GELU.
-
-    Arguments
-    ---------
-    encoders : list of Encoder
-        The encoders.
-    layers : list of Layer
-        All layers.
-
-    Returns
-    -------
-    set of str
-        Names.
-    """
+    """Names of layers whose input is the output of a GELU."""
     found = set()
     for encoder in encoders:
         model = encoder.model
@@ -58,8 +44,7 @@ def _gelu(activation: object) -> bool:
 
 
 class ShiftedObserver(Observer):
-    """Collects histograms of ``input - GELU_MIN``, which is not negative:
-    so a histogram of magnitudes keeps the sign."""
+    """Histograms of ``input - GELU_MIN``, which is not negative."""
 
     def _collect(
         self, histogram: Histogram, x: torch.Tensor, time_axis: int
@@ -73,34 +58,25 @@ def lopsided_range(
     upper: float,
     search: bool = True,
 ) -> tuple[float, float]:
-    """Range and offset for an input behind a GELU.
+    """Range and zero point for an input behind a GELU.
 
     Arguments
     ---------
     shifted : Histogram
         Of ``input - GELU_MIN``.
     bits : int
-        Of the activations.
+        Bits of the activations.
     upper : float
         Largest input that is represented.
     search : bool
-        Whether a smaller upper end may be taken, by least squared error.
+        Whether to try smaller upper ends, by least squared error.
 
     Returns
     -------
     float
         amax: half of the range.
     float
-        The offset, a whole number of steps.
-
-    Example
-    -------
-    >>> shifted = Histogram()
-    >>> x = F.gelu(torch.linspace(-4, 4, 10001))
-    >>> shifted.add(x - GELU_MIN)
-    >>> amax, offset = lopsided_range(shifted, 6, 4.0, search=False)
-    >>> round(offset - amax, 2), round(offset + amax, 2)
-    (-0.2, 4.0)
+        The middle of the range, a whole number of steps.
     """
     levels = 2 * qmax(bits)
     upper = max(upper, 1e-6)
@@ -115,7 +91,7 @@ def lopsided_range(
             int(-GELU_MIN * levels / span) + 1
         }:
             if 0 <= below < levels:
-                # The upper end stays where it was asked for.
+                # Keeps the upper end exact.
                 candidates.append((top / (levels - below), below))
     steps = torch.tensor(candidates, dtype=torch.float64)
     x, mass = _points(shifted, upper)
@@ -131,7 +107,7 @@ def lopsided_range(
 def _points(
     shifted: Histogram, upper: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the input, limited to the upper end, and their counts."""
+    """Values of the input, clamped to the upper end, and their counts."""
     counts = shifted.counts
     index = counts.nonzero().squeeze(1)
     inside = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS

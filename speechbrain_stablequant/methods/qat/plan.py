@@ -1,4 +1,4 @@
-"""``method: qat``: the calibrated model, trained as it will be executed."""
+"""``method: qat``: trains the calibrated model on the quantization grid."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ from ...simulation.fake_quant import Simulator
 from ...utils.files import identity
 from ..search import Score
 from ..session import Stage
-from .training import EpochStore, Student, Training
+from .loop import Training
+from .store import EpochStore
+from .student import Student
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +27,15 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
     Arguments
     ---------
     stage : Stage
-        The recognizer with its training loop, its configuration and layers.
+        The recognizer with its trainer, config and layers.
     start : QuantizationPlan
         The calibrated model.
 
     Returns
     -------
     QuantizationPlan
-        With the integers, biases and changed parameters of the epoch that
-        was kept; ``search["training"]`` has an entry for each epoch.
+        With the tensors of the epoch that was kept; ``search["training"]`` has
+        an entry for each epoch.
     """
     config, recognizer = stage.config, stage.recognizer
     settings, trainer = config.qat, recognizer.trainer
@@ -81,7 +83,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
         def on_batch(epoch: int, index: int) -> None:
             done = (epoch - 1) * batches + index
             if bar.n == 0:
-                # What an earlier run has done says nothing about the time.
+                # Epochs of an earlier run would distort the remaining time.
                 bar.n = bar.initial = done
             bar.set_postfix_str(f"epoch {epoch}", refresh=False)
             bar.update(done - bar.n)
@@ -123,7 +125,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
 
 
 def _key(stage: Stage, start: QuantizationPlan) -> str:
-    """All that decides the outcome."""
+    """Identifies all that decides the outcome."""
     config, recognizer = stage.config, stage.recognizer
     content = [
         start.fingerprint,

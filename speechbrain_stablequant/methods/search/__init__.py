@@ -1,10 +1,9 @@
-"""The search of StableQuant: which units suffer, and where to cut them.
+"""The search of StableQuant: which units are sensitive, and where to clip them.
 
-Nothing here knows models or data: an :class:`Evaluate` function says how well
-the recognizer does when some layers are quantized.
+Independent of models and data: an :class:`Evaluate` function measures the
+recognizer with some layers quantized.
 """
 
-from ..plus.layer_clipping import search_layers
 from .divergence import Divergence
 from .journal import Journal
 from .paired import Selection
@@ -20,6 +19,5 @@ __all__ = [
     "Selection",
     "check_float_wer",
     "search_cutoffs",
-    "search_layers",
     "select_units",
 ]

@@ -1,13 +1,10 @@
-"""Sensitivities of layers by modelopt's AutoQuantize, to compare with.
+"""Sensitivities of layers by NVIDIA modelopt's AutoQuantize, for comparison.
 
-NVIDIA's modelopt chooses a format for each layer by a score: the squared
-gradient of a likelihood at the layer's output, times the squared error that
-the format makes there, summed over a calibration set. One backward pass takes
-the place of an evaluation of each layer at each width. Its formats have the
-ranges of the largest value seen.
-
-The likelihood is that of labels drawn from the float model's own output, so
-that the score is what it approximates: the divergence from that output.
+The score of a format is the squared gradient of a likelihood at the layer's
+output, times the squared error of the format there, summed over a calibration
+set: one backward pass instead of an evaluation of each layer at each width.
+The likelihood is that of labels drawn from the float model's output, so that
+the score approximates the divergence from that output.
 """
 
 import contextlib
@@ -30,13 +27,7 @@ _TOLERANCE = 1e-3
 
 
 def require_modelopt() -> None:
-    """Raises if the package is not there.
-
-    Raises
-    ------
-    ValueError
-        Names the extra that brings it.
-    """
+    """Raises a ValueError that names the extra to install."""
     if find_spec("modelopt") is None:
         raise ValueError(
             "quantize.plus.budget.scores: modelopt needs package "
@@ -46,29 +37,14 @@ def require_modelopt() -> None:
 
 
 def modelopt_version() -> str:
-    """What the scores depend on beside the model and the data.
-
-    Returns
-    -------
-    str
-    """
+    """Version of modelopt, which the scores depend on."""
     return version("nvidia-modelopt")
 
 
 class Calls(nn.Module):
-    """Copies of modules that a recipe calls one after the other.
+    """Copies of modules that a recipe calls one after the other, as one module.
 
-    Arguments
-    ---------
-    modules : Mapping
-        The modules by key, in the order of their calls. Parametrized weights
-        (weight norm) become plain ones in the copies.
-
-    Example
-    -------
-    >>> calls = Calls({"enc": nn.Linear(1, 2), "head": nn.Linear(2, 3)})
-    >>> calls((torch.zeros(5, 1),)).exp().sum(-1).detach().round(decimals=4)
-    tensor([1., 1., 1., 1., 1.])
+    Parametrized weights (weight norm) become plain ones in the copies.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
@@ -83,18 +59,7 @@ class Calls(nn.Module):
         self.requires_grad_(True).eval()
 
     def forward(self, args: tuple) -> torch.Tensor:
-        """Log probabilities of the last module's output.
-
-        Arguments
-        ---------
-        args : tuple
-            Positional arguments of the first module.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., labels]
-        """
+        """Log probabilities [..., labels] from the first module's arguments."""
         first, *rest = self.children()
         x = first(*args)
         for module in rest:
@@ -103,10 +68,7 @@ class Calls(nn.Module):
 
 
 def _without_parametrizations(module: nn.Module) -> nn.Module:
-    """The same with plain weights.
-
-    Not by torch's function: it changes the class, which copies share.
-    """
+    """A copy with plain weights; torch's function changes a shared class."""
     kind = parametrize.type_before_parametrizations(module)
     plain = kind.__new__(kind)
     plain.__dict__.update(module.__dict__)
@@ -121,27 +83,9 @@ def _without_parametrizations(module: nn.Module) -> nn.Module:
 def inputs_of_first(
     modules: Mapping[str, nn.Module], run: Callable[[], Any]
 ) -> tuple[list[str], list[tuple]]:
-    """In which order modules are called, and what the first one gets.
+    """Keys of modules in the order of their calls, and the first one's inputs.
 
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-    run : callable
-        Runs a recognizer over some batches.
-
-    Returns
-    -------
-    list of str
-        Keys in the order of their first calls.
-    list of tuple
-        Positional arguments of the first one, for each batch.
-
-    Example
-    -------
-    >>> modules = {"b": nn.Identity(), "a": nn.Identity()}
-    >>> inputs_of_first(modules, lambda: modules["b"](modules["a"](1)))
-    (['a', 'b'], [(1,)])
+    ``run`` runs a recognizer over some batches.
     """
     order: list[str] = []
     batches: list[tuple] = []
@@ -175,7 +119,7 @@ def auto_quantize_scores(
     activation_bits: int,
     seed: int,
 ) -> dict[str, dict[int, float]]:
-    """The score of each layer at each width.
+    """Scores of each layer at each width.
 
     Arguments
     ---------
@@ -186,27 +130,25 @@ def auto_quantize_scores(
     reference : torch.Tensor
         The recipe's log probabilities of the first batch.
     layers : iterable of Layer
-        What is quantized; everything else stays float.
+        Layers to score; everything else stays float.
     widths : iterable of int
-        Bits of weights. Inputs have as many, but not less than
-        ``activation_bits``.
+        Bits of weights. Inputs have as many, at least ``activation_bits``.
     activation_bits : int
-        See there.
+        Minimum bits of inputs.
     seed : int
-        Of the labels that are drawn.
+        Seed of the drawn labels.
 
     Returns
     -------
     dict
-        For each layer's name, the score by bits. Layers that modelopt keeps
-        together (query, key and value) have the whole score at one of them,
-        and 0 at the others.
+        For each layer's name, the score by bits. Layers that modelopt groups
+        (query, key and value) have the whole score at the first of them and 0
+        at the others.
 
     Raises
     ------
     ValueError
-        The modules one after the other do not give the recipe's log
-        probabilities.
+        The chained modules do not give the recipe's log probabilities.
     """
     require_modelopt()
     calls = Calls(modules)
@@ -216,9 +158,9 @@ def auto_quantize_scores(
         found, reference.to(found), rtol=0, atol=_TOLERANCE
     ):
         raise ValueError(
-            "quantize.plus.budget.scores: modelopt needs log probabilities "
-            f"that {', '.join(modules)} compute one after the other, and the "
-            "recipe's are others; use scores: divergence"
+            "quantize.plus.budget.scores: modelopt needs a recipe whose log "
+            f"probabilities are those of {', '.join(modules)} called one "
+            "after the other; use scores: divergence"
         )
     names = {layer.name for layer in layers}
     others = [
@@ -240,7 +182,7 @@ def auto_quantize_scores(
 
         _, state = mtq.auto_quantize(
             calls,
-            # What it would choose does not matter: all scores are measured.
+            # Any budget will do: only the scores are used.
             constraints={"effective_bits": float(widths[-1])},
             quantization_formats=[
                 _format(bits, max(bits, activation_bits)) for bits in widths
@@ -275,7 +217,7 @@ def _format(weight_bits: int, activation_bits: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Its progress bars are shown, what it prints and warns of is not."""
+    """Suppresses prints and warnings, not progress bars."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -296,7 +238,7 @@ def _by_layer(
         if not members:
             continue
         missing -= set(members)
-        # The formats are in the order of their bits, then none at all.
+        # One score for each format in our order, then one for float.
         for bits, score in zip(widths, entry["scores"], strict=False):
             found[members[0]][bits] = float(score)
     if missing:

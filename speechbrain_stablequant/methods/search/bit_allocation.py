@@ -1,17 +1,15 @@
-"""Mixed precision: bits for each unit under a budget of bytes.
+"""Mixed precision: bits for each unit under a budget of bytes, a knapsack.
 
-Pure: it takes what was measured of each unit alone at each width, and
-returns the widths. Two assumptions make that a knapsack: the harm of units
-adds up, and a unit is not harmed by more bits. The harm is the divergence of
-the outputs from those of the float model: word errors are what counts, but of
-one unit alone they are few, and noise would choose.
+Assumes that the harm of units adds up and that more bits never harm. Harm is
+the divergence from the float model's outputs: of a single unit, word errors
+are too few to tell.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-# Steps of the budget: sizes are rounded up to them, so that the sum of what
-# is chosen never is above the budget.
+# Resolution of the budget. Sizes are rounded up to whole steps, so that their
+# sum never exceeds the budget.
 _STEPS = 4096
 
 
@@ -19,14 +17,8 @@ _STEPS = 4096
 class Option:
     """One unit at one width, everything else float.
 
-    Arguments
-    ---------
-    bits : int
-        Of its weights; 16 for a unit that stays float.
-    size : int
-        Bytes of its layers on disk.
-    harm : float
-        Divergence that it alone causes.
+    ``bits`` of its weights, 16 for float; ``size`` of its layers in bytes;
+    ``harm``: the divergence it causes.
     """
 
     bits: int
@@ -35,27 +27,11 @@ class Option:
 
 
 def harms(options: Mapping[str, Sequence[Option]]) -> dict[str, list[float]]:
-    """Harm of each option, as the module says.
-
-    Arguments
-    ---------
-    options : Mapping
-        For each unit, its options by rising bits.
-
-    Returns
-    -------
-    dict
-        Harm of each option, not below that of the options with more bits.
-
-    Example
-    -------
-    >>> harms({"u": [Option(4, 1, 0.2), Option(6, 2, 0.3), Option(8, 3, 0.1)]})
-    {'u': [0.3, 0.3, 0.1]}
-    """
+    """Harm of each option, made monotone: more bits never harm more."""
     found = {}
     for unit, row in options.items():
         values = [option.harm for option in row]
-        # Noise may make fewer bits look better: they never are.
+        # Measured harm is noisy: fewer bits may seem better.
         for i in range(len(values) - 2, -1, -1):
             values[i] = max(values[i], values[i + 1])
         found[unit] = values
@@ -65,7 +41,7 @@ def harms(options: Mapping[str, Sequence[Option]]) -> dict[str, list[float]]:
 def choose_bits(
     options: Mapping[str, Sequence[Option]], budget: int
 ) -> dict[str, int]:
-    """The widths with the least harm in a budget; ties go to more bits.
+    """The widths with the least total harm in a budget; ties go to more bits.
 
     Arguments
     ---------
@@ -82,7 +58,7 @@ def choose_bits(
     Raises
     ------
     ValueError
-        The smallest options together are above the budget.
+        Even the smallest options exceed the budget.
 
     Example
     -------
@@ -137,8 +113,11 @@ def _rounded_up(
     step: int,
     room: int,
 ) -> tuple[dict[str, list[Option]], dict[str, list[float]]]:
-    """Sizes in steps. A budget that only just holds the smallest options is
-    lost by rounding up: then those are all there is."""
+    """Sizes in steps of the budget, rounded up.
+
+    If that makes a tight budget infeasible, only the smallest options are left,
+    at size 0.
+    """
     coarse = {
         unit: [replace(o, size=-(-o.size // step)) for o in row]
         for unit, row in rows.items()

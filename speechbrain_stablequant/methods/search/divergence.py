@@ -1,7 +1,6 @@
-"""How far the outputs are from those of the float model.
+"""Divergence of the outputs from those of the float model.
 
-A word changes or does not; what an output distribution loses shows long
-before, in a few utterances, and needs no transcript.
+Sensitive long before a word changes, with few utterances and no transcript.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,37 +18,17 @@ Outputs = Callable[[BeforeBatch], Iterator[torch.Tensor]]
 def divergence(
     reference: torch.Tensor, output: torch.Tensor
 ) -> tuple[float, int]:
-    """Divergence of an output from its reference, summed over frames.
+    """Sum of the divergence from a reference over frames, and the frames.
 
-    Arguments
-    ---------
-    reference, output : torch.Tensor
-        [..., labels]. Log probabilities are compared by Kullback-Leibler
-        divergence; anything else by squared error relative to the
-        reference's square.
-
-    Returns
-    -------
-    float
-        The sum.
-    int
-        Frames.
-
-    Example
-    -------
-    >>> x = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
-    >>> divergence(x, x)
-    (0.0, 2)
-    >>> total, _ = divergence(x, x.flip(1))
-    >>> round(total, 3)
-    0.549
+    [..., labels] both. KL divergence for log probabilities, else the squared
+    error relative to the square of the reference.
     """
     a = reference.double().reshape(-1, reference.shape[-1])
     b = output.double().reshape(-1, output.shape[-1]).to(a.device)
     mass = a.logsumexp(1)
     if bool((mass.abs() < 1e-3).all()):
         p = a.exp()
-        # Where p is 0 its log may be -inf, and the term is 0.
+        # 0 * -inf is NaN, and the limit is 0.
         rows = torch.where(p > 0, p * (a - b), 0.0).sum(1)
     else:
         rows = (a - b).square().sum(1) / a.square().sum(1).clamp(min=1e-12)
@@ -57,12 +36,12 @@ def divergence(
 
 
 class Divergence:
-    """Measures a recognizer by the divergence from its float outputs.
+    """Scores a recognizer by the divergence from its float outputs.
 
     Arguments
     ---------
     outputs : callable
-        Runs the search set and gives the output of each batch; calls its
+        Runs the search set and yields the output of each batch; calls its
         argument with the batch's index before each.
 
     Example
@@ -87,19 +66,9 @@ class Divergence:
     def score(
         self, before_batch: BeforeBatch, give_up_above: int | None = None
     ) -> Score:
-        """Measures.
+        """A score whose loss is the mean divergence per frame.
 
-        Arguments
-        ---------
-        before_batch : callable
-            Called with the index of each batch before it is run.
-        give_up_above : int or None
-            Of no meaning here: no words are counted.
-
-        Returns
-        -------
-        Score
-            Mean divergence per frame as its loss; no errors, of one word.
+        ``give_up_above`` is unused: no words are counted.
         """
         outputs = _given(self._outputs(before_batch))
         parts = gathered(
@@ -111,7 +80,7 @@ class Divergence:
             ]
         )
         total, frames = 0.0, 0
-        # batch by batch in the order of the set, which the processes share
+        # In the order of the set, so that any number of processes agrees.
         for row in zip_longest(*parts, fillvalue=(0.0, 0)):
             for more, count in row:
                 total += more

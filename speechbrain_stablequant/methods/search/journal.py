@@ -1,4 +1,4 @@
-"""Remembers finished evaluations on disk, so that a killed run goes on."""
+"""Finished evaluations on disk, so that a killed run resumes."""
 
 from collections.abc import Mapping
 
@@ -14,61 +14,26 @@ def evaluation_key(
     quants: Mapping[str, LayerQuant],
     give_up_above: int | None = None,
 ) -> str:
-    """Identifies an evaluation by all that decides its result.
-
-    Arguments
-    ---------
-    fingerprint : str
-        Of the float model, the search set and its metric.
-    quants : Mapping
-        What is quantized, and how.
-    give_up_above : int or None
-        As in :class:`~speechbrain_stablequant.methods.search.score.Evaluate`.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-
-    Example
-    -------
-    >>> quants = {"a": LayerQuant(8, 8, 1.0)}
-    >>> evaluation_key("m", quants) == evaluation_key("m", {})
-    False
-    """
+    """Identifies an evaluation by all that decides its result."""
     content = {name: quant.to_dict() for name, quant in quants.items()}
     return identity([fingerprint, content, give_up_above])
 
 
 class Journal:
-    """One JSON line for each finished evaluation.
+    """Finished evaluations, one JSON line each, so that a killed run resumes.
 
     Arguments
     ---------
     store : Store
         Where the file is.
     file : str
-        Its name, usually ``search.jsonl``; made when it is not there.
+        Its name, usually ``search.jsonl``.
     fingerprint : str
-        Of the float model, the search set and its metric: lines of another
-        fingerprint are kept and not used.
+        Of the float model, the search set and its metric; lines of other
+        fingerprints are kept, but not used.
     by_utterance : bool
-        Whether complete lines without counts by utterance, as earlier
-        versions wrote them, are not used either.
-
-    Example
-    -------
-    >>> place = Store(getfixture("tmp_path")), "search.jsonl"
-    >>> calls = []
-    >>> def measure(quants, start=None, give_up_above=None, label=""):
-    ...     calls.append(label)
-    ...     return Score(errors=2, words=10, loss=1.0)
-    >>> Journal(*place, "m").wrap(measure)({}, label="float").wer
-    20.0
-    >>> Journal(*place, "m").wrap(measure)({}, label="again").wer
-    20.0
-    >>> calls
-    ['float']
+        Whether to ignore complete lines without counts by utterance, which
+        earlier versions wrote.
     """
 
     def __init__(
@@ -106,17 +71,7 @@ class Journal:
         self.store.append(self.file, row)
 
     def wrap(self, evaluate: Evaluate) -> Evaluate:
-        """An evaluate function that asks the journal first.
-
-        Arguments
-        ---------
-        evaluate : Evaluate
-            What measures when the journal does not know.
-
-        Returns
-        -------
-        Evaluate
-        """
+        """Evaluates unless the journal has the result."""
 
         def remembered(
             quants: Mapping[str, LayerQuant],

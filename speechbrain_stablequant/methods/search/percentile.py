@@ -1,4 +1,4 @@
-"""Step 2, outlier removal: where to cut each selected unit."""
+"""Step 2, outlier removal: the clipping percentile of each selected unit."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,7 @@ from .score import Evaluate, Score
 
 @dataclass(frozen=True)
 class UnitCutoff:
-    """The cut-off of one unit, and how it was found.
-
-    Arguments
-    ---------
-    unit : str
-        Name of the unit.
-    cutoff : float
-        The chosen ratio in percent.
-    curve : list of (float, Score)
-        Every ratio that was tried.
-    """
+    """The clipping percentile of a unit, and all that were tried."""
 
     unit: str
     cutoff: float
@@ -28,24 +18,10 @@ class UnitCutoff:
 
 
 def best_cutoff(curve: Sequence[tuple[float, Score]]) -> float:
-    """The ratio with the fewest word errors; ties go to the smaller loss,
-    then to the larger ratio.
+    """The percentile with the fewest word errors.
 
-    Arguments
-    ---------
-    curve : sequence of (float, Score)
-        Ratios in percent and what they gave; given-up ones never win.
-
-    Returns
-    -------
-    float
-        The chosen ratio in percent.
-
-    Example
-    -------
-    >>> best_cutoff([(100, Score(9, 50, 1.0)), (99.9, Score(7, 50, 1.2)),
-    ...     (99, Score(7, 50, 1.1))])
-    99
+    Ties go to the smaller loss, then to the larger percentile. Evaluations that
+    gave up never win.
     """
     ratio, _ = min(
         (row for row in curve if row[1].complete),
@@ -55,31 +31,10 @@ def best_cutoff(curve: Sequence[tuple[float, Score]]) -> float:
 
 
 def surest_cutoff(curve: Sequence[tuple[float, Score]], level: float) -> float:
-    """The ratio that no smaller one beats beyond noise.
+    """The percentile that no smaller one beats beyond noise.
 
-    From the largest ratio down, each takes the place of the best so far only
-    if it is better in pairs: fewer word errors, or the same within their
-    interval and a smaller loss.
-
-    Arguments
-    ---------
-    curve : sequence of (float, Score)
-        Ratios in percent and what they gave.
-    level : float
-        Coverage of the intervals, between 0 and 1.
-
-    Returns
-    -------
-    float
-        The chosen ratio in percent.
-
-    Example
-    -------
-    >>> def score(loss):
-    ...     return Score(9, 50, loss, batch_losses=(loss, loss))
-    >>> surest_cutoff([(100, score(1.0)), (99.9, score(0.9)),
-    ...     (99, score(0.9))], level=0.8)
-    99.9
+    From the largest down, each replaces the best so far only if it is better in
+    a paired comparison.
     """
     (best, fewest), *rest = sorted(curve, key=lambda row: -row[0])
     for ratio, score in rest:
@@ -95,23 +50,24 @@ def search_cutoffs(
     evaluate: Evaluate,
     selection: Selection = PUBLISHED,
 ) -> list[UnitCutoff]:
-    """Searches the cut-off of each selected unit, in network order, with the
-    earlier decisions in place and the later units float.
+    """Searches the clipping percentile of each selected unit.
+
+    In network order, with earlier decisions in place and later units float.
 
     Arguments
     ---------
     selected : sequence of str
         Names of the selected units, in network order.
     grid : sequence of float
-        Ratios in percent to try.
+        Percentiles to try.
     quantize_unit : callable
-        Of a unit and a ratio: its layers, amax at that quantile of |input|.
+        Layers of a unit, clipped at a percentile of |input|.
     evaluate : Evaluate
         Measures on the search set.
     selection : Selection
-        By the rule ``threshold`` the fewest word errors win
-        (:func:`best_cutoff`), by ``interval`` what is better beyond noise
-        (:func:`surest_cutoff`), for which none can be given up.
+        ``threshold``: the fewest word errors win (:func:`best_cutoff`).
+        ``interval``: better beyond noise wins (:func:`surest_cutoff`); no
+        evaluation gives up then.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What one evaluation on the search set gives."""
+"""The result of one evaluation on the search set."""
 
 import math
 from collections.abc import Mapping
@@ -18,16 +18,13 @@ class Score:
     errors, words : int
         Word errors and reference words.
     loss : float
-        Secondary metric: the recipe's mean loss per utterance; one that is
-        not finite counts as infinite.
+        Mean loss of the recipe per utterance; infinite if it is not finite.
     complete : bool
-        False when the evaluation was given up because it could not win any
-        more: ``errors`` is then a lower bound over the same ``words``.
+        False if the evaluation gave up early: ``errors`` is a lower bound then.
     utterance_errors, utterance_words : tuple of int
-        The same by utterance, in the order of the set, so that two scores of
-        the same set can be compared in pairs; empty where that is not known.
+        The same by utterance, for paired comparison; empty if unknown.
     batch_losses : tuple of float
-        The loss of each batch; empty where one is not finite.
+        The loss of each batch; empty if one is not finite.
 
     Example
     -------
@@ -44,7 +41,7 @@ class Score:
     batch_losses: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        # Losses are compared: NaN would make the order depend on chance.
+        # NaN would make comparisons depend on their order.
         if not math.isfinite(self.loss):
             object.__setattr__(self, "loss", math.inf)
         if not all(map(math.isfinite, self.batch_losses)):
@@ -56,8 +53,7 @@ class Score:
         return 100.0 * self.errors / self.words
 
     def to_dict(self) -> dict:
-        """JSON-safe; a loss that is not finite becomes None, and what is
-        empty is left out."""
+        """JSON-safe: an infinite loss is None, empty fields are left out."""
         raw = {k: v for k, v in asdict(self).items() if v != ()}
         if not math.isfinite(self.loss):
             raw["loss"] = None
@@ -65,7 +61,7 @@ class Score:
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> "Score":
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`; raises a ValueError if damaged."""
         rows = typed(raw, dict, "score")
         for name in ("loss", "complete"):
             if name not in rows:
@@ -73,7 +69,9 @@ class Score:
         endless = rows["loss"] is None
         found = typed({**rows, "loss": 0.0} if endless else rows, cls, "score")
         if min(found.errors, found.words - 1) < 0:
-            raise ValueError("score: has no words, or fewer than no errors")
+            raise ValueError(
+                "score: has no words, or a negative number of errors"
+            )
         return replace(found, loss=math.inf) if endless else found
 
 
@@ -94,10 +92,10 @@ class Evaluate(Protocol):
         quants : Mapping
             LayerQuant by layer name; all others are float.
         start : str or None
-            First unit that differs from what was measured before: a hint
-            that lets an implementation reuse the results of earlier units.
+            First unit that differs from previous evaluations: a hint to
+            reuse the activations of earlier units.
         give_up_above : int or None
-            Word errors beyond which the exact result no longer matters.
+            Word errors above which the evaluation may give up.
         label : str
             For the journal and the progress bar.
 
@@ -108,26 +106,7 @@ class Evaluate(Protocol):
 
 
 def check_float_wer(wer: float, name: str, limit: float) -> None:
-    """Raises where the float model recognizes too little.
-
-    Arguments
-    ---------
-    wer : float
-        Of the float model, in percent.
-    name : str
-        The set.
-    limit : float
-        ``quantize.search.max_float_wer``.
-
-    Raises
-    ------
-    ValueError
-        It is above the limit.
-
-    Example
-    -------
-    >>> check_float_wer(5.0, "test set 'clean'", 90.0)
-    """
+    """Raises a ValueError if the WER of the float model is above the limit."""
     if wer > limit:
         raise ValueError(
             f"quantize: the float model's WER on {name} is {wer:.2f} %, above "

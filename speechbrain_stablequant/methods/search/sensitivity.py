@@ -1,4 +1,4 @@
-"""Step 1, layer selection: which units suffer when quantized alone."""
+"""Step 1, layer selection: units that are sensitive when quantized alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +11,10 @@ from .score import Evaluate, Score
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing one unit alone does.
+    """The effect of quantizing one unit alone.
 
-    Arguments
-    ---------
-    unit : str
-        Name of the unit.
-    score : Score
-        With this unit quantized and everything else float.
-    delta_wer : float
-        Rise of the WER over the float model, in points.
-    selected : bool
-        Whether it counts as above the threshold.
-    interval : DeltaInterval or None
-        Of the rise; None where the counts by utterance are not known.
+    ``delta_wer``: rise over the float model in points, with its ``interval`` if
+    there are counts by utterance; ``selected``: whether the unit is sensitive.
     """
 
     unit: str
@@ -40,26 +30,23 @@ def select_units(
     threshold: float,
     selection: Selection = PUBLISHED,
 ) -> tuple[Score, list[Sensitivity]]:
-    """Measures every unit alone and selects those that suffer.
+    """Measures every unit alone and selects the sensitive ones.
 
-    By the rule ``threshold`` a unit is selected when its rise is above the
-    threshold. By the rule ``interval`` it is when the whole interval of the
-    rise is, and it is not when the whole interval is below. Where the
-    threshold lies within the interval, the loss decides: its rise, taken as
-    the same relative rise of the WER, must be above the threshold and its
-    interval above zero.
+    Rule ``threshold``: a unit is selected if its rise is above the threshold.
+    Rule ``interval``: if the whole interval of the rise is above. If the
+    interval contains the threshold, the loss decides: its rise, converted to
+    points of WER, must be above the threshold and its interval above zero.
 
     Arguments
     ---------
     units : Mapping
-        For each unit, in network order, its layers quantized by MAX
-        calibration.
+        For each unit, in network order, its layers without clipping.
     evaluate : Evaluate
         Measures on the search set.
     threshold : float
-        Points of WER (absolute) above which a unit is selected.
+        Rise of the WER in points.
     selection : Selection
-        How that is decided.
+        The rule.
 
     Returns
     -------
@@ -84,15 +71,15 @@ def select_units(
     for unit, quants in units.items():
         score = evaluate(quants, start=unit, label=f"{unit} alone")
         interval = wer_rise(baseline, score, selection.level)
-        # In whole words: the rates' rounding must not decide.
+        # In whole words, so that rounding of rates does not decide.
         more = 100 * (score.errors - baseline.errors)
         selected = more > threshold * baseline.words
         if selection.rule == "interval":
             if interval is None:
                 raise ValueError(
-                    "search: the recognizer counts no errors by utterance, "
-                    "which selection: interval needs; write selection: "
-                    "threshold"
+                    "quantize.search.selection: interval needs errors by "
+                    "utterance, which the recipe's metric does not count; "
+                    "use selection: threshold"
                 )
             if interval.low <= threshold < interval.high:
                 loss = loss_rise(baseline, score, selection.level)

@@ -1,7 +1,6 @@
-"""The steps of quantization that methods share, over a recognizer.
+"""What all methods share: one recognizer, its calibration and its search set.
 
-What a recognizer is (a Brain with its data) is said by a protocol; nothing
-here knows a toolkit.
+Independent of any toolkit: protocols describe the recognizer and the trainer.
 """
 
 from ..layerwise.rounding import rounded_layers

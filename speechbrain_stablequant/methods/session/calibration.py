@@ -1,4 +1,4 @@
-"""Passes over the calibration set, remembered on disk."""
+"""Passes over the calibration set, cached on disk."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,20 +15,16 @@ from ...utils.typed import typed
 from .session import Stage
 
 HISTOGRAM_FILE = "histograms.json"
-#: What such a file is to the user.
+#: What error messages call such a file.
 WHAT = "calibration histograms"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one pass over the calibration set gave.
+    """Result of a pass over the calibration set.
 
-    Arguments
-    ---------
-    histograms : dict
-        Histogram of |input| by layer name.
-    in_order : bool
-        Whether layers were first called in the order of their units.
+    ``histograms``: of |input|, by layer name. ``in_order``: whether layers were
+    first called in the order of their units.
     """
 
     histograms: dict[str, Histogram]
@@ -36,19 +32,7 @@ class Calibration:
 
 
 def calibrate(stage: Stage, weights: str) -> Calibration:
-    """One pass over the calibration set, remembered on disk.
-
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-
-    Returns
-    -------
-    Calibration
-    """
+    """Histograms of all layers from one pass, cached on disk."""
     wanted = {HISTOGRAM_FILE: (stage.layers, Observer)}
     (found,) = calibrations(stage, weights, wanted)
     return found
@@ -59,7 +43,7 @@ def calibrations(
     weights: str,
     wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
 ) -> list[Calibration]:
-    """Several kinds of histograms from one pass, remembered on disk.
+    """Several kinds of histograms from one pass, cached on disk.
 
     Arguments
     ---------
@@ -68,13 +52,12 @@ def calibrations(
     weights : str
         Fingerprint of the float model.
     wanted : Mapping
-        For each file that remembers: the layers to observe, and what
-        observes them.
+        By cache file: the layers to observe and the observer's class.
 
     Returns
     -------
     list of Calibration
-        In the order of the files.
+        In the order of ``wanted``.
     """
     data = stage.recognizer.key("calibration", "inputs")
     part = stage.config.calibration
@@ -170,12 +153,12 @@ def _parse(raw: Any, names: Sequence[str], num_bins: int) -> Calibration:
     rows = typed(raw, dict, "content")
     layers = typed(rows.get("layers"), dict, "layers")
     if set(layers) != set(names):
-        raise ValueError("its layers are not those that were observed")
+        raise ValueError("it has other layers")
     histograms = {}
     for name in names:
         state = layers[name]
         if typed(state, dict, name).get("num_bins") != num_bins:
-            raise ValueError(f"{name}: has not {num_bins} bins")
+            raise ValueError(f"{name}: does not have {num_bins} bins")
         histograms[name] = Histogram.from_dict(state)
     return Calibration(
         histograms, typed(rows.get("in_order"), bool, "in_order")

@@ -1,4 +1,4 @@
-"""What a stage needs of a speech recognizer: a protocol, and its weights."""
+"""The protocol of a speech recognizer, and the fingerprint of its weights."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,37 +8,40 @@ import torch
 from torch import nn
 
 from ...utils.store import Store
-from ..qat.training import Trainer
 from ..search import Score
+from .trainer import Trainer
 
 BeforeBatch = Callable[[int], None]
 
 
 class Recognizer(Protocol):
-    """What a stage needs of a speech recognizer and its data.
+    """A speech recognizer with its data.
 
     ``subset`` is ``"calibration"`` or ``"search"``.
     """
 
     modules: Mapping[str, nn.Module]
     show_progress: bool
-    #: The training loop; None where nothing is trained.
+    #: The training loop; None if the method does not train.
     trainer: Trainer | None
 
     def ids(self, subset: str) -> list[str]:
         """Utterances of a subset, in the order in which they are run."""
 
     def key(self, subset: str, kind: str) -> str:
-        """Identifies all that a pass over a subset depends on, but the weights
-        of the modules. ``kind``: ``inputs`` of layers, ``outputs`` of the
-        model, or ``scores``."""
+        """Identifies all that a pass depends on, except the weights.
+
+        ``kind``: ``inputs`` of layers, ``outputs`` of the model, or ``scores``.
+        """
 
     def training_key(self, store: Store) -> str:
-        """Identifies all that a training depends on, but these weights; the
-        store remembers the digests of audio files."""
+        """Identifies all that training depends on, except the weights.
+
+        The store caches digests of audio files.
+        """
 
     def lengths(self, subset: str, batch: int) -> tuple[int, list[int]]:
-        """Samples of a padded batch, and real samples of each utterance."""
+        """Padded samples of a batch, real samples of each utterance."""
 
     def forward(
         self,
@@ -47,8 +50,10 @@ class Recognizer(Protocol):
         first_only: bool = False,
         turns: int = 1,
     ) -> torch.Tensor:
-        """Runs the model over a subset, each batch so many times in a row;
-        returns the last output."""
+        """Runs the model over a subset and returns the last output.
+
+        Each batch runs ``turns`` times; ``before_batch`` gets its index.
+        """
 
     def score(
         self,
@@ -56,34 +61,19 @@ class Recognizer(Protocol):
         give_up_above: int | None,
         only: Sequence[int] | None = None,
     ) -> Score:
-        """Measures the recognizer on the search subset, or on some of its
-        batches."""
+        """Scores the search subset, or the batches named by ``only``.
+
+        Stops early once there are more than ``give_up_above`` errors.
+        """
 
     def outputs(
         self, subset: str, before_batch: BeforeBatch
     ) -> Iterator[torch.Tensor | None]:
-        """Runs the model over a subset, and gives the output of each batch."""
+        """Runs the model over a subset and yields each batch's output."""
 
 
 def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
-    """Identifies the weights of a model.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits of a SHA-256 over names and values.
-
-    Example
-    -------
-    >>> a = fingerprint_modules({"m": nn.Linear(2, 2)})
-    >>> a == fingerprint_modules({"m": nn.Linear(2, 2)})
-    False
-    """
+    """Identifies names and values of weights: 32 hex digits of a SHA-256."""
     digest = hashlib.sha256()
     for key, module in modules.items():
         for name, tensor in module.state_dict().items():

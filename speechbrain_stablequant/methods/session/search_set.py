@@ -1,4 +1,4 @@
-"""Measuring on the search set: replayed where that is exact, remembered."""
+"""Evaluations on the search set: resumed where exact, cached on disk."""
 
 import logging
 from collections.abc import Mapping
@@ -24,18 +24,7 @@ JOURNAL_FILE = "search.jsonl"
 
 
 def check_earlier_run(folder: Path) -> None:
-    """Raises if what an earlier run left in a folder cannot be read.
-
-    Arguments
-    ---------
-    folder : Path
-        The output folder.
-
-    Raises
-    ------
-    ValueError
-        Names the damaged file.
-    """
+    """Raises a ValueError that names a damaged file of an earlier run."""
     store = Store(folder)
     for file in store.names(f"{Path(HISTOGRAM_FILE).stem}*.json"):
         store.check(file, WHAT)
@@ -48,26 +37,26 @@ def search_evaluate(
     calibration: Calibration,
     metric: str | None = None,
 ) -> tuple[Evaluate, Journal, tqdm]:
-    """The evaluate function of the search, remembered in the journal.
+    """The evaluate function of the search, cached in the journal.
 
     Arguments
     ---------
     stage : Stage
         The recognizer and its layers.
     weights : str
-        Identifies the model, with the tensors that its simulator holds.
+        Fingerprint of the model and of the tensors in its simulator.
     calibration : Calibration
         Says whether layers are called in the order of their units.
     metric : str, optional
-        ``"divergence"``: from the float model's outputs, which must have
-        been kept, as a score's loss; else the block's metric.
+        ``"divergence"`` from the outputs of :func:`keep_float_outputs`, as a
+        score's loss; by default the block's metric.
 
     Returns
     -------
     Evaluate
         Measures on the search set.
     Journal
-        What remembers.
+        The cache of its results.
     tqdm
         Counts the evaluations.
     """
@@ -118,7 +107,7 @@ def search_evaluate(
                 check_float_wer(score.wer, "the search set", limit)
             float_words.append(score.words)
         elif not score.complete:
-            # Over all words of the set: a lower bound of the WER.
+            # Errors so far over all words: a lower bound of the WER.
             score = replace(score, words=float_words[0])
         return score
 
@@ -126,16 +115,10 @@ def search_evaluate(
 
 
 def keep_float_outputs(stage: Stage) -> None:
-    """Runs the model over the search set, for divergences from it later.
+    """Runs the unchanged float model over the search set, for divergences.
 
-    While it is the float model itself: a run that goes on with a model that
-    is rotated or equalized already must compare with the same outputs as the
-    run that was killed.
-
-    Arguments
-    ---------
-    stage : Stage
-        The recognizer, which no context has changed.
+    Before rotation and equalization: a resumed run must compare with the same
+    outputs as the run that was killed.
     """
     stage.divergence = Divergence(partial(stage.recognizer.outputs, "search"))
     stage.reference = stage.fingerprint()
@@ -165,20 +148,8 @@ def _replay(stage: Stage, in_order: bool) -> Replay:
 def verified(replay: Replay, recognizer: Recognizer) -> Replay:
     """Drops the cuts from which a replay is not exact.
 
-    Each cut is tried on the first batch; a model that uses more than the
-    cut's output (all hidden states, for instance) gives another result.
-
-    Arguments
-    ---------
-    replay : Replay
-        The cuts to try.
-    recognizer : Recognizer
-        The model and its data.
-
-    Returns
-    -------
-    Replay
-        With the cuts that are exact.
+    A model that reads more than the cut's output (all hidden states, for
+    instance) gives another result for the first batch.
     """
 
     def first(before: BeforeBatch) -> torch.Tensor:
@@ -195,8 +166,8 @@ def verified(replay: Replay, recognizer: Recognizer) -> Replay:
                 same = torch.equal(first(trial.start_batch), expected)
             if not same:
                 logger.warning(
-                    "search: results before %s cannot be reused exactly; "
-                    "they are computed each time",
+                    "search: activations before %s cannot be reused exactly "
+                    "and are computed each time",
                     unit,
                 )
                 continue

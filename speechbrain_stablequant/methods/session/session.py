@@ -1,4 +1,4 @@
-"""One recognizer that is being quantized: what every step needs to know."""
+"""One recognizer that is being quantized."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from .recognizer import Recognizer, fingerprint_modules
 
 
 class Stage:
-    """A recognizer with its layers and units, its block and its store.
+    """A recognizer being quantized: its layers, units, config and store.
 
     Arguments
     ---------
@@ -26,7 +26,7 @@ class Stage:
     config : QuantizeConfig
         The validated block.
     store : Store
-        Keeps the journal, the histograms and what is finished.
+        Keeps histograms, evaluations and finished layers on disk.
     runtimes_with : callable
         Names the runtimes that execute plans with some extras, such as
         ``asymmetric``; methods themselves know no runtime.
@@ -51,14 +51,14 @@ class Stage:
             {key: recognizer.modules[key] for key in config.target}
         )
         self.simulator = Simulator(self.layers)
-        #: Found once, see :mod:`.search_set`.
+        #: Cuts where resuming is exact, see :mod:`.search_set`.
         self.exact_cuts: list[Cut] | None = None
         self.divergence: Divergence | None = None
-        #: Fingerprint of the model that it refers to.
+        #: Fingerprint of the model that ``divergence`` compares with.
         self.reference = ""
 
     def fingerprint(self) -> str:
-        """Identifies the weights of the model as they are now."""
+        """Identifies the present weights of the model."""
         return from_main(fingerprint_modules(self.recognizer.modules))
 
     def assemble(
@@ -68,7 +68,7 @@ class Stage:
         layers: list[LayerPlan],
         search: dict,
     ) -> QuantizationPlan:
-        """A plan with the settings of this stage."""
+        """A plan with this stage's precision and settings."""
         return QuantizationPlan(
             method=self.config.method,
             weight_bits=self.config.weight_bits,
@@ -84,10 +84,10 @@ class Stage:
         settings = asdict(self.config)
         for key in ("output_folder", "plan", "variants"):
             settings.pop(key)
-        # These change the time or end a run, not the outcome.
+        # These do not change the outcome.
         settings["search"].pop("cache_gb")
         settings["search"].pop("max_float_wer")
-        # What the method does not read decided nothing.
+        # Options that the method does not read.
         if self.config.method != "stablequant_plus":
             settings.pop("plus")
         if self.config.method not in ("adaround", "stablequant_plus"):
@@ -99,7 +99,7 @@ class Stage:
         return json.loads(json.dumps(settings))
 
     def quant(self, amax: float, weight_method: str) -> LayerQuant:
-        """A layer at the block's precision."""
+        """A layer quantized with the block's precision."""
         return LayerQuant(
             self.config.weight_bits,
             self.config.activation_bits,
@@ -108,19 +108,21 @@ class Stage:
         )
 
     def unit_index(self, name: str) -> int:
-        """Where the unit of a layer stands in the network."""
+        """Position of a layer's unit in the network."""
         unit = self.simulator.layers[name].unit
         return list(self.units).index(unit)
 
     def geometry(self) -> list[tuple[int, int]]:
-        """Kernel and stride of the convolutions in front of the frames."""
+        """Kernel and stride of the convolutions of the feature extractor."""
         if len(self.encoders) != 1:
             return []
         return self.encoders[0].conv_geometry()
 
     def cuts(self, in_order: bool) -> list[Cut]:
-        """Places where a forward pass can be started again; none if layers
-        are not called in the order of their units, or without memory."""
+        """Where a forward pass can resume, if there is memory for it.
+
+        Empty if layers are not called in the order of their units.
+        """
         if len(self.encoders) != 1 or not in_order or not self.cache_bytes:
             return []
         cuts = self.encoders[0].cuts()
@@ -128,7 +130,7 @@ class Stage:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for results that are used again."""
+        """Memory for cached activations."""
         return int(self.config.search.cache_gb * 1e9)
 
     def bar(self, total: int, what: str) -> tqdm:

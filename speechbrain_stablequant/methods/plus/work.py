@@ -1,0 +1,137 @@
+"""What all parts of StableQuant-plus share, and how they are measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from ...core.histogram import Histogram
+from ...core.plan import LayerQuant
+from ...core.plan_tensors import AdjustedTensors, LayerTensors
+from ...model.layers import Encoder
+from ...simulation.fake_quant import Simulator
+from ...simulation.observers import Observer
+from ..search import Evaluate, Score
+from ..session import Calibration, Stage, calibrations, search_evaluate
+from .quarot import can_rotate
+from .zero_point import ShiftedObserver, behind_gelu
+
+
+@dataclass
+class FloatModel:
+    """The float model in one form (rotated or not, equalized or not)."""
+
+    weights: str
+    calibration: Calibration
+    #: Of ``input - GELU_MIN``, for layers behind a GELU.
+    shifted: Mapping[str, Histogram] = field(default_factory=dict)
+
+    @property
+    def histograms(self) -> dict[str, Histogram]:
+        """Histogram of |input| by layer name."""
+        return self.calibration.histograms
+
+
+class Work:
+    """One run of StableQuant-plus: its layers and the effect of each part."""
+
+    def __init__(self, stage: Stage, weights: str, calibration: Calibration):
+        plus = stage.config.plus
+        self.stage = stage
+        self.original = FloatModel(weights, calibration)
+        self.rotated: list[Encoder] = []
+        if plus.rotate:
+            self.rotated = [e for e in stage.encoders if can_rotate(e)]
+        self.float_layers: set[str] = set()
+        if plus.keep_first_conv_float:
+            self.float_layers = _first_convs(stage)
+        self.behind_gelu: set[str] = set()
+        if plus.asymmetric:
+            self.behind_gelu = behind_gelu(stage.encoders, stage.layers)
+        #: What each part brought, for the plan.
+        self.parts: list[dict] = []
+        self.evaluations = 0
+
+    def reset_simulator(self) -> None:
+        """Drops the fake-quantized weights of another form of the model."""
+        self.stage.simulator = Simulator(self.stage.layers)
+
+    def model_now(self, strength: float) -> FloatModel:
+        """Fingerprint and histograms of the float model in its present form."""
+        stage = self.stage
+        suffix = "_rotated" if self.rotated else ""
+        if strength:
+            suffix += f"_equalized_{strength:g}"
+        weights = stage.fingerprint() if suffix else self.original.weights
+        wanted = {f"histograms{suffix}.json": (stage.layers, Observer)}
+        if self.behind_gelu:
+            layers = [x for x in stage.layers if x.name in self.behind_gelu]
+            file = f"histograms{suffix}_shifted.json"
+            wanted[file] = (layers, ShiftedObserver)
+        calibration, *shifted = calibrations(stage, weights, wanted)
+        return FloatModel(
+            weights, calibration, shifted[0].histograms if shifted else {}
+        )
+
+    def divergence(
+        self,
+        model: FloatModel,
+        quants: Mapping[str, LayerQuant],
+        part: str,
+        tensors: Mapping[str, LayerTensors] | None = None,
+        **values: float,
+    ) -> float:
+        """Divergence of the quantized model, recorded under a part's name."""
+        if tensors is not None:
+            self.stage.simulator.tensors = dict(tensors)
+        words = " ".join([part, *(f"{value:g}" for value in values.values())])
+        evaluate, bar = self._evaluate(model, tensors, "divergence")
+        with bar:
+            found = evaluate(quants, label=words).loss
+        self.parts.append({"part": part, **values, "divergence": found})
+        return found
+
+    def word_errors(
+        self,
+        model: FloatModel,
+        quants: Mapping[str, LayerQuant],
+        tensors: Mapping[str, LayerTensors],
+    ) -> tuple[Score, Score]:
+        """Scores of the float model and of the quantized one."""
+        self.stage.simulator.tensors = dict(tensors)
+        # Rotation and equalization do not change the float model's output.
+        evaluate, bar = self._evaluate(self.original, None)
+        with bar:
+            baseline = evaluate({}, label="float")
+        evaluate, bar = self._evaluate(model, tensors)
+        with bar:
+            return baseline, evaluate(quants, label="final")
+
+    def _evaluate(
+        self,
+        model: FloatModel,
+        tensors: Mapping[str, LayerTensors] | None,
+        metric: str | None = None,
+    ) -> tuple[Evaluate, tqdm]:
+        """Measures with the tensors that the simulator holds, counting."""
+        weights = model.weights
+        if tensors:
+            weights += AdjustedTensors(dict(tensors)).digest()
+        evaluate, _, bar = search_evaluate(
+            self.stage, weights, model.calibration, metric
+        )
+
+        def counted(*args, **options) -> Score:
+            self.evaluations += 1
+            return evaluate(*args, **options)
+
+        return counted, bar
+
+
+def _first_convs(stage: Stage) -> set[str]:
+    """The first convolution of each encoder, whose input is the audio."""
+    first = {
+        id(encoder.model.feature_extractor.conv_layers[0].conv)
+        for encoder in stage.encoders
+    }
+    return {layer.name for layer in stage.layers if id(layer.module) in first}
