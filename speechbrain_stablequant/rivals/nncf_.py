@@ -1,10 +1,10 @@
-"""OpenVINO's NNCF, the nearest thing that users of a CPU have.
+"""Models quantized by OpenVINO's NNCF, for comparison.
 
-The modules that the recipe calls one after the other become one OpenVINO
-graph for any length, NNCF quantizes it, and the graph takes the place of the
-modules while the recipe decodes: the first one computes it, the others pass
-its output on. With accuracy control NNCF makes operations float again, those
-that harm most first, until the WER of the search set is near enough.
+The modules that the recipe calls one after the other become an OpenVINO graph
+for any length, which NNCF quantizes. While the recipe decodes, the graph
+replaces the modules: the first computes it, the others pass its output on.
+With accuracy control NNCF reverts the most harmful operations to float, until
+the WER of the search set is near enough.
 """
 
 import hashlib
@@ -24,10 +24,15 @@ from ..config import QuantizeConfig
 from ..methods.search import Score
 from ..methods.session import Recognizer
 from ..runtimes.base import shadowed_forwards
-from ..runtimes.cpu import cpu_class
-from ..simulation.prefix_cache import StopForward
 from ..utils.files import identity
 from ..utils.store import Store
+from .chain_graph import (
+    calibration_waves,
+    convert,
+    graph_forwards,
+    products,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -37,91 +42,18 @@ RECORD_FILE = "nncf.json"
 ANSWERS_FILE = "nncf_answers.json"
 PACKAGES = ("openvino", "nncf")
 
-# So many float operations are named in a report.
+# Maximum number of float operations listed in the report.
 NAMES = 8
-
-# What multiplies, and how many factors it has: the operations that
-# quantization is about.
-PRODUCTS = {
-    "MatMul": 2,
-    "Convolution": 2,
-    "GroupConvolution": 2,
-    "ScaledDotProductAttention": 3,
-}
-_LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split")
-_DECOMPRESSION = ("Multiply", "Subtract", "Convert")
-
-# Converting must not change the model: largest difference of the outputs, of
-# their largest value.
-TOLERANCE = 1e-2
 
 
 def require_nncf(method: str) -> None:
-    """Raises if a package is not there.
-
-    Arguments
-    ---------
-    method : str
-        Who needs it.
-
-    Raises
-    ------
-    ValueError
-        Names the extra that brings it.
-    """
+    """Raises a ValueError that names the extra to install."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"method: {method} needs package '{package}', which is not "
                 "installed; run pip install 'speechbrain_stablequant[nncf]'"
             )
-
-
-def require_one(utterances: int) -> None:
-    """Raises unless a batch is of one utterance.
-
-    Arguments
-    ---------
-    utterances : int
-        Size of the batch.
-
-    Raises
-    ------
-    ValueError
-        It is another one: the graph knows no padding.
-    """
-    if utterances != 1:
-        raise ValueError(
-            "quantize.method: nncf takes one utterance at a time, not a batch "
-            f"of {utterances}; give test_loader_kwargs a batch_size of 1"
-        )
-
-
-class Chain(nn.Module):
-    """Modules that are called one after the other, as one.
-
-    Arguments
-    ---------
-    modules : Mapping
-        The modules by key, in the order of their calls.
-
-    Example
-    -------
-    >>> chain = Chain({"enc": nn.Linear(1, 2), "act": nn.ReLU()})
-    >>> chain(torch.zeros(3, 1)).shape
-    torch.Size([3, 2])
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module]):
-        super().__init__()
-        for key, module in modules.items():
-            self.add_module(key, module)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The output of the last module."""
-        for module in self.children():
-            x = module(x)
-        return x
 
 
 @dataclass(frozen=True)
@@ -133,15 +65,15 @@ class Rival:
     key : str
         Identifies all that it was made from.
     folder : Path
-        Where its files are.
+        Folder of its files.
     integer, floating : tuple of str
-        Names of its products: those of integers, those with a float factor.
+        Names of its matrix products in integer and in float arithmetic.
     search : dict
-        What accuracy control measured; empty without it.
+        Measurements of accuracy control; empty without it.
     chain : Mapping
-        The modules that it takes the place of, in the order of their calls.
+        The modules that it replaces, in the order of their calls.
     options : Mapping
-        Of ``backend: openvino``: ``threads`` and ``precision``.
+        Options of ``backend: openvino``: ``threads`` and ``precision``.
     """
 
     key: str
@@ -159,20 +91,20 @@ class Rival:
 
     @property
     def operations(self) -> dict[str, int]:
-        """How many products are computed in which arithmetic."""
+        """Number of matrix products in integer and in float arithmetic."""
         return {"integer": len(self.integer), "float": len(self.floating)}
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
-        """What takes the place of each module's forward, newly compiled."""
+        """Replacements of the modules' forwards, newly compiled."""
         from ..runtimes.openvino_.core import core
 
-        settings = _settings(**self.options)
+        settings = settings_of(**self.options)
         path = self.folder / MODEL_FILE
         compiled = core().compile_model(path, "CPU", settings)
-        return _forwards(self.chain, compiled)
+        return graph_forwards(self.chain, compiled)
 
     def notes(self) -> list[str]:
-        """What a reader of the report should know."""
+        """Remarks for the report."""
         count = len(self.integer) + len(self.floating)
         note = f"NNCF quantized {len(self.integer)} of {count} products"
         if self.floating:
@@ -195,25 +127,10 @@ class Rival:
 
 
 class Answers:
-    """What accuracy control has measured, for a run that was killed.
+    """Measurements of accuracy control on disk, so that a killed run resumes.
 
-    NNCF decides by nothing else, so whoever gets the same answers asks the
-    same questions: they are told apart by their order.
-
-    Arguments
-    ---------
-    store : Store
-        Where they are kept.
-    key : str
-        Of the rival; answers under another key are forgotten.
-
-    Example
-    -------
-    >>> store = Store(getfixture("tmp_path"))
-    >>> Answers(store, "k").ask([0, 1], lambda: Score(2, 10, 1.0)).wer
-    20.0
-    >>> Answers(store, "k").ask([0, 1], None).wer
-    20.0
+    NNCF decides by nothing else: with the same answers it asks the same
+    questions, so that their order identifies them.
     """
 
     def __init__(self, store: Store, key: str):
@@ -223,19 +140,7 @@ class Answers:
         self.asked = 0
 
     def ask(self, only: list[int], measure: Callable[[], Score]) -> Score:
-        """The next answer.
-
-        Arguments
-        ---------
-        only : list of int
-            Utterances that the question is about.
-        measure : callable
-            Measures, where that is not known.
-
-        Returns
-        -------
-        Score
-        """
+        """The next score: of the utterances ``only``, measured if unknown."""
         known = self.known[self.asked : self.asked + 1]
         if known and known[0]["only"] == only:
             score = Score.from_dict(known[0]["score"])
@@ -267,7 +172,7 @@ def make_rival(
     chain : Mapping
         Its modules in the order of their calls.
     wave, output : torch.Tensor
-        One input of the first module and what the last one gives.
+        An input of the first module and the output of the last.
     weights : str
         Fingerprint of the float model.
     config : QuantizeConfig
@@ -290,8 +195,8 @@ def make_rival(
     record = _read_record(store, key)
     if record is None:
         started = time.monotonic()
-        model = _convert(chain, wave, output)
-        waves = _calibration_waves(recognizer, next(iter(chain.values())))
+        model = convert(chain, wave, output)
+        waves = calibration_waves(recognizer, next(iter(chain.values())))
         if config.method == "nncf":
             model, search = _quantize(model, waves, config), {}
         else:
@@ -300,7 +205,7 @@ def make_rival(
                 model, waves, recognizer, chain, config, answers
             )
             search["seconds"] = time.monotonic() - started
-        # What names its files as finished is written last.
+        # The record marks the files as finished: written last.
         store.delete(RECORD_FILE)
         _write(folder, model, config.float_dtype == "float16")
         integer, floating = products(model)
@@ -360,7 +265,7 @@ def _read_record(store: Store, key: str) -> dict | None:
 
 
 def _write(folder: Path, model: "ov.Model", half: bool) -> None:
-    """Writes a model, each of its two files whole or not at all."""
+    """Writes a model, each of its two files atomically."""
     import openvino as ov
 
     part = folder / f"part-{MODEL_FILE}"
@@ -369,93 +274,6 @@ def _write(folder: Path, model: "ov.Model", half: bool) -> None:
         (part, part.with_suffix(".bin")), _files(folder), strict=True
     ):
         old.replace(new)
-
-
-# -- from torch to OpenVINO ------------------------------------------------
-
-
-@torch.no_grad()
-def _convert(
-    chain: Mapping[str, nn.Module], wave: torch.Tensor, output: torch.Tensor
-) -> "ov.Model":
-    """The float model as a graph for one utterance of any length."""
-    import openvino as ov
-
-    from ..runtimes.openvino_.core import core
-
-    require_one(len(wave))
-    module = Chain(chain).eval()
-    model = ov.convert_model(
-        module, example_input=wave, input=[ov.PartialShape([1, -1])]
-    )
-    compiled = core().compile_model(model, "CPU", _settings(precision="f32"))
-    found = _forwards(chain, compiled)[next(iter(chain.values()))](wave)
-    largest = output.abs().max()
-    if found.shape != output.shape or not torch.allclose(
-        found, output.float(), rtol=0, atol=TOLERANCE * float(largest)
-    ):
-        raise ValueError(
-            f"quantize.method: OpenVINO converts {', '.join(chain)} to "
-            "something that gives another output; leave out method nncf"
-        )
-    return model
-
-
-def _calibration_waves(
-    recognizer: Recognizer, first: nn.Module
-) -> list[np.ndarray]:
-    """What the first module gets of the calibration set."""
-    waves: list[np.ndarray] = []
-
-    def keep(module: nn.Module, args: tuple) -> None:
-        require_one(len(args[0]))
-        waves.append(_array(args[0]))
-        raise StopForward
-
-    handle = first.register_forward_pre_hook(keep)
-    try:
-        recognizer.forward("calibration", lambda _: None)
-    finally:
-        handle.remove()
-    return waves
-
-
-def _array(wave: torch.Tensor) -> np.ndarray:
-    return wave.detach().float().cpu().contiguous().numpy()
-
-
-def _settings(
-    threads: int | None = None, precision: str = "auto", **_: Any
-) -> dict[str, Any]:
-    """How OpenVINO computes, by the options of ``backend: openvino``."""
-    if precision == "auto":
-        precision = "bf16" if cpu_class().bf16 else "f32"
-    return {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-
-
-def _forwards(
-    chain: Mapping[str, nn.Module], compiled: "ov.CompiledModel"
-) -> dict[nn.Module, Callable[..., Any]]:
-    """A graph in the place of a chain of modules."""
-    request = compiled.create_infer_request()
-
-    def compute(wave: torch.Tensor, *lengths: Any) -> torch.Tensor:
-        # Of one utterance all frames are real, whatever the lengths say.
-        require_one(len(wave))
-        request.infer([_array(wave)], share_inputs=True)
-        found = np.array(request.get_output_tensor(0).data)
-        return torch.from_numpy(found).to(wave.device)
-
-    first, *rest = chain.values()
-    return {first: compute, **{module: _pass_on for module in rest}}
-
-
-def _pass_on(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 # -- NNCF ------------------------------------------------------------------
@@ -479,6 +297,33 @@ def _quantize(
     return nncf.quantize(model, nncf.Dataset(waves), **_common(waves, config))
 
 
+def _validation(
+    recognizer: Recognizer,
+    chain: Mapping[str, nn.Module],
+    answers: Answers,
+    rates: list[float],
+) -> Callable[["ov.CompiledModel", Iterable[int]], tuple[float, list[float]]]:
+    """NNCF's measure of a model; appends the WER of the whole set to rates."""
+    count = len(recognizer.ids("search"))
+
+    def validate(
+        compiled: "ov.CompiledModel", items: Iterable[int]
+    ) -> tuple[float, list[float]]:
+        only = list(items)
+
+        def measure() -> Score:
+            with shadowed_forwards(graph_forwards(chain, compiled)):
+                return recognizer.score(lambda _: None, None, only)
+
+        score = answers.ask(only, measure)
+        if len(only) == count:
+            rates.append(score.wer)
+        # NNCF maximizes, and divides by the float model's: never 0.
+        return 100 - score.wer, [-float(n) for n in score.utterance_errors]
+
+    return validate
+
+
 def _control(
     model: "ov.Model",
     waves: list[np.ndarray],
@@ -492,25 +337,7 @@ def _control(
 
     count = len(recognizer.ids("search"))
     rates: list[float] = []
-
-    def validate(
-        compiled: "ov.CompiledModel", items: Iterable[int]
-    ) -> tuple[float, list[float]]:
-        """The metric, of which more is better, in all and by utterance.
-
-        NNCF divides by the float model's, so no error is not 0.
-        """
-        only = list(items)
-
-        def measure() -> Score:
-            with shadowed_forwards(_forwards(chain, compiled)):
-                return recognizer.score(lambda _: None, None, only)
-
-        score = answers.ask(only, measure)
-        if len(only) == count:
-            rates.append(score.wer)
-        return 100 - score.wer, [-float(n) for n in score.utterance_errors]
-
+    validate = _validation(recognizer, chain, answers, rates)
     part = config.nncf
     quantized = nncf.quantize_with_accuracy_control(
         model,
@@ -522,7 +349,7 @@ def _control(
         advanced_accuracy_restorer_parameters=(
             nncf.AdvancedAccuracyRestorerParameters(
                 ranking_subset_size=part.ranking_utterances or count,
-                # More would only depend on the machine.
+                # The result must not depend on the machine.
                 num_ranking_workers=1,
             )
         ),
@@ -530,10 +357,10 @@ def _control(
     )
     from ..runtimes.openvino_.core import core
 
-    settings = _settings(precision="f32")
+    settings = settings_of(precision="f32")
     compiled = core().compile_model(quantized, "CPU", settings)
     validate(compiled, range(count))
-    # The float model came first.
+    # NNCF measures the float model first.
     baseline, final = rates[0], rates[-1]
     return quantized, {
         "num_utterances": count,
@@ -542,51 +369,6 @@ def _control(
         "evaluations": len(rates),
         "baseline_wer": baseline,
         "final_wer": final,
-        # A drop of just so much is rounded either way.
+        # Tolerates rounding of an exact drop.
         "reached": final - baseline <= part.max_drop + 1e-9,
     }
-
-
-def products(model: "ov.Model") -> tuple[list[str], list[str]]:
-    """The products of a quantized graph by their arithmetic.
-
-    Arguments
-    ---------
-    model : openvino.Model
-        Quantized by NNCF.
-
-    Returns
-    -------
-    list of str
-        Those of integers.
-    list of str
-        All others.
-    """
-    integer, floating = [], []
-    for node in model.get_ordered_ops():
-        count = PRODUCTS.get(node.get_type_name())
-        if count is not None:
-            factors = [node.input_value(i).get_node() for i in range(count)]
-            found = integer if all(map(_is_integer, factors)) else floating
-            found.append(_name(node))
-    return integer, floating
-
-
-def _is_integer(node: Any) -> bool:
-    """Whether a node gives integers times a scale."""
-    while node.get_type_name() in _LAYOUT:
-        node = node.input_value(0).get_node()
-    if node.get_type_name() == "FakeQuantize":
-        return True
-    while node.get_type_name() in (*_LAYOUT, *_DECOMPRESSION):
-        node = node.input_value(0).get_node()
-    return (
-        node.get_type_name() == "Constant"
-        and node.get_element_type().is_integral()
-    )
-
-
-def _name(node: Any) -> str:
-    """Of the module that an operation comes from."""
-    name = node.get_friendly_name().removeprefix("__module.")
-    return name.partition("/")[0]

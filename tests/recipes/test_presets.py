@@ -1,4 +1,4 @@
-"""Each preset is a valid block, and says what its name says."""
+"""Each preset is a valid block of the method that it is named after."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.block import read_block, variant_configs
+from speechbrain_stablequant.config import METHODS, RIVALS
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "hparams").glob("*.yaml"))
@@ -20,10 +21,9 @@ def load(path: Path) -> dict:
         return load_hyperpyyaml(stream)
 
 
-def test_there_are_presets():
+def test_each_method_has_a_preset():
     names = [path.stem for path in PRESETS]
-    for name in ("w8a8_stablequant", "w6a6_stablequant", "w8a8_max"):
-        assert name in names
+    assert sorted(names) == sorted([*METHODS, "stablequant_plus_mixed"])
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -32,14 +32,25 @@ def test_preset(path):
     assert list(values) == ["quantize"]
     config = values["quantize"]
     assert isinstance(config, QuantizeConfig)
-    bits, _, method = path.stem.partition("_")
-    if bits == "mixed":
-        assert 0 < config.plus.budget.size < 1
-    else:
-        assert f"w{config.weight_bits}a{config.activation_bits}" == bits
-        assert config.plus.budget.size is None
+    method = path.stem.removesuffix("_mixed")
     assert config.method == method
+    assert (config.plus.budget.size is not None) == (method != path.stem)
+    assert (config.weight_bits, config.activation_bits) == (8, 8)
     assert config.target == ("wav2vec2", "enc", "ctc_lin")
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (6, 6)])
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_precision_of_a_preset(path, bits, tmp_path):
+    if path.stem in RIVALS:
+        pytest.skip("NNCF quantizes to 8 bits")
+    copy = tmp_path / path.name
+    text = path.read_text(encoding="utf-8")
+    for key, value in zip(("weight", "activation"), bits, strict=True):
+        text = text.replace(f"{key}_bits: 8", f"{key}_bits: {value}")
+    copy.write_text(text, encoding="utf-8")
+    config = load(copy)["quantize"]
+    assert (config.weight_bits, config.activation_bits) == bits
 
 
 @pytest.mark.parametrize("path", PRESETS[:1], ids=lambda path: path.stem)

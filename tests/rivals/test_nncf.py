@@ -1,4 +1,4 @@
-"""Tests of speechbrain_stablequant.rivals.nncf_, on small models."""
+"""Tests of speechbrain_stablequant.rivals, on small models."""
 
 import importlib.util
 import json
@@ -15,11 +15,10 @@ from speechbrain_stablequant.config import ConfigError, QuantizeConfig
 from speechbrain_stablequant.methods.search import Score
 from speechbrain_stablequant.methods.session import fingerprint_modules
 from speechbrain_stablequant.rivals import nncf_
+from speechbrain_stablequant.rivals.chain_graph import Chain, products
 from speechbrain_stablequant.rivals.nncf_ import (
-    Chain,
     Rival,
     make_rival,
-    products,
     require_nncf,
 )
 from speechbrain_stablequant.runtimes.base import shadowed_forwards

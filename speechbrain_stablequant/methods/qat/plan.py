@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 
 from tqdm import tqdm
 
@@ -37,21 +38,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
         With the tensors of the epoch that was kept; ``search["training"]`` has
         an entry for each epoch.
     """
-    config, recognizer = stage.config, stage.recognizer
-    settings, trainer = config.qat, recognizer.trainer
-    frozen: tuple[str, ...] = ()
-    if settings.freeze_feature_extractor:
-        frozen = tuple(
-            f"{encoder.path}.feature_extractor." for encoder in stage.encoders
-        )
-    student = Student(
-        stage.layers,
-        start.quants(),
-        {key: recognizer.modules[key] for key in config.target},
-        settings.learn_scales,
-        lambda name: name.startswith(frozen),
-        settings.bfloat16,
-    )
+    settings, recognizer = stage.config.qat, stage.recognizer
     training = Training(
         settings.epochs,
         settings.lr,
@@ -59,19 +46,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
         settings.distill,
         settings.keep,
     )
-    batches = len(trainer)
-    store = EpochStore(stage.store.below(EPOCH_FOLDER), _key(stage, start))
-
-    def measure(
-        quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
-    ) -> Score:
-        simulator = Simulator(stage.layers, tensors.layers)
-        with (
-            simulator.apply(quants),
-            adjusted_floats(recognizer.modules, tensors.floats),
-        ):
-            return recognizer.score(lambda _: None, None)
-
+    batches = len(recognizer.trainer)
     with tqdm(
         total=settings.epochs * batches,
         desc="qat",
@@ -88,19 +63,13 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
             bar.set_postfix_str(f"epoch {epoch}", refresh=False)
             bar.update(done - bar.n)
 
-        def on_epoch(entry: Mapping) -> None:
-            said = [
-                f"{what} {entry[name]:{form}}"
-                for what, name, form in (
-                    ("loss", "loss", ".4f"),
-                    ("WER on the search set", "wer", ".2f"),
-                )
-                if entry[name] is not None
-            ]
-            logger.info("qat: epoch %d: %s", entry["epoch"], ", ".join(said))
-
         quants, tensors, history = training.run(
-            student, trainer, measure, store, on_batch, on_epoch
+            _student(stage, start),
+            recognizer.trainer,
+            partial(_score, stage),
+            EpochStore(stage.store.below(EPOCH_FOLDER), _key(stage, start)),
+            on_batch,
+            _log_epoch,
         )
         bar.update(bar.total - bar.n)
     layers = [
@@ -113,7 +82,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
     ]
     best = training.kept(history)
     search = {
-        "metric": config.search.metric,
+        "metric": stage.config.search.metric,
         "final_wer": best["wer"],
         "epoch": best["epoch"],
         "training": history,
@@ -122,6 +91,47 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
         search["num_utterances"] = len(recognizer.ids("search"))
         search["evaluations"] = len(history)
     return replace(start, layers=layers, search=search, tensors=tensors)
+
+
+def _student(stage: Stage, start: QuantizationPlan) -> Student:
+    settings, modules = stage.config.qat, stage.recognizer.modules
+    frozen: tuple[str, ...] = ()
+    if settings.freeze_feature_extractor:
+        frozen = tuple(
+            f"{encoder.path}.feature_extractor." for encoder in stage.encoders
+        )
+    return Student(
+        stage.layers,
+        start.quants(),
+        {key: modules[key] for key in stage.config.target},
+        settings.learn_scales,
+        lambda name: name.startswith(frozen),
+        settings.bfloat16,
+    )
+
+
+def _score(
+    stage: Stage, quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
+) -> Score:
+    """Scores trained integers on the search set."""
+    simulator = Simulator(stage.layers, tensors.layers)
+    with (
+        simulator.apply(quants),
+        adjusted_floats(stage.recognizer.modules, tensors.floats),
+    ):
+        return stage.recognizer.score(lambda _: None, None)
+
+
+def _log_epoch(entry: Mapping) -> None:
+    said = [
+        f"{what} {entry[name]:{form}}"
+        for what, name, form in (
+            ("loss", "loss", ".4f"),
+            ("WER on the search set", "wer", ".2f"),
+        )
+        if entry[name] is not None
+    ]
+    logger.info("qat: epoch %d: %s", entry["epoch"], ", ".join(said))
 
 
 def _key(stage: Stage, start: QuantizationPlan) -> str:
