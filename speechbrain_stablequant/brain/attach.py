@@ -29,7 +29,7 @@ from ..core.integer_layer import integer_layer
 from ..folder.weights_file import PLAN_FILE, stored_layer
 from ..folder.write import write_folder
 from ..methods import make_plan
-from ..methods.session import Stage
+from ..methods.session import Session
 from ..model.layers import Layer, find_layers, min_samples
 from ..report.results import Evaluation, SetResult, environment
 from ..rivals.chain_graph import require_one
@@ -573,7 +573,7 @@ class StableQuant:
 
     # -- plan, quantized evaluation, report --------------------------------
 
-    def _stage(self, run: Run) -> Stage:
+    def _session(self, run: Run) -> Session:
         recognizer = BrainRecognizer(
             self.brain,
             run.subsets,
@@ -585,7 +585,7 @@ class StableQuant:
         with self._outputs.writing():
             run.folder.mkdir(parents=True, exist_ok=True)
         # Histograms and evaluations are shared by all variants.
-        return Stage(recognizer, run.config, self.store, runtimes_with)
+        return Session(recognizer, run.config, self.store, runtimes_with)
 
     def _quantize(
         self,
@@ -617,29 +617,31 @@ class StableQuant:
         options: Mapping[str, Any],
     ) -> None:
         """Lets others quantize; the plan only says who, and holds no layer."""
-        stage = self._stage(run)
+        session = self._session(run)
         batch = next(iter(self._loader(test_set, options)))
         # That there is one was found out before.
         calls = find_chain(self.brain, batch, run.config)
         modules = self._modules
         run.rival = make_rival(
-            stage.recognizer,
+            session.recognizer,
             {call.key: modules[call.key] for call in calls},
             calls[0].args[0],
             calls[-1].output,
-            stage.fingerprint(),
+            session.fingerprint(),
             run.config,
             run.store,
         )
         run.warnings += run.rival.notes()
-        run.plan = stage.assemble(stage.fingerprint(), [], [], run.rival.search)
+        run.plan = session.assemble(
+            session.fingerprint(), [], [], run.rival.search
+        )
 
     def _make_plan(self, run: Run) -> list[Layer]:
-        stage = self._stage(run)
-        run.plan, run.histograms = make_plan(stage)
+        session = self._session(run)
+        run.plan, run.histograms = make_plan(session)
         with self._outputs.writing():
             run.plan.save(run.folder / PLAN_FILE)
-        return stage.layers
+        return session.layers
 
     def _convert(self, run: Run, layers: Iterable[Layer]) -> None:
         """Makes the integers of a plan."""

@@ -9,18 +9,20 @@ from .calibrator import calibrator_plan
 from .given import given_plan
 from .plus.plan import plus_plan
 from .qat.plan import qat_plan
-from .session import Stage, calibrate
+from .session import Session, calibrate
 from .stablequant import stablequant_plan
 
 __all__ = ["make_plan"]
 
 
-def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+def make_plan(
+    session: Session,
+) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     """Makes the plan of a block: calibrates and searches, or reads one.
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer, its layers and its config.
 
     Returns
@@ -35,30 +37,32 @@ def make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     ValueError
         A plan of another model, a layer that is never called, NaN.
     """
-    plan, histograms = _make_plan(stage)
+    plan, histograms = _make_plan(session)
     # All runs keep their tensors to the end: not on the device.
     tensors = plan.tensors and plan.tensors.cpu()
     return replace(plan, tensors=tensors), histograms
 
 
-def _make_plan(stage: Stage) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    config = stage.config
-    weights = stage.fingerprint()
+def _make_plan(
+    session: Session,
+) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+    config = session.config
+    weights = session.fingerprint()
     if config.plan is not None:
-        return given_plan(stage, weights), {}
-    calibration = calibrate(stage, weights)
+        return given_plan(session, weights), {}
+    calibration = calibrate(session, weights)
     histograms = calibration.histograms
     if config.method == "stablequant_plus":
-        return plus_plan(stage, weights, calibration)
+        return plus_plan(session, weights, calibration)
     if config.method == "stablequant":
-        plan = stablequant_plan(stage, weights, calibration)
+        plan = stablequant_plan(session, weights, calibration)
     elif config.method == "adaround":
-        plan = adaround_plan(stage, weights, calibration)
+        plan = adaround_plan(session, weights, calibration)
     elif config.method == "qat":
         start = calibrator_plan(
-            stage, weights, histograms, config.qat.calibrator
+            session, weights, histograms, config.qat.calibrator
         )
-        plan = qat_plan(stage, start)
+        plan = qat_plan(session, start)
     else:
-        plan = calibrator_plan(stage, weights, histograms, config.method)
+        plan = calibrator_plan(session, weights, histograms, config.method)
     return plan, histograms

@@ -6,19 +6,19 @@ from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import AdjustedTensors
 from .calibrator import calibrator_plan
 from .layerwise import AdaRound
-from .session import Calibration, Stage, rounded_layers
+from .session import Calibration, Session, rounded_layers
 
 
 def adaround_plan(
-    stage: Stage, weights: str, calibration: Calibration
+    session: Session, weights: str, calibration: Calibration
 ) -> QuantizationPlan:
     """Learns for each weight whether it is rounded up or down."""
-    settings = asdict(stage.config.adaround)
+    settings = asdict(session.config.adaround)
     calibrator = settings.pop("calibrator")
-    plan = calibrator_plan(stage, weights, calibration.histograms, calibrator)
+    plan = calibrator_plan(session, weights, calibration.histograms, calibrator)
     solve = AdaRound(**settings)
     tensors = rounded_layers(
-        stage,
+        session,
         weights,
         calibration.in_order,
         plan.quants(),

@@ -7,17 +7,17 @@ from tqdm import tqdm
 from ..core.calibrators import calibrate
 from ..core.histogram import Histogram
 from ..core.plan import LayerPlan, QuantizationPlan, UnitPlan
-from .session import Stage
+from .session import Session
 
 
 def calibrator_plan(
-    stage: Stage,
+    session: Session,
     weights: str,
     histograms: Mapping[str, Histogram],
     method: str,
 ) -> QuantizationPlan:
     """The range of each layer's input by one calibrator, such as ``max``."""
-    config = stage.config
+    config = session.config
     options = {}
     if method == "percentile":
         options["percentile"] = config.calibration.percentile
@@ -26,7 +26,9 @@ def calibrator_plan(
     )
     layers = []
     for layer in tqdm(
-        stage.layers, "calibrators", disable=not stage.recognizer.show_progress
+        session.layers,
+        "calibrators",
+        disable=not session.recognizer.show_progress,
     ):
         histogram = histograms[layer.name]
         amax = calibrate(method, histogram, config.activation_bits, **options)
@@ -35,11 +37,11 @@ def calibrator_plan(
                 name=layer.name,
                 unit=layer.unit,
                 kind=layer.kind,
-                quant=stage.quant(amax, weight_method),
+                quant=session.quant(amax, weight_method),
                 observed_max=histogram.max,
                 cutoff=options.get("percentile", 100.0),
                 reason=f"{method} calibration of every layer",
             )
         )
-    units = [UnitPlan(name) for name in stage.units]
-    return stage.assemble(weights, units, layers, {})
+    units = [UnitPlan(name) for name in session.units]
+    return session.assemble(weights, units, layers, {})

@@ -21,19 +21,19 @@ from ..model.layers import Layer
 from .search import Evaluate, Score, Selection, search_cutoffs, select_units
 from .search.percentile import UnitCutoff
 from .search.sensitivity import Sensitivity
-from .session import Calibration, Stage, search_evaluate
+from .session import Calibration, Session, search_evaluate
 
 logger = logging.getLogger(__name__)
 
 
 def stablequant_plan(
-    stage: Stage, weights: str, calibration: Calibration
+    session: Session, weights: str, calibration: Calibration
 ) -> QuantizationPlan:
     """Makes the plan of ``method: stablequant``.
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
@@ -45,19 +45,19 @@ def stablequant_plan(
     QuantizationPlan
         ``search`` has the word error rates, before and after.
     """
-    config = stage.config
+    config = session.config
     histograms = calibration.histograms
-    evaluate, journal, bar = search_evaluate(stage, weights, calibration)
+    evaluate, journal, bar = search_evaluate(session, weights, calibration)
     started = time.monotonic()
     baseline, units = search_units(
-        stage,
+        session,
         evaluate,
         bar,
-        lambda layer, ratio: stage.quant(
+        lambda layer, ratio: session.quant(
             histograms[layer.name].quantile(ratio / 100), "max"
         ),
     )
-    layers = _final_layers(stage, units, histograms)
+    layers = _final_layers(session, units, histograms)
     final = evaluate(
         {layer.name: layer.quant for layer in layers}, label="final"
     )
@@ -69,7 +69,7 @@ def stablequant_plan(
         time.monotonic() - started,
     )
     search = {
-        "num_utterances": len(stage.recognizer.ids("search")),
+        "num_utterances": len(session.recognizer.ids("search")),
         "metric": config.search.metric,
         "selection": config.search.selection,
         "level": config.search.level,
@@ -78,11 +78,11 @@ def stablequant_plan(
         "baseline_wer": baseline.wer,
         "final_wer": final.wer,
     }
-    return stage.assemble(weights, units, layers, search)
+    return session.assemble(weights, units, layers, search)
 
 
 def search_units(
-    stage: Stage,
+    session: Session,
     evaluate: Evaluate,
     bar: tqdm,
     quantize: Callable[[Layer, float], LayerQuant],
@@ -92,18 +92,18 @@ def search_units(
     ``quantize`` gives a layer's quant at a percentile; ``bar`` is closed at the
     end. Returns the float model's score and a plan of each unit.
     """
-    search = stage.config.search
+    search = session.config.search
     selection = Selection(search.selection, search.level)
 
     def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
         return {
-            layer.name: quantize(layer, ratio) for layer in stage.units[unit]
+            layer.name: quantize(layer, ratio) for layer in session.units[unit]
         }
 
     with bar:
-        bar.total = 1 + len(stage.units)
+        bar.total = 1 + len(session.units)
         baseline, sensitivities = select_units(
-            {unit: cut_unit(unit, 100.0) for unit in stage.units},
+            {unit: cut_unit(unit, 100.0) for unit in session.units},
             evaluate,
             search.threshold,
             selection,
@@ -144,16 +144,16 @@ def _unit_plan(sensitivity: Sensitivity, cut: UnitCutoff | None) -> UnitPlan:
 
 
 def _final_layers(
-    stage: Stage,
+    session: Session,
     units: Iterable[UnitPlan],
     histograms: Mapping[str, Histogram],
 ) -> list[LayerPlan]:
     """Step 3: scales of least squared error below the clipping percentiles."""
-    bits = stage.config.activation_bits
-    weight_method = stage.config.weight_method or "mse"
+    bits = session.config.activation_bits
+    weight_method = session.config.weight_method or "mse"
     by_name = {unit.name: unit for unit in units}
     layers = []
-    for layer in stage.layers:
+    for layer in session.layers:
         unit = by_name[layer.unit]
         histogram = histograms[layer.name]
         edge = histogram.quantile(unit.cutoff / 100)
@@ -173,7 +173,7 @@ def _final_layers(
                 name=layer.name,
                 unit=layer.unit,
                 kind=layer.kind,
-                quant=stage.quant(amax, weight_method),
+                quant=session.quant(amax, weight_method),
                 observed_max=histogram.max,
                 cutoff=unit.cutoff,
                 reason=reason,

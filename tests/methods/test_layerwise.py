@@ -250,7 +250,7 @@ def test_moments_by_lags_of_some_groups():
 
 
 class Data:
-    """Batches for a tiny encoder, as the stage gives them."""
+    """Batches for a tiny encoder, as the session gives them."""
 
     def __init__(self, modules, padded=False):
         self.modules = modules

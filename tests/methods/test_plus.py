@@ -1,4 +1,4 @@
-"""AdaRound and StableQuant-plus through the stage, on tiny models."""
+"""AdaRound and StableQuant-plus through the session, on tiny models."""
 
 import copy
 from contextlib import suppress
@@ -35,7 +35,7 @@ from speechbrain_stablequant.methods.search.auto_quantize import (
     Calls,
     inputs_of_first,
 )
-from speechbrain_stablequant.methods.session import Stage
+from speechbrain_stablequant.methods.session import Session
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
@@ -121,7 +121,7 @@ class Recognizer:
         return Score(errors, words, loss)
 
 
-def stage_of(modules, folder, **block):
+def session_of(modules, folder, **block):
     block = {
         "target": TARGET,
         "weight_bits": 4,
@@ -131,18 +131,18 @@ def stage_of(modules, folder, **block):
     }
     folder.mkdir(parents=True, exist_ok=True)
     config = QuantizeConfig.from_dict(block)
-    return Stage(Recognizer(modules), config, Store(folder), runtimes_with)
+    return Session(Recognizer(modules), config, Store(folder), runtimes_with)
 
 
 def run(modules, folder, **block):
-    stage = stage_of(modules, folder, **block)
-    plan, _ = make_plan(stage)
-    return stage, plan
+    session = session_of(modules, folder, **block)
+    plan, _ = make_plan(session)
+    return session, plan
 
 
-def loss_of(stage, plan):
+def loss_of(session, plan):
     """The whole plan, executed as a runtime does from integers."""
-    modules = stage.recognizer.modules
+    modules = session.recognizer.modules
     tensors = plan.tensors
     layers, floats = ({}, {}) if tensors is None else vars(tensors).values()
     quants = plan.quants()
@@ -151,12 +151,12 @@ def loss_of(stage, plan):
             layer.name: integer_layer(
                 layer, quants[layer.name], layers.get(layer.name)
             )
-            for layer in stage.layers
+            for layer in session.layers
             if layer.name in quants
         }
         forwards = build_forwards("torch", modules, integers)
         with shadowed_forwards(forwards):
-            return stage.recognizer.score(lambda _: None, None).loss
+            return session.recognizer.score(lambda _: None, None).loss
 
 
 def state(modules):
@@ -184,13 +184,13 @@ ADAROUND = {"iterations": 40, "lr": 0.1}
 def test_adaround(make_tiny_modules, shape, tmp_path):
     modules = make_tiny_modules(shape, num_hidden_layers=1)
     before = state(modules)
-    stage, plan = run(modules, tmp_path, method="adaround", adaround=ADAROUND)
+    session, plan = run(modules, tmp_path, method="adaround", adaround=ADAROUND)
     assert_unchanged(modules, before)
     nearest = run(modules, tmp_path, method="mse")[1]
     assert plan.quants() == nearest.quants()
     assert set(plan.tensors.layers) == set(plan.quants())
     assert not plan.tensors.floats
-    assert loss_of(stage, plan) < loss_of(stage, nearest)
+    assert loss_of(session, plan) < loss_of(session, nearest)
     assert plan.settings["adaround"]["iterations"] == 40
     assert "adaround" not in nearest.settings
 
@@ -202,25 +202,25 @@ def test_finished_layers_are_not_done_again(large, tmp_path):
         f: f.stat().st_mtime_ns for f in tmp_path.glob("finished_layers/*")
     }
     assert len(files) == len(first.quants())
-    stage, second = run(large, tmp_path, **block)
+    session, second = run(large, tmp_path, **block)
     assert second.tensors.digest() == first.tensors.digest()
-    assert stage.recognizer.runs == 1  # the order of the layers
+    assert session.recognizer.runs == 1  # the order of the layers
     assert files == {
         f: f.stat().st_mtime_ns for f in tmp_path.glob("finished_layers/*")
     }
     other = {**block, "adaround": {**ADAROUND, "weight": 0.1}}
-    stage, _ = run(large, tmp_path, **other)
-    assert stage.recognizer.runs > 10
+    session, _ = run(large, tmp_path, **other)
+    assert session.recognizer.runs > 10
 
 
 def test_the_plan_can_be_used_again(large, tmp_path):
     block = {"method": "adaround", "adaround": ADAROUND}
-    stage, plan = run(large, tmp_path / "a", **block)
+    session, plan = run(large, tmp_path / "a", **block)
     path = tmp_path / "plan.json"
     plan.save(path)
     other, again = run(large, tmp_path / "b", plan=str(path))
     assert again == plan
-    assert loss_of(other, again) == loss_of(stage, plan)
+    assert loss_of(other, again) == loss_of(session, plan)
     assert other.recognizer.runs == 0
     wider = replace(plan.tensors, floats={"enc.nothing": torch.ones(3)})
     replace(plan, tensors=wider).save(path)
@@ -400,11 +400,11 @@ def test_plus_is_better_than_stablequant(make_tiny_modules, shape, tmp_path):
     modules = make_tiny_modules(shape, num_hidden_layers=1)
     before = state(modules)
     block = {"method": "stablequant_plus", "plus": {"strengths": [0.5]}}
-    stage, plan = run(modules, tmp_path, **block)
+    session, plan = run(modules, tmp_path, **block)
     assert_unchanged(modules, before)
     plain = run(modules, tmp_path, method="stablequant")[1]
-    loss = loss_of(stage, plan)
-    assert loss < loss_of(stage, plain)
+    loss = loss_of(session, plan)
+    assert loss < loss_of(session, plain)
     parts = plan.search["parts"]
     names = [part["part"] for part in parts]
     assert names == [
@@ -416,7 +416,7 @@ def test_plus_is_better_than_stablequant(make_tiny_modules, shape, tmp_path):
     ]
     best = min(part["divergence"] for part in parts[-2:])
     # What was measured while searching is what the integers compute.
-    frames = sum(x[..., 0].numel() for x in stage.recognizer.truth)
+    frames = sum(x[..., 0].numel() for x in session.recognizer.truth)
     assert best == pytest.approx(loss / frames, rel=0.05)
     assert plan.search["final_wer"] > plan.search["baseline_wer"] == 0
     assert "torch" in plan.search["runtimes"]
@@ -433,12 +433,12 @@ def test_plus_is_better_than_stablequant(make_tiny_modules, shape, tmp_path):
 
 def test_a_second_run_is_the_same(large, tmp_path):
     block = {"method": "stablequant_plus", "plus": {"strengths": [0.5]}}
-    stage, plan = run(large, tmp_path, **block)
-    assert stage.recognizer.runs > 40
-    stage, again = run(large, tmp_path, **block)
-    assert stage.recognizer.scores == 0
-    assert isinstance(stage.simulator, Simulator)
-    assert not stage.simulator.tensors
+    session, plan = run(large, tmp_path, **block)
+    assert session.recognizer.runs > 40
+    session, again = run(large, tmp_path, **block)
+    assert session.recognizer.scores == 0
+    assert isinstance(session.simulator, Simulator)
+    assert not session.simulator.tensors
     assert again == plan
     assert again.tensors.digest() == plan.tensors.digest()
 
@@ -455,11 +455,11 @@ OFF = {
 
 
 def test_everything_off_is_mse(large, tmp_path):
-    stage, plan = run(large, tmp_path, method="stablequant_plus", plus=OFF)
+    session, plan = run(large, tmp_path, method="stablequant_plus", plus=OFF)
     mse = run(large, tmp_path, method="mse")[1]
     assert plan.quants() == mse.quants()
     assert plan.tensors is None
-    assert stage.recognizer.scores == 2
+    assert session.recognizer.scores == 2
 
 
 @pytest.mark.parametrize(
@@ -474,9 +474,9 @@ def test_everything_off_is_mse(large, tmp_path):
 )
 def test_one_part(large, tmp_path, part, kind):
     block = {"plus": {**OFF, **part}, "adaround": ADAROUND}
-    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    session, plan = run(large, tmp_path, method="stablequant_plus", **block)
     off = run(large, tmp_path, method="stablequant_plus", plus=OFF)[1]
-    assert loss_of(stage, plan) <= loss_of(stage, off) * 1.001
+    assert loss_of(session, plan) <= loss_of(session, off) * 1.001
     if kind == "equalize":
         strength = plan.tensors is not None
         assert strength == (plan.quants() != off.quants())
@@ -489,20 +489,20 @@ def test_one_part(large, tmp_path, part, kind):
 def test_asymmetric(large, tmp_path):
     # The weights must not be what matters.
     block = {"plus": {**OFF, "asymmetric": True}, "weight_bits": 8}
-    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    session, plan = run(large, tmp_path, method="stablequant_plus", **block)
     offsets = {n for n, q in plan.quants().items() if q.activation_offset}
-    assert offsets == behind_gelu(stage.encoders, stage.layers)
+    assert offsets == behind_gelu(session.encoders, session.layers)
     assert plan.search["runtimes"] == list(RUNTIMES)
     block["plus"] = OFF
     off = run(large, tmp_path, method="stablequant_plus", **block)[1]
-    assert loss_of(stage, plan) < loss_of(stage, off)
+    assert loss_of(session, plan) < loss_of(session, off)
 
 
 def test_weight_groups(large, tmp_path):
     block = {"plus": {**OFF, "weight_groups": 16}, "weight_bits": 3}
-    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    session, plan = run(large, tmp_path, method="stablequant_plus", **block)
     groups = {n: q.weight_group for n, q in plan.quants().items()}
-    kinds = {layer.name: layer for layer in stage.layers}
+    kinds = {layer.name: layer for layer in session.layers}
     for name, group in groups.items():
         layer = kinds[name]
         fits = layer.kind == "linear" and layer.module.in_features % 16 == 0
@@ -510,7 +510,7 @@ def test_weight_groups(large, tmp_path):
     assert plan.search["runtimes"] == ["torch"]
     block["plus"] = OFF
     off = run(large, tmp_path, method="stablequant_plus", **block)[1]
-    assert loss_of(stage, plan) < loss_of(stage, off)
+    assert loss_of(session, plan) < loss_of(session, off)
     block = {**block, "weight_bits": 6, "plus": {**OFF, "weight_groups": 16}}
     plan = run(large, tmp_path, method="stablequant_plus", **block)[1]
     assert not plan.extras
@@ -521,7 +521,7 @@ def test_budget(large, tmp_path):
         "activation_bits": 8,
         "plus": {**OFF, "budget": {"size": 0.4, "bits": [4, 8, 16]}},
     }
-    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    session, plan = run(large, tmp_path, method="stablequant_plus", **block)
     bits = {
         layer.unit: 16 if layer.quant is None else layer.quant.weight_bits
         for layer in plan.layers
@@ -537,9 +537,9 @@ def test_budget(large, tmp_path):
     )
     assert chosen <= part["bytes"]
     # As all that is measured is remembered, it is the same again.
-    stage, again = run(large, tmp_path, method="stablequant_plus", **block)
+    session, again = run(large, tmp_path, method="stablequant_plus", **block)
     assert again == plan
-    assert stage.recognizer.scores == 0
+    assert session.recognizer.scores == 0
     block["plus"]["budget"] = {"size": 0.01}
     with pytest.raises(ValueError, match=r"plus\.budget\.size"):
         run(large, tmp_path, method="stablequant_plus", **block)
@@ -549,10 +549,12 @@ def test_budget_counts_the_rotation(large, tmp_path):
     rooms = []
     for rotate in (False, True):
         plus = {**OFF, "rotate": rotate, "budget": {"size": 0.4}}
-        stage, plan = run(large, tmp_path, method="stablequant_plus", plus=plus)
+        session, plan = run(
+            large, tmp_path, method="stablequant_plus", plus=plus
+        )
         (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
         rooms.append(part["bytes"])
-    width = stage.encoders[0].model.config.hidden_size
+    width = session.encoders[0].model.config.hidden_size
     assert rooms[0] - rooms[1] == 2 * width**2  # float16
 
 
@@ -589,33 +591,33 @@ def test_budget_by_modelopt(large, tmp_path):
     pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
     budget = {"size": 0.4, "bits": [4, 8, 16], "scores": "modelopt"}
     block = {"activation_bits": 8, "plus": {**OFF, "budget": budget}}
-    stage, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    session, plan = run(large, tmp_path, method="stablequant_plus", **block)
     (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
     assert part["scores"] == "modelopt"
     for row in part["units"].values():
         at_4, at_8, at_16 = (o["harm"] for o in row["options"])
         assert at_4 > at_8 > at_16 == 0
-    runs = stage.recognizer.runs
-    stage, again = run(large, tmp_path, method="stablequant_plus", **block)
+    runs = session.recognizer.runs
+    session, again = run(large, tmp_path, method="stablequant_plus", **block)
     assert again == plan
     # The scores are on disk.
-    assert stage.recognizer.runs < runs
+    assert session.recognizer.runs < runs
 
 
 def test_modelopt_scores_another_output(large, tmp_path):
     pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-    stage = stage_of(large, tmp_path)
+    session = session_of(large, tmp_path)
     # The recipe's log probabilities are those of warmer scores.
-    head = stage.recognizer.modules["ctc_lin"]
+    head = session.recognizer.modules["ctc_lin"]
     handle = head.register_forward_hook(lambda *args: 2 * args[2])
-    reference = stage.recognizer.forward("calibration", lambda _: None, True)
+    reference = session.recognizer.forward("calibration", lambda _: None, True)
     handle.remove()
     with pytest.raises(ValueError, match="use scores: divergence"):
         auto_quantize.auto_quantize_scores(
-            {key: stage.recognizer.modules[key] for key in TARGET},
-            [(wavs,) for wavs in stage.recognizer.batches],
+            {key: session.recognizer.modules[key] for key in TARGET},
+            [(wavs,) for wavs in session.recognizer.batches],
             reference,
-            stage.layers,
+            session.layers,
             [4, 8],
             8,
             0,

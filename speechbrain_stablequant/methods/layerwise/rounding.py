@@ -1,4 +1,4 @@
-"""Integers and biases of the layers of a stage, solved layer by layer."""
+"""Integers and biases of the layers of a session, solved layer by layer."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from ...core.plan_tensors import LayerTensors
 from ...model.layers import Layer
 from ...utils import distributed
 from ...utils.files import identity
-from ..session.session import Stage
+from ..session.session import Session
 from . import LayerStore, PrefixWalk, refine
 from .reconstruct import Solve
 
@@ -19,7 +19,7 @@ LAYER_FOLDER = "finished_layers"
 
 
 def rounded_layers(
-    stage: Stage,
+    session: Session,
     weights: str,
     in_order: bool,
     quants: Mapping[str, LayerQuant],
@@ -31,7 +31,7 @@ def rounded_layers(
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
@@ -51,7 +51,7 @@ def rounded_layers(
     dict
         LayerTensors by name.
     """
-    recognizer = stage.recognizer
+    recognizer = session.recognizer
     names = set(quants)
     content = [
         "means of what is in the range",
@@ -60,24 +60,24 @@ def rounded_layers(
         {name: quant.to_dict() for name, quant in quants.items()},
         [
             [layer.name, repr(solve(layer)), corrects_bias(layer)]
-            for layer in stage.layers
+            for layer in session.layers
             if layer.name in names
         ],
     ]
-    store = LayerStore(stage.store.below(LAYER_FOLDER), identity(content))
-    # The stage's own simulator: weights that it fake-quantizes here are reused
+    store = LayerStore(session.store.below(LAYER_FOLDER), identity(content))
+    # The session's own simulator: weights fake-quantized here are reused
     # when the result is measured.
-    stage.simulator.tensors = {}
+    session.simulator.tensors = {}
     walk = PrefixWalk(
-        stage.simulator,
-        list(stage.units),
+        session.simulator,
+        list(session.units),
         partial(recognizer.forward, "calibration"),
         lambda batch: recognizer.lengths("calibration", batch),
-        stage.geometry(),
-        stage.cuts(in_order),
-        stage.cache_bytes,
+        session.geometry(),
+        session.cuts(in_order),
+        session.cache_bytes,
     )
-    with stage.bar(len(names), what) as bar:
+    with session.bar(len(names), what) as bar:
 
         def on_layer(name: str) -> None:
             bar.update(1)

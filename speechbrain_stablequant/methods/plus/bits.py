@@ -21,7 +21,7 @@ def choose_unit_bits(
     work: Work, model: FloatModel, percentiles: Mapping[str, float]
 ) -> dict[str, int]:
     """Bits by unit under ``plus.budget``; empty without a budget."""
-    budget = work.stage.config.plus.budget
+    budget = work.session.config.plus.budget
     if budget.size is None:
         return {}
     if budget.scores == "modelopt":
@@ -58,15 +58,15 @@ def _measured_options(
     work: Work, model: FloatModel, percentiles: Mapping[str, float]
 ) -> dict[str, list[Option]]:
     """Options by the divergence of each unit quantized alone."""
-    stage = work.stage
+    session = work.session
     evaluate, journal, bar = search_evaluate(
-        stage, model.weights, model.calibration, "divergence"
+        session, model.weights, model.calibration, "divergence"
     )
-    widths = sorted(set(stage.config.plus.budget.bits))
+    widths = sorted(set(session.config.plus.budget.bits))
     options = {}
     with bar:
-        bar.total = len(stage.units) * len(widths)
-        for unit, layers in stage.units.items():
+        bar.total = len(session.units) * len(widths)
+        for unit, layers in session.units.items():
             options[unit] = [
                 _measured_option(
                     work, model, unit, layers, percentiles, bits, evaluate
@@ -102,13 +102,13 @@ def _measured_option(
 
 def _modelopt_options(work: Work, model: FloatModel) -> dict[str, list[Option]]:
     """Options by the scores of modelopt's AutoQuantize."""
-    stage = work.stage
-    widths = sorted(set(stage.config.plus.budget.bits))
-    layers = [x for x in stage.layers if x.name not in work.float_layers]
+    session = work.session
+    widths = sorted(set(session.config.plus.budget.bits))
+    layers = [x for x in session.layers if x.name not in work.float_layers]
     integer = [bits for bits in widths if bits != FLOAT_BITS]
     scores = {}
     if integer:
-        scores = modelopt_scores(stage, model.weights, layers, integer)
+        scores = modelopt_scores(session, model.weights, layers, integer)
     return {
         unit: [
             Option(
@@ -118,7 +118,7 @@ def _modelopt_options(work: Work, model: FloatModel) -> dict[str, list[Option]]:
             )
             for bits in widths
         ]
-        for unit, members in stage.units.items()
+        for unit, members in session.units.items()
     }
 
 
@@ -139,19 +139,19 @@ def _size(work: Work, layers: list[Layer], bits: int) -> int:
 
 
 def _float_bytes(work: Work) -> int:
-    return 2 if work.stage.config.float_dtype == "float16" else 4
+    return 2 if work.session.config.float_dtype == "float16" else 4
 
 
 def _room(work: Work, fraction: float) -> int:
     """Bytes that a budget leaves for the weights of the layers."""
-    stage = work.stage
-    modules = stage.recognizer.modules
+    session = work.session
+    modules = session.recognizer.modules
     counts: dict[int, int] = {}
-    for key in stage.config.target:
+    for key in session.config.target:
         for parameter in modules[key].parameters():
             counts[id(parameter)] = parameter.numel()
     every = sum(counts.values())
-    rest = every - sum(layer.numel for layer in stage.layers)
+    rest = every - sum(layer.numel for layer in session.layers)
     # Stored beside the float model's parameters.
     rest += sum(
         rotation_of(encoder.model.encoder).numel() for encoder in work.rotated

@@ -10,16 +10,19 @@ from ..search.auto_quantize import (
     inputs_of_first,
     modelopt_version,
 )
-from ..session.session import Stage
+from ..session.session import Session
 
 SCORE_FILE = "auto_quantize.json"
 
 
 def modelopt_scores(
-    stage: Stage, weights: str, layers: Sequence[Layer], widths: Sequence[int]
+    session: Session,
+    weights: str,
+    layers: Sequence[Layer],
+    widths: Sequence[int],
 ) -> dict[str, dict[int, float]]:
     """Scores of layers by bits, from modelopt's AutoQuantize."""
-    recognizer, config = stage.recognizer, stage.config
+    recognizer, config = session.recognizer, session.config
     names = [layer.name for layer in layers]
     key = identity(
         [
@@ -32,7 +35,7 @@ def modelopt_scores(
             modelopt_version(),
         ]
     )
-    known = stage.store.read(
+    known = session.store.read(
         SCORE_FILE,
         key,
         "modelopt's scores",
@@ -56,7 +59,7 @@ def modelopt_scores(
         known = {
             name: [row[bits] for bits in widths] for name, row in scores.items()
         }
-        stage.store.write(SCORE_FILE, key, known)
+        session.store.write(SCORE_FILE, key, known)
     return {
         name: dict(zip(widths, row, strict=True)) for name, row in known.items()
     }

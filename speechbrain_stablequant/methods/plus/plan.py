@@ -23,7 +23,7 @@ from ...model.layers import Layer
 from ..layerwise import AdaRound, Compensate
 from ..session import (
     Calibration,
-    Stage,
+    Session,
     keep_float_outputs,
     rounded_layers,
     search_evaluate,
@@ -45,13 +45,13 @@ from .work import FloatModel, Work
 
 
 def plus_plan(
-    stage: Stage, weights: str, calibration: Calibration
+    session: Session, weights: str, calibration: Calibration
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     """Makes the plan of ``method: stablequant_plus``.
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer, its config and its layers.
     weights : str
         Fingerprint of the float model.
@@ -65,19 +65,19 @@ def plus_plan(
     dict
         The histograms of the rotated and equalized model.
     """
-    work = Work(stage, weights, calibration)
-    keep_float_outputs(stage)
+    work = Work(session, weights, calibration)
+    keep_float_outputs(session)
     with ExitStack() as stack:
         stack.callback(work.reset_simulator)
-        stack.enter_context(rotated(work.rotated, stage.config.seed))
+        stack.enter_context(rotated(work.rotated, session.config.seed))
         work.reset_simulator()
         sites = [
             site
-            for site in find_sites(stage.encoders, stage.layers)
+            for site in find_sites(session.encoders, session.layers)
             if not is_rotated(site.producer, work.rotated)
         ]
         strength = 0.0
-        if stage.config.plus.equalize and sites:
+        if session.config.plus.equalize and sites:
             strength, context = _best_strength(work, sites)
             stack.enter_context(context)
             work.reset_simulator()
@@ -90,10 +90,10 @@ def _best_strength(
     work: Work, sites: Sequence[Site]
 ) -> tuple[float, AbstractContextManager[None]]:
     """The equalization with the least divergence: strength and context."""
-    stage = work.stage
+    session = work.session
     maxima = ChannelMaxima([site.consumers[0] for site in sites])
     with maxima.watch():
-        stage.recognizer.forward("calibration", lambda _: None)
+        session.recognizer.forward("calibration", lambda _: None)
     maxima.join()
 
     def context(strength: float) -> AbstractContextManager[None]:
@@ -108,7 +108,7 @@ def _best_strength(
         return equalized(sites, by_site)
 
     found: list[tuple[float, float]] = []
-    for strength in sorted({0.0, *stage.config.plus.strengths}):
+    for strength in sorted({0.0, *session.config.plus.strengths}):
         with context(strength):
             work.reset_simulator()
             model = work.model_now(strength)
@@ -124,7 +124,7 @@ def _decide(
     work: Work, model: FloatModel, sites: Sequence[Site]
 ) -> QuantizationPlan:
     """All parts after equalization, whose sites are given if it helped."""
-    stage, plus = work.stage, work.stage.config.plus
+    session, plus = work.session, work.session.config.plus
     units, percentiles = _percentiles(work, model)
     bits = choose_unit_bits(work, model, percentiles)
     quants = least_error_quants(work, model, percentiles, bits)
@@ -144,12 +144,12 @@ def _decide(
     adjusted = AdjustedTensors(tensors, floats)
     layers = [
         _layer_plan(work, layer, model, percentiles, quants.get(layer.name))
-        for layer in stage.layers
+        for layer in session.layers
     ]
-    search = stage.config.search
+    search = session.config.search
     extras = frozenset().union(*(quant.extras for quant in quants.values()))
     record = {
-        "num_utterances": len(stage.recognizer.ids("search")),
+        "num_utterances": len(session.recognizer.ids("search")),
         "metric": search.metric,
         "selection": search.selection,
         "level": search.level,
@@ -158,9 +158,9 @@ def _decide(
         "baseline_wer": baseline.wer,
         "final_wer": final.wer,
         "parts": work.parts,
-        "runtimes": stage.runtimes_with(extras),
+        "runtimes": session.runtimes_with(extras),
     }
-    plan = stage.assemble(work.original.weights, units, layers, record)
+    plan = session.assemble(work.original.weights, units, layers, record)
     return replace(plan, tensors=adjusted if adjusted else None)
 
 
@@ -168,40 +168,40 @@ def _percentiles(
     work: Work, model: FloatModel
 ) -> tuple[list[UnitPlan], dict[str, float]]:
     """Units, and the clipping percentile of each layer."""
-    stage = work.stage
-    units = [UnitPlan(name) for name in stage.units]
-    if stage.config.plus.cutoffs == "none":
+    session = work.session
+    units = [UnitPlan(name) for name in session.units]
+    if session.config.plus.cutoffs == "none":
         return units, {}
-    if stage.config.plus.cutoffs == "layers":
+    if session.config.plus.cutoffs == "layers":
         return units, _layer_percentiles(work, model)
     evaluate, journal, bar = search_evaluate(
-        stage, model.weights, model.calibration
+        session, model.weights, model.calibration
     )
     _, units = search_units(
-        stage, evaluate, bar, partial(full_range_quant, work, model)
+        session, evaluate, bar, partial(full_range_quant, work, model)
     )
     work.evaluations += journal.measured + journal.reused
     by_unit = {unit.name: unit.cutoff for unit in units}
-    return units, {x.name: by_unit[x.unit] for x in stage.layers}
+    return units, {x.name: by_unit[x.unit] for x in session.layers}
 
 
 def _layer_percentiles(work: Work, model: FloatModel) -> dict[str, float]:
     """Clipping percentile of each layer by the divergence it causes."""
-    stage = work.stage
+    session = work.session
     evaluate, journal, bar = search_evaluate(
-        stage, model.weights, model.calibration, "divergence"
+        session, model.weights, model.calibration, "divergence"
     )
-    by_name = {layer.name: layer for layer in stage.layers}
+    by_name = {layer.name: layer for layer in session.layers}
     names = {
         unit: [x.name for x in layers if x.name not in work.float_layers]
-        for unit, layers in stage.units.items()
+        for unit, layers in session.units.items()
     }
     with bar:
         # Most layers need the first percentile and a worse one only.
         bar.total = 2 * sum(map(len, names.values()))
         found = search_layers(
             names,
-            stage.config.search.cutoffs,
+            session.config.search.cutoffs,
             lambda name, percentile: least_error_quant(
                 work, by_name[name], model, percentile
             ),
@@ -220,13 +220,13 @@ def _round(
     units: Sequence[UnitPlan],
 ) -> dict[str, LayerTensors]:
     """Integers and biases, each layer after the ones before it."""
-    plus = work.stage.config.plus
+    plus = work.session.config.plus
     selected = {unit.name for unit in units if unit.selected}
-    settings = asdict(work.stage.config.adaround)
+    settings = asdict(work.session.config.adaround)
     settings.pop("calibrator")
     learned = AdaRound(**settings)
     compensated = Compensate(plus.damping, plus.earlier_errors)
-    without_effect = _convs_before_group_norm(work.stage)
+    without_effect = _convs_before_group_norm(work.session)
 
     def solve(layer: Layer):
         if plus.adaround and layer.unit in selected:
@@ -234,7 +234,7 @@ def _round(
         return compensated if plus.compensate else None
 
     return rounded_layers(
-        work.stage,
+        work.session,
         model.weights,
         model.calibration.in_order,
         quants,
@@ -257,15 +257,15 @@ def _with_useful_biases(
     return dict(tensors) if harm < plain else without
 
 
-def _convs_before_group_norm(stage: Stage) -> set[str]:
+def _convs_before_group_norm(session: Session) -> set[str]:
     """Convolutions whose bias a per-channel normalization removes."""
     modules = {
         id(part.conv)
-        for encoder in stage.encoders
+        for encoder in session.encoders
         for part in encoder.model.feature_extractor.conv_layers
         if isinstance(getattr(part, "layer_norm", None), nn.GroupNorm)
     }
-    return {x.name for x in stage.layers if id(x.module) in modules}
+    return {x.name for x in session.layers if id(x.module) in modules}
 
 
 def _layer_plan(
@@ -286,7 +286,7 @@ def _layer_plan(
             words.append("offset for an input behind a GELU")
         if quant.weight_group:
             words.append(f"a weight scale for {quant.weight_group} inputs")
-        elif work.stage.config.plus.weight_groups and quant.weight_bits < 6:
+        elif work.session.config.plus.weight_groups and quant.weight_bits < 6:
             words.append("weight scales of whole rows")
         reason = "; ".join(words)
     return LayerPlan(

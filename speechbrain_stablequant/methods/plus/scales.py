@@ -21,7 +21,7 @@ def least_error_quant(
     bits: int | None = None,
 ) -> LayerQuant:
     """Scales of least squared error below a clipping percentile."""
-    config = work.stage.config
+    config = work.session.config
     weight_bits = bits or config.weight_bits
     activation_bits = config.activation_bits
     if bits is not None:
@@ -49,7 +49,7 @@ def full_range_quant(
     work: Work, model: FloatModel, layer: Layer, percentile: float
 ) -> LayerQuant:
     """The whole range below a percentile, as StableQuant's search tries it."""
-    config, ratio, zero_point = work.stage.config, percentile / 100, 0.0
+    config, ratio, zero_point = work.session.config, percentile / 100, 0.0
     if layer.name in model.shifted:
         shifted = model.shifted[layer.name]
         amax, zero_point = lopsided_range(
@@ -85,7 +85,7 @@ def least_error_quants(
             percentiles.get(layer.name, 100.0),
             bits.get(layer.unit),
         )
-        for layer in work.stage.layers
+        for layer in work.session.layers
         if layer.name not in work.float_layers
         and bits.get(layer.unit) != FLOAT_BITS
     }
@@ -93,7 +93,7 @@ def least_error_quants(
 
 def scale_group(work: Work, layer: Layer, weight_bits: int) -> int:
     """Weights that share a scale: below 6 bits, of linears they divide."""
-    group = work.stage.config.plus.weight_groups
+    group = work.session.config.plus.weight_groups
     if not group or weight_bits >= 6 or layer.kind != "linear":
         return 0
     return 0 if layer.module.in_features % group else group

@@ -12,7 +12,7 @@ from ...model.layers import Encoder
 from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
 from ..search import Evaluate, Score
-from ..session import Calibration, Stage, calibrations, search_evaluate
+from ..session import Calibration, Session, calibrations, search_evaluate
 from .quarot import can_rotate
 from .zero_point import ShiftedObserver, behind_gelu
 
@@ -35,40 +35,42 @@ class FloatModel:
 class Work:
     """One run of StableQuant-plus: its layers and the effect of each part."""
 
-    def __init__(self, stage: Stage, weights: str, calibration: Calibration):
-        plus = stage.config.plus
-        self.stage = stage
+    def __init__(
+        self, session: Session, weights: str, calibration: Calibration
+    ):
+        plus = session.config.plus
+        self.session = session
         self.original = FloatModel(weights, calibration)
         self.rotated: list[Encoder] = []
         if plus.rotate:
-            self.rotated = [e for e in stage.encoders if can_rotate(e)]
+            self.rotated = [e for e in session.encoders if can_rotate(e)]
         self.float_layers: set[str] = set()
         if plus.keep_first_conv_float:
-            self.float_layers = _first_convs(stage)
+            self.float_layers = _first_convs(session)
         self.behind_gelu: set[str] = set()
         if plus.asymmetric:
-            self.behind_gelu = behind_gelu(stage.encoders, stage.layers)
+            self.behind_gelu = behind_gelu(session.encoders, session.layers)
         #: What each part brought, for the plan.
         self.parts: list[dict] = []
         self.evaluations = 0
 
     def reset_simulator(self) -> None:
         """Drops the fake-quantized weights of another form of the model."""
-        self.stage.simulator = Simulator(self.stage.layers)
+        self.session.simulator = Simulator(self.session.layers)
 
     def model_now(self, strength: float) -> FloatModel:
         """Fingerprint and histograms of the float model in its present form."""
-        stage = self.stage
+        session = self.session
         suffix = "_rotated" if self.rotated else ""
         if strength:
             suffix += f"_equalized_{strength:g}"
-        weights = stage.fingerprint() if suffix else self.original.weights
-        wanted = {f"histograms{suffix}.json": (stage.layers, Observer)}
+        weights = session.fingerprint() if suffix else self.original.weights
+        wanted = {f"histograms{suffix}.json": (session.layers, Observer)}
         if self.behind_gelu:
-            layers = [x for x in stage.layers if x.name in self.behind_gelu]
+            layers = [x for x in session.layers if x.name in self.behind_gelu]
             file = f"histograms{suffix}_shifted.json"
             wanted[file] = (layers, ShiftedObserver)
-        calibration, *shifted = calibrations(stage, weights, wanted)
+        calibration, *shifted = calibrations(session, weights, wanted)
         return FloatModel(
             weights, calibration, shifted[0].histograms if shifted else {}
         )
@@ -83,7 +85,7 @@ class Work:
     ) -> float:
         """Divergence of the quantized model, recorded under a part's name."""
         if tensors is not None:
-            self.stage.simulator.tensors = dict(tensors)
+            self.session.simulator.tensors = dict(tensors)
         words = " ".join([part, *(f"{value:g}" for value in values.values())])
         evaluate, bar = self._evaluate(model, tensors, "divergence")
         with bar:
@@ -98,7 +100,7 @@ class Work:
         tensors: Mapping[str, LayerTensors],
     ) -> tuple[Score, Score]:
         """Scores of the float model and of the quantized one."""
-        self.stage.simulator.tensors = dict(tensors)
+        self.session.simulator.tensors = dict(tensors)
         # Rotation and equalization do not change the float model's output.
         evaluate, bar = self._evaluate(self.original, None)
         with bar:
@@ -118,7 +120,7 @@ class Work:
         if tensors:
             weights += AdjustedTensors(dict(tensors)).digest()
         evaluate, _, bar = search_evaluate(
-            self.stage, weights, model.calibration, metric
+            self.session, weights, model.calibration, metric
         )
 
         def counted(*args, **options) -> Score:
@@ -128,10 +130,10 @@ class Work:
         return counted, bar
 
 
-def _first_convs(stage: Stage) -> set[str]:
+def _first_convs(session: Session) -> set[str]:
     """The first convolution of each encoder, whose input is the audio."""
     first = {
         id(encoder.model.feature_extractor.conv_layers[0].conv)
-        for encoder in stage.encoders
+        for encoder in session.encoders
     }
-    return {layer.name for layer in stage.layers if id(layer.module) in first}
+    return {layer.name for layer in session.layers if id(layer.module) in first}

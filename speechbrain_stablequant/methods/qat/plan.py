@@ -12,7 +12,7 @@ from ...core.plan_tensors import AdjustedTensors, adjusted_floats
 from ...simulation.fake_quant import Simulator
 from ...utils.files import identity
 from ..search import Score
-from ..session import Stage
+from ..session import Session
 from .loop import Training
 from .store import EpochStore
 from .student import Student
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 EPOCH_FOLDER = "finished_epochs"
 
 
-def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
+def qat_plan(session: Session, start: QuantizationPlan) -> QuantizationPlan:
     """Trains the quantized model.
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer with its trainer, config and layers.
     start : QuantizationPlan
         The calibrated model.
@@ -38,7 +38,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
         With the tensors of the epoch that was kept; ``search["training"]`` has
         an entry for each epoch.
     """
-    settings, recognizer = stage.config.qat, stage.recognizer
+    settings, recognizer = session.config.qat, session.recognizer
     training = Training(
         settings.epochs,
         settings.lr,
@@ -64,10 +64,10 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
             bar.update(done - bar.n)
 
         quants, tensors, history = training.run(
-            _student(stage, start),
+            _student(session, start),
             recognizer.trainer,
-            partial(_score, stage),
-            EpochStore(stage.store.below(EPOCH_FOLDER), _key(stage, start)),
+            partial(_score, session),
+            EpochStore(session.store.below(EPOCH_FOLDER), _key(session, start)),
             on_batch,
             _log_epoch,
         )
@@ -82,7 +82,7 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
     ]
     best = training.kept(history)
     search = {
-        "metric": stage.config.search.metric,
+        "metric": session.config.search.metric,
         "final_wer": best["wer"],
         "epoch": best["epoch"],
         "training": history,
@@ -93,17 +93,17 @@ def qat_plan(stage: Stage, start: QuantizationPlan) -> QuantizationPlan:
     return replace(start, layers=layers, search=search, tensors=tensors)
 
 
-def _student(stage: Stage, start: QuantizationPlan) -> Student:
-    settings, modules = stage.config.qat, stage.recognizer.modules
+def _student(session: Session, start: QuantizationPlan) -> Student:
+    settings, modules = session.config.qat, session.recognizer.modules
     frozen: tuple[str, ...] = ()
     if settings.freeze_feature_extractor:
         frozen = tuple(
-            f"{encoder.path}.feature_extractor." for encoder in stage.encoders
+            f"{encoder.path}.feature_extractor." for encoder in session.encoders
         )
     return Student(
-        stage.layers,
+        session.layers,
         start.quants(),
-        {key: modules[key] for key in stage.config.target},
+        {key: modules[key] for key in session.config.target},
         settings.learn_scales,
         lambda name: name.startswith(frozen),
         settings.bfloat16,
@@ -111,15 +111,15 @@ def _student(stage: Stage, start: QuantizationPlan) -> Student:
 
 
 def _score(
-    stage: Stage, quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
+    session: Session, quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
 ) -> Score:
     """Scores trained integers on the search set."""
-    simulator = Simulator(stage.layers, tensors.layers)
+    simulator = Simulator(session.layers, tensors.layers)
     with (
         simulator.apply(quants),
-        adjusted_floats(stage.recognizer.modules, tensors.floats),
+        adjusted_floats(session.recognizer.modules, tensors.floats),
     ):
-        return stage.recognizer.score(lambda _: None, None)
+        return session.recognizer.score(lambda _: None, None)
 
 
 def _log_epoch(entry: Mapping) -> None:
@@ -134,15 +134,15 @@ def _log_epoch(entry: Mapping) -> None:
     logger.info("qat: epoch %d: %s", entry["epoch"], ", ".join(said))
 
 
-def _key(stage: Stage, start: QuantizationPlan) -> str:
+def _key(session: Session, start: QuantizationPlan) -> str:
     """Identifies all that decides the outcome."""
-    config, recognizer = stage.config, stage.recognizer
+    config, recognizer = session.config, session.recognizer
     content = [
         start.fingerprint,
         {name: quant.to_dict() for name, quant in start.quants().items()},
         asdict(config.qat),
         config.seed,
-        recognizer.training_key(stage.store),
+        recognizer.training_key(session.store),
     ]
     if config.qat.keep == "best":
         content.append(recognizer.key("search", "scores"))

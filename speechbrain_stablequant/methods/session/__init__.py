@@ -7,13 +7,13 @@ from ..layerwise.rounding import rounded_layers
 from .calibration import Calibration, calibrate, calibrations
 from .recognizer import BeforeBatch, Recognizer, fingerprint_modules
 from .search_set import check_earlier_run, keep_float_outputs, search_evaluate
-from .session import Stage
+from .session import Session
 
 __all__ = [
     "BeforeBatch",
     "Calibration",
     "Recognizer",
-    "Stage",
+    "Session",
     "calibrate",
     "calibrations",
     "check_earlier_run",

@@ -12,7 +12,7 @@ from ...utils.distributed import from_main, share
 from ...utils.files import identity
 from ...utils.store import Store
 from ...utils.typed import typed
-from .session import Stage
+from .session import Session
 
 HISTOGRAM_FILE = "histograms.json"
 #: What error messages call such a file.
@@ -31,15 +31,15 @@ class Calibration:
     in_order: bool
 
 
-def calibrate(stage: Stage, weights: str) -> Calibration:
+def calibrate(session: Session, weights: str) -> Calibration:
     """Histograms of all layers from one pass, cached on disk."""
-    wanted = {HISTOGRAM_FILE: (stage.layers, Observer)}
-    (found,) = calibrations(stage, weights, wanted)
+    wanted = {HISTOGRAM_FILE: (session.layers, Observer)}
+    (found,) = calibrations(session, weights, wanted)
     return found
 
 
 def calibrations(
-    stage: Stage,
+    session: Session,
     weights: str,
     wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
 ) -> list[Calibration]:
@@ -47,7 +47,7 @@ def calibrations(
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer and its layers.
     weights : str
         Fingerprint of the float model.
@@ -59,8 +59,8 @@ def calibrations(
     list of Calibration
         In the order of ``wanted``.
     """
-    data = stage.recognizer.key("calibration", "inputs")
-    part = stage.config.calibration
+    data = session.recognizer.key("calibration", "inputs")
+    part = session.config.calibration
     keys = {
         file: identity(
             [
@@ -75,7 +75,7 @@ def calibrations(
     known = {
         file: from_main(
             _read(
-                stage.store,
+                session.store,
                 file,
                 key,
                 [layer.name for layer in wanted[file][0]],
@@ -85,24 +85,24 @@ def calibrations(
         for file, key in keys.items()
     }
     missing = {
-        file: observe(layers, stage.geometry(), part.num_bins)
+        file: observe(layers, session.geometry(), part.num_bins)
         for file, (layers, observe) in wanted.items()
         if known[file] is None
     }
     if missing:
-        _observe(stage, list(missing.values()))
+        _observe(session, list(missing.values()))
     for file, observer in missing.items():
-        known[file] = _calibration(stage, wanted[file][0], observer)
-        _write(stage.store, file, keys[file], known[file])
+        known[file] = _calibration(session, wanted[file][0], observer)
+        _write(session.store, file, keys[file], known[file])
     return [known[file] for file in wanted]
 
 
-def _observe(stage: Stage, observers: Sequence[Observer]) -> None:
-    recognizer = stage.recognizer
+def _observe(session: Session, observers: Sequence[Observer]) -> None:
+    recognizer = session.recognizer
     ids = recognizer.ids("calibration")
-    size = stage.config.calibration.batch_size
+    size = session.config.calibration.batch_size
     batches = -(-len(ids) // size)
-    bar = stage.bar(len(share(batches)), "calibration")
+    bar = session.bar(len(share(batches)), "calibration")
 
     def before_batch(index: int) -> None:
         lengths = recognizer.lengths("calibration", index)
@@ -119,10 +119,10 @@ def _observe(stage: Stage, observers: Sequence[Observer]) -> None:
 
 
 def _calibration(
-    stage: Stage, layers: Sequence[Layer], observer: Observer
+    session: Session, layers: Sequence[Layer], observer: Observer
 ) -> Calibration:
     observer.check_all_called()
-    called = [stage.unit_index(name) for name in observer.call_order]
+    called = [session.unit_index(name) for name in observer.call_order]
     return Calibration(
         {layer.name: observer.histograms[layer.name] for layer in layers},
         called == sorted(called),

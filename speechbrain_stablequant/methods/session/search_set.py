@@ -16,7 +16,7 @@ from ...utils.store import Store
 from ..search import Divergence, Evaluate, Journal, Score, check_float_wer
 from .calibration import HISTOGRAM_FILE, WHAT, Calibration
 from .recognizer import BeforeBatch, Recognizer
-from .session import Stage
+from .session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def check_earlier_run(folder: Path) -> None:
 
 
 def search_evaluate(
-    stage: Stage,
+    session: Session,
     weights: str,
     calibration: Calibration,
     metric: str | None = None,
@@ -41,7 +41,7 @@ def search_evaluate(
 
     Arguments
     ---------
-    stage : Stage
+    session : Session
         The recognizer and its layers.
     weights : str
         Fingerprint of the model and of the tensors in its simulator.
@@ -60,20 +60,20 @@ def search_evaluate(
     tqdm
         Counts the evaluations.
     """
-    search = stage.config.search
+    search = session.config.search
     key = [weights, metric or search.metric]
     if metric == "divergence":
-        key += [stage.reference, stage.recognizer.key("search", "outputs")]
+        key += [session.reference, session.recognizer.key("search", "outputs")]
     else:
-        key.append(stage.recognizer.key("search", "scores"))
+        key.append(session.recognizer.key("search", "scores"))
     journal = Journal(
-        stage.store,
+        session.store,
         JOURNAL_FILE,
         identity(key),
         metric is None and search.selection == "interval",
     )
-    replay = _replay(stage, calibration.in_order)
-    bar = stage.bar(1, "search")
+    replay = _replay(session, calibration.in_order)
+    bar = session.bar(1, "search")
 
     def measure(
         quants: Mapping[str, LayerQuant],
@@ -82,14 +82,14 @@ def search_evaluate(
         label: str = "",
     ) -> Score:
         bar.set_postfix_str(label)
-        score = stage.recognizer.score
+        score = session.recognizer.score
         if metric == "divergence":
-            score = stage.divergence.score
-        with stage.simulator.apply(quants):
+            score = session.divergence.score
+        with session.simulator.apply(quants):
             if start is None or not replay.prepare(
                 start,
-                _prefix(stage, quants, start),
-                lambda before: stage.recognizer.forward("search", before),
+                _prefix(session, quants, start),
+                lambda before: session.recognizer.forward("search", before),
             ):
                 return score(lambda _: None, give_up_above)
             with replay.active():
@@ -114,35 +114,37 @@ def search_evaluate(
     return counted, journal, bar
 
 
-def keep_float_outputs(stage: Stage) -> None:
+def keep_float_outputs(session: Session) -> None:
     """Runs the unchanged float model over the search set, for divergences.
 
     Before rotation and equalization: a resumed run must compare with the same
     outputs as the run that was killed.
     """
-    stage.divergence = Divergence(partial(stage.recognizer.outputs, "search"))
-    stage.reference = stage.fingerprint()
+    session.divergence = Divergence(
+        partial(session.recognizer.outputs, "search")
+    )
+    session.reference = session.fingerprint()
 
 
 def _prefix(
-    stage: Stage, quants: Mapping[str, LayerQuant], start: str
+    session: Session, quants: Mapping[str, LayerQuant], start: str
 ) -> dict[str, tuple[str, LayerQuant]]:
-    order = list(stage.units)
+    order = list(session.units)
     before = set(order[: order.index(start)])
     return {
-        name: (stage.simulator.layers[name].unit, quant)
+        name: (session.simulator.layers[name].unit, quant)
         for name, quant in quants.items()
-        if stage.simulator.layers[name].unit in before
+        if session.simulator.layers[name].unit in before
     }
 
 
-def _replay(stage: Stage, in_order: bool) -> Replay:
-    limit = stage.cache_bytes
-    if stage.exact_cuts is None:
-        replay = Replay(stage.cuts(in_order), list(stage.units), limit)
-        replay = verified(replay, stage.recognizer)
-        stage.exact_cuts = list(replay.cuts.values())
-    return Replay(stage.exact_cuts, list(stage.units), limit)
+def _replay(session: Session, in_order: bool) -> Replay:
+    limit = session.cache_bytes
+    if session.exact_cuts is None:
+        replay = Replay(session.cuts(in_order), list(session.units), limit)
+        replay = verified(replay, session.recognizer)
+        session.exact_cuts = list(replay.cuts.values())
+    return Replay(session.exact_cuts, list(session.units), limit)
 
 
 def verified(replay: Replay, recognizer: Recognizer) -> Replay:

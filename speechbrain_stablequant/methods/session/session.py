@@ -16,7 +16,7 @@ from ..search import Divergence
 from .recognizer import Recognizer, fingerprint_modules
 
 
-class Stage:
+class Session:
     """A recognizer being quantized: its layers, units, config and store.
 
     Arguments
@@ -68,7 +68,7 @@ class Stage:
         layers: list[LayerPlan],
         search: dict,
     ) -> QuantizationPlan:
-        """A plan with this stage's precision and settings."""
+        """A plan with this session's precision and settings."""
         return QuantizationPlan(
             method=self.config.method,
             weight_bits=self.config.weight_bits,
