@@ -35,7 +35,7 @@ METHODS = (
 )
 #: Decision rules of the search, see ``methods.search.paired``.
 RULES = ("threshold", "interval")
-#: How the weights file stores what is not quantized.
+#: Formats of parameters that are not quantized.
 FLOAT_DTYPES = ("float16", "float32")
 
 # Keys that a variant cannot change.

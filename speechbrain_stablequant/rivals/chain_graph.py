@@ -1,4 +1,4 @@
-"""A chain of modules as an OpenVINO graph, and what NNCF made of it."""
+"""A chain of modules as an OpenVINO graph, float or quantized by NNCF."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any

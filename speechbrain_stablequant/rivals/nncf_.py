@@ -163,7 +163,7 @@ def make_rival(
     config: QuantizeConfig,
     store: Store,
 ) -> Rival:
-    """Quantizes by NNCF, or reads what an earlier run has finished.
+    """Quantizes by NNCF, or reads the model of an earlier run.
 
     Arguments
     ---------
@@ -227,7 +227,7 @@ def make_rival(
     )
 
 
-# -- what an earlier run has finished --------------------------------------
+# -- record of a finished run ----------------------------------------------
 
 
 def _files(folder: Path) -> list[Path]:
@@ -332,7 +332,7 @@ def _control(
     config: QuantizeConfig,
     answers: Answers,
 ) -> tuple["ov.Model", dict]:
-    """NNCF with accuracy control, and what it measured."""
+    """The model of NNCF with accuracy control, and its measurements."""
     import nncf
 
     count = len(recognizer.ids("search"))

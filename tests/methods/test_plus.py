@@ -27,8 +27,8 @@ from speechbrain_stablequant.methods.plus.smoothquant import (
     find_sites,
 )
 from speechbrain_stablequant.methods.plus.zero_point import (
+    asymmetric_range,
     behind_gelu,
-    lopsided_range,
 )
 from speechbrain_stablequant.methods.search import Score, auto_quantize
 from speechbrain_stablequant.methods.search.auto_quantize import (
@@ -364,7 +364,7 @@ def test_offset_halves_the_steps(bits):
     shifted = Histogram()
     shifted.add(x - GELU_MIN)
     top = float(x.max())
-    amax, offset = lopsided_range(shifted, bits, top)
+    amax, offset = asymmetric_range(shifted, bits, top)
     limit = 2 ** (bits - 1) - 1
     step = amax / limit
     assert offset / step == pytest.approx(round(offset / step))
@@ -378,7 +378,7 @@ def test_offset_halves_the_steps(bits):
     assert found < 0.5 * best
     # Zero is one of the values.
     assert round(-offset / step) in range(-limit, limit + 1)
-    exact, there = lopsided_range(shifted, bits, top, search=False)
+    exact, there = asymmetric_range(shifted, bits, top, search=False)
     assert exact + there == pytest.approx(top)
 
 

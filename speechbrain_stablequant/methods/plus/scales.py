@@ -7,7 +7,7 @@ from ...core.calibrators import clipped_mse
 from ...core.plan import LayerQuant
 from ...model.layers import Layer
 from .work import FloatModel, Work
-from .zero_point import lopsided_range
+from .zero_point import asymmetric_range
 
 #: Of a unit that stays float.
 FLOAT_BITS = 16
@@ -30,7 +30,7 @@ def least_error_quant(
     if layer.name in model.shifted:
         shifted = model.shifted[layer.name]
         upper = shifted.quantile(ratio) + GELU_MIN
-        amax, zero_point = lopsided_range(shifted, activation_bits, upper)
+        amax, zero_point = asymmetric_range(shifted, activation_bits, upper)
     else:
         histogram = model.histograms[layer.name]
         edge = histogram.quantile(ratio)
@@ -52,7 +52,7 @@ def full_range_quant(
     config, ratio, zero_point = work.session.config, percentile / 100, 0.0
     if layer.name in model.shifted:
         shifted = model.shifted[layer.name]
-        amax, zero_point = lopsided_range(
+        amax, zero_point = asymmetric_range(
             shifted,
             config.activation_bits,
             shifted.quantile(ratio) + GELU_MIN,

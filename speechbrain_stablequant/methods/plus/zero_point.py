@@ -52,7 +52,7 @@ class ShiftedObserver(Observer):
         super()._collect(histogram, x.float() - GELU_MIN, time_axis)
 
 
-def lopsided_range(
+def asymmetric_range(
     shifted: Histogram,
     bits: int,
     upper: float,
