@@ -34,7 +34,7 @@ from ..model.layers import Layer, find_layers, min_samples
 from ..report.results import Evaluation, SetResult, environment
 from ..rivals.chain_graph import require_one
 from ..rivals.nncf_ import make_rival
-from ..runtimes import code_digest, runtimes_with
+from ..runtimes.registry import code_digest, runtimes_with
 from ..utils import distributed
 from ..utils.files import write_atomic
 from ..utils.interrupts import explained

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..config import QuantizeConfig
-from ..model.encoder_spec import describe_encoder
+from ..core.encoder_spec import describe_encoder
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
 from ..runtimes.reference import ReferenceExecutor

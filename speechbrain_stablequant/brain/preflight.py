@@ -8,15 +8,16 @@ import speechbrain as sb
 from torch import nn
 
 from ..config import ConfigError, QuantizeConfig
+from ..core.encoder_spec import check_encoders
 from ..core.plan import QuantizationPlan
 from ..folder.write import RecognizerSource
 from ..methods.search.auto_quantize import require_modelopt
 from ..methods.session import check_earlier_run
-from ..model.encoder_spec import check_encoders
 from ..model.layers import find_layers
 from ..rivals.nncf_ import require_nncf
-from ..runtimes import RUNTIMES, check_extras, choose_backend
+from ..runtimes.choice import choose_backend
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
+from ..runtimes.registry import RUNTIMES, check_extras
 from ..utils import distributed
 from ..utils.files import check_writable_folder
 from ..utils.typed import one_line

@@ -28,25 +28,25 @@ from ..report.results import (
     float_size,
 )
 from ..rivals.nncf_ import MODEL_FILE, Rival
-from ..runtimes import (
-    RUNTIMES,
-    build_forwards,
+from ..runtimes.base import shadowed_forwards
+from ..runtimes.build import build_forwards
+from ..runtimes.choice import (
     candidates,
     executed_form,
     first_right,
     prove,
 )
-from ..runtimes.base import shadowed_forwards
 from ..runtimes.options import select_options
-from ..runtimes.probe import (
+from ..runtimes.probe import Probe
+from ..runtimes.probe_measure import encoder_probe
+from ..runtimes.probe_networks import (
     Compute,
-    Probe,
     chain,
     encoder_alone,
-    encoder_probe,
     evaluating,
     quick_integers,
 )
+from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
 from ..utils.files import identity, write_atomic, write_json
 from ..utils.outputs import Outputs

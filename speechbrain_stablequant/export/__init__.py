@@ -1,7 +1,7 @@
 """ONNX with QuantizeLinear/DequantizeLinear, for ONNX Runtime and others.
 
 The graph is built from the description of an encoder
-(:mod:`speechbrain_stablequant.model.encoder_spec`), not traced: weights stay
+(:mod:`speechbrain_stablequant.core.encoder_spec`), not traced: weights stay
 int8 in the file, batch and time are dynamic, and padding is masked inside.
 
 A layer's input is clipped to ``[-amax, amax]``, which an offset of the

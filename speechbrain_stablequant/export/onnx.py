@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+from ..core.encoder_spec import describe_encoder
 from ..folder.load import load_folder
 from ..folder.tokenizer_file import labels_of
 from ..folder.weights_file import load_checkpoint
-from ..model.encoder_spec import describe_encoder
 from ..model.layers import find_encoders
 from ..runtimes.cpu import narrowed
 from ..runtimes.onnx_.graph import require_onnx

@@ -13,8 +13,8 @@ from typing import Any
 import sentencepiece
 from speechbrain.dataio.encoder import CTCTextEncoder
 
-from ..runtimes import RUNTIMES
 from ..runtimes.options import check_options
+from ..runtimes.registry import RUNTIMES
 from ..utils.typed import one_line, short
 from .recognizer import QuantizedRecognizer
 from .recognizer_spec import RecognizerSpec, read_spec

@@ -21,9 +21,12 @@ from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer
 from ..model.skeleton import empty_shell, folded_norms, has_shell
-from ..runtimes import RUNTIMES, build_forwards, candidates, first_right, prove
+from ..runtimes.build import build_forwards
+from ..runtimes.choice import candidates, first_right, prove
 from ..runtimes.options import check_options, select_options
-from ..runtimes.probe import Probe, chain
+from ..runtimes.probe import Probe
+from ..runtimes.probe_networks import chain
+from ..runtimes.registry import RUNTIMES
 from ..utils import forks
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
 from .fill_modules import fill_modules
@@ -151,7 +154,7 @@ class QuantizedRecognizer(nn.Module):
         The modules behind the encoder, by key, in order.
     backend : str
         What computes: ``auto`` chooses by device; see
-        :func:`~speechbrain_stablequant.runtimes.candidates`. Of several the
+        :func:`~speechbrain_stablequant.runtimes.choice`. Of several the
         first that answers the folder's probe as it should.
     options : dict, optional
         Of the runtime, such as its number of threads.

@@ -13,12 +13,13 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
+from ..core.encoder_spec import check_encoders
 from ..core.integer_layer import IntegerLayer
 from ..core.plan import QuantizationPlan
-from ..model.encoder_spec import check_encoders
 from ..model.wrapper import StoredEncoder
-from ..runtimes import runtimes_with
-from ..runtimes.probe import Probe, simulated_probe
+from ..runtimes.probe import Probe
+from ..runtimes.probe_measure import simulated_probe
+from ..runtimes.registry import runtimes_with
 from ..utils.files import write_atomic, write_json
 from ..utils.typed import one_line
 from ..utils.yaml_tree import parse_yaml

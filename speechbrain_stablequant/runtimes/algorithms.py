@@ -7,7 +7,7 @@ computed another way, in the same runtime.
 
 from dataclasses import replace
 
-from ..model.encoder_spec import AnyLayer
+from ..core.encoder_spec import AnyLayer
 
 #: As the runtime computes it everywhere else.
 NATIVE = "native"

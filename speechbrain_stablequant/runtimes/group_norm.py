@@ -11,8 +11,8 @@ the convolution runs, and padding to a longer input does not touch it.
 import torch
 
 from ..core.affine import dequantize, quantize
+from ..core.encoder_spec import ConvSpec
 from ..core.integer_layer import FloatLayer
-from ..model.encoder_spec import ConvSpec
 
 
 def gain_and_shift(

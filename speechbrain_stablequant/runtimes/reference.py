@@ -7,8 +7,8 @@ from this by rounding only.
 import torch
 from torch.nn import functional as F
 
+from ..core.encoder_spec import AnyLayer, BlockSpec, EncoderSpec, Norm
 from ..core.integer_layer import FloatLayer, reference_forward
-from ..model.encoder_spec import AnyLayer, BlockSpec, EncoderSpec, Norm
 
 
 def apply_layer(layer: AnyLayer, x: torch.Tensor) -> torch.Tensor:

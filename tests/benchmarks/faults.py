@@ -28,9 +28,11 @@ from wer import transcribe, utterances
 from speechbrain_stablequant import Recognizer, load
 from speechbrain_stablequant.core.error_rates import score
 from speechbrain_stablequant.core.integer_layer import IntegerLayer
-from speechbrain_stablequant.runtimes import build_forwards, executed_form
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.choice import executed_form
 from speechbrain_stablequant.runtimes.options import select_options
-from speechbrain_stablequant.runtimes.probe import Distance, chain
+from speechbrain_stablequant.runtimes.probe_answer import Distance
+from speechbrain_stablequant.runtimes.probe_networks import chain
 
 Integers = Mapping[str, IntegerLayer]
 

@@ -8,7 +8,6 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
-from speechbrain_stablequant import runtimes as runtime
 from speechbrain_stablequant.brain.decoding import Row
 from speechbrain_stablequant.brain.preflight import (
     check_references,
@@ -16,6 +15,7 @@ from speechbrain_stablequant.brain.preflight import (
 )
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.methods.search import check_float_wer
+from speechbrain_stablequant.runtimes import choice
 
 FAILURE = "operator linear fails: no (tried on a card); use backend: torch"
 
@@ -31,7 +31,7 @@ def choose(device: str, **block):
 @pytest.fixture
 def failing_card(monkeypatch):
     """A GPU whose kernels failed their trial."""
-    monkeypatch.setattr(runtime, "_why_not", lambda *_: FAILURE)
+    monkeypatch.setattr(choice, "_why_not", lambda *_: FAILURE)
 
 
 def test_a_card_that_fails_is_in_the_report(failing_card):

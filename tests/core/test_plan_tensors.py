@@ -31,8 +31,9 @@ from speechbrain_stablequant.folder.weights_file import (
 )
 from speechbrain_stablequant.methods.search.journal import evaluation_key
 from speechbrain_stablequant.model.layers import Layer, find_layers
-from speechbrain_stablequant.runtimes import RUNTIMES, build_forwards
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.simulation.fake_quant import (
     Simulator,
     quantize_input,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from speechbrain_stablequant.core.affine import GELU_MIN, fake_quantize, qmax
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
@@ -33,7 +34,6 @@ from speechbrain_stablequant.export import (
 )
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,

@@ -24,8 +24,9 @@ from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
     rounded_floats,
 )
-from speechbrain_stablequant.runtimes import build_forwards, resolve_backend
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.choice import resolve_backend
 
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register

@@ -26,8 +26,8 @@ from speechbrain_stablequant.folder.recognizer import QuantizedRecognizer
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.runtimes import RUNTIMES
 from speechbrain_stablequant.runtimes.probe import Probe
+from speechbrain_stablequant.runtimes.registry import RUNTIMES
 
 ENCODER = {
     "key": "wav2vec2",

@@ -17,8 +17,8 @@ from speechbrain_stablequant.model.skeleton import (
     has_shell,
 )
 from speechbrain_stablequant.model.wrapper import StoredEncoder
-from speechbrain_stablequant.runtimes import build_forwards
 from speechbrain_stablequant.runtimes.base import EncoderOutput
+from speechbrain_stablequant.runtimes.build import build_forwards
 
 CHANGES = [
     {},

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from speechbrain_stablequant.core.encoder_spec import ConvSpec, Norm
 from speechbrain_stablequant.core.integer_layer import FloatLayer, IntegerLayer
-from speechbrain_stablequant.model.encoder_spec import ConvSpec, Norm
 from speechbrain_stablequant.runtimes.group_norm import gain_and_shift
 from speechbrain_stablequant.runtimes.reference import apply_layer
 

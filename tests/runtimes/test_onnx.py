@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     IntegerLayer,
     integer_layer,
@@ -13,7 +14,6 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.plan import LayerQuant
 from speechbrain_stablequant.export import Graph, export_onnx
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,

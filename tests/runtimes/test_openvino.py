@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
@@ -18,7 +19,6 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_product,
 )
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,

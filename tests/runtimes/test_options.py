@@ -8,7 +8,6 @@ from dataclasses import fields
 
 import pytest
 
-from speechbrain_stablequant.runtimes import RUNTIMES
 from speechbrain_stablequant.runtimes.options import (
     AUTO,
     OPTIONS,
@@ -16,6 +15,7 @@ from speechbrain_stablequant.runtimes.options import (
     option_names,
     select_options,
 )
+from speechbrain_stablequant.runtimes.registry import RUNTIMES
 
 # Where the arguments of each runtime stand; those of onnx in its class.
 MAKERS = {

@@ -10,25 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from speechbrain_stablequant import runtimes as runtime
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.runtimes import (
-    build_forwards,
-    choose_backend,
-    cpu,
-    geometry,
-)
+from speechbrain_stablequant.runtimes import choice, cpu, layer_check
 from speechbrain_stablequant.runtimes.algorithms import FLOAT, NATIVE
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
     cpu_class,
     executed_integers,
     machine_identity,
 )
-from speechbrain_stablequant.runtimes.geometry import exact_algorithm
+from speechbrain_stablequant.runtimes.layer_check import exact_algorithm
 from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,
@@ -74,7 +70,7 @@ def without_openvino(monkeypatch):
     """It is not installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        runtime.importlib.util,
+        choice.importlib.util,
         "find_spec",
         lambda name: None if name == "openvino" else find(name),
     )
@@ -167,14 +163,14 @@ def test_auto_simulates_where_nothing_works(
 @needs_openvino
 def test_a_package_that_does_not_load(another_machine, monkeypatch):
     another_machine("x86_64", "Linux", "flags\t: avx2\n")
-    load = runtime._load
+    load = choice.load_function
 
     def broken(reference: str):
         if "openvino" in reference:
             raise OSError("libtbb.so.12: cannot open")
         return load(reference)
 
-    monkeypatch.setattr(runtime, "_load", broken)
+    monkeypatch.setattr(choice, "load_function", broken)
     with pytest.raises(ValueError, match=r"does not load \(libtbb.so.12: can"):
         choose_backend("openvino", "cpu")
     assert choose_backend("auto", "cpu") == ("torch_int8", [])
@@ -204,10 +200,10 @@ def test_a_cpu_that_is_less_than_it_says(another_machine):
     """Sums that saturate are found where the class of the CPU is wrong, and
     computed as floats."""
     another_machine("aarch64", "Linux", ARM)
-    one = replace(geometry._SMALL, weight_bits=8)
+    one = replace(layer_check._SMALL, weight_bits=8)
     algorithm, reason = exact_algorithm(one, make_runner())
     assert algorithm == FLOAT and reason.startswith("the result of 50 rows")
-    assert exact_algorithm(geometry._SMALL, make_runner()) == (NATIVE, "")
+    assert exact_algorithm(layer_check._SMALL, make_runner()) == (NATIVE, "")
 
 
 @needs_openvino

@@ -10,29 +10,29 @@ from torch import nn
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan import LayerQuant
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
-from speechbrain_stablequant.runtimes import (
-    build_forwards,
-    executed_form,
-    prove,
-)
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.choice import executed_form, prove
 from speechbrain_stablequant.runtimes.cpu import CpuClass
 from speechbrain_stablequant.runtimes.probe import (
-    OWN,
     PREFIX,
-    SEVEN_BITS,
-    Answer,
     Probe,
     ProbeError,
-    chain,
     check_size,
-    encoder_alone,
+)
+from speechbrain_stablequant.runtimes.probe_answer import Answer
+from speechbrain_stablequant.runtimes.probe_input import speech_like, utterances
+from speechbrain_stablequant.runtimes.probe_measure import (
     encoder_probe,
-    evaluating,
     make_probe,
-    quick_integers,
     simulated_probe,
-    speech_like,
-    utterances,
+)
+from speechbrain_stablequant.runtimes.probe_networks import (
+    OWN,
+    SEVEN_BITS,
+    chain,
+    encoder_alone,
+    evaluating,
+    quick_integers,
     weight_forms,
 )
 

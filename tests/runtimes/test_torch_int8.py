@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_stablequant.core.affine import qmax, quantize
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
@@ -19,14 +20,13 @@ from speechbrain_stablequant.core.integer_layer import (
     reference_forward,
 )
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
     random_rotation,
 )
-from speechbrain_stablequant.runtimes import build_forwards
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
+from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
     cpu_class,

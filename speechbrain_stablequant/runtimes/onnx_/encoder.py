@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from ...core.affine import GELU_MIN
+from ...core.encoder_spec import AnyLayer, BlockSpec, EncoderSpec
 from ...core.integer_layer import FloatLayer
-from ...model.encoder_spec import AnyLayer, BlockSpec, EncoderSpec
 from ..algorithms import CONVOLUTION
 from .graph import Graph
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...export import export_onnx
-from ...model.encoder_spec import EncoderSpec
+from ...core.encoder_spec import EncoderSpec
 from ...utils import forks
+from .model import export_onnx
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...core.encoder_spec import AnyLayer, Norm
 from ...core.integer_layer import IntegerLayer, float_layer
-from ...model.encoder_spec import AnyLayer, Norm
 from .graph import Graph
 
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ...core.encoder_spec import EncoderSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
-from ...model.encoder_spec import EncoderSpec
 from ...utils.files import write_atomic
 from .encoder import add_encoder
 from .graph import Graph

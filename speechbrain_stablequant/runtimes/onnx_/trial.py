@@ -2,9 +2,10 @@
 
 import torch
 
-from ...model.encoder_spec import AnyLayer
+from ...core.encoder_spec import AnyLayer
 from ..algorithms import CONVOLUTION, FLOAT, NATIVE
-from ..geometry import Geometry, Results, Trial
+from ..geometry import Geometry
+from ..trial import Results, Trial
 from .encoder import conv_as_product, position_as_products
 from .executor import open_session, require_onnxruntime
 from .graph import Graph

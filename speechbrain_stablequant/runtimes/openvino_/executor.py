@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import torch
 
-from ...model.encoder_spec import EncoderSpec
+from ...core.encoder_spec import EncoderSpec
 from ...utils import forks
 from ...utils.timing import PREPARATION
 from ..base import require_frame

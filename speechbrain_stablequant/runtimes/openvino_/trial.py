@@ -6,7 +6,7 @@ import numpy as np
 import openvino as ov
 import torch
 
-from ...model.encoder_spec import AnyLayer
+from ...core.encoder_spec import AnyLayer
 from ...utils import forks
 from ..algorithms import (
     CONVOLUTION,
@@ -17,7 +17,8 @@ from ..algorithms import (
     WINDOW_PRODUCT,
 )
 from ..cpu import cpu_class
-from ..geometry import Geometry, Results, Trial
+from ..geometry import Geometry
+from ..trial import Results, Trial
 from .core import core
 from .graph import GraphBuilder, flat_windows
 

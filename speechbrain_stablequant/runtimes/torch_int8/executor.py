@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
-from ...model.encoder_spec import BlockSpec, EncoderSpec
+from ...core.encoder_spec import BlockSpec, EncoderSpec
 from ...utils import forks
 from ..base import require_frame
 from ..cpu import cpu_class
@@ -63,7 +63,7 @@ class Block:
         Attention heads.
     pre_norm : bool
         Where the norms are, see
-        :class:`~speechbrain_stablequant.model.encoder_spec.BlockSpec`.
+        :class:`~speechbrain_stablequant.core.encoder_spec.BlockSpec`.
     dtype : torch.dtype
         Of attention and of layers that are not quantized.
     """

@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from ...core.encoder_spec import ConvSpec, Norm
 from ...core.integer_layer import FloatLayer
-from ...model.encoder_spec import ConvSpec, Norm
 from ..group_norm import gain_and_shift
 from .forms import Form
 from .linear import make_linear

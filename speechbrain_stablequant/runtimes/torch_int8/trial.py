@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from ...core.encoder_spec import AnyLayer, ConvSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
-from ...model.encoder_spec import AnyLayer, ConvSpec
 from ..algorithms import FLOAT, NATIVE, WIDE_GROUP
 from ..cpu import cpu_class
-from ..geometry import Geometry, Results, Trial
+from ..geometry import Geometry
+from ..trial import Results, Trial
 from .conv import conv_algorithms, make_conv
 from .forms import ZERO, Floats, Form, Grid
 from .front import Stage

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ...core.encoder_spec import EncoderSpec
 from ...core.integer_layer import IntegerLayer
-from ...model.encoder_spec import EncoderSpec
 from ..base import LayerExecutor
 
 

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-from ...model.encoder_spec import EncoderSpec
+from ...core.encoder_spec import EncoderSpec
 from ..lengths import round_frames
 
 Kept = TypeVar("Kept")

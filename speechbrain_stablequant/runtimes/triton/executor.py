@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...model.encoder_spec import EncoderSpec
+from ...core.encoder_spec import EncoderSpec
 from ...utils.store import machine_store
 from ...utils.timing import PREPARATION
 from .buckets import LeastRecent, bucket_samples

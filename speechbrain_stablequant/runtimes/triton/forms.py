@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from ...core.affine import qmax
+from ...core.encoder_spec import AnyLayer, Norm
 from ...core.integer_layer import FloatLayer
-from ...model.encoder_spec import AnyLayer, Norm
 
 OPS = torch.ops.stablequant
 

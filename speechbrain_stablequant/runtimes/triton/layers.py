@@ -7,8 +7,8 @@ is that of float activations everywhere.
 import torch
 from torch.nn import functional as F
 
+from ...core.encoder_spec import AnyLayer, Norm
 from ...core.integer_layer import FloatLayer, IntegerLayer
-from ...model.encoder_spec import AnyLayer, Norm
 from .forms import OPS, Form, convert, input_form, move_norm, normalize
 from .kernels import conv as conv_kernel
 from .kernels import group_conv, matmul, wave, wave_gram

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ...model.encoder_spec import BlockSpec, EncoderSpec
+from ...core.encoder_spec import BlockSpec, EncoderSpec
 from .forms import OPS, Form, input_form, move_norm, normalize
 from .layers import ConvStage, Linear, PositionalConv, Projections
 

@@ -17,7 +17,8 @@ from speechbrain_stablequant.folder.weights_file import (
     WEIGHTS_FILE,
     load_checkpoint,
 )
-from speechbrain_stablequant.runtimes import build_forwards, resolve_backend
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.choice import resolve_backend
 from speechbrain_stablequant.utils.files import read_json
 
 

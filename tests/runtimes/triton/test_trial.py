@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_stablequant.runtimes import resolve_backend
+from speechbrain_stablequant.runtimes.choice import resolve_backend
 from speechbrain_stablequant.runtimes.triton import executor
 from speechbrain_stablequant.runtimes.triton.kernels import trial
 from speechbrain_stablequant.runtimes.triton.kernels.compare import difference

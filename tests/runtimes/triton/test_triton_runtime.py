@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
@@ -18,14 +19,14 @@ from speechbrain_stablequant.core.integer_layer import (
     reference_forward,
 )
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
     random_rotation,
 )
-from speechbrain_stablequant.runtimes import build_forwards, resolve_backend
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
+from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.choice import resolve_backend
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.runtimes.triton import make_executor, make_layer
 from speechbrain_stablequant.runtimes.triton.executor import check_device

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.runtimes.triton.buckets import (
     LeastRecent,
     bucket_samples,

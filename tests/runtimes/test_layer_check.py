@@ -11,25 +11,21 @@ import torch
 from transformers import Wav2Vec2Model
 
 from speechbrain_stablequant.core.affine import qmax
+from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     IntegerLayer,
     integer_layer,
 )
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.model.encoder_spec import describe_encoder
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.runtimes import (
-    RUNTIMES,
-    build_forwards,
-    cpu,
-    geometry,
-)
+from speechbrain_stablequant.runtimes import cpu, layer_check
 from speechbrain_stablequant.runtimes.algorithms import (
     FLOAT,
     JOINED_GROUPS,
     NATIVE,
     join_groups,
 )
+from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
     cpu_class,
@@ -37,21 +33,26 @@ from speechbrain_stablequant.runtimes.cpu import (
 )
 from speechbrain_stablequant.runtimes.geometry import (
     Geometry,
-    Results,
-    UnusableRuntime,
-    difference,
     encoder_geometries,
+)
+from speechbrain_stablequant.runtimes.layer_check import (
+    UnusableRuntime,
     exact_algorithm,
-    expected_results,
     find_algorithms,
-    make_trial,
     with_algorithms,
 )
 from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,
 )
+from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.runtimes.torch_int8 import linear as torch_linear
+from speechbrain_stablequant.runtimes.trial import (
+    Results,
+    difference,
+    expected_results,
+    make_trial,
+)
 
 DEMO = (
     Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ def backend(request) -> str:
 def empty_memory(monkeypatch, tmp_path) -> Path:
     """Nothing is remembered of this machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-    geometry._say_once.cache_clear()
+    layer_check._say_once.cache_clear()
     return tmp_path / "own" / "speechbrain_stablequant" / "cpu"
 
 
@@ -409,7 +410,7 @@ def test_a_wrong_geometry_is_computed_another_way(
     assert error(out, demo["expected"]) < 0.03
     # Without the check the same runtime computes something else.
     monkeypatch.setattr(
-        "speechbrain_stablequant.runtimes.with_algorithms", lambda x, _: x
+        "speechbrain_stablequant.runtimes.build.with_algorithms", lambda x, _: x
     )
     (forward,) = build_forwards(backend, {"w": model}, integers).values()
     out = forward(demo["wavs"]).last_hidden_state
@@ -464,7 +465,7 @@ def asked(monkeypatch):
         found.append(one)
         return exact_algorithm(one, runner)
 
-    monkeypatch.setattr(geometry, "exact_algorithm", exact)
+    monkeypatch.setattr(layer_check, "exact_algorithm", exact)
     return found
 
 
@@ -489,8 +490,8 @@ def test_a_machine_is_asked_once(asked, empty_memory):
     [
         lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41"),
         lambda patch: patch.setattr(cpu, "_flags", lambda: {"other"}),
-        lambda patch: patch.setattr(geometry, "_code_digest", lambda: "new"),
-        lambda patch: patch.setattr(geometry, "FORMAT", 0),
+        lambda patch: patch.setattr(layer_check, "_code_digest", lambda: "new"),
+        lambda patch: patch.setattr(layer_check, "FORMAT", 0),
         lambda patch: patch.setattr(torch, "__version__", "99.0"),
     ],
     ids=["cap", "flags", "code", "format", "library"],
@@ -516,7 +517,7 @@ def test_another_way_is_said_by_each_process(
         found = find_algorithms(layers, runner)
         assert found == dict.fromkeys(layers, FLOAT)
     assert len(asked) == len(caplog.messages) == 1
-    geometry._say_once.cache_clear()  # as in another process
+    layer_check._say_once.cache_clear()  # as in another process
     find_algorithms(layers, runner)
     assert len(asked) == 1
     first, second = caplog.messages

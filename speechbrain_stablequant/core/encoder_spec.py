@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.integer_layer import FloatLayer, IntegerLayer, float_layer
-from .layers import find_encoders
-from .rotation import rotation_of
+from ..model.layers import find_encoders
+from ..model.rotation import rotation_of
+from .integer_layer import FloatLayer, IntegerLayer, float_layer
 
 AnyLayer = IntegerLayer | FloatLayer
 

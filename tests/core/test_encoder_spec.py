@@ -13,7 +13,7 @@ from transformers import (
     Wav2Vec2ConformerModel,
 )
 
-from speechbrain_stablequant.model.encoder_spec import (
+from speechbrain_stablequant.core.encoder_spec import (
     check_encoders,
     describe_encoder,
 )

@@ -1,0 +1,111 @@
+"""Builds a runtime: the forwards that replace those of the float model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..core.encoder_spec import describe_encoder
+from ..core.integer_layer import IntegerLayer
+from ..model.layers import Encoder, find_encoders
+from ..utils import forks
+from .base import encoder_forward, in_own_precision, modules_by_name
+from .cpu import CpuClass, cpu_class, executed_integers
+from .layer_check import heads_with_algorithms, with_algorithms
+from .registry import RUNTIMES, check_extras, load_function
+
+
+def _encoders(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> list[Encoder]:
+    """Each encoder with an integer layer once, under the key that the layers
+    are named by: a model may stand behind two keys."""
+    chosen: dict[int, Encoder] = {}
+    for key, module in modules.items():
+        for encoder in find_encoders({key: module}):
+            if any(name.startswith(encoder.path + ".") for name in integers):
+                chosen.setdefault(id(encoder.model), encoder)
+    return list(chosen.values())
+
+
+def build_forwards(
+    backend: str,
+    modules: Mapping[str, nn.Module],
+    integers: Mapping[str, IntegerLayer],
+    cpu: CpuClass | None = None,
+    **options: Any,
+) -> dict[nn.Module, Callable[..., Any]]:
+    """The functions that take the place of the float model's forwards.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``.
+    modules : Mapping
+        The Brain's modules by key. Weights of integer layers are not read;
+        they may be on the ``meta`` device.
+    integers : Mapping
+        Integer layers by name.
+    cpu : CpuClass, optional
+        The CPU whose integers are executed; the present one by default.
+    **options
+        Of the runtime's ``make_executor``.
+
+    Returns
+    -------
+    dict
+        Forward by module, for
+        :func:`~speechbrain_stablequant.runtimes.base.shadowed_forwards`.
+
+    Raises
+    ------
+    ValueError
+        A layer that is not in the model, an encoder that the integer
+        runtimes do not compute, or a layer that this runtime cannot execute;
+        :class:`~speechbrain_stablequant.runtimes.geometry.UnusableRuntime` if
+        it cannot on this machine only.
+
+    Example
+    -------
+    >>> from speechbrain_stablequant.core.integer_layer import integer_layer
+    >>> from speechbrain_stablequant.model.layers import find_layers
+    >>> from speechbrain_stablequant.core.plan import LayerQuant
+    >>> modules = {"lin": nn.Linear(4, 2)}
+    >>> (layer,) = find_layers(modules, ["lin"])
+    >>> integers = {"lin": integer_layer(layer, LayerQuant(8, 8, 1.0))}
+    >>> forwards = build_forwards("torch", modules, integers)
+    >>> forwards[modules["lin"]](torch.zeros(1, 4)).shape
+    torch.Size([1, 2])
+    """
+    forks.protect_children()
+    runtime = RUNTIMES[backend]
+    check_extras(
+        backend,
+        frozenset().union(*(layer.extras for layer in integers.values())),
+    )
+    if runtime.pair_sums:
+        integers = executed_integers(integers, cpu or cpu_class())
+    if not runtime.streams:
+        integers = {name: x.loaded() for name, x in integers.items()}
+    by_name = modules_by_name(modules, integers)
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    inside: set[str] = set()
+    if runtime.encoder is not None:
+        make_executor = load_function(runtime.encoder)
+        for encoder in _encoders(modules, integers):
+            spec = describe_encoder(encoder.model, encoder.path, integers)
+            if runtime.trial is not None:
+                runner = load_function(runtime.trial)(**options)
+                spec = with_algorithms(spec, runner)
+            executor = make_executor(spec, **options)
+            forwards[encoder.model] = encoder_forward(executor)
+            inside.update(layer.name for layer in spec.layers())
+    make_layer = load_function(runtime.layer)
+    heads = {n: x for n, x in integers.items() if n not in inside}
+    if runtime.layer_trial is not None:
+        heads = heads_with_algorithms(
+            heads, load_function(runtime.layer_trial)()
+        )
+    for name, layer in heads.items():
+        forwards[by_name[name]] = make_layer(layer)
+    return {m: in_own_precision(f) for m, f in forwards.items()}

@@ -1,0 +1,280 @@
+"""Checks that a CPU runtime computes each layer of a model correctly.
+
+A library kernel that is wrong for one geometry on one CPU produces wrong words
+and no error. So each distinct geometry is computed once on a machine by the
+runtime's own code and compared with exact arithmetic. A wrong one is computed
+by another algorithm of the same runtime; without a correct algorithm the
+runtime is not used.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from ..core.encoder_spec import EncoderSpec
+from ..core.integer_layer import IntegerLayer
+from ..utils.files import code_identity, identity
+from ..utils.store import machine_store
+from ..utils.typed import one_line, typed
+from .algorithms import NATIVE
+from .cpu import machine_identity
+from .geometry import Geometry, encoder_geometries, geometry_of
+from .trial import Results, Trial, difference, expected_results, make_trial
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+_WHAT = "layers tried on this CPU"
+
+
+class UnusableRuntime(ValueError):
+    """A runtime does not compute here what it should."""
+
+
+class LayerRunner(Protocol):
+    """Computes layers by the code of one runtime.
+
+    Arguments
+    ---------
+    name : str
+        Of the runtime.
+    versions : Mapping
+        What its results depend on beside the CPU and our code.
+    """
+
+    name: str
+    versions: Mapping[str, str]
+
+    def half(self, geometry: Geometry) -> bool:
+        """Whether it computes a geometry in bfloat16, or its result is."""
+
+    def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
+        """The ways that there are for a geometry, the fastest first."""
+
+    def run(self, geometry: Geometry, trial: Trial) -> Results:
+        """Computes a layer by its ``algorithm``.
+
+        Arguments
+        ---------
+        geometry : Geometry
+            The geometry.
+        trial : Trial
+            The layer and its inputs.
+
+        Returns
+        -------
+        Results
+        """
+
+
+def exact_algorithm(
+    geometry: Geometry, runner: LayerRunner
+) -> tuple[str | None, str]:
+    """The first way that computes a geometry right.
+
+    Arguments
+    ---------
+    geometry : Geometry
+        The geometry.
+    runner : LayerRunner
+        The runtime.
+
+    Returns
+    -------
+    str or None
+        The algorithm.
+    str
+        What was wrong with the first one, empty if nothing was.
+    """
+    half = runner.half(geometry)
+    trial = make_trial(geometry, half)
+    expected = expected_results(geometry, trial, half)
+    first = ""
+    for algorithm in runner.algorithms(geometry):
+        layer = replace(trial.layer, algorithm=algorithm)
+        try:
+            found = runner.run(geometry, trial._replace(layer=layer))
+            reason = difference(found, expected)
+            if reason is None:
+                return algorithm, first
+            reason = f"the result {reason}"
+        # whatever a library raises
+        except Exception as error:
+            reason = f"it fails: {one_line(error)}"
+        first = first or reason
+    return None, first
+
+
+class _Memory:
+    """What is remembered of a runtime on this machine."""
+
+    def __init__(self, runner: LayerRunner):
+        self._key = identity(
+            {
+                "format": FORMAT,
+                "code": _code_digest(),
+                "runtime": runner.name,
+                "versions": dict(runner.versions),
+                **machine_identity(),
+            }
+        )
+        # Other settings of the same machine have files of their own.
+        self._name = f"{runner.name}-{self._key[:12]}.json"
+        self._store = machine_store("cpu")
+
+    def known(self) -> dict[str, list[str]]:
+        """Algorithm, and what was wrong with the native one, by geometry."""
+        found = self._store.read(
+            self._name,
+            self._key,
+            _WHAT,
+            lambda raw: typed(raw, dict[str, list[str]], "content"),
+        )
+        return found or {}
+
+    def add(self, found: Mapping[str, list[str]]) -> None:
+        """Adds geometries."""
+        self._store.update(self._name, self._key, found, _WHAT)
+
+
+@functools.cache
+def _code_digest() -> str:
+    return code_identity(Path(__file__).parents[1])
+
+
+def find_algorithms(
+    geometries: Mapping[str, Geometry], runner: LayerRunner
+) -> dict[str, str]:
+    """How each layer of a model is computed here.
+
+    What is found is remembered until the CPU, a library or our code changes.
+
+    Arguments
+    ---------
+    geometries : Mapping
+        Geometry by name of the layer.
+    runner : LayerRunner
+        The runtime.
+
+    Returns
+    -------
+    dict
+        Algorithm by name of the layer.
+
+    Raises
+    ------
+    UnusableRuntime
+        There is no exact one for a layer: names it and the difference.
+    """
+    layers: dict[Geometry, str] = {}
+    for name, geometry in geometries.items():
+        layers.setdefault(geometry, name)
+    if not layers:
+        return {}
+    memory = _Memory(runner)
+    known, fresh = memory.known(), {}
+    for geometry, layer in layers.items():
+        key = str(geometry)
+        if key not in known:
+            algorithm, reason = exact_algorithm(geometry, runner)
+            if algorithm is None:
+                raise UnusableRuntime(
+                    f"backend: {runner.name} computes {layer} wrongly on this "
+                    f"CPU ({key}: {reason}); write backend: auto"
+                )
+            fresh[key] = [algorithm, reason]
+        algorithm, reason = fresh.get(key) or known[key]
+        if reason:
+            _say_once(
+                f"{runner.name} computes {layer} wrongly on this CPU ({key}: "
+                f"{reason}); this layer is computed as {algorithm} instead"
+            )
+    if fresh:
+        memory.add(fresh)
+    found = {**known, **fresh}
+    return {name: found[str(g)][0] for name, g in geometries.items()}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
+
+
+def with_algorithms(spec: EncoderSpec, runner: LayerRunner) -> EncoderSpec:
+    """An encoder whose layers are computed as it is right on this machine.
+
+    Arguments
+    ---------
+    spec : EncoderSpec
+        The encoder that is executed.
+    runner : LayerRunner
+        The runtime.
+
+    Returns
+    -------
+    EncoderSpec
+
+    Raises
+    ------
+    UnusableRuntime
+        See :func:`find_algorithms`.
+    """
+    found = find_algorithms(encoder_geometries(spec), runner)
+    return spec.with_layers(
+        lambda x: replace(x, algorithm=found.get(x.name, NATIVE))
+    )
+
+
+def heads_with_algorithms(
+    layers: Mapping[str, IntegerLayer], runner: LayerRunner
+) -> dict[str, IntegerLayer]:
+    """The same for layers outside of an encoder.
+
+    Arguments
+    ---------
+    layers : Mapping
+        Layers by name.
+    runner : LayerRunner
+        The runtime.
+
+    Returns
+    -------
+    dict
+        Layers by name.
+    """
+    geometries = {n: geometry_of(x, "head") for n, x in layers.items()}
+    found = find_algorithms(geometries, runner)
+    return {n: replace(x, algorithm=found[n]) for n, x in layers.items()}
+
+
+_TRIED = "a small layer"
+
+_SMALL = Geometry("linear", "", (64, 64), 1, 0, 1, 1, True, 7, 8)
+
+
+def why_not(runner: LayerRunner) -> str | None:
+    """Why a runtime cannot be used here at all: it is given a small layer,
+    which no runtime computes in floating point.
+
+    Arguments
+    ---------
+    runner : LayerRunner
+        The runtime.
+
+    Returns
+    -------
+    str or None
+        None if it can be used.
+    """
+    memory = _Memory(runner)
+    if memory.known().get(_TRIED):
+        return None
+    algorithm, reason = exact_algorithm(_SMALL, runner)
+    if algorithm != NATIVE:
+        return f"it was tried on this CPU with a small layer: {reason}"
+    memory.add({_TRIED: [NATIVE, ""]})
+    return None

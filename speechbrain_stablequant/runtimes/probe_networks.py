@@ -1,0 +1,255 @@
+"""Networks that a probe compares: an encoder alone, or with its heads."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..core.integer_layer import IntegerLayer, integer_layer
+from ..core.plan import LayerQuant
+from ..model.layers import Encoder, Layer
+from ..utils.precision import plain_float32
+from .base import shadowed_forwards
+from .cpu import CpuClass, executed_layer
+from .probe_input import float_waves, utterances
+
+#: From float32 [batch, samples] and relative lengths [batch] to the encoder's
+#: last hidden state [batch, frames, channels] and what the heads make of it
+#: [batch, frames, labels], or None without heads.
+Compute = Callable[
+    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
+]
+
+#: The plan's own integers, and those of a CPU that multiplies 7-bit weights.
+OWN, SEVEN_BITS = "own", "seven"
+
+#: Of an input that is all zeros.
+_LEAST_RANGE = 1e-6
+
+
+@contextmanager
+def _undisturbing(wavs: torch.Tensor) -> Iterator[None]:
+    """Context that leaves no trace: no gradients, the random numbers as they
+    were, and float32 whatever the recipe computes in."""
+    cuda = [wavs.device] if wavs.is_cuda else []
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(cuda),
+        plain_float32(wavs),
+    ):
+        yield
+
+
+def run_network(
+    compute: Compute,
+    wavs: torch.Tensor,
+    lengths: torch.Tensor,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A network's outputs, float32 on the CPU."""
+    wavs = wavs.to(device)
+    relative = (lengths / wavs.shape[1]).to(device)
+    with _undisturbing(wavs):
+        hidden, labels = compute(wavs, relative)
+        return (
+            hidden.float().cpu(),
+            None if labels is None else labels.float().cpu(),
+        )
+
+
+@contextmanager
+def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Context in which modules are in evaluation mode.
+
+    Arguments
+    ---------
+    modules : Mapping
+        Modules by key.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1)
+    >>> with evaluating({"a": linear}):
+    ...     linear.training
+    False
+    >>> linear.training
+    True
+    """
+    every = [part for module in modules.values() for part in module.modules()]
+    training = [part for part in every if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def chain(
+    parts: Mapping[str, nn.Module],
+    use_lengths: bool,
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Compute:
+    """An encoder's wrapper and the heads behind it, as a runtime computes
+    them.
+
+    Arguments
+    ---------
+    parts : Mapping
+        The wrapper, whose attribute ``model`` is the encoder, and the heads
+        in order.
+    use_lengths : bool
+        Whether the wrapper is told what is padding.
+    forwards : Mapping
+        Forward by module.
+
+    Returns
+    -------
+    callable
+        As :data:`Compute`.
+    """
+    wrapper, *heads = parts.values()
+    model = wrapper.model
+
+    def compute(
+        wavs: torch.Tensor, relative: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = []
+        handle = model.register_forward_hook(
+            lambda module, args, output: kept.append(output.last_hidden_state)
+        )
+        try:
+            with shadowed_forwards(forwards):
+                x = wrapper(wavs, relative if use_lengths else None)
+                for head in heads:
+                    x = head(x)
+        finally:
+            handle.remove()
+        return kept[-1], x
+
+    return compute
+
+
+def encoder_alone(
+    model: nn.Module, forwards: Mapping[nn.Module, Callable[..., Any]]
+) -> Compute:
+    """An encoder without what is around it, as a runtime computes it.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        The encoder.
+    forwards : Mapping
+        Forward by module.
+
+    Returns
+    -------
+    callable
+        As :data:`Compute`.
+    """
+
+    def compute(
+        wavs: torch.Tensor, relative: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        samples = wavs.shape[1]
+        real = (relative * samples).round()
+        place = torch.arange(samples, device=wavs.device)
+        mask = (place < real[:, None]).long()
+        wavs = F.layer_norm(wavs, wavs.shape[1:])
+        with shadowed_forwards(forwards):
+            return model(wavs, attention_mask=mask).last_hidden_state, None
+
+    return compute
+
+
+@contextmanager
+def _observed(
+    layers: Iterable[Layer], ranges: dict[str, float]
+) -> Iterator[None]:
+    """Context in which the largest magnitude of each layer's input is noted."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
+        def note(module: nn.Module, args: tuple) -> None:
+            found = float(args[0].abs().max())
+            ranges[name] = max(ranges.get(name, 0.0), found)
+
+        return note
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.module.register_forward_pre_hook(hook(layer.name))
+            stack.callback(handle.remove)
+        yield
+
+
+def quick_integers(
+    encoder: Encoder,
+    layers: Iterable[Layer],
+    bits: tuple[int, int],
+    rate: int,
+    device: str | torch.device,
+) -> dict[str, IntegerLayer]:
+    """An encoder in integers, by the largest values that the utterances of a
+    probe bring: what a runtime can be tried with before there is a plan.
+
+    Arguments
+    ---------
+    encoder : Encoder
+        The float model.
+    layers : iterable of Layer
+        What is to be quantized; layers outside of the encoder are left out.
+    bits : tuple of int
+        Of weights and activations.
+    rate : int
+        Samples in a second.
+    device : str or torch.device
+        Where the model is.
+
+    Returns
+    -------
+    dict
+        Integer layers by name, on the CPU.
+    """
+    inside = [x for x in layers if x.name.startswith(f"{encoder.path}.")]
+    ranges: dict[str, float] = {}
+    wave, lengths = utterances(rate)
+    with _observed(inside, ranges):
+        alone = encoder_alone(encoder.model, {})
+        run_network(alone, float_waves(wave), lengths, torch.device(device))
+    return {
+        x.name: integer_layer(
+            x, LayerQuant(*bits, max(ranges[x.name], _LEAST_RANGE))
+        ).to("cpu")
+        for x in inside
+        if x.name in ranges
+    }
+
+
+def weight_forms(
+    integers: Mapping[str, IntegerLayer],
+) -> dict[str, dict[str, IntegerLayer]]:
+    """What runtimes may execute in the place of a plan's integers.
+
+    Arguments
+    ---------
+    integers : Mapping
+        Integer layers by name.
+
+    Returns
+    -------
+    dict
+        Integer layers by name, by form; ``SEVEN_BITS`` only where it is
+        another than ``OWN``.
+    """
+    seven = {
+        name: executed_layer(layer, CpuClass("avx2"))
+        for name, layer in integers.items()
+    }
+    forms = {OWN: dict(integers)}
+    if any(seven[name] is not layer for name, layer in integers.items()):
+        forms[SEVEN_BITS] = seven
+    return forms

@@ -1,0 +1,197 @@
+"""The registry of runtimes.
+
+A runtime is a module with ``make_executor(spec, **options)`` for a whole
+encoder and ``make_layer(layer)`` for a layer outside of it (a head), and one
+line in ``RUNTIMES``. Modules are imported on first use, so that no optional
+package is needed before.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import code_identity
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One line of the table.
+
+    Arguments
+    ---------
+    encoder : str or None
+        ``"module:function"`` that makes an EncoderExecutor of an
+        EncoderSpec, relative to this package; None: layer by layer.
+    layer : str
+        ``"module:function"`` that makes a LayerExecutor of an IntegerLayer.
+    trial : str or None
+        ``"module:function"`` that makes a LayerRunner of the executor's
+        options, by which layers are compared with exact arithmetic; None for
+        a runtime that is tried otherwise.
+    layer_trial : str or None
+        The same for layers outside of an encoder.
+    device : str or None
+        Type of the device that it runs on; None for any.
+    needs : tuple of str
+        Python packages that have to be there.
+    install : str
+        What to install if they are not.
+    pair_sums : bool
+        Whether it multiplies by CPU kernels that saturate sums of two
+        products on a CPU without VNNI.
+    streams : bool
+        Whether it takes in layers whose weights are still in their file, and
+        reads one after the other.
+    fork_safe : bool
+        Whether what was built in a process also computes in its forked
+        children; otherwise a child builds its own.
+    extras : frozenset of str
+        What it can do beyond integers with one scale per output channel and
+        inputs around zero: ``"asymmetric"`` (an activation offset),
+        ``"weight_groups"``.
+    """
+
+    encoder: str | None
+    layer: str
+    trial: str | None = None
+    layer_trial: str | None = None
+    device: str | None = None
+    needs: tuple[str, ...] = ()
+    install: str = ""
+    pair_sums: bool = False
+    streams: bool = False
+    fork_safe: bool = False
+    extras: frozenset[str] = frozenset()
+
+
+_OFFSETS = frozenset({"asymmetric"})
+
+_TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
+
+_TORCH_INT8_TRIAL = "torch_int8.trial:make_runner"
+
+RUNTIMES: dict[str, Runtime] = {
+    "torch": Runtime(
+        None,
+        "simulated:make_layer",
+        fork_safe=True,
+        extras=_OFFSETS | {"weight_groups"},
+    ),
+    "torch_int8": Runtime(
+        "torch_int8.executor:make_executor",
+        _TORCH_INT8_LAYER,
+        _TORCH_INT8_TRIAL,
+        _TORCH_INT8_TRIAL,
+        "cpu",
+        pair_sums=True,
+        streams=True,
+        fork_safe=True,
+        extras=_OFFSETS,
+    ),
+    "openvino": Runtime(
+        "openvino_:make_executor",
+        _TORCH_INT8_LAYER,
+        "openvino_.trial:make_runner",
+        _TORCH_INT8_TRIAL,
+        "cpu",
+        ("openvino",),
+        "speechbrain_stablequant[cpu]",
+        pair_sums=True,
+        streams=True,
+        extras=_OFFSETS,
+    ),
+    "onnx": Runtime(
+        "onnx_.executor:make_executor",
+        _TORCH_INT8_LAYER,
+        "onnx_.trial:make_runner",
+        _TORCH_INT8_TRIAL,
+        "cpu",
+        ("onnx", "onnxruntime"),
+        "speechbrain_stablequant[onnx]",
+        pair_sums=True,
+        extras=_OFFSETS,
+    ),
+    "triton": Runtime(
+        "triton:make_executor",
+        "triton:make_layer",
+        None,
+        None,
+        "cuda",
+        ("triton",),
+        "triton",
+        extras=_OFFSETS,
+    ),
+}
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    module, _, function = reference.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)
+
+
+def runtimes_with(extras: Iterable[str]) -> list[str]:
+    """The runtimes that can do something more.
+
+    Arguments
+    ---------
+    extras : iterable of str
+        As of :class:`Runtime`.
+
+    Returns
+    -------
+    list of str
+
+    Example
+    -------
+    >>> runtimes_with(["weight_groups"])
+    ['torch']
+    """
+    wanted = frozenset(extras)
+    return [name for name, row in RUNTIMES.items() if wanted <= row.extras]
+
+
+def check_extras(backend: str, extras: Iterable[str]) -> None:
+    """Raises unless a runtime can do all that a plan needs.
+
+    Arguments
+    ---------
+    backend : str
+        A key of ``RUNTIMES``.
+    extras : iterable of str
+        As of :class:`Runtime`.
+
+    Raises
+    ------
+    ValueError
+        Names what it cannot do, and who can.
+
+    Example
+    -------
+    >>> check_extras("triton", ["weight_groups"])
+    Traceback (most recent call last):
+    ValueError: backend: triton cannot execute a plan with weight_groups; \
+write backend: torch, or leave that switch off
+    """
+    extras = frozenset(extras)
+    missing = sorted(extras - RUNTIMES[backend].extras)
+    if missing:
+        raise ValueError(
+            f"backend: {backend} cannot execute a plan with "
+            f"{', '.join(missing)}; write backend: "
+            f"{' or '.join(runtimes_with(extras))}, or leave that switch off"
+        )
+
+
+@functools.cache
+def code_digest() -> str:
+    """Identifies the code that executes plans.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
+    return code_identity(Path(__file__).parent)

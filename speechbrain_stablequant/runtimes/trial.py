@@ -1,0 +1,338 @@
+"""A layer with known results: inputs, exact arithmetic, and the comparison.
+
+Integers reach both ends of their ranges and scales are powers of two, so that
+the results are known exactly in float64.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from ..core.affine import qmax
+from ..core.encoder_spec import AnyLayer
+from ..core.integer_layer import FloatLayer, IntegerLayer
+from .geometry import Geometry
+
+#: Frames of the results that are compared.
+ROWS = (50, 500)
+
+#: Magnitude of the weights and the inputs of a layer that stays float: with
+#: so many bits bfloat16 holds them exactly.
+_FLOAT_BITS = 8
+
+#: A value that is rounded to bfloat16 on its way to another that is, too.
+_HALF_ROUNDING = 2.0**-7
+
+#: The same for some roundings to float32.
+_ROUNDING = 2.0**-21
+
+#: How exactly a library knows the GELU.
+_GELU_ERROR = 2e-5
+
+
+class Trial(NamedTuple):
+    """A layer of a geometry, and inputs for it.
+
+    Arguments
+    ---------
+    layer : IntegerLayer or FloatLayer
+        The layer.
+    inputs : list of torch.Tensor
+        float32 [1, time, in].
+    others : list of torch.Tensor
+        float32 [1, frames, out], what results are added to. A positional
+        convolution gives as many frames as it takes in, the encoder leaves
+        out what is more.
+    """
+
+    layer: AnyLayer
+    inputs: list[torch.Tensor]
+    others: list[torch.Tensor]
+
+
+def _integers(
+    shape: Sequence[int], limit: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Random integers of which some rows are all at the ends of the range."""
+    count = math.prod(shape)
+    # Eight at a time: a large weight takes tenths of a second otherwise.
+    words = torch.randint(
+        -(2**63), 2**63 - 1, (count // 8 + 1,), generator=generator
+    )
+    bits = words.view(torch.int8)[:count]
+    made = (bits >> (7 - limit.bit_length())).clamp_(-limit, limit)
+    made = made.view(*shape)
+    rows = made.flatten(1)
+    for start, value in ((0, limit), (1, -limit), (2, limit)):
+        rows[start :: max(len(rows) // 4, 3)] = value
+    # Both ends beside each other.
+    rows[2 :: max(len(rows) // 4, 3), ::2] = -limit
+    return made
+
+
+def _scales(geometry: Geometry, in_limit: int, limit: int) -> torch.Tensor:
+    """Powers of two that bring results to about 1, different from row to
+    row, so that products are exact and rows tell themselves apart."""
+    outputs, *window = geometry.shape
+    usual = in_limit * limit / 3 * math.sqrt(math.prod(window))
+    base = 2.0 ** -round(math.log2(max(usual, 1.0)))
+    return base * 2.0 ** (torch.arange(outputs) * 3 % 5 - 2).float()
+
+
+def make_trial(
+    geometry: Geometry, half: bool = False, rows: Sequence[int] = ROWS
+) -> Trial:
+    """A layer of a geometry and inputs, always the same.
+
+    Arguments
+    ---------
+    geometry : Geometry
+        The geometry.
+    half : bool
+        Whether inputs have to be exact in bfloat16.
+    rows : sequence of int
+        Frames of the results.
+
+    Returns
+    -------
+    Trial
+    """
+    generator = torch.Generator("cpu").manual_seed(17)
+    bits = geometry.weight_bits or _FLOAT_BITS
+    in_bits = geometry.activation_bits or _FLOAT_BITS
+    limit, in_limit = qmax(bits), qmax(in_bits)
+    weight = _integers(geometry.shape, limit, generator)
+    scale = _scales(geometry, in_limit, limit)
+    outputs = geometry.shape[0]
+    bias = None
+    if geometry.bias:
+        bias = torch.randint(-9, 10, (outputs,), generator=generator) / 8
+    common = {
+        "name": str(geometry),
+        "kind": "conv1d" if geometry.is_conv else "linear",
+        "bias": bias,
+        "stride": geometry.stride,
+        "padding": geometry.padding,
+        "dilation": geometry.dilation,
+        "groups": geometry.groups,
+    }
+    # Not 1: a scale that is forgotten must show.
+    step = 2.0**-3
+    zero = 0
+    if geometry.weight_bits:
+        zero = -max(in_limit * 7 // 8, 1) if geometry.offset else 0
+        layer = IntegerLayer(
+            weight=weight,
+            weight_scale=scale / step,
+            weight_bits=bits,
+            activation_scale=torch.tensor([step]),
+            activation_bits=in_bits,
+            activation_offset=-zero * step,
+            **common,
+        )
+    else:
+        shape = (-1, *[1] * (weight.dim() - 1))
+        layer = FloatLayer(
+            weight=weight.float() * (scale / step).view(shape), **common
+        )
+    inputs, others = [], []
+    for count in rows:
+        width = geometry.shape[1] * geometry.groups
+        length = geometry.inputs(count)
+        q = _integers((length, width), in_limit, generator)
+        x = (q.float() - zero) * step
+        if geometry.weight_bits:
+            x = _beside(x, step, zero, in_limit, half, generator)
+        inputs.append(x[None])
+        if geometry.place == "position":
+            count = min(count, length)
+        other = torch.randint(
+            -99, 100, (1, count, outputs), generator=generator
+        )
+        others.append(other / 32)
+    return Trial(layer, inputs, others)
+
+
+def _beside(
+    x: torch.Tensor,
+    step: float,
+    zero: int,
+    limit: int,
+    half: bool,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Inputs beyond the grid, and in float32 beside its points, so that what
+    is cut and rounded to the grid shows."""
+    chance = torch.rand(x.shape, generator=generator)
+    x = torch.where(chance < 0.01, (2 * limit - zero) * step, x)
+    x = torch.where(chance > 0.99, (-2 * limit - zero) * step, x)
+    if not half:
+        x = x + (chance - 0.5) * 0.6 * step
+    return x
+
+
+def _compared(rows: int) -> torch.Tensor:
+    """The rows that are compared with exact arithmetic: both ends, and one of
+    each few between, at changing places of a kernel's tile."""
+    step = 4 if rows <= 64 else 16
+    places = torch.arange(0, rows, step)
+    between = places + places // step * 5 % step
+    ends = torch.cat([torch.arange(4), torch.arange(max(rows - 12, 0), rows)])
+    found = torch.cat([between, ends])
+    return found[found < rows].unique()
+
+
+def _exact_product(
+    geometry: Geometry,
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Rows of the product of integers [time, in], float64 [rows, out]."""
+    if not geometry.is_conv:
+        return x[rows] @ weight.double().T
+    x = F.pad(x, (0, 0, geometry.padding, geometry.padding))
+    taps = torch.arange(geometry.shape[2]) * geometry.dilation
+    index = (rows[:, None] * geometry.stride + taps).flatten()
+    width = geometry.shape[1]
+    size = geometry.shape[0] // geometry.groups
+    parts = []
+    for group in range(geometry.groups):
+        own = x[:, group * width : (group + 1) * width]
+        windows = own[index].view(len(rows), -1)
+        taken = weight[group * size : (group + 1) * size].double()
+        parts.append(windows @ taken.transpose(1, 2).flatten(1).T)
+    return torch.cat(parts, 1)
+
+
+class Expected(NamedTuple):
+    """Exact results of some rows.
+
+    Arguments
+    ---------
+    rows : torch.Tensor
+        Which ones.
+    values, bound : torch.Tensor
+        float64 [rows, out]: the results, and how far a right one may be off.
+    """
+
+    rows: torch.Tensor
+    values: torch.Tensor
+    bound: torch.Tensor
+
+
+def expected_results(
+    geometry: Geometry, trial: Trial, half: bool
+) -> list[Expected]:
+    """What exact arithmetic makes of a trial.
+
+    Arguments
+    ---------
+    geometry : Geometry
+        The geometry.
+    trial : Trial
+        Of :func:`make_trial`.
+    half : bool
+        Whether results are bfloat16.
+
+    Returns
+    -------
+    list of Expected
+        For each input.
+    """
+    layer = trial.layer
+    scale, zero, limit, share = None, 0, math.inf, 0.0
+    if isinstance(layer, IntegerLayer):
+        step, zero = float(layer.activation_scale), layer.zero_point()
+        limit = qmax(layer.activation_bits)
+        weight, scale = layer.weight, step * layer.weight_scale.double()
+        furthest = (127 + 128 + abs(zero)) * scale
+        # Of the zero point of unsigned bytes in the sums: an offset that
+        # may be rounded like any other number.
+        sums = weight.flatten(1).sum(1, dtype=torch.int64).abs()
+        share = (128 + abs(zero)) * scale * sums
+    else:
+        weight = layer.weight
+        step, furthest = 1.0, trial.inputs[0].abs().max().double()
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    # Of the sums on the way, not only of what is left of them.
+    rounding = furthest * weight.flatten(1).abs().sum(1, dtype=torch.float64)
+    results = []
+    for x, other in zip(trial.inputs, trial.others, strict=True):
+        rows = _compared(other.shape[1])
+        q = (
+            (x[0].double() / step + zero).round_()
+            if scale is not None
+            else x[0]
+        )
+        q = q.double().clamp_(-limit, limit) - zero
+        product = _exact_product(geometry, weight, q, rows)
+        product = product if scale is None else product * scale
+        values = product + bias
+        bound = _ROUNDING * rounding.expand_as(values)
+        if half:
+            rounded = 2 * product.abs() + values.abs() + share
+            bound = bound + _HALF_ROUNDING * rounded
+        if geometry.then == "gelu":
+            values = F.gelu(values)
+            bound = 1.2 * bound + _GELU_ERROR
+        elif geometry.then == "sum":
+            added = other[0, rows].double()
+            values = values + added
+            if half:
+                bound = bound + _HALF_ROUNDING * (added.abs() + values.abs())
+        results.append(Expected(rows, values, bound + 1e-30))
+    return results
+
+
+class Results(NamedTuple):
+    """What a runtime made of a trial.
+
+    Arguments
+    ---------
+    values : list of torch.Tensor
+        Float [1, frames, out] for each input; several after another of a
+        runtime that computes a layer more than once.
+    step, top : float
+        Of the grid that these were rounded to and its upper end, if any.
+    """
+
+    values: list[torch.Tensor]
+    step: float = 0.0
+    top: float = math.inf
+
+
+def difference(found: Results, expected: Sequence[Expected]) -> str | None:
+    """How results differ from exact ones beyond rounding.
+
+    Arguments
+    ---------
+    found : Results
+        What was computed.
+    expected : sequence of Expected
+        Exact.
+
+    Returns
+    -------
+    str or None
+        Words that follow "the result"; None if they do not.
+    """
+    times = len(found.values) // len(expected)
+    for place, out in enumerate(found.values):
+        rows, values, bound = expected[place // times]
+        frames = int(rows[-1]) + 1
+        if out.shape != (1, frames, values.shape[1]):
+            return f"has shape {list(out.shape)}"
+        values = values.clamp(max=found.top)
+        error = (out[0, rows].double() - values).abs()
+        wrong = ~(error <= bound + 0.501 * found.step)  # or not a number
+        if bool(wrong.any()):
+            relative = float(error.norm() / values.norm())
+            return (
+                f"of {frames} rows is off by {relative:.2g} of the exact one "
+                f"({int(wrong.sum())} of {wrong.numel()} values)"
+            )
+    return None
