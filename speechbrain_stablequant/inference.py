@@ -52,7 +52,7 @@ class FolderLoader:
         self.folder: Path | None = None
 
     def set_collect_in(self, path: str | Path | None) -> None:
-        """Where files of a web address are put."""
+        """Sets where files of a web address are stored."""
         self.savedir = path
 
     def collect_files(
@@ -61,17 +61,8 @@ class FolderLoader:
         local_strategy: LocalStrategy = LocalStrategy.NO_LINK,
         fetch_config: FetchConfig | None = None,
     ) -> None:
-        """Finds the folder, or fetches its files.
-
-        Arguments
-        ---------
-        default_source : str or FetchSource
-            As of ``from_hparams``.
-        local_strategy : LocalStrategy
-            Ignored: local files are read where they are.
-        fetch_config : FetchConfig, optional
-            As of ``from_hparams``.
-        """
+        """Finds the folder, or fetches its files; arguments as of
+        ``from_hparams``."""
         kind, source = guess_source(default_source)
         if kind == FetchFrom.LOCAL:
             self.folder = Path(source).absolute()

@@ -1,8 +1,8 @@
-"""Reads an encoder's ``config.json``, from which its modules are made.
+"""Reads an encoder's ``config.json`` and builds its modules without storage.
 
-transformers believes what a configuration says, down to whose code computes
-the attention. Here sizes are checked, and only what describes the model is
-kept.
+transformers trusts a configuration, including whose code computes the
+attention.
+Here sizes are checked, and only what describes the model is kept.
 """
 
 from collections.abc import Mapping
@@ -64,24 +64,10 @@ _MAX_KERNEL = 1024
 
 
 def read_config(path: Path, tensors: int) -> dict[str, Any]:
-    """Reads and checks a configuration.
+    """Reads and checks a ``config.json``.
 
-    Arguments
-    ---------
-    path : Path
-        A ``config.json``.
-    tensors : int
-        Number of tensors of the model's file: no model has more layers.
-
-    Returns
-    -------
-    dict
-        What describes the model.
-
-    Raises
-    ------
-    CheckpointError
-        Names the first key whose value is impossible.
+    ``tensors`` is the number of tensors in the model's file: no model has more
+    layers.
     """
     try:
         raw = read_json(path, "encoder configuration")
@@ -93,31 +79,8 @@ def read_config(path: Path, tensors: int) -> dict[str, Any]:
 
 
 def check_config(raw: Any, tensors: int = _MAX_ITEMS) -> dict[str, Any]:
-    """Checks the content of a ``config.json``.
-
-    Arguments
-    ---------
-    raw : Any
-        From JSON.
-    tensors : int
-        As of :func:`read_config`.
-
-    Returns
-    -------
-    dict
-        What describes the model.
-
-    Raises
-    ------
-    ValueError
-        Names the first key whose value is impossible.
-
-    Example
-    -------
-    >>> check_config({"model_type": "hubert", "hidden_size": "large"})
-    Traceback (most recent call last):
-    ValueError: hidden_size: must be int, not 'large'
-    """
+    """Checks a parsed ``config.json`` and returns the keys that describe the
+    model."""
     rows = typed(raw, dict, "the configuration")
     config = {
         key: value
@@ -143,7 +106,7 @@ def check_config(raw: Any, tensors: int = _MAX_ITEMS) -> dict[str, Any]:
 
 
 def _check_sizes(key: str, value: Any) -> None:
-    """No number or list is larger than those of models are."""
+    """Refuses numbers and lists larger than those of models."""
     values = value if isinstance(value, list) else [value]
     if len(values) > _MAX_ITEMS or any(
         isinstance(v, int | float) and abs(v) > _MAX_SIZE for v in values
@@ -152,7 +115,7 @@ def _check_sizes(key: str, value: Any) -> None:
 
 
 def _check_shape(config: Mapping[str, Any]) -> None:
-    """Sizes must be positive and belong together, as far as they are there."""
+    """Checks that the sizes are positive and fit each other."""
 
     def require(good: bool, key: str) -> None:
         if not good:
@@ -183,23 +146,8 @@ def _check_shape(config: Mapping[str, Any]) -> None:
 
 
 def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """A HuggingFace model without storage.
-
-    Arguments
-    ---------
-    config : Mapping
-        Content of its ``config.json``.
-
-    Returns
-    -------
-    torch.nn.Module
-        On the ``meta`` device, in evaluation mode.
-
-    Raises
-    ------
-    CheckpointError
-        A model that this version of transformers does not know.
-    """
+    """Builds a Hugging Face model on the ``meta`` device, in evaluation
+    mode."""
     from transformers import CONFIG_MAPPING, AutoModel
 
     kind = config.get("model_type")

@@ -21,31 +21,11 @@ def fill_modules(
     floats: Mapping[str, torch.Tensor],
     where: str,
 ) -> None:
-    """Gives modules their float parameters, and frees the other weights.
+    """Gives modules their float parameters and releases the weights of integer
+    layers.
 
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key; parameters may be on the ``meta`` device.
-    integers : Mapping
-        Integer layers by name: their weights become None.
-    floats : Mapping
-        All other parameters and buffers by name.
-    where : str
-        The file, for errors.
-
-    Raises
-    ------
-    CheckpointError
-        Names the first layer or tensor that does not fit.
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1, device="meta")
-    >>> fill_modules({"a": linear}, {}, {"a.weight": torch.ones(1, 1),
-    ...     "a.bias": torch.ones(1)}, "file")
-    >>> linear(torch.ones(1)).item()
-    2.0
+    Modules may be on the ``meta`` device. Raises CheckpointError, which names
+    ``where`` and the first layer or tensor that does not fit.
     """
     by_name = {
         name: child
@@ -92,7 +72,8 @@ def _rotate(
     floats: Mapping[str, torch.Tensor],
     where: str,
 ) -> None:
-    """Attaches the rotations of streams, which the plain model has not."""
+    """Attaches the rotations of hidden states, which the plain model does not
+    have."""
     try:
         encoders = attach_rotations(modules, floats)
     except KeyError as error:

@@ -1,7 +1,7 @@
-"""Modules behind an encoder as data: kinds and settings, made again without
-running anything that a file says.
+"""The modules behind an encoder as data, rebuilt without running code from a
+file.
 
-A kind is the full name of a class. Only those of a list are made, with plain
+A kind is the full name of a class. Only listed classes are built, with plain
 settings, so a file can choose layers and their sizes and nothing else.
 """
 
@@ -58,18 +58,11 @@ _REFUSED = ("device", "dtype")
 
 @dataclass(frozen=True)
 class Node:
-    """A module, or the class of one, as data.
+    """A module, or a class, as data.
 
-    Arguments
-    ---------
-    kind : str
-        Full name of its class.
-    args : tuple
-        Plain values, lists of such, and nodes.
-    settings : Mapping
-        The same by name.
-    made : bool
-        False: the class itself, with its settings where there are some.
+    ``args`` and ``settings`` hold plain values, lists of them, and nodes. If
+    ``made``
+    is false, the node is the class itself, with its settings if there are any.
     """
 
     kind: str
@@ -78,7 +71,7 @@ class Node:
     made: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """The node as JSON."""
+        """Returns the node as JSON."""
         row: dict[str, Any] = {"new" if self.made else "name": self.kind}
         if self.args:
             row["args"] = [_to_json(value) for value in self.args]
@@ -94,31 +87,7 @@ def _to_json(value: Any) -> Any:
 
 
 def node_of_json(raw: Any, where: str, depth: int = 0) -> Node:
-    """Reads what :meth:`Node.to_dict` wrote.
-
-    Arguments
-    ---------
-    raw : Any
-        From JSON.
-    where : str
-        Its place in the file: opens the error.
-    depth : int
-        Nodes that it is inside of.
-
-    Returns
-    -------
-    Node
-
-    Raises
-    ------
-    ValueError
-        It is something else.
-
-    Example
-    -------
-    >>> node_of_json({"new": "torch.nn.ReLU"}, "heads.act").kind
-    'torch.nn.ReLU'
-    """
+    """Reads what :meth:`Node.to_dict` wrote; ``where`` opens the error."""
     rows = typed(raw, dict, where)
     (verb,) = {"new", "name"} & set(rows) or (None,)
     unknown = set(rows) - {verb, "args", "settings"}
@@ -134,32 +103,7 @@ def node_of_json(raw: Any, where: str, depth: int = 0) -> Node:
 
 
 def node_of_yaml(value: Any, where: str, depth: int = 0) -> Node:
-    """A node of HyperPyYAML, such as ``!new:torch.nn.ReLU``.
-
-    Arguments
-    ---------
-    value : Any
-        From :func:`~speechbrain_stablequant.utils.yaml_tree.parse_yaml`.
-    where : str
-        Its place in the file: opens the error.
-    depth : int
-        Nodes that it is inside of.
-
-    Returns
-    -------
-    Node
-
-    Raises
-    ------
-    ValueError
-        It makes something in another way.
-
-    Example
-    -------
-    >>> node_of_yaml(Tagged("apply:os.remove", ["plan.json"]), "heads.act")
-    Traceback (most recent call last):
-    ValueError: heads.act: is no module but Tagged(tag='apply:os.remove', ...
-    """
+    """Converts a node of HyperPyYAML, such as ``!new:torch.nn.ReLU``."""
     tag = value.tag if isinstance(value, Tagged) else ""
     verb, _, kind = tag.partition(":")
     if verb not in ("new", "name"):
@@ -209,32 +153,7 @@ def _value(raw: Any, where: str, depth: int) -> Any:
 
 
 def build_module(node: Node, where: str) -> nn.Module:
-    """Makes a module, without storage for its parameters.
-
-    Arguments
-    ---------
-    node : Node
-        What it is.
-    where : str
-        Its name: opens the error.
-
-    Returns
-    -------
-    torch.nn.Module
-        On the ``meta`` device, in evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        A kind that is not made, or settings that it does not take.
-
-    Example
-    -------
-    >>> node = Node("torch.nn.Linear", settings={"in_features": 2,
-    ...     "out_features": 3})
-    >>> build_module(node, "head")
-    Linear(in_features=2, out_features=3, bias=True)
-    """
+    """Builds a module on the ``meta`` device, in evaluation mode."""
     if not node.made:
         raise ValueError(f"{where}: is the class {one_line(node.kind)} alone")
     with torch.device("meta"):

@@ -41,21 +41,11 @@ logger = logging.getLogger(__name__)
 
 
 class RuntimeEncoder(nn.Module):
-    """What SpeechBrain's wrapper computes around a model that gives its last
-    hidden state only, as integer runtimes do.
+    """What SpeechBrain's wrapper computes around a model that returns its last
+    hidden
+    state only.
 
-    SpeechBrain's own class comes with all of transformers.
-
-    Arguments
-    ---------
-    model : torch.nn.Module
-        An :class:`~speechbrain_stablequant.model.skeleton.EncoderShell`.
-    normalize_wav : bool
-        Whether the waveform is normalized.
-    output_norm : bool
-        Whether the output is normalized.
-    output_all_hiddens : bool
-        Whether all hidden states are wanted; runtimes refuse it.
+    SpeechBrain's own class imports all of transformers.
     """
 
     def __init__(
@@ -74,20 +64,7 @@ class RuntimeEncoder(nn.Module):
     def forward(
         self, wav: torch.Tensor, wav_lens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wav : torch.Tensor
-            float32 [batch, samples].
-        wav_lens : torch.Tensor, optional
-            Relative lengths, [batch].
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, frames, channels].
-        """
+        """Encodes float32 [batch, samples] into [batch, frames, channels]."""
         mask = None
         if wav_lens is not None:
             lengths = torch.round(wav_lens * wav.shape[1])
@@ -104,21 +81,8 @@ class RuntimeEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class BuiltRuntime:
-    """A runtime that was built for a recognizer.
-
-    Arguments
-    ---------
-    name : str
-        A key of ``RUNTIMES``.
-    device : torch.device
-        The device it computes on.
-    pid : int
-        The process it was built in.
-    encoder : torch.nn.Module
-        The encoder that it needs in the place of the present one.
-    forwards : Mapping
-        Forward by module, for this encoder and the heads.
-    """
+    """A runtime that was built for a recognizer, and the encoder that it
+    needs."""
 
     name: str
     device: torch.device
@@ -183,12 +147,12 @@ class QuantizedRecognizer(nn.Module):
 
     @property
     def runtime(self) -> str | None:
-        """The runtime that computes; None before the first batch."""
+        """The runtime in use; None before the first batch."""
         built = self._built
         return None if built is None else built.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedRecognizer":
-        """A copy that builds a runtime of its own, from the folder."""
+        """Returns a copy that builds its own runtime from the folder."""
         derived = {"_integers": None, "_built": None, "_locks": {}}
         twin = memo[id(self)] = type(self).__new__(type(self))
         for module in self.parts.modules():
@@ -201,20 +165,11 @@ class QuantizedRecognizer(nn.Module):
         return twin
 
     def load(self, folder: str | Path, needs: Iterable[str] = ()) -> None:
-        """Reads the model.
+        """Reads the model of a folder.
 
-        Arguments
-        ---------
-        folder : str or Path
-            The quantized folder.
-        needs : iterable of str
-            Files that must belong to the model, beside its plan and the
-            configuration of its encoder.
-
-        Raises
-        ------
-        CheckpointError
-            See :func:`~.folder.weights_file.load_checkpoint`.
+        ``needs`` lists files that must be signed, beside the plan and the
+        encoder's
+        configuration.
         """
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
@@ -254,7 +209,7 @@ class QuantizedRecognizer(nn.Module):
         return self._config
 
     def _read(self, needs: Iterable[str] = ()) -> Checkpoint:
-        """The folder's content; integer weights stay in the file."""
+        """Reads the folder; integer weights stay in the file."""
         checkpoint = load_checkpoint(
             self.folder, weights=False, needs=(CONFIG_FILE, *needs)
         )
@@ -269,13 +224,13 @@ class QuantizedRecognizer(nn.Module):
         return checkpoint
 
     def _with_code(self, settings: Mapping[str, Any]) -> nn.Module:
-        """The encoder as transformers and SpeechBrain compute it."""
+        """Builds the encoder with the code of transformers and SpeechBrain."""
         from ..model.wrapper import StoredEncoder
 
         return StoredEncoder(empty_encoder(self._config), **settings)
 
     def _encoder_with_code(self, device: torch.device) -> nn.Module:
-        """The encoder, or one that computes if it is a shell."""
+        """Returns the encoder, or builds one with code if it is a skeleton."""
         if not isinstance(self.parts[self._key], RuntimeEncoder):
             return self.parts[self._key]
         settings = dict(self.encoder_settings)
@@ -296,8 +251,7 @@ class QuantizedRecognizer(nn.Module):
         return super().train(False)
 
     def _prepare(self) -> None:
-        """Builds the runtime for the device that the modules are on, unless
-        there is one."""
+        """Builds the runtime for the modules' device, unless there is one."""
         if self.folder is None:
             raise RuntimeError("the recognizer is empty; call load() first")
         device = next(self.parameters()).device
@@ -329,8 +283,8 @@ class QuantizedRecognizer(nn.Module):
                 )
 
     def _build_runtime(self, device: torch.device) -> BuiltRuntime:
-        """Builds the runtime that is to compute on a device: the first that
-        proves itself. Nothing of the recognizer is changed."""
+        """Builds the first runtime that answers the probe; changes nothing
+        here."""
         integers = self._integers
 
         def build(name: str) -> BuiltRuntime:
@@ -357,7 +311,7 @@ class QuantizedRecognizer(nn.Module):
         return built
 
     def _install(self, built: BuiltRuntime) -> None:
-        """Makes the modules compute by a runtime."""
+        """Replaces the forwards of the modules by those of a runtime."""
         self.parts[self._key] = built.encoder
         for module, forward in built.forwards.items():
             module.forward = forward
@@ -366,7 +320,7 @@ class QuantizedRecognizer(nn.Module):
         self._built = built
 
     def _remove_forwards(self) -> None:
-        """Makes the modules compute by their own forwards again."""
+        """Restores the modules' own forwards."""
         for module in self.parts.modules():
             vars(module).pop("forward", None)
 
@@ -374,20 +328,7 @@ class QuantizedRecognizer(nn.Module):
     def forward(
         self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Recognizes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        wav_lens : torch.Tensor, optional
-            Relative lengths, [batch].
-
-        Returns
-        -------
-        torch.Tensor
-            Log probabilities, float32 [batch, frames, labels].
-        """
+        """Returns float32 log probabilities, [batch, frames, labels]."""
         check_finite(wavs)
         self._prepare()
         encoder, *heads = self.parts.values()
@@ -398,25 +339,7 @@ class QuantizedRecognizer(nn.Module):
 
 
 def check_finite(wavs: torch.Tensor) -> None:
-    """Raises where audio holds NaN or infinity.
-
-    Arguments
-    ---------
-    wavs : torch.Tensor
-        [batch, samples].
-
-    Raises
-    ------
-    ValueError
-        Names the row of the batch, and the sample.
-
-    Example
-    -------
-    >>> check_finite(torch.tensor([[0.0, 0.5], [0.0, float("nan")]]))
-    Traceback (most recent call last):
-    ValueError: audio: row 1 of the batch holds nan at sample 1; look for a \
-broken file or a division by zero before the recognizer
-    """
+    """Raises where audio [batch, samples] holds NaN or infinity."""
     good = wavs.isfinite()
     if bool(good.all()):
         return

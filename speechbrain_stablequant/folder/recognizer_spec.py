@@ -1,8 +1,9 @@
-"""What a recognizer is beside its weights, as data: ``recognizer.json``.
+"""The description of a recognizer apart from its weights: ``recognizer.json``.
 
-``hyperparams.yaml`` says the same to SpeechBrain, in tags that are executed.
-A folder written before there was such a file is described by its YAML, which
-is read as text: a tag that is not one of ours is an error.
+``hyperparams.yaml`` says the same to SpeechBrain, in tags that are executed. A
+folder of an earlier version is described by its YAML, which is read as text:
+any
+tag but ours is an error.
 """
 
 from collections.abc import Mapping
@@ -38,16 +39,11 @@ _MAX_KEY = 100
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How the encoder is called, beside what its configuration says.
+    """How the encoder is called, apart from its configuration.
 
-    Arguments
-    ---------
-    key : str
-        Its name among the modules.
-    use_lengths : bool
-        Whether the recipe tells it what is padding.
-    normalize_wav, output_norm, output_all_hiddens : bool
-        Settings of SpeechBrain's wrapper.
+    ``use_lengths`` says whether the recipe passes relative lengths; the last
+    three
+    are settings of SpeechBrain's wrapper.
     """
 
     key: str
@@ -59,28 +55,11 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class RecognizerSpec:
-    """A recognizer beside its weights.
+    """A recognizer apart from its weights.
 
-    Arguments
-    ---------
-    encoder : EncoderSettings
-        How the encoder is called.
-    heads : Mapping
-        The modules behind it by key, in order.
-    tokenizer : str
-        A key of ``TOKENIZERS``.
-    tokenizer_file : str
-        Its file in the folder.
-    blank_index : int
-        Of the CTC blank.
-    sample_rate : int
-        In Hz.
-    backend : str
-        What computes where nothing else is said.
-    backend_options : Mapping
-        Of the runtime.
-    checksum : str or None
-        Of the weights that it belongs to. None: its own file is signed.
+    ``heads`` are the modules behind the encoder, in order; ``checksum`` is that
+    of
+    the weights, or None where the description's own file is signed.
     """
 
     encoder: EncoderSettings
@@ -94,7 +73,7 @@ class RecognizerSpec:
     checksum: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``recognizer.json``."""
+        """Returns the content of ``recognizer.json``."""
         return {
             "format": SPEC_FORMAT,
             "encoder": asdict(self.encoder),
@@ -111,13 +90,7 @@ class RecognizerSpec:
         }
 
     def build_heads(self) -> dict[str, nn.Module]:
-        """The modules behind the encoder, without storage.
-
-        Raises
-        ------
-        ValueError
-            A kind of module that is not made from data.
-        """
+        """Builds the modules behind the encoder without storage."""
         return {
             key: build_module(node, f"heads.{key}")
             for key, node in self.heads.items()
@@ -125,25 +98,7 @@ class RecognizerSpec:
 
 
 def read_spec(folder: Path) -> tuple[RecognizerSpec, str]:
-    """Reads what a folder's recognizer is; nothing is executed.
-
-    Arguments
-    ---------
-    folder : Path
-        The folder.
-
-    Returns
-    -------
-    RecognizerSpec
-    str
-        The name of the file that says so.
-
-    Raises
-    ------
-    CheckpointError
-        The folder describes no recognizer, or one that only SpeechBrain can
-        make.
-    """
+    """Reads a folder's description and returns it with the name of its file."""
     path = folder / RECOGNIZER_FILE
     read = _read_json
     if not path.exists():
@@ -179,7 +134,7 @@ def _read_json(path: Path) -> RecognizerSpec:
 
 
 def _read_yaml(path: Path) -> RecognizerSpec:
-    """What our own ``hyperparams.yaml`` says; all else is refused."""
+    """Reads our own ``hyperparams.yaml`` and refuses everything else."""
     raw = typed(parse_yaml(read_file(path).decode("utf-8")), dict, "it")
     encoder = _tagged(raw, "encoder", _RECOGNIZER)
     loader = _tagged(raw, "pretrainer", _LOADER)
@@ -209,7 +164,7 @@ def _read_yaml(path: Path) -> RecognizerSpec:
 
 
 def _check_key(key: Any, others: Mapping[str, Node]) -> str:
-    """Keys name modules and tensors."""
+    """Checks a key, which names modules and tensors."""
     name = typed(key, str, "key of a module")
     good = name.isprintable() and 0 < len(name) <= _MAX_KEY and "." not in name
     if not good or name in others or hasattr(nn.ModuleDict, name):
@@ -218,7 +173,7 @@ def _check_key(key: Any, others: Mapping[str, Node]) -> str:
 
 
 def _tagged(raw: Mapping[str, Any], key: str, tag: str) -> dict:
-    """What stands behind a tag that must be this one."""
+    """Returns the value behind a tag, which must be this one."""
     value = raw.get(key)
     if not isinstance(value, Tagged) or value.tag != tag:
         raise ValueError(f"{key}: must be !{tag}, not {short(value)}")
@@ -229,7 +184,7 @@ _REFERENCES = {"blank_id": "blank_index", "sample_rate": "sample_rate"}
 
 
 def _refers(settings: Mapping, key: str, raw: Mapping) -> None:
-    """A setting must be the value that the file has for it."""
+    """Checks that a setting is the file's value for it."""
     name = _REFERENCES[key]
     value = settings.get(key)
     known = (Tagged("ref", f"<{name}>"), raw.get(name))
@@ -240,7 +195,7 @@ def _refers(settings: Mapping, key: str, raw: Mapping) -> None:
 def _checked(
     raw: Mapping[str, Any], heads: Mapping[str, Node]
 ) -> RecognizerSpec:
-    """A description whose values are possible."""
+    """Returns a description after checking its values."""
     found = typed({**raw, "heads": {}}, RecognizerSpec, "the recognizer")
     spec = replace(found, heads=heads)
     plain_name(spec.tokenizer_file)

@@ -1,7 +1,6 @@
 """Reads a safetensors file tensor by tensor, without mapping it.
 
-A mapped file counts as memory of the process for as long as its pages are
-used once. Here nothing of the file stays but the tensors that were asked for.
+A mapped file counts as memory of the process while its pages are in use.
 """
 
 import json
@@ -37,30 +36,9 @@ _MOST = 1 << 48
 class TensorFile:
     """An open safetensors file.
 
-    It stays open, so that tensors that are read later are those of the file
-    that was opened, whatever takes its place. Threads and forked processes
-    may read at the same time: every read names its own place in the file.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file.
-
-    Raises
-    ------
-    safetensors.SafetensorError
-        No safetensors file.
-    ValueError
-        A dtype that is not read here.
-
-    Example
-    -------
-    >>> from safetensors.torch import save_file
-    >>> path = getfixture("tmp_path") / "a.safetensors"
-    >>> save_file({"a": torch.ones(2)}, path, {"by": "me"})
-    >>> file = TensorFile(path)
-    >>> file.metadata, file.names, file.read("a")
-    ({'by': 'me'}, ['a'], tensor([1., 1.]))
+    It stays open, so that later reads see the same file. Threads and forked
+    processes
+    may read concurrently: every read gives its own position.
     """
 
     def __init__(self, path: str | Path):
@@ -92,22 +70,22 @@ class TensorFile:
         return list(self._rows)
 
     def outline(self, name: str) -> torch.Tensor:
-        """Shape and dtype of a tensor: one on the ``meta`` device."""
+        """Returns a tensor's shape and dtype, on the ``meta`` device."""
         row = self._rows[name]
         return torch.empty(
             row["shape"], dtype=_DTYPES[row["dtype"]], device="meta"
         )
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, with memory of its own."""
+        """Reads a tensor into memory of its own."""
         row = self._rows[name]
         out = transient(row["shape"], _DTYPES[row["dtype"]])
         self._fill(name, out.view(-1).view(torch.uint8).numpy(), 0)
         return out
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, a piece at a time; each piece is overwritten
-        by the next."""
+        """Yields a tensor's bytes in pieces; each piece overwrites the previous
+        one."""
         begin, end = self._rows[name]["data_offsets"]
         buffer = memoryview(bytearray(min(_CHUNK, end - begin)))
         for start in range(0, end - begin, _CHUNK):
@@ -116,7 +94,7 @@ class TensorFile:
             yield part
 
     def _fill(self, name: str, buffer, start: int) -> None:
-        """Reads bytes of a tensor from a place in it."""
+        """Reads bytes of a tensor from an offset into it."""
         place = self._start + self._rows[name]["data_offsets"][0] + start
         view = memoryview(buffer)
         while len(view):
@@ -126,7 +104,7 @@ class TensorFile:
             view, place = view[count:], place + count
 
     def _read_at(self, view: memoryview, place: int) -> int:
-        """Reads into a buffer; the number of bytes that were read."""
+        """Reads into a buffer and returns the number of bytes."""
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [view], place)
         # Windows: the position in the file is shared by threads, but nothing

@@ -1,8 +1,7 @@
 """Reads the tokenizer of a folder, of SpeechBrain or SentencePiece.
 
-Both libraries believe what a file says. Here its content is checked, so that
-a damaged or foreign file is one line when it is loaded, and never a wrong or
-missing label in a transcript.
+Both libraries trust a file. Here its content is checked, so that a damaged file
+is an error at loading and never a wrong label in a transcript.
 """
 
 from pathlib import Path
@@ -22,29 +21,7 @@ _MAX_LABELS = 1 << 20
 
 
 def read_tokenizer(tokenizer: Any, path: Path) -> None:
-    """Fills a tokenizer from its file.
-
-    Arguments
-    ---------
-    tokenizer : CTCTextEncoder or SentencePieceProcessor
-        To be filled; what it held is forgotten.
-    path : Path
-        The file.
-
-    Raises
-    ------
-    CheckpointError
-        The file is no such tokenizer.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "labels.txt"
-    >>> _ = path.write_text("'a' => zero")
-    >>> read_tokenizer(CTCTextEncoder(), path)
-    Traceback (most recent call last):
-    speechbrain_stablequant...CheckpointError: ...labels.txt: holds \
-no labels (ValueError: invalid literal ...
-    """
+    """Fills a tokenizer from its file, replacing what it held."""
     is_labels = isinstance(tokenizer, CTCTextEncoder)
     read, what = (
         (_read_labels, "labels")
@@ -108,25 +85,7 @@ def _read_pieces(processor: Any, path: Path) -> None:
 
 
 def labels_of(tokenizer: Any) -> list[str | None]:
-    """What each index stands for.
-
-    Arguments
-    ---------
-    tokenizer : CTCTextEncoder or SentencePieceProcessor
-        Filled.
-
-    Returns
-    -------
-    list
-        Labels or pieces by index; None where there is none.
-
-    Example
-    -------
-    >>> encoder = CTCTextEncoder()
-    >>> encoder.update_from_iterable("ab")
-    >>> labels_of(encoder)
-    ['a', 'b']
-    """
+    """Returns the label or piece of each index; None where there is none."""
     if isinstance(tokenizer, CTCTextEncoder):
         known = tokenizer.ind2lab
         return [known.get(i) for i in range(max(known) + 1)]

@@ -1,11 +1,9 @@
 """A quantized model on disk: ``model.safetensors`` beside its ``plan.json``.
 
 The file holds each quantized weight packed to its bits, its scales, and every
-other parameter and buffer under its name in the state dict, in half precision
-by default. Its header says what it is, describes each layer, and has a
-checksum over everything and one for each file that belongs to it, so that a
-damaged, mixed up or foreign folder is an error and never a wrong transcript.
-Nothing is pickled.
+other parameter and buffer, in half precision by default. Its header describes
+each layer and has a checksum over everything and one for each file that belongs
+to the model, so that a damaged or mixed folder is an error. Nothing is pickled.
 """
 
 import hashlib
@@ -53,26 +51,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds.
+    """The content of a folder.
 
-    Arguments
-    ---------
-    plan : QuantizationPlan
-        What was decided.
-    integers : dict
-        IntegerLayer by name.
-    floats : dict
-        Everything else by its name in the state dict, floats as float32; the
-        biases of integer layers are here as well.
-    float_dtype : str
-        How the floats are stored: a key of ``FLOAT_DTYPES``.
-    checksum : str
-        Identifies the content, 64 hexadecimal digits.
-    files : tuple of str
-        The files of the folder whose content was checked.
-    probe : Probe or None
-        A short input with a known answer; files of earlier versions have
-        none.
+    ``integers`` are IntegerLayers by name; ``floats`` is everything else by its
+    name
+    in the state dict, in float32, including the biases of integer layers.
+    ``files``
+    are the checked files; ``probe`` is None in folders of earlier versions.
     """
 
     plan: QuantizationPlan
@@ -103,7 +88,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Description:
-    """What the header says about the file."""
+    """The description in the file's header."""
 
     float_dtype: Literal["float16", "float32"]
     files: dict[str, str]
@@ -116,31 +101,8 @@ class _Description:
 def float_state(
     modules: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that are not the weight of a quantized layer.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-    names : iterable of str
-        Quantized layers.
-
-    Returns
-    -------
-    dict
-        The live tensors by name.
-
-    Raises
-    ------
-    CheckpointError
-        A state that is no tensor.
-
-    Example
-    -------
-    >>> modules = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
-    >>> sorted(float_state(modules, ["a"]))
-    ['a.bias', 'b.bias', 'b.weight']
-    """
+    """Returns parameters and buffers other than the weights of quantized
+    layers."""
     weights = {f"{name}.weight" for name in names}
     # The parts of a weight norm: the integer weight stands for both.
     parts = tuple(f"{name}.parametrizations.weight." for name in names)
@@ -160,27 +122,9 @@ def float_state(
 
 
 def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
-    """A tensor as it is stored.
+    """Returns a tensor as it is stored, on the CPU.
 
-    Arguments
-    ---------
-    tensor : torch.Tensor
-        Any dtype; integers stay as they are.
-    float_dtype : str
-        A key of ``FLOAT_DTYPES``. A tensor that half precision cannot hold
-        (too large, or all of it tiny) is float32 all the same.
-
-    Returns
-    -------
-    torch.Tensor
-        On the CPU.
-
-    Example
-    -------
-    >>> stored_float(torch.tensor([1.0, 2.0]), "float16").dtype
-    torch.float16
-    >>> stored_float(torch.tensor([1.0, 1e6]), "float16").dtype
-    torch.float32
+    A tensor that half precision cannot hold stays float32.
     """
     tensor = tensor.detach().cpu().contiguous()
     if not tensor.is_floating_point():
@@ -195,19 +139,7 @@ def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
 
 
 def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
-    """A layer with the bias that a checkpoint stores.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        The layer.
-    float_dtype : str
-        A key of ``FLOAT_DTYPES``.
-
-    Returns
-    -------
-    IntegerLayer
-    """
+    """Returns a layer with the bias that a checkpoint stores."""
     if layer.bias is None:
         return layer
     bias = stored_float(layer.bias, float_dtype).float()
@@ -218,29 +150,8 @@ def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
 def rounded_floats(
     modules: Mapping[str, nn.Module], names: Iterable[str], float_dtype: str
 ) -> Iterator[None]:
-    """Context in which modules have the values that a checkpoint stores, so
-    that what is evaluated is what is loaded later.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-    names : iterable of str
-        Quantized layers; their weights are left alone.
-    float_dtype : str
-        A key of ``FLOAT_DTYPES``.
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1)
-    >>> linear.bias.data.fill_(0.1)
-    tensor([0.1000])
-    >>> with rounded_floats({"a": linear}, ["a"], "float16"):
-    ...     print(f"{linear.bias.item():.6f}")
-    0.099976
-    >>> print(f"{linear.bias.item():.6f}")
-    0.100000
-    """
+    """Context in which modules have the stored values, so that evaluation uses
+    what is loaded later."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for tensor in float_state(modules, list(names)).values():
@@ -260,18 +171,7 @@ def loaded_floats(
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
 ) -> dict[str, torch.Tensor]:
-    """The floats that a checkpoint has when it is loaded.
-
-    Arguments
-    ---------
-    integers, floats, float_dtype
-        As of :func:`save_checkpoint`.
-
-    Returns
-    -------
-    dict
-        By name, on the CPU.
-    """
+    """Returns the floats that a checkpoint has when it is loaded."""
     state = {
         name: _widen(stored_float(value, float_dtype))
         for name, value in floats.items()
@@ -411,7 +311,7 @@ def _description(layer: IntegerLayer) -> dict[str, Any]:
 def _check_layers(
     layers: Mapping[str, Mapping], plan: QuantizationPlan, where: str
 ) -> None:
-    """The layers must be those that the plan quantizes, as it says."""
+    """Checks that the layers are those that the plan quantizes."""
     planned = {
         row.name: (row.kind, row.quant.weight_bits, row.quant.activation_bits)
         for row in plan.layers
@@ -452,7 +352,7 @@ def _digest_of(
     outlines: Mapping[str, torch.Tensor],
     chunks: Callable[[str], Iterable[Any]],
 ) -> str:
-    """Of tensors of which a piece at a time is there."""
+    """Digests a description and tensors that are read in chunks."""
     digest = hashlib.sha256(description.encode())
     for name in sorted(outlines):
         tensor = outlines[name]
@@ -471,7 +371,7 @@ def _file_digest(path: Path) -> str:
 
 
 def bare_name(name: Any) -> str:
-    """``plain_name`` of a checkpoint."""
+    """Returns a plain file name, or raises CheckpointError."""
     try:
         return plain_name(name)
     except ValueError as error:
@@ -560,23 +460,7 @@ def load_checkpoint(
 
 
 def signed_files(path: str | Path) -> list[str]:
-    """Names of the files that belong to a quantized model.
-
-    Arguments
-    ---------
-    path : str or Path
-        Its ``model.safetensors``.
-
-    Returns
-    -------
-    list of str
-        Plain names.
-
-    Raises
-    ------
-    CheckpointError
-        The file is no quantized model.
-    """
+    """Returns the names of the files that belong to a ``model.safetensors``."""
     path = Path(path)
     description = _read_header(path, _open(path).metadata)
     return [bare_name(name) for name in description.files]
@@ -654,8 +538,8 @@ def _layer(
     file: TensorFile,
     outlines: dict[str, torch.Tensor],
 ) -> IntegerLayer:
-    """A layer whose weight is still in the file; takes its tensors out of
-    ``outlines``, those of the file."""
+    """Reads a layer, whose weight stays in the file; removes its tensors from
+    ``outlines``."""
     _check_row(name, row)
     shape = torch.Size(row.shape)
 
@@ -707,7 +591,7 @@ def _layer(
 
 
 def _check_row(name: str, row: _Row) -> None:
-    """What a description says of a layer must be possible."""
+    """Checks that a layer's description is possible."""
     sizes, group = row.shape, row.weight_group
     plain = [getattr(row, key) == getattr(_Row, key) for key in _GEOMETRY]
     conv = row.kind == "conv1d"
@@ -732,7 +616,7 @@ def _check_row(name: str, row: _Row) -> None:
 def _check_scales(
     integers: Mapping[str, IntegerLayer], plan: QuantizationPlan
 ) -> None:
-    """The scales must be positive, and those of inputs the plan's."""
+    """Checks that scales are positive and those of inputs equal the plan's."""
     quants = plan.quants()
     for name, layer in integers.items():
         quant = quants[name]
@@ -764,7 +648,8 @@ def _check_scales(
 def _read_probe(
     file: TensorFile, outlines: dict[str, torch.Tensor]
 ) -> Probe | None:
-    """The probe, if there is one; takes its tensors out of ``outlines``."""
+    """Reads the probe, if there is one; removes its tensors from
+    ``outlines``."""
     names = [name for name in outlines if name.startswith(probes.PREFIX)]
     probes.check_size(outlines.pop(name) for name in names)
     if not names:

@@ -1,7 +1,4 @@
-"""The folder that ``EncoderASR.from_hparams`` loads: its files, written.
-
-:mod:`.describe` finds out what a recipe's Brain computes.
-"""
+"""Writes the folder that ``EncoderASR.from_hparams`` loads."""
 
 import json
 import logging
@@ -58,24 +55,11 @@ _HEADER = """\
 class RecognizerSource:
     """What a folder needs beside the weights.
 
-    Arguments
-    ---------
-    keys : tuple of str
-        Modules of the Brain, the encoder first, in the order of their use.
-    encoder : dict
-        Settings of the encoder's wrapper.
-    config : str
-        ``config.json`` of the encoder.
-    heads : dict
-        YAML of each module behind the encoder.
-    tokenizer_class, tokenizer_file : str
-        What the tokenizer is made from.
-    tokenizer : bytes
-        Content of its file.
-    blank_index : int
-        Of the CTC blank.
-    sample_rate : int
-        In Hz.
+    ``keys`` are the modules of the Brain in the order of their use, the encoder
+    first;
+    ``encoder`` the settings of its wrapper, ``config`` its ``config.json``,
+    ``heads``
+    the YAML of each module behind it.
     """
 
     keys: tuple[str, ...]
@@ -89,18 +73,8 @@ class RecognizerSource:
     sample_rate: int
 
     def spec(self, backend: str = "auto") -> RecognizerSpec:
-        """The same as data, without the weights and the configuration.
-
-        Arguments
-        ---------
-        backend : str
-            What computes where nothing else is said.
-
-        Raises
-        ------
-        ValueError
-            A head whose YAML is more than kinds and settings.
-        """
+        """Returns the description of the recognizer, without weights and
+        configuration."""
         heads = {
             key: node_of_yaml(parse_yaml(text)[key], f"heads.{key}")
             for key, text in self.heads.items()
@@ -121,15 +95,7 @@ class RecognizerSource:
         )
 
     def hyperparams(self, checksum: str, backend: str = "auto") -> str:
-        """Text of ``hyperparams.yaml``.
-
-        Arguments
-        ---------
-        checksum : str
-            Of the ``model.safetensors`` beside it.
-        backend : str
-            What computes where nothing else is said.
-        """
+        """Returns the text of ``hyperparams.yaml``."""
         encoder = json.dumps(self.encoder)
         heads = "".join(_indented(text, 8) for text in self.heads.values())
         return (
@@ -243,24 +209,8 @@ def folder_probe(
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
 ) -> Probe:
-    """The probe of a folder, from what its file holds and nothing else.
-
-    Arguments
-    ---------
-    source : RecognizerSource
-        What the folder is made from again.
-    integers : Mapping
-        Integer layers by name.
-    floats : Mapping
-        All else, from :func:`~.checkpoint.float_state`.
-    float_dtype : str
-        How it is stored.
-
-    Returns
-    -------
-    Probe
-        Computed on the CPU, in float32.
-    """
+    """Computes a folder's probe on the CPU, in float32, from what its file
+    holds."""
     integers = {name: layer.to("cpu") for name, layer in integers.items()}
     state = loaded_floats(integers, floats, float_dtype)
     settings = dict(source.encoder)
@@ -296,7 +246,7 @@ def _write_spec(
 
 
 def _backend(modules: Mapping[str, nn.Module], plan: QuantizationPlan) -> str:
-    """Where there is no choice, `auto` would choose what cannot do it."""
+    """Returns the only runtime that supports the model, or ``auto``."""
     able = runtimes_with(plan.extras)
     try:
         check_encoders(modules)
@@ -306,15 +256,5 @@ def _backend(modules: Mapping[str, nn.Module], plan: QuantizationPlan) -> str:
 
 
 def folder_size(folder: str | Path) -> int:
-    """Bytes of the model's file.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder.
-
-    Returns
-    -------
-    int
-    """
+    """Returns the bytes of the model's file."""
     return (Path(folder) / WEIGHTS_FILE).stat().st_size

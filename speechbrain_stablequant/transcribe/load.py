@@ -1,9 +1,5 @@
-"""A recognizer from a quantized folder, without executing anything in it.
-
-``EncoderASR.from_hparams`` reads ``hyperparams.yaml``, whose tags are calls.
-Here only data files are read (safetensors, JSON, labels or a SentencePiece
-model), and what they say can choose among known modules and sizes.
-"""
+"""A recognizer from a quantized folder: :func:`load` and
+:class:`Recognizer`."""
 
 import math
 from collections.abc import Mapping
@@ -86,7 +82,7 @@ class Recognizer:
 
     @property
     def runtime(self) -> str | None:
-        """The runtime that computes; None before the first batch."""
+        """The runtime in use; None before the first batch."""
         return self.model.runtime
 
     def transcribe_file(self, path: str | Path) -> str:
