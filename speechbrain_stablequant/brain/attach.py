@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from ..config import ConfigError, QuantizeConfig
 from ..core.integer_layer import integer_layer
-from ..folder.weights_file import PLAN_FILE, stored_layer
+from ..folder.stored_floats import stored_layer
+from ..folder.weights_file import PLAN_FILE
 from ..folder.write import write_folder
 from ..methods import make_plan
 from ..methods.session import Session

@@ -14,7 +14,7 @@ from ..core.histogram import Histogram
 from ..core.integer_layer import IntegerLayer
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
-from ..folder.weights_file import rounded_floats
+from ..folder.stored_floats import rounded_floats
 from ..folder.write import RecognizerSource, folder_size
 from ..model.layers import Layer, find_encoders
 from ..report import comparison_figures, summary_table, write_report

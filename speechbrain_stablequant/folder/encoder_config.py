@@ -14,7 +14,7 @@ from torch import nn
 
 from ..utils.files import read_json
 from ..utils.typed import one_line, short, typed
-from .weights_file import CheckpointError
+from .errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 #: Families of encoders that take in a waveform.

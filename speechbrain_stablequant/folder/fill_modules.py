@@ -9,10 +9,8 @@ from torch.nn.utils import parametrize
 from ..core.integer_layer import IntegerLayer, layer_geometry
 from ..model.rotation import attach_rotations, rotation_of
 from ..utils.typed import one_line
-from .weights_file import (
-    CheckpointError,
-    float_state,
-)
+from .errors import CheckpointError
+from .stored_floats import float_state
 
 
 def fill_modules(

@@ -16,10 +16,10 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from ..runtimes.options import check_options
 from ..runtimes.registry import RUNTIMES
 from ..utils.typed import one_line, short
+from .errors import CheckpointError
 from .recognizer import QuantizedRecognizer
 from .recognizer_spec import RecognizerSpec, read_spec
 from .tokenizer_file import read_tokenizer
-from .weights_file import CheckpointError
 
 _BACKENDS = ("auto", *RUNTIMES)
 

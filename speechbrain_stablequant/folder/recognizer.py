@@ -29,13 +29,9 @@ from ..runtimes.probe_networks import chain
 from ..runtimes.registry import RUNTIMES
 from ..utils import forks
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
+from .errors import CheckpointError
 from .fill_modules import fill_modules
-from .weights_file import (
-    WEIGHTS_FILE,
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-)
+from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
 
 logger = logging.getLogger(__name__)
 

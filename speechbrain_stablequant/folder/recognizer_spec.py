@@ -16,8 +16,8 @@ from torch import nn
 from ..utils.files import plain_name, read_file, read_json
 from ..utils.typed import one_line, short, typed
 from ..utils.yaml_tree import Tagged, parse_yaml
+from .errors import CheckpointError
 from .module_tree import Node, build_module, node_of_json, node_of_yaml
-from .weights_file import CheckpointError
 
 RECOGNIZER_FILE = "recognizer.json"
 HYPERPARAMS_FILE = "hyperparams.yaml"

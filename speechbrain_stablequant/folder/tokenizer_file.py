@@ -11,7 +11,7 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 
 from ..utils.files import read_file
 from ..utils.typed import one_line, short, typed
-from .weights_file import CheckpointError
+from .errors import CheckpointError
 
 # Larger than any; SpeechBrain reads labels as Python literals, line by line.
 _MAX_BYTES = 1 << 26

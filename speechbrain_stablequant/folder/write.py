@@ -30,12 +30,8 @@ from .recognizer_spec import (
     EncoderSettings,
     RecognizerSpec,
 )
-from .weights_file import (
-    WEIGHTS_FILE,
-    float_state,
-    loaded_floats,
-    save_checkpoint,
-)
+from .stored_floats import float_state, loaded_floats
+from .weights_file import WEIGHTS_FILE, save_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,8 @@ from speechbrain_stablequant.core.plan import (
     LayerQuant,
     QuantizationPlan,
 )
-from speechbrain_stablequant.folder.weights_file import (
-    float_state,
-    save_checkpoint,
-)
+from speechbrain_stablequant.folder.stored_floats import float_state
+from speechbrain_stablequant.folder.weights_file import save_checkpoint
 from speechbrain_stablequant.model.layers import find_layers
 
 FAMILIES = {

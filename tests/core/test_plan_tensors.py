@@ -23,11 +23,13 @@ from speechbrain_stablequant.core.plan_tensors import (
 )
 from speechbrain_stablequant.core.weights import restore_weight, weight_scale
 from speechbrain_stablequant.folder.fill_modules import fill_modules
-from speechbrain_stablequant.folder.weights_file import (
+from speechbrain_stablequant.folder.stored_floats import (
     float_state,
+    stored_layer,
+)
+from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
     save_checkpoint,
-    stored_layer,
 )
 from speechbrain_stablequant.methods.search.journal import evaluation_key
 from speechbrain_stablequant.model.layers import Layer, find_layers

@@ -38,10 +38,8 @@ from speechbrain_stablequant.core.plan_tensors import (
     AdjustedTensors,
     LayerTensors,
 )
-from speechbrain_stablequant.folder.weights_file import (
-    CheckpointError,
-    load_checkpoint,
-)
+from speechbrain_stablequant.folder.errors import CheckpointError
+from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.methods.search import Journal, Score
 from speechbrain_stablequant.methods.session import calibration
 from speechbrain_stablequant.model.wrapper import StoredEncoder

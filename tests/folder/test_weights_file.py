@@ -18,13 +18,15 @@ from speechbrain_stablequant.core.plan import (
     QuantizationPlan,
 )
 from speechbrain_stablequant.folder import weights_file as checkpoint
-from speechbrain_stablequant.folder.weights_file import (
-    CheckpointError,
+from speechbrain_stablequant.folder.errors import CheckpointError
+from speechbrain_stablequant.folder.stored_floats import (
     float_state,
-    load_checkpoint,
     rounded_floats,
-    save_checkpoint,
     stored_float,
+)
+from speechbrain_stablequant.folder.weights_file import (
+    load_checkpoint,
+    save_checkpoint,
 )
 from speechbrain_stablequant.model.layers import find_layers
 

@@ -19,11 +19,9 @@ from trained_recipe import RECIPE
 
 from speechbrain_stablequant.core.error_rates import Transcript, score
 from speechbrain_stablequant.folder import recognizer as recognizer_module
-from speechbrain_stablequant.folder.weights_file import (
-    CheckpointError,
-    load_checkpoint,
-    rounded_floats,
-)
+from speechbrain_stablequant.folder.errors import CheckpointError
+from speechbrain_stablequant.folder.stored_floats import rounded_floats
+from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import resolve_backend

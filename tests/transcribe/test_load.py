@@ -14,8 +14,8 @@ from torch import nn
 
 import speechbrain_stablequant
 from speechbrain_stablequant.folder import recognizer
+from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.recognizer_spec import read_spec
-from speechbrain_stablequant.folder.weights_file import CheckpointError
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.transcribe.load import load
 

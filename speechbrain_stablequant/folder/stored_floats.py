@@ -1,0 +1,106 @@
+"""What stays floating point in a quantized model, and how it is stored."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..core.integer_layer import IntegerLayer
+from .errors import CheckpointError
+
+FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+# Of the largest value of a tensor: what half precision loses by rounding.
+_HALF_ERROR = 2**-11
+
+
+def float_state(
+    modules: Mapping[str, nn.Module], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Returns parameters and buffers other than the weights of quantized
+    layers."""
+    weights = {f"{name}.weight" for name in names}
+    # The parts of a weight norm: the integer weight stands for both.
+    parts = tuple(f"{name}.parametrizations.weight." for name in names)
+    state = {}
+    for key, module in modules.items():
+        for name, tensor in module.state_dict(prefix=f"{key}.").items():
+            if name in weights or name.startswith(parts):
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"{name}: is a {type(tensor).__name__}, which cannot be "
+                    "stored without pickle; leave the module out of the "
+                    "recipe's `modules`"
+                )
+            state[name] = tensor.detach()
+    return state
+
+
+def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
+    """Returns a tensor as it is stored, on the CPU.
+
+    A tensor that half precision cannot hold stays float32.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.float()
+    if float_dtype == "float32" or tensor.numel() == 0:
+        return tensor
+    half = tensor.half()
+    error = (half.float() - tensor).abs().max()
+    # Also false for NaN: it stays visible as it is.
+    return half if error <= _HALF_ERROR * tensor.abs().max() else tensor
+
+
+def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
+    """Returns a layer with the bias that a checkpoint stores."""
+    if layer.bias is None:
+        return layer
+    bias = stored_float(layer.bias, float_dtype).float()
+    return replace(layer, bias=bias.to(layer.bias.device))
+
+
+@contextmanager
+def rounded_floats(
+    modules: Mapping[str, nn.Module], names: Iterable[str], float_dtype: str
+) -> Iterator[None]:
+    """Context in which modules have the stored values, so that evaluation uses
+    what is loaded later."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for tensor in float_state(modules, list(names)).values():
+            stored = stored_float(tensor, float_dtype)
+            if stored.dtype == torch.float16:
+                kept.append((tensor, tensor.clone()))
+                tensor.copy_(stored)
+        yield
+    finally:
+        # The first copy of a shared tensor is the original: it comes last.
+        for tensor, original in reversed(kept):
+            tensor.copy_(original)
+
+
+def loaded_floats(
+    integers: Mapping[str, IntegerLayer],
+    floats: Mapping[str, torch.Tensor],
+    float_dtype: str,
+) -> dict[str, torch.Tensor]:
+    """Returns the floats that a checkpoint has when it is loaded."""
+    state = {
+        name: widened(stored_float(value, float_dtype))
+        for name, value in floats.items()
+    }
+    for name, layer in integers.items():
+        if layer.bias is not None:
+            bias = stored_float(layer.bias, float_dtype)
+            state[f"{name}.bias"] = widened(bias)
+    return state
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
