@@ -18,13 +18,13 @@ for bit, and an integer runtime can be compared exactly with the simulation.
 
 import torch
 
-#: Smallest amax: a dead channel or silence must not give a scale of 0.
+#: Smallest amax, so that a dead channel or silence has no scale of 0.
 MIN_AMAX = 1e-8
 
-#: Widths that are supported.
+#: Supported widths.
 MIN_BITS, MAX_BITS = 2, 8
 
-#: GELU is nowhere below this (its minimum is -0.16997).
+#: Lower bound of GELU (its minimum is -0.16997).
 GELU_MIN = -0.17
 
 

@@ -1,7 +1,7 @@
 """Integers of 2 to 8 bits as bytes on disk, b bits each.
 
 Eight values of b bits make one word of b bytes, lowest bits first, so that 6
-bits really take 6 bits. Values of 8 bits are stored as they are.
+bits take exactly 6 bits. Values of 8 bits are stored as they are.
 """
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from ..utils.memory import transient
 from .affine import qmax
 
-# Values that share a word.
+# Values per word.
 _GROUP = 8
-# Words that are unpacked at a time: what is between stays small.
+# Words unpacked at a time, to keep temporaries small.
 _ROWS = 1 << 13
 
 

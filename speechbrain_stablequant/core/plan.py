@@ -1,5 +1,4 @@
-"""The decisions of a quantization run: what was chosen for each layer, and
-why."""
+"""The decisions of a quantization run for each layer, with reasons."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from .plan_tensors import AdjustedTensors
 
 PLAN_FORMAT = 1
 
-# Of float32, in which all of it is computed.
+# Largest float32.
 _LARGEST = 3.4028234663852886e38
 _MAX_NAME = 500
 
@@ -33,15 +32,15 @@ class LayerQuant:
     activation_bits : int
         Bits of the layer's input, one static scale.
     activation_amax : float
-        Largest \\|input\\| that is represented.
+        Largest magnitude of the input that is represented.
     weight_method : str
         ``"max"`` or ``"mse"``: the calibrator of the weight's channels.
     activation_offset : float
-        Subtracted from the input before it is quantized, so that a lopsided
-        input uses all integers; a whole number of quantization steps.
+        Subtracted from the input before quantization, so that an asymmetric
+        input uses all integers; a whole number of steps.
     weight_group : int
-        0: one weight scale per output channel. Else so many neighboring
-        inputs of a Linear share one.
+        Neighboring inputs of a Linear that share a weight scale; 0: one scale
+        per output channel.
     """
 
     weight_bits: int
@@ -118,9 +117,9 @@ class LayerPlan:
     quant : LayerQuant or None
         None: the layer stays float.
     observed_max : float
-        Largest \\|input\\| seen in calibration.
+        Largest magnitude of the input in calibration.
     cutoff : float
-        Cut-off ratio in percent; 100 means that nothing was cut.
+        Clipping percentile; 100: nothing is clipped.
     reason : str
         One sentence.
     """
@@ -136,7 +135,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What the search found out about one unit.
+    """What the search measured for one unit.
 
     Arguments
     ---------
@@ -148,11 +147,11 @@ class UnitPlan:
     delta_wer_ci : list of float or None
         Ends of the difference's paired interval, at the level of the search.
     selected : bool
-        Whether the unit's outliers were searched.
+        Whether the unit's clipping percentile was searched.
     cutoff : float
-        Chosen cut-off ratio in percent.
+        Chosen clipping percentile.
     curve : list of dict
-        ``{"cutoff", "wer", "secondary", "complete"}`` for each ratio tried;
+        ``{"cutoff", "wer", "secondary", "complete"}`` by percentile tried;
         with ``complete`` false, ``wer`` is a lower bound.
     """
 
@@ -240,8 +239,8 @@ class QuantizationPlan:
     layers : list of LayerPlan
         In network order.
     tensors : AdjustedTensors or None
-        What a method decided beyond numbers: integers, biases, parameters of
-        normalizations. Kept in a file beside the plan's.
+        Integers and float parameters that a method decided, in a file of
+        their own.
     """
 
     method: str
@@ -270,7 +269,7 @@ class QuantizationPlan:
         return frozenset().union(*(q.extras for q in self.quants().values()))
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, whole or not at all.
+        """Writes the plan as JSON, atomically.
 
         Arguments
         ---------
@@ -310,8 +309,8 @@ class QuantizationPlan:
         path : str or Path
             A ``plan.json``.
         with_tensors : bool
-            Whether the tensors beside it are read as well; a quantized
-            folder's own file has them already.
+            Whether to read the tensors beside it; the weights file of a
+            folder contains them already.
 
         Returns
         -------
@@ -320,8 +319,7 @@ class QuantizationPlan:
         Raises
         ------
         ValueError
-            The file or that of its tensors is missing, damaged or something
-            else.
+            Either file is missing, damaged or something else.
         """
         raw = read_json(path, "quantization plan")
         if not isinstance(raw, dict) or raw.get("format") != PLAN_FORMAT:
@@ -361,9 +359,8 @@ class QuantizationPlan:
             ("unit", parts["units"]),
             ("layer", parts["layers"]),
         ):
-            twice = [
-                n for n, c in Counter(r.name for r in rows).items() if c > 1
-            ]
+            names = Counter(row.name for row in rows)
+            twice = [name for name, count in names.items() if count > 1]
             if twice:
                 raise ValueError(f"{kind} '{twice[0]}' is there twice")
         # Units and layers are checked; here the keys and all else.

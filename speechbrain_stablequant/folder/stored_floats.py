@@ -11,9 +11,7 @@ from ..core.integer_layer import IntegerLayer
 from .errors import CheckpointError
 
 FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-# Of the largest value of a tensor: what half precision loses by rounding.
+# Relative to a tensor's largest value: the rounding error of half precision.
 _HALF_ERROR = 2**-11
 
 

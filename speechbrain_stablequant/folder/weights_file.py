@@ -10,16 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
-from ..core.affine import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from ..core.integer_layer import IntegerLayer
-from ..core.packing import check_packed, pack, unpack
+from ..core.packing import pack
 from ..core.plan import QuantizationPlan
 from ..runtimes import probe as probes
 from ..runtimes.probe import Probe
@@ -27,6 +25,7 @@ from ..utils.files import parse_json, plain_name, write_atomic
 from ..utils.tensor_bytes import tensors_to_bytes
 from ..utils.typed import one_line, short, typed
 from .errors import CheckpointError
+from .layer_row import LayerRow, check_scales, describe_layer, read_layer
 from .stored_floats import FLOAT_DTYPES, stored_float, widened
 from .tensor_file import TensorFile
 
@@ -35,11 +34,6 @@ FORMAT = "speechbrain_stablequant"
 VERSION, VERSION_WITHOUT_PROBE = 2, 1
 WEIGHTS_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
-
-
-_GEOMETRY = ("stride", "padding", "dilation", "groups")
-# Not there where a layer does not use them.
-_EXTRAS = ("activation_offset", "weight_group")
 
 
 @dataclass(frozen=True)
@@ -63,29 +57,12 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A layer in the description of the file."""
-
-    kind: Literal["linear", "conv1d"]
-    weight_bits: int
-    activation_bits: int
-    shape: list[int]
-    bias: bool
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-    activation_offset: float = 0.0
-    weight_group: int = 0
-
-
-@dataclass(frozen=True)
 class _Description:
     """The description in the file's header."""
 
     float_dtype: Literal["float16", "float32"]
     files: dict[str, str]
-    layers: dict[str, _Row]
+    layers: dict[str, LayerRow]
 
 
 # -- writing ---------------------------------------------------------------
@@ -105,7 +82,7 @@ def save_checkpoint(
     Arguments
     ---------
     folder : str or Path
-        Where to. Must exist.
+        An existing folder.
     plan : QuantizationPlan
         What was decided.
     integers : Mapping
@@ -116,8 +93,7 @@ def save_checkpoint(
     float_dtype : str
         ``"float16"`` or ``"float32"``.
     companions : iterable of str
-        Files of the folder that belong to the model: their content is
-        checked when it is loaded.
+        Files of the folder whose content is checked on loading.
     probe : Probe or None
         A short input with its answer, for runtimes to prove themselves.
 
@@ -130,14 +106,6 @@ def save_checkpoint(
     ------
     CheckpointError
         The layers are not those of the plan.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], [])
-    >>> _ = save_checkpoint(folder, plan, {}, {"a": torch.ones(2)})
-    >>> load_checkpoint(folder).floats
-    {'a': tensor([1., 1.])}
     """
     folder = Path(folder)
     if float_dtype not in FLOAT_DTYPES:
@@ -146,7 +114,7 @@ def save_checkpoint(
             f"{', '.join(FLOAT_DTYPES)}"
         )
     _check_layers(
-        {name: _description(layer) for name, layer in integers.items()},
+        {name: describe_layer(layer) for name, layer in integers.items()},
         plan,
         "the model to save",
     )
@@ -159,7 +127,7 @@ def save_checkpoint(
         {
             "float_dtype": float_dtype,
             "files": files,
-            "layers": {n: _description(x) for n, x in integers.items()},
+            "layers": {n: describe_layer(x) for n, x in integers.items()},
         },
         sort_keys=True,
     )
@@ -195,22 +163,6 @@ def _tensors(
             tensors[f"{name}.bias"] = stored_float(layer.bias, float_dtype)
     # Tied tensors are stored twice: one file must not share memory.
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _description(layer: IntegerLayer) -> dict[str, Any]:
-    row = {
-        "kind": layer.kind,
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits,
-        "shape": list(layer.weight.shape),
-        "bias": layer.bias is not None,
-    }
-    if layer.kind == "conv1d":
-        row.update({key: getattr(layer, key) for key in _GEOMETRY})
-    for key in _EXTRAS:
-        if getattr(layer, key):
-            row[key] = getattr(layer, key)
-    return row
 
 
 def _check_layers(
@@ -309,8 +261,7 @@ def load_checkpoint(
     Raises
     ------
     CheckpointError
-        One line that says which file is missing, damaged, mixed up, of
-        another version or something else altogether.
+        A file is missing, damaged, mixed up, of another version or foreign.
     """
     path = Path(folder) / WEIGHTS_FILE
     file = _open(path)
@@ -335,10 +286,10 @@ def load_checkpoint(
     _check_layers(rows, plan, str(path))
     try:
         integers = {
-            name: _layer(name, row, file, outlines)
+            name: read_layer(name, row, file, outlines)
             for name, row in description.layers.items()
         }
-        _check_scales(integers, plan)
+        check_scales(integers, plan)
         probe = _read_probe(file, outlines)
         if (probe is not None) != (file.metadata["version"] == str(VERSION)):
             raise ValueError("its version is not that of its probe")
@@ -389,8 +340,7 @@ def _open(path: Path) -> TensorFile:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: is damaged or no safetensors file ({one_line(error)}); "
-            "copy or "
-            "make it again"
+            "copy or make it again"
         ) from error
 
 
@@ -437,119 +387,6 @@ def _check_companion(file: Path, digest: str, path: Path) -> None:
         )
 
 
-def _layer(
-    name: str,
-    row: _Row,
-    file: TensorFile,
-    outlines: dict[str, torch.Tensor],
-) -> IntegerLayer:
-    """Reads a layer, whose weight stays in the file; removes its tensors from
-    ``outlines``."""
-    _check_row(name, row)
-    shape = torch.Size(row.shape)
-
-    def outline(part: str) -> torch.Tensor:
-        if f"{name}.{part}" not in outlines:
-            raise ValueError(f"there is no tensor '{name}.{part}'")
-        return outlines.pop(f"{name}.{part}")
-
-    def take(part: str) -> torch.Tensor:
-        dtype = outline(part).dtype
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"layer '{name}': {part} is {dtype}")
-        return file.read(f"{name}.{part}")
-
-    weight_scale = take("weight_scale")
-    activation_scale = take("activation_scale")
-    bias = take("bias") if row.bias else None
-    group = row.weight_group
-    scales = (shape[0], shape[1] // group) if group else shape[:1]
-    for part, tensor, expected in (
-        ("weight_scale", weight_scale, scales),
-        ("activation_scale", activation_scale, activation_scale.shape[:1]),
-        ("bias", bias, shape[:1]),
-    ):
-        if tensor is not None and tensor.shape != expected:
-            raise ValueError(
-                f"layer '{name}': {part} has shape {list(tensor.shape)}, "
-                f"the weight needs {list(expected)}"
-            )
-    if activation_scale.numel() != 1:
-        raise ValueError(f"layer '{name}': activation_scale is not one value")
-    bits = row.weight_bits
-    try:
-        check_packed(outline("weight"), bits, shape)
-    except ValueError as error:
-        raise ValueError(f"layer '{name}': {error}") from error
-    return IntegerLayer(
-        name=name,
-        kind=row.kind,
-        weight=torch.empty(shape, dtype=torch.int8, device="meta"),
-        weight_scale=weight_scale,
-        weight_bits=bits,
-        activation_scale=activation_scale,
-        activation_bits=row.activation_bits,
-        bias=None if bias is None else bias.float(),
-        read=partial(_read_weight, file, f"{name}.weight", bits, shape),
-        **{key: getattr(row, key) for key in _GEOMETRY + _EXTRAS},
-    )
-
-
-def _check_row(name: str, row: _Row) -> None:
-    """Checks that a layer's description is possible."""
-    sizes, group = row.shape, row.weight_group
-    plain = [getattr(row, key) == getattr(_Row, key) for key in _GEOMETRY]
-    conv = row.kind == "conv1d"
-    checks = {
-        "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
-        "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS,
-        "shape": len(sizes) == (3 if conv else 2) and min(sizes) > 0,
-        "stride": row.stride > 0,
-        "padding": row.padding >= 0,
-        "dilation": row.dilation > 0,
-        "groups": row.groups > 0 and sizes[0] % row.groups == 0,
-        "kind": conv or all(plain),
-        "weight_group": group == 0
-        or (group > 0 and not conv and sizes[1] % group == 0),
-    }
-    for key, good in checks.items():
-        if not good:
-            value = short(getattr(row, key))
-            raise ValueError(f"layer '{name}': {key} cannot be {value}")
-
-
-def _check_scales(
-    integers: Mapping[str, IntegerLayer], plan: QuantizationPlan
-) -> None:
-    """Checks that scales are positive and those of inputs equal the plan's."""
-    quants = plan.quants()
-    for name, layer in integers.items():
-        quant = quants[name]
-        scale = layer.weight_scale
-        if not (scale.isfinite().all() and (scale > 0).all()):
-            raise ValueError(
-                f"layer '{name}': weight_scale has a value that is not positive"
-            )
-        planned = scale_from_amax(
-            torch.tensor(quant.activation_amax), quant.activation_bits
-        )
-        if not torch.allclose(
-            layer.activation_scale.reshape(()), planned, rtol=1e-5, atol=0
-        ):
-            raise ValueError(
-                f"layer '{name}': its inputs have the scale "
-                f"{float(layer.activation_scale):g}, in {PLAN_FILE} it is "
-                f"{float(planned):g}"
-            )
-        for key in _EXTRAS:
-            here, there = getattr(layer, key), getattr(quant, key)
-            if here != there:
-                raise ValueError(
-                    f"layer '{name}': its {key} is {here:g}, in {PLAN_FILE} "
-                    f"it is {there:g}"
-                )
-
-
 def _read_probe(
     file: TensorFile, outlines: dict[str, torch.Tensor]
 ) -> Probe | None:
@@ -560,15 +397,3 @@ def _read_probe(
     if not names:
         return None
     return Probe.from_tensors({name: file.read(name) for name in names})
-
-
-def _read_weight(
-    file: TensorFile, name: str, bits: int, shape: torch.Size
-) -> torch.Tensor:
-    weight = unpack(file.read(name), bits, shape)
-    if int(weight.min()) < -qmax(bits):
-        raise CheckpointError(
-            f"{file.path}: '{name}' holds {int(weight.min())}, beyond the "
-            f"range of {bits} bits; make it again"
-        )
-    return weight

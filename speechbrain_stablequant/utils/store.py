@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .files import json_text, parse_json, read_file, remove_stale, write_atomic
+from .private_files import made_private, only_own, owned
 from .tensor_bytes import (
     bytes_to_tensors,
     metadata_of,
@@ -49,8 +50,7 @@ class Store:
         self._unwritten: dict[str, bytes] = {}
         self._unwritten_rows: dict[str, list[bytes]] = {}
         self._below: dict[str, Store] = {}
-        #: Whether it was said that something cannot be written; shared with
-        #: the stores below.
+        # Files that could not be written; shared with the stores below.
         self._complaints: list[str] = []
         if private and self.folder is not None and not self._is_own():
             self.folder = None
@@ -249,9 +249,9 @@ class Store:
                 return read_file(path)
             if path.exists() and not path.is_file():
                 return self._damaged(name, what, "is no regular file")
-            # The file that is checked is the one that is read.
+            # Check the file that is read, not its name.
             with open(path, "rb") as file:
-                if not _only_own(os.fstat(file.fileno())):
+                if not only_own(os.fstat(file.fileno())):
                     return self._damaged(
                         name, what, "another user owns it or may write it"
                     )
@@ -351,10 +351,10 @@ class Store:
         else:
             if not stat.S_ISDIR(state.st_mode):
                 reason = "it is no folder"
-            elif not _owned(state):
+            elif not owned(state):
                 reason = "another user owns it"
             else:
-                reason = _made_private(self.folder, state)
+                reason = made_private(self.folder, state)
                 if reason is None:
                     return True
         logger.warning(
@@ -393,27 +393,3 @@ def cache_folder() -> Path | None:
 def _digest(content: Any) -> str:
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _owned(state: os.stat_result) -> bool:
-    """Whether this user owns a file, where the system tells."""
-    return os.name != "posix" or state.st_uid == os.geteuid()
-
-
-def _made_private(folder: Path, state: os.stat_result) -> str | None:
-    """Makes a folder private; returns the reason if it stays writable by
-    others."""
-    if os.name != "posix" or not state.st_mode & 0o077:
-        return None
-    try:
-        os.chmod(folder, 0o700)
-    except OSError as error:
-        if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return f"others may write it: {error.strerror}"
-    return None
-
-
-def _only_own(state: os.stat_result) -> bool:
-    """Whether no other user can have written a file."""
-    others = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return _owned(state) and (os.name != "posix" or not others)
