@@ -1,8 +1,7 @@
 """A wav2vec 2.0 or HuBERT encoder as data: what every runtime executes.
 
-The same description is taken from a live model and its integer layers, or
-from a model that was loaded from a quantized folder and whose quantized
-weights do not exist as floats (its parameters are on the ``meta`` device).
+It is taken from a live model and its integer layers, or from the skeleton of a
+quantized folder, whose parameters are on the ``meta`` device.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,22 +20,12 @@ AnyLayer = IntegerLayer | FloatLayer
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm over channels, or GroupNorm with one channel a group.
+    """LayerNorm over channels, or GroupNorm with one channel per group."""
 
-    Arguments
-    ---------
-    weight, bias : torch.Tensor
-        float32 [channels].
-    eps : float
-        Added to the variance.
-    over_time : bool
-        True for the GroupNorm of base models' first convolution: each channel
-        of each utterance is normalized over time.
-    """
-
-    weight: torch.Tensor = field(repr=False)
-    bias: torch.Tensor = field(repr=False)
+    weight: torch.Tensor = field(repr=False)  # float32 [channels]
+    bias: torch.Tensor = field(repr=False)  # float32 [channels]
     eps: float
+    # GroupNorm of base models' first convolution, over time
     over_time: bool = False
 
 
@@ -67,7 +56,7 @@ class BlockSpec:
     down: AnyLayer
 
     def layers(self) -> tuple[AnyLayer, ...]:
-        """The six layers in the order of their use."""
+        """The six layers in execution order."""
         return (
             self.query,
             self.key,
@@ -135,7 +124,7 @@ class EncoderSpec:
     def with_layers(
         self, change: Callable[[AnyLayer], AnyLayer]
     ) -> "EncoderSpec":
-        """The same encoder with other layers in the places of its own."""
+        """The same encoder with each layer replaced by ``change(layer)``."""
         blocks = []
         for block in self.blocks:
             names = ("query", "key", "value", "out", "up", "down")
@@ -152,14 +141,14 @@ class EncoderSpec:
         )
 
     def frames(self, samples: int) -> int:
-        """Frames that the convolutions make of so many samples."""
+        """Number of frames that the convolutions produce."""
         for stage in self.convs:
             kernel = stage.conv.weight.shape[-1]
             samples = max((samples - kernel) // stage.conv.stride + 1, 0)
         return samples
 
 
-#: What an encoder must have to be described, by place; ``*`` is each item.
+#: Attribute paths that an encoder must have; ``*`` stands for each item.
 _PARTS = (
     "feature_extractor.conv_layers.*.conv",
     "feature_extractor.conv_layers.*.activation",
@@ -183,7 +172,7 @@ _PARTS = (
 
 
 def _has(owner: Any, path: str) -> bool:
-    """Whether there is something at a dotted place."""
+    """Whether an attribute path exists; ``*`` stands for each item."""
     part, _, rest = path.partition(".")
     if part == "*":
         return all(_has(item, rest) for item in owner)
@@ -208,7 +197,7 @@ def _unsupported(where: str, what: str, known: str = "") -> ValueError:
 
 
 def _check_plain(module: nn.Module, kind: type[nn.Module], where: str) -> None:
-    """Adapters, for instance, take the place of a layer and hold it."""
+    """Refuse subclasses with their own forward, such as adapters."""
     if not isinstance(module, kind) or type(module).forward != kind.forward:
         raise _unsupported(
             where, type(module).__name__, f"a plain {kind.__name__}"
@@ -243,6 +232,61 @@ def _check_gelu(module: nn.Module, where: str) -> None:
         raise _unsupported(where, f"activation {said}", "GELU")
 
 
+class _Reader:
+    """Describes the parts of an encoder, see :func:`describe_encoder`."""
+
+    def __init__(
+        self, model: nn.Module, path: str, integers: Mapping[str, IntegerLayer]
+    ):
+        self.path, self.integers = path, integers
+        self.names = {id(m): f"{path}.{n}" for n, m in model.named_modules()}
+
+    def layer(self, module: nn.Module, kind: type[nn.Module]) -> AnyLayer:
+        name = self.names[id(module)]
+        _check_plain(module, kind, name)
+        found = self.integers.get(name)
+        return float_layer(name, module) if found is None else found
+
+    def linear(self, module: nn.Module) -> AnyLayer:
+        return self.layer(module, nn.Linear)
+
+    def norm(self, module: nn.Module | None) -> Norm | None:
+        return module and _norm(module, self.names[id(module)])
+
+    def conv(self, stage: nn.Module) -> ConvSpec:
+        _check_gelu(stage.activation, f"{self.path}.feature_extractor")
+        norm = self.norm(getattr(stage, "layer_norm", None))
+        conv = self.layer(stage.conv, nn.Conv1d)
+        if norm is not None and norm.over_time:
+            # Every call reads its weight, see runtimes/group_norm.py.
+            conv = conv.loaded()
+        return ConvSpec(conv, norm)
+
+    def position(self, embedding: nn.Module) -> AnyLayer:
+        _check_gelu(embedding.activation, f"{self.path}.pos_conv_embed")
+        if getattr(embedding, "batch_norm", None) is not None:
+            where = f"{self.path}.encoder.pos_conv_embed"
+            raise _unsupported(where, "batch norm")
+        return self.layer(embedding.conv, nn.Conv1d)
+
+    def block(self, block: nn.Module) -> BlockSpec:
+        if getattr(block, "adapter_layer", None) is not None:
+            where = f"{self.path}.encoder.layers"
+            raise _unsupported(where, "an attention adapter")
+        attention, forward = block.attention, block.feed_forward
+        _check_gelu(forward.intermediate_act_fn, f"{self.path}.feed_forward")
+        return BlockSpec(
+            norm1=self.norm(block.layer_norm),
+            query=self.linear(attention.q_proj),
+            key=self.linear(attention.k_proj),
+            value=self.linear(attention.v_proj),
+            out=self.linear(attention.out_proj),
+            norm2=self.norm(block.final_layer_norm),
+            up=self.linear(forward.intermediate_dense),
+            down=self.linear(forward.output_dense),
+        )
+
+
 def describe_encoder(
     model: nn.Module, path: str, integers: Mapping[str, IntegerLayer]
 ) -> EncoderSpec:
@@ -271,69 +315,24 @@ def describe_encoder(
     """
 
     _check_parts(model, path)
-    names = {id(m): f"{path}.{n}" for n, m in model.named_modules()}
-
-    def layer(module: nn.Module, kind: type[nn.Module]) -> AnyLayer:
-        name = names[id(module)]
-        _check_plain(module, kind, name)
-        found = integers.get(name)
-        return float_layer(name, module) if found is None else found
-
-    def linear(module: nn.Module) -> AnyLayer:
-        return layer(module, nn.Linear)
-
-    def norm_of(module: nn.Module) -> Norm:
-        return _norm(module, names[id(module)])
-
-    encoder = model.encoder
-    convs = []
-    for stage in model.feature_extractor.conv_layers:
-        _check_gelu(stage.activation, f"{path}.feature_extractor")
-        norm = getattr(stage, "layer_norm", None)
-        norm = norm and norm_of(norm)
-        conv = layer(stage.conv, nn.Conv1d)
-        if norm is not None and norm.over_time:
-            # It is computed with at every call, not only taken in.
-            conv = conv.loaded()
-        convs.append(ConvSpec(conv, norm))
-    _check_gelu(encoder.pos_conv_embed.activation, f"{path}.pos_conv_embed")
-    if getattr(encoder.pos_conv_embed, "batch_norm", None) is not None:
-        raise _unsupported(f"{path}.encoder.pos_conv_embed", "batch norm")
+    read = _Reader(model, path, integers)
+    encoder, projection = model.encoder, model.feature_projection
     if getattr(model, "adapter", None) is not None:
         raise _unsupported(f"{path}.adapter", "a convolutional adapter")
-    blocks = []
-    for block in encoder.layers:
-        if getattr(block, "adapter_layer", None) is not None:
-            raise _unsupported(f"{path}.encoder.layers", "an attention adapter")
-        forward = block.feed_forward
-        _check_gelu(forward.intermediate_act_fn, f"{path}.feed_forward")
-        blocks.append(
-            BlockSpec(
-                norm1=norm_of(block.layer_norm),
-                query=linear(block.attention.q_proj),
-                key=linear(block.attention.k_proj),
-                value=linear(block.attention.v_proj),
-                out=linear(block.attention.out_proj),
-                norm2=norm_of(block.final_layer_norm),
-                up=linear(forward.intermediate_dense),
-                down=linear(forward.output_dense),
-            )
-        )
     rotation, pre_norm = rotation_of(encoder), model.config.do_stable_layer_norm
     if rotation is not None and not pre_norm:
         raise ValueError(
             f"{path}.encoder: a rotated stream needs blocks that normalize "
             "before each sublayer (do_stable_layer_norm); leave that switch off"
         )
-    projection_norm = getattr(model.feature_projection, "layer_norm", None)
     return EncoderSpec(
-        convs=tuple(convs),
-        projection_norm=projection_norm and norm_of(projection_norm),
-        projection=linear(model.feature_projection.projection),
-        pos_conv=layer(encoder.pos_conv_embed.conv, nn.Conv1d),
+        convs=tuple(map(read.conv, model.feature_extractor.conv_layers)),
+        projection_norm=read.norm(getattr(projection, "layer_norm", None)),
+        projection=read.linear(projection.projection),
+        pos_conv=read.position(encoder.pos_conv_embed),
         pos_trim=encoder.pos_conv_embed.padding.num_pad_remove,
-        norm=norm_of(encoder.layer_norm),
-        blocks=tuple(blocks),
+        norm=read.norm(encoder.layer_norm),
+        blocks=tuple(map(read.block, encoder.layers)),
         num_heads=model.config.num_attention_heads,
         pre_norm=bool(pre_norm),
         rotation=rotation,
@@ -341,18 +340,7 @@ def describe_encoder(
 
 
 def check_encoders(modules: Mapping[str, nn.Module]) -> None:
-    """Raises if the integer runtimes do not compute an encoder.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules of a recognizer by key.
-
-    Raises
-    ------
-    ValueError
-        Says what they do not compute.
-    """
+    """Raise ValueError if the integer runtimes cannot compute an encoder."""
     for encoder in find_encoders(modules):
         if getattr(encoder.wrapper, "output_all_hiddens", False):
             raise ValueError(

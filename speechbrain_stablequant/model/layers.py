@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-# Modules that multiply by raw weights of their children, so that a layer's
-# own forward is never called: quantizing them would miss half of a layer.
+# Modules that multiply by their children's raw weights and never call the
+# children's forward, so that hooks would miss them.
 FUNCTIONAL_ATTENTION = ("MultiheadAttention", "WavLMAttention")
 
 HEAD = "head"
@@ -24,73 +24,40 @@ class UnsupportedLayerError(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantizable layer.
+    """One quantizable layer."""
 
-    Arguments
-    ---------
-    name : str
-        Path of the module, as in the state dict of the Brain's ``modules``.
-    module : torch.nn.Module
-        The Linear or Conv1d itself.
-    kind : str
-        ``"linear"`` or ``"conv1d"``.
-    unit : str
-        Name of the unit that it belongs to.
-    """
-
-    name: str
-    module: nn.Module = field(repr=False)
-    kind: str
-    unit: str
+    name: str  # path in the Brain's modules' state dict
+    module: nn.Module = field(repr=False)  # the Linear or Conv1d
+    kind: str  # "linear" or "conv1d"
+    unit: str  # name of its unit
 
     @property
     def numel(self) -> int:
-        """Number of weights, the bias not counted."""
+        """Number of weights without the bias."""
         return self.module.weight.numel()
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A place where one module's output determines all that follows.
+    """A place where one module's output determines everything after it."""
 
-    Arguments
-    ---------
-    unit : str
-        First unit after the place.
-    module : torch.nn.Module
-        The module whose output is kept.
-    skip : tuple
-        Modules before it whose results are then no longer needed.
-    """
-
-    unit: str
-    module: nn.Module = field(repr=False)
+    unit: str  # first unit after the place
+    module: nn.Module = field(repr=False)  # its output is kept
+    # modules before it whose results are then not needed
     skip: tuple[nn.Module, ...] = field(repr=False, default=())
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A HuggingFace wav2vec 2.0 or HuBERT model inside a Brain's module.
+    """A HuggingFace wav2vec 2.0 or HuBERT model inside a Brain's module."""
 
-    Arguments
-    ---------
-    key : str
-        Key of the Brain's module that holds it.
-    path : str
-        Path of the model in the Brain's modules.
-    wrapper : torch.nn.Module
-        The Brain's module.
-    model : torch.nn.Module
-        The ``Wav2Vec2Model`` or ``HubertModel``.
-    """
-
-    key: str
-    path: str
-    wrapper: nn.Module = field(repr=False)
-    model: nn.Module = field(repr=False)
+    key: str  # of the Brain's module that holds it
+    path: str  # of the model in the Brain's modules
+    wrapper: nn.Module = field(repr=False)  # the Brain's module
+    model: nn.Module = field(repr=False)  # Wav2Vec2Model or HubertModel
 
     def unit_of(self, name: str) -> str | None:
-        """Unit of a layer, from its path inside the Brain's modules."""
+        """Unit of a layer, from its name in the Brain's modules."""
         if not name.startswith(self.path + "."):
             return None
         parts = name[len(self.path) + 1 :].split(".")
@@ -135,28 +102,17 @@ class Encoder:
         ]
 
     def frames(self, samples: int) -> int:
-        """Frames that the encoder makes of so many samples."""
+        """Number of frames that the encoder produces."""
         for kernel, stride in self.conv_geometry():
             samples = max((samples - kernel) // stride + 1, 0)
         return samples
 
 
 def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
-    """Finds HuggingFace wav2vec 2.0 and HuBERT models among modules.
+    """Find HuggingFace wav2vec 2.0 and HuBERT models among modules.
 
-    They are recognized by structure (``feature_extractor.conv_layers``,
-    ``feature_projection``, ``encoder.pos_conv_embed``, ``encoder.layers``),
-    so that this module imports no model library.
-
-    Arguments
-    ---------
-    modules : Mapping
-        The Brain's modules by key.
-
-    Returns
-    -------
-    list of Encoder
-        A model behind two keys once, under the first.
+    They are recognized by structure, so that this module imports no model
+    library. A model behind two keys is listed once, under the first.
     """
     encoders = []
     seen: set[int] = set()
@@ -178,8 +134,8 @@ def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """``linear``, ``conv1d`` or None, by base class: a weight-norm
-    parametrized convolution has a class of its own."""
+    """``linear``, ``conv1d`` or None. By base class: a convolution
+    parametrized by weight norm has a class of its own."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv1d):
@@ -283,8 +239,8 @@ def find_layers(
 
 
 def _idle(encoders: Iterable[Encoder]) -> set[int]:
-    """Modules that transformers makes and never calls: the positional
-    convolution of wav2vec 2.0 Conformers, which have other positions."""
+    """Modules that transformers creates and never calls: the positional
+    convolution of Conformers, which use other positions."""
     return {
         id(child)
         for encoder in encoders
@@ -316,15 +272,15 @@ def _unit(name: str, encoders: Sequence[Encoder]) -> str:
         unit = encoder.unit_of(name)
         if unit is not None:
             return f"{encoder.key}.{unit}" if len(encoders) > 1 else unit
-    # Behind an encoder stands the head; without one each layer is a unit.
+    # The head follows an encoder; without one each layer is a unit.
     return HEAD if encoders else name
 
 
 def _network_order(
     layers: list[Layer], encoders: Sequence[Encoder]
 ) -> list[Layer]:
-    """Encoder layers first and by position, whatever the key order is: the
-    positional convolution is declared where the network uses it."""
+    """Encoder layers first and by position: the positional convolution is
+    declared out of order."""
     if len(encoders) != 1:
         return layers
     order = ["conv", "projection", "pos_conv", "block"]
@@ -341,15 +297,7 @@ def _network_order(
 
 
 def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """Groups layers by unit, in order of first appearance.
-
-    Example
-    -------
-    >>> layers = [Layer("a", None, "linear", "x"), Layer("b", None, "linear",
-    ...     "y"), Layer("c", None, "linear", "x")]
-    >>> {unit: len(group) for unit, group in group_units(layers).items()}
-    {'x': 2, 'y': 1}
-    """
+    """Group layers by unit, in order of first appearance."""
     units: dict[str, list[Layer]] = {}
     for layer in layers:
         units.setdefault(layer.unit, []).append(layer)
@@ -357,23 +305,7 @@ def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
 
 
 def min_samples(modules: Mapping[str, nn.Module]) -> int:
-    """Samples that give one frame of the first encoder.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-
-    Returns
-    -------
-    int
-        1 without an encoder.
-
-    Example
-    -------
-    >>> min_samples({"lin": nn.Linear(2, 2)})
-    1
-    """
+    """Samples that give one frame of the first encoder; 1 without one."""
     samples = 1
     for encoder in find_encoders(modules)[:1]:
         for kernel, stride in reversed(encoder.conv_geometry()):

@@ -1,8 +1,7 @@
-"""An encoder's parameters in their places, without the code that computes.
+"""The skeleton of an encoder: its parameters without the code that computes.
 
-The integer runtimes compute an encoder by themselves. For them the modules of
-a wav2vec 2.0 or HuBERT model are made here, by transformers' names: importing
-its code takes seconds and 150 MB, a tenth of what a whole float model takes.
+The integer runtimes compute an encoder themselves. The modules here have
+transformers' names; importing its own code takes seconds and 150 MB.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from torch import nn
 
 _KINDS = ("wav2vec2", "hubert")
 
-#: What a configuration must say for the modules to be those below.
+#: Values that a configuration must have.
 _PLAIN = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -22,7 +21,7 @@ _PLAIN = {
     "adapter_attn_dim": None,
     "conv_pos_batch_norm": False,
 }
-#: Of these, what a configuration need not name.
+#: Keys of these that may be missing.
 _OPTIONAL = ("add_adapter", "adapter_attn_dim", "conv_pos_batch_norm")
 
 _NEEDED = (
@@ -45,7 +44,7 @@ _NEEDED = (
 
 
 class _Part(nn.Module):
-    """Modules by name."""
+    """A module with named children."""
 
     def __init__(self, **children: Any):
         super().__init__()
@@ -121,15 +120,9 @@ def _transformer(config: Mapping[str, Any]) -> nn.Module:
     )
 
 
-class EncoderShell(nn.Module):
-    """The modules of an encoder; a runtime's forward takes the place of its
-    own. Weight norms are folded, see :func:`folded_norms`.
-
-    Arguments
-    ---------
-    config : Mapping
-        Content of the model's ``config.json``, one that :func:`has_shell`.
-    """
+class EncoderSkeleton(nn.Module):
+    """The modules of an encoder, with weight norms folded (see
+    :func:`folded_norms`). A runtime replaces its forward."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
@@ -144,34 +137,19 @@ class EncoderShell(nn.Module):
                 features, config["layer_norm_eps"]
             )
         if config["mask_time_prob"] > 0 or config["mask_feature_prob"] > 0:
-            # Of training only, but it is one of the model's parameters.
+            # Used in training only, but a parameter of the model.
             self.masked_spec_embed = nn.Parameter(torch.empty(width))
         self.encoder = _transformer(config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """There is none."""
-        raise RuntimeError("a shell computes nothing; a runtime has to")
+        """Not available: a runtime replaces it."""
+        raise RuntimeError("a skeleton has no forward; use a runtime")
 
 
-def has_shell(config: Mapping[str, Any]) -> bool:
-    """Whether :class:`EncoderShell` has the modules of a model.
-
-    Arguments
-    ---------
-    config : Mapping
-        Content of its ``config.json``.
-
-    Returns
-    -------
-    bool
-        False of another family, or of one with an adapter, another
-        activation or another norm.
-
-    Example
-    -------
-    >>> has_shell({"model_type": "wavlm"})
-    False
-    """
+def has_skeleton(config: Mapping[str, Any]) -> bool:
+    """Whether :class:`EncoderSkeleton` represents a model with this
+    ``config.json``: not for another family, an adapter or another
+    activation."""
     return (
         config.get("model_type") in _KINDS
         and all(key in config for key in _NEEDED)
@@ -183,45 +161,17 @@ def has_shell(config: Mapping[str, Any]) -> bool:
     )
 
 
-def empty_shell(config: Mapping[str, Any]) -> EncoderShell:
-    """A shell without storage, on the ``meta`` device.
-
-    Arguments
-    ---------
-    config : Mapping
-        Content of the model's ``config.json``.
-
-    Returns
-    -------
-    EncoderShell
-        In evaluation mode.
-    """
+def empty_skeleton(config: Mapping[str, Any]) -> EncoderSkeleton:
+    """A skeleton without storage, on the ``meta`` device."""
     with torch.device("meta"):
-        return EncoderShell(config).eval()
+        return EncoderSkeleton(config).eval()
 
 
 def folded_norms(
     tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Weights in place of the parts of their weight norms.
-
-    Arguments
-    ---------
-    tensors : Mapping
-        By name in the state dict of a model whose weight norms are over all
-        but the last axis.
-
-    Returns
-    -------
-    dict
-
-    Example
-    -------
-    >>> part = "conv.parametrizations.weight.original"
-    >>> folded_norms({f"{part}0": torch.full((1, 1, 1), 2.0),
-    ...     f"{part}1": torch.full((1, 1, 1), -3.0)})
-    {'conv.weight': tensor([[[-2.]]])}
-    """
+    """Weights in place of the parts of their weight norms, which are taken
+    over all but the last axis."""
     out = dict(tensors)
     length, direction = (f".parametrizations.weight.original{i}" for i in "01")
     for name in tensors:

@@ -1,4 +1,4 @@
-"""SpeechBrain's wrapper around a HuggingFace model that is there already."""
+"""SpeechBrain's wrapper around a HuggingFace model that is already loaded."""
 
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
@@ -8,21 +8,8 @@ WRAPPER_SETTINGS = ("normalize_wav", "output_norm", "output_all_hiddens")
 
 
 class StoredEncoder(Wav2Vec2):
-    """SpeechBrain's wrapper around a model that is there already.
-
-    It computes by SpeechBrain's own code and downloads nothing.
-
-    Arguments
-    ---------
-    model : torch.nn.Module
-        A HuggingFace wav2vec 2.0 or HuBERT model.
-    normalize_wav : bool
-        Whether the waveform is normalized.
-    output_norm : bool
-        Whether the output is normalized.
-    output_all_hiddens : bool
-        Whether all hidden states are given.
-    """
+    """SpeechBrain's wrapper around a loaded wav2vec 2.0 or HuBERT model; it
+    downloads nothing."""
 
     def __init__(
         self,

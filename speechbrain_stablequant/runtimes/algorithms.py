@@ -1,8 +1,8 @@
-"""The ways in which a runtime can compute one layer.
+"""The algorithms by which a runtime can compute one layer.
 
-A kernel of a library can be wrong for one geometry on one CPU: oneDNN's AMX
-kernels are for convolutions of few channels in a group. Then the same layer is
-computed another way, in the same runtime.
+A library kernel can be wrong for one geometry on one CPU, such as oneDNN's AMX
+kernels for convolutions with few channels per group. Then the layer is computed
+by another algorithm of the same runtime.
 """
 
 from dataclasses import replace
@@ -25,18 +25,7 @@ WIDE_GROUP = 32
 
 
 def joined_factor(layer: AnyLayer) -> int:
-    """How many groups of a convolution are put together to a wide one.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        A Conv1d.
-
-    Returns
-    -------
-    int
-        1 where they are wide already.
-    """
+    """How many groups of a Conv1d are joined into a wide one."""
     width = layer.weight.shape[1]
     for factor in range(1, layer.groups + 1):
         if layer.groups % factor == 0 and factor * width >= WIDE_GROUP:
@@ -45,28 +34,7 @@ def joined_factor(layer: AnyLayer) -> int:
 
 
 def join_groups(layer: AnyLayer) -> AnyLayer:
-    """The same convolution with fewer, wider groups.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        A Conv1d.
-
-    Returns
-    -------
-    IntegerLayer or FloatLayer
-
-    Example
-    -------
-    >>> import torch
-    >>> from speechbrain_stablequant.core.integer_layer import FloatLayer
-    >>> conv = FloatLayer("w", "conv1d", torch.ones(4, 1, 1), None, groups=2)
-    >>> join_groups(conv).weight[:, :, 0]
-    tensor([[1., 0.],
-            [1., 0.],
-            [0., 1.],
-            [0., 1.]])
-    """
+    """The same convolution with fewer, wider groups, zeros between them."""
     factor = joined_factor(layer)
     if factor == 1:
         return layer

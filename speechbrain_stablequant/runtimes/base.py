@@ -1,9 +1,9 @@
-"""What a runtime is, and how one takes the place of a float model.
+"""What a runtime is, and how it replaces the forward of a float model.
 
-A runtime executes an encoder from its description. `installed` shadows the
-``forward`` of the HuggingFace model on the instance, as the simulation does
-with single layers: the Brain, its wrapper and its checkpoints stay as they
-are. Layers outside the encoder (the heads) are shadowed one by one.
+A runtime executes an encoder from its description. :func:`shadowed_forwards`
+replaces ``forward`` on the instance of the HuggingFace model: the Brain, its
+wrapper and its checkpoints are unchanged. Layers outside the encoder (heads)
+are replaced one by one.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -47,8 +47,8 @@ class LayerExecutor(Protocol):
 
 
 class EncoderOutput(NamedTuple):
-    """What takes the place of transformers' ``BaseModelOutput``, by the same
-    names and places; transformers takes seconds and 20 MB to import."""
+    """transformers' ``BaseModelOutput`` by the same names and places,
+    without importing transformers (seconds and 20 MB)."""
 
     last_hidden_state: torch.Tensor
     hidden_states: None = None
@@ -56,20 +56,7 @@ class EncoderOutput(NamedTuple):
 
 
 def require_frame(frames: int, samples: int) -> None:
-    """Raises unless an input gives a frame.
-
-    Arguments
-    ---------
-    frames : int
-        Frames that the encoder makes of it.
-    samples : int
-        Its length.
-
-    Raises
-    ------
-    ValueError
-        There is none.
-    """
+    """Raise ValueError if an input is too short for one frame."""
     if frames < 1:
         raise ValueError(
             f"an input of {samples} samples is too short for the model; "
@@ -78,18 +65,7 @@ def require_frame(frames: int, samples: int) -> None:
 
 
 def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
-    """The forward of a HuggingFace model that runs an executor.
-
-    Arguments
-    ---------
-    execute : EncoderExecutor
-        The executor.
-
-    Returns
-    -------
-    callable
-        Takes what SpeechBrain's wrapper passes to the model.
-    """
+    """A HuggingFace model's forward that runs an executor."""
 
     def forward(
         input_values: torch.Tensor,
@@ -114,25 +90,7 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
 def modules_by_name(
     modules: Mapping[str, nn.Module], names: Collection[str]
 ) -> dict[str, nn.Module]:
-    """The modules of layers.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-    names : collection of str
-        Names of layers.
-
-    Returns
-    -------
-    dict
-        Module by name.
-
-    Raises
-    ------
-    ValueError
-        A layer that is not in the model.
-    """
+    """Module by layer name; ValueError for a layer that is not in the model."""
     found = {
         path: child
         for key, module in modules.items()
@@ -151,25 +109,8 @@ def modules_by_name(
 
 
 def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that the recipe's precision does not change: a runtime says
-    itself what it computes in 16 bits.
-
-    Arguments
-    ---------
-    forward : callable
-        Of a tensor and other arguments.
-
-    Returns
-    -------
-    callable
-
-    Example
-    -------
-    >>> forward = in_own_precision(lambda x: x @ x)
-    >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     forward(torch.ones(1, 1)).dtype
-    torch.float32
-    """
+    """Wrap a forward so that the recipe's autocast does not affect it: a
+    runtime decides itself what it computes in 16 bits."""
 
     def plain(*args: Any, **kwargs: Any) -> Any:
         x, *_ = *args, *kwargs.values()
@@ -183,25 +124,7 @@ def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
 def shadowed_forwards(
     forwards: Mapping[nn.Module, Callable[..., Any]],
 ) -> Iterator[None]:
-    """Context in which modules compute by other functions.
-
-    Arguments
-    ---------
-    forwards : Mapping
-        The function by module.
-
-    Raises
-    ------
-    RuntimeError
-        A module is shadowed already.
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1)
-    >>> with shadowed_forwards({linear: lambda x: x + 1}):
-    ...     linear(torch.zeros(1)).item()
-    1.0
-    """
+    """Context in which modules compute by other functions."""
     done = []
     try:
         for module, forward in forwards.items():

@@ -18,8 +18,8 @@ from .registry import RUNTIMES, check_extras, load_function
 def _encoders(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> list[Encoder]:
-    """Each encoder with an integer layer once, under the key that the layers
-    are named by: a model may stand behind two keys."""
+    """Each encoder with an integer layer once, under the key that names its
+    layers: a model may be reached by two keys."""
     chosen: dict[int, Encoder] = {}
     for key, module in modules.items():
         for encoder in find_encoders({key: module}):
@@ -35,7 +35,7 @@ def build_forwards(
     cpu: CpuClass | None = None,
     **options: Any,
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """The functions that take the place of the float model's forwards.
+    """Build a runtime: the functions that replace the float model's forwards.
 
     Arguments
     ---------
@@ -62,8 +62,7 @@ def build_forwards(
     ValueError
         A layer that is not in the model, an encoder that the integer
         runtimes do not compute, or a layer that this runtime cannot execute;
-        :class:`~speechbrain_stablequant.runtimes.geometry.UnusableRuntime` if
-        it cannot on this machine only.
+        :class:`.layer_check.UnusableRuntime` if it is wrong on this machine.
 
     Example
     -------

@@ -38,7 +38,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
     if forks.used_before_fork(name):
         return f"it {forks.REASON}"
     if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
-        # without the triton package there would have been an answer above
+        # The triton package is installed: checked above.
         from .triton.executor import why_not
 
         reason = why_not(device)
@@ -54,44 +54,23 @@ def _why_not(name: str, device: torch.device) -> str | None:
 
 
 def _why_no_layer(runtime: Runtime) -> str | None:
-    """Why a CPU runtime computes no layer here: it is tried, once."""
+    """Why a CPU runtime cannot compute any layer here; tried once."""
     if runtime.trial is None:
         return None
     try:
         reason = why_not(load_function(runtime.trial)())
-    # whatever a package raises that is installed and does not load
+    # An installed package that does not load may raise anything.
     except Exception as error:
         reason = f"it does not load ({one_line(error)})"
     return reason and f"{reason}; write backend: auto"
 
 
 def candidates(backend: str, device: str | torch.device) -> list[str]:
-    """The runtimes that may compute on a device.
+    """Runtimes to try on a device, in order of preference.
 
-    Arguments
-    ---------
-    backend : str
-        A key of ``RUNTIMES``, or ``"auto"``.
-    device : str or torch.device
-        Where the model runs.
-
-    Returns
-    -------
-    list of str
-        Keys of ``RUNTIMES``, the first choice first: for ``"auto"`` triton on
-        a CUDA device, openvino and torch_int8 on a CPU, whether they are
-        there or not, and the simulation as the last resort; otherwise the one
-        that was named.
-
-    Raises
-    ------
-    ValueError
-        An unknown name, or a named runtime that cannot run here.
-
-    Example
-    -------
-    >>> candidates("torch", "cpu"), candidates("auto", "cpu")
-    (['torch'], ['openvino', 'torch_int8', 'torch'])
+    For ``auto``: the integer runtimes of the device, available or not, then the
+    simulation. Otherwise the named one; ValueError if it is unknown or cannot
+    run here.
     """
     device = torch.device(device)
     if backend == "auto":
@@ -111,34 +90,11 @@ def first_right(
     attempt: Callable[[str], Value],
     device: str | torch.device,
 ) -> tuple[Value, list[str]]:
-    """The first of several runtimes that computes what it should.
+    """Result of the first runtime whose ``attempt(name)`` does not raise, and
+    the reasons why those before it failed.
 
-    Arguments
-    ---------
-    names : sequence of str
-        Of :func:`candidates`.
-    attempt : callable
-        Builds a runtime and lets it prove itself. Raises if it does not
-        build, or computes something else; then the next one is tried, after
-        one line. What the last one raises is raised.
-    device : str or torch.device
-        Where the model runs.
-
-    Returns
-    -------
-    object
-        What the attempt gave.
-    list of str
-        What is wrong with those that were tried before.
-
-    Example
-    -------
-    >>> def attempt(name):
-    ...     if name == "torch_int8":
-    ...         raise ValueError("backend: torch_int8 is wrong; report it")
-    ...     return name
-    >>> first_right(["torch_int8", "torch"], attempt, "cpu")
-    ('torch', ['torch_int8: is wrong'])
+    ``attempt`` builds a runtime and checks its probe. A failure is logged in
+    one line; that of the last runtime is raised.
     """
     place = torch.device(device)
     absent: list[str] = []
@@ -152,7 +108,7 @@ def first_right(
             return attempt(name), wrong
         except MemoryError:
             raise
-        # Whatever a library raises on a machine that it does not know.
+        # A library may raise anything on a machine that it does not know.
         except Exception as error:
             reason = _bare_reason(name, error)
         wrong.append(f"{name}: {reason}")
@@ -169,7 +125,7 @@ def first_right(
 
 
 def _bare_reason(name: str, error: Exception) -> str:
-    """An error in one line, without the name and what to do about it."""
+    """An error in one line, without the runtime's name and the advice."""
     text = one_line(error, 400)
     for start in ("backend: ", "backend ", f"{name}: ", f"{name} "):
         text = text.removeprefix(start)
@@ -177,25 +133,7 @@ def _bare_reason(name: str, error: Exception) -> str:
 
 
 def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
-    """Which weights a runtime executes.
-
-    Arguments
-    ---------
-    backend : str
-        A key of ``RUNTIMES``.
-    cpu : CpuClass, optional
-        The CPU; the present one by default.
-
-    Returns
-    -------
-    str
-        ``OWN`` or ``SEVEN_BITS`` of :mod:`.probe`.
-
-    Example
-    -------
-    >>> executed_form("torch_int8", CpuClass("avx2")), executed_form("torch")
-    ('seven', 'own')
-    """
+    """Which weights a runtime executes: ``OWN`` or ``SEVEN_BITS``."""
     exact = (cpu or cpu_class()).exact
     return OWN if exact or not RUNTIMES[backend].pair_sums else SEVEN_BITS
 
@@ -203,24 +141,7 @@ def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
 def prove(
     backend: str, probe: Probe, compute: Compute, device: torch.device
 ) -> None:
-    """Raises unless a runtime answers a probe as it should.
-
-    Arguments
-    ---------
-    backend : str
-        A key of ``RUNTIMES``.
-    probe : Probe
-        The model's.
-    compute : callable
-        The model as the runtime computes it.
-    device : torch.device
-        Where it computes.
-
-    Raises
-    ------
-    ProbeError
-        Where it differs, by how much, and what is allowed.
-    """
+    """Raise :class:`ProbeError` unless a runtime answers a probe correctly."""
     form = executed_form(backend)
     difference = probe.difference(compute, form, torch.device(device))
     if difference is not None:
@@ -233,7 +154,7 @@ def prove(
 def choose_backend(
     backend: str, device: str | torch.device
 ) -> tuple[str, list[str]]:
-    """The runtime for a device, and why it is not an integer one.
+    """Choose the runtime for a device.
 
     Arguments
     ---------
@@ -276,15 +197,7 @@ def choose_backend(
 def warn_of_simulation(
     device: str | torch.device, reasons: Sequence[str]
 ) -> None:
-    """Says that no integer runtime computes.
-
-    Arguments
-    ---------
-    device : str or torch.device
-        Where the model runs.
-    reasons : sequence of str
-        What is wrong with each.
-    """
+    """Warn that no integer runtime is used, with the reason of each."""
     logger.warning(
         "no integer runtime for device %s: quantization is simulated, "
         "which is slower than the float model%s",
@@ -294,20 +207,5 @@ def warn_of_simulation(
 
 
 def resolve_backend(backend: str, device: str | torch.device) -> str:
-    """The runtime of :func:`choose_backend` alone.
-
-    Arguments
-    ---------
-    backend, device
-        As of :func:`choose_backend`.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> resolve_backend("torch", "cpu")
-    'torch'
-    """
+    """The runtime of :func:`choose_backend` without the reasons."""
     return choose_backend(backend, device)[0]

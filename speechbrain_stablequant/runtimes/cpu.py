@@ -1,11 +1,10 @@
-"""What the CPU can do, and which integers it therefore executes.
+"""CPU classes, and the integers that each executes.
 
-Without VNNI the int8 kernels of oneDNN and of OpenVINO multiply unsigned by
-signed bytes and add *pairs* of products in int16, which saturates without a
-word: 2 * 255 * 127 is twice what an int16 holds. With weights of 7 bits
-nothing saturates (2 * 255 * 63 = 32130), so there the weights of 8-bit layers
-are rounded once more, to 7 bits. Whoever wants to know what that costs
-evaluates :func:`executed_integers` on the simulated runtime.
+Without VNNI the int8 kernels of oneDNN and OpenVINO multiply unsigned by signed
+bytes and add pairs of products in int16, which saturates silently: 2 * 255 *
+127 exceeds an int16. With 7-bit weights nothing saturates (2 * 255 * 63 =
+32130), so there the weights of 8-bit layers are rounded to 7 bits. To measure
+the cost, evaluate :func:`executed_integers` on the simulated runtime.
 """
 
 import logging
@@ -30,10 +29,10 @@ CLASSES = ("other", "avx2", "avx_vnni", "avx512_vnni", "amx")
 #: Widest weights whose pair sums with unsigned bytes fit an int16.
 PAIR_SUM_BITS = 7
 
-#: Weights that are floats at a time while they are rounded.
+#: Number of weights that are converted to float at a time.
 _PART = 1 << 14
 
-# What oneDNN is told not to use (ONEDNN_MAX_CPU_ISA), by the class left.
+# CPU class that remains under each value of ONEDNN_MAX_CPU_ISA.
 _CAPS = {
     "SSE41": "avx2",
     "AVX": "avx2",
@@ -58,47 +57,19 @@ _NO_BF16 = (
 
 @dataclass(frozen=True)
 class CpuClass:
-    """A kind of CPU.
+    """A class of CPU."""
 
-    Arguments
-    ---------
-    name : str
-        ``"avx2"`` (also x86 with AVX-512 but without VNNI), ``"avx_vnni"``,
-        ``"avx512_vnni"``, ``"amx"``, or ``"other"`` for another architecture.
-    bf16 : bool
-        Whether it multiplies bfloat16 numbers.
-    """
-
-    name: str
-    bf16: bool = False
+    name: str  # of CLASSES; avx2: also AVX-512 without VNNI
+    bf16: bool = False  # whether it multiplies bfloat16
 
     @property
     def exact(self) -> bool:
-        """Whether full 8-bit operands are added up without saturation."""
+        """Whether sums of products of 8-bit operands never saturate."""
         return self.name != "avx2"
 
 
 def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
-    """The class of an x86 CPU.
-
-    Arguments
-    ---------
-    flags : set of str
-        As Linux names them.
-    cap : str
-        Value of ``ONEDNN_MAX_CPU_ISA``, empty for no limit.
-
-    Returns
-    -------
-    CpuClass
-
-    Example
-    -------
-    >>> class_of_flags({"avx2", "avx512f", "avx512_vnni", "avx512_bf16"})
-    CpuClass(name='avx512_vnni', bf16=True)
-    >>> class_of_flags({"avx2", "avx_vnni"}, cap="AVX2").exact
-    False
-    """
+    """Class of an x86 CPU, from Linux's flags and ``ONEDNN_MAX_CPU_ISA``."""
     name = "avx2"
     if "avx_vnni" in flags:
         name = "avx_vnni"
@@ -117,14 +88,14 @@ def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
 #: Linux's description of the processors.
 _CPUINFO = Path("/proc/cpuinfo")
 
-# What torch knows of the flags where there is none.
+# Flags that torch reports where there is no /proc/cpuinfo.
 _TORCH_FLAGS = {
     "avx512_vnni": "_is_vnni_supported",
     "avx512_bf16": "_is_avx512_bf16_supported",
     "amx_int8": "_is_amx_tile_supported",
 }
 
-# Of an x86 CPU, and of an ARM one.
+# Of an x86 and of an ARM CPU.
 _FLAG_LINES = ("flags", "Features")
 _NAME_LINES = (
     "model name",
@@ -140,7 +111,7 @@ _KERNEL_VARIABLES = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "ATEN_CPU", "MKL_")
 
 
 def _first_processor() -> dict[str, str]:
-    """What Linux says of the first processor; nothing on other systems."""
+    """Linux's description of the first processor; empty elsewhere."""
     try:
         text = _CPUINFO.read_text(errors="replace")
     except OSError:
@@ -153,7 +124,7 @@ def _first_processor() -> dict[str, str]:
 
 
 def _flags() -> set[str]:
-    """Flags of the first processor, by Linux's names where torch knows."""
+    """Flags of the first processor, named as Linux does."""
     lines = _first_processor()
     for line in _FLAG_LINES:
         if line in lines:
@@ -166,7 +137,7 @@ def _flags() -> set[str]:
 
 
 def _cap() -> str:
-    """What oneDNN is told to use at most, under its newer or older name."""
+    """oneDNN's ISA limit, by its current or older variable name."""
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         if os.environ.get(name):
             return os.environ[name]
@@ -175,30 +146,15 @@ def _cap() -> str:
 
 @lru_cache(maxsize=1)
 def cpu_class() -> CpuClass:
-    """The class of this CPU, as far as oneDNN may use it.
-
-    Returns
-    -------
-    CpuClass
-    """
+    """The class of this CPU, as far as oneDNN may use it."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "x86"):
         return CpuClass("other")
     return class_of_flags(_flags(), _cap())
 
 
 def machine_identity() -> dict[str, Any]:
-    """What decides which kernels libraries choose on this machine.
-
-    Returns
-    -------
-    dict
-        For JSON.
-
-    Example
-    -------
-    >>> machine_identity()["system"] == platform.system()
-    True
-    """
+    """What determines the kernels that libraries choose on this machine, as
+    JSON values."""
     lines = _first_processor()
     names = [lines[line] for line in _NAME_LINES if line in lines]
     return {
@@ -215,36 +171,13 @@ def machine_identity() -> dict[str, Any]:
 
 
 def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
-    """The integers that a CPU computes with in place of a layer's.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        The layer of the plan.
-    cpu : CpuClass
-        The CPU.
-
-    Returns
-    -------
-    IntegerLayer
-        The layer itself where its sums are exact, else one with 7-bit
-        weights.
-    """
+    """The integers a CPU executes for a layer: its own where sums are exact,
+    else with 7-bit weights."""
     return layer if cpu.exact else narrowed(layer)
 
 
 def narrowed(layer: IntegerLayer) -> IntegerLayer:
-    """A layer whose weights have at most 7 bits.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        The layer of the plan.
-
-    Returns
-    -------
-    IntegerLayer
-    """
+    """A layer with weights of at most 7 bits."""
     if layer.weight_bits <= PAIR_SUM_BITS:
         return layer
     ratio = qmax(PAIR_SUM_BITS) / qmax(layer.weight_bits)
@@ -273,20 +206,7 @@ def narrowed(layer: IntegerLayer) -> IntegerLayer:
 def executed_integers(
     integers: Mapping[str, IntegerLayer], cpu: CpuClass
 ) -> dict[str, IntegerLayer]:
-    """:func:`executed_layer` of every layer; says so if any is changed.
-
-    Arguments
-    ---------
-    integers : Mapping
-        Integer layers by name.
-    cpu : CpuClass
-        The CPU.
-
-    Returns
-    -------
-    dict
-        Integer layers by name.
-    """
+    """:func:`executed_layer` of every layer; warns if any is changed."""
     out = {n: executed_layer(layer, cpu) for n, layer in integers.items()}
     changed = sum(out[name] is not layer for name, layer in integers.items())
     if changed:

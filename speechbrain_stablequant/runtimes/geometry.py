@@ -9,39 +9,23 @@ from ..core.integer_layer import IntegerLayer
 
 @dataclass(frozen=True)
 class Geometry:
-    """What decides which kernel a layer is computed with.
+    """What determines the kernel of a layer."""
 
-    Arguments
-    ---------
-    place : str
-        ``"first"`` and ``"front"`` convolution of the feature extractor,
-        ``"position"``, ``"linear"``; ``"head"`` outside of the encoder.
-    then : str
-        What the result goes into: ``"gelu"``, ``"sum"`` with the residual
-        stream, ``"shared"`` for products of one input, or nothing.
-    shape : tuple of int
-        Of the weight.
-    stride, padding, dilation, groups : int
-        Of a convolution.
-    bias : bool
-        Whether there is one.
-    weight_bits, activation_bits : int
-        0 for a layer that stays float.
-    offset : bool
-        Whether the zero point of its input is another than 0.
-    """
-
+    # "first" or "front" convolution of the feature extractor, "position",
+    # "linear", or "head" outside of the encoder
     place: str
+    # "gelu", "sum" with the residual stream, "shared" input of several
+    # products, or nothing
     then: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the weight
     stride: int
     padding: int
     dilation: int
     groups: int
     bias: bool
-    weight_bits: int = 0
-    activation_bits: int = 0
-    offset: bool = False
+    weight_bits: int = 0  # 0: float
+    activation_bits: int = 0  # 0: float
+    offset: bool = False  # whether the input's zero point is not 0
 
     def __str__(self) -> str:
         words = [self.place]
@@ -73,7 +57,7 @@ class Geometry:
         return len(self.shape) == 3
 
     def inputs(self, rows: int) -> int:
-        """Input frames that make so many rows, in whole strides."""
+        """Input frames that give ``rows`` output frames, in whole strides."""
         if not self.is_conv:
             return rows
         reach = self.dilation * (self.shape[2] - 1) + 1 - 2 * self.padding
@@ -81,25 +65,7 @@ class Geometry:
 
 
 def geometry_of(layer: AnyLayer, place: str, then: str = "") -> Geometry:
-    """The geometry of a layer.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        The layer that is executed.
-    place, then : str
-        As of :class:`Geometry`.
-
-    Returns
-    -------
-    Geometry
-
-    Example
-    -------
-    >>> layer = FloatLayer("w", "linear", torch.ones(4, 2), None)
-    >>> print(geometry_of(layer, "head"))
-    head 4x2 float no bias
-    """
+    """The geometry of a layer that is executed."""
     bits: dict[str, Any] = {}
     if isinstance(layer, IntegerLayer):
         bits = {
@@ -121,18 +87,7 @@ def geometry_of(layer: AnyLayer, place: str, then: str = "") -> Geometry:
 
 
 def encoder_geometries(spec: EncoderSpec) -> dict[str, Geometry]:
-    """The geometries of an encoder.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder that is executed.
-
-    Returns
-    -------
-    dict
-        Geometry by name of the layer.
-    """
+    """Geometry by layer name of an encoder that is executed."""
     found = {}
 
     def add(layer: AnyLayer, place: str, then: str = "") -> None:

@@ -1,11 +1,10 @@
-"""The GroupNorm of base models' first convolution, as a gain and a shift.
+"""The GroupNorm after base models' first convolution, as a gain and a shift.
 
-It normalizes each channel over time, 32 kB of numbers for each of 10 s times
-512 channels. But that convolution has one input channel, so the mean and the
-variance of its outputs follow from the sums and products of its short window:
-mean = w . m and variance = w' C w, with the window's mean m and covariance C.
-So the normalization becomes a gain and a shift of each channel, known before
-the convolution runs, and padding to a longer input does not touch it.
+It normalizes each channel over time. That convolution has one input channel, so
+mean and variance of its outputs follow from its short window: mean = w . m and
+variance = w' C w, with the window's mean m and covariance C. The normalization
+becomes a gain and a shift per channel, known before the convolution runs, and
+padding to a longer input does not affect it.
 """
 
 import torch
@@ -18,26 +17,9 @@ from ..core.integer_layer import FloatLayer
 def gain_and_shift(
     stage: ConvSpec, wavs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What GroupNorm over time does to the output of a first convolution.
-
-    Arguments
-    ---------
-    stage : ConvSpec
-        A convolution of one input channel with a norm over time.
-    wavs : torch.Tensor
-        float32 [batch, samples], all that the norm is to see.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``gain`` and ``shift``, float32 [batch, channels]: the normalized
-        output is ``conv(wavs) * gain + shift``.
-
-    Raises
-    ------
-    ValueError
-        A convolution whose windows cannot be summed up so.
-    """
+    """``gain`` and ``shift``, float32 [batch, channels], of a norm over
+    time: its output is ``conv(wavs) * gain + shift``. ``wavs``: float32
+    [batch, samples], all that the norm sees."""
     conv, norm = stage.conv, stage.norm
     if conv.weight.shape[1] != 1 or conv.padding or conv.dilation != 1:
         raise ValueError(

@@ -32,11 +32,11 @@ _WHAT = "layers tried on this CPU"
 
 
 class UnusableRuntime(ValueError):
-    """A runtime does not compute here what it should."""
+    """A runtime computes wrong results on this machine."""
 
 
 class LayerRunner(Protocol):
-    """Computes layers by the code of one runtime.
+    """Computes single layers by the code of one runtime.
 
     Arguments
     ---------
@@ -50,13 +50,13 @@ class LayerRunner(Protocol):
     versions: Mapping[str, str]
 
     def half(self, geometry: Geometry) -> bool:
-        """Whether it computes a geometry in bfloat16, or its result is."""
+        """Whether a geometry is computed, or its result given, in bfloat16."""
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """The ways that there are for a geometry, the fastest first."""
+        """Algorithms for a geometry, the fastest first."""
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """Computes a layer by its ``algorithm``.
+        """Compute a layer by its ``algorithm``.
 
         Arguments
         ---------
@@ -74,22 +74,8 @@ class LayerRunner(Protocol):
 def exact_algorithm(
     geometry: Geometry, runner: LayerRunner
 ) -> tuple[str | None, str]:
-    """The first way that computes a geometry right.
-
-    Arguments
-    ---------
-    geometry : Geometry
-        The geometry.
-    runner : LayerRunner
-        The runtime.
-
-    Returns
-    -------
-    str or None
-        The algorithm.
-    str
-        What was wrong with the first one, empty if nothing was.
-    """
+    """The first algorithm that computes a geometry correctly, if any, and
+    what was wrong with the first one (empty: nothing)."""
     half = runner.half(geometry)
     trial = make_trial(geometry, half)
     expected = expected_results(geometry, trial, half)
@@ -102,7 +88,7 @@ def exact_algorithm(
             if reason is None:
                 return algorithm, first
             reason = f"the result {reason}"
-        # whatever a library raises
+        # A library may raise anything.
         except Exception as error:
             reason = f"it fails: {one_line(error)}"
         first = first or reason
@@ -110,7 +96,7 @@ def exact_algorithm(
 
 
 class _Memory:
-    """What is remembered of a runtime on this machine."""
+    """Results of earlier checks of a runtime, stored on this machine."""
 
     def __init__(self, runner: LayerRunner):
         self._key = identity(
@@ -122,12 +108,12 @@ class _Memory:
                 **machine_identity(),
             }
         )
-        # Other settings of the same machine have files of their own.
+        # One file for each setting of the machine.
         self._name = f"{runner.name}-{self._key[:12]}.json"
         self._store = machine_store("cpu")
 
     def known(self) -> dict[str, list[str]]:
-        """Algorithm, and what was wrong with the native one, by geometry."""
+        """[algorithm, fault of the native one] by geometry."""
         found = self._store.read(
             self._name,
             self._key,
@@ -137,7 +123,7 @@ class _Memory:
         return found or {}
 
     def add(self, found: Mapping[str, list[str]]) -> None:
-        """Adds geometries."""
+        """Store the results of more geometries."""
         self._store.update(self._name, self._key, found, _WHAT)
 
 
@@ -149,26 +135,10 @@ def _code_digest() -> str:
 def find_algorithms(
     geometries: Mapping[str, Geometry], runner: LayerRunner
 ) -> dict[str, str]:
-    """How each layer of a model is computed here.
+    """Algorithm by layer name; :class:`UnusableRuntime` if a layer has no
+    correct one.
 
-    What is found is remembered until the CPU, a library or our code changes.
-
-    Arguments
-    ---------
-    geometries : Mapping
-        Geometry by name of the layer.
-    runner : LayerRunner
-        The runtime.
-
-    Returns
-    -------
-    dict
-        Algorithm by name of the layer.
-
-    Raises
-    ------
-    UnusableRuntime
-        There is no exact one for a layer: names it and the difference.
+    Results are stored until the CPU, a library or our code changes.
     """
     layers: dict[Geometry, str] = {}
     for name, geometry in geometries.items():
@@ -205,24 +175,8 @@ def _say_once(line: str) -> None:
 
 
 def with_algorithms(spec: EncoderSpec, runner: LayerRunner) -> EncoderSpec:
-    """An encoder whose layers are computed as it is right on this machine.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder that is executed.
-    runner : LayerRunner
-        The runtime.
-
-    Returns
-    -------
-    EncoderSpec
-
-    Raises
-    ------
-    UnusableRuntime
-        See :func:`find_algorithms`.
-    """
+    """The encoder with each layer's algorithm that is correct on this
+    machine."""
     found = find_algorithms(encoder_geometries(spec), runner)
     return spec.with_layers(
         lambda x: replace(x, algorithm=found.get(x.name, NATIVE))
@@ -232,20 +186,7 @@ def with_algorithms(spec: EncoderSpec, runner: LayerRunner) -> EncoderSpec:
 def heads_with_algorithms(
     layers: Mapping[str, IntegerLayer], runner: LayerRunner
 ) -> dict[str, IntegerLayer]:
-    """The same for layers outside of an encoder.
-
-    Arguments
-    ---------
-    layers : Mapping
-        Layers by name.
-    runner : LayerRunner
-        The runtime.
-
-    Returns
-    -------
-    dict
-        Layers by name.
-    """
+    """:func:`with_algorithms` for layers outside of an encoder."""
     geometries = {n: geometry_of(x, "head") for n, x in layers.items()}
     found = find_algorithms(geometries, runner)
     return {n: replace(x, algorithm=found[n]) for n, x in layers.items()}
@@ -257,19 +198,8 @@ _SMALL = Geometry("linear", "", (64, 64), 1, 0, 1, 1, True, 7, 8)
 
 
 def why_not(runner: LayerRunner) -> str | None:
-    """Why a runtime cannot be used here at all: it is given a small layer,
-    which no runtime computes in floating point.
-
-    Arguments
-    ---------
-    runner : LayerRunner
-        The runtime.
-
-    Returns
-    -------
-    str or None
-        None if it can be used.
-    """
+    """Why a runtime cannot be used here at all, or None. It computes a small
+    layer, which must be right in integers."""
     memory = _Memory(runner)
     if memory.known().get(_TRIED):
         return None

@@ -1,7 +1,6 @@
-"""Options of the runtimes: what ``backend_options`` may hold.
+"""Options of the runtimes: the content of ``backend_options``.
 
-Imports no runtime, so that a block is checked where none is installed. A test
-compares each class with the arguments of its runtime's ``make_executor``.
+Imports no runtime, so that a block is checked where none is installed.
 """
 
 from collections.abc import Mapping
@@ -111,23 +110,7 @@ OPTIONS: dict[str, type] = {
 
 
 def option_names(backend: str) -> list[str]:
-    """The options that a backend takes.
-
-    Arguments
-    ---------
-    backend : str
-        A key of ``OPTIONS``; or ``"auto"``, which takes those of all runtimes
-        that it may choose.
-
-    Returns
-    -------
-    list of str
-
-    Example
-    -------
-    >>> option_names("torch_int8"), option_names("torch")
-    (['threads'], [])
-    """
+    """Options of a backend; of all runtimes it may choose for ``auto``."""
     names = [f.name for kind in _kinds(backend) for f in fields(kind)]
     return list(dict.fromkeys(names))
 
@@ -137,7 +120,7 @@ def check_options(
     options: Mapping[str, Any],
     where: str = "backend_options",
 ) -> dict[str, Any]:
-    """Checks names, types and values of a backend's options.
+    """Check names, types and values of a backend's options.
 
     Arguments
     ---------
@@ -180,25 +163,8 @@ def check_options(
 
 
 def select_options(runtime: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a runtime takes; those of the other runtimes that
-    ``auto`` might have chosen are left out.
-
-    Arguments
-    ---------
-    runtime : str
-        A key of ``OPTIONS``: what was chosen.
-    options : Mapping
-        Options that :func:`check_options` has checked.
-
-    Returns
-    -------
-    dict
-
-    Example
-    -------
-    >>> select_options("torch_int8", {"threads": 2, "precision": "f32"})
-    {'threads': 2}
-    """
+    """The options that the chosen runtime takes, without those of other
+    runtimes that ``auto`` might have chosen."""
     names = option_names(runtime)
     return {name: v for name, v in options.items() if name in names}
 

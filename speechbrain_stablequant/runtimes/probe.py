@@ -15,65 +15,40 @@ from .probe_answer import Answer, Distance
 from .probe_input import float_waves
 from .probe_networks import OWN, SEVEN_BITS, Compute, run_network
 
-#: Names of the tensors in a file; no parameter of a module begins so.
+#: Prefix of the tensors in a file; no module parameter begins with it.
 PREFIX = ".probe."
 
 PLACES = {"encoder": "the encoder's output", "head": "the head's output"}
 
-#: No probe has more values than this.
+#: Maximum number of values in a probe.
 _MOST_VALUES = 1 << 20
 
 
 class ProbeError(ValueError):
-    """A runtime computes something else than the plan says, in one line."""
+    """A runtime's answer differs from the plan's; a one-line message."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Two utterances and their answers.
+    """Two utterances and their answers."""
 
-    Arguments
-    ---------
-    wave : torch.Tensor
-        int16 [utterances, samples].
-    lengths : torch.Tensor
-        int64 [utterances], real samples.
-    frames : torch.Tensor
-        int64 [rows, 2]: utterance and frame of each row of the encoder's
-        answers.
-    labels : torch.Tensor
-        int64 [rows]: frame of the first utterance of each row of the head's;
-        the padding changes what a head sees in the others.
-    answers : dict
-        Answer by form of the weights (``OWN``, ``SEVEN_BITS``) and place
-        (``"encoder"``, ``"head"``).
-    """
-
-    wave: torch.Tensor = field(repr=False)
+    wave: torch.Tensor = field(repr=False)  # int16 [utterances, samples]
+    # int64 [utterances], real samples
     lengths: torch.Tensor = field(repr=False)
+    # int64 [rows, 2]: utterance and frame of each row of the encoder's answers
     frames: torch.Tensor = field(repr=False)
+    # int64 [rows]: frame of each row of the head's answers, in the first
+    # utterance: padding changes what a head sees in the other
     labels: torch.Tensor = field(repr=False)
+    # by form of the weights (OWN, SEVEN_BITS), then by place ("encoder",
+    # "head")
     answers: dict[str, dict[str, Answer]]
 
     def compare(
         self, compute: Compute, form: str, device: str | torch.device
     ) -> dict[str, Distance]:
-        """How far a runtime is from the answers.
-
-        Arguments
-        ---------
-        compute : callable
-            The network as the runtime computes it.
-        form : str
-            ``OWN`` or ``SEVEN_BITS``: the weights that it executes.
-        device : str or torch.device
-            Where it computes.
-
-        Returns
-        -------
-        dict
-            Distance by place, the encoder's output first.
-        """
+        """Distance by place of a runtime's results, the encoder's output
+        first."""
         answers = self.answers.get(form) or self.answers[OWN]
         hidden, labels = run_network(
             compute, float_waves(self.wave), self.lengths, torch.device(device)
@@ -87,19 +62,8 @@ class Probe:
     def difference(
         self, compute: Compute, form: str, device: str | torch.device
     ) -> str | None:
-        """Why a runtime computes something else.
-
-        Arguments
-        ---------
-        compute, form, device
-            As of :meth:`compare`.
-
-        Returns
-        -------
-        str or None
-            Where it differs, by how much, and what is allowed; None if it
-            does not.
-        """
+        """Where a runtime's results differ, by how much, and what is
+        allowed; None if they do not."""
         for place, distance in self.compare(compute, form, device).items():
             if distance.ratio > 1:
                 return f"{PLACES[place]} {distance.text}"
@@ -108,7 +72,7 @@ class Probe:
     def places(
         self, hidden: torch.Tensor, labels: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """The rows that are compared."""
+        """The rows that are compared, by place."""
         utterance, frame = self.frames.unbind(1)
         found = {"encoder": hidden[utterance, frame]}
         if labels is not None:
@@ -120,7 +84,7 @@ class Probe:
     # -- in a file -----------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is stored of it, by name."""
+        """What is stored, by name."""
         named = {key: getattr(self, key) for key in _PARTS}
         for form, places in self.answers.items():
             for place, answer in places.items():
@@ -133,18 +97,8 @@ class Probe:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Probe":
-        """The probe that was stored.
-
-        Arguments
-        ---------
-        tensors : Mapping
-            As :meth:`tensors` gives them.
-
-        Raises
-        ------
-        ValueError
-            They are not those of a probe.
-        """
+        """The inverse of :meth:`tensors`; ValueError if these are not a
+        probe."""
         left = {
             name.removeprefix(PREFIX): tensor
             for name, tensor in tensors.items()
@@ -177,7 +131,8 @@ class Probe:
         return probe
 
     def _check(self) -> None:
-        """Raises if indices lead out of their tensors."""
+        """Raise ValueError if an index is out of range or a value not
+        finite."""
         samples = self.wave.shape[1]
         good = bool((self.lengths > 0).all())
         good = good and int(self.lengths.max()) == samples
@@ -202,24 +157,7 @@ _DTYPES = {"wave": torch.int16}
 
 
 def check_size(tensors: Iterable[torch.Tensor]) -> None:
-    """Raises if the tensors of a probe have more values than any has.
-
-    Arguments
-    ---------
-    tensors : iterable of torch.Tensor
-        They may be on the ``meta`` device.
-
-    Raises
-    ------
-    ValueError
-        They have.
-
-    Example
-    -------
-    >>> check_size([torch.empty(1 << 40, device="meta")])
-    Traceback (most recent call last):
-    ValueError: the probe has too many values
-    """
+    """Raise ValueError if tensors have more values than any probe has."""
     if sum(tensor.numel() for tensor in tensors) > _MOST_VALUES:
         raise ValueError("the probe has too many values")
 
@@ -235,7 +173,7 @@ def _stored(name: str, x: torch.Tensor) -> torch.Tensor:
 def _take(
     left: dict[str, torch.Tensor], name: str, shape: tuple[int | None, ...]
 ) -> torch.Tensor:
-    """Takes a tensor out, if it is as expected."""
+    """Take out a tensor after checking its shape and dtype."""
     x = left.pop(name, None)
     if x is None:
         raise ValueError(f"the probe has no part '{name}'")

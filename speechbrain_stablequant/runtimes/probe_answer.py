@@ -12,46 +12,37 @@ from dataclasses import dataclass, field
 
 import torch
 
-#: Times the largest distance that was measured. Healthy runtimes stay below
-#: 0.9 of it, also in 16 bits.
+#: Times the largest measured distance. Correct runtimes stay below 0.9 of it,
+#: also in 16 bits.
 TOTAL_FACTOR = 1.5
 
-#: Times the mean distance of a channel or row. Healthy: below 1.9 of it.
+#: Times the mean distance of a channel or row. Correct runtimes: below 1.9.
 PART_FACTOR = 2.75
 
-#: Of the mean over all, added to the distance of a channel or frame.
+#: Share of the overall mean, added to the distance of a channel or row.
 PART_SHARE = 0.3
 
-#: Of the answer's size: allowed in any case, for its storage in 16 bits.
+#: Share of the answer's norm that is always allowed: it is stored in 16 bits.
 FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one place of a network gives, and how far that moves.
+    """The values at one place of a network, and how far they move."""
 
-    Arguments
-    ---------
-    values : torch.Tensor
-        float32 [rows, channels].
-    distance : torch.Tensor
-        float32 scalar: the largest that was measured.
-    channels, rows : torch.Tensor
-        float32 [channels] and [rows]: root mean square of the distances of
-        each.
-    """
-
-    values: torch.Tensor = field(repr=False)
-    distance: torch.Tensor
+    values: torch.Tensor = field(repr=False)  # float32 [rows, channels]
+    distance: torch.Tensor  # float32 scalar: the largest measured
+    # float32 [channels]: RMS of the distances
     channels: torch.Tensor = field(repr=False)
+    # float32 [rows]: RMS of the distances
     rows: torch.Tensor = field(repr=False)
 
     @classmethod
     def measured(
         cls, values: torch.Tensor, groups: list[list[torch.Tensor]]
     ) -> "Answer":
-        """The answer of which others are disturbed copies, each group in
-        another way: the way that disturbs most counts."""
+        """The answer whose perturbed copies are given in groups, one group
+        for each kind of perturbation; the strongest kind counts."""
         errors = [[other - values for other in group] for group in groups]
 
         def mean(axis: int) -> torch.Tensor:
@@ -65,18 +56,8 @@ class Answer:
         return cls(values, largest, mean(0), mean(1))
 
     def compare(self, found: torch.Tensor) -> "Distance":
-        """How far another result is from the answer.
-
-        Arguments
-        ---------
-        found : torch.Tensor
-            float32 [rows, channels].
-
-        Returns
-        -------
-        Distance
-            The largest relative to what is allowed.
-        """
+        """Distance of another result [rows, channels] relative to what is
+        allowed: of the whole if that fails, else of the worst part."""
         if found.shape != self.values.shape:
             return Distance(
                 math.inf,
@@ -99,7 +80,7 @@ class Answer:
                 off[worst], allowed[worst], sizes[worst], f" in {what} {worst}"
             )
             distances.append(distance)
-        # The whole says more than one part of it.
+        # Report the whole rather than a part of it.
         return next(
             (distance for distance in distances if distance.ratio > 1),
             max(distances, key=lambda distance: distance.ratio),
@@ -108,18 +89,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a result is from an answer.
+    """How far a result is from an answer."""
 
-    Arguments
-    ---------
-    ratio : float
-        To what is allowed.
-    text : str
-        In words, without what it is of.
-    """
-
-    ratio: float
-    text: str
+    ratio: float  # to what is allowed
+    text: str  # in words, without the subject
 
     @classmethod
     def of(
@@ -129,7 +102,8 @@ class Distance:
         size: torch.Tensor,
         where: str = "",
     ) -> "Distance":
-        """A distance, where one is allowed, of something of a size."""
+        """Distance ``off`` where ``allowed`` is tolerated, as percentages of
+        ``size``."""
         percent = [
             f"{100 * float(x) / max(float(size), 1e-30):.3g} %"
             for x in (off, allowed)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-#: Samples relative to a second of each utterance; the second one is padded.
+#: Length of each utterance; the second one is padded.
 SECONDS = (0.6, 0.36)
 
 # (first, second, third) formant of five vowels in Hz; weights and widths.
@@ -21,27 +21,8 @@ _FORMANTS = ((1.0, 60.0), (0.6, 90.0), (0.3, 150.0))
 
 
 def speech_like(samples: int, rate: int, seed: int) -> torch.Tensor:
-    """Generated sound with the pitch, formants and syllables of speech.
-
-    Arguments
-    ---------
-    samples : int
-        Its length.
-    rate : int
-        Samples in a second.
-    seed : int
-        Chooses among several.
-
-    Returns
-    -------
-    torch.Tensor
-        int16 [samples].
-
-    Example
-    -------
-    >>> speech_like(1600, 16000, 0).abs().max() > 16000
-    tensor(True)
-    """
+    """Generated sound with the pitch, formants and syllables of speech,
+    int16 [samples]."""
     time = torch.arange(samples, dtype=torch.float64) / rate
     pitch = 130 + 25 * torch.sin(2 * math.pi * 1.7 * time + seed) - 20 * time
     phase = 2 * math.pi * torch.cumsum(pitch, 0) / rate
@@ -70,20 +51,8 @@ def speech_like(samples: int, rate: int, seed: int) -> torch.Tensor:
 
 
 def utterances(rate: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two utterances of a probe.
-
-    Arguments
-    ---------
-    rate : int
-        Samples in a second.
-
-    Returns
-    -------
-    torch.Tensor
-        int16 [utterances, samples].
-    torch.Tensor
-        int64 [utterances], real samples.
-    """
+    """The utterances of a probe, int16 [utterances, samples], and their
+    lengths, int64 [utterances]."""
     counts = [round(seconds * rate) for seconds in SECONDS]
     wave = torch.zeros(len(counts), max(counts), dtype=torch.int16)
     for seed, (row, count) in enumerate(zip(wave, counts, strict=True)):

@@ -23,11 +23,11 @@ from .probe_networks import (
 )
 from .simulated import simulated_forwards
 
-#: Inputs that are disturbed, and by how much, and times that everything is
-#: rounded to bfloat16.
+#: Number of perturbed inputs, relative perturbation, and number of passes with
+#: outputs rounded to bfloat16.
 DISTURBED, DISTURBANCE, ROUNDED = 3, 1e-6, 4
 
-#: Bytes of the values of an encoder's and of a head's output in a file.
+#: Maximum bytes in a file of the values of each output.
 _MOST_BYTES = {"encoder": 3 << 14, "head": 1 << 14}
 
 
@@ -38,29 +38,11 @@ def make_probe(
     rate: int,
     device: str | torch.device = "cpu",
 ) -> Probe:
-    """Measures the answers of a network.
+    """Measure the answers of a network.
 
-    Arguments
-    ---------
-    forms : Mapping
-        The simulated network by form of its weights, in float32.
-    modules : Mapping
-        The modules that it is made of, by key: their outputs are rounded.
-    frames : callable
-        Frames that the encoder makes of so many samples.
-    rate : int
-        Samples in a second.
-    device : str or torch.device
-        Where it computes.
-
-    Returns
-    -------
-    Probe
-
-    Raises
-    ------
-    ValueError
-        The network gives something that is not finite.
+    ``forms`` holds the float32 simulation by form of its weights; outputs of
+    ``modules`` are rounded to measure the tolerance. Raises ValueError if an
+    output is not finite.
     """
     wave, lengths = utterances(rate)
     device = torch.device(device)
@@ -100,7 +82,7 @@ def make_probe(
 def _with_rows(
     probe: Probe, hidden: torch.Tensor, labels: torch.Tensor | None
 ) -> Probe:
-    """A probe with as many rows as there is room for in a file."""
+    """The probe with as many rows as fit into a file."""
     chosen = _spread(len(probe.frames), hidden.shape[2], "encoder")
     picked = torch.arange(0)
     if labels is not None:
@@ -111,7 +93,7 @@ def _with_rows(
 
 
 def _spread(rows: int, channels: int, place: str) -> torch.Tensor:
-    """Rows from the first to the last, evenly."""
+    """Evenly spaced rows from the first to the last."""
     count = min(rows, max(_MOST_BYTES[place] // (2 * channels), 2))
     return (
         torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long()
@@ -125,7 +107,7 @@ def _disturbed(
     lengths: torch.Tensor,
     device: torch.device,
 ) -> list[list[tuple[torch.Tensor, torch.Tensor | None]]]:
-    """What a network gives for disturbed inputs, and when it rounds."""
+    """Outputs for perturbed inputs, and outputs with rounding inside."""
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(
         (DISTURBED, *wavs.shape), generator=generator, device="cpu"
@@ -142,7 +124,7 @@ def _disturbed(
 def _parts(
     outputs: tuple[torch.Tensor, torch.Tensor | None], count: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """A batch of several pairs of utterances as these pairs."""
+    """Split a batch into its pairs of utterances."""
     hidden, labels = outputs
     for start in range(0, len(hidden), count):
         rows = slice(start, start + count)
@@ -153,25 +135,9 @@ def _parts(
 def rounded_outputs(
     modules: Mapping[str, nn.Module], generator: torch.Generator
 ) -> Iterator[None]:
-    """Context in which what modules give is rounded to bfloat16, up or down
-    by chance where it is between: twice the error of the nearest, for all
-    that a runtime may round on its way.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key; theirs and those inside of them.
-    generator : torch.Generator
-        Of the chance, on the CPU.
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1)
-    >>> with rounded_outputs({"a": linear}, torch.Generator()):
-    ...     y = linear(torch.ones(1))
-    >>> bool(y == y.bfloat16())
-    True
-    """
+    """Context in which outputs of modules are rounded to bfloat16, up or
+    down at random: twice the error of rounding to nearest, an upper bound
+    for a runtime's own rounding."""
     unit = torch.finfo(torch.bfloat16).eps / 2
 
     def rounded(value: Any) -> Any:
@@ -200,23 +166,8 @@ def simulated_probe(
     use_lengths: bool,
     rate: int,
 ) -> Probe:
-    """The probe of a recognizer, by its simulation.
-
-    Arguments
-    ---------
-    parts : Mapping
-        As of :func:`chain`, with their float parameters, on the CPU.
-    integers : Mapping
-        Integer layers by name.
-    use_lengths : bool
-        As of :func:`chain`.
-    rate : int
-        Samples in a second.
-
-    Returns
-    -------
-    Probe
-    """
+    """The probe of a recognizer, from its simulation on the CPU; ``parts``
+    and ``use_lengths`` as of :func:`chain`."""
     (encoder,) = find_encoders(dict(list(parts.items())[:1]))
     forms = {
         form: chain(parts, use_lengths, simulated_forwards(parts, layers))
@@ -232,25 +183,7 @@ def encoder_probe(
     device: str | torch.device,
     forms: Collection[str] = (OWN, SEVEN_BITS),
 ) -> Probe:
-    """The probe of an encoder alone, by the simulation of a live model.
-
-    Arguments
-    ---------
-    encoder : Encoder
-        The encoder.
-    integers : Mapping
-        Integer layers by name; those outside of the encoder are not used.
-    rate : int
-        Samples in a second.
-    device : str or torch.device
-        Where the model is.
-    forms : collection of str
-        The forms of the weights that may be executed.
-
-    Returns
-    -------
-    Probe
-    """
+    """The probe of an encoder alone, from the simulation of a live model."""
     inside = {
         name: layer.to(device)
         for name, layer in integers.items()

@@ -17,23 +17,23 @@ from .cpu import CpuClass, executed_layer
 from .probe_input import float_waves, utterances
 
 #: From float32 [batch, samples] and relative lengths [batch] to the encoder's
-#: last hidden state [batch, frames, channels] and what the heads make of it
-#: [batch, frames, labels], or None without heads.
+#: last hidden state [batch, frames, channels] and the heads' output [batch,
+#: frames, labels], or None without heads.
 Compute = Callable[
     [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
 ]
 
-#: The plan's own integers, and those of a CPU that multiplies 7-bit weights.
+#: The plan's integers, and those with 7-bit weights of a CPU without VNNI.
 OWN, SEVEN_BITS = "own", "seven"
 
-#: Of an input that is all zeros.
+#: Range of an input that is all zeros.
 _LEAST_RANGE = 1e-6
 
 
 @contextmanager
 def _undisturbing(wavs: torch.Tensor) -> Iterator[None]:
-    """Context that leaves no trace: no gradients, the random numbers as they
-    were, and float32 whatever the recipe computes in."""
+    """Context without side effects: no gradients, the random state
+    preserved, float32 whatever precision the recipe uses."""
     cuda = [wavs.device] if wavs.is_cuda else []
     with (
         torch.no_grad(),
@@ -62,22 +62,7 @@ def run_network(
 
 @contextmanager
 def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Context in which modules are in evaluation mode.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1)
-    >>> with evaluating({"a": linear}):
-    ...     linear.training
-    False
-    >>> linear.training
-    True
-    """
+    """Context with modules in evaluation mode."""
     every = [part for module in modules.values() for part in module.modules()]
     training = [part for part in every if part.training]
     for part in training:
@@ -94,24 +79,8 @@ def chain(
     use_lengths: bool,
     forwards: Mapping[nn.Module, Callable[..., Any]],
 ) -> Compute:
-    """An encoder's wrapper and the heads behind it, as a runtime computes
-    them.
-
-    Arguments
-    ---------
-    parts : Mapping
-        The wrapper, whose attribute ``model`` is the encoder, and the heads
-        in order.
-    use_lengths : bool
-        Whether the wrapper is told what is padding.
-    forwards : Mapping
-        Forward by module.
-
-    Returns
-    -------
-    callable
-        As :data:`Compute`.
-    """
+    """A runtime's computation of an encoder's wrapper (its ``model`` is the
+    encoder) and the heads after it."""
     wrapper, *heads = parts.values()
     model = wrapper.model
 
@@ -137,20 +106,7 @@ def chain(
 def encoder_alone(
     model: nn.Module, forwards: Mapping[nn.Module, Callable[..., Any]]
 ) -> Compute:
-    """An encoder without what is around it, as a runtime computes it.
-
-    Arguments
-    ---------
-    model : torch.nn.Module
-        The encoder.
-    forwards : Mapping
-        Forward by module.
-
-    Returns
-    -------
-    callable
-        As :data:`Compute`.
-    """
+    """A runtime's computation of an encoder without its wrapper."""
 
     def compute(
         wavs: torch.Tensor, relative: torch.Tensor
@@ -170,7 +126,7 @@ def encoder_alone(
 def _observed(
     layers: Iterable[Layer], ranges: dict[str, float]
 ) -> Iterator[None]:
-    """Context in which the largest magnitude of each layer's input is noted."""
+    """Context that records the largest magnitude of each layer's input."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple], None]:
         def note(module: nn.Module, args: tuple) -> None:
@@ -193,27 +149,9 @@ def quick_integers(
     rate: int,
     device: str | torch.device,
 ) -> dict[str, IntegerLayer]:
-    """An encoder in integers, by the largest values that the utterances of a
-    probe bring: what a runtime can be tried with before there is a plan.
-
-    Arguments
-    ---------
-    encoder : Encoder
-        The float model.
-    layers : iterable of Layer
-        What is to be quantized; layers outside of the encoder are left out.
-    bits : tuple of int
-        Of weights and activations.
-    rate : int
-        Samples in a second.
-    device : str or torch.device
-        Where the model is.
-
-    Returns
-    -------
-    dict
-        Integer layers by name, on the CPU.
-    """
+    """Integers of an encoder, calibrated on a probe's utterances: enough to
+    try a runtime before there is a plan. ``bits``: of weights and
+    activations."""
     inside = [x for x in layers if x.name.startswith(f"{encoder.path}.")]
     ranges: dict[str, float] = {}
     wave, lengths = utterances(rate)
@@ -232,19 +170,8 @@ def quick_integers(
 def weight_forms(
     integers: Mapping[str, IntegerLayer],
 ) -> dict[str, dict[str, IntegerLayer]]:
-    """What runtimes may execute in the place of a plan's integers.
-
-    Arguments
-    ---------
-    integers : Mapping
-        Integer layers by name.
-
-    Returns
-    -------
-    dict
-        Integer layers by name, by form; ``SEVEN_BITS`` only where it is
-        another than ``OWN``.
-    """
+    """The integers that runtimes may execute, by form and layer name;
+    ``SEVEN_BITS`` only where it differs from ``OWN``."""
     seven = {
         name: executed_layer(layer, CpuClass("avx2"))
         for name, layer in integers.items()

@@ -1,7 +1,6 @@
 """The encoder in plain torch: exact integers, everything else in float32.
 
-Slow, and the yardstick of the other runtimes: what they compute may differ
-from this by rounding only.
+Slow; the reference from which other runtimes differ by rounding only.
 """
 
 import torch
@@ -12,7 +11,7 @@ from ..core.integer_layer import FloatLayer, reference_forward
 
 
 def apply_layer(layer: AnyLayer, x: torch.Tensor) -> torch.Tensor:
-    """One layer: [..., in] of a Linear, [batch, in, time] of a convolution."""
+    """Apply a layer: [..., in] of a Linear, [batch, in, time] of a Conv1d."""
     if not isinstance(layer, FloatLayer):
         return reference_forward(layer, x)
     if layer.kind == "linear":
@@ -29,8 +28,7 @@ def apply_layer(layer: AnyLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_norm(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
-    """A normalization: [..., channels], or [batch, channels, time] if it runs
-    over time."""
+    """Apply a norm: [..., channels], or [batch, channels, time] over time."""
     if norm is None:
         return x
     if norm.over_time:
@@ -43,22 +41,7 @@ def apply_norm(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
 def valid_frame_mask(
     spec: EncoderSpec, lengths: torch.Tensor, frames: int
 ) -> torch.Tensor:
-    """Which frames of a padded batch are real.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    lengths : torch.Tensor
-        int64 [batch], real samples.
-    frames : int
-        Frames of the padded batch.
-
-    Returns
-    -------
-    torch.Tensor
-        bool [batch, frames].
-    """
+    """bool [batch, frames]: which frames of a padded batch are real."""
     real = torch.tensor([spec.frames(int(n)) for n in lengths])
     mask = torch.arange(frames)[None] < real[:, None]
     return mask.to(lengths.device)
@@ -89,13 +72,7 @@ def _block(
 
 
 class ReferenceExecutor:
-    """Executes an encoder in exact integer arithmetic, on any device.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    """
+    """Executes an encoder in exact integer arithmetic, on any device."""
 
     def __init__(self, spec: EncoderSpec):
         self.spec = spec
@@ -104,20 +81,7 @@ class ReferenceExecutor:
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        lengths : torch.Tensor or None
-            int64 [batch], real samples; None: no mask.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, channels].
-        """
+        """Encode a batch, see :class:`.base.EncoderExecutor`."""
         spec = self.spec
         x = wavs[:, None]
         for stage in spec.convs:

@@ -18,7 +18,7 @@ from ..utils.files import code_identity
 
 @dataclass(frozen=True)
 class Runtime:
-    """One line of the table.
+    """One row of the registry.
 
     Arguments
     ---------
@@ -133,48 +133,13 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 def runtimes_with(extras: Iterable[str]) -> list[str]:
-    """The runtimes that can do something more.
-
-    Arguments
-    ---------
-    extras : iterable of str
-        As of :class:`Runtime`.
-
-    Returns
-    -------
-    list of str
-
-    Example
-    -------
-    >>> runtimes_with(["weight_groups"])
-    ['torch']
-    """
+    """Names of the runtimes that support all ``extras`` of a plan."""
     wanted = frozenset(extras)
     return [name for name, row in RUNTIMES.items() if wanted <= row.extras]
 
 
 def check_extras(backend: str, extras: Iterable[str]) -> None:
-    """Raises unless a runtime can do all that a plan needs.
-
-    Arguments
-    ---------
-    backend : str
-        A key of ``RUNTIMES``.
-    extras : iterable of str
-        As of :class:`Runtime`.
-
-    Raises
-    ------
-    ValueError
-        Names what it cannot do, and who can.
-
-    Example
-    -------
-    >>> check_extras("triton", ["weight_groups"])
-    Traceback (most recent call last):
-    ValueError: backend: triton cannot execute a plan with weight_groups; \
-write backend: torch, or leave that switch off
-    """
+    """Raise ValueError unless a runtime supports all ``extras`` of a plan."""
     extras = frozenset(extras)
     missing = sorted(extras - RUNTIMES[backend].extras)
     if missing:
@@ -187,11 +152,5 @@ write backend: torch, or leave that switch off
 
 @functools.cache
 def code_digest() -> str:
-    """Identifies the code that executes plans.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-    """
+    """Digest of the code that executes plans, 32 hexadecimal digits."""
     return code_identity(Path(__file__).parent)

@@ -1,8 +1,4 @@
-"""Layer by layer with fake quantization: any device, any bit width, slow.
-
-The float model's own forward stays; each layer computes as
-:mod:`speechbrain_stablequant.simulation.fake_quant` does, from its integers.
-"""
+"""Layer by layer with fake quantization: any device, any bit width, slow."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,33 +14,8 @@ from .base import modules_by_name
 def make_layer(
     layer: IntegerLayer, keep: bool = True
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The simulated forward of one layer.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        The layer.
-    keep : bool
-        Whether its weight stays in memory as floats. Otherwise each call
-        makes them, so that there is one weight at a time.
-
-    Returns
-    -------
-    callable
-        Of the input, giving the output in the input's dtype.
-
-    Example
-    -------
-    >>> from speechbrain_stablequant.core.plan import LayerQuant
-    >>> from speechbrain_stablequant.model.layers import Layer
-    >>> from speechbrain_stablequant.core.integer_layer import integer_layer
-    >>> linear = torch.nn.Linear(2, 1, bias=False)
-    >>> linear.weight.data = torch.tensor([[1.0, -1.0]])
-    >>> layer = Layer("enc", linear, "linear", "head")
-    >>> forward = make_layer(integer_layer(layer, LayerQuant(2, 2, 1.0)))
-    >>> forward(torch.tensor([0.6, 7.0])).tolist()
-    [0.0]
-    """
+    """The simulated forward of one layer. Without ``keep`` each call makes
+    the float weight anew, so that one exists at a time."""
 
     def operands() -> dict[str, torch.Tensor | None]:
         there = layer.loaded()
@@ -87,20 +58,8 @@ def make_layer(
 def simulated_forwards(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """Forwards of a simulation that holds one float weight at a time.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by key.
-    integers : Mapping
-        Integer layers by name.
-
-    Returns
-    -------
-    dict
-        Forward by module.
-    """
+    """Forward by module of a simulation that holds one float weight at a
+    time."""
     by_name = modules_by_name(modules, integers)
     return {
         by_name[name]: make_layer(layer, keep=False)

@@ -16,49 +16,38 @@ from ..core.encoder_spec import AnyLayer
 from ..core.integer_layer import FloatLayer, IntegerLayer
 from .geometry import Geometry
 
-#: Frames of the results that are compared.
+#: Output frames of each trial.
 ROWS = (50, 500)
 
-#: Magnitude of the weights and the inputs of a layer that stays float: with
-#: so many bits bfloat16 holds them exactly.
+#: Bits of weights and inputs of a float layer: bfloat16 holds them exactly.
 _FLOAT_BITS = 8
 
-#: A value that is rounded to bfloat16 on its way to another that is, too.
+#: Relative error of two roundings to bfloat16.
 _HALF_ROUNDING = 2.0**-7
 
-#: The same for some roundings to float32.
+#: Relative error of several roundings to float32.
 _ROUNDING = 2.0**-21
 
-#: How exactly a library knows the GELU.
+#: Absolute error of a library's GELU.
 _GELU_ERROR = 2e-5
 
 
 class Trial(NamedTuple):
-    """A layer of a geometry, and inputs for it.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        The layer.
-    inputs : list of torch.Tensor
-        float32 [1, time, in].
-    others : list of torch.Tensor
-        float32 [1, frames, out], what results are added to. A positional
-        convolution gives as many frames as it takes in, the encoder leaves
-        out what is more.
-    """
+    """A layer of some geometry, and inputs for it."""
 
     layer: AnyLayer
-    inputs: list[torch.Tensor]
+    inputs: list[torch.Tensor]  # float32 [1, time, in]
+    # float32 [1, frames, out], added to the results. A positional convolution
+    # gives as many frames as it takes; the encoder drops the rest.
     others: list[torch.Tensor]
 
 
 def _integers(
     shape: Sequence[int], limit: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Random integers of which some rows are all at the ends of the range."""
+    """Random integers; some rows are all at the ends of the range."""
     count = math.prod(shape)
-    # Eight at a time: a large weight takes tenths of a second otherwise.
+    # Eight bytes per draw: a large weight takes tenths of a second otherwise.
     words = torch.randint(
         -(2**63), 2**63 - 1, (count // 8 + 1,), generator=generator
     )
@@ -68,14 +57,14 @@ def _integers(
     rows = made.flatten(1)
     for start, value in ((0, limit), (1, -limit), (2, limit)):
         rows[start :: max(len(rows) // 4, 3)] = value
-    # Both ends beside each other.
+    # Both ends alternate.
     rows[2 :: max(len(rows) // 4, 3), ::2] = -limit
     return made
 
 
 def _scales(geometry: Geometry, in_limit: int, limit: int) -> torch.Tensor:
-    """Powers of two that bring results to about 1, different from row to
-    row, so that products are exact and rows tell themselves apart."""
+    """Powers of two that bring results to about 1 and differ from row to
+    row: products are exact and swapped rows are detected."""
     outputs, *window = geometry.shape
     usual = in_limit * limit / 3 * math.sqrt(math.prod(window))
     base = 2.0 ** -round(math.log2(max(usual, 1.0)))
@@ -85,21 +74,8 @@ def _scales(geometry: Geometry, in_limit: int, limit: int) -> torch.Tensor:
 def make_trial(
     geometry: Geometry, half: bool = False, rows: Sequence[int] = ROWS
 ) -> Trial:
-    """A layer of a geometry and inputs, always the same.
-
-    Arguments
-    ---------
-    geometry : Geometry
-        The geometry.
-    half : bool
-        Whether inputs have to be exact in bfloat16.
-    rows : sequence of int
-        Frames of the results.
-
-    Returns
-    -------
-    Trial
-    """
+    """A layer of a geometry and inputs, always the same; ``half``: inputs
+    must be exact in bfloat16."""
     generator = torch.Generator("cpu").manual_seed(17)
     bits = geometry.weight_bits or _FLOAT_BITS
     in_bits = geometry.activation_bits or _FLOAT_BITS
@@ -119,7 +95,7 @@ def make_trial(
         "dilation": geometry.dilation,
         "groups": geometry.groups,
     }
-    # Not 1: a scale that is forgotten must show.
+    # Not 1, so that a missing scale is detected.
     step = 2.0**-3
     zero = 0
     if geometry.weight_bits:
@@ -164,8 +140,8 @@ def _beside(
     half: bool,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Inputs beyond the grid, and in float32 beside its points, so that what
-    is cut and rounded to the grid shows."""
+    """Inputs beyond the grid and, in float32, between its points, so that
+    wrong clipping or rounding is detected."""
     chance = torch.rand(x.shape, generator=generator)
     x = torch.where(chance < 0.01, (2 * limit - zero) * step, x)
     x = torch.where(chance > 0.99, (-2 * limit - zero) * step, x)
@@ -175,8 +151,8 @@ def _beside(
 
 
 def _compared(rows: int) -> torch.Tensor:
-    """The rows that are compared with exact arithmetic: both ends, and one of
-    each few between, at changing places of a kernel's tile."""
+    """Rows that are compared: both ends, and every few between, at varying
+    places of a kernel's tile."""
     step = 4 if rows <= 64 else 16
     places = torch.arange(0, rows, step)
     between = places + places // step * 5 % step
@@ -209,40 +185,18 @@ def _exact_product(
 
 
 class Expected(NamedTuple):
-    """Exact results of some rows.
+    """Exact results of some rows."""
 
-    Arguments
-    ---------
-    rows : torch.Tensor
-        Which ones.
-    values, bound : torch.Tensor
-        float64 [rows, out]: the results, and how far a right one may be off.
-    """
-
-    rows: torch.Tensor
-    values: torch.Tensor
-    bound: torch.Tensor
+    rows: torch.Tensor  # their indices
+    values: torch.Tensor  # float64 [rows, out]
+    bound: torch.Tensor  # float64 [rows, out]: allowed error
 
 
 def expected_results(
     geometry: Geometry, trial: Trial, half: bool
 ) -> list[Expected]:
-    """What exact arithmetic makes of a trial.
-
-    Arguments
-    ---------
-    geometry : Geometry
-        The geometry.
-    trial : Trial
-        Of :func:`make_trial`.
-    half : bool
-        Whether results are bfloat16.
-
-    Returns
-    -------
-    list of Expected
-        For each input.
-    """
+    """Exact results for each input of a trial; ``half``: results are
+    bfloat16."""
     layer = trial.layer
     scale, zero, limit, share = None, 0, math.inf, 0.0
     if isinstance(layer, IntegerLayer):
@@ -250,15 +204,15 @@ def expected_results(
         limit = qmax(layer.activation_bits)
         weight, scale = layer.weight, step * layer.weight_scale.double()
         furthest = (127 + 128 + abs(zero)) * scale
-        # Of the zero point of unsigned bytes in the sums: an offset that
-        # may be rounded like any other number.
+        # The zero point's share of the sums, which may be rounded like any
+        # other number.
         sums = weight.flatten(1).sum(1, dtype=torch.int64).abs()
         share = (128 + abs(zero)) * scale * sums
     else:
         weight = layer.weight
         step, furthest = 1.0, trial.inputs[0].abs().max().double()
     bias = 0.0 if layer.bias is None else layer.bias.double()
-    # Of the sums on the way, not only of what is left of them.
+    # Bound by the partial sums, not only by their result.
     rounding = furthest * weight.flatten(1).abs().sum(1, dtype=torch.float64)
     results = []
     for x, other in zip(trial.inputs, trial.others, strict=True):
@@ -289,37 +243,18 @@ def expected_results(
 
 
 class Results(NamedTuple):
-    """What a runtime made of a trial.
+    """What a runtime computed for a trial."""
 
-    Arguments
-    ---------
-    values : list of torch.Tensor
-        Float [1, frames, out] for each input; several after another of a
-        runtime that computes a layer more than once.
-    step, top : float
-        Of the grid that these were rounded to and its upper end, if any.
-    """
-
+    # float [1, frames, out] for each input, repeated if a layer is computed
+    # more than once
     values: list[torch.Tensor]
-    step: float = 0.0
-    top: float = math.inf
+    step: float = 0.0  # of the grid that values were rounded to, if any
+    top: float = math.inf  # upper end of that grid
 
 
 def difference(found: Results, expected: Sequence[Expected]) -> str | None:
-    """How results differ from exact ones beyond rounding.
-
-    Arguments
-    ---------
-    found : Results
-        What was computed.
-    expected : sequence of Expected
-        Exact.
-
-    Returns
-    -------
-    str or None
-        Words that follow "the result"; None if they do not.
-    """
+    """How results differ from exact ones beyond rounding, in words that
+    follow "the result"; None if they do not."""
     times = len(found.values) // len(expected)
     for place, out in enumerate(found.values):
         rows, values, bound = expected[place // times]

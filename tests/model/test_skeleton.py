@@ -11,10 +11,10 @@ from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.recognizer import RuntimeEncoder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.skeleton import (
-    EncoderShell,
-    empty_shell,
+    EncoderSkeleton,
+    empty_skeleton,
     folded_norms,
-    has_shell,
+    has_skeleton,
 )
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.runtimes.base import EncoderOutput
@@ -39,8 +39,8 @@ def test_parameters_are_those_of_transformers(
     variant, make_tiny_model, changes
 ):
     config = plain(make_tiny_model(variant, **changes))
-    assert has_shell(config)
-    shell, model = empty_shell(config), empty_encoder(config)
+    assert has_skeleton(config)
+    shell, model = empty_skeleton(config), empty_encoder(config)
     assert all(p.is_meta for p in shell.parameters())
     expected = {n: torch.empty(t.shape) for n, t in model.state_dict().items()}
     expected = folded_norms(expected)
@@ -52,7 +52,7 @@ def test_parameters_are_those_of_transformers(
 
 def test_hubert_without_projection_norm(make_tiny_model):
     config = plain(make_tiny_model("hubert-base", feat_proj_layer_norm=False))
-    names = set(empty_shell(config).state_dict())
+    names = set(empty_skeleton(config).state_dict())
     assert "feature_projection.layer_norm.weight" not in names
     assert names == set(folded_norms(empty_encoder(config).state_dict()))
 
@@ -71,10 +71,10 @@ def test_hubert_without_projection_norm(make_tiny_model):
 )
 def test_other_models_have_no_shell(make_tiny_model, changes):
     config = plain(make_tiny_model("wav2vec2-large"))
-    assert has_shell(config)
-    assert not has_shell({**config, **changes})
+    assert has_skeleton(config)
+    assert not has_skeleton({**config, **changes})
     for key in ("hidden_act", "conv_dim"):
-        assert not has_shell({k: v for k, v in config.items() if k != key})
+        assert not has_skeleton({k: v for k, v in config.items() if k != key})
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_runtime_computes_the_same_from_a_shell(tiny_model):
     integers = {
         n: integer_layer(x, LayerQuant(8, 8, 3.0)) for n, x in quants.items()
     }
-    shell = empty_shell(plain(tiny_model))
+    shell = empty_skeleton(plain(tiny_model))
     floats = {
         f"w.{n}": t.clone()
         for n, t in tiny_model.state_dict().items()
@@ -112,8 +112,8 @@ def test_folded_norm_is_the_weight_of_the_model(tiny_model):
 
 
 def test_a_shell_computes_nothing(make_tiny_model):
-    shell = EncoderShell(plain(make_tiny_model("wav2vec2-base")))
-    with pytest.raises(RuntimeError, match="a runtime has to"):
+    shell = EncoderSkeleton(plain(make_tiny_model("wav2vec2-base")))
+    with pytest.raises(RuntimeError, match="use a runtime"):
         shell(torch.zeros(1, 400))
 
 

@@ -1,4 +1,4 @@
-"""An encoder as nodes, from its description."""
+"""Builds the ONNX nodes of an encoder from its description."""
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ MASKED = -1e30
 
 
 def _frames_of(graph: Graph, samples: str, layer: AnyLayer) -> str:
-    """max((samples - kernel) // stride + 1, 0) on int64: the division of
-    ONNX rounds towards zero, so its operand is kept from being negative."""
+    """max((samples - kernel) // stride + 1, 0) on int64. ONNX division
+    rounds toward zero, so its operand is kept nonnegative."""
     shift = layer.stride - layer.weight.shape[-1]
     moved = graph.add("Add", [samples, graph.constant([shift])])
     safe = graph.add("Max", [moved, graph.constant([0])])
@@ -24,8 +24,8 @@ def _frames_of(graph: Graph, samples: str, layer: AnyLayer) -> str:
 
 
 def unfold(graph: Graph, q: str, layer: AnyLayer) -> str:
-    """[batch, time, channels] to [batch, frames, kernel * channels]: whole
-    strides are a reshape, only what a kernel has beyond them is copied."""
+    """[batch, time, channels] to [batch, frames, kernel * channels]. Whole
+    strides are a reshape; only what a kernel has beyond them is copied."""
     channels, kernel = layer.weight.shape[1:]
     stride = layer.stride
     frames = _frames_of(graph, graph.size(q, 1), layer)
@@ -79,7 +79,7 @@ def _convs_as_products(graph: Graph, spec: EncoderSpec, wave: str) -> str:
 
 
 def _convs_as_convs(graph: Graph, spec: EncoderSpec, wave: str) -> str:
-    """The same with Conv nodes, on [batch, channels, time]."""
+    """The feature extractor with Conv nodes, on [batch, channels, time]."""
     x = graph.add("Unsqueeze", [wave, graph.constant([1])])
     lowest = -float("inf")
     for stage in spec.convs:
@@ -98,8 +98,8 @@ def _convs_as_convs(graph: Graph, spec: EncoderSpec, wave: str) -> str:
 def position_as_products(
     graph: Graph, layer: AnyLayer, x: str, trim: int
 ) -> str:
-    """The positional convolution, one product for each group; it gives as
-    many frames as it takes in."""
+    """The positional convolution, one product per group; it gives as many
+    frames as it takes."""
     if layer.algorithm == CONVOLUTION:
         return position_as_conv(graph, layer, x, trim)
     kernel, groups = layer.weight.shape[-1], layer.groups

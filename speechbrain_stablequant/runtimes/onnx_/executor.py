@@ -1,8 +1,8 @@
-"""ONNX Runtime: the exported graph, with its integer products on a CPU.
+"""ONNX Runtime: executes the exported graph.
 
-Activations are uint8 with zero point 128, the form in which ONNX Runtime
-turns every dequantize-multiply pair into ``MatMulIntegerToFloat``; with int8
-activations an x86 CPU computes most of them in float32.
+Activations are uint8 with zero point 128, the form that ONNX Runtime fuses into
+``MatMulIntegerToFloat``; with int8 an x86 CPU computes most products in
+float32.
 """
 
 import os
@@ -21,17 +21,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def require_onnxruntime() -> Any:
-    """The onnxruntime package.
-
-    Returns
-    -------
-    module
-
-    Raises
-    ------
-    ImportError
-        It is not installed; names the extra that brings it.
-    """
+    """The onnxruntime package; ImportError names the extra that brings it."""
     # Its telemetry has threads, for which a forked process waits at its end.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -47,26 +37,7 @@ def require_onnxruntime() -> Any:
 def open_session(
     path: str | Path | bytes, threads: int | None = None, provider: str = "cpu"
 ) -> Any:
-    """Opens an ONNX file.
-
-    Arguments
-    ---------
-    path : str, Path or bytes
-        The file, or its content.
-    threads : int, optional
-        Threads of an operator; torch's number by default.
-    provider : str
-        ``"cpu"`` or ``"cuda"``.
-
-    Returns
-    -------
-    onnxruntime.InferenceSession
-
-    Raises
-    ------
-    ValueError
-        A provider that is unknown or not in this build of ONNX Runtime.
-    """
+    """Open an ONNX file, or its bytes, with one of ``PROVIDERS``."""
     ort = require_onnxruntime()
     if provider not in PROVIDERS:
         raise ValueError(
@@ -87,17 +58,7 @@ def open_session(
 
 
 class OnnxExecutor:
-    """Executes an encoder in ONNX Runtime.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    threads : int, optional
-        Threads of an operator; torch's number by default.
-    provider : str
-        ``"cpu"`` or ``"cuda"``.
-    """
+    """Executes an encoder in ONNX Runtime; ``threads`` per operator."""
 
     def __init__(
         self,
@@ -118,20 +79,7 @@ class OnnxExecutor:
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        lengths : torch.Tensor or None
-            int64 [batch], real samples; None: all of them.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, channels], where ``wavs`` is.
-        """
+        """Encode a batch, see :class:`..base.EncoderExecutor`."""
         batch, samples = wavs.shape
         real = (
             np.full(batch, samples, np.int64)
@@ -144,17 +92,5 @@ class OnnxExecutor:
 
 
 def make_executor(spec: EncoderSpec, **options: Any) -> OnnxExecutor:
-    """The executor of an encoder.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    **options
-        ``threads`` and ``provider``, see :class:`OnnxExecutor`.
-
-    Returns
-    -------
-    OnnxExecutor
-    """
+    """The registry's entry, see :class:`OnnxExecutor`."""
     return OnnxExecutor(spec, **options)

@@ -16,17 +16,7 @@ OPSET, IR_VERSION = 20, 9
 
 
 def require_onnx() -> Any:
-    """The onnx package.
-
-    Returns
-    -------
-    module
-
-    Raises
-    ------
-    ImportError
-        It is not installed; names the extra that brings it.
-    """
+    """The onnx package; ImportError names the extra that brings it."""
     try:
         import onnx
     except ImportError as error:
@@ -40,11 +30,8 @@ def require_onnx() -> Any:
 class Graph:
     """Collects nodes and constants of an ONNX graph.
 
-    Arguments
-    ---------
-    unsigned : bool
-        Activations as uint8 with zero point 128 instead of int8 with 0; an
-        offset moves either.
+    ``unsigned``: activations are uint8 with zero point 128 instead of int8 with
+    0, each moved by the layer's own zero point.
     """
 
     def __init__(self, unsigned: bool = False):
@@ -63,23 +50,8 @@ class Graph:
         shape: Sequence[str | int],
         metadata: Mapping[str, str],
     ) -> Any:
-        """The finished model.
-
-        Arguments
-        ---------
-        inputs : Mapping
-            Shape by name; ``lengths`` is int64, all others float32.
-        output : str
-            Name of the only output, float32.
-        shape : sequence
-            Its shape.
-        metadata : Mapping
-            Text by key.
-
-        Returns
-        -------
-        onnx.ModelProto
-        """
+        """The finished model with one float32 output. Inputs are float32
+        except ``lengths``, int64."""
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
         given = [
             helper.make_tensor_value_info(
@@ -104,7 +76,7 @@ class Graph:
         return model
 
     def name(self, stem: str) -> str:
-        """A name that is not in use yet."""
+        """A name that is not used yet."""
         count = self._names.get(stem, 0)
         self._names[stem] = count + 1
         return f"{stem}_{count}" if count else stem
@@ -117,26 +89,7 @@ class Graph:
         outputs: int = 1,
         **attributes: Any,
     ) -> Any:
-        """Adds a node.
-
-        Arguments
-        ---------
-        op : str
-            The operator.
-        inputs : sequence of str
-            Names of its inputs.
-        name : str, optional
-            Of its output; made from the operator by default.
-        outputs : int
-            How many outputs it has.
-        **attributes
-            Of the operator.
-
-        Returns
-        -------
-        str or list of str
-            Name of the output, or of the outputs.
-        """
+        """Add a node; return the name of its output, or the list of names."""
         names = [self.name(name or op) for _ in range(outputs)]
         self.nodes.append(
             self.onnx.helper.make_node(
@@ -146,11 +99,11 @@ class Graph:
         return names[0] if outputs == 1 else names
 
     def result(self, x: str, name: str) -> None:
-        """Gives a value the name of the output, taken from :meth:`name`."""
+        """Give a value the name of the output, reserved by :meth:`name`."""
         self.nodes.append(self.onnx.helper.make_node("Identity", [x], [name]))
 
     def tensor(self, value: torch.Tensor | np.ndarray, name: str) -> str:
-        """Adds a stored tensor and returns its name."""
+        """Store a tensor and return its name."""
         array = value.numpy() if isinstance(value, torch.Tensor) else value
         name = self.name(name)
         self.initializers.append(
@@ -176,7 +129,7 @@ class Graph:
         return self.constant(value, np.float32)
 
     def reshape(self, x: str, *shape: int) -> str:
-        """0 keeps an axis, -1 is what is left."""
+        """Reshape: 0 keeps an axis, -1 is inferred."""
         return self.add("Reshape", [x, self.constant(shape)])
 
     def transpose(self, x: str, *axes: int) -> str:
@@ -201,22 +154,8 @@ class Graph:
     def quantize(
         self, x: str, layer: AnyLayer, lowest: float = -float("inf")
     ) -> str:
-        """A layer's input as integers, or as it is for a float layer.
-
-        Arguments
-        ---------
-        x : str
-            The float input.
-        layer : IntegerLayer or FloatLayer
-            The layer.
-        lowest : float
-            A bound below which ``x`` never falls.
-
-        Returns
-        -------
-        str
-            int8 (uint8) integers to be passed on to :meth:`dequantize`.
-        """
+        """A layer's input as int8 (uint8) integers for :meth:`dequantize`;
+        unchanged for a float layer. ``lowest``: known lower bound of ``x``."""
         if isinstance(layer, FloatLayer):
             return x
         scale = np.float32(layer.activation_scale.item())
@@ -239,7 +178,7 @@ class Graph:
         return out
 
     def dequantize(self, q: str, layer: AnyLayer) -> str:
-        """What the integers of :meth:`quantize` stand for."""
+        """The float values of the integers of :meth:`quantize`."""
         if isinstance(layer, FloatLayer):
             return q
         scale = self.number(layer.activation_scale.item())
@@ -252,30 +191,13 @@ class Graph:
         axis: int,
         scale: torch.Tensor | None = None,
     ) -> str:
-        """A layer's weight in some layout.
-
-        Arguments
-        ---------
-        layer : IntegerLayer or FloatLayer
-            The layer.
-        weight : torch.Tensor
-            Its weight, rearranged.
-        axis : int
-            Axis of the output channels.
-        scale : torch.Tensor, optional
-            Their scales, if these are not all channels of the layer.
-
-        Returns
-        -------
-        str
-            Name of the float weight.
-        """
+        """Name of a layer's float weight, rearranged; ``axis`` is that of
+        its output channels and ``scale`` theirs, if not all of the layer's."""
         scaled = not isinstance(layer, FloatLayer)
         if scaled and scale is None:
             scale = layer.weight_scale
         if scaled and layer.algorithm == FLOAT:
-            # What the integers stand for; with integers there would be an
-            # integer product again.
+            # Stored as floats: integers would be multiplied as integers.
             shape = [1] * weight.dim()
             shape[axis] = -1
             weight, scaled = weight.float() * scale.view(shape), False
@@ -332,8 +254,7 @@ class Graph:
         )
 
     def norm(self, x: str, norm: Norm | None) -> str:
-        """A normalization: [..., channels], or [batch, channels, time] if it
-        runs over time."""
+        """A norm: [..., channels], or [batch, channels, time] over time."""
         if norm is None:
             return x
         inputs = [

@@ -1,4 +1,4 @@
-"""What stands behind the encoder: described, and as nodes."""
+"""The layers after the encoder: their description and their ONNX nodes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,19 +12,11 @@ from .graph import Graph
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation between the layers of a head.
-
-    Arguments
-    ---------
-    op : str
-        ``"Relu"``, ``"LeakyRelu"``, ``"Gelu"``, ``"Tanh"`` or
-        ``"LogSoftmax"`` (over the last axis).
-    slope : float
-        Of LeakyRelu, below 0.
-    """
+    """An activation in a head: ``Relu``, ``LeakyRelu``, ``Gelu``, ``Tanh``
+    or ``LogSoftmax`` (over the last axis)."""
 
     op: str
-    slope: float = 0.01
+    slope: float = 0.01  # of LeakyRelu, below 0
 
 
 _ACTIVATIONS = {nn.ReLU: "Relu", nn.Tanh: "Tanh"}
@@ -35,31 +27,8 @@ HeadPart = AnyLayer | Norm | Activation
 def describe_head(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> list[HeadPart]:
-    """Describes what stands behind the encoder, in the order of the modules.
-
-    Arguments
-    ---------
-    modules : Mapping
-        Modules by their names in the Brain's modules, such as ``enc`` and
-        ``ctc_lin``; containers are walked in order.
-    integers : Mapping
-        Integer layers by name; others are taken as they are.
-
-    Returns
-    -------
-    list of IntegerLayer, FloatLayer, Norm and Activation
-
-    Raises
-    ------
-    ValueError
-        A module that has no ONNX form here.
-
-    Example
-    -------
-    >>> head = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(), nn.Linear(8, 3))
-    >>> [type(part).__name__ for part in describe_head({"enc": head}, {})]
-    ['FloatLayer', 'Activation', 'FloatLayer']
-    """
+    """Describe the modules after the encoder, in order; containers are
+    walked. ValueError for a module without an ONNX form."""
     parts: list[HeadPart] = []
     for key, module in modules.items():
         for name, child in module.named_modules(prefix=key):

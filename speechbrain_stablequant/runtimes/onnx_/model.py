@@ -1,4 +1,4 @@
-"""An encoder and the layers behind it as one ONNX file."""
+"""An encoder and the layers after it as one ONNX file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ EXPORT_FORMAT = 1
 # Protobuf holds no message of 2 GB.
 MAX_BYTES = 2**31 - 2**20
 
-#: Whom a file is for.
+#: What a file is for.
 TARGETS = ("onnxruntime", "portable")
 
-#: What layers may need beyond plain integers.
+#: Extras of a plan that can be exported.
 EXECUTED = frozenset({"asymmetric"})
 
 
@@ -63,12 +63,12 @@ def export_onnx(
     target: str = "onnxruntime",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes an encoder, and the layers behind it, as one ONNX file.
+    """Write an encoder, and the layers after it, as one ONNX file.
 
-    Its inputs are ``wave``, float32 [batch, samples], padded with zeros, and
-    ``lengths``, int64 [batch], the real samples of each utterance; its output
-    is ``logits`` [batch, frames, symbols], or ``hidden`` without a head.
-    Frames of padding hold anything finite.
+    Inputs: ``wave``, float32 [batch, samples], padded with zeros, and
+    ``lengths``, int64 [batch], the real samples of each utterance. Output:
+    ``logits`` [batch, frames, symbols], or ``hidden`` without a head; padded
+    frames hold arbitrary finite values.
 
     Arguments
     ---------
@@ -150,7 +150,7 @@ def export_onnx(
         {
             "format": f"speechbrain_stablequant.onnx {EXPORT_FORMAT}",
             "sample_rate": str(sample_rate),
-            # What the graph itself does to the wave.
+            # Applied inside of the graph.
             "input_normalization": "layer_norm" if normalize_wav else "none",
             "output_normalization": "layer_norm" if output_norm else "none",
             "bits": json.dumps(bits),

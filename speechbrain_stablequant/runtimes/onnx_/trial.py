@@ -1,4 +1,4 @@
-"""Single layers by ONNX Runtime, to compare them with exact arithmetic."""
+"""Single layers in ONNX Runtime, for comparison with exact arithmetic."""
 
 import torch
 
@@ -12,15 +12,7 @@ from .graph import Graph
 
 
 class OnnxRunner:
-    """Computes layers as the exported graph does.
-
-    Arguments
-    ---------
-    threads : int, optional
-        As of :class:`~.onnx_.OnnxExecutor`.
-    provider : str
-        As there.
-    """
+    """Computes layers as the exported graph does."""
 
     name = "onnx"
 
@@ -32,19 +24,16 @@ class OnnxRunner:
         }
 
     def half(self, geometry: Geometry) -> bool:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         return False
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         ways = (NATIVE, CONVOLUTION) if geometry.is_conv else (NATIVE,)
         return (*ways, FLOAT) if geometry.weight_bits else ways
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         graph = Graph(unsigned=True)
         x, out = graph.name("x"), graph.name("out")
         inputs = {x: [1, "time", geometry.shape[1] * geometry.groups]}
@@ -83,15 +72,5 @@ def _product(graph: Graph, geometry: Geometry, layer: AnyLayer, x: str) -> str:
 def make_runner(
     threads: int | None = None, provider: str = "cpu"
 ) -> OnnxRunner:
-    """The layers of this runtime with its options.
-
-    Arguments
-    ---------
-    threads, provider
-        As of :class:`~.onnx_.OnnxExecutor`.
-
-    Returns
-    -------
-    OnnxRunner
-    """
+    """The runner for these options of :class:`.executor.OnnxExecutor`."""
     return OnnxRunner(threads, provider)

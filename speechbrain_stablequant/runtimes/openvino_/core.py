@@ -1,4 +1,4 @@
-"""The one ``openvino.Core`` of a process."""
+"""The single ``openvino.Core`` of a process."""
 
 import functools
 import os
@@ -9,17 +9,13 @@ from ...utils import forks
 
 
 def core() -> ov.Core:
-    """The process's own, which stays to its end.
+    """The ``Core`` of this process, kept until its end; a forked process has
+    its own.
 
-    OpenVINO's CPU plugin gives the thread that first compiles a stack for
-    signal handlers, and puts the one before it back when the ``Core`` goes,
-    even if that is gone already: with two, the next signal (SIGINT) finds no
-    stack, and the system ends the process with SIGSEGV (seen with 2026.4).
-
-    Returns
-    -------
-    openvino.Core
-        Another one in a forked process.
+    OpenVINO's CPU plugin gives the thread that compiles first a stack for
+    signal handlers, and restores the previous one when the ``Core`` goes, even
+    if that was freed: with two cores the next signal (SIGINT) ends the process
+    with SIGSEGV (seen with 2026.4).
     """
     return _core(os.getpid())
 

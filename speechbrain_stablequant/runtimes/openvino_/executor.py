@@ -23,44 +23,29 @@ from .graph import GraphBuilder, first_windows
 
 logger = logging.getLogger(__name__)
 
-#: What everything but the integer products may be computed in.
+#: Precisions of everything but the integer products.
 PRECISIONS = ("auto", "bf16", "f32")
 
-#: Lengths are padded to multiples of so many frames; 10 s give 499.
+#: Lengths are padded to multiples of this; 10 s give 499 frames.
 FRAME_UNIT = 10
-#: From twice as many units on there are so many lengths before each doubling.
+#: From twice as many units on: lengths before each doubling.
 FRAME_STEPS = 24
-#: Utterances in a product at most, a power of 2.
+#: Maximum batch of one call of the graph, a power of 2.
 MAX_BATCH = 16
-#: Entries of OpenVINO's cache of what it prepares for a shape. A shape takes
-#: about 15 of them, so that the 86 lengths up to 30 s stay.
+#: Entries of OpenVINO's cache of prepared shapes. A shape takes about 15, so
+#: that the 86 lengths up to 30 s fit.
 CACHE_CAPACITY = 2000
 
 
 def _cores() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def batch_parts(batch: int) -> Iterator[slice]:
-    """Cuts a batch into powers of 2, so that few sizes are computed.
-
-    Arguments
-    ---------
-    batch : int
-        Utterances.
-
-    Returns
-    -------
-    iterator of slice
-
-    Example
-    -------
-    >>> [(part.start, part.stop) for part in batch_parts(23)]
-    [(0, 16), (16, 20), (20, 22), (22, 23)]
-    """
+    """Split a batch into powers of 2, so that few sizes are computed."""
     start = 0
     while start < batch:
         count = min(MAX_BATCH, 1 << (batch - start).bit_length() - 1)
@@ -75,29 +60,14 @@ def _array(x: torch.Tensor) -> np.ndarray:
 def first_inputs(
     spec: EncoderSpec, wavs: torch.Tensor, frames: int
 ) -> np.ndarray:
-    """Windows of the first convolution, with zeros after the end.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    wavs : torch.Tensor
-        float32 [batch, samples].
-    frames : int
-        Frames that the windows give; fewer or more than those of the samples.
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 [batch, windows, kernel].
-    """
+    """Windows of the first convolution, float32 [batch, windows, kernel],
+    zero-padded at the end to give ``frames`` frames."""
     conv = spec.convs[0].conv
     batch, samples = wavs.shape
     kernel = conv.weight.shape[2]
     windows = first_windows(spec, frames)
     needed = (windows - 1) * conv.stride + kernel
-    # By numpy: torch's threads would wait for more work, and keep a core
-    # from OpenVINO's for milliseconds.
+    # By numpy: torch's threads would spin and take cores from OpenVINO's.
     padded = np.zeros((batch, needed), np.float32)
     padded[:, : min(samples, needed)] = wavs.numpy()[:, :needed]
     views = np.lib.stride_tricks.sliding_window_view(padded, kernel, 1)
@@ -105,42 +75,21 @@ def first_inputs(
 
 
 class OpenVINOExecutor:
-    """Executes an encoder.
+    """Executes an encoder by one graph for inputs of any length.
 
-    One graph computes inputs of any length, so the same input gives the same
-    output, however often and in whatever order it comes. For each shape that
-    it meets OpenVINO prepares something, and keeps it. That this stays within
-    bounds, lengths are padded to a multiple of ``FRAME_UNIT`` frames or, from
-    480 frames (9.6 s) on, to one of 24 lengths before each doubling: there are
-    73 up to 20 s, 86 up to 30 s. Padding is masked, and no frame that is real
-    depends on it. Batches are computed in parts of 16, 8, 4, 2 and 1. More
-    shapes than fit into ``CACHE_CAPACITY`` push out those that were not used
-    for the longest time.
+    OpenVINO prepares and caches something for each shape it meets. To bound
+    this, lengths are padded to a multiple of ``FRAME_UNIT`` frames or, from 480
+    frames (9.6 s) on, to one of 24 lengths before each doubling: 73 lengths up
+    to 20 s, 86 up to 30 s. Padding is masked, and no real frame depends on it.
+    Batches are computed in parts of 16, 8, 4, 2 and 1. Shapes beyond
+    ``CACHE_CAPACITY`` evict the least recently used.
 
-    Any number of threads may call it at a time: each call has a request of
-    its own. With ``threads`` given, as many calls are computed side by side
-    as the CPU has room for, each by so many threads; otherwise one after the
-    other, each by all threads.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    threads : int or None
-        Threads of one call; None for as many as torch uses.
-    cache_folder : str, Path or None
-        Where compiled graphs are kept for the next process, each as large as
-        the integer weights; None for nowhere.
-    precision : str
-        Of everything but the integer products: ``"bf16"``, ``"f32"``, or
-        ``"auto"`` for bf16 where the CPU multiplies it.
-
-    Raises
-    ------
-    ValueError
-        Another precision.
-    RuntimeError
-        OpenVINO was used before this process was forked.
+    Any number of threads may call it at once: each call has its own request.
+    With ``threads``, as many calls run in parallel as the CPU has room for;
+    otherwise one at a time by all threads. ``precision`` is that of everything
+    but the integer products; ``auto`` is bf16 where the CPU supports it.
+    Compiled graphs are kept in ``cache_folder``, each as large as the integer
+    weights.
     """
 
     def __init__(
@@ -160,7 +109,7 @@ class OpenVINOExecutor:
         self.spec = spec
         self._half = precision == "bf16"
         self._pid = os.getpid()
-        # Taken from and put back to by single operations, which are atomic.
+        # pop and append are atomic.
         self._idle: list[ov.InferRequest] = []
         self._compiled: ov.CompiledModel | None = None
         streams = max(_cores() // threads, 1) if threads else 1
@@ -171,8 +120,7 @@ class OpenVINOExecutor:
             * (threads or torch.get_num_threads()),
             "INFERENCE_PRECISION_HINT": precision,
             "CPU_RUNTIME_CACHE_CAPACITY": CACHE_CAPACITY,
-            # Two processes would be pinned to the same cores, and leave the
-            # others idle.
+            # Two processes would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         if cache_folder is not None:
@@ -187,40 +135,21 @@ class OpenVINOExecutor:
 
     @contextmanager
     def _request(self) -> Iterator[ov.InferRequest]:
-        """A request that nobody else uses meanwhile."""
+        """A request that no other call uses meanwhile."""
         try:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
         yield request
-        # Not after an error: it may be in any state then.
+        # Not after an error: its state is unknown then.
         self._idle.append(request)
 
     @torch.no_grad()
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        lengths : torch.Tensor or None
-            int64 [batch], real samples; None: all.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, channels], zero at padded frames.
-
-        Raises
-        ------
-        ValueError
-            An input too short for one frame.
-        RuntimeError
-            This process was forked from the one that made the executor.
-        """
+        """Encode a batch, see :class:`..base.EncoderExecutor`; padded frames
+        are zero."""
         forks.use_in_one_process("openvino")
         spec = self.spec
         wavs = wavs.detach().float().cpu()
@@ -250,7 +179,7 @@ class OpenVINOExecutor:
         keep: torch.Tensor,
         inputs: dict[str, np.ndarray],
     ) -> torch.Tensor:
-        """A part of a batch, up to the end of its longest utterance."""
+        """Compute a part of a batch, up to the end of its longest utterance."""
         batch = len(wavs)
         frames = max(int(keep.sum(1).max()), 1)
         padded = round_frames(frames, FRAME_UNIT, FRAME_STEPS)
@@ -261,7 +190,7 @@ class OpenVINOExecutor:
         with self._request() as request:
             request.infer(inputs, share_inputs=True)
             hidden = request.get_output_tensor(0).data[:, :frames]
-            if self._half:  # which numpy has no type for
+            if self._half:  # numpy has no bfloat16
                 hidden = torch.from_numpy(hidden.view(np.int16).copy())
                 return hidden.view(torch.bfloat16).float()
             # A copy: the next request overwrites it.
@@ -275,26 +204,8 @@ def make_executor(
     max_models: int | None = None,
     precision: str = "auto",
 ) -> OpenVINOExecutor:
-    """The runtime's entry, see :class:`OpenVINOExecutor`.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    threads : int or None
-        Threads of one call.
-    cache_folder : str, Path or None
-        Where compiled graphs are kept.
-    max_models : int or None
-        Has no effect; folders that were written before there was one graph
-        for all lengths may hold it.
-    precision : str
-        Of everything but the integer products.
-
-    Returns
-    -------
-    OpenVINOExecutor
-    """
+    """The registry's entry, see :class:`OpenVINOExecutor`. ``max_models``
+    has no effect; old folders may hold it."""
     if max_models is not None:
         logger.warning(
             "backend_options.max_models has no effect: one graph computes all "

@@ -1,9 +1,9 @@
 """An encoder as an OpenVINO graph with int8 constants.
 
-The graph is built from the description, operation by operation, rather than
-traced: the weights enter as the bytes that they are (constant -> convert ->
-scale, which OpenVINO executes as int8), so that no float copy of them exists
-at any time. Layer inputs pass a FakeQuantize on the plan's scale.
+The graph is built from the description, not traced: weights enter as their
+bytes (constant -> convert -> scale, which OpenVINO executes as int8), so that
+no float copy ever exists. Layer inputs pass a FakeQuantize with the plan's
+scale.
 """
 
 import math
@@ -53,25 +53,13 @@ def _i64(*values: int) -> ov.Node:
 
 
 def _steps(layer: AnyLayer) -> int:
-    """Strides that a convolution's window reaches into."""
+    """Number of strides that a convolution's window spans."""
     return -(-layer.weight.shape[2] // layer.stride)
 
 
 def first_windows(spec: EncoderSpec, frames: int) -> int:
-    """Windows of the first convolution that so many frames are made of: the
-    later ones take in whole strides.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    frames : int
-        Frames.
-
-    Returns
-    -------
-    int
-    """
+    """Windows of the first convolution that give ``frames`` frames: later
+    convolutions take whole strides."""
     for stage in reversed(spec.convs[1:]):
         frames = (frames + _steps(stage.conv) - 1) * stage.conv.stride
     return frames
@@ -79,7 +67,7 @@ def first_windows(spec: EncoderSpec, frames: int) -> int:
 
 def flat_windows(layer: AnyLayer) -> AnyLayer:
     """A convolution as a product with windows [in, kernel] -> [kernel * in],
-    the innermost last."""
+    innermost axis last."""
     rows = layer.weight.transpose(1, 2).flatten(1)
     return replace(layer, kind="linear", weight=rows, groups=1)
 
@@ -101,8 +89,8 @@ def _group(layer: AnyLayer, index: int) -> AnyLayer:
 
 
 def _named(model: ov.Model) -> ov.Model:
-    """Names operations by their place: OpenVINO counts them through a whole
-    process, and finds a compiled graph again by these names too."""
+    """Name operations by position: OpenVINO numbers them across the process,
+    and its cache of compiled graphs depends on the names."""
     for place, node in enumerate(model.get_ordered_ops()):
         if node.get_type_name() != "Parameter":
             node.set_friendly_name(f"{node.get_type_name()}_{place}")
@@ -112,20 +100,12 @@ def _named(model: ov.Model) -> ov.Model:
 class GraphBuilder:
     """Builds the graph of one encoder.
 
-    Inputs: ``windows`` [batch, windows, kernel] of the first convolution, as
-    many as :func:`first_windows` says; ``keep`` [batch, frames, 1], 1 at real
-    frames and 0 at padded ones; ``gain`` and ``shift`` [batch, 1, channels]
-    in place of a GroupNorm over time. Output: ``hidden`` [batch, frames,
-    channels].
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    half : bool
-        Whether the output is bfloat16. With one in float32 OpenVINO keeps
-        all that is added up from block to block in float32, whatever the
-        precision of the rest, and converts it for each layer.
+    Inputs: ``windows`` [batch, windows, kernel] of the first convolution, see
+    :func:`first_windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at
+    padded frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
+    GroupNorm over time. Output: ``hidden`` [batch, frames, channels], bfloat16
+    if ``half``: with a float32 output OpenVINO keeps the whole residual stream
+    in float32 and converts it for each layer.
     """
 
     def __init__(self, spec: EncoderSpec, half: bool = False):
@@ -147,25 +127,10 @@ class GraphBuilder:
     def quantize(
         self, x: ov.Node, layer: IntegerLayer, least: float = -math.inf
     ) -> ov.Node:
-        """The input of a layer on the plan's grid, which OpenVINO knows in
-        its width of 8 bits only: 256 levels.
-
-        Arguments
-        ---------
-        x : openvino.Node
-            The input.
-        layer : IntegerLayer
-            The layer.
-        least : float
-            Lower bound of ``x``.
-
-        Returns
-        -------
-        openvino.Node
-            The values on the grid plus ``ZERO_POINT`` scales, less the
-            offset; where they are multiplied as floats the integers, which
-            bfloat16 holds exactly.
-        """
+        """A layer's input on the plan's grid plus ``ZERO_POINT`` scales,
+        less the zero point. OpenVINO knows 256 levels only. Integers that
+        are multiplied as floats stay integers, which bfloat16 holds exactly.
+        ``least``: known lower bound of ``x``."""
         scale, bits = float(layer.activation_scale), layer.activation_bits
         offset = -layer.zero_point() * scale
         floats = _as_floats(layer)
@@ -188,8 +153,8 @@ class GraphBuilder:
 
     @staticmethod
     def weight(layer: AnyLayer, gain: float = 1.0) -> ov.Node:
-        """The weight of a layer, grouped if its convolution is. The operation
-        keeps the integers that it shares."""
+        """A layer's weight, grouped if its convolution is. The constant
+        keeps the integers that it shares alive."""
         shape = tuple(layer.weight.shape)
         if layer.groups > 1:
             shape = (layer.groups, shape[0] // layer.groups, *shape[1:])
@@ -210,8 +175,7 @@ class GraphBuilder:
 
     @staticmethod
     def bias(layer: AnyLayer, gain: float = 1.0) -> torch.Tensor | None:
-        """What is added to the product: of integers less the share that the
-        zero point has in it."""
+        """The bias, less the zero point's share of the integer sums."""
         bias = None if layer.bias is None else layer.bias.double()
         if isinstance(layer, IntegerLayer) and not _as_floats(layer):
             # By numpy: torch would make a copy of the weight in 64 bits.
@@ -229,13 +193,13 @@ class GraphBuilder:
         gain: float = 1.0,
         least: float = -math.inf,
     ) -> ov.Node:
-        """[..., in] to [..., out], times a constant."""
+        """A Linear, [..., in] to [..., out], times ``gain``."""
         return self.product(self.prepare(x, layer, least), layer, gain)
 
     def prepare(
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
-        """What a layer multiplies: integers if it is quantized."""
+        """A layer's input: quantized if the layer is."""
         if isinstance(layer, IntegerLayer):
             return self.quantize(x, layer, least)
         return x
@@ -243,7 +207,7 @@ class GraphBuilder:
     def product(
         self, x: ov.Node, layer: AnyLayer, gain: float = 1.0
     ) -> ov.Node:
-        """What a linear layer makes of its prepared input."""
+        """The product of a linear layer with its prepared input."""
         layer = layer.loaded()
         y = op.matmul(x, self.weight(layer, gain), False, True)
         return self.finish(y, layer, (-1,), gain)
@@ -255,8 +219,8 @@ class GraphBuilder:
         shape: tuple[int, ...],
         gain: float = 1.0,
     ) -> ov.Node:
-        """What follows a product: its scale, if the weight is without, and
-        the bias, both of the given shape."""
+        """Apply the scale, if the weight has none, and the bias after a
+        product, both reshaped to ``shape``."""
         if _as_floats(layer):
             scale = layer.activation_scale * layer.weight_scale * gain
             y = op.multiply(y, _f32(scale.reshape(shape)))
@@ -266,13 +230,13 @@ class GraphBuilder:
     def conv(
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
-        """[batch, in, time] to [batch, out, time]."""
+        """A convolution, [batch, in, time] to [batch, out, time]."""
         layer = layer.loaded()
         if layer.algorithm in (JOINED_GROUPS, FLOAT):
             layer = join_groups(layer)
         if layer.padding:
-            # Padded before it is quantized: zeros are at the zero point, and
-            # the convolution of a margin of its own is 1.7 times as slow.
+            # Padded before it is quantized, so that zeros become the zero
+            # point. The convolution's own padding is 1.7 times as slow.
             margin = _i64(0, 0, layer.padding)
             x = op.pad(x, margin, margin, "constant", _f32(0.0))
         x = self.prepare(x, layer, least)
@@ -284,20 +248,8 @@ class GraphBuilder:
         return self.finish(y, layer, (1, -1, 1))
 
     def window_product(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
-        """A convolution as one product for each group.
-
-        Arguments
-        ---------
-        x : openvino.Node
-            Its padded and prepared input [batch, in, time].
-        layer : IntegerLayer or FloatLayer
-            The convolution.
-
-        Returns
-        -------
-        openvino.Node
-            [batch, out, time].
-        """
+        """A convolution as one product per group: padded and prepared
+        [batch, in, time] to [batch, out, time]."""
         kernel = layer.weight.shape[2]
         reach = (kernel - 1) * layer.dilation
         time = op.gather(op.shape_of(x), _i64(2), _i64(0))
@@ -323,12 +275,12 @@ class GraphBuilder:
         return self.turn(outs[0] if len(outs) == 1 else op.concat(outs, 2))
 
     def strided(self, x: ov.Node, layer: AnyLayer, least: float) -> ov.Node:
-        """[batch, time, in] to [batch, time, out] by a convolution of the
-        feature extractor; the time is whole strides."""
+        """A convolution of the feature extractor, [batch, time, in] to
+        [batch, time, out]; time is whole strides."""
         if layer.algorithm == CONVOLUTION:
             return self.turn(self.conv(self.turn(x), layer, least))
-        # With any length OpenVINO would really turn it, which takes as long
-        # as the convolution; so the windows are put together.
+        # With a dynamic length OpenVINO would really transpose, which takes
+        # as long as the convolution; so the windows are concatenated.
         inputs = layer.weight.shape[1]
         step, steps = layer.stride * inputs, _steps(layer)
         rows = op.reshape(
@@ -351,7 +303,7 @@ class GraphBuilder:
 
     @staticmethod
     def gelu(x: ov.Node) -> ov.Node:
-        """The exact one."""
+        """Exact GELU (erf)."""
         return op.gelu(x, "erf")
 
     @staticmethod
@@ -404,7 +356,7 @@ class GraphBuilder:
         return x
 
     def activate(self, x: ov.Node, stage: ConvSpec) -> ov.Node:
-        """What follows a convolution of the feature extractor."""
+        """The norm and GELU after a convolution of the feature extractor."""
         if stage.norm is None:
             return self.gelu(x)
         if stage.norm.over_time:
@@ -415,18 +367,7 @@ class GraphBuilder:
         return self.gelu(self.norm(x, stage.norm))
 
     def build(self) -> ov.Model:
-        """The whole graph, for any batch of any length.
-
-        Returns
-        -------
-        openvino.Model
-
-        Raises
-        ------
-        ValueError
-            A convolution of the feature extractor with padding, dilation or
-            groups.
-        """
+        """The whole graph, for any batch size and length."""
         spec = self.spec
         for stage in spec.convs:
             conv = stage.conv

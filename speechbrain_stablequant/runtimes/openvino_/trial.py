@@ -1,4 +1,4 @@
-"""Single layers by OpenVINO, to compare them with exact arithmetic."""
+"""Single layers in OpenVINO, for comparison with exact arithmetic."""
 
 from typing import Any
 
@@ -24,15 +24,7 @@ from .graph import GraphBuilder, flat_windows
 
 
 class OpenVINORunner:
-    """Computes layers as the executor's graph does.
-
-    Arguments
-    ---------
-    precision : str
-        As of :class:`~.executor.OpenVINOExecutor`.
-    threads : int or None
-        As there.
-    """
+    """Computes layers as the executor's graph does."""
 
     name = "openvino"
 
@@ -48,16 +40,15 @@ class OpenVINORunner:
         }
 
     def half(self, geometry: Geometry) -> bool:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         return self._half
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """As of :class:`~..geometry.LayerRunner`.
+        """See :class:`..layer_check.LayerRunner`.
 
-        oneDNN's AMX kernels are wrong for convolutions of few channels in a
-        group and a long window (OpenVINO 2026.4): there these are joined
-        without asking.
+        oneDNN's AMX kernels are wrong for convolutions with few channels per
+        group and a long window (OpenVINO 2026.4): there the native algorithm is
+        skipped.
         """
         integer = geometry.weight_bits > 0
         if geometry.place == "front":
@@ -74,8 +65,7 @@ class OpenVINORunner:
         return (*ways, FLOAT) if integer else ways
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         request = self._compiled(geometry, trial.layer).create_infer_request()
         found = []
         for x, other in zip(trial.inputs, trial.others, strict=True):
@@ -86,7 +76,7 @@ class OpenVINORunner:
                 given["other"] = other.numpy()
             request.infer(given)
             out = request.get_output_tensor(0).data
-            if self._half:  # which numpy has no type for
+            if self._half:  # numpy has no bfloat16
                 out = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
                 out = out.float()
             else:
@@ -130,19 +120,5 @@ class OpenVINORunner:
 def make_runner(
     precision: str = "auto", threads: int | None = None, **options: Any
 ) -> OpenVINORunner:
-    """The layers of this runtime with its options.
-
-    Arguments
-    ---------
-    precision : str
-        As of :class:`~.executor.OpenVINOExecutor`.
-    threads : int or None
-        As there.
-    **options
-        Others, which change no result.
-
-    Returns
-    -------
-    OpenVINORunner
-    """
+    """The runner for these options; others do not change results."""
     return OpenVINORunner(precision, threads)

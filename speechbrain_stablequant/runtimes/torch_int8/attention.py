@@ -8,30 +8,14 @@ import torch
 def attend(
     qkv: torch.Tensor, lengths: Sequence[int], heads: int
 ) -> torch.Tensor:
-    """softmax(query . key) . value of each utterance and head.
-
-    Arguments
-    ---------
-    qkv : torch.Tensor
-        [frames, 3 * channels]: query, already divided by the square root of
-        the width of a head, key and value of the utterances one after the
-        other.
-    lengths : sequence of int
-        Frames of each utterance; their sum is that of ``qkv``.
-    heads : int
-        Number of heads.
-
-    Returns
-    -------
-    torch.Tensor
-        [frames, channels] of the same dtype.
-    """
+    """Attention of packed utterances: ``qkv`` [frames, 3 * channels], query
+    already scaled, to [frames, channels]. ``lengths``: frames of each
+    utterance."""
     total, width = qkv.shape
     out = qkv.new_empty(total, width // 3)
     columns = qkv.view(total, 3 * heads, -1).unbind(1)
     targets = out.view(total, heads, -1).unbind(1)
-    # One for all heads: memory that is new each time costs more than what is
-    # computed in it.
+    # One buffer for all heads: allocation costs more than the computation.
     scores = qkv.new_empty(max(lengths) ** 2)
     for head, target in enumerate(targets):
         query, key, value = (columns[head + i * heads] for i in range(3))

@@ -17,13 +17,7 @@ from .linear import IntegerLinear, Rows, onednn_operators, rows_of
 
 
 class IntegerConv:
-    """int8 convolution by oneDNN, int32 sums.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        A Conv1d.
-    """
+    """int8 convolution by oneDNN, int32 sums."""
 
     def __init__(self, layer: IntegerLayer):
         self.form: Grid = form_of(layer, torch.float32)
@@ -46,20 +40,8 @@ class IntegerConv:
         )
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The convolution.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [batch, time, in] in this convolution's form.
-        dtype : torch.dtype
-            Of the result, float32 or bfloat16.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, time, out].
-        """
+        """Convolve [batch, time, in], prepared by ``form``, to [batch, time,
+        out] of float32 or bfloat16."""
         out = torch.ops.onednn.qconv1d_pointwise.default(
             x.transpose(1, 2),
             self.form.scale,
@@ -80,19 +62,14 @@ class IntegerConv:
 
 
 class GroupedConv:
-    """The same with one product for each group: with windows of its input,
-    one after the other.
+    """int8 convolution without dilation as products with windows, one group
+    after the other.
 
-    oneDNN's convolution has half their speed where groups are as narrow as
+    oneDNN's own convolution has half their speed where groups are as narrow as
     in a positional embedding.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        A Conv1d without dilation.
     """
 
-    #: Frames of a group whose windows exist at a time.
+    #: Frames of a group whose windows are in memory at a time.
     rows = 512
 
     def __init__(self, layer: IntegerLayer):
@@ -121,7 +98,7 @@ class GroupedConv:
         width = x.shape[1] // self._groups
         targets = out.chunk(self._groups, 1)
         rows = max(min(self.rows, len(out)), 1)
-        # Of all groups: memory that is new each time costs more.
+        # One buffer for all groups: allocation is slow.
         scratch = x.new_empty(rows, self._kernel * width)
         for index, product in enumerate(self._products):
             own = x[:, index * width : (index + 1) * width].contiguous()
@@ -150,15 +127,7 @@ class GroupedConv:
 
 
 class FloatConv:
-    """The same of a layer that the plan leaves in floating point.
-
-    Arguments
-    ---------
-    layer : FloatLayer
-        A Conv1d.
-    dtype : torch.dtype
-        That it computes in.
-    """
+    """Convolution of a layer that the plan leaves in floating point."""
 
     def __init__(self, layer: FloatLayer, dtype: torch.dtype):
         self.form = form_of(layer, dtype)
@@ -181,13 +150,7 @@ class FloatConv:
 
 
 class ConvertedConv:
-    """The same of integers that are multiplied as floats.
-
-    Arguments
-    ---------
-    layer : IntegerLayer
-        A Conv1d.
-    """
+    """Convolution of integers that are multiplied as floats."""
 
     def __init__(self, layer: IntegerLayer):
         layer = layer.loaded()
@@ -216,24 +179,7 @@ Conv = IntegerConv | GroupedConv | FloatConv | ConvertedConv
 def conv_algorithms(
     integers: bool, groups: int, dilation: int
 ) -> tuple[str, ...]:
-    """The ways that there are for a convolution, the fastest first.
-
-    Arguments
-    ---------
-    integers : bool
-        Whether it is quantized.
-    groups, dilation : int
-        Of the convolution.
-
-    Returns
-    -------
-    tuple of str
-
-    Example
-    -------
-    >>> conv_algorithms(True, 16, 1)
-    ('native', 'convolution', 'float')
-    """
+    """Algorithms for a convolution, the fastest first."""
     if not integers:
         joined = (JOINED_GROUPS,) if groups > 1 else ()
         return (NATIVE, *joined, FLOAT)
@@ -244,19 +190,7 @@ def conv_algorithms(
 
 
 def make_conv(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Conv:
-    """The convolution of a layer.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        A Conv1d.
-    dtype : torch.dtype
-        Of a layer that is not quantized.
-
-    Returns
-    -------
-    IntegerConv, GroupedConv, FloatConv or ConvertedConv
-    """
+    """The convolution of a layer; ``dtype`` applies if it is not quantized."""
     algorithm = layer.algorithm
     if isinstance(layer, FloatLayer):
         joined = algorithm == JOINED_GROUPS

@@ -1,9 +1,8 @@
 """Runs an encoder with integer products in plain torch.
 
-Utterances are cut to their real frames and packed one after the other, so
-that no padding is computed and attention needs no mask. The features, the
-positional convolution and attention run utterance by utterance, the products
-between on all frames at once.
+Utterances are cut to their real frames and packed, so that no padding is
+computed and attention needs no mask. Features, positional convolution and
+attention run per utterance, all products between on all frames at once.
 """
 
 import threading
@@ -24,17 +23,16 @@ from .front import FeatureExtractor, layer_norm
 from .linear import SharedInput, make_linear, rows_of
 
 _lock = threading.Lock()
-# Calls that compute with a number of threads of their own, and torch's number
+# Number of calls with their own number of threads, and torch's number
 # outside of them.
 _calls, _outside = 0, 0
 
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Context in which torch computes with a number of threads. The number
-    that a thread finds when it first calls torch is the process's, which
-    another call may have changed for the moment; so it is the first call that
-    knows what to go back to."""
+    """Context in which torch computes with ``threads`` threads. Torch's
+    number is process-wide, and another call may have changed it meanwhile:
+    the first call knows the number to restore."""
     global _calls, _outside
     if threads is None or forks.in_child():
         yield
@@ -53,20 +51,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 class Block:
-    """A transformer block.
-
-    Arguments
-    ---------
-    spec : BlockSpec
-        The block.
-    heads : int
-        Attention heads.
-    pre_norm : bool
-        Where the norms are, see
-        :class:`~speechbrain_stablequant.core.encoder_spec.BlockSpec`.
-    dtype : torch.dtype
-        Of attention and of layers that are not quantized.
-    """
+    """A transformer block; ``dtype`` is that of attention and float layers."""
 
     def __init__(
         self, spec: BlockSpec, heads: int, pre_norm: bool, dtype: torch.dtype
@@ -86,20 +71,8 @@ class Block:
         self.down = make_linear(spec.down, dtype)
 
     def __call__(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Runs the block.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            float32 [frames, channels], overwritten.
-        lengths : list of int
-            Frames of each utterance.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [frames, channels].
-        """
+        """Run the block on float32 [frames, channels], which is overwritten;
+        ``lengths``: frames of each utterance."""
         y = layer_norm(x, self.norm1) if self.pre_norm else x
         qkv = self.qkv(y, self.dtype)
         attended = attend(qkv, lengths, self.heads)
@@ -113,20 +86,11 @@ class Block:
 
 
 class TorchInt8Executor:
-    """Executes an encoder.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    threads : int or None
-        Threads; None for as many as torch uses. A process that was forked
-        from one with a runtime computes with one.
-    """
+    """Executes an encoder. A process forked from one with a runtime computes
+    with one thread."""
 
     def __init__(self, spec: EncoderSpec, threads: int | None = None):
-        # 16 bits for what is between integer products, where the CPU
-        # multiplies them.
+        # bfloat16 between integer products, where the CPU multiplies it.
         dtype = torch.bfloat16 if cpu_class().bf16 else torch.float32
         self.threads = threads
         self.pre_norm = spec.pre_norm
@@ -175,25 +139,8 @@ class TorchInt8Executor:
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        lengths : torch.Tensor or None
-            int64 [batch], real samples; None: all.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, channels], zero at padded frames.
-
-        Raises
-        ------
-        ValueError
-            An input too short for one frame.
-        """
+        """Encode a batch, see :class:`..base.EncoderExecutor`; padded frames
+        are zero."""
         wavs = wavs.detach().float().cpu()
         batch, samples = wavs.shape
         frames = self.features.frames(samples)
@@ -219,17 +166,5 @@ class TorchInt8Executor:
 def make_executor(
     spec: EncoderSpec, threads: int | None = None
 ) -> TorchInt8Executor:
-    """The runtime's entry, see :class:`TorchInt8Executor`.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder.
-    threads : int or None
-        Threads.
-
-    Returns
-    -------
-    TorchInt8Executor
-    """
+    """The registry's entry, see :class:`TorchInt8Executor`."""
     return TorchInt8Executor(spec, threads)

@@ -18,25 +18,10 @@ def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 class Stage:
-    """A convolution as products with windows, its norm, GELU, and the form of
-    what comes next.
+    """A convolution as products with windows, its norm, GELU, and the
+    conversion to the next layer's form ``then``."""
 
-    Arguments
-    ---------
-    spec : ConvSpec
-        The convolution.
-    then : Grid or Floats
-        What the next layer takes in.
-    dtype : torch.dtype
-        Of a layer that is not quantized.
-
-    Raises
-    ------
-    ValueError
-        A convolution with padding, dilation or groups.
-    """
-
-    #: Frames computed at a time: what they need stays in the caches.
+    #: Frames computed at a time, so that data stays in the caches.
     rows = 2048
 
     def __init__(self, spec: ConvSpec, then: Form, dtype: torch.dtype):
@@ -54,15 +39,15 @@ class Stage:
         self.channels = conv.weight.shape[0]
 
     def inputs(self, frames: int) -> int:
-        """Input frames that so many frames are made of."""
+        """Input frames that give ``frames`` output frames."""
         return (frames - 1) * self.stride + self.kernel
 
     def frames(self, inputs: int) -> int:
-        """Frames that so many input frames give."""
+        """Output frames of ``inputs`` input frames."""
         return max((inputs - self.kernel) // self.stride + 1, 0)
 
     def windows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
-        """Some windows of [time, in], the frames of each one after the
+        """Windows of [time, in], each flattened to the frames one after the
         other."""
         width = x.shape[1]
         step = self.stride * width
@@ -91,23 +76,12 @@ class Stage:
         gain: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the stage on a stretch of one utterance.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            Contiguous [time, in] in this stage's form.
-        gain, shift : torch.Tensor, optional
-            float32 [out], in place of a norm over time.
-
-        Returns
-        -------
-        torch.Tensor
-            [frames, out] in the next layer's form.
-        """
+        """Run the stage on a stretch of one utterance, contiguous [time, in]
+        in its form. ``gain`` and ``shift``, float32 [out], replace a norm
+        over time."""
         frames = self.frames(x.shape[0])
         out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
-        # Parts of one size: a short one takes as long as a third of a full.
+        # Parts of equal size: a short one takes a third of a full one's time.
         parts = max(-(-frames // self.rows), 1)
         rows = max(-(-frames // parts), 1)
         for start in range(0, frames, rows):
@@ -118,19 +92,9 @@ class Stage:
 
 
 class FeatureExtractor:
-    """All convolutions.
+    """All convolutions; features are given in the form ``then``."""
 
-    Arguments
-    ---------
-    convs : tuple of ConvSpec
-        The convolutions.
-    then : Grid or Floats
-        The form of the features.
-    dtype : torch.dtype
-        Of layers that are not quantized.
-    """
-
-    #: Frames for which all convolutions are computed before the next ones.
+    #: Frames that pass all convolutions before the next ones.
     stretch = 256
 
     def __init__(
@@ -138,8 +102,7 @@ class FeatureExtractor:
     ):
         self.stages: list[Stage] = []
         for spec in reversed(convs):
-            # The wave is not rounded to bfloat16: a float first layer is
-            # the plan's way to keep all of it.
+            # A float first layer keeps the wave exact: no bfloat16.
             exact = spec is convs[0] and isinstance(spec.conv, FloatLayer)
             stage = Stage(spec, then, torch.float32 if exact else dtype)
             self.stages.insert(0, stage)
@@ -150,7 +113,7 @@ class FeatureExtractor:
             self._over_time = convs[0]
 
     def frames(self, samples: int) -> int:
-        """Frames of so many samples."""
+        """Number of frames of a wave."""
         for stage in self.stages:
             samples = stage.frames(samples)
         return samples
@@ -179,20 +142,8 @@ class FeatureExtractor:
     def __call__(
         self, wavs: torch.Tensor, lengths: list[int]
     ) -> list[torch.Tensor]:
-        """Features of each utterance.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples].
-        lengths : list of int
-            Samples of each utterance, enough for a frame.
-
-        Returns
-        -------
-        list of torch.Tensor
-            [frames, channels] in the form that was asked for.
-        """
+        """Features [frames, channels] of each utterance of a batch [batch,
+        samples]; ``lengths``: samples of each, enough for a frame."""
         gains = shifts = [None] * len(lengths)
         if self._over_time is not None:
             # The float model's norm sees the padding, too.

@@ -1,4 +1,4 @@
-"""Products with a weight matrix, and what is done to their results at once."""
+"""Products with a weight matrix, fused with what follows them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,48 +16,20 @@ from .forms import Floats, Form, Grid, form_of
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of weights of layers that take in the same.
+    """Weight rows of layers that share an input form."""
 
-    Arguments
-    ---------
-    weight : torch.Tensor
-        [out, in], int8 or float.
-    scale : torch.Tensor or None
-        float32 [out], of int8.
-    bias : torch.Tensor or None
-        float32 [out].
-    form : Grid or Floats
-        What the product takes in.
-    algorithm : str
-        How it is computed.
-    """
-
-    weight: torch.Tensor
-    scale: torch.Tensor | None
-    bias: torch.Tensor | None
-    form: Form
+    weight: torch.Tensor  # [out, in], int8 or float
+    scale: torch.Tensor | None  # float32 [out], of int8
+    bias: torch.Tensor | None  # float32 [out]
+    form: Form  # of the input
     algorithm: str = NATIVE
 
 
 def rows_of(
     layer: IntegerLayer | FloatLayer, dtype: torch.dtype, gain: float = 1.0
 ) -> Rows:
-    """A layer as the rows of a matrix.
-
-    Arguments
-    ---------
-    layer : IntegerLayer or FloatLayer
-        A Linear, or a Conv1d whose input is [..., kernel * in]: the frames
-        of a window one after the other.
-    dtype : torch.dtype
-        Of a layer that is not quantized.
-    gain : float
-        Multiplies the result.
-
-    Returns
-    -------
-    Rows
-    """
+    """A layer's weight as rows, times ``gain``. A Conv1d takes [..., kernel
+    * in]: the frames of a window one after the other."""
     weight = layer.loaded().weight
     if layer.kind == "conv1d":
         weight = weight.transpose(1, 2).flatten(1)
@@ -92,13 +64,8 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
 
 
 def onednn_operators() -> Any:
-    """torch's oneDNN operators for integers.
-
-    Raises
-    ------
-    RuntimeError
-        This build of torch has none, as on macOS.
-    """
+    """torch's oneDNN integer operators; RuntimeError if this build has none,
+    as on macOS."""
     if not hasattr(torch.ops.onednn, "qlinear_prepack"):
         raise RuntimeError(
             "this build of torch has no oneDNN operators for integers"
@@ -107,13 +74,7 @@ def onednn_operators() -> Any:
 
 
 class IntegerLinear:
-    """int8 products by oneDNN, int32 sums.
-
-    Arguments
-    ---------
-    rows : Rows
-        int8.
-    """
+    """int8 products by oneDNN, int32 sums."""
 
     def __init__(self, rows: Rows):
         self.form: Grid = rows.form
@@ -147,20 +108,8 @@ class IntegerLinear:
         )
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The product.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [rows, in] in this product's form.
-        dtype : torch.dtype
-            Of the result, float32 or bfloat16.
-
-        Returns
-        -------
-        torch.Tensor
-            [rows, out].
-        """
+        """Multiply [rows, in], prepared by ``form``, to [rows, out] of
+        float32 or bfloat16."""
         return self._run(x, (1.0, 0, dtype))
 
     def gelu(
@@ -171,25 +120,8 @@ class IntegerLinear:
         shift: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """GELU of the product in another form.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [rows, in] in this product's form.
-        form : Grid or Floats
-            Of the result.
-        gain, shift : torch.Tensor, optional
-            float32 [out]: the GELU is that of product * gain + shift, without
-            the bias.
-        out : torch.Tensor, optional
-            Where to.
-
-        Returns
-        -------
-        torch.Tensor
-            [rows, out].
-        """
+        """GELU of the product, in another form. With ``gain`` and ``shift``,
+        float32 [out], of product * gain + shift without the bias."""
         scale = None if gain is None else self.scale * gain
         if isinstance(form, Grid):
             target = (form.scale, form.zero, torch.uint8)
@@ -199,20 +131,7 @@ class IntegerLinear:
         return y if out is None else out.copy_(y)
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """Adds the product to a sum, in place.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [rows, in] in this product's form.
-        total : torch.Tensor
-            [rows, out].
-
-        Returns
-        -------
-        torch.Tensor
-            The sum.
-        """
+        """Add the product to ``total`` [rows, out] in place."""
         return torch.ops.onednn.qlinear_pointwise.binary(
             x,
             self.form.scale,
@@ -236,13 +155,7 @@ class IntegerLinear:
 
 
 class FloatLinear:
-    """The same of a layer that the plan leaves in floating point.
-
-    Arguments
-    ---------
-    rows : Rows
-        Float.
-    """
+    """Products of a layer that the plan leaves in floating point."""
 
     def __init__(self, rows: Rows):
         self.form: Floats = rows.form
@@ -275,13 +188,7 @@ class FloatLinear:
 
 
 class ConvertedLinear:
-    """The same of integers that are multiplied as floats.
-
-    Arguments
-    ---------
-    rows : Rows
-        int8.
-    """
+    """Products of integers that are multiplied as floats."""
 
     def __init__(self, rows: Rows):
         self.form: Grid = rows.form
@@ -338,13 +245,7 @@ def make_linear(
 
 
 class SharedInput:
-    """Products of one input, side by side: one where they take in the same.
-
-    Arguments
-    ---------
-    rows : sequence of Rows
-        The layers in the order of their results.
-    """
+    """Products of one input, stacked where they share a form."""
 
     def __init__(self, rows: Sequence[Rows]):
         groups: list[list[Rows]] = []
@@ -360,19 +261,6 @@ class SharedInput:
         self.products = [_product(_stacked(group)) for group in groups]
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The products.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            Float [rows, in].
-        dtype : torch.dtype
-            Of the result.
-
-        Returns
-        -------
-        torch.Tensor
-            [rows, sum of out].
-        """
+        """Multiply float [rows, in] to [rows, sum of out]."""
         results = [p(p.form.prepare(x), dtype) for p in self.products]
         return results[0] if len(results) == 1 else torch.cat(results, 1)

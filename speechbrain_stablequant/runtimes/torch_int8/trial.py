@@ -1,4 +1,4 @@
-"""Single layers by torch's oneDNN operators, to compare them with exact
+"""Single layers by torch's oneDNN operators, for comparison with exact
 arithmetic."""
 
 from typing import Any
@@ -17,7 +17,7 @@ from .front import Stage
 from .layer import make_layer
 from .linear import SharedInput, make_linear, rows_of
 
-#: The grid of a GELU's results.
+#: Step of the grid of GELU results.
 _STEP = 2.0**-4
 
 
@@ -36,17 +36,16 @@ class TorchInt8Runner:
         }
 
     def half(self, geometry: Geometry) -> bool:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         rounded = not geometry.weight_bits or geometry.then == "shared"
         return rounded and self._dtype == torch.bfloat16
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """As of :class:`~..geometry.LayerRunner`.
+        """See :class:`..layer_check.LayerRunner`.
 
-        oneDNN's AMX kernels are wrong for bfloat16 convolutions of few
-        channels in a group and a long window (torch 2.11): there these are
-        computed in another way without asking.
+        oneDNN's AMX kernels are wrong for bfloat16 convolutions with few
+        channels per group and a long window (torch 2.11): there the native
+        algorithm is skipped.
         """
         conv = geometry.place in ("position", "head") and geometry.is_conv
         if not conv:
@@ -60,8 +59,7 @@ class TorchInt8Runner:
 
     @torch.no_grad()
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """As of :class:`~speechbrain_stablequant.runtimes.geometry\
-.LayerRunner`."""
+        """See :class:`..layer_check.LayerRunner`."""
         layer = trial.layer
         if geometry.place == "head":
             return Results(_head(geometry, layer, trial.inputs))
@@ -130,7 +128,7 @@ class TorchInt8Runner:
 def _head(
     geometry: Geometry, layer: IntegerLayer, inputs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """A layer outside of the encoder."""
+    """Compute a layer outside of the encoder."""
     forward = make_layer(layer)
     if not geometry.is_conv:
         return [forward(x) for x in inputs]
@@ -138,15 +136,5 @@ def _head(
 
 
 def make_runner(**options: Any) -> TorchInt8Runner:
-    """The layers of this runtime.
-
-    Arguments
-    ---------
-    **options
-        Of the executor, which change no result.
-
-    Returns
-    -------
-    TorchInt8Runner
-    """
+    """The runner of this runtime; options do not change results."""
     return TorchInt8Runner()
