@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer
-from ..model.skeleton import empty_shell, folded_norms, has_shell
+from ..model.skeleton import empty_skeleton, folded_norms, has_skeleton
 from ..runtimes.build import build_forwards
 from ..runtimes.choice import candidates, first_right, prove
 from ..runtimes.options import check_options, select_options
@@ -179,10 +179,10 @@ class QuantizedRecognizer(nn.Module):
         row = RUNTIMES.get(self.backend)
         layer_by_layer = row is not None and row.encoder is None
         floats = checkpoint.floats
-        if layer_by_layer or not has_shell(self._config):
+        if layer_by_layer or not has_skeleton(self._config):
             encoder = self._with_code(settings)
         else:
-            encoder = RuntimeEncoder(empty_shell(self._config), **settings)
+            encoder = RuntimeEncoder(empty_skeleton(self._config), **settings)
             floats = folded_norms(floats)
         parts = {self._key: encoder, **self.parts}
         fill_modules(parts, checkpoint.integers, floats, str(path))
