@@ -1,10 +1,11 @@
-"""Quantizes SpeechBrain's wav2vec 2.0 and HuBERT recognizers by WER."""
+"""Post-training quantization of SpeechBrain's speech recognizers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .brain.attach import StableQuant, register
+    from .brain.attach import StableQuant
+    from .brain.register import register
     from .config import ConfigError, QuantizeConfig
     from .core.plan import QuantizationPlan
     from .transcribe.load import Recognizer, load
@@ -28,13 +29,12 @@ _PLACES = {
     "Recognizer": "transcribe.load",
     "StableQuant": "brain.attach",
     "load": "transcribe.load",
-    "register": "brain.attach",
+    "register": "brain.register",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used: who only transcribes
-    needs neither the search nor transformers."""
+    """Lazy imports: inference needs neither the search nor transformers."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -43,17 +43,7 @@ class _CutOffError(AudioError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says.
-
-    Arguments
-    ---------
-    path : str
-        The file.
-    frames, rate, channels : int
-        Length in samples, samples in a second, channels.
-    subtype : str
-        How a sample is stored.
-    """
+    """What a file's header says."""
 
     path: str
     frames: int
@@ -74,25 +64,6 @@ def check_audio(
     A file of another rate or with several channels is fine when the recipe's
     pipeline converts it, so such a file is read through the pipeline; so is
     one that cannot be found or opened here, since the pipeline may know how.
-
-    Arguments
-    ---------
-    dataset : Dataset
-        A SpeechBrain data set; others cannot be checked here.
-    audio : str
-        Column with the path of the audio file; sets without it are left to
-        the check of their batches.
-    signal : str
-        Key of the audio in the pipeline's output.
-    sample_rate : int
-        Of the model, in Hz.
-    min_samples : int
-        Fewer samples give no frame.
-
-    Raises
-    ------
-    AudioError
-        Names the utterance, the file and what is wrong.
     """
     if not isinstance(dataset, DynamicItemDataset):
         return
@@ -134,20 +105,7 @@ def check_audio(
 
 def is_stretch_of(header: Header, wave: torch.Tensor) -> bool:
     """Whether a waveform is a stretch of a file as it is stored, up to a
-    factor: proof that nothing was resampled.
-
-    Arguments
-    ---------
-    header : Header
-        Of the file.
-    wave : torch.Tensor
-        [samples].
-
-    Returns
-    -------
-    bool
-        False also where the waveform is too short or silent to tell.
-    """
+    factor: proof that nothing was resampled."""
     sought = _loudest(wave.detach().cpu().numpy().astype(np.float64))
     if len(sought) < _LEAST or not sought.any():
         return False

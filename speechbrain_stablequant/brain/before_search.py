@@ -1,9 +1,8 @@
-"""What is tried and compared before a search begins.
+"""Trials and comparisons before a search.
 
-On one batch, when the checkpoint is there: the runtime, the inference folder,
-and how the recipe decodes. On the whole test set, when the float model has
-been evaluated: how it decodes, what its labels can write, and whether it
-recognizes anything at all.
+On one batch with the recovered checkpoint: the runtime, the inference folder
+and the recipe's decoding. On the test set, after its float evaluation: the
+decoding, the characters that the labels can write, and the WER.
 """
 
 import logging
@@ -18,18 +17,12 @@ from ..config import QuantizeConfig
 from ..core.error_rates import score
 from ..folder.write import RecognizerSource
 from ..methods.search import check_float_wer
-from .decoding import (
-    FolderDecoder,
-    Row,
-    describe_tokenizer,
-    difference,
-    find_tokenizer,
-    rows_of,
-)
+from .decoding import FolderDecoder, difference
 from .dry_run import transcribe_batch
+from .metrics import Row, rows_of, transcripts_of
 from .preflight import check_references, describe_folder, try_runtime
-from .recognizer import transcripts_of
 from .run import Run
+from .tokenizer import describe_tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +30,7 @@ _Text = tuple[str, ...]
 
 
 class BeforeSearch:
-    """Tries and compares, and says what it finds at once.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's Brain.
-    config : QuantizeConfig
-        The block that all runs share.
-    runs : sequence of Run
-        Their runtimes, sources and warnings are filled in.
-    """
+    """Tries and compares, and reports findings at once."""
 
     def __init__(
         self, brain: sb.Brain, config: QuantizeConfig, runs: Sequence[Run]
@@ -58,19 +41,7 @@ class BeforeSearch:
         self._decoder: FolderDecoder | None = None
 
     def try_batch(self, batch: Any) -> None:
-        """Tries on one batch what will be executed and written.
-
-        Arguments
-        ---------
-        batch : PaddedBatch
-            Of the first test set; the checkpoint is recovered.
-
-        Raises
-        ------
-        ValueError
-            A runtime that the block names computes something else, or the
-            labels cannot write the transcripts.
-        """
+        """Tries on one batch what will be executed and written."""
         for run in self.runs:
             backend, said = try_runtime(
                 self.brain, batch, run.config, run.backend
@@ -102,18 +73,12 @@ class BeforeSearch:
             return
         self.compare(metric, texts, self.runs)
         # What a few words leave open is counted on the whole set.
-        self._check_references(rows_of(metric.scores), "the test set")
+        self._check_references(rows_of(metric), "the test set")
 
     @contextmanager
     def listening(self) -> Iterator[list[_Text]]:
         """Context in which the folder's decoder hears what the Brain
-        computes.
-
-        Yields
-        ------
-        list of tuple of str
-            Labels of each utterance; stays empty without a folder.
-        """
+        computes."""
         if self._decoder is None:
             yield []
             return
@@ -123,25 +88,11 @@ class BeforeSearch:
     def compare(
         self, metric: Any, texts: Sequence[_Text], runs: Sequence[Run]
     ) -> list[_Text]:
-        """Says in which utterance a recipe decodes otherwise than its folder.
-
-        Arguments
-        ---------
-        metric : ErrorRateStats
-            What the recipe has scored.
-        texts : sequence of tuple of str
-            What the folder's decoder has heard of the same utterances.
-        runs : sequence of Run
-            Those whose reports say it.
-
-        Returns
-        -------
-        list of tuple of str
-            The folder's transcripts, with spaces where the recipe has them.
-        """
+        """Warn if recipe and folder decode differently; return the folder's
+        transcripts, with spaces where the recipe has them."""
         if self._decoder is None or len(texts) != len(metric.scores):
             return []
-        rows = rows_of(metric.scores)
+        rows = rows_of(metric)
         texts = self._decoder.respelled(rows, texts)
         self._spell_sources()
         said = difference(rows, texts)
@@ -160,29 +111,7 @@ class BeforeSearch:
     def check_baseline(
         self, metric: Any, texts: Sequence[_Text], name: str
     ) -> list[_Text]:
-        """Checks the float model's evaluation of a test set.
-
-        Arguments
-        ---------
-        metric : ErrorRateStats
-            What the recipe has scored.
-        texts : sequence of tuple of str
-            What the folder's decoder has heard.
-        name : str
-            The test set.
-
-        Returns
-        -------
-        list of tuple of str
-            The folder's transcripts.
-
-        Raises
-        ------
-        ValueError
-            No words, words that the labels cannot write, or a float model
-            that recognizes too little; of the first set alone, since after
-            it there is nothing to search.
-        """
+        """Checks the float model's evaluation of a test set."""
         texts = self.compare(metric, texts, self.runs)
         where = f"test set '{name}'"
         try:
@@ -190,7 +119,7 @@ class BeforeSearch:
         except ValueError as error:
             raise ValueError(f"quantize: {where}: {error}") from error
         first = all(run.plan is None for run in self.runs)
-        self._check_references(rows_of(metric.scores), where, first)
+        self._check_references(rows_of(metric), where, first)
         if first:
             check_float_wer(wer, where, self._limit)
         return texts

@@ -24,13 +24,7 @@ def dataset_of(data: Dataset | DataLoader) -> Dataset:
 
 
 def utterance_ids(dataset: Dataset) -> list[str]:
-    """IDs of a SpeechBrain data set, or positions of a plain one.
-
-    Example
-    -------
-    >>> utterance_ids(DynamicItemDataset({"b": {}, "a": {}}))
-    ['b', 'a']
-    """
+    """IDs of a SpeechBrain data set, or positions of a plain one."""
     if isinstance(dataset, DynamicItemDataset):
         return list(dataset.data_ids)
     return [str(index) for index in range(len(dataset))]
@@ -43,37 +37,7 @@ def draw_subset(
     seed: int,
     key: str,
 ) -> Dataset:
-    """Draws utterances; which ones depends on their IDs and the seed alone.
-
-    Arguments
-    ---------
-    dataset : Dataset
-        What to draw from; its order does not matter.
-    num_utterances : int or None
-        How many; None takes all, but no more than ``most``.
-    most : int
-        See above.
-    seed : int
-        Of the draw.
-    key : str
-        Key of the block, for errors.
-
-    Returns
-    -------
-    Dataset
-        Sorted by ID.
-
-    Raises
-    ------
-    ValueError
-        The set is empty or smaller than asked.
-
-    Example
-    -------
-    >>> data = DynamicItemDataset({name: {} for name in "dacb"})
-    >>> utterance_ids(draw_subset(data, 4, 9, 0, "search"))
-    ['a', 'b', 'c', 'd']
-    """
+    """Draws utterances; which ones depends on their IDs and the seed alone."""
     ids = utterance_ids(dataset)
     if not ids:
         raise ValueError(
@@ -95,27 +59,7 @@ def draw_subset(
 
 
 def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The audio of a batch and its relative lengths.
-
-    Arguments
-    ---------
-    batch : PaddedBatch
-        As a SpeechBrain loader gives it.
-    signal : str
-        Its attribute with the audio.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, time].
-    torch.Tensor
-        [batch], 1 for the longest utterance.
-
-    Raises
-    ------
-    ValueError
-        The batch has no such attribute.
-    """
+    """The audio of a batch and its relative lengths."""
     audio = getattr(batch, signal, None)
     if audio is None:
         raise ValueError(
@@ -146,17 +90,6 @@ class Batches:
 
     Where several processes share the work each has its part of the batches,
     and indices count within that part.
-
-    Arguments
-    ---------
-    dataset : Dataset
-        The drawn utterances.
-    batch_size : int
-        Utterances in a batch.
-    loader_options : Mapping
-        The recipe's loader options; its collate function is taken over.
-    signal : str
-        Attribute of a batch with the audio and its lengths.
     """
 
     def __init__(
@@ -187,13 +120,7 @@ class Batches:
         return len(self.places)
 
     def load(self) -> Sequence[Any]:
-        """The batches; the first call reads the audio.
-
-        Raises
-        ------
-        AudioError
-            A batch whose audio is not [batch, time] or is not finite.
-        """
+        """The batches; the first call reads the audio."""
         if self._batches is None:
             loader = make_dataloader(self.dataset, **self._options)
             self._batches = list(loader)
@@ -202,18 +129,7 @@ class Batches:
         return self._batches
 
     def digest(self, names: Collection[str] | None = None) -> str:
-        """Identifies what the batches hold, and how it was put into batches.
-
-        Arguments
-        ---------
-        names : collection of str or None
-            Attributes that count beside the audio; None: all of them.
-
-        Returns
-        -------
-        str
-            32 hexadecimal digits, the same in all processes.
-        """
+        """Identifies what the batches hold, and how it was put into batches."""
         known = None if names is None else frozenset({self._signal, *names})
         if known not in self._digests:
             mine = [

@@ -42,22 +42,7 @@ def check_descriptions(
     brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> None:
     """Raises unless the descriptions of a Brain's encoders, which integer
-    runtimes execute, compute what its modules do.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's, with its float modules.
-    batch : PaddedBatch
-        Any batch of its data.
-    config : QuantizeConfig
-        The block.
-
-    Raises
-    ------
-    ValueError
-        Names the encoder and what differs.
-    """
+    runtimes execute, compute what its modules do."""
     modules = dict(brain.modules.items())
     encoders = find_encoders({key: modules[key] for key in config.target})
     if not encoders:
@@ -167,26 +152,7 @@ def _longest(call: _ModelCall) -> tuple[tuple, dict[str, Any]]:
 def transcribe_batch(
     brain: sb.Brain, batch: Any, attribute: str, decoder: FolderDecoder
 ) -> tuple[Any, list[tuple[str, ...]]]:
-    """A batch as the recipe's test transcribes it, and as its folder would.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's, with its float modules.
-    batch : PaddedBatch
-        Any batch of its data.
-    attribute : str
-        Attribute of the Brain with the word error statistics.
-    decoder : FolderDecoder
-        Of the folder.
-
-    Returns
-    -------
-    ErrorRateStats
-        The Brain's metric.
-    list of tuple of str
-        Labels of the folder's transcripts.
-    """
+    """A batch as the recipe's test transcribes it, and as its folder would."""
     with decoder.listening(brain) as texts:
         steps = evaluation_steps(brain, [batch], sb.Stage.TEST, attribute)
         (_, metric, _), *_ = steps

@@ -21,9 +21,12 @@ from ..runtimes.registry import RUNTIMES, check_extras
 from ..utils import distributed
 from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
-from .decoding import Row, Tokenizer, find_uncovered
-from .describe import NoFolderError, describe_recognizer, find_chain
+from .chain import NoFolderError, find_chain
+from .coverage import find_uncovered
+from .describe import describe_recognizer
 from .dry_run import check_descriptions
+from .metrics import Row
+from .tokenizer import Tokenizer
 
 #: Percent of words that labels may be unable to write.
 MOST_UNCOVERED = 50.0
@@ -39,27 +42,7 @@ _REPLACING = (
 
 
 def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
-    """Checks all that is known when a Brain is made.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's Brain.
-    config : QuantizeConfig
-        The validated block.
-
-    Returns
-    -------
-    Path
-        The folder that is written to; it is there.
-
-    Raises
-    ------
-    ValueError
-        A Brain that is attached already, or compiled; a method that needs
-        one process, in several; a layer or a plan that does not fit; a
-        damaged file of an earlier run.
-    """
+    """Checks all that is known when a Brain is made."""
     if hasattr(brain, "stablequant"):
         raise ValueError(
             "quantize: StableQuant is attached to this Brain already; "
@@ -126,27 +109,7 @@ def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:
 def choose_runtime(
     brain: sb.Brain, config: QuantizeConfig
 ) -> tuple[str, list[str]]:
-    """The runtime of a variant.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's Brain.
-    config : QuantizeConfig
-        The variant's block.
-
-    Returns
-    -------
-    str
-        Its name.
-    list of str
-        What is to be said about it in the report.
-
-    Raises
-    ------
-    ConfigError
-        The one that the block asks for cannot run here.
-    """
+    """The runtime of a variant."""
     if config.is_rival:
         return _choose_for_rival(brain, config), []
     try:
@@ -166,20 +129,7 @@ def choose_runtime(
 
 
 def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
-    """Says that a runtime executes other weights than the plan's.
-
-    Arguments
-    ---------
-    name : str
-        Of the runtime.
-    config : QuantizeConfig
-        The variant's block.
-
-    Returns
-    -------
-    list of str
-        Empty if it executes the plan's.
-    """
+    """Says that a runtime executes other weights than the plan's."""
     cpu = cpu_class()
     if (
         RUNTIMES[name].pair_sums
@@ -197,31 +147,7 @@ def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
 def try_runtime(
     brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
 ) -> tuple[str, list[str]]:
-    """Tries the runtime of a variant on a batch.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's Brain, with its float modules.
-    batch : PaddedBatch
-        Any batch of its data.
-    config : QuantizeConfig
-        The variant's block.
-    backend : str
-        From :func:`choose_runtime`.
-
-    Returns
-    -------
-    str
-        The runtime: the same, or the simulation.
-    list of str
-        What is to be said about it in the report.
-
-    Raises
-    ------
-    ConfigError
-        The one that the block asks for computes something else.
-    """
+    """Tries the runtime of a variant on a batch."""
     if config.is_rival or RUNTIMES[backend].encoder is None:
         return backend, []
     try:
@@ -236,29 +162,7 @@ def try_runtime(
 def describe_folder(
     brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> tuple[RecognizerSource | None, list[str]]:
-    """Finds out what the inference folder of a variant holds.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's Brain, with its float modules.
-    batch : PaddedBatch
-        Any batch of its data.
-    config : QuantizeConfig
-        The variant's block.
-
-    Returns
-    -------
-    RecognizerSource or None
-        None: there will be no folder.
-    list of str
-        Why.
-
-    Raises
-    ------
-    ConfigError
-        A method that needs what a folder needs.
-    """
+    """Finds out what the inference folder of a variant holds."""
     if config.is_rival:
         try:
             find_chain(brain, batch, config)
@@ -291,29 +195,7 @@ def check_references(
     name: str,
     limit: float,
 ) -> list[str]:
-    """Raises where the labels cannot write what was said.
-
-    Arguments
-    ---------
-    rows : sequence of Row
-        What the recipe's metric has scored.
-    tokenizer : CTCTextEncoder, SentencePieceProcessor or None
-        The recipe's.
-    name : str
-        The set.
-    limit : float
-        ``quantize.search.max_float_wer``.
-
-    Returns
-    -------
-    list of str
-        What is to be said about some words.
-
-    Raises
-    ------
-    ValueError
-        Most words hold characters that no label yields.
-    """
+    """Raises where the labels cannot write what was said."""
     found = None if tokenizer is None else find_uncovered(rows, tokenizer)
     if found is None:
         return []
@@ -362,20 +244,7 @@ def _extras(config: QuantizeConfig) -> frozenset[str]:
 def check_checkpoint(
     brain: sb.Brain, max_key: str | None, min_key: str | None
 ) -> None:
-    """Raises if a Brain's checkpointer has nothing to recover.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's Brain.
-    max_key, min_key : str or None
-        As of ``Brain.evaluate``.
-
-    Raises
-    ------
-    FileNotFoundError
-        Names the folder.
-    """
+    """Raises if a Brain's checkpointer has nothing to recover."""
     checkpointer = brain.checkpointer
     if checkpointer is None or brain.debug:
         return

@@ -18,15 +18,9 @@ from ..folder.stored_floats import rounded_floats
 from ..folder.write import RecognizerSource, folder_size
 from ..model.layers import Layer, find_encoders
 from ..report import comparison_figures, summary_table, write_report
-from ..report.results import (
-    Effort,
-    Execution,
-    SetResult,
-    build_report,
-    comparison,
-    comparison_markdown,
-    float_size,
-)
+from ..report.build import build_report, float_size
+from ..report.comparison import comparison, comparison_markdown
+from ..report.results import Effort, Execution, SetResult
 from ..rivals.nncf_ import MODEL_FILE, Rival
 from ..runtimes.base import shadowed_forwards
 from ..runtimes.build import build_forwards
@@ -60,25 +54,7 @@ EFFORT_FILE = "effort.json"
 
 @dataclass
 class Run:
-    """One way to quantize, and what came of it.
-
-    Arguments
-    ---------
-    name : str
-        Of the variant; empty without variants.
-    config : QuantizeConfig
-        The block with the variant's changes.
-    folder : Path
-        Where its plan, its model and its report are written.
-    store : Store
-        Of that folder.
-    backend : str
-        What executes it.
-    warnings : list of str
-        What a reader of the report should know.
-    subsets : dict
-        Its calibration and search sets.
-    """
+    """One way to quantize, and what came of it."""
 
     name: str
     config: QuantizeConfig
@@ -97,15 +73,7 @@ class Run:
     effort: Effort | None = None
 
     def remember_effort(self, seconds: float, trained: Sequence[str]) -> None:
-        """Notes what the plan took, when it was made first.
-
-        Arguments
-        ---------
-        seconds : float
-            How long it took now.
-        trained : sequence of str
-            Utterances that it was trained on.
-        """
+        """Notes what the plan took, when it was made first."""
         utterances = {
             name: len(subset.ids) for name, subset in self.subsets.items()
         }
@@ -145,20 +113,7 @@ class Run:
     def executed(
         self, modules: Mapping[str, nn.Module], device: str
     ) -> AbstractContextManager[None]:
-        """Context in which the modules compute by the runtime.
-
-        Arguments
-        ---------
-        modules : Mapping
-            The Brain's modules by key.
-        device : str
-            Where they are.
-
-        Raises
-        ------
-        ProbeError
-            The runtime that the block names computes something else.
-        """
+        """Context in which the modules compute by the runtime."""
         if self.rival is not None:
             return shadowed_forwards(self.rival.forwards())
         forwards, _ = self._first_right(
@@ -173,27 +128,7 @@ class Run:
         device: str,
     ) -> list[str]:
         """Lets the runtime prove itself before there is a plan: on the float
-        model's own encoder, quantized in a moment.
-
-        Arguments
-        ---------
-        modules : Mapping
-            The Brain's modules by key.
-        layers : iterable of Layer
-            What is going to be quantized.
-        device : str
-            Where the modules are.
-
-        Returns
-        -------
-        list of str
-            What is wrong with runtimes that would have been chosen.
-
-        Raises
-        ------
-        ProbeError
-            The runtime that the block names computes something else.
-        """
+        model's own encoder, quantized in a moment."""
         encoders = find_encoders(modules)
         layerwise = RUNTIMES[self.backend].encoder is None
         if self.config.is_rival or layerwise or not encoders:
@@ -254,15 +189,7 @@ class Run:
         return forwards, reasons
 
     def change_runtime(self, chosen: str, reasons: Sequence[str]) -> None:
-        """Notes what computes from now on.
-
-        Arguments
-        ---------
-        chosen : str
-            The runtime.
-        reasons : sequence of str
-            What is wrong with those that would have come before it.
-        """
+        """Notes what computes from now on."""
         if chosen != self.backend:
             before = seven_bits_notes(self.backend, self.config)
             kept = [text for text in self.warnings if text not in before]
@@ -272,15 +199,7 @@ class Run:
 
     def make_probe(self, modules: Mapping[str, nn.Module], device: str) -> None:
         """Makes the probe of a recognizer that no folder describes: of its
-        encoder alone.
-
-        Arguments
-        ---------
-        modules : Mapping
-            The Brain's modules by key, as they are stored.
-        device : str
-            Where they are.
-        """
+        encoder alone."""
         for encoder in find_encoders(modules)[:1]:
             with evaluating(modules):
                 self.probe = encoder_probe(
@@ -323,17 +242,7 @@ class Run:
         environment: Mapping[str, Any],
         outputs: Outputs,
     ) -> None:
-        """Writes the report of all that was evaluated, and prints its table.
-
-        Arguments
-        ---------
-        modules : Mapping
-            The Brain's modules by key.
-        environment : Mapping
-            What it was measured with.
-        outputs : Outputs
-            Notes what cannot be written.
-        """
+        """Writes the report of all that was evaluated, and prints its table."""
         with outputs.writing():
             report = build_report(
                 self.plan,
@@ -363,17 +272,7 @@ class Run:
 def write_comparison(
     runs: Sequence[Run], modules: Mapping[str, nn.Module], folder: Path
 ) -> None:
-    """Writes and prints one table of several runs, with its figures.
-
-    Arguments
-    ---------
-    runs : sequence of Run
-        What was evaluated.
-    modules : Mapping
-        The Brain's modules by key.
-    folder : Path
-        Where to.
-    """
+    """Writes and prints one table of several runs, with its figures."""
     executions = {run.name: run.execution() for run in runs}
     for execution in executions.values():
         if execution.keys is not None:

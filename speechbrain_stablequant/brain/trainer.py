@@ -31,22 +31,7 @@ _STATISTICS = (_BatchNorm, InputNormalization)
 
 
 class BrainTrainer:
-    """A Brain that trains on a recipe's training set.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's.
-    train_set : Dataset or DataLoader
-        As given to ``Brain.fit``.
-    loader_options : Mapping
-        Likewise.
-    signal : str
-        Attribute of a batch with the audio and its lengths.
-    seed : int
-        Of all that is random, but for the order of the data, which is the
-        recipe's.
-    """
+    """A Brain that trains on a recipe's training set."""
 
     def __init__(
         self,
@@ -104,26 +89,7 @@ class BrainTrainer:
         distill: float,
         resting: Callable[[], AbstractContextManager[None]],
     ) -> float:
-        """One epoch of ``Brain.fit``.
-
-        Arguments
-        ---------
-        number : int
-            Beginning with 1.
-        optimizers : Mapping
-            Take the steps in place of the Brain's.
-        before_batch : callable
-            Called with the index of each batch before it is run.
-        distill : float
-            0: the recipe's loss; 1: the divergence from the float model.
-        resting : callable
-            Makes a context in which the model is the float model.
-
-        Returns
-        -------
-        float
-            The mean loss.
-        """
+        """One epoch of ``Brain.fit``."""
         brain, modules = self.brain, self.brain.modules
         still = [m for m in modules.modules() if isinstance(m, _STATISTICS)]
         start_batch = brain.on_fit_batch_start
@@ -217,29 +183,7 @@ def _log_probabilities(output: Any) -> torch.Tensor:
 def divergence(
     teacher: torch.Tensor, student: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """Mean over real frames of KL(teacher || student).
-
-    Arguments
-    ---------
-    teacher, student : torch.Tensor
-        Log probabilities, [batch, time, classes].
-    lengths : torch.Tensor
-        [batch], 1 for the longest utterance.
-
-    Returns
-    -------
-    torch.Tensor
-        A number, 0 where both are the same.
-
-    Example
-    -------
-    >>> one = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
-    >>> two = torch.tensor([[[0.5, 0.5], [0.1, 0.9]]]).log()
-    >>> round(divergence(one, two, torch.ones(1)).item(), 3)  # 0.8 * log(9) / 2
-    0.879
-    >>> divergence(one, two, torch.tensor([0.5])).item()
-    0.0
-    """
+    """Mean over real frames of KL(teacher || student)."""
     frames = teacher.shape[1]
     # A recipe may append augmented copies of its utterances.
     lengths = lengths.to(teacher.device).repeat(len(teacher) // len(lengths))
@@ -251,21 +195,7 @@ def divergence(
 
 @contextmanager
 def kept(brain: sb.Brain) -> Iterator[None]:
-    """Context after which a Brain has the attributes that it had.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        Any.
-
-    Example
-    -------
-    >>> brain = sb.Brain()
-    >>> with kept(brain):
-    ...     brain.step = 5
-    >>> brain.step
-    0
-    """
+    """Context after which a Brain has the attributes that it had."""
     attributes = vars(brain).copy()
     try:
         yield
@@ -276,20 +206,7 @@ def kept(brain: sb.Brain) -> Iterator[None]:
 
 @contextmanager
 def reproducible(seed: int | None) -> Iterator[None]:
-    """Context with random numbers of its own.
-
-    Arguments
-    ---------
-    seed : int or None
-        None goes on with the present ones, and returns to them.
-
-    Example
-    -------
-    >>> with reproducible(None):
-    ...     a = torch.rand(1)
-    >>> bool(a == torch.rand(1))
-    True
-    """
+    """Context with random numbers of its own."""
     states = random.getstate(), numpy.random.get_state()
     # By default it takes all GPUs of the machine.
     used = torch.cuda.is_initialized()
@@ -316,22 +233,6 @@ def trainable(
     SpeechBrain's HuggingFace wrappers run a frozen model without gradients,
     and HuggingFace's front end asks for those of its input, which nobody
     needs. Buffers are what they were afterwards.
-
-    Arguments
-    ---------
-    modules : torch.nn.Module
-        The Brain's.
-    optimizers : iterable of torch.optim.Optimizer
-        Those of the training.
-
-    Example
-    -------
-    >>> linear = nn.Linear(1, 1)
-    >>> with trainable(linear, [torch.optim.SGD([linear.bias])]):
-    ...     linear.weight.requires_grad, linear.bias.requires_grad
-    (False, True)
-    >>> linear.weight.requires_grad
-    True
     """
     trained = {
         id(parameter)

@@ -1,49 +1,41 @@
 """The report of a quantization run.
 
-``report.json`` is the one source. The Markdown, the HTML and the plots are
-made from it and state nothing else.
+``report.json`` is the only source of the Markdown, the HTML and the plots.
 """
 
 from pathlib import Path
 
 from ..utils.files import write_atomic, write_json
-from .build import build_document
+from .comparison_plot import comparison_figures
+from .document import build_document
 from .html import render_html
 from .markdown import render_markdown
-from .plots import FIGURES, comparison_figures, draw_figures
-from .schema import check_report
+from .plots import FIGURES, draw_figures
 from .summary import summary_table
 
-__all__ = [
-    "check_report",
-    "comparison_figures",
-    "summary_table",
-    "write_report",
-]
+__all__ = ["comparison_figures", "summary_table", "write_report"]
 
 
 def write_report(report: dict, folder: str | Path) -> list[Path]:
-    """Writes ``report.json``, ``.md``, ``.html`` and the plots that apply.
+    """Write ``report.json``, ``.md``, ``.html`` and the plots that apply.
 
-    A plot that an earlier run left in the folder and that this report has no
-    data for is removed, so that the folder tells one story.
+    Plots of an earlier run that this report has no data for are removed.
 
     Arguments
     ---------
     report : dict
-        What was measured; see ``schema.py`` for the keys.
+        From :func:`~speechbrain_stablequant.report.build.build_report`.
     folder : str or Path
-        Where to write. Is created if need be.
+        Created if it does not exist.
 
     Returns
     -------
     list[Path]
         The files that were written, ``report.json`` first.
     """
-    check_report(report)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # The numbers come first: should a plot fail, they are safe.
+    # The numbers come first: if a plot fails, they are safe.
     written = [write_json(folder / "report.json", report)]
     figures = draw_figures(report)
     document = build_document(report, list(figures))

@@ -1,10 +1,10 @@
-"""Renders a report's document as one HTML file that needs nothing else."""
+"""Render a report's document as one self-contained HTML file."""
 
 import base64
 from collections.abc import Mapping
 from html import escape
 
-from .build import Bullets, Document, Figure, Table, Text
+from .blocks import Bullets, Document, Figure, Table, Text
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -41,25 +41,12 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: #586675; font-size: 13px; text-align: center; }
 """
 
-# Longer cells may wrap, so that no table outgrows the page.
+# Cells with more characters may wrap, to keep tables within the page.
 _LONG_CELL = 32
 
 
 def render_html(document: Document, images: Mapping[str, bytes]) -> str:
-    """Renders the document with its plots inside, without scripts or links.
-
-    Arguments
-    ---------
-    document : Document
-        The document.
-    images : Mapping[str, bytes]
-        The PNG data of every plot that the document shows.
-
-    Returns
-    -------
-    str
-        The page.
-    """
+    """Render the document with ``images``, the PNG data of its plots."""
     sections = []
     for section in document.sections:
         blocks = [_render(block, images) for block in section.blocks]
@@ -67,8 +54,7 @@ def render_html(document: Document, images: Mapping[str, bytes]) -> str:
         sections.append(
             "\n".join(["<section>", heading, *blocks, "</section>"])
         )
-    # The policy makes sure of it: whatever a name may contain, the page
-    # loads nothing and runs nothing.
+    # The policy blocks loading and running anything, whatever a name holds.
     return "\n".join(
         [
             "<!DOCTYPE html>",

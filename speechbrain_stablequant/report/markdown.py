@@ -1,34 +1,16 @@
-"""Renders a report's document as Markdown."""
+"""Render a report's document as GitHub-flavored Markdown."""
 
 import re
 
-from .build import Bullets, Document, Figure, Table, Text
+from .blocks import Bullets, Document, Figure, Table, Text
 
-# What Markdown or the HTML within it would take for markup. An underscore
-# inside a word is none, and most names have one.
+# Characters that Markdown or HTML would take for markup. Underscores inside
+# words are not markup, and most names have one.
 _MARKUP = re.compile(r"[\\`*<>|\[\]#~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def render_markdown(document: Document) -> str:
-    r"""Renders the document; plots are linked by their file names.
-
-    Arguments
-    ---------
-    document : Document
-        The document.
-
-    Returns
-    -------
-    str
-        GitHub-flavoured Markdown.
-
-    Example
-    -------
-    >>> print(render_markdown(Document("A *title*", "today", [])), end="")
-    # A \*title\*
-    <BLANKLINE>
-    today
-    """
+    """Render the document; plots are linked by their file names."""
     parts = [f"# {escape(document.title)}", escape(document.subtitle)]
     for section in document.sections:
         parts.append(f"## {escape(section.heading)}")
@@ -37,23 +19,7 @@ def render_markdown(document: Document) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Makes text mean itself, on one line.
-
-    Arguments
-    ---------
-    text : str
-        Any text.
-
-    Returns
-    -------
-    str
-        Markdown that shows it.
-
-    Example
-    -------
-    >>> escape("ctc_lin | <b>")
-    'ctc_lin \\| \\<b\\>'
-    """
+    """Escape markup, and join lines."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 

@@ -1,6 +1,6 @@
-"""The few lines that end a run in the terminal."""
+"""The summary that a run prints at its end."""
 
-from .build import (
+from .format import (
     NOT_A_SPEED_CLAIM,
     gain,
     interval,
@@ -15,18 +15,7 @@ WIDTH = 80
 
 
 def summary_table(report: dict) -> str:
-    """Float against quantized as plain text of at most 80 columns.
-
-    Arguments
-    ---------
-    report : dict
-        A checked report.
-
-    Returns
-    -------
-    str
-        Lines without a trailing newline.
-    """
+    """Float against quantized as plain text, at most 80 columns wide."""
     size, rtf = report["size_mb"], report["rtf"]
     lines = [
         _shorten(precision(report), WIDTH),
@@ -80,7 +69,7 @@ def _line(
     label: str, before: str, after: str, change: str, ci: str = ""
 ) -> str:
     numbers = f"{label:<16}{before:>8}{after:>11}"
-    # Words start where the numbers end; they may be long.
+    # Without an interval the change is text, which may be long.
     if not ci:
         return f"{numbers}  {change}".rstrip()
     return f"{numbers}{change:>12}{ci:>20}"

@@ -8,17 +8,19 @@ import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 
+from speechbrain_stablequant.brain.coverage import find_uncovered
 from speechbrain_stablequant.brain.decoding import (
     FolderDecoder,
-    Row,
     as_scored,
-    describe_tokenizer,
     difference,
-    find_tokenizer,
-    find_uncovered,
     same_text,
-    with_spaces,
     writes_underscores,
+)
+from speechbrain_stablequant.brain.metrics import Row
+from speechbrain_stablequant.brain.tokenizer import (
+    describe_tokenizer,
+    find_tokenizer,
+    with_spaces,
 )
 
 

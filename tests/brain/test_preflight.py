@@ -8,7 +8,7 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
-from speechbrain_stablequant.brain.decoding import Row
+from speechbrain_stablequant.brain.metrics import Row
 from speechbrain_stablequant.brain.preflight import (
     check_references,
     choose_runtime,

@@ -1,12 +1,10 @@
-"""Tests of speechbrain_stablequant.report.results."""
+"""What a run measured, the report built from it, and the comparison."""
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import nn
 
 from speechbrain_stablequant.core.error_rates import (
@@ -14,23 +12,26 @@ from speechbrain_stablequant.core.error_rates import (
     bootstrap_delta_wer,
     score,
 )
+from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.plan import (
     LayerPlan,
     LayerQuant,
     QuantizationPlan,
     UnitPlan,
 )
-from speechbrain_stablequant.report import comparison_figures, results
+from speechbrain_stablequant.report import comparison_figures, write_report
+from speechbrain_stablequant.report.build import build_report, float_size
+from speechbrain_stablequant.report.comparison import (
+    comparison,
+    comparison_markdown,
+)
 from speechbrain_stablequant.report.results import (
     Effort,
     Evaluation,
     Execution,
     SetResult,
-    comparison,
-    comparison_markdown,
-    environment,
-    float_size,
 )
+from speechbrain_stablequant.utils.files import read_json
 from speechbrain_stablequant.utils.store import Store
 
 
@@ -182,27 +183,6 @@ def test_the_folders_rates_where_it_decodes_otherwise():
     assert "folder" not in plain.to_dict()
 
 
-def collected(*texts):
-    """A metric of two utterances, and what the folder has heard of them."""
-    metric = ErrorRateStats()
-    metric.append(
-        ["u1", "u2"], [["ONE", "TWO"], ["SIX"]], [["ONE"], ["FIVE", "SIX"]]
-    )
-    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0, audio_digest="a")
-    return Evaluation.of(metric, clock, [tuple(text) for text in texts])
-
-
-def test_what_the_folder_has_heard():
-    found = collected("ONE TWO", "SX")
-    assert [t.id for t in found.folder] == ["u1", "u2"]
-    assert [t.hypothesis for t in found.folder] == ["ONE TWO", "SX"]
-    assert [t.reference for t in found.folder] == ["ONE", "FIVE SIX"]
-    # The same, or not of all utterances: nothing beside the recipe's.
-    assert collected("ONE TWO ", "SIX").folder == ()
-    assert collected("ONE").folder == ()
-    assert collected().folder == ()
-
-
 def test_read_by_another_key(tmp_path):
     path = tmp_path / "transcripts.json"
     evaluation(QUANTIZED).write(*place(path), "one")
@@ -256,22 +236,56 @@ def test_key_is_not_about_times():
     assert evaluation(FLOAT).key(copy.deepcopy(PLAN)) == key
 
 
-# -- what it was measured with -------------------------------------------------
+# -- the built report ----------------------------------------------------------
 
 
-def test_environment_says_what_float_was(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    plain = environment("cpu")
-    assert plain["float arithmetic"] == "float32"
-    assert not {"TF32", "CUDA"} & set(plain)
-    monkeypatch.setattr(results, "allows_tf32", lambda: (True, False))
-    found = environment("cuda:0", "fp16")
-    assert found["device"] == "a card"
-    assert found["float arithmetic"] == "autocast to float16"
-    assert (found["TF32"], found["CUDA"]) == ("products", "13.0")
-    monkeypatch.setattr(results, "allows_tf32", lambda: (False, False))
-    assert environment("cuda", "fp32")["TF32"] == "off"
+def test_built_report(tmp_path):
+    plan = QuantizationPlan(
+        method="stablequant",
+        weight_bits=8,
+        activation_bits=6,
+        fingerprint="weights",
+        settings={},
+        search={"num_utterances": 12, "baseline_wer": 2.0},
+        units=[UnitPlan("head")],
+        layers=[
+            LayerPlan("enc", "head", "linear", bits(8), 2.0, 99.9, ""),
+            LayerPlan("lin", "head", "linear", None, 2.0, 100.0, ""),
+        ],
+    )
+    histogram = Histogram()
+    histogram.add(torch.arange(1000) / 1000)
+    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
+    report = build_report(
+        plan,
+        {"clean": result},
+        {"enc": nn.Linear(3, 2), "lin": nn.Linear(2, 2), "other": nn.ReLU()},
+        {"enc": histogram, "lin": histogram},
+        {"python": "3.11"},
+        Execution("torch", "float16", 5_000_000, ["enc", "lin"]),
+        ["said"],
+    )
+    assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
+    assert report["backend"] == "simulated"
+    assert report["test"] == {"clean": result.to_dict()}
+    assert report["size_mb"] == {
+        "float": 4 * (8 + 6) / 1e6,
+        "quantized": 5.0,
+        "quantized_floats": "float16",
+    }
+    assert report["rtf"] == {"float": 0.2, "quantized": 0.2}
+    (unit,) = report["units"]
+    assert (unit["name"], unit["layers"], unit["parameters"]) == ("head", 2, 10)
+    # A layer that stays float has no histogram in the report.
+    (entry,) = report["histograms"].values()
+    assert (entry["unit"], sum(entry["counts"])) == ("head", 1000)
+    assert entry["amax"] == 1.0
+    assert entry["cutoff_amax"] < entry["max"] <= entry["range"]
+    assert report["search"] == plan.search
+    assert report["warnings"] == ["said"]
+    assert next(iter(report["files"])) == "plan"
+    # All of it can be written, and is complete.
+    assert read_json(write_report(report, tmp_path)[0], "report") == report
 
 
 # -- variants side by side -----------------------------------------------------

@@ -1,0 +1,108 @@
+"""The chain of modules that a recipe calls, observed on one batch."""
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import speechbrain as sb
+import torch
+from torch import nn
+
+from ..config import QuantizeConfig
+from .data import audio_of
+
+
+class NoFolderError(ValueError):
+    """A recipe that cannot be rebuilt from a folder, and why, in one line."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module of the Brain."""
+
+    key: str
+    #: Positional arguments, then the values of keyword arguments.
+    args: tuple = field(repr=False)
+    output: Any = field(repr=False)
+
+
+def find_chain(
+    brain: sb.Brain, batch: Any, config: QuantizeConfig
+) -> list[Call]:
+    """Calls of the Brain's modules; each gets the previous one's output."""
+    calls = _observe(brain, batch, keyed_modules(brain, config.target))
+    _check_chain(calls, batch, config.signal, str(brain.device))
+    return calls
+
+
+def keyed_modules(
+    brain: sb.Brain, target: Iterable[str]
+) -> dict[str, nn.Module]:
+    """The Brain's modules, each once, by the key that names its layers."""
+    every = dict(brain.modules.items())
+    order = [*target, *(key for key in every if key not in target)]
+    keyed: dict[int, str] = {}
+    for key in order:
+        keyed.setdefault(id(every[key]), key)
+    return {key: every[key] for key in keyed.values()}
+
+
+@torch.no_grad()
+def _observe(
+    brain: sb.Brain, batch: Any, modules: Mapping[str, nn.Module]
+) -> list[Call]:
+    """Record the calls of modules while the Brain recognizes a batch."""
+    calls: list[Call] = []
+
+    def hook(key: str):
+        def record(module, args, kwargs, output) -> None:
+            calls.append(Call(key, (*args, *kwargs.values()), output))
+
+        return record
+
+    brain.modules.eval()
+    handles = [
+        module.register_forward_hook(hook(key), with_kwargs=True)
+        for key, module in modules.items()
+    ]
+    try:
+        with brain.evaluation_ctx:
+            brain.compute_forward(copy.copy(batch), stage=sb.Stage.VALID)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _check_chain(
+    calls: list[Call], batch: Any, signal: str, device: str
+) -> None:
+    """Raise unless each module is called once, on the previous output."""
+    if not calls:
+        raise NoFolderError("the recipe calls none of its `modules`")
+    for call in calls:
+        if sum(other.key == call.key for other in calls) > 1:
+            raise NoFolderError(f"the recipe calls '{call.key}' repeatedly")
+    wavs, _ = audio_of(batch, signal)
+    if not _same(calls[0].args[:1], (wavs.to(device),)):
+        raise NoFolderError(
+            f"'{calls[0].key}' gets something other than the audio: the "
+            "recipe changes it first"
+        )
+    for before, after in itertools.pairwise(calls):
+        if not _same(after.args, (before.output,)):
+            raise NoFolderError(
+                f"'{after.key}' gets something other than the output of "
+                f"'{before.key}'"
+            )
+
+
+def _same(one: tuple, two: tuple) -> bool:
+    return len(one) == len(two) and all(
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and torch.equal(a, b)
+        for a, b in zip(one, two, strict=True)
+    )

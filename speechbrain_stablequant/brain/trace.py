@@ -1,0 +1,185 @@
+"""Logs which attributes a recipe reads while it evaluates one batch.
+
+Reads after the last call of a layer (a decoder's) cannot change the layers'
+inputs.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import speechbrain as sb
+import torch
+from torch import nn
+
+from ..utils.patching import shadowed
+
+#: What is measured: inputs of layers, outputs of ``compute_forward``, or word
+#: errors and losses.
+Kind = Literal["inputs", "outputs", "scores"]
+# The objects that a recipe reads from.
+_PLACES = ("brain", "hparams", "batch")
+# Attributes that belong to SpeechBrain's Brain, or are attached by us.
+BRAIN_INTERNALS = {
+    *inspect.unwrap(sb.Brain.__init__).__code__.co_names,
+    "fit",
+    "evaluate",
+    "stablequant",
+}
+# These read all tensors, but only to move them.
+_MOVES = ("to", "pin_memory")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Names of the attributes that were read; None: any may have been."""
+
+    brain: frozenset[str] | None
+    hparams: frozenset[str] | None
+    batch: frozenset[str] | None
+
+
+@dataclass
+class _Log:
+    """Reads in order."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    #: Objects that cannot be watched.
+    blind: set[str] = field(default_factory=set)
+    silent: bool = False
+
+    def read(self, place: str, name: str) -> None:
+        if not self.silent:
+            self.rows.append((place, name))
+
+    def reads(self, start: int, end: int) -> Reads:
+        rows = self.rows[start:end]
+        found = {}
+        for place in _PLACES:
+            names = {name for where, name in rows if where == place}
+            everything = place in self.blind or "__dict__" in names
+            found[place] = None if everything else frozenset(names)
+        return Reads(**found)
+
+
+def _watching(kind: type, place: str, log: _Log) -> type:
+    """Subclass of ``kind`` that logs the reads of attributes."""
+
+    class Watching(kind):
+        def __getattribute__(self, name: str) -> Any:
+            log.read(place, name)
+            found = super().__getattribute__(name)
+            return _silently(found, log) if name in _MOVES else found
+
+    Watching.__name__, Watching.__qualname__ = kind.__name__, kind.__qualname__
+    Watching.__module__ = kind.__module__
+    return Watching
+
+
+def _silently(function: Callable, log: _Log) -> Callable:
+    """Wrap a function to log nothing that it reads."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        log.silent = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            log.silent = False
+
+    return call
+
+
+@contextmanager
+def _watched(owner: Any, place: str, log: _Log) -> Iterator[None]:
+    """Log the reads of an object's attributes."""
+    kind = type(owner)
+    try:
+        owner.__class__ = _watching(kind, place, log)
+    except TypeError:
+        log.blind.add(place)  # Such as a dictionary.
+        yield
+        return
+    try:
+        yield
+    finally:
+        owner.__class__ = kind
+
+
+@contextmanager
+def _watched_hparams(brain: sb.Brain, log: _Log) -> Iterator[None]:
+    """Log the reads of hparams; a SimpleNamespace cannot change its class."""
+    original = vars(brain).get("hparams")
+    if type(original) is not SimpleNamespace:
+        log.blind.add("hparams")
+        yield
+        return
+    kind = _watching(SimpleNamespace, "hparams", log)
+    watched = kind(**vars(original))
+    vars(brain)["hparams"] = watched
+    try:
+        yield
+    finally:
+        # Keep what the recipe has set meanwhile.
+        vars(original).clear()
+        vars(original).update(vars(watched))
+        vars(brain)["hparams"] = original
+
+
+@torch.no_grad()
+def trace(
+    brain: sb.Brain,
+    batch: Any,
+    stage: sb.Stage,
+    layers: Collection[nn.Module],
+) -> dict[Kind, Reads]:
+    """Evaluate one batch and return the reads that each kind depends on."""
+    log, last, forward_end = _Log(), 0, 0
+    before = vars(brain).copy()
+    batch = copy.copy(batch)
+    compute_forward = brain.compute_forward
+
+    def called(*_: Any) -> None:
+        nonlocal last
+        last = len(log.rows)
+
+    def timed_forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal forward_end
+        result = compute_forward(*args, **kwargs)
+        forward_end = len(log.rows)
+        return result
+
+    brain.modules.eval()
+    with ExitStack() as stack:
+        stack.enter_context(shadowed(brain, "compute_forward", timed_forward))
+        for module in layers:
+            handle = module.register_forward_hook(called)
+            stack.callback(handle.remove)
+        stack.enter_context(_watched(batch, "batch", log))
+        stack.enter_context(_watched_hparams(brain, log))
+        stack.enter_context(_watched(brain, "brain", log))
+        brain.on_stage_start(stage, epoch=None)
+        start = len(log.rows)
+        brain.evaluate_batch(batch, stage=stage)
+        end = len(log.rows)
+    # Attributes created during the evaluation (metrics) are no inputs.
+    kept = {
+        k for k, v in before.items() if vars(brain).get(k) is v
+    } - BRAIN_INTERNALS
+    return {
+        kind: _only(log.reads(first, end), kept)
+        for kind, first, end in (
+            ("inputs", start, last or forward_end),
+            ("outputs", start, forward_end),
+            ("scores", 0, end),
+        )
+    }
+
+
+def _only(reads: Reads, names: set[str]) -> Reads:
+    """Restrict the reads of Brain attributes to some names."""
+    own = names if reads.brain is None else reads.brain & names
+    return Reads(frozenset(own), reads.hparams, reads.batch)

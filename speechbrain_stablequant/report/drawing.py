@@ -1,0 +1,81 @@
+"""Style and helpers of the plots, which are PNG data.
+
+matplotlib is imported when something is drawn, and without pyplot, to leave
+the user's backend and open figures alone.
+"""
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#8a96a3", "#1c2733"
+_STYLE = {
+    "axes.edgecolor": "#b9c4cf",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "grid.color": "#e6ebf0",
+    "legend.frameon": False,
+    "text.color": INK,
+    # Names may contain dollar signs.
+    "text.parse_math": False,
+    "xtick.color": "#b9c4cf",
+    "xtick.labelcolor": INK,
+    "ytick.color": "#b9c4cf",
+    "ytick.labelcolor": INK,
+}
+_DPI = 150
+_MAX_NAME = 44
+
+
+def to_png(
+    draw: Callable[[dict], "Figure | None"], report: dict
+) -> bytes | None:
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # after_reset: the user's matplotlibrc must not change the report.
+    with matplotlib.style.context(_STYLE, after_reset=True):
+        figure = draw(report)
+        if figure is None:
+            return None
+        FigureCanvasAgg(figure)
+        buffer = io.BytesIO()
+        # Without matplotlib's version, the same report gives the same bytes.
+        figure.savefig(
+            buffer, format="png", dpi=_DPI, metadata={"Software": None}
+        )
+    return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def use_log_rates(axes: "Axes") -> None:
+    """Make the y axis logarithmic, with plain numbers as labels."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def shorten(name: str, width: int = _MAX_NAME) -> str:
+    """Cut the middle of a long name; layer names differ at both ends."""
+    name = " ".join(name.split())
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}\u2026{name[len(name) - (width - 1 - head) :]}"

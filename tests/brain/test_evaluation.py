@@ -1,0 +1,88 @@
+"""An evaluation, from what a metric and a clock have collected."""
+
+from types import SimpleNamespace
+
+import pytest
+import speechbrain as sb
+import torch
+from speechbrain.utils.metric_stats import ErrorRateStats
+
+from speechbrain_stablequant.brain import environment as module
+from speechbrain_stablequant.brain.environment import environment
+from speechbrain_stablequant.brain.evaluation import evaluation_of
+from speechbrain_stablequant.brain.metrics import (
+    join_metric,
+    join_rows,
+    metric_of,
+)
+from speechbrain_stablequant.brain.recognizer import first_tensor
+
+
+def collected(*texts):
+    """A metric of two utterances, and what the folder has heard of them."""
+    metric = ErrorRateStats()
+    metric.append(
+        ["u1", "u2"], [["ONE", "TWO"], ["SIX"]], [["ONE"], ["FIVE", "SIX"]]
+    )
+    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0, audio_digest="a")
+    return evaluation_of(metric, clock, [tuple(text) for text in texts])
+
+
+def test_what_the_folder_has_heard():
+    found = collected("ONE TWO", "SX")
+    assert [t.id for t in found.folder] == ["u1", "u2"]
+    assert [t.hypothesis for t in found.folder] == ["ONE TWO", "SX"]
+    assert [t.reference for t in found.folder] == ["ONE", "FIVE SIX"]
+    # The same, or not of all utterances: nothing beside the recipe's.
+    assert collected("ONE TWO ", "SIX").folder == ()
+    assert collected("ONE").folder == ()
+    assert collected().folder == ()
+
+
+# -- metrics -------------------------------------------------------------------
+
+
+def test_one_process_has_all_rows():
+    assert join_rows(["a", "b", "c"], [2, 1]) == ["a", "b", "c"]
+
+
+def test_join_drops_what_was_scored_before():
+    metric = ErrorRateStats()
+    metric.append(["u0"], [["A"]], [["B"]])
+    metric.append(["u1", "u2"], [["A"], ["B"]], [["A"], ["C"]])
+    join_metric(metric, [1, 1])
+    assert metric.ids == ["u1", "u2"]
+    assert [row["key"] for row in metric.scores] == ["u1", "u2"]
+
+
+def test_a_wrong_metric_attribute_names_the_others():
+    brain = sb.Brain()
+    brain.cer, brain.steps = ErrorRateStats(), 3
+    assert metric_of(brain, "cer") is brain.cer
+    for name in ("wer", "steps"):
+        with pytest.raises(ValueError, match=f"'{name}'; it has cer"):
+            metric_of(brain, name)
+
+
+def test_first_tensor():
+    one = torch.ones(1)
+    assert first_tensor((None, {"a": [one, torch.zeros(1)]})) is one
+    assert first_tensor((None, {})) is None
+
+
+# -- what it was measured with -------------------------------------------------
+
+
+def test_environment_says_what_float_was(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    plain = environment("cpu")
+    assert plain["float arithmetic"] == "float32"
+    assert not {"TF32", "CUDA"} & set(plain)
+    monkeypatch.setattr(module, "allows_tf32", lambda: (True, False))
+    found = environment("cuda:0", "fp16")
+    assert found["device"] == "a card"
+    assert found["float arithmetic"] == "autocast to float16"
+    assert (found["TF32"], found["CUDA"]) == ("products", "13.0")
+    monkeypatch.setattr(module, "allows_tf32", lambda: (False, False))
+    assert environment("cuda", "fp32")["TF32"] == "off"
