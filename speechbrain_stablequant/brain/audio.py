@@ -1,9 +1,8 @@
 """Checks the audio files of a data set before long work.
 
-A file's header says most. What a recipe's pipeline makes of a file of another
-rate is not guessed from durations, since pipelines cut segments and trim
-silence: a waveform that is found again in the samples of its file was not
-resampled, and nothing else is refused for its rate.
+Most checks need the header only. Durations do not reveal whether a pipeline
+resamples, since pipelines cut segments and trim silence. So a file's rate is
+refused only if the pipeline's waveform is found unchanged in the file.
 """
 
 from dataclasses import dataclass
@@ -19,17 +18,17 @@ from torch.utils.data import Dataset
 # Formats whose samples can be NaN or infinite.
 FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
 
-#: Files of each rate whose samples are compared with the pipeline's output:
-#: the same pipeline reads them all.
+#: Files per sampling rate that are compared with the pipeline's output; the
+#: same pipeline reads all files.
 COMPARED = 3
 
-#: The loudest samples of a waveform that are looked for, and at least.
+# Maximum and minimum length in samples of the window that is searched for.
 _WINDOW, _LEAST = 8000, 64
 
-#: Samples of a file that are searched at once.
+# Samples of a file that are searched at once.
 _BLOCK = 1 << 19
 
-#: A stretch of the file, up to a factor, correlates with itself by more.
+# Minimum correlation of a window that is found unchanged, up to a factor.
 _SAME = 0.99
 
 
@@ -38,12 +37,12 @@ class AudioError(ValueError):
 
 
 class _CutOffError(AudioError):
-    """A file that ends before its header says."""
+    """A file that ends before its header says it does."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says."""
+    """Header of an audio file; ``frames``: samples per channel."""
 
     path: str
     frames: int
@@ -59,11 +58,28 @@ def check_audio(
     sample_rate: int,
     min_samples: int = 1,
 ) -> None:
-    """Checks every audio file of a set by its header, before long work.
+    """Check each audio file of a SpeechBrain data set, mostly by its header.
 
-    A file of another rate or with several channels is fine when the recipe's
-    pipeline converts it, so such a file is read through the pipeline; so is
-    one that cannot be found or opened here, since the pipeline may know how.
+    Files of another rate, with several channels, or that cannot be opened here
+    are read through the recipe's pipeline, which may convert them.
+
+    Arguments
+    ---------
+    dataset : Dataset
+        Data sets of other classes are not checked.
+    audio : str
+        Column with the path of the audio file; rows without it are skipped.
+    signal : str
+        Key of the audio in the pipeline's output.
+    sample_rate : int
+        Of the model, in Hz.
+    min_samples : int
+        Shorter audio gives no frame.
+
+    Raises
+    ------
+    AudioError
+        Names the utterance, the file and the problem.
     """
     if not isinstance(dataset, DynamicItemDataset):
         return
@@ -104,8 +120,8 @@ def check_audio(
 
 
 def is_stretch_of(header: Header, wave: torch.Tensor) -> bool:
-    """Whether a waveform is a stretch of a file as it is stored, up to a
-    factor: proof that nothing was resampled."""
+    """Whether a waveform [samples] is an unchanged part of a file, up to a
+    factor: then it was not resampled."""
     sought = _loudest(wave.detach().cpu().numpy().astype(np.float64))
     if len(sought) < _LEAST or not sought.any():
         return False
@@ -122,7 +138,7 @@ def is_stretch_of(header: Header, wave: torch.Tensor) -> bool:
 
 
 def _loudest(wave: np.ndarray) -> np.ndarray:
-    """The window with the most energy, without its mean."""
+    """The window with the highest energy, minus its mean."""
     if len(wave) > _WINDOW:
         energy = np.cumsum(np.concatenate([[0], wave**2]))
         start = int(np.argmax(energy[_WINDOW:] - energy[:-_WINDOW]))
@@ -131,8 +147,7 @@ def _loudest(wave: np.ndarray) -> np.ndarray:
 
 
 def _best_match(sought: np.ndarray, track: np.ndarray) -> float:
-    """Largest |correlation coefficient| of a window with a stretch of a
-    track, over all places."""
+    """Maximum |correlation coefficient| of a window over all positions."""
     count = len(sought)
     if len(track) < count:
         return 0.0
@@ -144,14 +159,14 @@ def _best_match(sought: np.ndarray, track: np.ndarray) -> float:
     )
     means = (sums[count:] - sums[:-count]) / count
     variance = (squares[count:] - squares[:-count]) / count - means**2
-    # What is nearly constant there matches nothing.
+    # Nearly constant parts match nothing.
     variance = np.where(variance > 1e-3 * track.var(), variance, np.inf)
     scale = np.sqrt(variance * count) * np.linalg.norm(sought)
     return float(np.abs(products / scale).max())
 
 
 def _header(path: str) -> Header | AudioError:
-    """A file's header; or why it cannot be read."""
+    """A file's header, or the error that reading it gives."""
     if not Path(path).is_file():
         return AudioError("is not there; prepare the data again")
     kind = AudioError
@@ -168,7 +183,7 @@ def _header(path: str) -> Header | AudioError:
 
 
 def _read_last_sample(path: str) -> None:
-    """A header may promise more than a file that was cut off holds."""
+    """Raise if the file is shorter than its header says."""
     with soundfile.SoundFile(path) as file:
         file.seek(file.frames - 1)
         if len(file.read(1)) != 1:
@@ -178,7 +193,7 @@ def _read_last_sample(path: str) -> None:
 def _signal_of(
     dataset: DynamicItemDataset, index: int, signal: str
 ) -> torch.Tensor:
-    """What the pipeline makes of an utterance's audio, and nothing else."""
+    """An utterance's audio from the pipeline, without its other outputs."""
     with dataset.output_keys_as([signal]):
         return dataset[index][signal]
 
@@ -190,11 +205,11 @@ def _from_pipeline(
     where: str,
     unreadable: AudioError,
 ) -> torch.Tensor:
-    """The audio of a file that was not found or opened here."""
+    """The audio of a file that only the pipeline may be able to open."""
     try:
         return _signal_of(dataset, index, signal)
     except Exception as error:
-        # The pipeline does not know how either.
+        # The pipeline cannot open it either.
         raise AudioError(f"{where} {unreadable}") from error
 
 

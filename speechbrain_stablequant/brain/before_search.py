@@ -41,7 +41,7 @@ class BeforeSearch:
         self._decoder: FolderDecoder | None = None
 
     def try_batch(self, batch: Any) -> None:
-        """Tries on one batch what will be executed and written."""
+        """Try runtimes, folders and decoding on a batch of a test set."""
         for run in self.runs:
             backend, said = try_runtime(
                 self.brain, batch, run.config, run.backend
@@ -68,17 +68,16 @@ class BeforeSearch:
                 self.brain, batch, attribute, decoder
             )
         except Exception as error:
-            # The recipe's own evaluation comes next, and says what it is.
+            # The recipe's own evaluation comes next, and raises the same.
             logger.debug("quantize: no batch in the TEST stage: %s", error)
             return
         self.compare(metric, texts, self.runs)
-        # What a few words leave open is counted on the whole set.
+        # Checked again on the whole set, which has more words.
         self._check_references(rows_of(metric), "the test set")
 
     @contextmanager
     def listening(self) -> Iterator[list[_Text]]:
-        """Context in which the folder's decoder hears what the Brain
-        computes."""
+        """Transcribe batches with the folder's decoder, if there is one."""
         if self._decoder is None:
             yield []
             return
@@ -102,7 +101,7 @@ class BeforeSearch:
         return texts
 
     def _spell_sources(self) -> None:
-        """The folders get the decoder's tokenizer."""
+        """Give the decoder's tokenizer to the folders."""
         *_, content = describe_tokenizer(self._decoder.tokenizer)
         for run in self.runs:
             if run.source is not None:
@@ -111,7 +110,11 @@ class BeforeSearch:
     def check_baseline(
         self, metric: Any, texts: Sequence[_Text], name: str
     ) -> list[_Text]:
-        """Checks the float model's evaluation of a test set."""
+        """Check the float evaluation of a test set; return the folder's texts.
+
+        Refuses references that the labels cannot write and a WER that is too
+        high, but only while a search is still ahead.
+        """
         texts = self.compare(metric, texts, self.runs)
         where = f"test set '{name}'"
         try:
@@ -138,7 +141,7 @@ class BeforeSearch:
                 self._say(run, [warning], "Of the words of")
 
     def _say(self, run: Run, warnings: Sequence[str], once: str = "") -> None:
-        """Puts warnings into a run's report, and says them now."""
+        """Log warnings, and add them to a run's report; ``once``: a prefix."""
         for warning in warnings:
             if once and any(w.startswith(once) for w in run.warnings):
                 continue

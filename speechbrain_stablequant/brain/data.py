@@ -1,5 +1,5 @@
-"""Calibration and search sets: drawn from a recipe's validation set, and held
-in memory, since a search runs over them again and again."""
+"""Calibration and search sets: drawn from the validation set, and kept in
+memory, since a search evaluates them many times."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +19,7 @@ from .audio import AudioError
 
 
 def dataset_of(data: Dataset | DataLoader) -> Dataset:
-    """The data set itself, also when a recipe hands over a loader."""
+    """The data set of a data set or loader."""
     return data.dataset if isinstance(data, DataLoader) else data
 
 
@@ -37,7 +37,11 @@ def draw_subset(
     seed: int,
     key: str,
 ) -> Dataset:
-    """Draws utterances; which ones depends on their IDs and the seed alone."""
+    """Draw utterances by their IDs and the seed, sorted by ID.
+
+    ``num_utterances`` None draws all, at most ``most``; ``key`` is the block's
+    key, for errors.
+    """
     ids = utterance_ids(dataset)
     if not ids:
         raise ValueError(
@@ -59,7 +63,7 @@ def draw_subset(
 
 
 def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The audio of a batch and its relative lengths."""
+    """The audio [batch, time] and the relative lengths [batch] of a batch."""
     audio = getattr(batch, signal, None)
     if audio is None:
         raise ValueError(
@@ -71,7 +75,7 @@ def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _content(batch: Any, names: Collection[str] | None) -> Any:
-    """The data of a batch, or some of them."""
+    """Public attributes or items of a batch, or some of them."""
     if isinstance(batch, Mapping):
         items = batch
     elif hasattr(batch, "__dict__"):
@@ -86,10 +90,10 @@ def _content(batch: Any, names: Collection[str] | None) -> Any:
 
 
 class Batches:
-    """The batches of a set, collated once and kept.
+    """The batches of a set, collated once and kept in memory.
 
-    Where several processes share the work each has its part of the batches,
-    and indices count within that part.
+    Each of several processes has its share of the batches, and indices count
+    within that share. Uses the collate function of ``loader_options`` only.
     """
 
     def __init__(
@@ -100,13 +104,13 @@ class Batches:
         signal: str,
     ):
         self.dataset = dataset
-        #: Of the whole set.
+        #: All utterances of the set.
         self.ids = utterance_ids(dataset)
         numbers = range(len(self.ids))
         every = [numbers[i : i + batch_size] for i in numbers[::batch_size]]
-        #: Places of this process's batches among all.
+        #: Indices of this process's batches among all.
         self.places = share(len(every))
-        #: Batches of the process with the most.
+        #: Batches of the process that has most.
         self.rounds = -(-len(every) // size())
         self._numbers = [list(every[place]) for place in self.places]
         self._signal = signal
@@ -120,7 +124,7 @@ class Batches:
         return len(self.places)
 
     def load(self) -> Sequence[Any]:
-        """The batches; the first call reads the audio."""
+        """The batches; the first call reads and checks the audio."""
         if self._batches is None:
             loader = make_dataloader(self.dataset, **self._options)
             self._batches = list(loader)
@@ -129,7 +133,8 @@ class Batches:
         return self._batches
 
     def digest(self, names: Collection[str] | None = None) -> str:
-        """Identifies what the batches hold, and how it was put into batches."""
+        """Digest of the batches of all processes; ``names``: attributes that
+        count beside the audio, None: all."""
         known = None if names is None else frozenset({self._signal, *names})
         if known not in self._digests:
             mine = [
@@ -141,15 +146,10 @@ class Batches:
         return self._digests[known]
 
     def lengths(self, index: int) -> tuple[int, list[int]]:
-        """Samples of a padded batch, real samples of each utterance."""
+        """Samples of a padded batch, and of each of its utterances."""
         wavs, relative = self._audio(index)
         total = wavs.shape[1]
         return total, [round(float(part) * total) for part in relative]
-
-    def seconds(self, sample_rate: int) -> float:
-        """Seconds of real audio in these batches."""
-        count = sum(sum(self.lengths(i)[1]) for i in range(len(self)))
-        return count / sample_rate
 
     def _audio(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return audio_of(self.load()[index], self._signal)

@@ -137,7 +137,7 @@ def difference(
         heard = _spaced(" ".join(row.hypothesis))
         if heard != text:
             return (
-                "The recipe decodes otherwise than its inference folder, "
+                "The recipe decodes differently from its inference folder, "
                 f"which decodes greedily: utterance {row.id} is "
                 f"{short(heard)} in the recipe and {short(text)} in the "
                 "folder. The folder's own WER is in the report."

@@ -1,8 +1,7 @@
-"""Tries on one batch what will be executed and written, before long work.
+"""Runs a batch before long work: encoder descriptions and decoding.
 
-The integer runtimes compute an encoder from its description. Whether that is
-what the modules compute is not read off their names: the description is
-computed in float, beside them.
+Integer runtimes compute an encoder from its description. The description is
+computed in float and compared with the modules' own output.
 """
 
 import copy
@@ -25,14 +24,14 @@ from ..utils.typed import one_line
 from .decoding import FolderDecoder
 from .recognizer import evaluation_steps
 
-#: Of the largest value: float rounding stays far below, another activation
-#: or another norm far above.
+#: Relative to the largest value: far above float rounding, far below the
+#: effect of another activation or norm.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class _ModelCall:
-    """What a model was called with."""
+    """Arguments of a model's call."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -41,8 +40,7 @@ class _ModelCall:
 def check_descriptions(
     brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> None:
-    """Raises unless the descriptions of a Brain's encoders, which integer
-    runtimes execute, compute what its modules do."""
+    """Raise unless the descriptions of encoders compute what they do."""
     modules = dict(brain.modules.items())
     encoders = find_encoders({key: modules[key] for key in config.target})
     if not encoders:
@@ -61,7 +59,7 @@ def check_descriptions(
         if encoder.path in calls:
             _check_same(encoder, calls[encoder.path], execute)
         forwards[encoder.model] = execute
-    # What stands behind an encoder may want more than its last output.
+    # The recipe may use more of an encoder's output than its last state.
     with shadowed_forwards(forwards):
         try:
             _compute(brain, batch)
@@ -103,7 +101,7 @@ def _calls(
 
 @torch.no_grad()
 def _check_same(encoder: Encoder, call: _ModelCall, execute: Any) -> None:
-    """Compares a model with its description, on one utterance."""
+    """Compare a model with its description, on one utterance."""
     args, kwargs = _longest(call)
     wavs, *_ = *args, *kwargs.values()
     with plain_float32(wavs):
@@ -114,7 +112,7 @@ def _check_same(encoder: Encoder, call: _ModelCall, execute: Any) -> None:
     else:
         off = float((expected.float() - found).abs().max())
         size = float(expected.abs().max())
-        # A NaN is no agreement either.
+        # False for NaN, too.
         if off <= TOLERANCE * size:
             return
         off = f"{off:.2g}"
@@ -127,8 +125,7 @@ def _check_same(encoder: Encoder, call: _ModelCall, execute: Any) -> None:
 
 
 def _longest(call: _ModelCall) -> tuple[tuple, dict[str, Any]]:
-    """A call with the first utterance that has no padding alone: what is
-    computed for padding is nobody's business."""
+    """A call with only the longest utterance: padding is not compared."""
     tensors = [
         value
         for value in (*call.args, *call.kwargs.values())
@@ -152,7 +149,7 @@ def _longest(call: _ModelCall) -> tuple[tuple, dict[str, Any]]:
 def transcribe_batch(
     brain: sb.Brain, batch: Any, attribute: str, decoder: FolderDecoder
 ) -> tuple[Any, list[tuple[str, ...]]]:
-    """A batch as the recipe's test transcribes it, and as its folder would."""
+    """Evaluate a batch: the Brain's metric, and the folder's transcripts."""
     with decoder.listening(brain) as texts:
         steps = evaluation_steps(brain, [batch], sb.Stage.TEST, attribute)
         (_, metric, _), *_ = steps

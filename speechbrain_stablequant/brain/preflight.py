@@ -1,4 +1,4 @@
-"""What is checked, and chosen, before long work begins."""
+"""Checks and choices before long work: settings, runtime, folder, data."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,10 +28,10 @@ from .dry_run import check_descriptions
 from .metrics import Row
 from .tokenizer import Tokenizer
 
-#: Percent of words that labels may be unable to write.
+#: Maximum percentage of reference words that labels cannot write.
 MOST_UNCOVERED = 50.0
 
-# Options of a Brain that replace the modules that would be quantized.
+# Brain options that replace the modules to be quantized.
 _REPLACING = (
     "jit",
     "jit_module_keys",
@@ -42,7 +42,11 @@ _REPLACING = (
 
 
 def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
-    """Checks all that is known when a Brain is made."""
+    """Check what is known when a Brain is made; create the output folder.
+
+    Rejects a Brain that is attached already or compiled, methods that need one
+    process, plans that do not fit, and damaged files of an earlier run.
+    """
     if hasattr(brain, "stablequant"):
         raise ValueError(
             "quantize: StableQuant is attached to this Brain already; "
@@ -79,7 +83,7 @@ def _check_variant(
 
 
 def _check_processes(config: QuantizeConfig) -> None:
-    """Raises if several processes cannot share a method's work."""
+    """Raise if a method cannot run in several processes."""
     if distributed.size() == 1:
         return
     if config.needs_training or config.is_rival:
@@ -109,7 +113,7 @@ def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:
 def choose_runtime(
     brain: sb.Brain, config: QuantizeConfig
 ) -> tuple[str, list[str]]:
-    """The runtime of a variant."""
+    """Choose the runtime of a variant, with warnings for the report."""
     if config.is_rival:
         return _choose_for_rival(brain, config), []
     try:
@@ -129,7 +133,7 @@ def choose_runtime(
 
 
 def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
-    """Says that a runtime executes other weights than the plan's."""
+    """Warn if a runtime executes weights with fewer bits than the plan's."""
     cpu = cpu_class()
     if (
         RUNTIMES[name].pair_sums
@@ -147,7 +151,10 @@ def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
 def try_runtime(
     brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
 ) -> tuple[str, list[str]]:
-    """Tries the runtime of a variant on a batch."""
+    """Try a variant's runtime on a batch; with auto, fall back to simulation.
+
+    Returns the runtime and warnings for the report.
+    """
     if config.is_rival or RUNTIMES[backend].encoder is None:
         return backend, []
     try:
@@ -162,7 +169,7 @@ def try_runtime(
 def describe_folder(
     brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> tuple[RecognizerSource | None, list[str]]:
-    """Finds out what the inference folder of a variant holds."""
+    """Describe a variant's inference folder; None and why if there is none."""
     if config.is_rival:
         try:
             find_chain(brain, batch, config)
@@ -182,7 +189,7 @@ def describe_folder(
         names = [layer.name for layer in layers]
         return describe_recognizer(brain, batch, config, names), []
     except Exception as error:
-        # A recipe may do anything. It is evaluated all the same.
+        # A recipe without an inference folder is still evaluated.
         reason = one_line(error)
         return None, [
             f"No inference folder (EncoderASR cannot load it): {reason}."
@@ -195,7 +202,11 @@ def check_references(
     name: str,
     limit: float,
 ) -> list[str]:
-    """Raises where the labels cannot write what was said."""
+    """Warn about reference words that the labels cannot write.
+
+    Raises if most words are such, unless ``limit``, the maximum float WER, is
+    100 or more.
+    """
     found = None if tokenizer is None else find_uncovered(rows, tokenizer)
     if found is None:
         return []
@@ -235,7 +246,7 @@ def _choose_for_rival(brain: sb.Brain, config: QuantizeConfig) -> str:
 
 
 def _extras(config: QuantizeConfig) -> frozenset[str]:
-    """What the plan of a variant needs of a runtime."""
+    """Features that a variant's plan needs from a runtime."""
     if config.plan is None:
         return config.extras
     return QuantizationPlan.load(config.plan, with_tensors=False).extras
@@ -244,7 +255,7 @@ def _extras(config: QuantizeConfig) -> frozenset[str]:
 def check_checkpoint(
     brain: sb.Brain, max_key: str | None, min_key: str | None
 ) -> None:
-    """Raises if a Brain's checkpointer has nothing to recover."""
+    """Raise if a Brain's checkpointer finds no checkpoint."""
     checkpointer = brain.checkpointer
     if checkpointer is None or brain.debug:
         return

@@ -1,4 +1,4 @@
-"""One way to quantize a Brain, and what came of it."""
+"""A run: one variant of the block with its runtime, results and report."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -48,20 +48,25 @@ from ..utils.store import Store
 from .data import Batches
 from .preflight import seven_bits_notes
 
-# In a run's folder: what its plan took.
+# File in a run's folder.
 EFFORT_FILE = "effort.json"
 
 
 @dataclass
 class Run:
-    """One way to quantize, and what came of it."""
+    """One variant of a block, and its results."""
 
+    #: Empty without variants.
     name: str
     config: QuantizeConfig
     folder: Path
+    #: Of that folder.
     store: Store
+    #: The runtime that executes the plan.
     backend: str
+    #: For the readers of the report.
     warnings: list[str]
+    #: The calibration and search sets.
     subsets: dict[str, Batches] = field(default_factory=dict)
     plan: QuantizationPlan | None = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
@@ -73,7 +78,10 @@ class Run:
     effort: Effort | None = None
 
     def remember_effort(self, seconds: float, trained: Sequence[str]) -> None:
-        """Notes what the plan took, when it was made first."""
+        """Keep what the plan took when it was first made.
+
+        ``trained``: utterances that it was trained on.
+        """
         utterances = {
             name: len(subset.ids) for name, subset in self.subsets.items()
         }
@@ -94,14 +102,14 @@ class Run:
     def adjusted(
         self, modules: Mapping[str, nn.Module]
     ) -> AbstractContextManager[None]:
-        """Context in which all that stays float is as the plan changed it."""
+        """Apply the plan's changes to the parameters that stay float."""
         tensors = self.plan.tensors
         floats = {} if tensors is None else tensors.floats
         return adjusted_floats(modules, floats)
 
     @contextmanager
     def as_stored(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Context in which all that stays float is as the file stores it."""
+        """Round the parameters that stay float, as the file stores them."""
         with (
             self.adjusted(modules),
             rounded_floats(
@@ -113,7 +121,7 @@ class Run:
     def executed(
         self, modules: Mapping[str, nn.Module], device: str
     ) -> AbstractContextManager[None]:
-        """Context in which the modules compute by the runtime."""
+        """Execute the modules by the first runtime that passes its probe."""
         if self.rival is not None:
             return shadowed_forwards(self.rival.forwards())
         forwards, _ = self._first_right(
@@ -127,8 +135,11 @@ class Run:
         layers: Iterable[Layer],
         device: str,
     ) -> list[str]:
-        """Lets the runtime prove itself before there is a plan: on the float
-        model's own encoder, quantized in a moment."""
+        """Check the runtime before there is a plan, on a MAX-quantized encoder.
+
+        Returns why earlier runtimes were rejected; a runtime that the block
+        names raises a ProbeError instead.
+        """
         encoders = find_encoders(modules)
         layerwise = RUNTIMES[self.backend].encoder is None
         if self.config.is_rival or layerwise or not encoders:
@@ -162,8 +173,8 @@ class Run:
         network: Callable[[Mapping, Mapping], Compute],
         device: str,
     ) -> tuple[dict[nn.Module, Callable[..., Any]], list[str]]:
-        """The forwards of the first runtime that proves itself, which is the
-        run's from now on, and what is wrong with those before."""
+        """Forwards of the first runtime that passes the probe, which becomes
+        the run's, and why those before it were rejected."""
         integers = {name: x.to(device) for name, x in integers.items()}
         place = torch.device(device)
 
@@ -180,7 +191,7 @@ class Run:
             return name, forwards
 
         names = candidates(self.config.backend, device)
-        # That of a process on another machine may be further on.
+        # Processes on other machines may have rejected more runtimes.
         start = max(distributed.gathered(names.index(self.backend)))
         (chosen, forwards), reasons = first_right(
             names[start:], distributed.together(attempt), device
@@ -189,7 +200,7 @@ class Run:
         return forwards, reasons
 
     def change_runtime(self, chosen: str, reasons: Sequence[str]) -> None:
-        """Notes what computes from now on."""
+        """Change the runtime, and report why others were rejected."""
         if chosen != self.backend:
             before = seven_bits_notes(self.backend, self.config)
             kept = [text for text in self.warnings if text not in before]
@@ -198,8 +209,7 @@ class Run:
         self.warnings += [f"Not executed by {reason}." for reason in reasons]
 
     def make_probe(self, modules: Mapping[str, nn.Module], device: str) -> None:
-        """Makes the probe of a recognizer that no folder describes: of its
-        encoder alone."""
+        """Make a probe of the encoder alone, where there is no folder."""
         for encoder in find_encoders(modules)[:1]:
             with evaluating(modules):
                 self.probe = encoder_probe(
@@ -211,14 +221,14 @@ class Run:
         modules: Mapping[str, nn.Module],
         forwards: Mapping[nn.Module, Callable],
     ) -> Compute:
-        """What the probe is of, as a runtime computes it."""
+        """The modules that the probe covers, as a runtime computes them."""
         if self.source is None:
             return encoder_alone(find_encoders(modules)[0].model, forwards)
         parts = {key: modules[key] for key in self.source.keys}
         return chain(parts, self.source.encoder["use_lengths"], forwards)
 
     def execution(self) -> Execution:
-        """What executes it, for the report."""
+        """What was evaluated, for the report."""
         if self.rival is not None:
             keys = tuple(self.rival.chain)
             return Execution(
@@ -242,7 +252,7 @@ class Run:
         environment: Mapping[str, Any],
         outputs: Outputs,
     ) -> None:
-        """Writes the report of all that was evaluated, and prints its table."""
+        """Write the report, and print its summary."""
         with outputs.writing():
             report = build_report(
                 self.plan,
@@ -253,13 +263,14 @@ class Run:
                 execution=self.execution(),
                 warnings=self.warnings,
             )
-            # First what was measured: the disk may be full.
+            # Print results before writing: the disk may be full.
             for warning in self.warnings:
                 print(f"warning: {warning}")
             print(summary_table(report), flush=True)
             write_report(report, self.folder)
             print(f"report: {self.folder / 'report.html'}", flush=True)
             return
+        # The report could not be written.
         for name, result in self.results.items():
             rates = result.to_dict()
             print(
@@ -272,7 +283,7 @@ class Run:
 def write_comparison(
     runs: Sequence[Run], modules: Mapping[str, nn.Module], folder: Path
 ) -> None:
-    """Writes and prints one table of several runs, with its figures."""
+    """Write and print the comparison of several runs, with its figures."""
     executions = {run.name: run.execution() for run in runs}
     for execution in executions.values():
         if execution.keys is not None:

@@ -1,9 +1,8 @@
-"""SpeechBrain's own training loop, over parameters that are not the Brain's.
+"""SpeechBrain's own training loop, for quantization-aware training.
 
-For quantization-aware training: ``Brain.fit`` runs, with the recipe's forward
-pass, loss, data and options, and with other optimizers. What belongs to the
-recipe's own training (checkpoints, schedules, epoch counters, logs, running
-statistics) does not notice.
+``Brain.fit`` runs with the recipe's forward pass, loss, data and options, but
+with other parameters and optimizers. The recipe's own training state
+(checkpoints, schedules, epoch counters, logs, running statistics) is untouched.
 """
 
 import copy
@@ -26,12 +25,16 @@ from ..utils.patching import shadowed
 from .data import audio_of, dataset_of, utterance_ids
 from .recognizer import first_tensor
 
-# What follows the data while it trains; here it follows the float model.
+# Modules that update statistics in training; here they stay the float model's.
 _STATISTICS = (_BatchNorm, InputNormalization)
 
 
 class BrainTrainer:
-    """A Brain that trains on a recipe's training set."""
+    """Trains a Brain on the recipe's training set.
+
+    ``seed`` controls all randomness but the order of data, which is the
+    recipe's.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class BrainTrainer:
         self._length: int | None = None
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         if self._length is None:
             with kept(self.brain):
                 self._length = len(self._loader())
@@ -58,7 +61,7 @@ class BrainTrainer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the outcome beside the data and their order."""
+        """Settings of the training, apart from data and their order."""
         options = ("batch_size", "shuffle", "drop_last")
         found = {
             name: self.loader_options[name]
@@ -72,10 +75,10 @@ class BrainTrainer:
     def _loader(self) -> DataLoader:
         brain, loader = self.brain, self.train_set
         if not isinstance(loader, DataLoader):
-            brain.train_sampler = None  # that of another loader
+            brain.train_sampler = None  # It belongs to another loader.
             options = {**self.loader_options, "ckpt_prefix": None}
             loader = brain.make_dataloader(loader, sb.Stage.TRAIN, **options)
-        # Brain.fit tells it the epoch: the same order each time.
+        # Brain.fit sets the sampler's epoch: the same order in each run.
         for sampler in (loader.batch_sampler, loader.sampler):
             if brain.train_sampler is None and hasattr(sampler, "set_epoch"):
                 brain.train_sampler = sampler
@@ -89,7 +92,21 @@ class BrainTrainer:
         distill: float,
         resting: Callable[[], AbstractContextManager[None]],
     ) -> float:
-        """One epoch of ``Brain.fit``."""
+        """Run one epoch of ``Brain.fit`` and return its mean loss.
+
+        Arguments
+        ---------
+        number : int
+            Counted from 1.
+        optimizers : Mapping
+            Replace the Brain's.
+        before_batch : callable
+            Called with the index of each batch before it is run.
+        distill : float
+            0: the recipe's loss; 1: the divergence from the float model.
+        resting : callable
+            Makes a context in which the model is the float model.
+        """
         brain, modules = self.brain, self.brain.modules
         still = [m for m in modules.modules() if isinstance(m, _STATISTICS)]
         start_batch = brain.on_fit_batch_start
@@ -122,12 +139,12 @@ class BrainTrainer:
                 "optimizers_dict": dict(optimizers),
                 "on_fit_start": lambda: None,
                 "on_fit_batch_start": on_fit_batch_start,
-                # A recipe's schedule would set its own learning rate.
+                # A recipe's schedule would change the learning rate.
                 "on_fit_batch_end": lambda *args: None,
                 "on_stage_end": on_stage_end,
                 "freeze_optimizers": lambda every: every,
             }
-            # A recipe's own would step its own optimizers.
+            # A recipe's overrides would step its own optimizers.
             for name in ("fit_batch", "optimizers_step", "zero_grad"):
                 changes[name] = partial(getattr(sb.Brain, name), brain)
             if distill:
@@ -142,14 +159,14 @@ class BrainTrainer:
         distill: float,
         resting: Callable[[], AbstractContextManager[None]],
     ) -> dict[str, Callable]:
-        """The Brain's two functions, with the float model as a teacher."""
+        """The Brain's forward pass and loss, with a float teacher."""
         brain = self.brain
         forward, objectives = brain.compute_forward, brain.compute_objectives
         taught: list[torch.Tensor] = []
 
         def compute_forward(batch: Any, stage: sb.Stage) -> Any:
             modes = {m: m.training for m in brain.modules.modules()}
-            # Both see the same augmentation of the data.
+            # The teacher gets the same data augmentation as the student.
             with resting(), torch.no_grad(), reproducible(None):
                 brain.modules.eval()
                 output = forward(copy.copy(batch), stage)
@@ -176,14 +193,15 @@ class BrainTrainer:
 
 
 def _log_probabilities(output: Any) -> torch.Tensor:
-    """First tensor of what ``compute_forward`` gives; it may be logits."""
+    """Log probabilities from the first output, which may be logits."""
     return first_tensor(output).float().log_softmax(-1)
 
 
 def divergence(
     teacher: torch.Tensor, student: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """Mean over real frames of KL(teacher || student)."""
+    """Mean KL(teacher || student) over real frames, of log probabilities
+    [batch, time, classes] and relative lengths [batch]."""
     frames = teacher.shape[1]
     # A recipe may append augmented copies of its utterances.
     lengths = lengths.to(teacher.device).repeat(len(teacher) // len(lengths))
@@ -195,7 +213,7 @@ def divergence(
 
 @contextmanager
 def kept(brain: sb.Brain) -> Iterator[None]:
-    """Context after which a Brain has the attributes that it had."""
+    """Restore a Brain's attributes afterwards."""
     attributes = vars(brain).copy()
     try:
         yield
@@ -206,9 +224,9 @@ def kept(brain: sb.Brain) -> Iterator[None]:
 
 @contextmanager
 def reproducible(seed: int | None) -> Iterator[None]:
-    """Context with random numbers of its own."""
+    """Fork all random number generators; seed them unless ``seed`` is None."""
     states = random.getstate(), numpy.random.get_state()
-    # By default it takes all GPUs of the machine.
+    # fork_rng would fork the generators of all GPUs.
     used = torch.cuda.is_initialized()
     devices = [torch.cuda.current_device()] if used else []
     try:
@@ -227,12 +245,11 @@ def reproducible(seed: int | None) -> Iterator[None]:
 def trainable(
     modules: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> Iterator[None]:
-    """Context in which gradients pass through modules, and stay in those
-    parameters alone that optimizers have.
+    """Train the optimizers' parameters alone, through frozen modules too.
 
-    SpeechBrain's HuggingFace wrappers run a frozen model without gradients,
-    and HuggingFace's front end asks for those of its input, which nobody
-    needs. Buffers are what they were afterwards.
+    SpeechBrain's HuggingFace wrappers compute a frozen model without gradients,
+    and HuggingFace's front end requires gradients of its input, which are not
+    needed. Restores flags and buffers afterwards.
     """
     trained = {
         id(parameter)
@@ -249,7 +266,7 @@ def trainable(
     with ExitStack() as stack:
         for module in modules.modules():
             for switch in ("freeze", "_requires_grad"):
-                # Of use to it only where it computes things twice.
+                # Gradient checkpointing needs the switch.
                 twice = getattr(module, "gradient_checkpointing", False)
                 if vars(module).get(switch) is True and not twice:
                     stack.enter_context(shadowed(module, switch, False))

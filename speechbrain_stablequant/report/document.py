@@ -108,8 +108,8 @@ def _of_the_folder(tests: dict) -> list[Text | Table]:
     ]
     return [
         Text(
-            "The inference folder decodes greedily, and the recipe does "
-            "otherwise. On the same outputs the folder has these rates."
+            "The inference folder decodes greedily, unlike the recipe. On the "
+            "same outputs it has these error rates."
         ),
         Table(columns, rows),
     ]

@@ -41,7 +41,7 @@ def summary_table(report: dict) -> str:
                     "  folder's WER %",
                     number(entry["folder"]["float"]["WER"]),
                     number(entry["folder"]["quantized"]["WER"]),
-                    "(it decodes greedily, the recipe otherwise)",
+                    "(it decodes greedily, unlike the recipe)",
                 )
             )
     lines.append(

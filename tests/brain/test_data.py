@@ -466,7 +466,6 @@ def test_batches(three):
     assert [batch.id for batch in batches.load()] == [["u0", "u1"], ["u2"]]
     assert batches.lengths(0) == (4000, [4000, 1000])
     assert batches.lengths(1) == (2500, [2500])
-    assert batches.seconds(1000) == 7.5
     wavs, _ = batches.load()[0].sig
     assert torch.equal(wavs[1, :1000], three[1]["sig"])
 
@@ -493,7 +492,6 @@ def test_audio_is_read_once(write):
     assert reads == []
     first = batches.load()
     batches.lengths(0)
-    batches.seconds(RATE)
     assert len(reads) == 2
     assert batches.load() is first
 
