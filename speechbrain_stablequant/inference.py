@@ -1,7 +1,7 @@
 """``EncoderASR`` on a quantized folder: the names that folders refer to.
 
 A folder's ``hyperparams.yaml`` names ``QuantizedRecogniser`` and
-``FolderLoader``. Folders that were written once keep these names for ever.
+``FolderLoader``. Both names must stay importable.
 """
 
 from pathlib import Path

@@ -17,10 +17,10 @@ import torch
 from .affine import MIN_AMAX, qmax
 from .histogram import Histogram
 
-# KL divergences closer than this are equal but for rounding.
+# KL divergences closer than this are ties.
 _KL_TIE = 1e-10
 
-# Histogram bins that `entropy` works on, as NVIDIA's.
+# Histogram bins of `entropy`, as in NVIDIA's procedure.
 _ENTROPY_BINS = 2048
 
 # Values searched at once. On a CPU a chunk and its error stay in the cache;

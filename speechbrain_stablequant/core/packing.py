@@ -37,7 +37,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
             f"values from {int(flat.min())} to {int(flat.max())} do not fit "
             f"in {bits} bits"
         )
-    # Two's complement, the last group filled up with zeros.
+    # Two's complement; the last group is padded with zeros.
     codes = torch.zeros(size // bits * _GROUP, dtype=torch.int64)
     codes[: flat.numel()] = flat.long() & (2**bits - 1)
     words = (codes.view(-1, _GROUP) << _shifts(bits, _GROUP)).sum(1)
@@ -80,7 +80,7 @@ def _unpack_rows(rows: np.ndarray, bits: int, out: np.ndarray) -> None:
         if shift + bits > 8:
             code |= parts[byte + 1] << (8 - shift)
         code &= 2**bits - 1
-        # Of a two's complement code: flip the sign bit, then subtract it.
+        # Sign-extend: flip the sign bit, then subtract it.
         code ^= sign
         code -= sign
         out[:, place] = code

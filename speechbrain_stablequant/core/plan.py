@@ -293,7 +293,7 @@ class QuantizationPlan:
         if self.tensors:
             bits = {n: q.weight_bits for n, q in self.quants().items()}
             file = path.with_suffix(".safetensors")
-            # First the tensors: a plan that names them finds them.
+            # Tensors first, so that a plan never names a missing file.
             sha256 = self.tensors.save(file, bits)
             raw["tensors"] = {"file": file.name, "sha256": sha256}
         write_json(path, raw)
@@ -363,7 +363,7 @@ class QuantizationPlan:
             twice = [name for name, count in names.items() if count > 1]
             if twice:
                 raise ValueError(f"{kind} '{twice[0]}' is there twice")
-        # Units and layers are checked; here the keys and all else.
+        # Units and layers were checked above; check everything else.
         head = {**parts, "units": [], "layers": []}
         plan = typed(head, cls, "the plan")
         return replace(plan, units=parts["units"], layers=parts["layers"])

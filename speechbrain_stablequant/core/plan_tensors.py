@@ -193,7 +193,7 @@ class AdjustedTensors:
             flat[name] = tensor
         return cls.from_flat(flat)
 
-    # -- the model that they are for ---------------------------------------
+    # -- matching a model ---------------------------------------------------
 
     def check_matches(
         self,
@@ -270,7 +270,7 @@ def adjusted_floats(
 ) -> Iterator[None]:
     """Context in which parameters have other values and streams are rotated."""
     state = _parameters(modules) if floats else {}
-    # All names are looked up before anything is changed.
+    # Look up all names before changing anything.
     targets = {name: state[name] for name in floats if not is_rotation(name)}
     kept = {name: t.detach().clone() for name, t in targets.items()}
     try:

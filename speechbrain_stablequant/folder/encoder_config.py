@@ -17,12 +17,12 @@ from ..utils.typed import one_line, short, typed
 from .errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-#: Families of encoders that take in a waveform.
+#: Encoder families that take a waveform.
 KINDS = (
     *("wav2vec2", "hubert", "wavlm", "data2vec-audio"),
     *("wav2vec2-conformer", "unispeech", "unispeech-sat", "sew", "sew-d"),
 )
-# Of every encoder here; types of the rest depend on the family.
+# Keys that all families share.
 _TYPES: dict[str, Any] = {
     "activation_dropout": float,
     "attention_dropout": float,
@@ -47,7 +47,7 @@ _TYPES: dict[str, Any] = {
     "num_hidden_layers": int,
     "vocab_size": int,
 }
-# What decides which code runs, or names places: never taken from a file.
+# Keys that select code or name places: never taken from a file.
 _DROPPED = (
     "attn_implementation",
     "auto_map",
@@ -161,7 +161,7 @@ def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return AutoModel.from_config(known, dtype=torch.float32).eval()
     except Exception as error:
-        # Neither the library nor the configuration is ours.
+        # Third-party code on an untrusted configuration may raise anything.
         raise CheckpointError(
             f"{CONFIG_FILE}: transformers cannot make the {kind} model that "
             f"it describes ({one_line(error)}); copy or make it again"

@@ -35,7 +35,7 @@ def fill_modules(
         _check_fit(module, layer, where)
         _free_weight(module)
         if module.bias is None and layer.bias is not None:
-            # A correction of a layer that had none.
+            # A bias correction for a layer without a bias.
             module.bias = nn.Parameter(torch.empty_like(layer.bias))
     _rotate(modules, floats, where)
     wanted = float_state(modules, list(integers))

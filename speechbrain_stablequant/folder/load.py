@@ -94,7 +94,7 @@ def load_folder(
         spec.backend,
         spec.backend_options,
     )
-    # The YAML is not signed: it names the checksum of what is.
+    # The YAML is not signed; it names the checksum of the weights.
     signed = [name] if spec.checksum is None else []
     model.load(folder, needs=[spec.tokenizer_file, *signed])
     tokenizer = (

@@ -38,7 +38,7 @@ _SPEECHBRAIN = (
     "nnet.normalization.BatchNorm1d",
     "nnet.normalization.LayerNorm",
 )
-#: Full names of the classes that are made.
+#: Full names of the classes that may be built.
 KINDS = frozenset(
     [
         *(f"torch.nn.{name}" for name in _TORCH),
@@ -49,10 +49,10 @@ KINDS = frozenset(
 _MAX_SIZE = 1 << 20
 _MAX_ITEMS = 256
 _MAX_DEPTH = 8
-# Settings that say how often something is repeated.
+# Settings that repeat something.
 _COUNTS = ("dnn_blocks", "num_layers")
 _MAX_COUNT = 256
-# Settings that are not the file's to decide.
+# Settings that a file must not decide.
 _REFUSED = ("device", "dtype")
 
 
@@ -149,7 +149,7 @@ def _value(raw: Any, where: str, depth: int) -> Any:
     return plain
 
 
-# -- making ----------------------------------------------------------------
+# -- building --------------------------------------------------------------
 
 
 def build_module(node: Node, where: str) -> nn.Module:
@@ -172,7 +172,7 @@ def _build(value: Any, where: str) -> Any:
         name: _build(v, inside(where, name))
         for name, v in value.settings.items()
     }
-    # By name before by place, for the better message.
+    # Check names before positions, for a better message.
     _check_settings(settings, where)
     try:
         named = inspect.signature(kind).bind_partial(*args, **settings)
@@ -185,7 +185,7 @@ def _build(value: Any, where: str) -> Any:
     try:
         return kind(*args, **settings)
     except Exception as error:
-        # The class is not ours, and neither are the settings.
+        # A third-party class may raise anything.
         raise ValueError(
             f"{where}: {value.kind} does not take its settings "
             f"({one_line(error)})"

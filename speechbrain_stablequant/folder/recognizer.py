@@ -152,8 +152,7 @@ class QuantizedRecognizer(nn.Module):
         derived = {"_integers": None, "_built": None, "_locks": {}}
         twin = memo[id(self)] = type(self).__new__(type(self))
         for module in self.parts.modules():
-            # Taken over as they are, not taken out of the original for a
-            # moment: it may be computing.
+            # Share the forwards: the original may be computing.
             if "forward" in vars(module):
                 memo[id(module.forward)] = module.forward
         vars(twin).update(copy.deepcopy({**vars(self), **derived}, memo))
@@ -311,7 +310,7 @@ class QuantizedRecognizer(nn.Module):
         self.parts[self._key] = built.encoder
         for module, forward in built.forwards.items():
             module.forward = forward
-        # The runtime keeps what it needs; a second copy would stay for ever.
+        # The runtime keeps what it needs; release the second copy.
         self._integers = None
         self._built = built
 

@@ -23,7 +23,7 @@ RECOGNIZER_FILE = "recognizer.json"
 HYPERPARAMS_FILE = "hyperparams.yaml"
 SPEC_FORMAT = 1
 
-#: Classes of tokenizers by the names that files have for them.
+#: Tokenizer classes by their names in files.
 TOKENIZERS = {
     "labels": "speechbrain.dataio.encoder.CTCTextEncoder",
     "sentencepiece": "sentencepiece.SentencePieceProcessor",

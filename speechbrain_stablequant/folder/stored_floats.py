@@ -21,7 +21,7 @@ def float_state(
     """Returns parameters and buffers other than the weights of quantized
     layers."""
     weights = {f"{name}.weight" for name in names}
-    # The parts of a weight norm: the integer weight stands for both.
+    # The integer weight replaces both parts of a weight norm.
     parts = tuple(f"{name}.parametrizations.weight." for name in names)
     state = {}
     for key, module in modules.items():
@@ -51,7 +51,7 @@ def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
         return tensor
     half = tensor.half()
     error = (half.float() - tensor).abs().max()
-    # Also false for NaN: it stays visible as it is.
+    # False for NaN, which then stays visible.
     return half if error <= _HALF_ERROR * tensor.abs().max() else tensor
 
 
@@ -78,7 +78,7 @@ def rounded_floats(
                 tensor.copy_(stored)
         yield
     finally:
-        # The first copy of a shared tensor is the original: it comes last.
+        # Reversed: the first copy of a shared tensor is the original.
         for tensor, original in reversed(kept):
             tensor.copy_(original)
 

@@ -29,7 +29,7 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _CHUNK = 1 << 20
-#: Elements that no tensor has; its strides stay within int64.
+#: Limit of elements, so that strides fit int64.
 _MOST = 1 << 48
 
 
@@ -42,7 +42,7 @@ class TensorFile:
     """
 
     def __init__(self, path: str | Path):
-        # It checks the header and the size.
+        # safe_open checks the header and the size.
         with safe_open(path, framework="pt", device="cpu") as file:
             self.metadata: dict[str, str] = file.metadata() or {}
         self.path = path

@@ -13,7 +13,7 @@ from ..utils.files import read_file
 from ..utils.typed import one_line, short, typed
 from .errors import CheckpointError
 
-# Larger than any; SpeechBrain reads labels as Python literals, line by line.
+# Limits; SpeechBrain parses labels as Python literals, line by line.
 _MAX_BYTES = 1 << 26
 _MAX_TEXT = 1 << 24
 _MAX_LINE = 2000
@@ -50,14 +50,14 @@ def _read_labels(encoder: CTCTextEncoder, path: Path) -> None:
     try:
         read.load(str(path))
     except Exception as error:
-        # SpeechBrain evaluates literals: that may raise anything.
+        # SpeechBrain evaluates literals, which may raise anything.
         raise ValueError(f"{type(error).__name__}: {error}") from error
     labels, indices = read.lab2ind, read.ind2lab
     if not labels or len(labels) != len(indices):
         raise ValueError("it has no labels, or two of one index")
     for label, index in labels.items():
         text = typed(label, str, f"label {short(index)}")
-        # Half characters cannot be printed.
+        # Raises for lone surrogates, which cannot be printed.
         text.encode()
         if not 0 <= index < _MAX_LABELS:
             raise ValueError(f"label {short(label)} has index {short(index)}")
@@ -78,7 +78,7 @@ def _read_pieces(processor: Any, path: Path) -> None:
         processor.LoadFromSerializedProto(data)
         count = processor.get_piece_size()
     except Exception as error:
-        # The library is not ours, and neither is the file.
+        # A third-party library on an untrusted file may raise anything.
         raise ValueError(error) from error
     if not 0 < count < _MAX_LABELS:
         raise ValueError(f"it has {count} pieces")

@@ -30,7 +30,7 @@ from .stored_floats import FLOAT_DTYPES, stored_float, widened
 from .tensor_file import TensorFile
 
 FORMAT = "speechbrain_stablequant"
-#: Of a file with a probe, and of one without.
+#: Format versions of files with and without a probe.
 VERSION, VERSION_WITHOUT_PROBE = 2, 1
 WEIGHTS_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
@@ -161,7 +161,7 @@ def _tensors(
             tensors[f"{name}.{part}"] = scale.contiguous()
         if layer.bias is not None:
             tensors[f"{name}.bias"] = stored_float(layer.bias, float_dtype)
-    # Tied tensors are stored twice: one file must not share memory.
+    # Store tied tensors twice: safetensors refuses shared memory.
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -280,7 +280,7 @@ def load_checkpoint(
         )
     for name, digest in description.files.items():
         _check_companion(Path(folder) / bare_name(name), digest, path)
-    # What the plan's own tensors decided is in the integers.
+    # The plan's tensors are already part of the integers.
     plan = _load_plan(Path(folder) / PLAN_FILE)
     rows = {name: asdict(row) for name, row in description.layers.items()}
     _check_layers(rows, plan, str(path))

@@ -170,7 +170,7 @@ def write_folder(
         without a source.
     """
     folder = Path(folder)
-    # Old ones would name the files of another model.
+    # Files of an earlier run would describe another model.
     for name in (HYPERPARAMS_FILE, RECOGNIZER_FILE):
         (folder / name).unlink(missing_ok=True)
     companions, probe = [], None
@@ -211,7 +211,7 @@ def folder_probe(
     state = loaded_floats(integers, floats, float_dtype)
     settings = dict(source.encoder)
     key, use_lengths = settings.pop("key"), settings.pop("use_lengths")
-    # Making modules draws random numbers.
+    # Building modules draws random numbers.
     with torch.random.fork_rng([]):
         encoder = empty_encoder(json.loads(source.config))
         parts = {key: StoredEncoder(encoder, **settings)}

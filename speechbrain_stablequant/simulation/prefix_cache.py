@@ -173,8 +173,8 @@ class Replay:
             module.forward = lambda *_, **__: result()
 
         def blank(module: nn.Module) -> Any:
-            # Of the right shape and never read: the cut's result replaces
-            # everything that would be computed from it.
+            # Never read: the cut's result replaces everything that would be
+            # computed from it. Only the shape matters.
             shape = self._shapes[id(module)][self._batch]
             device = _device(self._kept[self._batch])
             return map_tensors(

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-#: Levels of objects in objects; what lies deeper counts by its class.
+#: Nesting depth; deeper objects are described by their class.
 DEPTH = 8
-#: Where a model came from says nothing about what it is.
+#: Attributes that name a model's origin, not its content.
 _PLACES = {
     "source",
     "save_path",

@@ -24,14 +24,14 @@ from .typed import one_line, short
 _MAX_DEPTH = 64
 _NUMBERS = (int, float)
 
-# Of this process, in the names of temporary files: its machine, its number
-# there, and what tells it from an earlier process with the same number.
+# Owner in the names of temporary files: host, process id, and a token that
+# distinguishes earlier processes with the same id.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _TOKEN = secrets.token_hex(3)
 _TEMPORARY = re.compile(
     r"\..+?\.(?:([0-9a-f]{6})-([0-9]+)-([0-9a-f]{6})\.)?[0-9a-f]{8}\.tmp"
 )
-#: Seconds after which a temporary file is nobody's, whoever made it.
+#: Seconds after which any temporary file is stale.
 _STALE_AFTER = 24 * 3600
 
 
@@ -79,7 +79,7 @@ def remove_stale(folder: str | Path) -> None:
     for a
     day.
     """
-    # What cannot be listed or removed is in nobody's way.
+    # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
         for path in Path(folder).iterdir():
             match = _TEMPORARY.fullmatch(path.name)

@@ -68,7 +68,7 @@ def protect_children() -> None:
 def _begin_child() -> None:
     global _in_child
     _in_child = True
-    # At once: the first that computes need not be our code.
+    # Immediately: other code may compute first.
     torch.set_num_threads(1)
 
 

@@ -17,11 +17,10 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".run.lock"
 _OWNER = ".run.json"
-#: Seconds for which the workers of a killed run may outlive it, and hold what
-#: it held.
+#: Seconds that the workers of a killed run may outlive it and hold its lock.
 PATIENCE = 15.0
 
-# Of this process: the lock of each folder, and how often it was taken.
+# The lock of each folder in this process, and its count.
 _held: dict[tuple[int, str], list] = {}
 
 

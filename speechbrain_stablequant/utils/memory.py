@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-#: Bytes from which on tensors get pages of their own.
+#: Tensors of at least this many bytes get their own pages.
 _LARGE = 1 << 16
 
-# Windows has no such flag, and no need of it.
+# Windows does not have or need this flag.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 

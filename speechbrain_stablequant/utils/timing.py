@@ -30,7 +30,7 @@ class Preparation:
             self.seconds += time.perf_counter() - start
 
 
-#: Of this process.
+#: The counter of this process.
 PREPARATION = Preparation()
 
 

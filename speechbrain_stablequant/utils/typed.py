@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-#: Integers of more bits than this are nobody's.
+#: Limit of integers.
 _MOST = 1 << 63
 _MAX_TEXT = 200
 

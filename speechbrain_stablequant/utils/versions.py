@@ -51,7 +51,7 @@ def pair_error(torch: str, torchaudio: str | None, reason: str) -> str:
 def import_torchaudio() -> None:
     """Imports torchaudio; raises ImportError with one line if it does not
     load."""
-    # What fails in torch itself is not torchaudio's.
+    # Import torch first, so that its own errors are not blamed on torchaudio.
     import_module("torch")
     try:
         import_module("torchaudio")

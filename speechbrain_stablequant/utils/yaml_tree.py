@@ -15,7 +15,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from .typed import one_line, short
 
 _PLAIN = "tag:yaml.org,2002:"
-# More than any file of a recognizer has; what aliases repeat counts again.
+# Limits above any recognizer's file; nodes repeated by aliases count again.
 _MAX_NODES = 20000
 _MAX_DEPTH = 64
 _MAX_TEXT = 1 << 15
