@@ -117,17 +117,19 @@ def _check_row(name: str, row: LayerRow) -> None:
     sizes, group = row.shape, row.weight_group
     plain = [getattr(row, key) == getattr(LayerRow, key) for key in _GEOMETRY]
     conv = row.kind == "conv1d"
+    # The checks of groups need a shape; without one it is named instead.
+    shaped = len(sizes) == (3 if conv else 2) and min(sizes) > 0
     checks = {
         "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
         "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS,
-        "shape": len(sizes) == (3 if conv else 2) and min(sizes) > 0,
+        "shape": shaped,
         "stride": row.stride > 0,
         "padding": row.padding >= 0,
         "dilation": row.dilation > 0,
-        "groups": row.groups > 0 and sizes[0] % row.groups == 0,
+        "groups": row.groups > 0 and (not shaped or sizes[0] % row.groups == 0),
         "kind": conv or all(plain),
         "weight_group": group == 0
-        or (group > 0 and not conv and sizes[1] % group == 0),
+        or (group > 0 and not conv and (not shaped or sizes[1] % group == 0)),
     }
     for key, good in checks.items():
         if not good:
