@@ -4,8 +4,6 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import QuantizeConfig
-from ..model.layers import find_layers
 from ..report.results import Evaluation, SetResult
 from ..rivals.chain_graph import require_one
 from ..utils import distributed
@@ -26,7 +23,7 @@ from ..utils.outputs import Outputs
 from ..utils.patching import shadowed
 from ..utils.store import Store
 from .before_search import BeforeSearch
-from .block import read_block, variant_configs
+from .block import read_block, run_configs
 from .clock import ForwardClock
 from .data import dataset_of
 from .dependencies import Dependencies
@@ -41,21 +38,6 @@ from .test_set import TestSet
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def _configs(
-    brain: sb.Brain, config: QuantizeConfig
-) -> dict[str, QuantizeConfig]:
-    """The block of each run; debug runs accept any WER of the float model."""
-    found = variant_configs(config)
-    if not brain.debug:
-        return found
-    return {
-        name: replace(
-            variant, search=replace(variant.search, max_float_wer=inf)
-        )
-        for name, variant in found.items()
-    }
 
 
 def _unwrap(brain: sb.Brain) -> None:
@@ -107,7 +89,7 @@ class StableQuant:
                 self.store.below(name),
                 *choose_runtime(brain, variant),
             )
-            for name, variant in _configs(brain, config).items()
+            for name, variant in run_configs(config, brain.debug).items()
         ]
         for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
             logger.warning("quantize: %s", warning)
@@ -374,29 +356,7 @@ class StableQuant:
         # The recipe's own evaluation must not see other random numbers.
         with torch.random.fork_rng():
             self._before.try_batch(test.first_batch())
-            self._try_runtimes()
-
-    def _try_runtimes(self) -> None:
-        """Check each distinct runtime against its probe before the search."""
-        modules, device = self._modules, str(self.brain.device)
-        tried: dict[tuple, tuple[str, list[str]]] = {}
-        for run in self.runs:
-            if run.plan is not None:
-                continue
-            config = run.config
-            layers = find_layers(
-                modules, config.target, config.include, config.exclude
-            )
-            key = (
-                *(run.backend, repr(config.backend_options)),
-                *(config.weight_bits, config.activation_bits),
-                *(layer.name for layer in layers),
-            )
-            if key in tried:
-                run.change_runtime(*tried[key])
-                continue
-            reasons = run.try_runtime(modules, layers, device)
-            tried[key] = (run.backend, reasons)
+            self._before.try_runtimes()
 
     def _evaluate_runs(self, test: TestSet, baseline: Evaluation) -> None:
         """Quantize and evaluate each run, and write the reports."""

@@ -17,6 +17,7 @@ from ..config import QuantizeConfig
 from ..core.error_rates import score
 from ..folder.write import RecognizerSource
 from ..methods.search import check_float_wer
+from ..model.layers import find_layers
 from .decoding import FolderDecoder, difference
 from .dry_run import transcribe_batch
 from .metrics import Row, rows_of, transcripts_of
@@ -53,6 +54,29 @@ class BeforeSearch:
         sources = [run.source for run in self.runs if run.source is not None]
         if sources:
             self._try_decoder(batch, sources[0])
+
+    def try_runtimes(self) -> None:
+        """Check each distinct runtime against its probe before the search."""
+        modules = dict(self.brain.modules.items())
+        device = str(self.brain.device)
+        tried: dict[tuple, tuple[str, list[str]]] = {}
+        for run in self.runs:
+            if run.plan is not None:
+                continue
+            config = run.config
+            layers = find_layers(
+                modules, config.target, config.include, config.exclude
+            )
+            key = (
+                *(run.backend, repr(config.backend_options)),
+                *(config.weight_bits, config.activation_bits),
+                *(layer.name for layer in layers),
+            )
+            if key in tried:
+                run.change_runtime(*tried[key])
+                continue
+            reasons = run.try_runtime(modules, layers, device)
+            tried[key] = (run.backend, reasons)
 
     def _try_decoder(self, batch: Any, source: RecognizerSource) -> None:
         decoder = FolderDecoder(

@@ -1,5 +1,6 @@
 """Reads a ``quantize:`` block, with the options of the runtime it names."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,30 +10,8 @@ from ..runtimes.options import OPTIONS, check_options, select_options
 
 
 def read_block(block: Mapping[str, Any]) -> QuantizeConfig:
-    """Validates a block, its runtime's options and variants included.
-
-    Arguments
-    ---------
-    block : Mapping
-        As read from YAML.
-
-    Returns
-    -------
-    QuantizeConfig
-
-    Raises
-    ------
-    ConfigError
-        Names the first wrong key.
-
-    Example
-    -------
-    >>> read_block({"backend": "torch_int8", "backend_options": {"threads": 0}})
-    Traceback (most recent call last):
-        ...
-    speechbrain_stablequant.config.ConfigError: \
-quantize.backend_options.threads: must be at least 1, not 0
-    """
+    """:meth:`~speechbrain_stablequant.config.QuantizeConfig.from_dict`, with
+    the options of runtimes checked too, of variants as well."""
     config = QuantizeConfig.from_dict(block)
     variant_configs(config)
     return config
@@ -57,6 +36,19 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
             variant = replace(variant, backend_options=options)
         _check_runtime(variant, f"quantize.variants[{index}]")
         found[name] = variant
+    return found
+
+
+def run_configs(
+    config: QuantizeConfig, debug: bool
+) -> dict[str, QuantizeConfig]:
+    """:func:`variant_configs`; debug runs accept any WER of the float model,
+    which two batches have trained."""
+    found = variant_configs(config)
+    if debug:
+        for name, variant in found.items():
+            search = replace(variant.search, max_float_wer=math.inf)
+            found[name] = replace(variant, search=search)
     return found
 
 

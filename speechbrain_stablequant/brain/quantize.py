@@ -8,8 +8,8 @@ from torch import nn
 
 from ..config import QuantizeConfig
 from ..core.integer_layer import integer_layer
+from ..core.plan import PLAN_FILE
 from ..folder.stored_floats import stored_layer
-from ..folder.weights_file import PLAN_FILE
 from ..folder.write import write_folder
 from ..methods import make_plan
 from ..methods.session import Session

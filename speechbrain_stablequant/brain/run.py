@@ -270,7 +270,7 @@ class Run:
             write_report(report, self.folder)
             print(f"report: {self.folder / 'report.html'}", flush=True)
             return
-        # The report could not be written.
+        # Reached if the report could not be made: its main figures at least.
         for name, result in self.results.items():
             rates = result.to_dict()
             print(

@@ -57,10 +57,8 @@ def entropy_calibrator(
     """Returns the amax that loses the least information (KL divergence).
 
     After S. Migacz, "8-bit Inference with TensorRT", GTC 2017, with the detail
-    of
-    NVIDIA's pytorch-quantization toolkit that the first bin takes the count of
-    the
-    second. For each number of bins i from ``start_bin`` to all of them:
+    of NVIDIA's pytorch-quantization toolkit that the first bin takes the count
+    of the second. For each number of bins i from ``start_bin`` to all of them:
 
     - P is the first i bins, with the mass beyond them added to the last one;
     - Q is the first i bins without that mass, merged to ``2^(bits-1)`` levels
@@ -96,12 +94,10 @@ def mse_calibrator(
     ``upper``.
 
     The error of a bin is the exact integral over a density that is flat inside
-    the
-    bin; its center would be far off where a step is hardly wider than a bin.
-    The
-    search takes a geometric grid, because with outliers the best amax is a
-    small
-    fraction of the maximum, and refines it twice on a linear grid, in float64.
+    the bin; its center would be far off where a step is hardly wider than a
+    bin. The search takes a geometric grid, because with outliers the best amax
+    is a small fraction of the maximum, and refines it twice on a linear grid,
+    in float64.
     """
     limit = qmax(bits)
     if upper is not None and not upper >= 0:

@@ -104,10 +104,9 @@ def bootstrap_delta_wer(
     interval.
 
     Paired bootstrap over utterances with a percentile interval, after Bisani
-    and Ney,
-    "Bootstrap estimates for confidence intervals in ASR performance
-    evaluation",
-    ICASSP 2004. Pairing leaves only the uncertainty of the difference.
+    and Ney, "Bootstrap estimates for confidence intervals in ASR performance
+    evaluation", ICASSP 2004. Pairing leaves only the uncertainty of the
+    difference.
     """
     _check_paired(baseline, other)
     before = _count_errors(baseline, unit)

@@ -157,10 +157,8 @@ class Histogram:
         """Returns the histogram of the data limited to ``edge``.
 
         Values above ``edge`` saturate, which is exact in every count, or are
-        dropped.
-        Dropping splits the bin of ``edge`` as :meth:`quantile` does; ``max`` is
-        then an
-        upper bound.
+        dropped. Dropping splits the bin of ``edge`` as :meth:`quantile` does;
+        ``max`` is then an upper bound.
         """
         if not (math.isfinite(edge) and edge >= 0):
             raise ValueError(

@@ -14,10 +14,10 @@ from ..utils.typed import one_line, short, typed
 from .affine import MAX_BITS, MIN_BITS
 from .plan_tensors import AdjustedTensors
 
+PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1
 
-# Largest float32.
-_LARGEST = 3.4028234663852886e38
+_LARGEST = 3.4028234663852886e38  # float32
 _MAX_NAME = 500
 
 

@@ -66,8 +66,7 @@ class LayerTensors:
 @dataclass(frozen=True)
 class AdjustedTensors:
     """All tensors of a plan: those of quantized layers, and changed float32
-    parameters
-    (``floats``), by name in the state dict, rotations included."""
+    parameters (``floats``), by name in the state dict, rotations included."""
 
     layers: dict[str, LayerTensors] = field(default_factory=dict)
     floats: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -1,6 +1,5 @@
 """Weights on the quantization grid: a scale for each output channel, or for
-each
-group of a channel's inputs."""
+each group of a channel's inputs."""
 
 import torch
 

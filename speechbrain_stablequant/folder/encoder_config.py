@@ -1,8 +1,7 @@
 """Reads an encoder's ``config.json`` and builds its modules without storage.
 
 transformers trusts a configuration, including whose code computes the
-attention.
-Here sizes are checked, and only what describes the model is kept.
+attention. Here sizes are checked, and only what describes the model is kept.
 """
 
 from collections.abc import Mapping

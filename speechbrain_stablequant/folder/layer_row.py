@@ -10,7 +10,7 @@ import torch
 from ..core.affine import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from ..core.integer_layer import IntegerLayer
 from ..core.packing import check_packed, unpack
-from ..core.plan import QuantizationPlan
+from ..core.plan import PLAN_FILE, QuantizationPlan
 from ..utils.typed import short
 from .errors import CheckpointError
 from .tensor_file import TensorFile
@@ -157,14 +157,14 @@ def check_scales(
         ):
             raise ValueError(
                 f"layer '{name}': its inputs have the scale "
-                f"{float(layer.activation_scale):g}, in plan.json it is "
+                f"{float(layer.activation_scale):g}, in {PLAN_FILE} it is "
                 f"{float(planned):g}"
             )
         for key in _EXTRAS:
             here, there = getattr(layer, key), getattr(quant, key)
             if here != there:
                 raise ValueError(
-                    f"layer '{name}': its {key} is {here:g}, in plan.json "
+                    f"layer '{name}': its {key} is {here:g}, in {PLAN_FILE} "
                     f"it is {there:g}"
                 )
 

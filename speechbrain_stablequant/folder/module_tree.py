@@ -61,8 +61,8 @@ class Node:
     """A module, or a class, as data.
 
     ``args`` and ``settings`` hold plain values, lists of them, and nodes. If
-    ``made``
-    is false, the node is the class itself, with its settings if there are any.
+    ``made`` is false, the node is the class itself, with its settings if there
+    are any.
     """
 
     kind: str

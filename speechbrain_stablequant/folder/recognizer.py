@@ -38,8 +38,7 @@ logger = logging.getLogger(__name__)
 
 class RuntimeEncoder(nn.Module):
     """What SpeechBrain's wrapper computes around a model that returns its last
-    hidden
-    state only.
+    hidden state only.
 
     SpeechBrain's own class imports all of transformers.
     """
@@ -163,8 +162,7 @@ class QuantizedRecognizer(nn.Module):
         """Reads the model of a folder.
 
         ``needs`` lists files that must be signed, beside the plan and the
-        encoder's
-        configuration.
+        encoder's configuration.
         """
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE

@@ -2,8 +2,7 @@
 
 ``hyperparams.yaml`` says the same to SpeechBrain, in tags that are executed. A
 folder of an earlier version is described by its YAML, which is read as text:
-any
-tag but ours is an error.
+any tag but ours is an error.
 """
 
 from collections.abc import Mapping
@@ -42,8 +41,7 @@ class EncoderSettings:
     """How the encoder is called, apart from its configuration.
 
     ``use_lengths`` says whether the recipe passes relative lengths; the last
-    three
-    are settings of SpeechBrain's wrapper.
+    three are settings of SpeechBrain's wrapper.
     """
 
     key: str
@@ -58,8 +56,7 @@ class RecognizerSpec:
     """A recognizer apart from its weights.
 
     ``heads`` are the modules behind the encoder, in order; ``checksum`` is that
-    of
-    the weights, or None where the description's own file is signed.
+    of the weights, or None where the description's own file is signed.
     """
 
     encoder: EncoderSettings

@@ -37,8 +37,7 @@ class TensorFile:
     """An open safetensors file.
 
     It stays open, so that later reads see the same file. Threads and forked
-    processes
-    may read concurrently: every read gives its own position.
+    processes may read concurrently: every read gives its own position.
     """
 
     def __init__(self, path: str | Path):

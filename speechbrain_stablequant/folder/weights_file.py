@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from ..core.integer_layer import IntegerLayer
 from ..core.packing import pack
-from ..core.plan import QuantizationPlan
+from ..core.plan import PLAN_FILE, QuantizationPlan
 from ..runtimes import probe as probes
 from ..runtimes.probe import Probe
 from ..utils.files import parse_json, plain_name, write_atomic
@@ -33,7 +33,6 @@ FORMAT = "speechbrain_stablequant"
 #: Format versions of files with and without a probe.
 VERSION, VERSION_WITHOUT_PROBE = 2, 1
 WEIGHTS_FILE = "model.safetensors"
-PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,9 @@ class Checkpoint:
     """The content of a folder.
 
     ``integers`` are IntegerLayers by name; ``floats`` is everything else by its
-    name
-    in the state dict, in float32, including the biases of integer layers.
-    ``files``
-    are the checked files; ``probe`` is None in folders of earlier versions.
+    name in the state dict, in float32, including the biases of integer layers.
+    ``files`` are the checked files; ``probe`` is None in folders of earlier
+    versions.
     """
 
     plan: QuantizationPlan

@@ -52,10 +52,8 @@ class RecognizerSource:
     """What a folder needs beside the weights.
 
     ``keys`` are the modules of the Brain in the order of their use, the encoder
-    first;
-    ``encoder`` the settings of its wrapper, ``config`` its ``config.json``,
-    ``heads``
-    the YAML of each module behind it.
+    first; ``encoder`` the settings of its wrapper, ``config`` its
+    ``config.json``, ``heads`` the YAML of each module behind it.
     """
 
     keys: tuple[str, ...]

@@ -10,8 +10,8 @@ from ..core.error_rates import (
     real_time_factor,
     score,
 )
-from ..core.plan import QuantizationPlan
-from ..folder.weights_file import PLAN_FILE, WEIGHTS_FILE
+from ..core.plan import PLAN_FILE, QuantizationPlan
+from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import HYPERPARAMS_FILE
 from ..utils.files import identity
 from ..utils.store import Store

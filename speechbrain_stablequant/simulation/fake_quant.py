@@ -116,10 +116,8 @@ class Simulator:
     """Applies quantization to the layers of one model, repeatedly.
 
     The last weight of each layer is kept, since a search returns to it: one
-    float32
-    copy of the model. ``tensors`` hold integers and biases that replace the
-    nearest
-    ones; the attribute may be changed between two contexts.
+    float32 copy of the model. ``tensors`` hold integers and biases that replace
+    the nearest ones; the attribute may be changed between two contexts.
     """
 
     def __init__(

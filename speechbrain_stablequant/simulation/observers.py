@@ -30,8 +30,7 @@ def valid_frames(
     frames.
 
     ``geometry`` lists kernel and stride of the convolutions. A resolution that
-    none
-    of them gives is taken as a plain fraction of the samples.
+    none of them gives is taken as a plain fraction of the samples.
     """
     padded, real = total, list(lengths)
     for kernel, stride in (*geometry, (1, 1)):

@@ -1,9 +1,8 @@
 """Reuses the results of earlier units while a search changes a later one.
 
 The search measures one unit after the other. The results before the current
-unit
-do not change, so they are kept for each batch and the modules before it are
-skipped. Outputs stay bit-equal.
+unit do not change, so they are kept for each batch and the modules before it
+are skipped. Outputs stay bit-equal.
 """
 
 import math
@@ -61,8 +60,7 @@ class Replay:
     """Keeps the result at one cut for every batch of a data set.
 
     Results larger than ``limit_bytes``, or than half of a GPU's free memory,
-    are
-    not kept.
+    are not kept.
     """
 
     def __init__(
@@ -112,11 +110,9 @@ class Replay:
         """Keeps the results before a unit, unless they are kept already.
 
         ``forward`` runs the model over all batches: it calls its argument with
-        the
-        index before each, and goes to the next batch at :class:`StopForward`.
-        Returns
-        False if there is no cut or the results are too large: run the whole
-        model then.
+        the index before each, and goes to the next batch at
+        :class:`StopForward`. Returns False if there is no cut or the results
+        are too large: run the whole model then.
         """
         cut = self.cuts.get(unit)
         if cut is None or unit in self._too_large:

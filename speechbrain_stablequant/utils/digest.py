@@ -49,8 +49,7 @@ def digest(value: Any, known: Mapping[int, str] | None = None) -> str:
     """Identifies an object by its content, in 32 hexadecimal digits.
 
     ``known`` maps ``id`` to the names of objects that are identified elsewhere,
-    such
-    as modules whose weights change.
+    such as modules whose weights change.
     """
     text = json.dumps(_Describer(known or {})(value, DEPTH))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

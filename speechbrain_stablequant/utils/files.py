@@ -76,8 +76,7 @@ def remove_stale(folder: str | Path) -> None:
     """Removes temporary files that killed processes left in a folder.
 
     Those of live processes of this machine stay, and those of other machines
-    for a
-    day.
+    for a day.
     """
     # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
@@ -169,8 +168,7 @@ def check_writable_folder(path: str | Path, key: str) -> Path:
     """Creates a folder and checks that files can be written to it.
 
     Called before a run starts, so that a long search does not end without
-    output.
-    ``key`` is the configuration key that named the folder.
+    output. ``key`` is the configuration key that named the folder.
     """
     if not str(path):
         raise ValueError(f"{key}: the folder's name is empty; give a folder")

@@ -1,9 +1,8 @@
 """What a forked process must not take over from its parent.
 
 A fork copies only the thread that forks. The other threads are gone, and
-waiting
-for them blocks forever: the pools of torch, OpenVINO and any other library that
-has computed with several threads.
+waiting for them blocks forever: the pools of torch, OpenVINO and any other
+library that has computed with several threads.
 """
 
 import ctypes

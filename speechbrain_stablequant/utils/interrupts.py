@@ -1,8 +1,7 @@
 """Ctrl-C and SIGTERM during a run: one line that says how to continue.
 
 Everything that a run has finished is on disk, and the same command continues
-from
-there.
+from there.
 """
 
 import contextlib
@@ -33,8 +32,7 @@ def explained(what: str, ends_process: bool) -> Iterator[None]:
     """Context whose interruption prints one line, ``what``.
 
     With ``ends_process``, the process ends with the status of an interrupted
-    one, on
-    SIGTERM too; else KeyboardInterrupt is raised again.
+    one, on SIGTERM too; else KeyboardInterrupt is raised again.
     """
     stack = _terminable() if ends_process else contextlib.nullcontext()
     try:

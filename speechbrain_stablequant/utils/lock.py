@@ -32,8 +32,7 @@ class FolderLock:
     """Keeps other runs out of an output folder while it is held.
 
     The system releases it when the process ends. One process can take it
-    several
-    times. ``key`` is the configuration key that named the folder.
+    several times. ``key`` is the configuration key that named the folder.
     """
 
     def __init__(self, folder: str | Path, key: str):

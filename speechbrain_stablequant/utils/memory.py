@@ -17,8 +17,7 @@ def transient(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Allocates a short-lived CPU tensor, uninitialized.
 
     On the heap, large short-lived tensors between long-lived ones leave holes:
-    a
-    quarter of a model's weights.
+    a quarter of a model's weights.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize

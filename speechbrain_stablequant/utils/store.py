@@ -38,10 +38,8 @@ class Store:
     """Files of one folder, each under a key; in memory only without a folder.
 
     A ``private`` store holds files that decide what a later process of this
-    user
-    computes. Its folder is made for the user alone, files that others own or
-    may
-    write are ignored, and a damaged file is only a warning.
+    user computes. Its folder is made for the user alone, files that others own
+    or may write are ignored, and a damaged file is only a warning.
     """
 
     def __init__(self, folder: str | Path | None, private: bool = False):
@@ -88,8 +86,7 @@ class Store:
         """Returns a stored value, or None if there is none under this key.
 
         ``what`` names the file in errors. ``parse`` converts the value; its
-        ValueError
-        means that the file is damaged.
+        ValueError means that the file is damaged.
         """
         found, content = self._record(name, what)
         if found is None or found != key:

@@ -1,8 +1,7 @@
 """safetensors files whose bytes depend on their content alone.
 
 The library writes metadata in an order that varies between processes. Here it
-is
-sorted.
+is sorted.
 """
 
 import hashlib

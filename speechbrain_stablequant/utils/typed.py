@@ -1,8 +1,7 @@
 """Checks values read from a file against their intended types.
 
 A file may be damaged, edited or foreign. Values pass :func:`typed` before use,
-so
-that a wrong one gives one line that names its place.
+so that a wrong one gives one line that names its place.
 """
 
 import difflib
@@ -47,9 +46,8 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     """Checks a value from JSON or YAML against a type and returns it converted.
 
     Takes plain types, ``Any``, ``Literal``, unions with None, lists, tuples,
-    mappings
-    and dataclasses of these. ``where`` is the value's place and opens the
-    error.
+    mappings and dataclasses of these. ``where`` is the value's place and opens
+    the error.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:

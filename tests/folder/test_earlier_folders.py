@@ -8,8 +8,8 @@ from speechbrain.inference.ASR import EncoderASR
 
 from speechbrain_stablequant import load
 
-#: A random recognizer, written by 0.1.0 when the modules had other places.
-FOLDER = Path(__file__).resolve().parent / "written_by_0.1.0"
+#: A random recognizer, written when the modules had other places.
+FOLDER = Path(__file__).resolve().parent / "written_earlier"
 TEXT = "BGBCBG"
 
 

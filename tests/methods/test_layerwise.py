@@ -497,6 +497,14 @@ def test_a_killed_run_goes_on(modules, tmp_path, solve):
     assert other[3].runs > 9
 
 
+def test_an_error_names_the_layer(modules, tmp_path):
+    norm = modules["wav2vec2"].model.feature_projection.layer_norm
+    norm.weight.data.fill_(torch.nan)
+    reason = r"feature_projection\.projection: the Hessian of its inputs is not"
+    with pytest.raises(ValueError, match=reason):
+        refined(modules, tmp_path, Compensate())
+
+
 def test_a_wide_convolution_in_parts(modules, tmp_path, monkeypatch):
     whole = refined(modules, tmp_path / "a", Compensate(), True)[2]
     monkeypatch.setattr(reconstruct, "MOMENT_BYTES", 1)

@@ -102,7 +102,7 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
             return factor
         extra = max(10 * extra, 1e-3 * mean)
     raise ValueError(
-        "the Hessian of a layer's inputs is not finite; look for NaN in the "
+        "the Hessian of its inputs is not finite; look for NaN in the "
         "calibration data"
     )
 

@@ -113,7 +113,7 @@ class Sums(dict[str, torch.Tensor]):
         """Sums divided by rows, float32; all of them if none is named."""
         if not self.rows:
             raise ValueError(
-                "the calibration set has no frame for a layer; use longer audio"
+                "the calibration set has no frame for it; use longer audio"
             )
         return {k: (self[k] / self.rows).float() for k in names or self}
 

@@ -184,7 +184,10 @@ class PrefixWalk:
                 self.forward(before_batch, turns=2)
             finally:
                 handle.remove()
-        return total.result()
+        try:
+            return total.result()
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
 
     def _prepare(
         self, replay: Replay, unit: str, quants: Mapping[str, LayerQuant]

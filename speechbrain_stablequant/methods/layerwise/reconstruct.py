@@ -246,9 +246,12 @@ def _solve_rows(
             gram = gram - torch.outer(mean, mean)
             if cross is not None:
                 cross = cross - torch.outer(float_mean, mean)
-        integers, scale = problem.solve(
-            weight, bits, method, quant.weight_group, gram, cross
-        )
+        try:
+            integers, scale = problem.solve(
+                weight, bits, method, quant.weight_group, gram, cross
+            )
+        except ValueError as error:
+            raise ValueError(f"{problem.layer.name}: {error}") from error
     grid = restore_weight(integers, scale)
     return integers, scale, weight @ float_mean - grid @ mean
 

@@ -19,7 +19,8 @@ from ..group_norm import gain_and_shift
 from ..lengths import round_frames
 from ..reference import valid_frame_mask
 from .core import core
-from .graph import GraphBuilder, first_windows
+from .graph import GraphBuilder
+from .windows import first_windows
 
 logger = logging.getLogger(__name__)
 

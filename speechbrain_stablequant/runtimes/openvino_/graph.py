@@ -30,6 +30,7 @@ from ..algorithms import (
     WINDOW_PRODUCT,
     join_groups,
 )
+from .windows import flat_windows, strides_of
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
@@ -50,26 +51,6 @@ def _f32(value: torch.Tensor | float) -> ov.Node:
 
 def _i64(*values: int) -> ov.Node:
     return op.constant(np.asarray(values, dtype=np.int64))
-
-
-def _steps(layer: AnyLayer) -> int:
-    """Number of strides that a convolution's window spans."""
-    return -(-layer.weight.shape[2] // layer.stride)
-
-
-def first_windows(spec: EncoderSpec, frames: int) -> int:
-    """Windows of the first convolution that give ``frames`` frames: later
-    convolutions take whole strides."""
-    for stage in reversed(spec.convs[1:]):
-        frames = (frames + _steps(stage.conv) - 1) * stage.conv.stride
-    return frames
-
-
-def flat_windows(layer: AnyLayer) -> AnyLayer:
-    """A convolution as a product with windows [in, kernel] -> [kernel * in],
-    innermost axis last."""
-    rows = layer.weight.transpose(1, 2).flatten(1)
-    return replace(layer, kind="linear", weight=rows, groups=1)
 
 
 def _as_floats(layer: AnyLayer) -> bool:
@@ -101,8 +82,8 @@ class GraphBuilder:
     """Builds the graph of one encoder.
 
     Inputs: ``windows`` [batch, windows, kernel] of the first convolution, see
-    :func:`first_windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at
-    padded frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
+    :mod:`.windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at padded
+    frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
     GroupNorm over time. Output: ``hidden`` [batch, frames, channels], bfloat16
     if ``half``: with a float32 output OpenVINO keeps the whole residual stream
     in float32 and converts it for each layer.
@@ -282,7 +263,7 @@ class GraphBuilder:
         # With a dynamic length OpenVINO would really transpose, which takes
         # as long as the convolution; so the windows are concatenated.
         inputs = layer.weight.shape[1]
-        step, steps = layer.stride * inputs, _steps(layer)
+        step, steps = layer.stride * inputs, strides_of(layer)
         rows = op.reshape(
             self.prepare(x, layer, least), _i64(0, -1, step), True
         )

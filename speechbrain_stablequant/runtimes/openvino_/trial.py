@@ -20,7 +20,8 @@ from ..cpu import cpu_class
 from ..geometry import Geometry
 from ..trial import Results, Trial
 from .core import core
-from .graph import GraphBuilder, flat_windows
+from .graph import GraphBuilder
+from .windows import flat_windows
 
 
 class OpenVINORunner:
