@@ -48,8 +48,11 @@ _SHARED_KEYS = (
     "sample_rate",
     "require_checkpoint",
 )
-# Old keys that are still accepted, by sub-block.
-_RENAMED = {"plus": {"keep_wave": "keep_first_conv_float"}}
+# Old keys of sub-blocks: the new name; None if the key was removed.
+_OLD_KEYS = {
+    ("plus", "keep_wave"): "keep_first_conv_float",
+    ("plus", "weight_groups"): None,
+}
 
 _MAX_MESSAGE = 1000
 # A variant's name is a folder's name.
@@ -295,9 +298,6 @@ class PlusConfig:
         Subtracts the mean error of each output channel from its bias.
     asymmetric : bool
         Uses a zero point for inputs behind a GELU, which are hardly negative.
-    weight_groups : int
-        Below 6 bits, number of consecutive weights of a row that share a
-        scale; 0 for whole rows.
     budget : BudgetConfig
         Mixed precision.
     """
@@ -319,9 +319,6 @@ class PlusConfig:
     adaround: bool = False
     bias_correction: bool = True
     asymmetric: bool = True
-    weight_groups: int = option(
-        0, lambda n: n == 0 or n >= 8, "0 (whole rows) or at least 8"
-    )
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
@@ -478,17 +475,6 @@ class QuantizeConfig:
             and budget.scores == "modelopt"
         )
 
-    @property
-    def extras(self) -> frozenset[str]:
-        """Features that the plan needs of a runtime, such as ``asymmetric``."""
-        if self.plan is not None or self.method != "stablequant_plus":
-            return frozenset()
-        switches = {
-            "asymmetric": self.plus.asymmetric,
-            "weight_groups": self.plus.weight_groups > 0,
-        }
-        return frozenset(name for name, on in switches.items() if on)
-
     def variant_configs(self) -> dict[str, "QuantizeConfig"]:
         """This block with the changes of each variant, by name.
 
@@ -587,41 +573,45 @@ def _built(block: Any, path: str) -> QuantizeConfig:
 
 
 def _with_new_names(block: Any) -> Any:
-    """The block and its variants with renamed keys under their new names."""
-    renamed: dict[str, str] = {}
-    block = _renamed(block, renamed)
+    """The block and its variants without old keys; warns of each once."""
+    said: dict[str, None] = {}
+    block = _renamed(block, said)
     if isinstance(block, Mapping):
         variants = block.get("variants")
         if isinstance(variants, list | tuple):
-            block["variants"] = [_renamed(v, renamed) for v in variants]
-    for old, new in renamed.items():
-        logger.warning(
-            "quantize.%s: was renamed to %s; the old name still works",
-            old,
-            new,
-        )
+            block["variants"] = [_renamed(v, said) for v in variants]
+    for message in said:
+        logger.warning("%s", message)
     return block
 
 
-def _renamed(block: Any, renamed: dict[str, str]) -> Any:
-    """A copy without old keys; notes in ``renamed`` which there were."""
+def _renamed(block: Any, said: dict[str, None]) -> Any:
+    """A copy without old keys; adds what to warn of to ``said``."""
     if not isinstance(block, Mapping):
         return block
-    result = dict(block)
-    for part, names in _RENAMED.items():
-        if not isinstance(result.get(part), Mapping):
+    result = {
+        key: dict(value) if isinstance(value, Mapping) else value
+        for key, value in block.items()
+    }
+    for (part, old), new in _OLD_KEYS.items():
+        keys = result.get(part)
+        if not isinstance(keys, dict) or old not in keys:
             continue
-        keys = dict(result[part])
-        for old, new in names.items():
-            if old in keys and new in keys:
-                raise ConfigError(
-                    f"quantize.{part}.{old}: is the old name of {new}, which "
-                    "is set as well; remove it"
-                )
-            if old in keys:
-                keys[new] = keys.pop(old)
-                renamed[f"{part}.{old}"] = new
-        result[part] = keys
+        where, value = f"quantize.{part}.{old}", keys.pop(old)
+        if new in keys:
+            raise ConfigError(
+                f"{where}: is the old name of {new}, which is set as well; "
+                "remove it"
+            )
+        if new is not None:
+            keys[new] = value
+            said[f"{where}: was renamed to {new}; the old name still works"] = (
+                None
+            )
+        elif value:
+            raise ConfigError(f"{where}: was removed; leave it out")
+        else:
+            said[f"{where}: was removed; leave it out"] = None
     return result
 
 

@@ -277,7 +277,6 @@ def test_rules_of_the_search(key, value, what):
         ("plus.strengths", [], "fractions"),
         ("plus.strengths", [2.0], "fractions"),
         ("plus.damping", 0.0, "above 0"),
-        ("plus.weight_groups", 4, "at least 8"),
         ("plus.equalise", True, "did you mean 'equalize'"),
         ("plus.budget", 0.22, "must be a block"),
         ("plus.budget.size", 22.0, "fraction"),
@@ -329,22 +328,6 @@ def test_what_training_needs():
     assert not given.needs_training and not given.needs_search
 
 
-@pytest.mark.parametrize(
-    "changes, extras",
-    [
-        ({"asymmetric": False}, set()),
-        ({}, {"asymmetric"}),
-        ({"weight_groups": 64}, {"asymmetric", "weight_groups"}),
-    ],
-)
-def test_extras(changes, extras):
-    block = {"method": "stablequant_plus", "plus": changes}
-    assert QuantizeConfig.from_dict(block).extras == extras
-    block["plan"] = "plan.json"
-    assert not QuantizeConfig.from_dict(block).extras
-    assert not QuantizeConfig.from_dict({"plus": changes}).extras
-
-
 # -- renamed keys --------------------------------------------------------------
 
 
@@ -369,6 +352,16 @@ def test_an_old_key_beside_its_new_name():
     keys = {"keep_wave": False, "keep_first_conv_float": True}
     text = error_of({"plus": keys})
     assert text.startswith("quantize.plus.keep_wave: is the old name of keep_")
+
+
+def test_a_key_that_was_removed(caplog):
+    block = {"plus": {"weight_groups": 0}, "variants": [{"name": "a"}]}
+    block["variants"][0]["plus"] = {"weight_groups": 0, "rotate": False}
+    QuantizeConfig.from_dict(block)
+    line = "quantize.plus.weight_groups: was removed; leave it out"
+    assert caplog.messages == [line]
+    block["variants"][0]["plus"] = {"weight_groups": 64}
+    assert error_of(block) == line
 
 
 # -- variants ------------------------------------------------------------------

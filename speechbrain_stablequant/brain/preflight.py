@@ -17,7 +17,7 @@ from ..model.layers import find_layers
 from ..rivals.nncf_ import require_nncf
 from ..runtimes.choice import choose_backend
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.registry import RUNTIMES, check_extras
+from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
 from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
@@ -120,7 +120,6 @@ def choose_runtime(
         name, reasons = choose_backend(config.backend, brain.device)
         if reasons:
             return _simulated("; ".join(r.partition(";")[0] for r in reasons))
-        check_extras(name, _extras(config))
         if RUNTIMES[name].encoder is not None:
             modules = dict(brain.modules.items())
             check_encoders({key: modules[key] for key in config.target})
@@ -243,13 +242,6 @@ def _choose_for_rival(brain: sb.Brain, config: QuantizeConfig) -> str:
             f"device is {device}; run with --device cpu"
         )
     return "openvino"
-
-
-def _extras(config: QuantizeConfig) -> frozenset[str]:
-    """Features that a variant's plan needs from a runtime."""
-    if config.plan is None:
-        return config.extras
-    return QuantizationPlan.load(config.plan, with_tensors=False).extras
 
 
 def check_checkpoint(

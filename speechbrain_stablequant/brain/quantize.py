@@ -15,7 +15,7 @@ from ..methods import make_plan
 from ..methods.session import Session
 from ..model.layers import Layer
 from ..rivals.nncf_ import make_rival
-from ..runtimes.registry import runtimes_with
+from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
 from ..utils.outputs import Outputs
 from ..utils.store import Store
@@ -83,7 +83,7 @@ class Quantizer:
         with self.outputs.writing():
             run.folder.mkdir(parents=True, exist_ok=True)
         # The shared store: variants reuse histograms and evaluations.
-        return Session(recognizer, run.config, self.store, runtimes_with)
+        return Session(recognizer, run.config, self.store, RUNTIMES)
 
     def _make_rival(self, run: Run, test: TestSet) -> None:
         """Let another library quantize; the plan then holds no layers."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..model.layers import Layer
 from .affine import qmax, quantize, scale_from_amax
-from .plan import LayerQuant, layer_extras
+from .plan import LayerQuant
 from .plan_tensors import LayerTensors
 from .weights import restore_weight, round_weight, weight_scale
 
@@ -32,7 +32,7 @@ class IntegerLayer:
     weight : torch.Tensor
         int8 in ``[-qmax, qmax]``; [out, in] or [out, in / groups, kernel].
     weight_scale : torch.Tensor
-        float32 [out]; [out, in / weight_group] with groups.
+        float32 [out].
     weight_bits : int
         2 to 8.
     activation_scale : torch.Tensor
@@ -46,8 +46,6 @@ class IntegerLayer:
     activation_offset : float
         Subtracted from the input before it is quantized. The bias is that of
         the layer; :meth:`full_bias` has the offset's share in it.
-    weight_group : int
-        Inputs of a Linear that share a scale; 0 for all.
     read : callable or None
         Gives the weight of a layer that is still in its file; ``weight`` is
         then on the ``meta`` device.
@@ -69,7 +67,6 @@ class IntegerLayer:
     dilation: int = 1
     groups: int = 1
     activation_offset: float = 0.0
-    weight_group: int = 0
     read: Callable[[], torch.Tensor] | None = field(
         default=None, repr=False, compare=False
     )
@@ -124,11 +121,6 @@ class IntegerLayer:
                 "without padding only; use backend: torch"
             )
         return zero
-
-    @property
-    def extras(self) -> frozenset[str]:
-        """What a runtime must support beyond plain integers."""
-        return layer_extras(self.activation_offset, self.weight_group)
 
 
 @dataclass(frozen=True)
@@ -186,10 +178,9 @@ def integer_layer(
     tensors = tensors or LayerTensors()
     weight, scale = tensors.weight, tensors.weight_scale
     own = layer.module.weight.detach().float()
-    bits, group = quant.weight_bits, quant.weight_group
     if weight is None:
-        scale = weight_scale(own, bits, quant.weight_method, group)
-        weight = round_weight(own, scale, bits)
+        scale = weight_scale(own, quant.weight_bits, quant.weight_method)
+        weight = round_weight(own, scale, quant.weight_bits)
     if quant.activation_offset:
         check_offset(layer.module)
     bias = _bias(layer.module) if tensors.bias is None else tensors.bias
@@ -205,7 +196,6 @@ def integer_layer(
         activation_bits=quant.activation_bits,
         bias=None if bias is None else bias.float().to(own.device),
         activation_offset=quant.activation_offset,
-        weight_group=group,
         **layer_geometry(layer.module),
     )
 
@@ -246,23 +236,10 @@ def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
         x = x - layer.activation_offset
     q = quantize(x, layer.activation_scale, layer.activation_bits)
     shape = (-1, 1) if layer.kind == "conv1d" else (-1,)
-    if layer.weight_group:
-        out = _grouped_product(layer, q) * layer.activation_scale
-    else:
-        scale = layer.activation_scale * layer.weight_scale
-        out = integer_product(layer, q).float() * scale.view(shape)
+    scale = layer.activation_scale * layer.weight_scale
+    out = integer_product(layer, q).float() * scale.view(shape)
     bias = layer.full_bias()
     return out if bias is None else out + bias.view(shape)
-
-
-def _grouped_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
-    """Sums exact integer products of the groups, each times its scale."""
-    size = layer.weight_group
-    parts = zip(q.split(size, -1), layer.weight.split(size, 1), strict=True)
-    sums = [F.linear(x.double(), weight.double()) for x, weight in parts]
-    scales = layer.weight_scale.unbind(1)
-    scaled = [s.float() * w for s, w in zip(sums, scales, strict=True)]
-    return torch.stack(scaled).sum(0)
 
 
 def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:

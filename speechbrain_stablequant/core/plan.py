@@ -38,9 +38,6 @@ class LayerQuant:
     activation_offset : float
         Subtracted from the input before quantization, so that an asymmetric
         input uses all integers; a whole number of steps.
-    weight_group : int
-        Neighboring inputs of a Linear that share a weight scale; 0: one scale
-        per output channel.
     """
 
     weight_bits: int
@@ -48,31 +45,14 @@ class LayerQuant:
     activation_amax: float
     weight_method: str = "max"
     activation_offset: float = 0.0
-    weight_group: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON; optional ones only where they are used,
-        so that files and cache keys of other plans stay the same."""
+        """Returns the fields as JSON; the offset only where it is used, so
+        that files and cache keys of other plans stay the same."""
         raw = asdict(self)
-        for name in ("activation_offset", "weight_group"):
-            if not raw[name]:
-                del raw[name]
+        if not self.activation_offset:
+            del raw["activation_offset"]
         return raw
-
-    @property
-    def extras(self) -> frozenset[str]:
-        """What a runtime must support beyond plain integers."""
-        return layer_extras(self.activation_offset, self.weight_group)
-
-
-def layer_extras(activation_offset: float, weight_group: int) -> frozenset[str]:
-    """Returns the features that a layer needs: of ``"asymmetric"``,
-    ``"weight_groups"``."""
-    needs = {
-        "asymmetric": activation_offset != 0,
-        "weight_groups": weight_group != 0,
-    }
-    return frozenset(name for name, needed in needs.items() if needed)
 
 
 def read_quant(raw: Any, where: str) -> LayerQuant | None:
@@ -87,7 +67,6 @@ def read_quant(raw: Any, where: str) -> LayerQuant | None:
         "activation_amax": 0 <= quant.activation_amax <= _LARGEST,
         "activation_offset": abs(quant.activation_offset) <= _LARGEST,
         "weight_method": quant.weight_method in ("max", "mse"),
-        "weight_group": quant.weight_group >= 0,
     }
     _require(checks, quant, where)
     return quant
@@ -262,11 +241,6 @@ class QuantizationPlan:
             for layer in self.layers
             if layer.quant is not None
         }
-
-    @property
-    def extras(self) -> frozenset[str]:
-        """What a runtime must support beyond plain integers."""
-        return frozenset().union(*(q.extras for q in self.quants().values()))
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, atomically.

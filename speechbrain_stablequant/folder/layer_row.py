@@ -16,8 +16,6 @@ from .errors import CheckpointError
 from .tensor_file import TensorFile
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
-# Absent where a layer does not use them.
-_EXTRAS = ("activation_offset", "weight_group")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class LayerRow:
     dilation: int = 1
     groups: int = 1
     activation_offset: float = 0.0
-    weight_group: int = 0
 
 
 def describe_layer(layer: IntegerLayer) -> dict[str, Any]:
@@ -48,9 +45,8 @@ def describe_layer(layer: IntegerLayer) -> dict[str, Any]:
     }
     if layer.kind == "conv1d":
         row.update({key: getattr(layer, key) for key in _GEOMETRY})
-    for key in _EXTRAS:
-        if getattr(layer, key):
-            row[key] = getattr(layer, key)
+    if layer.activation_offset:
+        row["activation_offset"] = layer.activation_offset
     return row
 
 
@@ -79,10 +75,8 @@ def read_layer(
     weight_scale = take("weight_scale")
     activation_scale = take("activation_scale")
     bias = take("bias") if row.bias else None
-    group = row.weight_group
-    scales = (shape[0], shape[1] // group) if group else shape[:1]
     for part, tensor, expected in (
-        ("weight_scale", weight_scale, scales),
+        ("weight_scale", weight_scale, shape[:1]),
         ("activation_scale", activation_scale, activation_scale.shape[:1]),
         ("bias", bias, shape[:1]),
     ):
@@ -108,16 +102,17 @@ def read_layer(
         activation_bits=row.activation_bits,
         bias=None if bias is None else bias.float(),
         read=partial(_read_weight, file, f"{name}.weight", bits, shape),
-        **{key: getattr(row, key) for key in _GEOMETRY + _EXTRAS},
+        activation_offset=row.activation_offset,
+        **{key: getattr(row, key) for key in _GEOMETRY},
     )
 
 
 def _check_row(name: str, row: LayerRow) -> None:
     """Checks that a layer's description is possible."""
-    sizes, group = row.shape, row.weight_group
+    sizes = row.shape
     plain = [getattr(row, key) == getattr(LayerRow, key) for key in _GEOMETRY]
     conv = row.kind == "conv1d"
-    # The checks of groups need a shape; without one it is named instead.
+    # The check of groups needs a shape; without one it is named instead.
     shaped = len(sizes) == (3 if conv else 2) and min(sizes) > 0
     checks = {
         "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
@@ -128,8 +123,6 @@ def _check_row(name: str, row: LayerRow) -> None:
         "dilation": row.dilation > 0,
         "groups": row.groups > 0 and (not shaped or sizes[0] % row.groups == 0),
         "kind": conv or all(plain),
-        "weight_group": group == 0
-        or (group > 0 and not conv and (not shaped or sizes[1] % group == 0)),
     }
     for key, good in checks.items():
         if not good:
@@ -160,13 +153,12 @@ def check_scales(
                 f"{float(layer.activation_scale):g}, in {PLAN_FILE} it is "
                 f"{float(planned):g}"
             )
-        for key in _EXTRAS:
-            here, there = getattr(layer, key), getattr(quant, key)
-            if here != there:
-                raise ValueError(
-                    f"layer '{name}': its {key} is {here:g}, in {PLAN_FILE} "
-                    f"it is {there:g}"
-                )
+        here, there = layer.activation_offset, quant.activation_offset
+        if here != there:
+            raise ValueError(
+                f"layer '{name}': its activation_offset is {here:g}, in "
+                f"{PLAN_FILE} it is {there:g}"
+            )
 
 
 def _read_weight(

@@ -16,7 +16,6 @@ from ..core.plan import QuantizationPlan
 from ..model.wrapper import StoredEncoder
 from ..runtimes.probe import Probe
 from ..runtimes.probe_measure import simulated_probe
-from ..runtimes.registry import runtimes_with
 from ..utils.files import write_atomic, write_json
 from ..utils.typed import one_line
 from ..utils.yaml_tree import parse_yaml
@@ -174,7 +173,7 @@ def write_folder(
     companions, probe = [], None
     if source is not None:
         modules = {key: modules[key] for key in source.keys}
-        backend = _backend(modules, plan)
+        backend = _backend(modules)
         write_atomic(folder / CONFIG_FILE, source.config)
         write_atomic(folder / source.tokenizer_file, source.tokenizer)
         companions = [CONFIG_FILE, source.tokenizer_file]
@@ -239,14 +238,13 @@ def _write_spec(
     return [RECOGNIZER_FILE]
 
 
-def _backend(modules: Mapping[str, nn.Module], plan: QuantizationPlan) -> str:
-    """Returns the only runtime that supports the model, or ``auto``."""
-    able = runtimes_with(plan.extras)
+def _backend(modules: Mapping[str, nn.Module]) -> str:
+    """Returns ``auto``; ``torch`` if no other runtime knows the encoder."""
     try:
         check_encoders(modules)
     except ValueError:
-        able = ["torch"]
-    return able[0] if len(able) == 1 else "auto"
+        return "torch"
+    return "auto"
 
 
 def folder_size(folder: str | Path) -> int:

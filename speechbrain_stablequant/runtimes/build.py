@@ -12,7 +12,7 @@ from ..utils import forks
 from .base import encoder_forward, in_own_precision, modules_by_name
 from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
-from .registry import RUNTIMES, check_extras, load_function
+from .registry import RUNTIMES, load_function
 
 
 def _encoders(
@@ -79,10 +79,6 @@ def build_forwards(
     """
     forks.protect_children()
     runtime = RUNTIMES[backend]
-    check_extras(
-        backend,
-        frozenset().union(*(layer.extras for layer in integers.values())),
-    )
     if runtime.pair_sums:
         integers = executed_integers(integers, cpu or cpu_class())
     if not runtime.streams:

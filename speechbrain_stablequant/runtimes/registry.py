@@ -8,7 +8,7 @@ package is needed before.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,6 @@ class Runtime:
     fork_safe : bool
         Whether what was built in a process also computes in its forked
         children; otherwise a child builds its own.
-    extras : frozenset of str
-        What it can do beyond integers with one scale per output channel and
-        inputs around zero: ``"asymmetric"`` (an activation offset),
-        ``"weight_groups"``.
     """
 
     encoder: str | None
@@ -64,22 +60,14 @@ class Runtime:
     pair_sums: bool = False
     streams: bool = False
     fork_safe: bool = False
-    extras: frozenset[str] = frozenset()
 
-
-_OFFSETS = frozenset({"asymmetric"})
 
 _TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
 
 _TORCH_INT8_TRIAL = "torch_int8.trial:make_runner"
 
 RUNTIMES: dict[str, Runtime] = {
-    "torch": Runtime(
-        None,
-        "simulated:make_layer",
-        fork_safe=True,
-        extras=_OFFSETS | {"weight_groups"},
-    ),
+    "torch": Runtime(None, "simulated:make_layer", fork_safe=True),
     "torch_int8": Runtime(
         "torch_int8.executor:make_executor",
         _TORCH_INT8_LAYER,
@@ -89,7 +77,6 @@ RUNTIMES: dict[str, Runtime] = {
         pair_sums=True,
         streams=True,
         fork_safe=True,
-        extras=_OFFSETS,
     ),
     "openvino": Runtime(
         "openvino_:make_executor",
@@ -101,7 +88,6 @@ RUNTIMES: dict[str, Runtime] = {
         "speechbrain_stablequant[cpu]",
         pair_sums=True,
         streams=True,
-        extras=_OFFSETS,
     ),
     "onnx": Runtime(
         "onnx_.executor:make_executor",
@@ -112,7 +98,6 @@ RUNTIMES: dict[str, Runtime] = {
         ("onnx", "onnxruntime"),
         "speechbrain_stablequant[onnx]",
         pair_sums=True,
-        extras=_OFFSETS,
     ),
     "triton": Runtime(
         "triton:make_executor",
@@ -122,7 +107,6 @@ RUNTIMES: dict[str, Runtime] = {
         "cuda",
         ("triton",),
         "triton",
-        extras=_OFFSETS,
     ),
 }
 
@@ -130,24 +114,6 @@ RUNTIMES: dict[str, Runtime] = {
 def load_function(reference: str) -> Callable[..., Any]:
     module, _, function = reference.partition(":")
     return getattr(importlib.import_module(f".{module}", __package__), function)
-
-
-def runtimes_with(extras: Iterable[str]) -> list[str]:
-    """Names of the runtimes that support all ``extras`` of a plan."""
-    wanted = frozenset(extras)
-    return [name for name, row in RUNTIMES.items() if wanted <= row.extras]
-
-
-def check_extras(backend: str, extras: Iterable[str]) -> None:
-    """Raise ValueError unless a runtime supports all ``extras`` of a plan."""
-    extras = frozenset(extras)
-    missing = sorted(extras - RUNTIMES[backend].extras)
-    if missing:
-        raise ValueError(
-            f"backend: {backend} cannot execute a plan with "
-            f"{', '.join(missing)}; write backend: "
-            f"{' or '.join(runtimes_with(extras))}, or leave that switch off"
-        )
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from ..core.affine import fake_quantize, scale_from_amax
 from ..core.integer_layer import check_offset, offset_bias
 from ..core.plan import LayerQuant
 from ..core.plan_tensors import LayerTensors
-from ..core.weights import restore_weight, round_weight, weight_scale
+from ..core.weights import restore_weight, weight_scale
 from ..model.layers import Layer
 from ..utils.precision import plain_float32
 
@@ -24,13 +24,11 @@ _NOTHING = LayerTensors()
 
 
 def quantize_weight(
-    weight: torch.Tensor, bits: int, method: str, group: int = 0
+    weight: torch.Tensor, bits: int, method: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the fake-quantized weight and its float32 scales."""
     weight = weight.detach().float()
-    scale = weight_scale(weight, bits, method, group)
-    if group:
-        return restore_weight(round_weight(weight, scale, bits), scale), scale
+    scale = weight_scale(weight, bits, method)
     return fake_quantize(weight, scale, bits, axis=0), scale
 
 
@@ -108,7 +106,7 @@ class _Kept:
             return tensors.weight is self.tensors.weight
         return all(
             getattr(quant, name) == getattr(self.quant, name)
-            for name in ("weight_bits", "weight_method", "weight_group")
+            for name in ("weight_bits", "weight_method")
         )
 
 
@@ -147,10 +145,7 @@ class Simulator:
             )
         else:
             weight, _ = quantize_weight(
-                module.weight,
-                quant.weight_bits,
-                quant.weight_method,
-                quant.weight_group,
+                module.weight, quant.weight_bits, quant.weight_method
             )
         forward = quantized_forward(module, quant, weight, tensors.bias)
         self._kept[name] = _Kept(quant, tensors, weight, forward)

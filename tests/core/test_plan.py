@@ -206,8 +206,6 @@ def test_damaged_plan(path, edit):
         {"activation_amax": 1e39},
         {"activation_amax": 10**400},
         {"activation_offset": [1]},
-        {"weight_group": -1},
-        {"weight_group": True},
         {"weight_bits": 8.0},
         {"weight_method": "median"},
     ],

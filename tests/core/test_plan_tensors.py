@@ -35,7 +35,6 @@ from speechbrain_stablequant.methods.search.journal import evaluation_key
 from speechbrain_stablequant.model.layers import Layer, find_layers
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
-from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.simulation.fake_quant import (
     Simulator,
     quantize_input,
@@ -339,58 +338,20 @@ def test_offset_and_zero_padding_are_refused():
         pass
 
 
-@torch.no_grad()
-def test_weight_groups():
-    linear = nn.Linear(32, 5)
-    # One large input weight spoils the scale of its group and no other.
-    linear.weight[:, 3] *= 50
-    layer = Layer("a", linear, "linear", "head")
-    x = torch.randn(7, 32)
-    quant = LayerQuant(4, 8, 4.0, weight_group=8)
-    integers = integer_layer(layer, quant)
-    assert integers.weight_scale.shape == (5, 4)
-    error = (integers.float_weight() - linear.weight).abs()
-    rough = integer_layer(layer, replace(quant, weight_group=0))
-    assert (
-        error[:, 8:].max()
-        < 0.1 * (rough.float_weight() - linear.weight).abs()[:, 8:].max()
-    )
-    with Simulator([layer]).apply({"a": quant}):
-        simulated = linear(x)
-    assert torch.allclose(reference_forward(integers, x), simulated, atol=1e-4)
-    with pytest.raises(ValueError, match="groups of 7"):
-        integer_layer(layer, replace(quant, weight_group=7))
-
-
-@pytest.mark.parametrize(
-    "extra, name",
-    [
-        ({"activation_offset": 32 / 127}, "asymmetric"),
-        ({"weight_group": 4}, "weight_groups"),
-    ],
-)
-def test_runtimes_that_cannot_refuse(extra, name, tmp_path):
+def test_an_offset_on_disk_and_back(tmp_path):
     modules = {"a": nn.Linear(8, 4)}
-    plan = plan_of(modules, quant=LayerQuant(4, 8, 1.0, **extra))
-    assert plan.extras == {name}
+    quant = LayerQuant(4, 8, 1.0, activation_offset=32 / 127)
+    plan = plan_of(modules, quant=quant)
     (layer,) = find_layers(modules, ["a"])
-    integers = {"a": integer_layer(layer, plan.quants()["a"])}
-    for backend in RUNTIMES:
-        if name in RUNTIMES[backend].extras:
-            if RUNTIMES[backend].device != "cuda":
-                build_forwards(backend, modules, integers)
-            continue
-        with pytest.raises(ValueError, match=f"{backend} cannot.*{name}"):
-            build_forwards(backend, modules, integers)
-    # On disk and back.
+    integers = {"a": integer_layer(layer, quant)}
     save_checkpoint(tmp_path, plan, integers, float_state(modules, ["a"]))
     found = load_checkpoint(tmp_path).integers["a"]
     assert torch.equal(found.float_weight(), integers["a"].float_weight())
-    assert found.extras == {name}
+    assert found.activation_offset == 32 / 127
 
 
 def test_keys_of_other_layers_stay_as_they_were():
-    """A hash of a journal that was written before there were extras."""
+    """A hash of a journal that was written before there were offsets."""
     quants = {"a": LayerQuant(8, 8, 1.0, "mse")}
     assert evaluation_key("m", quants) == "c673e415bb340d1c4c251ab48a2e8b9f"
     changed = {"a": replace(quants["a"], activation_offset=0.5)}

@@ -445,13 +445,6 @@ def test_refusals(make_tiny_model, tmp_path, monkeypatch):
     conv = FloatLayer("enc", "conv1d", torch.zeros(2, 2, 1), None)
     with pytest.raises(ValueError, match="enc: a conv1d in the head"):
         export_onnx(path, spec, [conv])
-    model = make_tiny_model("hubert-base")
-    odd = {
-        name: replace(layer, weight_group=8)
-        for name, layer in integers_of({"w": model}, ["w"]).items()
-    }
-    with pytest.raises(ValueError, match=r"w\..* weight_groups cannot be"):
-        export_onnx(path, describe_encoder(model, "w", odd))
     with pytest.raises(OSError, match="no_folder"):
         export_onnx(tmp_path / "no_folder" / "m.onnx", spec)
     monkeypatch.setattr(export_model, "MAX_BYTES", 1000)

@@ -558,7 +558,6 @@ def test_an_unknown_float_dtype(tmp_path):
         ({"bias": 1}, "bias: must be bool, not 1"),
         ({"stride": 2}, "kind cannot be 'linear'"),
         ({"groups": 0}, "groups cannot be 0"),
-        ({"weight_group": 7}, "weight_group cannot be 7"),
         ({"activation_offset": 0.5}, "its activation_offset is 0.5, in plan"),
         ({"surprise": None}, "layers.head.surprise: unknown key"),
     ],

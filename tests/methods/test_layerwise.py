@@ -100,7 +100,7 @@ def test_adaround_finds_the_best_rounding():
         weight = torch.randn(2, 4)
         x = torch.randn(500, 1) + 0.3 * torch.randn(500, 4)
         gram = gram_of(x)
-        q, scale = QUICK(weight, 2, "max", 0, gram, gram)
+        q, scale = QUICK(weight, 2, "max", gram, gram)
         assert q.dtype == torch.int8
         best = best_rounding(weight, scale, x)
         ratios.append(float(error(weight, q, scale, x)) / best)
@@ -110,15 +110,14 @@ def test_adaround_finds_the_best_rounding():
 
 
 @pytest.mark.parametrize("bits", [4, 3])
-@pytest.mark.parametrize("group", [0, 8])
 @pytest.mark.parametrize(
     "solve", [QUICK, Compensate(cross=False)], ids=["adaround", "compensate"]
 )
-def test_better_than_nearest(solve, bits, group):
+def test_better_than_nearest(solve, bits):
     weight, x = torch.randn(12, 32), correlated(2000, 32)
     gram = gram_of(x)
-    q, scale = solve(weight, bits, "mse", group, gram, gram)
-    assert torch.equal(scale, weight_scale(weight, bits, "mse", group))
+    q, scale = solve(weight, bits, "mse", gram, gram)
+    assert torch.equal(scale, weight_scale(weight, bits, "mse"))
     assert q.abs().max() <= 2 ** (bits - 1) - 1
     nearest = round_weight(weight, scale, bits)
     before = error(weight, nearest, scale, x)
@@ -128,7 +127,7 @@ def test_better_than_nearest(solve, bits, group):
 def test_adaround_only_rounds_up_or_down():
     weight, x = torch.randn(12, 32), correlated(2000, 32)
     gram = gram_of(x)
-    q, scale = QUICK(weight, 3, "max", 0, gram, gram)
+    q, scale = QUICK(weight, 3, "max", gram, gram)
     assert ((weight / scale[:, None]) - q).abs().max() < 1.0001
 
 
@@ -137,8 +136,8 @@ def test_compensation_of_earlier_errors():
     weight, x = torch.randn(12, 32), correlated(4000, 32)
     q = x * torch.linspace(0.5, 1, 32) + 0.1 * torch.randn_like(x)
     moments = gram_of(q), gram_of(x, q)
-    plain = Compensate(cross=False)(weight, 8, "mse", 0, *moments)
-    aimed = Compensate(cross=True)(weight, 8, "mse", 0, *moments)
+    plain = Compensate(cross=False)(weight, 8, "mse", *moments)
+    aimed = Compensate(cross=True)(weight, 8, "mse", *moments)
     before = error(weight, *plain, x, q)
     assert error(weight, *aimed, x, q) < 0.2 * before
 
@@ -148,7 +147,7 @@ def test_dead_inputs(solve):
     weight, x = torch.randn(3, 6), correlated(100, 6)
     x[:, 2] = 0
     gram = gram_of(x)
-    q, scale = solve(weight, 8, "max", 0, gram, gram)
+    q, scale = solve(weight, 8, "max", gram, gram)
     dead = round_weight(weight, scale, 8)[:, 2]
     assert torch.isfinite(scale).all()
     assert (q[:, 2] - dead).abs().max() <= 1
@@ -157,7 +156,7 @@ def test_dead_inputs(solve):
 def test_inputs_that_are_not_finite():
     gram = torch.full((4, 4), torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        Compensate()(torch.randn(2, 4), 8, "max", 0, gram, gram)
+        Compensate()(torch.randn(2, 4), 8, "max", gram, gram)
 
 
 # -- moments -------------------------------------------------------------------

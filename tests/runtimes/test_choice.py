@@ -9,10 +9,6 @@ from speechbrain_stablequant.runtimes.base import in_own_precision
 from speechbrain_stablequant.runtimes.choice import candidates, first_right
 from speechbrain_stablequant.runtimes.cpu import CpuClass, class_of_flags
 from speechbrain_stablequant.runtimes.probe_measure import rounded_outputs
-from speechbrain_stablequant.runtimes.registry import (
-    check_extras,
-    runtimes_with,
-)
 from speechbrain_stablequant.runtimes.torch_int8.conv import conv_algorithms
 
 
@@ -33,13 +29,6 @@ def test_the_first_runtime_that_is_right():
     assert found == ("torch", ["torch_int8: is wrong"])
     with pytest.raises(ValueError, match="torch_int8 is wrong; report it"):
         first_right(["torch_int8"], attempt, "cpu")
-
-
-def test_extras_that_a_runtime_lacks():
-    assert runtimes_with(["weight_groups"]) == ["torch"]
-    check_extras("triton", ["asymmetric"])
-    with pytest.raises(ValueError, match="triton cannot execute a plan with w"):
-        check_extras("triton", ["weight_groups"])
 
 
 def test_classes_of_cpus():

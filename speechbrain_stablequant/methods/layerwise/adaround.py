@@ -34,7 +34,7 @@ class AdaRound:
     >>> weight = torch.tensor([[1.0, 0.45, 0.35]])
     >>> gram = torch.ones(3, 3)  # the inputs are equal
     >>> solve = AdaRound(iterations=200, lr=0.05)
-    >>> q, scale = solve(weight, 2, "max", 0, gram, gram)
+    >>> q, scale = solve(weight, 2, "max", gram, gram)
     >>> int(q.sum())  # the nearest integers are 1, 0, 0
     2
     """
@@ -54,15 +54,12 @@ class AdaRound:
         weight: torch.Tensor,
         bits: int,
         method: str,
-        group: int,
         gram: torch.Tensor,
         cross: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~.reconstruct.Solve`."""
-        scale = weight_scale(weight, bits, method, group)
-        steps = scale.view(len(weight), -1).repeat_interleave(
-            weight.shape[1] // scale.view(len(weight), -1).shape[1], dim=1
-        )
+        scale = weight_scale(weight, bits, method)
+        steps = scale[:, None]
         limit = qmax(bits)
         # Outside the range there is nothing to decide.
         ratio = (weight / steps).clamp(-limit, limit)

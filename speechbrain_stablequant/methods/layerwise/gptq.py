@@ -31,7 +31,7 @@ class Compensate:
     -------
     >>> weight = torch.tensor([[1.0, 0.4, 0.4]])
     >>> gram = torch.ones(3, 3) + 0.01 * torch.eye(3)  # inputs move together
-    >>> q, scale = Compensate(0.001, cross=False)(weight, 2, "max", 0, gram)
+    >>> q, scale = Compensate(0.001, cross=False)(weight, 2, "max", gram)
     >>> int(q.sum())  # the nearest integers are 1, 0, 0
     2
     """
@@ -45,7 +45,6 @@ class Compensate:
         weight: torch.Tensor,
         bits: int,
         method: str,
-        group: int,
         gram: torch.Tensor,
         cross: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,14 +57,11 @@ class Compensate:
         diagonal += ridge if ridge > 0 else 1.0
         if self.cross and cross is not None:
             weight = _aimed_at_float_output(weight, gram, cross, ridge, dead)
-        scale = weight_scale(weight, bits, method, group)
+        scale = weight_scale(weight, bits, method)
         # Inputs of large energy first, while most columns are still free.
         order = gram.diagonal().argsort(descending=True)
-        columns = scale.view(len(weight), -1).repeat_interleave(
-            weight.shape[1] // scale.view(len(weight), -1).shape[1], dim=1
-        )
         upper = _inverse_factor(gram[order][:, order])
-        found = _sweep(weight[:, order], columns[:, order], upper, qmax(bits))
+        found = _sweep(weight[:, order], scale, upper, qmax(bits))
         integers = torch.empty_like(found)
         integers[:, order] = found
         return integers.to(torch.int8), scale
@@ -127,10 +123,10 @@ def _sweep(
         stop = min(start + _BLOCK, inputs)
         errors = torch.empty_like(weight[:, start:stop])
         for i in range(start, stop):
-            column, step = weight[:, i], scale[:, i]
-            q = (column / step).round_().clamp_(-limit, limit)
+            column = weight[:, i]
+            q = (column / scale).round_().clamp_(-limit, limit)
             found[:, i] = q
-            error = (column - q * step) / upper[i, i]
+            error = (column - q * scale) / upper[i, i]
             errors[:, i - start] = error
             weight[:, i:stop] -= torch.outer(error, upper[i, i:stop])
         weight[:, stop:] -= errors @ upper[start:stop, stop:]

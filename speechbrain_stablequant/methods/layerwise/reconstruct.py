@@ -34,7 +34,6 @@ class Solve(Protocol):
         weight: torch.Tensor,
         bits: int,
         method: str,
-        group: int,
         gram: torch.Tensor,
         cross: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,8 +47,6 @@ class Solve(Protocol):
             Bits of the integers.
         method : str
             Calibrator of their scales.
-        group : int
-            Inputs that share a scale; 0 for all.
         gram, cross : torch.Tensor
             E[q q'] and E[x q'].
 
@@ -58,7 +55,7 @@ class Solve(Protocol):
         torch.Tensor
             int8 [out, inputs].
         torch.Tensor
-            float32 scales [out] or [out, groups].
+            float32 scales [out].
         """
 
 
@@ -218,9 +215,7 @@ def _solve_together(
 def _nearest(problem: _Problem) -> LayerTensors:
     quant = problem.quant
     weight = problem.layer.module.weight.detach().float()
-    scale = weight_scale(
-        weight, quant.weight_bits, quant.weight_method, quant.weight_group
-    )
+    scale = weight_scale(weight, quant.weight_bits, quant.weight_method)
     return LayerTensors(round_weight(weight, scale, quant.weight_bits), scale)
 
 
@@ -236,7 +231,7 @@ def _solve_rows(
     bits, method = quant.weight_bits, quant.weight_method
     mean, float_mean = moments.mean[g], moments.float_mean[g]
     if problem.solve is None:
-        scale = weight_scale(weight, bits, method, quant.weight_group)
+        scale = weight_scale(weight, bits, method)
         integers = round_weight(weight, scale, bits)
     else:
         gram = moments.gram[g]
@@ -247,9 +242,7 @@ def _solve_rows(
             if cross is not None:
                 cross = cross - torch.outer(float_mean, mean)
         try:
-            integers, scale = problem.solve(
-                weight, bits, method, quant.weight_group, gram, cross
-            )
+            integers, scale = problem.solve(weight, bits, method, gram, cross)
         except ValueError as error:
             raise ValueError(f"{problem.layer.name}: {error}") from error
     grid = restore_weight(integers, scale)

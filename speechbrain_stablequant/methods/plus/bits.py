@@ -10,7 +10,7 @@ from ..search import Evaluate
 from ..search.bit_allocation import Option, choose_bits, harms
 from ..session import search_evaluate
 from .modelopt_scores import modelopt_scores
-from .scales import FLOAT_BITS, least_error_quant, scale_group
+from .scales import FLOAT_BITS, least_error_quant
 from .work import FloatModel, Work
 
 # Of a layer in the file: its description and the names of its tensors.
@@ -129,12 +129,8 @@ def _size(work: Work, layers: list[Layer], bits: int) -> int:
         if bits == FLOAT_BITS or layer.name in work.float_layers:
             size += layer.numel * _float_bytes(work)
             continue
-        group = scale_group(work, layer, bits)
         scales = layer.module.weight.shape[0]
-        if group:
-            scales *= layer.module.in_features // group
-        size += packed_size(layer.numel, bits) + 4 * scales
-        size += _HEADER_BYTES
+        size += packed_size(layer.numel, bits) + 4 * scales + _HEADER_BYTES
     return size
 
 

@@ -147,7 +147,6 @@ def _decide(
         for layer in session.layers
     ]
     search = session.config.search
-    extras = frozenset().union(*(quant.extras for quant in quants.values()))
     record = {
         "num_utterances": len(session.recognizer.ids("search")),
         "metric": search.metric,
@@ -158,7 +157,7 @@ def _decide(
         "baseline_wer": baseline.wer,
         "final_wer": final.wer,
         "parts": work.parts,
-        "runtimes": session.runtimes_with(extras),
+        "runtimes": list(session.runtimes),
     }
     plan = session.assemble(work.original.weights, units, layers, record)
     return replace(plan, tensors=adjusted if adjusted else None)
@@ -284,10 +283,6 @@ def _layer_plan(
         words = [f"cut at {percentile:g} %, then smallest squared error"]
         if quant.activation_offset:
             words.append("offset for an input behind a GELU")
-        if quant.weight_group:
-            words.append(f"a weight scale for {quant.weight_group} inputs")
-        elif work.session.config.plus.weight_groups and quant.weight_bits < 6:
-            words.append("weight scales of whole rows")
         reason = "; ".join(words)
     return LayerPlan(
         name=layer.name,

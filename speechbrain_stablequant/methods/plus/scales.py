@@ -41,7 +41,6 @@ def least_error_quant(
         float(amax),
         config.weight_method or "mse",
         float(zero_point),
-        scale_group(work, layer, weight_bits),
     )
 
 
@@ -66,7 +65,6 @@ def full_range_quant(
         float(amax),
         "max",
         float(zero_point),
-        scale_group(work, layer, config.weight_bits),
     )
 
 
@@ -89,11 +87,3 @@ def least_error_quants(
         if layer.name not in work.float_layers
         and bits.get(layer.unit) != FLOAT_BITS
     }
-
-
-def scale_group(work: Work, layer: Layer, weight_bits: int) -> int:
-    """Weights that share a scale: below 6 bits, of linears they divide."""
-    group = work.session.config.plus.weight_groups
-    if not group or weight_bits >= 6 or layer.kind != "linear":
-        return 0
-    return 0 if layer.module.in_features % group else group

@@ -1,7 +1,7 @@
 """One recognizer that is being quantized."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from tqdm import tqdm
@@ -27,9 +27,8 @@ class Session:
         The validated block.
     store : Store
         Keeps histograms, evaluations and finished layers on disk.
-    runtimes_with : callable
-        Names the runtimes that execute plans with some extras, such as
-        ``asymmetric``; methods themselves know no runtime.
+    runtimes : iterable of str
+        Names of the runtimes, for the record of a plan.
     """
 
     def __init__(
@@ -37,12 +36,12 @@ class Session:
         recognizer: Recognizer,
         config: QuantizeConfig,
         store: Store,
-        runtimes_with: Callable[[Iterable[str]], list[str]],
+        runtimes: Iterable[str],
     ):
         self.recognizer = recognizer
         self.config = config
         self.store = store
-        self.runtimes_with = runtimes_with
+        self.runtimes = runtimes
         self.layers = find_layers(
             recognizer.modules, config.target, config.include, config.exclude
         )

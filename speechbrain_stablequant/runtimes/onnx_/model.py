@@ -19,18 +19,8 @@ MAX_BYTES = 2**31 - 2**20
 #: What a file is for.
 TARGETS = ("onnxruntime", "portable")
 
-#: Extras of a plan that can be exported.
-EXECUTED = frozenset({"asymmetric"})
-
 
 def _check(spec: EncoderSpec, head: Sequence[HeadPart]) -> None:
-    for layer in [*spec.layers(), *head]:
-        extras = sorted(getattr(layer, "extras", frozenset()) - EXECUTED)
-        if extras:
-            raise ValueError(
-                f"{layer.name}: a plan with {', '.join(extras)} cannot be "
-                "exported; leave that switch off"
-            )
     for stage in spec.convs:
         layer = stage.conv
         if layer.groups != 1 or layer.dilation != 1 or layer.padding:
