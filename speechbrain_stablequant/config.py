@@ -23,15 +23,12 @@ from .utils.typed import one_line, short
 logger = logging.getLogger(__name__)
 
 CALIBRATORS = ("max", "percentile", "entropy", "mse")
-#: Methods of other projects, for comparison; they write no plan.
-RIVALS = ("nncf", "nncf_accuracy_control")
 METHODS = (
     "stablequant",
     *CALIBRATORS,
     "adaround",
     "stablequant_plus",
     "qat",
-    *RIVALS,
 )
 #: Decision rules of the search, see ``methods.search.paired``.
 RULES = ("threshold", "interval")
@@ -323,27 +320,6 @@ class PlusConfig:
 
 
 @dataclass(frozen=True)
-class NncfConfig:
-    """``quantize.nncf``: OpenVINO models quantized by NNCF, for comparison.
-
-    Arguments
-    ---------
-    preset : str
-        NNCF's preset: ``mixed`` has asymmetric activations, recommended for
-        transformers; ``performance`` has symmetric ones.
-    max_drop : float
-        For ``nncf_accuracy_control``: reverts operations to float until the
-        WER of the search set rises by at most this, in points.
-    ranking_utterances : int or None
-        Utterances of the search set that rank the operations; None for all.
-    """
-
-    preset: str = choice("mixed", "mixed", "performance")
-    max_drop: float = not_negative(0.5)
-    ranking_utterances: int | None = count(None)
-
-
-@dataclass(frozen=True)
 class QuantizeConfig:
     """The whole ``quantize:`` block.
 
@@ -359,15 +335,14 @@ class QuantizeConfig:
         ``stablequant``; one calibrator for all layers: ``max``,
         ``percentile``, ``entropy``, ``mse``; ``adaround``;
         ``stablequant_plus``, StableQuant with more parts; ``qat``,
-        quantization-aware training; for comparison ``nncf`` and
-        ``nncf_accuracy_control``.
+        quantization-aware training.
     weight_method : str or None
         Calibrator of weights, ``max`` or ``mse``; None for the method's own.
     calibration : CalibrationConfig
         The calibration set.
     search : SearchConfig
         The search set and the rules of the search.
-    adaround, plus, nncf, qat : dataclass
+    adaround, plus, qat : dataclass
         Options of the method of that name.
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
@@ -414,7 +389,6 @@ class QuantizeConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     adaround: AdaRoundConfig = field(default_factory=AdaRoundConfig)
     plus: PlusConfig = field(default_factory=PlusConfig)
-    nncf: NncfConfig = field(default_factory=NncfConfig)
     qat: QatConfig = field(default_factory=QatConfig)
     plan: str | None = None
     backend: str = "auto"
@@ -437,13 +411,7 @@ class QuantizeConfig:
         return self.plan is None and self.method in (
             "stablequant",
             "stablequant_plus",
-            "nncf_accuracy_control",
         )
-
-    @property
-    def is_rival(self) -> bool:
-        """Whether another project quantizes, without a plan."""
-        return self.plan is None and self.method in RIVALS
 
     @property
     def needs_training(self) -> bool:
@@ -622,24 +590,3 @@ def _check_together(config: QuantizeConfig, path: str) -> None:
             f"{path}.plus.adaround: rounds the units that are selected; set "
             "plus.cutoffs to units"
         )
-    if not config.is_rival:
-        return
-    for key in ("weight_bits", "activation_bits"):
-        bits = getattr(config, key)
-        if bits != 8:
-            raise ConfigError(
-                f"{path}.{key}: NNCF quantizes to 8 bits, not to {bits}"
-            )
-    for name in ("calibration", "search"):
-        size = getattr(config, name).batch_size
-        if size != 1:
-            raise ConfigError(
-                f"{path}.{name}.batch_size: method {config.method} takes one "
-                f"utterance at a time, not {size}"
-            )
-    for key, default in (("include", ("*",)), ("exclude", ())):
-        if getattr(config, key) != default:
-            raise ConfigError(
-                f"{path}.{key}: method {config.method} chooses its "
-                "operations; leave it out"
-            )

@@ -85,7 +85,6 @@ def test_needs_search(method, plan):
         "stablequant",
         "stablequant_plus",
         "qat",
-        "nncf_accuracy_control",
     )
     assert config.needs_search == (searches and plan is None)
 
@@ -242,8 +241,7 @@ def test_wrong_choice_lists_the_right_ones():
     text = error_of({"method": "awq"})
     assert text == (
         "quantize.method: 'awq' is not one of stablequant, max, percentile, "
-        "entropy, mse, adaround, stablequant_plus, qat, nncf, "
-        "nncf_accuracy_control"
+        "entropy, mse, adaround, stablequant_plus, qat"
     )
     text = error_of({"float_dtype": "int8"})
     assert text.endswith("'int8' is not one of float16, float32")
@@ -489,8 +487,6 @@ def test_who_needs_modelopt(method, size, scores, expected):
             {"method": "stablequant_plus", "plus": {"cutoffs": "units"}},
             ("search",),
         ),
-        ({"method": "nncf"}, ()),
-        ({"method": "nncf_accuracy_control"}, ("search",)),
         ({"method": "qat"}, ("train", "search")),
         ({"method": "qat", "qat": {"distill": 1, "keep": "last"}}, ()),
     ],

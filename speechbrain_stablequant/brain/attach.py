@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import QuantizeConfig
 from ..report.results import Evaluation, SetResult
-from ..rivals.chain_graph import require_one
 from ..utils import distributed
 from ..utils.interrupts import explained
 from ..utils.lock import FolderLock
@@ -32,7 +31,7 @@ from .evaluation import QuantizedEvaluator, evaluation_of
 from .metrics import metric_of
 from .preflight import check_checkpoint, check_setting, choose_runtime
 from .quantize import Quantizer
-from .run import Run, write_comparison
+from .run import Run, compare
 from .subsets import check_set_audio, draw_subsets, make_trainer
 from .test_set import TestSet
 from .trainer import BrainTrainer
@@ -251,12 +250,6 @@ class StableQuant:
                 "needs at least one utterance"
             )
         check_set_audio(self.brain, self.config, dataset_of(test_set))
-        # Other libraries' models cannot mask padding. A loader with a batch
-        # sampler has no batch size: its batches are checked as they come.
-        if any(run.config.is_rival for run in self.runs):
-            size = test.loader().batch_size
-            if size is not None:
-                require_one(size)
         return test
 
     def _require_subsets(self) -> None:
@@ -379,7 +372,7 @@ class StableQuant:
         kept = vars(brain).copy()
         for run in self.runs:
             if run.plan is None:
-                quantizer.quantize(run, test)
+                quantizer.quantize(run)
             quantized = evaluator.evaluate(run, baseline, test)
             run.results[test.name] = SetResult.pair(baseline, quantized)
             if distributed.is_main():
@@ -389,6 +382,6 @@ class StableQuant:
         vars(brain).update(kept)
         if len(self.runs) > 1 and distributed.is_main():
             with outputs.writing():
-                write_comparison(self.runs, self._modules, self.folder)
+                compare(self.runs, self._modules, self.folder)
         self.store.flush()
         outputs.check()

@@ -150,6 +150,4 @@ class QuantizedEvaluator:
             environment(str(self.brain.device), self.brain.eval_precision),
             code_digest(),
         ]
-        if run.rival is not None:
-            how.append(run.rival.key)
         return baseline.key(run.plan, *how)

@@ -14,14 +14,12 @@ from ..folder.write import RecognizerSource
 from ..methods.search.auto_quantize import require_modelopt
 from ..methods.session import check_earlier_run
 from ..model.layers import find_layers
-from ..rivals.nncf_ import require_nncf
 from ..runtimes.choice import choose_backend
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
 from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
 from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
-from .chain import NoFolderError, find_chain
 from .coverage import find_uncovered
 from .describe import describe_recognizer
 from .dry_run import check_descriptions
@@ -86,7 +84,7 @@ def _check_processes(config: QuantizeConfig) -> None:
     """Raise if a method cannot run in several processes."""
     if distributed.size() == 1:
         return
-    if config.needs_training or config.is_rival:
+    if config.needs_training:
         what = f"method: {config.method}"
     elif config.needs_modelopt:
         what = "plus.budget.scores: modelopt"
@@ -114,8 +112,6 @@ def choose_runtime(
     brain: sb.Brain, config: QuantizeConfig
 ) -> tuple[str, list[str]]:
     """Choose the runtime of a variant, with warnings for the report."""
-    if config.is_rival:
-        return _choose_for_rival(brain, config), []
     try:
         name, reasons = choose_backend(config.backend, brain.device)
         if reasons:
@@ -154,7 +150,7 @@ def try_runtime(
 
     Returns the runtime and warnings for the report.
     """
-    if config.is_rival or RUNTIMES[backend].encoder is None:
+    if RUNTIMES[backend].encoder is None:
         return backend, []
     try:
         check_descriptions(brain, batch, config)
@@ -169,15 +165,6 @@ def describe_folder(
     brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> tuple[RecognizerSource | None, list[str]]:
     """Describe a variant's inference folder; None and why if there is none."""
-    if config.is_rival:
-        try:
-            find_chain(brain, batch, config)
-        except NoFolderError as error:
-            raise ConfigError(
-                f"quantize.method: {config.method} needs modules that are "
-                f"called one after the other; {error}"
-            ) from error
-        return None, []
     layers = find_layers(
         dict(brain.modules.items()),
         config.target,
@@ -228,20 +215,6 @@ def check_references(
 
 def _simulated(reason: str) -> tuple[str, list[str]]:
     return "torch", [f"Evaluated by simulation: {reason}."]
-
-
-def _choose_for_rival(brain: sb.Brain, config: QuantizeConfig) -> str:
-    try:
-        require_nncf(config.method)
-    except ValueError as error:
-        raise ConfigError(f"quantize.{error}") from error
-    device = str(brain.device)
-    if device != "cpu":
-        raise ConfigError(
-            f"quantize.method: {config.method} runs on a CPU, and the "
-            f"device is {device}; run with --device cpu"
-        )
-    return "openvino"
 
 
 def check_checkpoint(

@@ -14,16 +14,13 @@ from ..folder.write import write_folder
 from ..methods import make_plan
 from ..methods.session import Session
 from ..model.layers import Layer
-from ..rivals.nncf_ import make_rival
 from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
 from ..utils.outputs import Outputs
 from ..utils.store import Store
-from .chain import find_chain
 from .dependencies import Dependencies
 from .recognizer import BrainRecognizer
 from .run import Run
-from .test_set import TestSet
 from .trainer import BrainTrainer
 
 
@@ -53,20 +50,16 @@ class Quantizer:
     def _modules(self) -> dict[str, nn.Module]:
         return dict(self.brain.modules.items())
 
-    def quantize(self, run: Run, test: TestSet) -> None:
+    def quantize(self, run: Run) -> None:
         """Make the run's plan, integers and folder."""
         started = time.monotonic()
-        if run.config.is_rival:
-            self._make_rival(run, test)
-            seconds = time.monotonic() - started
-        else:
-            layers = self._make_plan(run)
-            seconds = time.monotonic() - started
-            self._convert(run, layers)
-            if distributed.is_main():
-                self._write_model(run)
-            found = distributed.from_main((run.source, run.probe))
-            run.source, run.probe = found
+        layers = self._make_plan(run)
+        seconds = time.monotonic() - started
+        self._convert(run, layers)
+        if distributed.is_main():
+            self._write_model(run)
+        found = distributed.from_main((run.source, run.probe))
+        run.source, run.probe = found
         if run.config.plan is None:
             training = run.config.needs_training
             run.remember_effort(seconds, self.trainer.ids if training else ())
@@ -84,26 +77,6 @@ class Quantizer:
             run.folder.mkdir(parents=True, exist_ok=True)
         # The shared store: variants reuse histograms and evaluations.
         return Session(recognizer, run.config, self.store, RUNTIMES)
-
-    def _make_rival(self, run: Run, test: TestSet) -> None:
-        """Let another library quantize; the plan then holds no layers."""
-        session = self._session(run)
-        # Whether the recipe has a chain was checked before.
-        calls = find_chain(self.brain, test.first_batch(), run.config)
-        modules = self._modules
-        run.rival = make_rival(
-            session.recognizer,
-            {call.key: modules[call.key] for call in calls},
-            calls[0].args[0],
-            calls[-1].output,
-            session.fingerprint(),
-            run.config,
-            run.store,
-        )
-        run.warnings += run.rival.notes()
-        run.plan = session.assemble(
-            session.fingerprint(), [], [], run.rival.search
-        )
 
     def _make_plan(self, run: Run) -> list[Layer]:
         session = self._session(run)

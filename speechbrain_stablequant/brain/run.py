@@ -17,11 +17,10 @@ from ..core.plan_tensors import adjusted_floats
 from ..folder.stored_floats import rounded_floats
 from ..folder.write import RecognizerSource, folder_size
 from ..model.layers import Layer, find_encoders
-from ..report import comparison_figures, summary_table, write_report
+from ..report import summary_table, write_report
 from ..report.build import build_report, float_size
-from ..report.comparison import comparison, comparison_markdown
+from ..report.comparison import variant_rows, write_comparison
 from ..report.results import Effort, Execution, SetResult
-from ..rivals.nncf_ import MODEL_FILE, Rival
 from ..runtimes.base import shadowed_forwards
 from ..runtimes.build import build_forwards
 from ..runtimes.choice import (
@@ -42,7 +41,7 @@ from ..runtimes.probe_networks import (
 )
 from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
-from ..utils.files import identity, write_atomic, write_json
+from ..utils.files import identity
 from ..utils.outputs import Outputs
 from ..utils.store import Store
 from .data import Batches
@@ -72,7 +71,6 @@ class Run:
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecognizerSource | None = None
     probe: Probe | None = None
-    rival: Rival | None = None
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
     effort: Effort | None = None
@@ -87,9 +85,10 @@ class Run:
         }
         if trained:
             utterances["train"] = len(trained)
-        key = self._plan_key() if self.rival is None else self.rival.key
         effort = Effort(seconds, utterances, self.config.transcribed)
-        self.effort = effort.remembered(self.store, EFFORT_FILE, key)
+        self.effort = effort.remembered(
+            self.store, EFFORT_FILE, self._plan_key()
+        )
 
     def _plan_key(self) -> str:
         plan = self.plan
@@ -122,8 +121,6 @@ class Run:
         self, modules: Mapping[str, nn.Module], device: str
     ) -> AbstractContextManager[None]:
         """Execute the modules by the first runtime that passes its probe."""
-        if self.rival is not None:
-            return shadowed_forwards(self.rival.forwards())
         forwards, _ = self._first_right(
             modules, self.integers, self.probe, self._network, device
         )
@@ -142,7 +139,7 @@ class Run:
         """
         encoders = find_encoders(modules)
         layerwise = RUNTIMES[self.backend].encoder is None
-        if self.config.is_rival or layerwise or not encoders:
+        if layerwise or not encoders:
             return []
         encoder, config = encoders[0], self.config
         alone = {encoder.path: encoder.model}
@@ -229,16 +226,6 @@ class Run:
 
     def execution(self) -> Execution:
         """What was evaluated, for the report."""
-        if self.rival is not None:
-            keys = tuple(self.rival.chain)
-            return Execution(
-                self.backend,
-                self.config.float_dtype,
-                self.rival.size,
-                keys,
-                {"OpenVINO model": MODEL_FILE},
-                self.rival.operations,
-            )
         return Execution(
             self.backend,
             self.config.float_dtype,
@@ -280,25 +267,18 @@ class Run:
             )
 
 
-def write_comparison(
+def compare(
     runs: Sequence[Run], modules: Mapping[str, nn.Module], folder: Path
 ) -> None:
     """Write and print the comparison of several runs, with its figures."""
-    executions = {run.name: run.execution() for run in runs}
-    for execution in executions.values():
-        if execution.keys is not None:
-            modules = {key: modules[key] for key in execution.keys}
-            break
-    table = comparison(
-        {run.name: (run.plan, run.results) for run in runs},
-        executions,
-        float_size(modules) / 1e6,
-        {run.name: run.effort for run in runs if run.effort},
-    )
-    write_json(folder / "comparison.json", table)
-    for name, image in comparison_figures(table).items():
-        write_atomic(folder / name, image)
-    text = comparison_markdown(table)
-    path = write_atomic(folder / "comparison.md", text)
-    print(text)
-    print(f"comparison: {path}", flush=True)
+    rows = []
+    stored = None
+    for run in runs:
+        plan, execution = run.plan, run.execution()
+        stored = stored or execution.keys
+        how = (plan.method, plan.weight_bits, plan.activation_bits)
+        rows += variant_rows(run.name, how, run.results, execution, run.effort)
+    if stored is not None:
+        modules = {key: modules[key] for key in stored}
+    table = {"rows": rows, "float_mb": float_size(modules) / 1e6}
+    write_comparison(table, folder)

@@ -6,14 +6,13 @@
 from pathlib import Path
 
 from ..utils.files import write_atomic, write_json
-from .comparison_plot import comparison_figures
 from .document import build_document
 from .html import render_html
 from .markdown import render_markdown
 from .plots import FIGURES, draw_figures
 from .summary import summary_table
 
-__all__ = ["comparison_figures", "summary_table", "write_report"]
+__all__ = ["summary_table", "write_report"]
 
 
 def write_report(report: dict, folder: str | Path) -> list[Path]:

@@ -1,125 +1,131 @@
-"""The comparison of variants: ``comparison.json`` and its Markdown table."""
+"""The comparison of variants: ``comparison.json``, its table and its plots."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
-from ..core.plan import QuantizationPlan
+from ..utils.files import write_atomic, write_json
+from .comparison_plot import comparison_figures
 from .results import Effort, Execution, SetResult, real_time_factors
 
 
-def comparison(
-    runs: Mapping[str, tuple[QuantizationPlan, Mapping[str, SetResult]]],
-    executions: Mapping[str, Execution] | None = None,
-    float_mb: float | None = None,
-    efforts: Mapping[str, Effort] | None = None,
-) -> dict:
-    """Content of ``comparison.json``: one row per variant and test set.
+def variant_rows(
+    name: str,
+    how: tuple[str, int, int],
+    results: Mapping[str, SetResult],
+    execution: Execution,
+    effort: Effort | None = None,
+    operations: Mapping[str, int] | None = None,
+) -> list[dict]:
+    """Rows of ``comparison.json`` for one variant, one for each test set.
 
     Arguments
     ---------
-    runs : Mapping
-        Plan and results by the variant's name.
-    executions : Mapping, optional
-        What was evaluated, and its size on disk, by the variant's name.
-    float_mb : float, optional
-        Size of the float32 model.
-    efforts : Mapping, optional
-        What each plan took, by the variant's name.
+    name : str
+        The variant's name.
+    how : tuple
+        Method, bits of weights and bits of activations.
+    results : Mapping
+        Both evaluations by test set.
+    execution : Execution
+        What was evaluated, and its size on disk.
+    effort : Effort, optional
+        What the plan took.
+    operations : Mapping, optional
+        Counts of ``integer`` and ``float`` matrix products, where no plan says
+        them.
 
     Returns
     -------
-    dict
-        ``{"rows": [...]}`` with rates in percent.
+    list of dict
+        Rates in percent.
     """
+    method, weight_bits, activation_bits = how
     rows = []
-    for name, (plan, results) in runs.items():
-        for set_name, result in results.items():
-            rows.append(
-                {
-                    "variant": name,
-                    "method": plan.method,
-                    "weight_bits": plan.weight_bits,
-                    "activation_bits": plan.activation_bits,
-                    "set": set_name,
-                    **result.to_dict(),
-                }
-            )
-            if executions is not None:
-                execution = executions[name]
-                rows[-1]["size_mb"] = execution.size / 1e6
-                rows[-1]["backend"] = execution.backend
-                rows[-1]["rtf"] = real_time_factors([result])
-                if execution.operations is not None:
-                    rows[-1]["operations"] = dict(execution.operations)
-            if efforts is not None and name in efforts:
-                rows[-1]["effort"] = asdict(efforts[name])
-    table = {"rows": rows}
-    if float_mb is not None:
-        table["float_mb"] = float_mb
-    return table
+    for set_name, result in results.items():
+        row = {
+            "variant": name,
+            "method": method,
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "set": set_name,
+            **result.to_dict(),
+            "size_mb": execution.size / 1e6,
+            "backend": execution.backend,
+            "rtf": real_time_factors([result]),
+        }
+        if operations is not None:
+            row["operations"] = dict(operations)
+        if effort is not None:
+            row["effort"] = asdict(effort)
+        rows.append(row)
+    return rows
 
 
-def comparison_markdown(table: Mapping[str, list]) -> str:
+def write_comparison(table: dict, folder: Path) -> None:
+    """Write and print ``{"rows": [...], "float_mb": ...}`` with its plots."""
+    write_json(folder / "comparison.json", table)
+    for name, image in comparison_figures(table).items():
+        write_atomic(folder / name, image)
+    text = comparison_markdown(table)
+    path = write_atomic(folder / "comparison.md", text)
+    print(text)
+    print(f"comparison: {path}", flush=True)
+
+
+def comparison_markdown(table: Mapping) -> str:
     """Render the comparison as a Markdown table."""
-    rows = table["rows"]
-    columns = ["MB", "RTF"] if all("size_mb" in row for row in rows) else []
-    if any("operations" in row for row in rows):
+    columns = ["set", "variant", "WER %", "change", "95 % interval"]
+    columns += ["CER %", "change", "MB", "RTF"]
+    if any("operations" in row for row in table["rows"]):
         columns.append("float products")
-    if any("effort" in row for row in rows):
+    if any("effort" in row for row in table["rows"]):
         columns += ["made in", "utterances used"]
-    head = "| set | variant | WER % | change | 95 % interval | CER % | change |"
-    lines = [
-        head + "".join(f" {column} |" for column in columns),
-        "|---|---|---|---|---|---|---|" + "---|" * len(columns),
-    ]
+    lines = [_line(columns), "|" + "---|" * len(columns)]
     seen = set()
-    for row in rows:
+    for row in table["rows"]:
         if row["set"] not in seen:
             seen.add(row["set"])
             rates = row["float"]
-            lines.append(
-                f"| {row['set']} | float | {rates['WER']:.2f} | | | "
-                f"{rates['CER']:.2f} | |"
-                + _float_cells(row, table.get("float_mb"), columns)
-            )
-        rates = row["quantized"]
-        low, high = row["delta_wer_ci"]
-        lines.append(
-            f"| {row['set']} | {row['variant']} | {rates['WER']:.2f} | "
-            f"{row['delta_wer']:+.2f} | {low:+.2f} to {high:+.2f} | "
-            f"{rates['CER']:.2f} | {row['delta_cer']:+.2f} |"
-            + _cells(row, columns)
-        )
+            cells = [row["set"], "float", f"{rates['WER']:.2f}", "", ""]
+            cells += [f"{rates['CER']:.2f}", "", f"{table['float_mb']:.1f}"]
+            cells.append(f"{row['rtf']['float']:.3f}")
+            lines.append(_line([*cells, *[""] * (len(columns) - len(cells))]))
+        lines.append(_line([*_figures(row), *_optional(row, columns)]))
     return "\n".join(lines) + "\n"
 
 
-def _float_cells(
-    row: Mapping, size: float | None, columns: Sequence[str]
-) -> str:
-    values = {
-        "MB": None if size is None else f"{size:.1f}",
-        "RTF": f"{row['rtf']['float']:.3f}" if "rtf" in row else None,
-    }
-    return _joined(values.get(column) for column in columns)
+def _line(cells: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
-def _cells(row: Mapping, columns: Sequence[str]) -> str:
-    values = {}
-    if "size_mb" in row:
-        values["MB"] = f"{row['size_mb']:.1f}"
-        # The speed of a simulation says nothing about integers.
-        if row["backend"] != "torch":
-            values["RTF"] = f"{row['rtf']['quantized']:.3f}"
-    if "operations" in row:
-        count = row["operations"]
-        total = count["float"] + count["integer"]
-        values["float products"] = f"{count['float']} of {total}"
-    if "effort" in row:
-        effort = Effort(**row["effort"])
-        values["made in"] = f"{effort.seconds:.0f} s"
-        values["utterances used"] = effort.data()
-    return _joined(values.get(column) for column in columns)
+def _figures(row: Mapping) -> list[str]:
+    rates, (low, high) = row["quantized"], row["delta_wer_ci"]
+    # The speed of a simulation says nothing about integers.
+    simulated = row["backend"] == "torch"
+    return [
+        row["set"],
+        row["variant"],
+        f"{rates['WER']:.2f}",
+        f"{row['delta_wer']:+.2f}",
+        f"{low:+.2f} to {high:+.2f}",
+        f"{rates['CER']:.2f}",
+        f"{row['delta_cer']:+.2f}",
+        f"{row['size_mb']:.1f}",
+        "" if simulated else f"{row['rtf']['quantized']:.3f}",
+    ]
 
 
-def _joined(cells: Iterable[str | None]) -> str:
-    return "".join(" |" if cell is None else f" {cell} |" for cell in cells)
+def _optional(row: Mapping, columns: list[str]) -> list[str]:
+    cells = []
+    if "float products" in columns:
+        count = row.get("operations")
+        cells.append(
+            f"{count['float']} of {sum(count.values())}" if count else ""
+        )
+    if "made in" in columns:
+        effort = Effort(**row["effort"]) if "effort" in row else None
+        cells += (
+            [f"{effort.seconds:.0f} s", effort.data()] if effort else ["", ""]
+        )
+    return cells

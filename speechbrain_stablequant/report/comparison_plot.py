@@ -38,17 +38,13 @@ def comparison_figures(table: dict) -> dict[str, bytes]:
     for name in dict.fromkeys(row["set"] for row in table["rows"]):
         rows = [row for row in table["rows"] if row["set"] == name]
         part = {**table, "rows": rows}
-        image = to_png(draw_comparison, part)
-        if image is not None:
-            images[f"comparison_{name}.png"] = image
+        images[f"comparison_{name}.png"] = to_png(draw_comparison, part)
     return images
 
 
-def draw_comparison(table: dict) -> "Figure | None":
+def draw_comparison(table: dict) -> "Figure":
     """One point per variant, one line per method through its best points."""
     rows = table["rows"]
-    if not rows or any(row.get("size_mb") is None for row in rows):
-        return None
     figure = new_figure(10, 5)
     axes = figure.add_subplot()
     rates = [row["quantized"]["WER"] for row in rows]
@@ -97,9 +93,8 @@ def draw_comparison(table: dict) -> "Figure | None":
     if floor > 0 and max(rates) > 3 * floor:
         use_log_rates(axes)
     axes.margins(x=0.08, y=0.12)
-    float_mb = table.get("float_mb")
-    beside = "" if float_mb is None else f" (float32: {number(float_mb, 1)})"
-    axes.set_xlabel(f"size on disk, MB{beside}")
+    float_mb = number(table["float_mb"], 1)
+    axes.set_xlabel(f"size on disk, MB (float32: {float_mb})")
     axes.set_ylabel("WER, %")
     axes.set_title(shorten(rows[0]["set"], 60), loc="left")
     figure.legend(loc="outside upper center", ncols=4)

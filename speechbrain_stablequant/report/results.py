@@ -170,16 +170,9 @@ class Execution:
     size: int
     #: Keys of the stored modules; None: all.
     keys: Sequence[str] | None = None
-    #: Files by description; None: those of an inference folder.
-    files: Mapping[str, str] | None = None
-    #: Counts of ``integer`` and ``float`` matrix products, where they differ
-    #: from the plan.
-    operations: Mapping[str, int] | None = None
 
     def list_files(self) -> dict[str, str]:
         """Files by description, for the report."""
-        if self.files is not None:
-            return dict(self.files)
         files = {"plan": PLAN_FILE, "quantized model": WEIGHTS_FILE}
         if self.keys is not None:
             files["recognizer, for EncoderASR"] = HYPERPARAMS_FILE

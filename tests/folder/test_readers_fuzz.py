@@ -477,7 +477,6 @@ BLOCK = {
     "adaround": {"iterations": 3, "lr": 0.1, "calibrator": "mse"},
     "plus": {"strengths": [0.5], "budget": {"size": 0.2, "bits": [4, 8]}},
     "qat": {"epochs": 1, "lr": 1e-5, "keep": "best"},
-    "nncf": {"preset": "mixed", "max_drop": 0.5},
     "plan": "plan.json",
     "backend": "torch_int8",
     "backend_options": {"threads": 2},

@@ -1,6 +1,5 @@
 """What a user gets wrong: one line that names it, before any long work."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -653,44 +652,3 @@ def test_attached_twice(make_brain):
     brain = make_brain()
     StableQuant.attach(brain)
     refused(brain, lambda: StableQuant.attach(brain, weight_bits=6), "attach")
-
-
-# -- rivals --------------------------------------------------------------------
-
-
-def test_rival_of_batches(make_brain, corpus):
-    brain = make_brain()
-    StableQuant.attach(brain, data_set(corpus), method="nncf")
-    options = {"batch_size": 2}
-    refused(
-        brain,
-        lambda: brain.evaluate(data_set(corpus), test_loader_kwargs=options),
-        "quantize.method: nncf takes one utterance at a time",
-        "batch_size of 1",
-    )
-
-
-def test_rival_on_another_device(make_brain):
-    brain = make_brain(run_opts={"device": "meta"})
-    refused(
-        brain,
-        lambda: StableQuant.attach(brain, method="nncf_accuracy_control"),
-        "quantize.method: nncf_accuracy_control runs on a CPU",
-        "--device cpu",
-    )
-
-
-def test_rival_that_is_not_installed(make_brain, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name == "nncf" else found(name),
-    )
-    brain = make_brain()
-    refused(
-        brain,
-        lambda: StableQuant.attach(brain, method="nncf"),
-        "quantize.method: nncf needs package 'nncf'",
-        "speechbrain_stablequant[nncf]",
-    )

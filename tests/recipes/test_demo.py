@@ -1,57 +1,19 @@
 """The recipe as its user runs it: on the demo, and on trained checkpoints."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
-DEMO = RECIPE / "demo"
+DEMO = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC" / "demo"
 RATES = {"WER", "CER", "utterances"}
 
 needs_checkpoint = pytest.mark.skipif(
     not (DEMO / "checkpoint").is_dir(),
     reason=f"there is no {(DEMO / 'checkpoint').relative_to(ROOT)}",
 )
-
-
-def run(output: Path, *options: object) -> subprocess.CompletedProcess:
-    """``python train.py hparams/quant.yaml``, on one core.
-
-    Arguments
-    ---------
-    output : Path
-        The output folder.
-    *options
-        More of the command line.
-
-    Returns
-    -------
-    subprocess.CompletedProcess
-    """
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [
-        *(sys.executable, "train.py", "hparams/quant.yaml"),
-        *("--output_folder", output, "--device", "cpu", *options),
-    ]
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=RECIPE,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def check_run(
@@ -103,18 +65,8 @@ def check_run(
     return report
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory) -> Path:
-    """One speaker of each split of the demo."""
-    folder = tmp_path_factory.mktemp("few")
-    for split in ("dev-demo", "test-demo"):
-        speaker = sorted((DEMO / "LibriSpeech" / split).iterdir())[0]
-        shutil.copytree(speaker, folder / split / speaker.name)
-    return folder
-
-
 @needs_checkpoint
-def test_demo(tmp_path):
+def test_demo(run, tmp_path):
     output = tmp_path / "demo"
     block = (
         "{calibration: {num_utterances: 8}, "
@@ -135,7 +87,7 @@ def test_demo(tmp_path):
 
 @needs_checkpoint
 @pytest.mark.slow
-def test_demo_shorthands(tmp_path, few):
+def test_demo_shorthands(run, tmp_path, few):
     output = tmp_path / "short"
     done = run(
         output,
@@ -153,7 +105,7 @@ def test_demo_shorthands(tmp_path, few):
 
 
 @needs_checkpoint
-def test_demo_with_a_wrong_method(tmp_path):
+def test_demo_with_a_wrong_method(run, tmp_path):
     done = run(tmp_path / "wrong", "--method", "maximum")
     assert done.returncode != 0
     log = done.stdout + done.stderr
@@ -164,7 +116,7 @@ def test_demo_with_a_wrong_method(tmp_path):
 
 @pytest.mark.parametrize("model", ["wav2vec2", "hubert"])
 @pytest.mark.slow
-def test_trained_checkpoint(model, shared, tmp_path):
+def test_trained_checkpoint(model, run, shared, tmp_path):
     output = tmp_path / model
     done = run(
         output,

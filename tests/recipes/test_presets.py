@@ -9,7 +9,7 @@ from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.block import read_block, variant_configs
-from speechbrain_stablequant.config import METHODS, RIVALS
+from speechbrain_stablequant.config import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "hparams").glob("*.yaml"))
@@ -42,8 +42,6 @@ def test_preset(path):
 @pytest.mark.parametrize("bits", [(4, 4), (4, 8), (6, 6)])
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_precision_of_a_preset(path, bits, tmp_path):
-    if path.stem in RIVALS:
-        pytest.skip("NNCF quantizes to 8 bits")
     copy = tmp_path / path.name
     text = path.read_text(encoding="utf-8")
     for key, value in zip(("weight", "activation"), bits, strict=True):
@@ -64,7 +62,7 @@ def test_preset_with_a_wrong_key_is_refused(path, tmp_path):
 
 # -- blocks of the recipe's studies --------------------------------------------
 
-STUDIES = ("compare", "study", "study_parts", "rivals")
+STUDIES = ("compare", "compare_nncf", "study", "study_parts")
 
 
 def plain(node):

@@ -19,11 +19,12 @@ from speechbrain_stablequant.core.plan import (
     QuantizationPlan,
     UnitPlan,
 )
-from speechbrain_stablequant.report import comparison_figures, write_report
+from speechbrain_stablequant.report import write_report
 from speechbrain_stablequant.report.build import build_report, float_size
 from speechbrain_stablequant.report.comparison import (
-    comparison,
     comparison_markdown,
+    variant_rows,
+    write_comparison,
 )
 from speechbrain_stablequant.report.results import (
     Effort,
@@ -290,16 +291,21 @@ def test_built_report(tmp_path):
 
 # -- variants side by side -----------------------------------------------------
 
+W8, W6 = ("max", 8, 8), ("mse", 6, 5)
+CPU = Execution("openvino", "float16", 8_000_000)
+RESULT = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED, seconds=1.5))
+
+
+def table_of(*rows):
+    return {"rows": [row for part in rows for row in part], "float_mb": 32.0}
+
 
 def test_comparison():
-    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
     same = SetResult.pair(evaluation(FLOAT), evaluation(FLOAT))
-    six = plan_of({}, method="mse", weight_bits=6, activation_bits=5)
-    table = comparison(
-        {
-            "w8": (PLAN, {"clean": same, "other": result}),
-            "w6": (six, {"clean": result}),
-        }
+    simulated = Execution("torch", "float16", 6_040_000)
+    table = table_of(
+        variant_rows("w8", W8, {"clean": same, "other": RESULT}, CPU),
+        variant_rows("w6", W6, {"clean": RESULT}, simulated),
     )
     rows = table["rows"]
     assert [(row["variant"], row["set"]) for row in rows] == [
@@ -319,40 +325,33 @@ def test_comparison():
         [" other ", " w8 ", " 42.86 "],
         [" clean ", " w6 ", " 42.86 "],
     ]
-    assert all(line.count("|") == 8 for line in lines)
-
-
-def test_comparison_with_sizes():
-    quantized = evaluation(QUANTIZED, seconds=1.5)
-    result = SetResult.pair(evaluation(FLOAT), quantized)
-    table = comparison(
-        {
-            "w8": (PLAN, {"clean": result}),
-            "w6": (plan_of({}, weight_bits=6), {"clean": result}),
-        },
-        {
-            "w8": Execution("openvino", "float16", 8_000_000),
-            "w6": Execution("torch", "float16", 6_040_000),
-        },
-        32.0,
-    )
-    lines = comparison_markdown(table).splitlines()
     # A simulation's speed is none.
-    assert [line.split("|")[-3:-1] for line in lines] == [
+    assert [line.split("|")[8:10] for line in lines] == [
         [" MB ", " RTF "],
         ["---", "---"],
+        [" 32.0 ", " 0.200 "],
+        [" 8.0 ", " 0.200 "],
         [" 32.0 ", " 0.200 "],
         [" 8.0 ", " 0.150 "],
         [" 6.0 ", " "],
     ]
-    images = comparison_figures(table)
-    assert list(images) == ["comparison_clean.png"]
-    assert images["comparison_clean.png"].startswith(b"\x89PNG")
-    assert images == comparison_figures(table)
+    assert all(line.count("|") == 10 for line in lines)
+
+
+def test_written_comparison(tmp_path, capsys):
+    table = table_of(variant_rows("w8", W8, {"clean": RESULT}, CPU))
+    write_comparison(table, tmp_path)
+    assert read_json(tmp_path / "comparison.json", "comparison") == table
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert text == comparison_markdown(table)
+    assert text in capsys.readouterr().out
+    image = (tmp_path / "comparison_clean.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    write_comparison(table, tmp_path)
+    assert image == (tmp_path / "comparison_clean.png").read_bytes()
 
 
 def test_comparison_with_efforts(tmp_path):
-    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
     path = tmp_path / "effort.json"
     first = Effort(61.4, {"calibration": 40, "train": 9}, ["train"])
     assert first.remembered(*place(path), "plan") == first
@@ -360,9 +359,9 @@ def test_comparison_with_efforts(tmp_path):
     again = replace(first, seconds=0.2)
     assert again.remembered(*place(path), "plan") == first
     assert again.remembered(*place(path), "another plan") == again
-    table = comparison(
-        {name: (PLAN, {"clean": result}) for name in ("qat", "plan")},
-        efforts={"qat": first},
+    table = table_of(
+        variant_rows("qat", W8, {"clean": RESULT}, CPU, first),
+        variant_rows("plan", W8, {"clean": RESULT}, CPU),
     )
     assert table["rows"][0]["effort"]["seconds"] == 61.4
     assert "effort" not in table["rows"][1]
@@ -376,25 +375,13 @@ def test_comparison_with_efforts(tmp_path):
     ]
 
 
-def test_comparison_with_a_rival():
-    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
-    rival = Execution(
-        "openvino",
-        "float16",
-        9_000_000,
-        files={"OpenVINO model": "model.xml"},
-        operations={"integer": 30, "float": 4},
+def test_comparison_with_counted_products():
+    count = {"integer": 30, "float": 4}
+    table = table_of(
+        variant_rows("nncf", W8, {"clean": RESULT}, CPU, operations=count),
+        variant_rows("w8", W8, {"clean": RESULT}, CPU),
     )
-    assert rival.list_files() == {"OpenVINO model": "model.xml"}
-    ours = Execution("openvino", "float16", 8_000_000)
-    table = comparison(
-        {
-            "nncf": (plan_of({}, method="nncf"), {"clean": result}),
-            "w8": (PLAN, {"clean": result}),
-        },
-        {"nncf": rival, "w8": ours},
-    )
-    assert table["rows"][0]["operations"] == {"integer": 30, "float": 4}
+    assert table["rows"][0]["operations"] == count
     assert "operations" not in table["rows"][1]
     lines = comparison_markdown(table).splitlines()
     assert [line.split("|")[-2] for line in lines] == [
@@ -405,8 +392,3 @@ def test_comparison_with_a_rival():
         " ",
     ]
     assert len({line.count("|") for line in lines}) == 1
-
-
-def test_no_picture_without_sizes():
-    result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
-    assert not comparison_figures(comparison({"a": (PLAN, {"s": result})}))

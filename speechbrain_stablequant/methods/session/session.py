@@ -91,8 +91,6 @@ class Session:
             settings.pop("plus")
         if self.config.method not in ("adaround", "stablequant_plus"):
             settings.pop("adaround")
-        if not self.config.is_rival:
-            settings.pop("nncf")
         if self.config.method != "qat":
             settings.pop("qat")
         return json.loads(json.dumps(settings))

@@ -366,8 +366,16 @@ def train_loader_options(
     return options
 
 
-def main() -> None:
-    """Runs the recipe as the command line says."""
+def main() -> tuple[ASR, dict]:
+    """Runs the recipe as the command line says.
+
+    Returns
+    -------
+    asr_brain : ASR
+        The recognizer after its evaluation.
+    test_datasets : dict
+        Split name -> DynamicItemDataset.
+    """
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     sb.utils.distributed.ddp_init_group(run_opts)
 
@@ -453,6 +461,7 @@ def main() -> None:
             test_loader_kwargs=dict(hparams["test_dataloader_opts"]),
             min_key="WER",
         )
+    return asr_brain, test_datasets
 
 
 if __name__ == "__main__":

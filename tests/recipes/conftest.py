@@ -1,0 +1,63 @@
+"""The recipe's scripts as a user starts them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess]:
+    """Starts a script of the recipe on one core, with an output folder and
+    more of the command line."""
+
+    def start(
+        output: Path,
+        *options: object,
+        script: str = "train.py",
+        hparams: str = "hparams/quant.yaml",
+    ) -> subprocess.CompletedProcess:
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [sys.executable, script, hparams, "--output_folder", output]
+        return subprocess.run(
+            [str(part) for part in (*command, "--device", "cpu", *options)],
+            cwd=RECIPE,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path),
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """One speaker of each split of the demo."""
+    folder = tmp_path_factory.mktemp("few")
+    for split in ("dev-demo", "test-demo"):
+        source = RECIPE / "demo" / "LibriSpeech" / split
+        speaker = sorted(source.iterdir())[0]
+        shutil.copytree(speaker, folder / split / speaker.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script() -> Callable:
+    """Imports a script of the recipe by name, as another script does it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPE))
+        patch.setattr(sys, "modules", sys.modules.copy())
+        yield __import__
