@@ -17,7 +17,7 @@ from speechbrain.utils.fetching import (
 
 from .folder.recognizer import QuantizedRecognizer
 from .folder.tokenizer_file import read_tokenizer
-from .folder.weights_file import WEIGHTS_FILE, bare_name, signed_files
+from .folder.weights_file import WEIGHTS_FILE, signed_files
 
 QuantizedRecogniser = QuantizedRecognizer
 
@@ -47,7 +47,7 @@ class FolderLoader:
     ):
         self.recogniser = recogniser
         self.tokenizer = tokenizer
-        self.tokenizer_file = bare_name(tokenizer_file)
+        self.tokenizer_file = tokenizer_file
         self.savedir: str | Path | None = None
         self.folder: Path | None = None
 

@@ -20,6 +20,7 @@ from speechbrain_stablequant.core.plan import (
 from speechbrain_stablequant.folder import weights_file as checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
 from speechbrain_stablequant.model.layers import find_layers
+from speechbrain_stablequant.utils.files import file_digest
 
 LABELS = ["<blank>", " ", *"ABCDEFGHIJ"]
 HEADS = {
@@ -119,7 +120,7 @@ def sign(
     there = {path.name for path in folder.iterdir() if path.is_file()}
     for name in list(files) if isinstance(files, dict) else []:
         if name in there:
-            files[name] = checkpoint._file_digest(folder / name)
+            files[name] = file_digest(folder / name)
         elif name == "recognizer.json":
             del files[name]
     before = header["checksum"]

@@ -11,7 +11,6 @@ from speechbrain_stablequant.config import (
     ConfigError,
     QuantizeConfig,
 )
-from speechbrain_stablequant.folder import weights_file
 
 NAN, INF = float("nan"), float("inf")
 
@@ -245,7 +244,6 @@ def test_wrong_choice_lists_the_right_ones():
     )
     text = error_of({"float_dtype": "int8"})
     assert text.endswith("'int8' is not one of float16, float32")
-    assert tuple(weights_file.FLOAT_DTYPES) == FLOAT_DTYPES
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from pathlib import Path
 from ..core.encoder_spec import describe_encoder
 from ..folder.load import load_folder
 from ..folder.tokenizer_file import labels_of
-from ..folder.weights_file import load_checkpoint
 from ..model.layers import find_encoders
 from ..runtimes.cpu import narrowed
 from ..runtimes.onnx_.graph import require_onnx
@@ -60,9 +59,10 @@ def export_folder(
         raise ValueError(
             f"{folder}: a model with output_all_hiddens cannot be exported"
         )
-    integers = load_checkpoint(folder).integers
-    if reduce_range:
-        integers = {n: narrowed(layer) for n, layer in integers.items()}
+    integers = {
+        name: narrowed(layer).loaded() if reduce_range else layer.loaded()
+        for name, layer in loaded.model.integers().items()
+    }
     parts = loaded.model.parts
     heads = {key: parts[key] for key in spec.heads}
     (encoder,) = find_encoders({settings.key: parts[settings.key]})

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.files import read_json
+from ..utils.files import parse_json, read_file
 from ..utils.typed import one_line, short, typed
-from .errors import CheckpointError
+from .errors import CheckpointError, reading
 
 CONFIG_FILE = "config.json"
 #: Encoder families that take a waveform.
@@ -56,10 +56,29 @@ _DROPPED = (
     "torch_dtype",
     "transformers_version",
 )
-_CONVOLUTIONS = ("conv_dim", "conv_kernel", "conv_stride")
 _MAX_SIZE = 1 << 20
 _MAX_ITEMS = 1024
-_MAX_KERNEL = 1024
+_MAX_CONVOLUTIONS = 64
+_SIZE, _KERNEL = (1, _MAX_SIZE), (1, 1024)
+_CONVOLUTIONS = {
+    "conv_dim": _SIZE,
+    "conv_kernel": _KERNEL,
+    "conv_stride": _KERNEL,
+}
+# Keys that divide the hidden size.
+_DIVISORS = ("num_attention_heads", "num_conv_pos_embedding_groups")
+# Least and largest values, of lists for each item.
+_RANGES = {
+    **_CONVOLUTIONS,
+    **dict.fromkeys(_DIVISORS, _SIZE),
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "layer_norm_eps": (1e-30, 1),
+    "mask_feature_prob": (0, 1),
+    "mask_time_prob": (0, 1),
+    "num_conv_pos_embeddings": _KERNEL,
+    "num_hidden_layers": _SIZE,
+}
 
 
 def read_config(path: Path, tensors: int) -> dict[str, Any]:
@@ -68,22 +87,16 @@ def read_config(path: Path, tensors: int) -> dict[str, Any]:
     ``tensors`` is the number of tensors in the model's file: no model has more
     layers.
     """
-    try:
-        raw = read_json(path, "encoder configuration")
-        return check_config(raw, tensors)
-    except ValueError as error:
-        text = one_line(error, 400)
-        where = "" if str(path) in text else f"{path}: "
-        raise CheckpointError(f"{where}{text}; copy or make it again") from None
+    with reading(path, "describes no encoder"):
+        return check_config(parse_json(read_file(path)), tensors)
 
 
 def check_config(raw: Any, tensors: int = _MAX_ITEMS) -> dict[str, Any]:
     """Checks a parsed ``config.json`` and returns the keys that describe the
     model."""
-    rows = typed(raw, dict, "the configuration")
     config = {
         key: value
-        for key, value in rows.items()
+        for key, value in typed(raw, dict, "the configuration").items()
         if not key.startswith("_") and key not in _DROPPED
     }
     kind = config.get("model_type")
@@ -93,55 +106,31 @@ def check_config(raw: Any, tensors: int = _MAX_ITEMS) -> dict[str, Any]:
         )
     for key, value in config.items():
         typed(value, _TYPES.get(key, Any), key)
-        _check_sizes(key, value)
+    for key, value in config.items():
+        if not _is_possible(key, value, config):
+            raise ValueError(f"{key}: cannot be {short(value)}")
         repeated = key.startswith("num_") and key.endswith("_layers")
         if repeated and isinstance(value, int) and value > tensors:
             raise ValueError(
                 f"{key}: {short(value)} layers are more than the file has "
                 "tensors"
             )
-    _check_shape(config)
     return config
 
 
-def _check_sizes(key: str, value: Any) -> None:
-    """Refuses numbers and lists larger than those of models."""
+def _is_possible(key: str, value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether sizes are within those of models, and fit each other."""
     values = value if isinstance(value, list) else [value]
-    if len(values) > _MAX_ITEMS or any(
-        isinstance(v, int | float) and abs(v) > _MAX_SIZE for v in values
-    ):
-        raise ValueError(f"{key}: cannot be {short(value)}")
-
-
-def _check_shape(config: Mapping[str, Any]) -> None:
-    """Checks that the sizes are positive and fit each other."""
-
-    def require(good: bool, key: str) -> None:
-        if not good:
-            raise ValueError(f"{key}: cannot be {short(config.get(key))}")
-
-    for key in ("num_attention_heads", "num_conv_pos_embedding_groups"):
-        width, parts = config.get("hidden_size"), config.get(key)
-        if width is not None and parts is not None:
-            require(parts > 0 and width % parts == 0, key)
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-        require(config.get(key, 1) > 0, key)
-    require(
-        0 < config.get("num_conv_pos_embeddings", 1) <= _MAX_KERNEL,
-        "num_conv_pos_embeddings",
-    )
-    require(0 < config.get("layer_norm_eps", 1e-5) < 1, "layer_norm_eps")
-    for key in ("mask_feature_prob", "mask_time_prob"):
-        require(0 <= config.get(key, 0) <= 1, key)
-    lists = [key for key in _CONVOLUTIONS if key in config]
-    for key in lists:
-        sizes, first = config[key], config[lists[0]]
-        most = _MAX_SIZE if key == "conv_dim" else _MAX_KERNEL
-        require(
-            0 < len(sizes) == len(first) <= 64
-            and all(0 < size <= most for size in sizes),
-            key,
-        )
+    least, most = _RANGES.get(key, (-_MAX_SIZE, _MAX_SIZE))
+    numbers = [v for v in values if isinstance(v, int | float)]
+    if len(values) > _MAX_ITEMS or not all(least <= v <= most for v in numbers):
+        return False
+    if key in _DIVISORS:
+        return config.get("hidden_size", 0) % value == 0
+    if key in _CONVOLUTIONS:
+        first = next(config[k] for k in _CONVOLUTIONS if k in config)
+        return 0 < len(value) == len(first) <= _MAX_CONVOLUTIONS
+    return True
 
 
 def empty_encoder(config: Mapping[str, Any]) -> nn.Module:

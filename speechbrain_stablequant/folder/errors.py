@@ -1,5 +1,33 @@
 """The error about a folder on disk."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..utils.typed import one_line
+
 
 class CheckpointError(ValueError):
     """A quantized model on disk is damaged, mixed up or something else."""
+
+
+@contextmanager
+def reading(
+    path: str | Path, wrong: str, advice: str = "copy or make it again"
+) -> Iterator[None]:
+    """Context whose OSError or ValueError becomes a CheckpointError in one
+    line, which names the file and says what is ``wrong``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no such file") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from error
+    except ValueError as error:
+        reason = one_line(error, 400)
+        raise CheckpointError(
+            f"{path}: {wrong} ({reason}); {advice}"
+        ) from error

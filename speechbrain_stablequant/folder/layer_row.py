@@ -1,6 +1,5 @@
 """A layer of a weights file: its row in the header, and its tensors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,11 +9,12 @@ import torch
 from ..core.affine import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from ..core.integer_layer import IntegerLayer
 from ..core.packing import check_packed, unpack
-from ..core.plan import PLAN_FILE, QuantizationPlan
+from ..core.plan import PLAN_FILE, LayerQuant
 from ..utils.typed import short
 from .errors import CheckpointError
 from .tensor_file import TensorFile
 
+_KEYS = ("kind", "weight_bits", "activation_bits")
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 
@@ -35,79 +35,34 @@ class LayerRow:
 
 
 def describe_layer(layer: IntegerLayer) -> dict[str, Any]:
-    """Returns the row of a layer."""
-    row = {
-        "kind": layer.kind,
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits,
-        "shape": list(layer.weight.shape),
-        "bias": layer.bias is not None,
-    }
-    if layer.kind == "conv1d":
-        row.update({key: getattr(layer, key) for key in _GEOMETRY})
-    if layer.activation_offset:
-        row["activation_offset"] = layer.activation_offset
-    return row
+    """Returns the row of a layer, as JSON."""
+    geometry = _GEOMETRY if layer.kind == "conv1d" else ()
+    # Absent where a layer does not use it.
+    extras = ("activation_offset",) if layer.activation_offset else ()
+    row = {key: getattr(layer, key) for key in (*_KEYS, *geometry, *extras)}
+    shape, bias = list(layer.weight.shape), layer.bias is not None
+    return {**row, "shape": shape, "bias": bias}
 
 
 def read_layer(
     name: str,
     row: LayerRow,
+    quant: LayerQuant,
     file: TensorFile,
     outlines: dict[str, torch.Tensor],
 ) -> IntegerLayer:
-    """Reads a layer, whose weight stays in the file; removes its tensors from
-    ``outlines``."""
-    _check_row(name, row)
-    shape = torch.Size(row.shape)
-
-    def outline(part: str) -> torch.Tensor:
-        if f"{name}.{part}" not in outlines:
-            raise ValueError(f"there is no tensor '{name}.{part}'")
-        return outlines.pop(f"{name}.{part}")
-
-    def take(part: str) -> torch.Tensor:
-        dtype = outline(part).dtype
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"layer '{name}': {part} is {dtype}")
-        return file.read(f"{name}.{part}")
-
-    weight_scale = take("weight_scale")
-    activation_scale = take("activation_scale")
-    bias = take("bias") if row.bias else None
-    for part, tensor, expected in (
-        ("weight_scale", weight_scale, shape[:1]),
-        ("activation_scale", activation_scale, activation_scale.shape[:1]),
-        ("bias", bias, shape[:1]),
-    ):
-        if tensor is not None and tensor.shape != expected:
-            raise ValueError(
-                f"layer '{name}': {part} has shape {list(tensor.shape)}, "
-                f"the weight needs {list(expected)}"
-            )
-    if activation_scale.numel() != 1:
-        raise ValueError(f"layer '{name}': activation_scale is not one value")
-    bits = row.weight_bits
+    """Reads and checks a layer, whose weight stays in the file; removes its
+    tensors from ``outlines``."""
     try:
-        check_packed(outline("weight"), bits, shape)
+        _check_row(row)
+        layer = _read_layer(name, row, file, outlines)
+        _check_scales(layer, quant)
     except ValueError as error:
         raise ValueError(f"layer '{name}': {error}") from error
-    return IntegerLayer(
-        name=name,
-        kind=row.kind,
-        weight=torch.empty(shape, dtype=torch.int8, device="meta"),
-        weight_scale=weight_scale,
-        weight_bits=bits,
-        activation_scale=activation_scale,
-        activation_bits=row.activation_bits,
-        bias=None if bias is None else bias.float(),
-        read=partial(_read_weight, file, f"{name}.weight", bits, shape),
-        activation_offset=row.activation_offset,
-        **{key: getattr(row, key) for key in _GEOMETRY},
-    )
+    return layer
 
 
-def _check_row(name: str, row: LayerRow) -> None:
+def _check_row(row: LayerRow) -> None:
     """Checks that a layer's description is possible."""
     sizes = row.shape
     plain = [getattr(row, key) == getattr(LayerRow, key) for key in _GEOMETRY]
@@ -126,39 +81,66 @@ def _check_row(name: str, row: LayerRow) -> None:
     }
     for key, good in checks.items():
         if not good:
-            value = short(getattr(row, key))
-            raise ValueError(f"layer '{name}': {key} cannot be {value}")
+            raise ValueError(f"{key} cannot be {short(getattr(row, key))}")
 
 
-def check_scales(
-    integers: Mapping[str, IntegerLayer], plan: QuantizationPlan
-) -> None:
-    """Checks that scales are positive and those of inputs equal the plan's."""
-    quants = plan.quants()
-    for name, layer in integers.items():
-        quant = quants[name]
-        scale = layer.weight_scale
-        if not (scale.isfinite().all() and (scale > 0).all()):
+def _read_layer(
+    name: str,
+    row: LayerRow,
+    file: TensorFile,
+    outlines: dict[str, torch.Tensor],
+) -> IntegerLayer:
+    def outline(part: str) -> torch.Tensor:
+        if f"{name}.{part}" not in outlines:
+            raise ValueError(f"there is no tensor '{name}.{part}'")
+        return outlines.pop(f"{name}.{part}")
+
+    def take(part: str, *shapes: tuple[int, ...]) -> torch.Tensor:
+        found = outline(part)
+        if found.dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"{part} is {found.dtype}")
+        if tuple(found.shape) not in shapes:
             raise ValueError(
-                f"layer '{name}': weight_scale has a value that is not positive"
+                f"{part} has shape {list(found.shape)}, the layer needs "
+                f"{list(shapes[0])}"
             )
-        planned = scale_from_amax(
-            torch.tensor(quant.activation_amax), quant.activation_bits
+        return file.read(f"{name}.{part}")
+
+    shape, bits = torch.Size(row.shape), row.weight_bits
+    check_packed(outline("weight"), bits, shape)
+    return IntegerLayer(
+        name=name,
+        kind=row.kind,
+        weight=torch.empty(shape, dtype=torch.int8, device="meta"),
+        weight_scale=take("weight_scale", (shape[0],)),
+        weight_bits=bits,
+        activation_scale=take("activation_scale", (1,), ()),
+        activation_bits=row.activation_bits,
+        bias=take("bias", (shape[0],)).float() if row.bias else None,
+        read=partial(_read_weight, file, f"{name}.weight", bits, shape),
+        activation_offset=row.activation_offset,
+        **{key: getattr(row, key) for key in _GEOMETRY},
+    )
+
+
+def _check_scales(layer: IntegerLayer, quant: LayerQuant) -> None:
+    """Checks that scales are positive, and equal the plan's for inputs."""
+    scale = layer.weight_scale
+    if not (scale.isfinite().all() and (scale > 0).all()):
+        raise ValueError("weight_scale has a value that is not positive")
+    amax = torch.tensor(quant.activation_amax)
+    planned = scale_from_amax(amax, quant.activation_bits)
+    found = layer.activation_scale.reshape(())
+    if not torch.allclose(found, planned, rtol=1e-5, atol=0):
+        raise ValueError(
+            f"its inputs have the scale {float(found):g}, in {PLAN_FILE} it is "
+            f"{float(planned):g}"
         )
-        if not torch.allclose(
-            layer.activation_scale.reshape(()), planned, rtol=1e-5, atol=0
-        ):
-            raise ValueError(
-                f"layer '{name}': its inputs have the scale "
-                f"{float(layer.activation_scale):g}, in {PLAN_FILE} it is "
-                f"{float(planned):g}"
-            )
-        here, there = layer.activation_offset, quant.activation_offset
-        if here != there:
-            raise ValueError(
-                f"layer '{name}': its activation_offset is {here:g}, in "
-                f"{PLAN_FILE} it is {there:g}"
-            )
+    here, there = layer.activation_offset, quant.activation_offset
+    if here != there:
+        raise ValueError(
+            f"its activation_offset is {here:g}, in {PLAN_FILE} it is {there:g}"
+        )
 
 
 def _read_weight(

@@ -129,7 +129,9 @@ class QuantizedRecognizer(nn.Module):
     ):
         super().__init__()
         self.checksum = checksum
-        self.encoder_settings = dict(encoder)
+        self._wrapper = dict(encoder)
+        self._key = self._wrapper.pop("key")
+        self._use_lengths = self._wrapper.pop("use_lengths")
         self.backend = backend
         self.options = check_options(backend, options or {})
         self.parts = nn.ModuleDict(heads)
@@ -167,22 +169,21 @@ class QuantizedRecognizer(nn.Module):
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
         checkpoint = self._read(needs)
-        settings = dict(self.encoder_settings)
-        self._key = settings.pop("key")
-        self._use_lengths = settings.pop("use_lengths")
         count = len(checkpoint.integers) + len(checkpoint.floats)
-        self._config = read_config(self.folder / CONFIG_FILE, count)
+        #: The encoder's configuration.
+        self.config = read_config(self.folder / CONFIG_FILE, count)
         self.plan = checkpoint.plan
         row = RUNTIMES.get(self.backend)
         layer_by_layer = row is not None and row.encoder is None
         floats = checkpoint.floats
-        if layer_by_layer or not has_skeleton(self._config):
-            encoder = self._with_code(settings)
+        if layer_by_layer or not has_skeleton(self.config):
+            encoder = self._with_code()
         else:
-            encoder = RuntimeEncoder(empty_skeleton(self._config), **settings)
+            skeleton = empty_skeleton(self.config)
+            encoder = RuntimeEncoder(skeleton, **self._wrapper)
             floats = folded_norms(floats)
         parts = {self._key: encoder, **self.parts}
-        fill_modules(parts, checkpoint.integers, floats, str(path))
+        fill_modules(parts, checkpoint.integers, floats, path)
         self.parts = nn.ModuleDict(parts)
         self._integers = checkpoint.integers
         self._probe = checkpoint.probe
@@ -196,16 +197,15 @@ class QuantizedRecognizer(nn.Module):
         forks.protect_children()
         self.eval()
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The encoder's configuration."""
-        return self._config
+    def integers(self) -> dict[str, IntegerLayer]:
+        """Returns the integer layers, whose weights are still in the file."""
+        if self._integers is None:
+            self._integers = self._read().integers
+        return self._integers
 
     def _read(self, needs: Iterable[str] = ()) -> Checkpoint:
         """Reads the folder; integer weights stay in the file."""
-        checkpoint = load_checkpoint(
-            self.folder, weights=False, needs=(CONFIG_FILE, *needs)
-        )
+        checkpoint = load_checkpoint(self.folder, (CONFIG_FILE, *needs))
         self.checksum = self.checksum or checkpoint.checksum
         if checkpoint.checksum != self.checksum:
             raise CheckpointError(
@@ -216,27 +216,25 @@ class QuantizedRecognizer(nn.Module):
             )
         return checkpoint
 
-    def _with_code(self, settings: Mapping[str, Any]) -> nn.Module:
+    def _with_code(self) -> nn.Module:
         """Builds the encoder with the code of transformers and SpeechBrain."""
         from ..model.wrapper import StoredEncoder
 
-        return StoredEncoder(empty_encoder(self._config), **settings)
+        return StoredEncoder(empty_encoder(self.config), **self._wrapper)
 
     def _encoder_with_code(self, device: torch.device) -> nn.Module:
         """Returns the encoder, or builds one with code if it is a skeleton."""
         if not isinstance(self.parts[self._key], RuntimeEncoder):
             return self.parts[self._key]
-        settings = dict(self.encoder_settings)
-        del settings["key"], settings["use_lengths"]
-        encoder = self._with_code(settings)
+        encoder = self._with_code()
         checkpoint = self._read()
         inside = f"{self._key}."
         integers, floats = (
             {name: x for name, x in rows.items() if name.startswith(inside)}
             for rows in (checkpoint.integers, checkpoint.floats)
         )
-        where = str(self.folder / WEIGHTS_FILE)
-        fill_modules({self._key: encoder}, integers, floats, where)
+        path = self.folder / WEIGHTS_FILE
+        fill_modules({self._key: encoder}, integers, floats, path)
         return encoder.to(device).eval()
 
     def train(self, mode: bool = True) -> "QuantizedRecognizer":
@@ -276,21 +274,17 @@ class QuantizedRecognizer(nn.Module):
                 )
 
     def _build_runtime(self, device: torch.device) -> BuiltRuntime:
-        """Builds the first runtime that answers the probe; changes nothing
+        """Builds the first runtime that answers the probe; changes no module
         here."""
-        integers = self._integers
 
         def build(name: str) -> BuiltRuntime:
-            nonlocal integers
-            if integers is None:
-                integers = self._read().integers
             parts = dict(self.parts.items())
             if RUNTIMES[name].encoder is None:
                 parts[self._key] = self._encoder_with_code(device)
             forwards = build_forwards(
                 name,
                 parts,
-                {key: layer.to(device) for key, layer in integers.items()},
+                {n: layer.to(device) for n, layer in self.integers().items()},
                 **select_options(name, self.options),
             )
             if self._probe is not None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..utils.files import plain_name, read_file, read_json
-from ..utils.typed import one_line, short, typed
+from ..utils.files import parse_json, plain_name, read_file
+from ..utils.typed import short, typed
 from ..utils.yaml_tree import Tagged, parse_yaml
-from .errors import CheckpointError
+from .errors import CheckpointError, reading
 from .module_tree import Node, build_module, node_of_json, node_of_yaml
 
 RECOGNIZER_FILE = "recognizer.json"
@@ -100,26 +100,18 @@ def read_spec(folder: Path) -> tuple[RecognizerSpec, str]:
     read = _read_json
     if not path.exists():
         path, read = folder / HYPERPARAMS_FILE, _read_yaml
-    try:
-        return read(path), path.name
-    except FileNotFoundError as error:
+    if not path.exists():
         raise CheckpointError(
             f"{path}: there is no such file; the run that wrote the folder "
             "says in its report why it has no recognizer"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error})"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: describes no recognizer that is made from data alone "
-            f"({one_line(error, 400)}); copy or make the folder again"
-        ) from error
+        )
+    wrong = "describes no recognizer that is made from data alone"
+    with reading(path, wrong, "copy or make the folder again"):
+        return read(read_file(path)), path.name
 
 
-def _read_json(path: Path) -> RecognizerSpec:
-    raw = typed(read_json(path, "recognizer"), dict, "recognizer")
+def _read_json(data: bytes) -> RecognizerSpec:
+    raw = typed(parse_json(data), dict, "recognizer")
     if raw.pop("format", None) != SPEC_FORMAT:
         raise ValueError(f"its format is not {SPEC_FORMAT}")
     heads: dict[str, Node] = {}
@@ -130,31 +122,39 @@ def _read_json(path: Path) -> RecognizerSpec:
     return _checked({**raw, "checksum": None}, heads)
 
 
-def _read_yaml(path: Path) -> RecognizerSpec:
+def _read_yaml(data: bytes) -> RecognizerSpec:
     """Reads our own ``hyperparams.yaml`` and refuses everything else."""
-    raw = typed(parse_yaml(read_file(path).decode("utf-8")), dict, "it")
+    raw = typed(parse_yaml(data.decode("utf-8")), dict, "it")
     encoder = _tagged(raw, "encoder", _RECOGNIZER)
     loader = _tagged(raw, "pretrainer", _LOADER)
-    _refers(_tagged(raw, "decoding_function", _DECODER), "blank_id", raw)
-    _refers(_tagged(raw, "audio_normalizer", _NORMALIZER), "sample_rate", raw)
+    for key, tag, name, target in (
+        ("decoding_function", _DECODER, "blank_id", "blank_index"),
+        ("audio_normalizer", _NORMALIZER, "sample_rate", "sample_rate"),
+    ):
+        settings = _tagged(raw, key, tag)
+        known = ({name: Tagged("ref", f"<{target}>")}, {name: raw.get(target)})
+        if settings not in known:
+            raise ValueError(
+                f"{name}: must be !ref <{target}>, not {short(settings)}"
+            )
     heads: dict[str, Node] = {}
     for name, value in typed(encoder.get("heads"), dict, "heads").items():
         key = _check_key(name, heads)
         heads[key] = node_of_yaml(value, f"heads.{key}")
     tokenizer = raw.get("tokenizer")
     names = {f"new:{kind}": name for name, kind in TOKENIZERS.items()}
-    tag = tokenizer.tag if isinstance(tokenizer, Tagged) else None
+    tag = getattr(tokenizer, "tag", None)
     if tag not in names:
         raise ValueError(f"tokenizer: cannot be {short(tokenizer)}")
     rows = {
+        key: raw[key]
+        for key in ("blank_index", "sample_rate", "backend", "backend_options")
+        if key in raw
+    }
+    rows |= {
         "encoder": encoder.get("encoder"),
-        "heads": {},
         "tokenizer": names[tag],
         "tokenizer_file": loader.get("tokenizer_file"),
-        "blank_index": raw.get("blank_index"),
-        "sample_rate": raw.get("sample_rate"),
-        "backend": raw.get("backend", "auto"),
-        "backend_options": raw.get("backend_options", {}),
         "checksum": typed(encoder.get("checksum"), str, "checksum"),
     }
     return _checked(rows, heads)
@@ -175,18 +175,6 @@ def _tagged(raw: Mapping[str, Any], key: str, tag: str) -> dict:
     if not isinstance(value, Tagged) or value.tag != tag:
         raise ValueError(f"{key}: must be !{tag}, not {short(value)}")
     return typed(value.value, dict, key)
-
-
-_REFERENCES = {"blank_id": "blank_index", "sample_rate": "sample_rate"}
-
-
-def _refers(settings: Mapping, key: str, raw: Mapping) -> None:
-    """Checks that a setting is the file's value for it."""
-    name = _REFERENCES[key]
-    value = settings.get(key)
-    known = (Tagged("ref", f"<{name}>"), raw.get(name))
-    if set(settings) != {key} or value not in known:
-        raise ValueError(f"{key}: must be !ref <{name}>, not {short(settings)}")
 
 
 def _checked(

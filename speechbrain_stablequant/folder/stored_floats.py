@@ -1,6 +1,6 @@
 """What stays floating point in a quantized model, and how it is stored."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,13 +10,12 @@ from torch import nn
 from ..core.integer_layer import IntegerLayer
 from .errors import CheckpointError
 
-FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # Relative to a tensor's largest value: the rounding error of half precision.
 _HALF_ERROR = 2**-11
 
 
 def float_state(
-    modules: Mapping[str, nn.Module], names: Iterable[str]
+    modules: Mapping[str, nn.Module], names: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Returns parameters and buffers other than the weights of quantized
     layers."""
@@ -65,13 +64,13 @@ def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
 
 @contextmanager
 def rounded_floats(
-    modules: Mapping[str, nn.Module], names: Iterable[str], float_dtype: str
+    modules: Mapping[str, nn.Module], names: Collection[str], float_dtype: str
 ) -> Iterator[None]:
     """Context in which modules have the stored values, so that evaluation uses
     what is loaded later."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
-        for tensor in float_state(modules, list(names)).values():
+        for tensor in float_state(modules, names).values():
             stored = stored_float(tensor, float_dtype)
             if stored.dtype == torch.float16:
                 kept.append((tensor, tensor.clone()))
@@ -83,22 +82,22 @@ def rounded_floats(
             tensor.copy_(original)
 
 
-def loaded_floats(
+def stored_floats(
     integers: Mapping[str, IntegerLayer],
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
 ) -> dict[str, torch.Tensor]:
-    """Returns the floats that a checkpoint has when it is loaded."""
-    state = {
-        name: widened(stored_float(value, float_dtype))
-        for name, value in floats.items()
+    """Returns the floats that a checkpoint stores, biases of integer layers
+    included."""
+    biases = {
+        f"{name}.bias": layer.bias
+        for name, layer in integers.items()
+        if layer.bias is not None
     }
-    for name, layer in integers.items():
-        if layer.bias is not None:
-            bias = stored_float(layer.bias, float_dtype)
-            state[f"{name}.bias"] = widened(bias)
-    return state
+    rows = {**floats, **biases}
+    return {name: stored_float(x, float_dtype) for name, x in rows.items()}
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a stored tensor as it is loaded: floats in float32."""
     return tensor.float() if tensor.is_floating_point() else tensor

@@ -5,13 +5,15 @@ is an error at loading and never a wrong label in a transcript.
 """
 
 from pathlib import Path
-from typing import Any
 
+import sentencepiece
 from speechbrain.dataio.encoder import CTCTextEncoder
 
 from ..utils.files import read_file
-from ..utils.typed import one_line, short, typed
-from .errors import CheckpointError
+from ..utils.typed import short, typed
+from .errors import reading
+
+Tokenizer = CTCTextEncoder | sentencepiece.SentencePieceProcessor
 
 # Limits; SpeechBrain parses labels as Python literals, line by line.
 _MAX_BYTES = 1 << 26
@@ -20,25 +22,14 @@ _MAX_LINE = 2000
 _MAX_LABELS = 1 << 20
 
 
-def read_tokenizer(tokenizer: Any, path: Path) -> None:
+def read_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Fills a tokenizer from its file, replacing what it held."""
-    is_labels = isinstance(tokenizer, CTCTextEncoder)
-    read, what = (
-        (_read_labels, "labels")
-        if is_labels
-        else (_read_pieces, "SentencePiece model")
-    )
-    try:
+    if isinstance(tokenizer, CTCTextEncoder):
+        read, what = _read_labels, "labels"
+    else:
+        read, what = _read_pieces, "SentencePiece model"
+    with reading(path, f"holds no {what}"):
         read(tokenizer, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error})"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: holds no {what} ({one_line(error)}); copy or make it "
-            "again"
-        ) from error
 
 
 def _read_labels(encoder: CTCTextEncoder, path: Path) -> None:
@@ -70,7 +61,9 @@ def _read_labels(encoder: CTCTextEncoder, path: Path) -> None:
     encoder.expect_len(len(encoder))
 
 
-def _read_pieces(processor: Any, path: Path) -> None:
+def _read_pieces(
+    processor: sentencepiece.SentencePieceProcessor, path: Path
+) -> None:
     data = read_file(path)
     if not 0 < len(data) < _MAX_BYTES:
         raise ValueError(f"it has {len(data)} bytes")
@@ -84,7 +77,7 @@ def _read_pieces(processor: Any, path: Path) -> None:
         raise ValueError(f"it has {count} pieces")
 
 
-def labels_of(tokenizer: Any) -> list[str | None]:
+def labels_of(tokenizer: Tokenizer) -> list[str | None]:
     """Returns the label or piece of each index; None where there is none."""
     if isinstance(tokenizer, CTCTextEncoder):
         known = tokenizer.ind2lab

@@ -29,20 +29,47 @@ from .recognizer_spec import (
     EncoderSettings,
     RecognizerSpec,
 )
-from .stored_floats import float_state, loaded_floats
+from .stored_floats import float_state, stored_floats, widened
 from .weights_file import WEIGHTS_FILE, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_HEADER = """\
+_HYPERPARAMS = """\
 # A quantized speech recognizer, written by speechbrain_stablequant:
 #
 #   from speechbrain.inference.ASR import EncoderASR
 #   asr = EncoderASR.from_hparams(source="this folder")
 #   print(asr.transcribe_file("speech.flac"))
 #
-# The runtime is chosen by device; run_opts={"device": "cuda"} and
-# overrides={"backend": "torch"} force one.
+# The runtime is chosen by device; run_opts={{"device": "cuda"}} and
+# overrides={{"backend": "torch"}} force one.
+backend: {backend}
+backend_options: {{}}
+sample_rate: {sample_rate}
+blank_index: {blank_index}
+
+encoder: !new:speechbrain_stablequant.inference.QuantizedRecogniser
+    checksum: {checksum}
+    encoder: {encoder}
+    heads:{heads}
+    backend: !ref <backend>
+    options: !ref <backend_options>
+
+modules:
+    encoder: !ref <encoder>
+
+tokenizer: !new:{tokenizer_class}
+
+decoding_function: !name:speechbrain.decoders.ctc_greedy_decode
+    blank_id: !ref <blank_index>
+
+audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
+    sample_rate: !ref <sample_rate>
+
+pretrainer: !new:speechbrain_stablequant.inference.FolderLoader
+    recogniser: !ref <encoder>
+    tokenizer: !ref <tokenizer>
+    tokenizer_file: {tokenizer_file}
 """
 
 
@@ -89,50 +116,21 @@ class RecognizerSource:
 
     def hyperparams(self, checksum: str, backend: str = "auto") -> str:
         """Returns the text of ``hyperparams.yaml``."""
-        encoder = json.dumps(self.encoder)
-        heads = "".join(_indented(text, 8) for text in self.heads.values())
-        return (
-            f"{_HEADER}"
-            f"backend: {backend}\n"
-            f"backend_options: {{}}\n"
-            f"sample_rate: {self.sample_rate}\n"
-            f"blank_index: {self.blank_index}\n"
-            f"\n"
-            f"encoder: !new:speechbrain_stablequant.inference."
-            f"QuantizedRecogniser\n"
-            f"    checksum: {json.dumps(checksum)}\n"
-            f"    encoder: {encoder}\n"
-            f"    heads:{heads or ' {}'}\n"
-            f"    backend: !ref <backend>\n"
-            f"    options: !ref <backend_options>\n"
-            f"\n"
-            f"modules:\n"
-            f"    encoder: !ref <encoder>\n"
-            f"\n"
-            f"tokenizer: !new:{self.tokenizer_class}\n"
-            f"\n"
-            f"decoding_function: !name:speechbrain.decoders."
-            f"ctc_greedy_decode\n"
-            f"    blank_id: !ref <blank_index>\n"
-            f"\n"
-            f"audio_normalizer: !new:speechbrain.dataio.preprocess."
-            f"AudioNormalizer\n"
-            f"    sample_rate: !ref <sample_rate>\n"
-            f"\n"
-            f"pretrainer: !new:speechbrain_stablequant.inference."
-            f"FolderLoader\n"
-            f"    recogniser: !ref <encoder>\n"
-            f"    tokenizer: !ref <tokenizer>\n"
-            f"    tokenizer_file: {json.dumps(self.tokenizer_file)}\n"
+        heads = [
+            f"\n        {line}"
+            for text in self.heads.values()
+            for line in text.strip("\n").splitlines()
+        ]
+        return _HYPERPARAMS.format(
+            backend=backend,
+            sample_rate=self.sample_rate,
+            blank_index=self.blank_index,
+            checksum=json.dumps(checksum),
+            encoder=json.dumps(self.encoder),
+            heads="".join(heads) or " {}",
+            tokenizer_class=self.tokenizer_class,
+            tokenizer_file=json.dumps(self.tokenizer_file),
         )
-
-
-def _indented(text: str, width: int) -> str:
-    lines = text.strip("\n").splitlines()
-    return "".join(f"\n{' ' * width}{line}" for line in lines)
-
-
-# -- writing ---------------------------------------------------------------
 
 
 def write_folder(
@@ -170,33 +168,29 @@ def write_folder(
     # Files of an earlier run would describe another model.
     for name in (HYPERPARAMS_FILE, RECOGNIZER_FILE):
         (folder / name).unlink(missing_ok=True)
-    companions, probe = [], None
-    if source is not None:
-        modules = {key: modules[key] for key in source.keys}
-        backend = _backend(modules)
-        write_atomic(folder / CONFIG_FILE, source.config)
-        write_atomic(folder / source.tokenizer_file, source.tokenizer)
-        companions = [CONFIG_FILE, source.tokenizer_file]
-        companions += _write_spec(folder, source, backend)
-    floats = float_state(modules, list(integers))
-    if source is not None:
-        probe = folder_probe(source, integers, floats, float_dtype)
+    if source is None:
+        floats = float_state(modules, integers)
+        save_checkpoint(folder, plan, integers, floats, float_dtype)
+        return None
+    modules = {key: modules[key] for key in source.keys}
+    floats = float_state(modules, integers)
+    backend = _backend(modules)
+    write_atomic(folder / CONFIG_FILE, source.config)
+    write_atomic(folder / source.tokenizer_file, source.tokenizer)
+    companions = [
+        *(CONFIG_FILE, source.tokenizer_file),
+        *_write_spec(folder, source, backend),
+    ]
+    probe = _make_probe(source, integers, floats, float_dtype)
     checksum = save_checkpoint(
-        folder,
-        plan,
-        integers,
-        floats,
-        float_dtype,
-        companions,
-        probe,
+        folder, plan, integers, floats, float_dtype, companions, probe
     )
-    if source is not None:
-        text = source.hyperparams(checksum, backend)
-        write_atomic(folder / HYPERPARAMS_FILE, text)
+    text = source.hyperparams(checksum, backend)
+    write_atomic(folder / HYPERPARAMS_FILE, text)
     return probe
 
 
-def folder_probe(
+def _make_probe(
     source: RecognizerSource,
     integers: Mapping[str, IntegerLayer],
     floats: Mapping[str, torch.Tensor],
@@ -205,7 +199,8 @@ def folder_probe(
     """Computes a folder's probe on the CPU, in float32, from what its file
     holds."""
     integers = {name: layer.to("cpu") for name, layer in integers.items()}
-    state = loaded_floats(integers, floats, float_dtype)
+    stored = stored_floats(integers, floats, float_dtype)
+    state = {name: widened(tensor) for name, tensor in stored.items()}
     settings = dict(source.encoder)
     key, use_lengths = settings.pop("key"), settings.pop("use_lengths")
     # Building modules draws random numbers.

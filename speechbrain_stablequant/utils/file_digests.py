@@ -1,13 +1,12 @@
 """Digests of files, remembered until the files change."""
 
-import hashlib
 import os
 from typing import Any
 
+from .files import file_digest
 from .store import Store
 
 _FILE = "file_digests.json"
-_CHUNK = 1 << 20
 
 
 class FileDigests:
@@ -36,7 +35,7 @@ class FileDigests:
         row = [state.st_size, state.st_mtime_ns]
         known = self._known.get(value)
         if known is None or known[:2] != row:
-            known = [*row, _sha256(value)]
+            known = [*row, file_digest(value)]
         self._found[value] = known
         return f"file {known[2]}"
 
@@ -45,11 +44,3 @@ class FileDigests:
         if not self._found.items() <= self._known.items():
             self._known |= self._found
             self.store.write(_FILE, _FILE, self._known)
-
-
-def _sha256(path: str) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()

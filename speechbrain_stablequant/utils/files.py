@@ -137,6 +137,15 @@ def identity(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def file_digest(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def code_identity(*folders: Path) -> str:
     """Identifies the Python files below some folders, in 32 hexadecimal
     digits."""

@@ -334,13 +334,20 @@ def hyperparams_yaml(rng, folder):
     return lambda: load(folder / "old")
 
 
+def read_weights(folder):
+    """All of a weights file, its integer weights too."""
+    checkpoint = load_checkpoint(folder)
+    for layer in checkpoint.integers.values():
+        layer.loaded()
+
+
 def plan_json(rng, folder):
     """A plan, alone or as a part of a signed folder."""
     edit(rng, folder / "new/plan.json")
     sign(folder / "new")
     if rng.randrange(2):
         return lambda: QuantizationPlan.load(folder / "new/plan.json")
-    return lambda: load_checkpoint(folder / "new")
+    return lambda: read_weights(folder / "new")
 
 
 def description(rng, folder):
@@ -360,7 +367,7 @@ def description(rng, folder):
             tensors[name] = tensors[name].double() * math.nan
 
     sign(folder / "new", change)
-    return lambda: load_checkpoint(folder / "new")
+    return lambda: read_weights(folder / "new")
 
 
 def header(rng, folder):
@@ -371,7 +378,7 @@ def header(rng, folder):
     rows = changed(rng, json.loads(data[8 : 8 + size]))
     text = json.dumps(rows).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-    return lambda: load_checkpoint(folder / "new")
+    return lambda: read_weights(folder / "new")
 
 
 def damaged(rng, folder):

@@ -29,6 +29,7 @@ from speechbrain_stablequant.folder.weights_file import (
     save_checkpoint,
 )
 from speechbrain_stablequant.model.layers import find_layers
+from speechbrain_stablequant.utils.files import file_digest
 
 
 def plan_of(layers, bits=8, left_float=()):
@@ -106,7 +107,7 @@ def test_integers_come_back(bits, tmp_path):
     assert found.plan == plan
     assert list(found.integers) == sorted(integers)
     for name, layer in integers.items():
-        assert_same(layer, found.integers[name])
+        assert_same(layer, found.integers[name].loaded())
 
 
 @pytest.mark.parametrize("bits", [8, 6])
@@ -117,7 +118,7 @@ def test_whole_model_comes_back(tiny_modules, bits, tmp_path):
     save_checkpoint(tmp_path, plan, integers, floats)
     found = load_checkpoint(tmp_path)
     for name, layer in integers.items():
-        assert_same(layer, found.integers[name], torch.float16)
+        assert_same(layer, found.integers[name].loaded(), torch.float16)
     assert found.floats.keys() == floats.keys()
     for name, tensor in floats.items():
         if tensor.is_floating_point():
@@ -129,7 +130,7 @@ def test_whole_model_comes_back(tiny_modules, bits, tmp_path):
 def test_weights_left_in_the_file(bits, tmp_path):
     """They are those of the file that was checked, whatever follows it."""
     _, _, integers = write(tmp_path, bits, float_dtype="float32")
-    found = load_checkpoint(tmp_path, weights=False).integers
+    found = load_checkpoint(tmp_path).integers
     (tmp_path / "model.safetensors").unlink()
     write(tmp_path, bits)
     for name, layer in integers.items():
@@ -147,7 +148,9 @@ def test_a_tensor_of_several_pieces(tmp_path):
     checksum = save_checkpoint(tmp_path, plan, integers, floats)
     found = load_checkpoint(tmp_path)
     assert found.checksum == checksum
-    assert_same(integers["head"], found.integers["head"], torch.float16)
+    assert_same(
+        integers["head"], found.integers["head"].loaded(), torch.float16
+    )
     path = tmp_path / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1_200_000] ^= 1
@@ -157,7 +160,7 @@ def test_a_tensor_of_several_pieces(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_open(tmp_path):
     write(tmp_path)
-    found = load_checkpoint(tmp_path, weights=False).integers
+    found = load_checkpoint(tmp_path).integers
     path = tmp_path / "model.safetensors"
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - 300)
@@ -282,7 +285,7 @@ def test_modules_have_the_stored_values_for_a_while(tmp_path):
                 found.floats[name], tensor.to(found.floats[name].dtype)
             )
         for name, layer in inside.items():
-            assert_same(layer, found.integers[name])
+            assert_same(layer, found.integers[name].loaded())
             assert torch.equal(layer.weight, integers[name].weight)
         assert not torch.equal(before["head.bias"], modules["head"].bias)
     after = float_state(modules, [])
@@ -442,7 +445,7 @@ def test_a_missing_tensor(folder, part):
     [
         ("weight", "80 values of 8 bits"),
         ("weight_scale", "needs [5]"),
-        ("activation_scale", "is not one value"),
+        ("activation_scale", "needs [1]"),
         ("bias", "needs [5]"),
     ],
 )
@@ -508,7 +511,7 @@ def test_paths_do_not_leave_the_folder(folder, name):
     resign(folder, point)
     with pytest.raises(CheckpointError, match="is not the plain name"):
         load_checkpoint(folder)
-    with pytest.raises(CheckpointError, match="is not the plain name"):
+    with pytest.raises(ValueError, match="is not the plain name"):
         write(folder, companions=[name])
 
 
@@ -536,11 +539,6 @@ def test_state_that_is_no_tensor():
 
     with pytest.raises(CheckpointError, match=r"^a\._extra_state: is a dict"):
         float_state({"a": Odd(2, 2)}, [])
-
-
-def test_an_unknown_float_dtype(tmp_path):
-    with pytest.raises(ValueError, match=r"^float_dtype: 'bfloat16'"):
-        write(tmp_path, float_dtype="bfloat16")
 
 
 # -- files that are whole and right, and say impossible things ---------------
@@ -615,7 +613,7 @@ def test_scales_of_another_plan(folder):
     path.write_text(json.dumps(raw), encoding="utf-8")
 
     def change(description, _):
-        description["files"]["plan.json"] = checkpoint._file_digest(path)
+        description["files"]["plan.json"] = file_digest(path)
 
     resign(folder, change)
     assert "layer 'head': its inputs have the scale" in one_line(folder)
@@ -626,7 +624,8 @@ def test_integers_beyond_their_bits(folder):
         tensors["head.weight"][0, 0] = -128
 
     resign(folder, change)
-    assert "'head.weight' holds -128, beyond the range" in one_line(folder)
+    with pytest.raises(CheckpointError, match=r"'head.weight' holds -128, bey"):
+        load_checkpoint(folder).integers["head"].loaded()
 
 
 def test_a_tensor_of_a_shape_that_nobody_has(folder):
@@ -646,8 +645,7 @@ def test_a_tensor_of_a_shape_that_nobody_has(folder):
 def test_files_that_a_loader_needs_are_checked(tmp_path):
     (tmp_path / "labels.txt").write_text("a b c")
     write(tmp_path, companions=["labels.txt"])
-    found = load_checkpoint(tmp_path, needs=["labels.txt"])
-    assert found.files == ("labels.txt", "plan.json")
+    load_checkpoint(tmp_path, needs=["labels.txt"])
     resign(tmp_path, lambda about, _: about["files"].pop("labels.txt"))
     load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"does not name labels\.txt as"):

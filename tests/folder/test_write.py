@@ -461,4 +461,3 @@ def test_weights_are_written_without_a_description(make_brain, tmp_path):
     assert not (tmp_path / "hyperparams.yaml").exists()
     found = load_checkpoint(tmp_path)
     assert found.integers.keys() == integers.keys()
-    assert found.float_dtype == "float16"

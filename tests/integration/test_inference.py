@@ -165,7 +165,7 @@ def simulated_output(brain, folder, wavs, lengths):
     integers = checkpoint.integers
     forwards = build_forwards("torch", modules, integers)
     with (
-        rounded_floats(modules, list(integers), checkpoint.float_dtype),
+        rounded_floats(modules, list(integers), "float16"),
         shadowed_forwards(forwards),
     ):
         hidden = modules["enc"](modules["wav2vec2"](wavs, lengths))
@@ -522,7 +522,7 @@ def test_tokenizer_file_stays_in_the_folder(folder):
     changed = text.replace('"label_encoder.txt"', '"../label_encoder.txt"')
     assert changed != text
     path.write_text(changed, encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is not the plain name"):
+    with pytest.raises(CheckpointError, match=r"does not name \.\./label_enc"):
         load(folder)
 
 

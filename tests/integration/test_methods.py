@@ -76,7 +76,7 @@ def test_folder_holds_what_the_plan_decided(written, name):
     checkpoint = load_checkpoint(folder)
     assert set(checkpoint.integers) == set(plan.quants())
     for key, tensors in plan.tensors.layers.items():
-        found = checkpoint.integers[key]
+        found = checkpoint.integers[key].loaded()
         assert torch.equal(found.weight, tensors.weight)
         assert torch.equal(found.weight_scale, tensors.weight_scale)
         if tensors.bias is not None:

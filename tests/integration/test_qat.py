@@ -100,7 +100,7 @@ def test_folder_holds_what_was_trained(trained, written, name):
     checkpoint = load_checkpoint(folder)
     assert set(plan.tensors.layers) == set(checkpoint.integers)
     for key, tensors in plan.tensors.layers.items():
-        found = checkpoint.integers[key]
+        found = checkpoint.integers[key].loaded()
         assert torch.equal(found.weight, tensors.weight)
         assert torch.equal(found.weight_scale, tensors.weight_scale)
         if tensors.bias is not None:

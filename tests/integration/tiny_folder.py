@@ -131,7 +131,7 @@ def load(folder: Path, backend: str, **options) -> QuantizedRecognizer:
         "enc": VanillaNN([None, None, 32], dnn_blocks=2, dnn_neurons=24),
         "ctc_lin": Linear(input_size=24, n_neurons=12),
     }
-    checksum = load_checkpoint(folder, weights=False).checksum
+    checksum = load_checkpoint(folder).checksum
     recognizer = QuantizedRecognizer(checksum, ENCODER, heads, backend, options)
     recognizer.load(folder)
     return recognizer

@@ -100,7 +100,7 @@ def test_what_it_holds(folder, modules):
     assert found.spec.blank_index == 0
     assert found.labels[:3] == ["<blank>", " ", "A"]
     assert list(found.heads) == ["enc", "ctc_lin"]
-    assert set(found.plan.quants()) == set(found.model._integers)
+    assert set(found.plan.quants()) == set(found.model.integers())
     assert found.config["hidden_size"] == 32
     assert found.encoder.model.encoder is not None
     assert not any(p.is_meta for p in found.model.parameters())
@@ -244,7 +244,7 @@ def test_no_tag_is_executed(described, tmp_path):
         ("label_encoder.txt", "../labels.txt", "is not the plain name of a"),
         ("key", "kay", "unknown key"),
         ("checksum", "check", "checksum: must be text, not None"),
-        ("backend: auto", "backend: tpu", "backend 'tpu' is none of auto"),
+        ("backend: auto", "backend: tpu", "backend: 'tpu' is none of auto"),
     ],
 )
 def test_yaml_that_is_more_than_data(folder, old, new, message):
