@@ -1,4 +1,15 @@
-"""The model of a quantized folder as one ONNX file."""
+"""The model of a quantized folder as one ONNX file, for any ONNX engine.
+
+The graph is built from the description of an encoder, not traced: weights stay
+int8 in the file, batch and time are dynamic, and padding is masked inside.
+
+A layer's input is clipped to ``[-amax, amax]`` (moved with the zero point) in
+front of QuantizeLinear, which alone would go down to -128. Both ends are values
+of the grid, so this equals the clamp after rounding of
+:mod:`speechbrain_stablequant.core.affine`. ONNX divides by the scale where
+``core.affine`` multiplies by its reciprocal: a value within float rounding of a
+tie may fall to its other side.
+"""
 
 import json
 from pathlib import Path
@@ -21,9 +32,8 @@ def export_folder(
 ) -> Path:
     """Writes the model of a quantized folder as one ONNX file.
 
-    It takes audio as it is: the normalization that the model wants is in the
-    graph. The labels, as a JSON list, and the index of the blank are in the
-    file's metadata, under ``labels`` and ``blank_index``.
+    Its input is raw audio. The labels, as a JSON list, and the index of the
+    blank are in its metadata, under ``labels`` and ``blank_index``.
 
     Arguments
     ---------
@@ -32,11 +42,11 @@ def export_folder(
     path : str or Path
         The file. Its folder must exist.
     target : str
-        As of :func:`export_onnx`.
+        ``"onnxruntime"``, or ``"portable"`` with signed activations for other
+        engines.
     reduce_range : bool
-        Whether weights of 8 bits are rounded to 7. An x86 CPU without VNNI
-        adds up products of 8 bits in 16, which saturates in silence: a file
-        for such a CPU needs it.
+        Whether weights of 8 bits are rounded to 7, for x86 CPUs without VNNI:
+        they add up products of 8 bits in 16, which saturates in silence.
 
     Returns
     -------
@@ -53,19 +63,19 @@ def export_folder(
         A model that cannot be exported.
     """
     require_onnx()
-    loaded = load_folder(folder)
-    spec, settings = loaded.spec, loaded.spec.encoder
+    model, spec, tokenizer = load_folder(folder)
+    settings = spec.encoder
     if settings.output_all_hiddens:
         raise ValueError(
             f"{folder}: a model with output_all_hiddens cannot be exported"
         )
     integers = {
         name: narrowed(layer).loaded() if reduce_range else layer.loaded()
-        for name, layer in loaded.model.integers().items()
+        for name, layer in model.integers().items()
     }
-    parts = loaded.model.parts
-    heads = {key: parts[key] for key in spec.heads}
-    (encoder,) = find_encoders({settings.key: parts[settings.key]})
+    heads = {key: model.parts[key] for key in spec.heads}
+    parts = {settings.key: model.parts[settings.key]}
+    (encoder,) = find_encoders(parts)
     return export_onnx(
         path,
         describe_encoder(encoder.model, encoder.path, integers),
@@ -76,9 +86,7 @@ def export_folder(
         sample_rate=spec.sample_rate,
         target=target,
         metadata={
-            "labels": json.dumps(
-                labels_of(loaded.tokenizer), ensure_ascii=False
-            ),
+            "labels": json.dumps(labels_of(tokenizer), ensure_ascii=False),
             "blank_index": str(spec.blank_index),
         },
     )

@@ -48,7 +48,6 @@ KINDS = frozenset(
 
 _MAX_SIZE = 1 << 20
 _MAX_ITEMS = 256
-_MAX_DEPTH = 8
 # Settings that repeat something.
 _COUNTS = ("dnn_blocks", "num_layers")
 _MAX_COUNT = 256
@@ -86,23 +85,19 @@ def _to_json(value: Any) -> Any:
     return [_to_json(v) for v in value] if isinstance(value, list) else value
 
 
-def node_of_json(raw: Any, where: str, depth: int = 0) -> Node:
+def node_of_json(raw: Any, where: str) -> Node:
     """Reads what :meth:`Node.to_dict` wrote; ``where`` opens the error."""
     rows = typed(raw, dict, where)
     (verb,) = {"new", "name"} & set(rows) or (None,)
-    unknown = set(rows) - {verb, "args", "settings"}
-    if verb is None or unknown:
+    if verb is None or set(rows) - {verb, "args", "settings"}:
         raise ValueError(f"{where}: is no module but {short(raw)}")
-    return Node(
-        typed(rows[verb], str, f"{where}.{verb}"),
-        *_contents(
-            rows.get("args", []), rows.get("settings", {}), where, depth
-        ),
-        verb == "new",
-    )
+    kind = typed(rows[verb], str, f"{where}.{verb}")
+    args = typed(rows.get("args", []), list, f"{where}.args")
+    settings = typed(rows.get("settings", {}), dict, f"{where}.settings")
+    return _node(kind, args, settings, verb == "new", where)
 
 
-def node_of_yaml(value: Any, where: str, depth: int = 0) -> Node:
+def node_of_yaml(value: Any, where: str) -> Node:
     """Converts a node of HyperPyYAML, such as ``!new:torch.nn.ReLU``."""
     tag = value.tag if isinstance(value, Tagged) else ""
     verb, _, kind = tag.partition(":")
@@ -113,35 +108,28 @@ def node_of_yaml(value: Any, where: str, depth: int = 0) -> Node:
     settings = content if isinstance(content, dict) else {}
     if content not in ("", args, settings):
         raise ValueError(f"{where}: has the settings {short(content)}")
-    return Node(kind, *_contents(args, settings, where, depth), verb == "new")
+    return _node(kind, args, settings, verb == "new", where)
 
 
-def _contents(
-    args: Any, settings: Any, where: str, depth: int
-) -> tuple[tuple, dict[str, Any]]:
-    depth += 1
-    args = typed(args, list, f"{where}.args")
-    settings = typed(settings, dict, f"{where}.settings")
-    if len(args) + len(settings) > _MAX_ITEMS:
+def _node(
+    kind: str, args: list, settings: dict, made: bool, where: str
+) -> Node:
+    if len(settings) > _MAX_ITEMS:
         raise ValueError(f"{where}: has more than {_MAX_ITEMS} settings")
-    return (
-        tuple(_value(v, f"{where}[{i}]", depth) for i, v in enumerate(args)),
-        {k: _value(v, inside(where, k), depth) for k, v in settings.items()},
-    )
+    named = {k: _value(v, inside(where, k)) for k, v in settings.items()}
+    return Node(kind, tuple(_value(args, where)), named, made)
 
 
-def _value(raw: Any, where: str, depth: int) -> Any:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"{one_line(where)}: is nested too deeply")
+def _value(raw: Any, where: str) -> Any:
+    """Checks a setting; parsers limit how deeply it can be nested."""
     if isinstance(raw, dict):
-        return node_of_json(raw, where, depth)
+        return node_of_json(raw, where)
     if isinstance(raw, Tagged):
-        return node_of_yaml(raw, where, depth)
+        return node_of_yaml(raw, where)
     if isinstance(raw, list):
         if len(raw) > _MAX_ITEMS:
             raise ValueError(f"{where}: has more than {_MAX_ITEMS} items")
-        items = enumerate(raw)
-        return [_value(v, f"{where}[{i}]", depth + 1) for i, v in items]
+        return [_value(v, f"{where}[{i}]") for i, v in enumerate(raw)]
     plain = typed(raw, bool | int | float | str | None, where)
     size = plain if isinstance(plain, int | float) else 0
     if abs(size) > _MAX_SIZE or len(str(plain)) > _MAX_ITEMS:
@@ -167,7 +155,7 @@ def _build(value: Any, where: str) -> Any:
     if not isinstance(value, Node):
         return value
     kind = _kind(value.kind, where)
-    args = [_build(v, f"{where}[{i}]") for i, v in enumerate(value.args)]
+    args = _build(list(value.args), where)
     settings = {
         name: _build(v, inside(where, name))
         for name, v in value.settings.items()

@@ -48,11 +48,10 @@ class TensorFile:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._turn = threading.Lock()
         size = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(size))
-        header.pop("__metadata__", None)
         self._start = 8 + size
-        self._rows = header
-        for name, row in header.items():
+        self._rows = json.loads(self._file.read(size))
+        self._rows.pop("__metadata__", None)
+        for name, row in self._rows.items():
             if not name.isprintable():
                 raise ValueError(f"a tensor has the name {short(name)}")
             if row["dtype"] not in _DTYPES:
@@ -63,17 +62,15 @@ class TensorFile:
                     f"{short(name)} has the shape {short(row['shape'])}"
                 )
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self._rows)
-
-    def outline(self, name: str) -> torch.Tensor:
-        """Returns a tensor's shape and dtype, on the ``meta`` device."""
-        row = self._rows[name]
-        return torch.empty(
-            row["shape"], dtype=_DTYPES[row["dtype"]], device="meta"
-        )
+    def outlines(self) -> dict[str, torch.Tensor]:
+        """Returns tensors of the same shapes and dtypes on ``meta``, by
+        name."""
+        return {
+            name: torch.empty(
+                row["shape"], dtype=_DTYPES[row["dtype"]], device="meta"
+            )
+            for name, row in self._rows.items()
+        }
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a tensor into memory of its own."""

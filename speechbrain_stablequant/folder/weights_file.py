@@ -213,7 +213,7 @@ def load_checkpoint(
             f"{path}: does not name {name} as one of its files, so that it "
             "may be of another model; copy or make the folder again"
         )
-    outlines = {name: file.outline(name) for name in file.names}
+    outlines = file.outlines()
     text, checksum = file.metadata["description"], file.metadata["checksum"]
     if _digest(text, outlines, file.chunks) != checksum:
         raise CheckpointError(

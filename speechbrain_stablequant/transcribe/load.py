@@ -6,29 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.dataio.preprocess import AudioNormalizer
 from speechbrain.decoders import ctc_greedy_decode
-from torch import nn
 
 from ..core.plan import QuantizationPlan
 from ..folder.load import load_folder
 from ..folder.recognizer import QuantizedRecognizer
 from ..folder.recognizer_spec import RecognizerSpec
-from ..folder.tokenizer_file import labels_of
+from ..folder.tokenizer_file import Tokenizer, labels_of
 from ..model.layers import min_samples
 from ..utils.typed import one_line
 
-# Of the filter that changes a sampling rate: more means rates that have
-# hardly a common divisor, and gigabytes.
+# Limit of the resampling filter: rates without a large common divisor would
+# need gigabytes.
 _MAX_FILTER = 1 << 24
 
 
 class Recognizer:
-    """A quantized recognizer: :func:`load` makes it.
+    """A quantized recognizer, made by :func:`load`.
 
     Any number of threads may call it.
 
@@ -37,7 +35,7 @@ class Recognizer:
     model : QuantizedRecognizer
         From audio to log probabilities, loaded.
     spec : RecognizerSpec
-        What it is beside its weights.
+        The recognizer apart from its weights.
     tokenizer : CTCTextEncoder or SentencePieceProcessor
         Filled.
     device : torch.device
@@ -48,7 +46,7 @@ class Recognizer:
         self,
         model: QuantizedRecognizer,
         spec: RecognizerSpec,
-        tokenizer: CTCTextEncoder | sentencepiece.SentencePieceProcessor,
+        tokenizer: Tokenizer,
         device: torch.device,
     ):
         self.model = model
@@ -61,24 +59,9 @@ class Recognizer:
         self._shortest = min_samples(dict(model.parts.items()))
 
     @property
-    def encoder(self) -> nn.Module:
-        """The encoder's wrapper; its ``model`` has the parameters."""
-        return self.model.parts[self.spec.encoder.key]
-
-    @property
-    def heads(self) -> dict[str, nn.Module]:
-        """The modules behind the encoder by key, in order."""
-        return {key: self.model.parts[key] for key in self.spec.heads}
-
-    @property
     def plan(self) -> QuantizationPlan:
         """What was decided for each layer."""
         return self.model.plan
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The encoder's configuration."""
-        return self.model.config
 
     @property
     def runtime(self) -> str | None:
@@ -91,8 +74,8 @@ class Recognizer:
         Arguments
         ---------
         path : str or Path
-            A local file of any format that soundfile reads, of any sampling
-            rate and number of channels.
+            A local file that soundfile reads, of any sampling rate and number
+            of channels.
 
         Returns
         -------
@@ -140,18 +123,8 @@ class Recognizer:
     def encode_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Log probabilities of a batch.
-
-        Arguments
-        ---------
-        wavs, lengths : torch.Tensor
-            As of :meth:`transcribe_batch`.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, labels].
-        """
+        """Returns float32 log probabilities [batch, frames, labels]; arguments
+        as of :meth:`transcribe_batch`."""
         if wavs.dim() != 2 or lengths.shape != wavs.shape[:1]:
             raise ValueError(
                 f"audio of shape {list(wavs.shape)} with lengths of shape "
@@ -166,18 +139,8 @@ class Recognizer:
         return self.model(wavs, lengths.to(self.device))
 
     def load_audio(self, path: str | Path) -> torch.Tensor:
-        """Audio as the model wants it: its sampling rate, one channel.
-
-        Arguments
-        ---------
-        path : str or Path
-            The file.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [samples].
-        """
+        """Returns a file's audio as float32 [samples], resampled and mixed to
+        one channel."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such audio file")
         try:
@@ -220,15 +183,14 @@ def load(
     Arguments
     ---------
     folder : str or Path
-        What a run has written, on this machine.
+        A local folder that a run wrote.
     backend : str
-        What computes; ``auto`` takes what the folder says, or chooses by
-        device.
+        The runtime; ``auto`` takes the folder's choice, or chooses by device.
     device : str or torch.device
         Where it computes.
     backend_options : Mapping, optional
-        Of the runtime, such as its number of threads; those that the folder
-        says where there are none.
+        Options of the runtime, such as its number of threads; by default those
+        in the folder.
 
     Returns
     -------
@@ -238,9 +200,9 @@ def load(
     ------
     CheckpointError
         The folder is damaged, holds something else, or has modules that only
-        code can make: one line that names the file.
+        code can build: one line that names the file.
     ValueError
-        No such backend or option.
+        An unknown backend or option.
 
     Example
     -------
@@ -249,7 +211,7 @@ def load(
     speechbrain_stablequant...CheckpointError: no/such/folder: there \
 is no such folder; download it first, or give another
     """
-    parts = load_folder(folder, backend, backend_options)
+    loaded = load_folder(folder, backend, backend_options)
     device = torch.device(device)
-    model = parts.model.to(device)
-    return Recognizer(model, parts.spec, parts.tokenizer, device)
+    loaded.model.to(device)
+    return Recognizer(*loaded, device)

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .files import identity
+
 #: Nesting depth; deeper objects are described by their class.
 DEPTH = 8
 #: Attributes that name a model's origin, not its content.
@@ -51,25 +53,21 @@ def digest(value: Any, known: Mapping[int, str] | None = None) -> str:
     ``known`` maps ``id`` to the names of objects that are identified elsewhere,
     such as modules whose weights change.
     """
-    text = json.dumps(_Describer(known or {})(value, DEPTH))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return identity(_Describer(known or {})(value, DEPTH))
 
 
 def structure_digest(modules: Mapping[str, nn.Module]) -> str:
     """Identifies what modules compute apart from their weights: classes,
     settings and the code of their forwards."""
-    known = {
-        id(module): f"{key}.{name}"
-        for key, top in modules.items()
-        for name, module in top.named_modules()
-    }
-    describe = _Describer(known)
     rows = [
-        [key, name, describe.settings(module, DEPTH)]
+        (key, name, module)
         for key, top in modules.items()
         for name, module in top.named_modules()
     ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+    describe = _Describer({id(x): f"{key}.{name}" for key, name, x in rows})
+    return identity(
+        [[key, name, describe.settings(x, DEPTH)] for key, name, x in rows]
+    )
 
 
 def tensor_digest(*tensors: torch.Tensor) -> str:
@@ -97,6 +95,7 @@ class Code:
     ):
         self._owner = owner
         self._library = library
+        self._describe = _Describer({}, follow=False)
         self._rows: list = []
         self._seen: set[int] = set()
         #: All names in them, of attributes as of variables.
@@ -107,8 +106,7 @@ class Code:
     @property
     def digest(self) -> str:
         """32 hexadecimal digits."""
-        text = json.dumps(self._rows)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return identity(self._rows)
 
     def _add(self, function: Any) -> None:
         function = getattr(function, "__func__", function)
@@ -120,14 +118,14 @@ class Code:
         self._seen.add(id(function))
         names = _names(function.__code__)
         self.names |= names
-        describe = _Describer({}, follow=False)
         cells = [_content(cell) for cell in function.__closure__ or ()]
+        defaults = [function.__defaults__, function.__kwdefaults__]
         self._rows.append(
             [
                 function.__qualname__,
                 _code(function.__code__, function.__doc__),
-                describe([function.__defaults__, function.__kwdefaults__], 4),
-                [describe(cell, 4) for cell in cells],
+                self._describe(defaults, 4),
+                [self._describe(cell, 4) for cell in cells],
             ]
         )
         for cell in cells:
@@ -136,25 +134,19 @@ class Code:
             self._follow(name, function.__globals__)
 
     def _follow(self, name: str, variables: Mapping[str, Any]) -> None:
-        method = None
         for kind in getattr(self._owner, "__mro__", ()):
             if kind is self._library:
                 break
             if name in vars(kind):
                 method = vars(kind)[name]
+                self._add(getattr(method, "fget", method))
                 break
-        if isinstance(method, property):
-            method = method.fget
-        if isinstance(method, staticmethod | classmethod):
-            method = method.__func__
-        self._add(method)
         value = variables.get(name)
         if isinstance(value, type) and not is_library(value):
             for part in vars(value).values():
                 self._add(part)
         elif isinstance(value, _SETTINGS):
-            row = _Describer({}, follow=False)(value, 4)
-            self._rows.append([name, row])
+            self._rows.append([name, self._describe(value, 4)])
         else:
             self._add(value)
 
@@ -254,13 +246,10 @@ class _Describer:
         if isinstance(value, types.MethodType):
             return ["method", self(value.__func__, depth)]
         if callable(value) and hasattr(value, "__code__"):
-            return ["function", _name(value), self._code_of(value)]
+            own = self.follow and not is_library(value)
+            code = Code([value]).digest if own else None
+            return ["function", _name(value), code]
         return self._object(value, depth)
-
-    def _code_of(self, function: Callable) -> str | None:
-        if not self.follow or is_library(function):
-            return None
-        return Code([function]).digest
 
     def _rows(self, items: Mapping, depth: int) -> list:
         rows = [[self(k, depth), self(v, depth)] for k, v in items.items()]

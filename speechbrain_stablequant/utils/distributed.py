@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed
 
+from .files import process_is_alive
 from .typed import one_line
 
 Value = TypeVar("Value")
@@ -39,13 +39,11 @@ class LostProcessError(SystemExit):
     silently."""
 
 
-@dataclass(frozen=True)
-class _Peer:
-    """A process of the group."""
+class _Peer(NamedTuple):
+    """A process of the group; ``place`` is its host and pid namespace."""
 
     rank: int
-    host: str
-    namespace: str
+    place: tuple[str, str]
     pid: int
     launcher: int
 
@@ -56,27 +54,15 @@ class _Peer:
             namespace = os.readlink("/proc/self/ns/pid")
         except OSError:
             namespace = ""
-        return cls(
-            distributed.get_rank(),
-            socket.gethostname(),
-            namespace,
-            os.getpid(),
-            os.getppid(),
-        )
-
-    def sees(self, other: "_Peer") -> bool:
-        """Whether the other's process id is valid here: same host and
-        namespace."""
-        here, there = (self.host, self.namespace), (other.host, other.namespace)
-        return here == there
+        place = (socket.gethostname(), namespace)
+        return cls(distributed.get_rank(), place, os.getpid(), os.getppid())
 
     def has_ended(self) -> bool:
         """Whether this process of the same machine is gone or a zombie."""
-        try:
-            os.kill(self.pid, 0)
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except ProcessLookupError:
+        if not process_is_alive(self.pid):
             return True
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
             return False
         return stat.rpartition(")")[2].split()[0] in "ZX"
@@ -123,7 +109,7 @@ def _lost(mine: _Peer, peers: list[_Peer], seconds: float = 2.0) -> list[_Peer]:
 
     A process closes its connections shortly before it is gone.
     """
-    others = [peer for peer in peers if peer != mine and mine.sees(peer)]
+    others = [p for p in peers if p != mine and p.place == mine.place]
     until = time.monotonic() + seconds
     while True:
         ended = [peer for peer in others if peer.has_ended()]
@@ -134,11 +120,8 @@ def _lost(mine: _Peer, peers: list[_Peer], seconds: float = 2.0) -> list[_Peer]:
 
 def _is_first_to_tell(mine: _Peer, peers: list[_Peer]) -> bool:
     """Whether no process of this launcher has reported the loss yet."""
-    siblings = [
-        peer
-        for peer in peers
-        if mine.sees(peer) and peer.launcher == mine.launcher
-    ]
+    shared = (mine.place, mine.launcher)
+    siblings = [p for p in peers if (p.place, p.launcher) == shared]
     pids = "-".join(str(peer.pid) for peer in siblings)
     marker = Path(tempfile.gettempdir()) / f"quantize_lost_{pids}"
 
@@ -150,10 +133,8 @@ def _is_first_to_tell(mine: _Peer, peers: list[_Peer]) -> bool:
     atexit.register(clean)
     try:
         marker.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 
@@ -163,11 +144,11 @@ def _loss_line(
     """The message: which processes are lost, and how to continue."""
     if ended:
         who = "; ".join(
-            f"rank {peer.rank} (process {peer.pid} on {peer.host})"
+            f"rank {peer.rank} (process {peer.pid} on {peer.place[0]})"
             for peer in ended
         )
     else:
-        hosts = sorted({p.host for p in peers if not mine.sees(p)})
+        hosts = sorted({p.place[0] for p in peers if p.place != mine.place})
         who = f"one on {', '.join(hosts) or 'this machine'} ({reason})"
     return (
         f"quantize: lost of {size()} processes: {who}; start the same command "
@@ -207,11 +188,10 @@ def loss_in_one_line(only_collectives: bool = False) -> Iterator[None]:
 
 def gathered(value: Value) -> list[Value]:
     """Returns the value of each process, by rank."""
-    if size() == 1:
-        return [value]
-    values: list[Any] = [None] * size()
-    with loss_in_one_line(only_collectives=True):
-        distributed.all_gather_object(values, value, group=_group())
+    values: list[Any] = [value] * size()
+    if size() > 1:
+        with loss_in_one_line(only_collectives=True):
+            distributed.all_gather_object(values, value, group=_group())
     return values
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from .private_files import only_own
 from .typed import one_line, short
 
 # Levels of lists and objects in a JSON file.
@@ -102,14 +103,13 @@ def _is_stale(
 def process_is_alive(pid: int) -> bool:
     """Whether a process of this machine runs; True where the system does not
     tell."""
-    if os.name != "posix":
-        return True  # there os.kill is no question
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
+    if os.name == "posix":  # elsewhere os.kill is no question
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except OSError:
+            pass
     return True
 
 
@@ -215,8 +215,11 @@ def _file_on_the_way(folder: Path) -> Path | None:
     return None
 
 
-def read_file(path: str | Path) -> bytes:
-    """Returns the content of a regular file; a pipe or device would block."""
+def read_file(path: str | Path, private: bool = False) -> bytes:
+    """Returns the content of a regular file; a pipe or device would block.
+
+    A ``private`` one must be this user's alone.
+    """
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # such as a null byte in the name
@@ -224,7 +227,12 @@ def read_file(path: str | Path) -> bytes:
     if not stat.S_ISREG(mode):
         kind = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
         raise OSError(errno.EINVAL, kind, str(path))
-    return Path(path).read_bytes()
+    with open(path, "rb") as file:
+        # The file that is read, not its name.
+        if private and not only_own(os.fstat(file.fileno())):
+            reason = "another user owns it or may write it"
+            raise OSError(errno.EACCES, reason, str(path))
+        return file.read()
 
 
 def plain_name(name: Any) -> str:

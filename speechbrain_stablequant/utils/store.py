@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from .files import json_text, parse_json, read_file, remove_stale, write_atomic
-from .private_files import made_private, only_own, owned
+from .private_files import why_not_private
 from .tensor_bytes import (
     bytes_to_tensors,
     metadata_of,
@@ -45,15 +44,25 @@ class Store:
     def __init__(self, folder: str | Path | None, private: bool = False):
         self.folder = None if folder is None else Path(folder)
         self.private = private
+        # What could not be written yet: whole files, and lines of journals.
         self._unwritten: dict[str, bytes] = {}
         self._unwritten_rows: dict[str, list[bytes]] = {}
         self._below: dict[str, Store] = {}
         # Files that could not be written; shared with the stores below.
         self._complaints: list[str] = []
-        if private and self.folder is not None and not self._is_own():
-            self.folder = None
-        if self.folder is not None:
+        if self.folder is None:
+            return
+        reason = why_not_private(self.folder) if private else None
+        if reason is None:
             remove_stale(self.folder)
+        else:
+            logger.warning(
+                "%s: is not used (%s); what it would hold is computed again by "
+                "each process",
+                self.folder,
+                reason,
+            )
+            self.folder = None
 
     def below(self, name: str) -> "Store":
         """Returns the store of a subfolder, always the same object."""
@@ -70,9 +79,8 @@ class Store:
 
     def write(self, name: str, key: str, content: Any) -> None:
         """Stores a JSON value under a key, replacing the file."""
-        text = json_text({"key": key, "content": content}, name)
         # As it is read again: with text for the keys of dictionaries.
-        record = json.loads(text)
+        record = json.loads(json_text({"key": key, "content": content}, name))
         record["sha256"] = _digest([key, record["content"]])
         self._put(name, json_text(record, name).encode())
 
@@ -89,7 +97,7 @@ class Store:
         ValueError means that the file is damaged.
         """
         found, content = self._record(name, what)
-        if found is None or found != key:
+        if found != key:
             return None
         try:
             return parse(content)
@@ -107,16 +115,13 @@ class Store:
             return None, None
         try:
             record = parse_json(data)
-            if not isinstance(record, dict) or "sha256" not in record:
-                return None, None
-            key, content = record["key"], record["content"]
-            good = record["sha256"] == _digest([key, content])
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = f"it is not valid JSON ({one_line(error)})"
             return None, self._damaged(name, what, reason)
-        except KeyError as error:
-            return None, self._damaged(name, what, f"it has no {error}")
-        if not good:
+        if not isinstance(record, dict) or "sha256" not in record:
+            return None, None
+        key, content = record.get("key"), record.get("content")
+        if record["sha256"] != _digest([key, content]):
             return None, self._damaged(name, what, "its digest is another")
         return key, content
 
@@ -141,8 +146,7 @@ class Store:
         tensors: Mapping[str, torch.Tensor],
         content: Any = None,
     ) -> None:
-        """Stores tensors, and a value that belongs to them, as a safetensors
-        file."""
+        """Stores tensors, and a value that belongs to them."""
         data = tensors_to_bytes(tensors, {})
         metadata = {"key": key, "content": json.dumps(content)}
         digest = _digest([metadata, tensors_digest(data)])
@@ -181,7 +185,7 @@ class Store:
         data = self._get(name, "journal") or b""
         whole = data.rfind(b"\n") + 1
         if whole != len(data):
-            self._cut(name, whole)
+            self._try(name, os.truncate, self.folder / name, whole)
         data = data[:whole] + b"".join(self._unwritten_rows.get(name, []))
         rows = []
         for number, line in enumerate(data.split(b"\n")[:-1], start=1):
@@ -214,10 +218,7 @@ class Store:
 
     def flush(self) -> None:
         """Writes what could not be written before, if there is room now."""
-        for name, data in list(self._unwritten.items()):
-            if not self._try(name, self._write_file, name, data):
-                break
-            del self._unwritten[name]
+        self._write_files()
         for name, lines in self._unwritten_rows.items():
             if lines:
                 self._write_rows(name)
@@ -228,50 +229,37 @@ class Store:
         """Deletes a file, if there is one."""
         self._unwritten.pop(name, None)
         self._unwritten_rows.pop(name, None)
-        if self.folder is None:
-            return
-        try:
-            (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            self._complain(name, error)
+        if self.folder is not None:
+            self._try(name, (self.folder / name).unlink, True)
 
     def _get(self, name: str, what: str) -> bytes | None:
         if name in self._unwritten:
             return self._unwritten[name]
         if self.folder is None:
             return None
-        path = self.folder / name
         try:
-            if not self.private:
-                return read_file(path)
-            if path.exists() and not path.is_file():
-                return self._damaged(name, what, "is no regular file")
-            # Check the file that is read, not its name.
-            with open(path, "rb") as file:
-                if not only_own(os.fstat(file.fileno())):
-                    return self._damaged(
-                        name, what, "another user owns it or may write it"
-                    )
-                return file.read()
+            return read_file(self.folder / name, self.private)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             return self._damaged(name, what, error.strerror or str(error))
 
     def _put(self, name: str, data: bytes) -> None:
+        self._unwritten.pop(name, None)
         self._unwritten[name] = data
-        if self._try(name, self._write_file, name, data):
-            del self._unwritten[name]
-            # There may be room again for what had none.
-            for other, earlier in list(self._unwritten.items()):
-                if not self._try(other, self._write_file, other, earlier):
-                    break
-                del self._unwritten[other]
+        self._write_files()
 
-    def _write_file(self, name: str, data: bytes) -> None:
+    def _write_files(self) -> None:
+        """Writes the newest file, and then what there was no room for."""
+        for name in reversed(list(self._unwritten)):
+            if not self._try(name, self._write_file, name):
+                break
+            del self._unwritten[name]
+
+    def _write_file(self, name: str) -> None:
         self._make_folder()
         mode = 0o600 if self.private else 0o666
-        write_atomic(self.folder / name, data, mode)
+        write_atomic(self.folder / name, self._unwritten[name], mode)
 
     def _write_rows(self, name: str) -> None:
         lines = self._unwritten_rows[name]
@@ -292,13 +280,6 @@ class Store:
                 file.truncate(start)
                 raise
 
-    def _cut(self, name: str, size: int) -> None:
-        def cut() -> None:
-            with open(self.folder / name, "r+b") as file:
-                file.truncate(size)
-
-        self._try(name, cut)
-
     def _make_folder(self) -> None:
         if self.private:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -306,61 +287,32 @@ class Store:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _try(self, name: str, write: Any, *arguments: Any) -> bool:
-        """Whether something could be written."""
+    def _try(self, name: str, write: Callable, *arguments: Any) -> bool:
+        """Whether something could be written; the first failure is a
+        warning."""
         if self.folder is None:
             return False
         try:
             write(*arguments)
+            return True
         except OSError as error:
-            self._complain(name, error)
-            return False
-        return True
-
-    def _complain(self, name: str, error: OSError) -> None:
-        """Warns once about what stays in memory."""
-        if self._complaints:
-            return
+            # The cause of our own error has the plain reason.
+            first = error.__cause__ or error
+        if not self._complaints:
+            logger.warning(
+                "%s: cannot be written (%s); this process goes on with what it "
+                "has in memory, another one computes it again",
+                self.folder / name,
+                getattr(first, "strerror", None) or first,
+            )
         self._complaints.append(name)
-        # Below ours, the system's own error has the plain reason.
-        first = error.__cause__ or error
-        logger.warning(
-            "%s: cannot be written (%s); this process goes on with what it "
-            "has in memory, another one computes it again",
-            self.folder / name,
-            getattr(first, "strerror", None) or first,
-        )
+        return False
 
     def _damaged(self, name: str, what: str, reason: str) -> None:
         line = f"{what}: cannot read '{self.folder / name}': {reason}"
         if not self.private:
             raise ValueError(f"{line}; delete it, and it is made again")
         logger.warning("%s; it is computed again", line)
-
-    def _is_own(self) -> bool:
-        """Whether a private folder is absent, or belongs to the user alone."""
-        try:
-            state = os.stat(self.folder)
-        except FileNotFoundError:
-            return True
-        except OSError as error:
-            reason = error.strerror or str(error)
-        else:
-            if not stat.S_ISDIR(state.st_mode):
-                reason = "it is no folder"
-            elif not owned(state):
-                reason = "another user owns it"
-            else:
-                reason = made_private(self.folder, state)
-                if reason is None:
-                    return True
-        logger.warning(
-            "%s: is not used (%s); what it would hold is computed again by "
-            "each process",
-            self.folder,
-            reason,
-        )
-        return False
 
 
 def machine_store(name: str) -> Store:

@@ -26,12 +26,7 @@ from speechbrain_stablequant.core.plan import (
     LayerQuant,
     QuantizationPlan,
 )
-from speechbrain_stablequant.export import (
-    Graph,
-    describe_head,
-    export_folder,
-    export_onnx,
-)
+from speechbrain_stablequant.export import export_folder
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
 from speechbrain_stablequant.model.layers import find_layers
@@ -43,6 +38,9 @@ from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.runtimes.cpu import cpu_class, executed_integers
 from speechbrain_stablequant.runtimes.onnx_ import model as export_model
 from speechbrain_stablequant.runtimes.onnx_.encoder import tap_major, unfold
+from speechbrain_stablequant.runtimes.onnx_.graph import Graph
+from speechbrain_stablequant.runtimes.onnx_.head import describe_head
+from speechbrain_stablequant.runtimes.onnx_.model import export_onnx
 from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,

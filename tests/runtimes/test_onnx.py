@@ -13,7 +13,6 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_product,
 )
 from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.export import Graph, export_onnx
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
@@ -33,6 +32,8 @@ from speechbrain_stablequant.runtimes.onnx_.encoder import (
     tap_major,
     unfold,
 )
+from speechbrain_stablequant.runtimes.onnx_.graph import Graph
+from speechbrain_stablequant.runtimes.onnx_.model import export_onnx
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")

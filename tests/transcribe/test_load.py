@@ -99,10 +99,9 @@ def test_what_it_holds(folder, modules):
     found = load(folder)
     assert found.spec.blank_index == 0
     assert found.labels[:3] == ["<blank>", " ", "A"]
-    assert list(found.heads) == ["enc", "ctc_lin"]
+    assert list(found.model.parts) == ["wav2vec2", "enc", "ctc_lin"]
     assert set(found.plan.quants()) == set(found.model.integers())
-    assert found.config["hidden_size"] == 32
-    assert found.encoder.model.encoder is not None
+    assert found.model.config["hidden_size"] == 32
     assert not any(p.is_meta for p in found.model.parameters())
 
 
@@ -138,7 +137,7 @@ def test_kinds_of_heads(folder, modules, tmp_path):
     out = expected.encode_batch(wavs, lengths)
     for _ in range(2):
         found = load(tmp_path / "other", "torch")
-        assert repr(found.heads["enc"]) == repr(
+        assert repr(found.model.parts["enc"]) == repr(
             expected.mods.encoder.parts["enc"]
         )
         assert torch.equal(found.encode_batch(wavs, lengths), out)

@@ -266,9 +266,9 @@ def test_files_are_read_again_when_they_change(tmp_path, monkeypatch):
     calls = []
     from speechbrain_stablequant.utils import file_digests
 
-    original = file_digests._sha256
+    original = file_digests.file_digest
     monkeypatch.setattr(
-        file_digests, "_sha256", lambda p: calls.append(p) or original(p)
+        file_digests, "file_digest", lambda p: calls.append(p) or original(p)
     )
     again = FileDigests(Store(tmp_path / "store"))
     assert again.of(str(path)) == first
