@@ -5,7 +5,8 @@ resamples, since pipelines cut segments and trim silence. So a file's rate is
 refused only if the pipeline's waveform is found unchanged in the file.
 """
 
-from dataclasses import dataclass
+import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,6 @@ class _CutOffError(AudioError):
     """A file that ends before its header says it does."""
 
 
-@dataclass(frozen=True)
-class Header:
-    """Header of an audio file; ``frames``: samples per channel."""
-
-    path: str
-    frames: int
-    rate: int
-    channels: int
-    subtype: str
-
-
 def check_audio(
     dataset: Dataset,
     audio: str,
@@ -60,77 +50,61 @@ def check_audio(
 ) -> None:
     """Check each audio file of a SpeechBrain data set, mostly by its header.
 
+    ``audio`` is the column with the paths, ``signal`` the pipeline's output.
     Files of another rate, with several channels, or that cannot be opened here
     are read through the recipe's pipeline, which may convert them.
-
-    Arguments
-    ---------
-    dataset : Dataset
-        Data sets of other classes are not checked.
-    audio : str
-        Column with the path of the audio file; rows without it are skipped.
-    signal : str
-        Key of the audio in the pipeline's output.
-    sample_rate : int
-        Of the model, in Hz.
-    min_samples : int
-        Shorter audio gives no frame.
-
-    Raises
-    ------
-    AudioError
-        Names the utterance, the file and the problem.
     """
     if not isinstance(dataset, DynamicItemDataset):
         return
-    headers: dict[str, Header | AudioError] = {}
-    compared: dict[int, int] = {}
+    header_of = functools.cache(_header)
+    compared: Counter[int] = Counter()
     for index, name in enumerate(dataset.data_ids):
         path = dataset.data[name].get(audio)
         if not isinstance(path, str) or not path:
             continue
-        if path not in headers:
-            headers[path] = _header(path)
-        header, where = headers[path], f"utterance {name}: {path}"
+        header, where = header_of(path), f"utterance {name}: {path}"
         if isinstance(header, _CutOffError):
             raise AudioError(f"{where} {header}")
         if isinstance(header, AudioError):
-            wave = _from_pipeline(dataset, index, signal, where, header)
+            try:
+                wave = _signal_of(dataset, index, signal)
+            except Exception as error:
+                raise AudioError(f"{where} {header}") from error
             _check_signal(where, wave, min_samples)
             continue
         if header.frames == 0:
             raise AudioError(f"{where} is empty; remove the utterance")
-        plain = header.rate == sample_rate and header.channels == 1
+        plain = header.samplerate == sample_rate and header.channels == 1
         if plain:
             _check_long_enough(where, header.frames, min_samples)
         if plain and header.subtype not in FLOAT_SUBTYPES:
             continue
         wave = _signal_of(dataset, index, signal)
         _check_signal(where, wave, min_samples, header.channels)
-        count = compared.get(header.rate, 0)
-        if header.rate != sample_rate and count < COMPARED:
-            compared[header.rate] = count + 1
+        rate = header.samplerate
+        if rate != sample_rate and compared[rate] < COMPARED:
+            compared[rate] += 1
             if is_stretch_of(header, wave):
                 raise AudioError(
-                    f"{where} is sampled at {header.rate} Hz and the recipe's "
+                    f"{where} is sampled at {rate} Hz and the recipe's "
                     f"pipeline does not resample it to {sample_rate} Hz; "
                     "resample it there, or, if the model was trained at that "
-                    f"rate, write quantize.sample_rate: {header.rate}"
+                    f"rate, write quantize.sample_rate: {rate}"
                 )
 
 
-def is_stretch_of(header: Header, wave: torch.Tensor) -> bool:
-    """Whether a waveform [samples] is an unchanged part of a file, up to a
-    factor: then it was not resampled."""
+def is_stretch_of(header: Any, wave: torch.Tensor) -> bool:
+    """Whether a waveform [samples] is part of a file, up to a factor."""
     sought = _loudest(wave.detach().cpu().numpy().astype(np.float64))
     if len(sought) < _LEAST or not sought.any():
         return False
-    with soundfile.SoundFile(header.path) as file:
+    with soundfile.SoundFile(header.name) as file:
         for block in file.blocks(
             _BLOCK, len(sought) - 1, dtype="float64", always_2d=True
         ):
-            tracks = {1: [block[:, 0]]}.get(
-                header.channels, [block.mean(1), *block.T]
+            # The pipeline may average the channels, or take one.
+            tracks = (
+                block.T if header.channels == 1 else [block.mean(1), *block.T]
             )
             if any(_best_match(sought, track) > _SAME for track in tracks):
                 return True
@@ -165,29 +139,21 @@ def _best_match(sought: np.ndarray, track: np.ndarray) -> float:
     return float(np.abs(products / scale).max())
 
 
-def _header(path: str) -> Header | AudioError:
-    """A file's header, or the error that reading it gives."""
+def _header(path: str) -> Any:
+    """What soundfile reads from a header, or an AudioError."""
     if not Path(path).is_file():
         return AudioError("is not there; prepare the data again")
     kind = AudioError
     try:
-        info = soundfile.info(path)
+        header = soundfile.info(path)
         kind = _CutOffError
-        if info.frames:
-            _read_last_sample(path)
+        if header.frames:
+            last, _ = soundfile.read(path, frames=1, start=header.frames - 1)
+            if len(last) != 1:
+                raise soundfile.LibsndfileError(0, "it ends too early: ")
     except (soundfile.LibsndfileError, OSError) as error:
         return kind(f"cannot be read as audio ({error})")
-    return Header(
-        path, info.frames, info.samplerate, info.channels, info.subtype
-    )
-
-
-def _read_last_sample(path: str) -> None:
-    """Raise if the file is shorter than its header says."""
-    with soundfile.SoundFile(path) as file:
-        file.seek(file.frames - 1)
-        if len(file.read(1)) != 1:
-            raise soundfile.LibsndfileError(0, "it ends too early: ")
+    return header
 
 
 def _signal_of(
@@ -196,21 +162,6 @@ def _signal_of(
     """An utterance's audio from the pipeline, without its other outputs."""
     with dataset.output_keys_as([signal]):
         return dataset[index][signal]
-
-
-def _from_pipeline(
-    dataset: DynamicItemDataset,
-    index: int,
-    signal: str,
-    where: str,
-    unreadable: AudioError,
-) -> torch.Tensor:
-    """The audio of a file that only the pipeline may be able to open."""
-    try:
-        return _signal_of(dataset, index, signal)
-    except Exception as error:
-        # The pipeline cannot open it either.
-        raise AudioError(f"{where} {unreadable}") from error
 
 
 def _check_long_enough(where: str, samples: int, least: int) -> None:

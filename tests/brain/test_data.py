@@ -350,7 +350,7 @@ def test_a_few_files_of_each_rate_are_compared(write, monkeypatch):
     """The pipeline is the same for all."""
     seen = []
     monkeypatch.setattr(
-        audio, "is_stretch_of", lambda header, wave: seen.append(header.rate)
+        audio, "is_stretch_of", lambda head, wave: seen.append(head.samplerate)
     )
     paths = [write(f"{i}.wav", rate=8000 // (1 + i % 2)) for i in range(20)]
     check(audio_set(*paths, pipeline=resampling))
