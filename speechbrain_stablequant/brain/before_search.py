@@ -19,9 +19,9 @@ from ..folder.write import RecognizerSource
 from ..methods.search import check_float_wer
 from ..model.layers import find_layers
 from .decoding import FolderDecoder, difference
-from .dry_run import transcribe_batch
 from .metrics import Row, rows_of, transcripts_of
 from .preflight import check_references, describe_folder, try_runtime
+from .recognizer import evaluation_steps
 from .run import Run
 from .tokenizer import describe_tokenizer, find_tokenizer
 
@@ -88,9 +88,10 @@ class BeforeSearch:
         self._decoder = decoder
         attribute = self.config.metric_attribute
         try:
-            metric, texts = transcribe_batch(
-                self.brain, batch, attribute, decoder
-            )
+            with decoder.listening(self.brain) as texts:
+                ((_, metric, _),) = evaluation_steps(
+                    self.brain, [batch], sb.Stage.TEST, attribute
+                )
         except Exception as error:
             # The recipe's own evaluation comes next, and raises the same.
             logger.debug("quantize: no batch in the TEST stage: %s", error)

@@ -1,9 +1,10 @@
 """The chain of modules that a recipe calls, observed on one batch."""
 
-import copy
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import speechbrain as sb
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..config import QuantizeConfig
 from .data import audio_of
+from .recognizer import recognize
 
 
 class NoFolderError(ValueError):
@@ -23,16 +25,21 @@ class Call:
     """One call of a module of the Brain."""
 
     key: str
-    #: Positional arguments, then the values of keyword arguments.
-    args: tuple = field(repr=False)
-    output: Any = field(repr=False)
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def inputs(self) -> tuple:
+        """Positional arguments, then the values of keyword arguments."""
+        return *self.args, *self.kwargs.values()
 
 
 def find_chain(
     brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> list[Call]:
     """Calls of the Brain's modules; each gets the previous one's output."""
-    calls = _observe(brain, batch, keyed_modules(brain, config.target))
+    calls = observe(brain, batch, keyed_modules(brain, config.target))
     _check_chain(calls, batch, config.signal, str(brain.device))
     return calls
 
@@ -42,37 +49,29 @@ def keyed_modules(
 ) -> dict[str, nn.Module]:
     """The Brain's modules, each once, by the key that names its layers."""
     every = dict(brain.modules.items())
-    order = [*target, *(key for key in every if key not in target)]
-    keyed: dict[int, str] = {}
-    for key in order:
-        keyed.setdefault(id(every[key]), key)
-    return {key: every[key] for key in keyed.values()}
+    keyed: dict[nn.Module, str] = {}
+    for key in (*target, *every):
+        keyed.setdefault(every[key], key)
+    return {key: module for module, key in keyed.items()}
 
 
-@torch.no_grad()
-def _observe(
+def observe(
     brain: sb.Brain, batch: Any, modules: Mapping[str, nn.Module]
 ) -> list[Call]:
-    """Record the calls of modules while the Brain recognizes a batch."""
+    """The calls of modules while the Brain recognizes a batch."""
     calls: list[Call] = []
 
-    def hook(key: str):
-        def record(module, args, kwargs, output) -> None:
-            calls.append(Call(key, (*args, *kwargs.values()), output))
+    def record(key: str, _, args: tuple, kwargs: dict, output: Any) -> None:
+        calls.append(Call(key, args, kwargs, output))
 
-        return record
-
-    brain.modules.eval()
-    handles = [
-        module.register_forward_hook(hook(key), with_kwargs=True)
-        for key, module in modules.items()
-    ]
-    try:
-        with brain.evaluation_ctx:
-            brain.compute_forward(copy.copy(batch), stage=sb.Stage.VALID)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(
+                module.register_forward_hook(
+                    partial(record, key), with_kwargs=True
+                )
+            )
+        recognize(brain, batch)
     return calls
 
 
@@ -86,13 +85,13 @@ def _check_chain(
         if sum(other.key == call.key for other in calls) > 1:
             raise NoFolderError(f"the recipe calls '{call.key}' repeatedly")
     wavs, _ = audio_of(batch, signal)
-    if not _same(calls[0].args[:1], (wavs.to(device),)):
+    if not _same(calls[0].inputs[:1], (wavs.to(device),)):
         raise NoFolderError(
             f"'{calls[0].key}' gets something other than the audio: the "
             "recipe changes it first"
         )
     for before, after in itertools.pairwise(calls):
-        if not _same(after.args, (before.output,)):
+        if not _same(after.inputs, (before.output,)):
             raise NoFolderError(
                 f"'{after.key}' gets something other than the output of "
                 f"'{before.key}'"

@@ -106,14 +106,11 @@ class FolderDecoder:
             outputs.clear()
             return result
 
-        handle = self.last.register_forward_hook(
+        listener = self.last.register_forward_hook(
             lambda _module, _args, output: outputs.append(output)
         )
-        try:
-            with shadowed(brain, "compute_forward", compute_forward):
-                yield texts
-        finally:
-            handle.remove()
+        with listener, shadowed(brain, "compute_forward", compute_forward):
+            yield texts
 
 
 def same_text(rows: Sequence[Row], texts: Sequence[tuple[str, ...]]) -> bool:

@@ -26,28 +26,8 @@ from .tokenizer import describe_tokenizer, find_tokenizer
 def describe_recognizer(
     brain: sb.Brain, batch: Any, config: QuantizeConfig, names: Iterable[str]
 ) -> RecognizerSource:
-    """Describe a Brain's recognizer, from one batch.
-
-    Arguments
-    ---------
-    brain : sb.Brain
-        The recipe's, with its float modules.
-    batch : PaddedBatch
-        Any batch of its data.
-    config : QuantizeConfig
-        The block.
-    names : iterable of str
-        Layers that are quantized.
-
-    Returns
-    -------
-    RecognizerSource
-
-    Raises
-    ------
-    NoFolderError
-        Says what cannot be rebuilt, and why.
-    """
+    """Describe a Brain's recognizer from any batch; ``names``: its quantized
+    layers. Raises a NoFolderError that says what cannot be rebuilt."""
     modules = keyed_modules(brain, config.target)
     calls = find_chain(brain, batch, config)
     first, *rest = calls
@@ -115,7 +95,7 @@ def _describe_encoder(
             f"'{call.key}' is a {type(wrapper).__name__}, not SpeechBrain's "
             "Wav2Vec2 with a HuggingFace model"
         )
-    lengths = [arg for arg in call.args[1:] if arg is not None]
+    lengths = [arg for arg in call.inputs[1:] if arg is not None]
     settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
     config = json.loads(wrapper.model.config.to_json_string(use_diff=False))
     # A folder does not reveal where its model came from.
@@ -123,7 +103,7 @@ def _describe_encoder(
     config = check_config(config)
     model = _rebuild_model(wrapper.model, config, f"{call.key}.model")
     rebuilt = StoredEncoder(model, **settings).eval()
-    args = (call.args[0], *lengths)
+    args = (call.inputs[0], *lengths)
     what = "SpeechBrain's wrapper of the model that its configuration describes"
     _check_rebuilt(call, rebuilt, args, brain, what)
     settings = {"key": call.key, "use_lengths": bool(lengths), **settings}
@@ -192,7 +172,7 @@ def _describe_head(
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     rebuilt.to(brain.device).eval()
-    _check_rebuilt(call, rebuilt, call.args, brain, "its YAML node")
+    _check_rebuilt(call, rebuilt, call.inputs, brain, "its YAML node")
     return text
 
 

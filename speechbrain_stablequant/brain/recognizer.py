@@ -1,13 +1,8 @@
 """A SpeechBrain Brain with its data, as a recognizer to quantize."""
 
 import copy
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import speechbrain as sb
@@ -30,28 +25,20 @@ from .trace import Kind
 _TOGETHER = 8
 
 
+@dataclass(eq=False)
 class BrainRecognizer:
     """A Brain with its ``calibration`` and ``search`` sets.
 
     Implements :class:`~speechbrain_stablequant.methods.session.Recognizer`.
     """
 
-    def __init__(
-        self,
-        brain: sb.Brain,
-        subsets: Mapping[str, Batches],
-        metric_attribute: str,
-        show_progress: bool,
-        trainer: Trainer | None = None,
-        dependencies: Dependencies | None = None,
-    ):
-        self.brain = brain
-        self.subsets = dict(subsets)
-        self.metric_attribute = metric_attribute
-        self.show_progress = show_progress
-        self.trainer = trainer
-        self.dependencies = dependencies or Dependencies(brain, ())
-        self._keys: dict[tuple[str, Kind], str] = {}
+    brain: sb.Brain
+    subsets: Mapping[str, Batches]
+    metric_attribute: str
+    show_progress: bool
+    trainer: Trainer | None
+    dependencies: Dependencies
+    _keys: dict[tuple[str, Kind], str] = field(default_factory=dict)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -80,7 +67,7 @@ class BrainRecognizer:
         trainer = self.trainer
         content = [
             trainer.ids,
-            dict(trainer.settings),
+            trainer.settings,
             dataset_digest(dataset_of(trainer.train_set), store),
             self.dependencies.training_key(),
         ]
@@ -90,7 +77,6 @@ class BrainRecognizer:
         """Samples of a padded batch, and of each of its utterances."""
         return self.subsets[subset].lengths(batch)
 
-    @torch.no_grad()
     def forward(
         self,
         subset: str,
@@ -98,38 +84,27 @@ class BrainRecognizer:
         first_only: bool = False,
         turns: int = 1,
     ) -> torch.Tensor | None:
-        """Run ``compute_forward`` over a subset, each batch ``turns`` times.
-
-        Returns the first tensor of the last output; None if a hook stopped it.
-        """
-        self.brain.modules.eval()
+        """Run over a subset, each batch ``turns`` times; return the first
+        tensor of the last output, None if a hook stopped it."""
         output = None
         for index, batch in enumerate(self.subsets[subset].load()):
             for _ in range(turns):
                 before_batch(index)
                 try:
-                    output = self._compute(batch)
+                    output = recognize(self.brain, batch)
                 except StopForward:
                     output = None
             if first_only:
                 break
         return first_tensor(output)
 
-    @torch.no_grad()
     def outputs(
         self, subset: str, before_batch: Callable[[int], None]
     ) -> Iterator[torch.Tensor | None]:
         """Yield the first tensor of each batch's output, if there is one."""
-        self.brain.modules.eval()
         for index, batch in enumerate(self.subsets[subset].load()):
             before_batch(index)
-            yield first_tensor(self._compute(batch))
-
-    def _compute(self, batch: Any) -> Any:
-        with self.brain.evaluation_ctx:
-            return self.brain.compute_forward(
-                copy.copy(batch), stage=sb.Stage.VALID
-            )
+            yield first_tensor(recognize(self.brain, batch))
 
     def score(
         self,
@@ -142,30 +117,28 @@ class BrainRecognizer:
         Stops once they exceed ``give_up_above``; ``only``: batch indices.
         """
         subset = self.subsets["search"]
-        batches, places = subset.load(), list(subset.places)
-        if only is not None:
-            batches = [batches[index] for index in only]
-            places = [places[index] for index in only]
+        chosen = range(len(subset)) if only is None else only
         measured, errors = [], 0
         steps = evaluation_steps(
             self.brain,
-            batches,
+            [subset.load()[index] for index in chosen],
             sb.Stage.VALID,
             self.metric_attribute,
             before_batch,
         )
-        for index, (loss, metric, size) in enumerate(steps, start=1):
+        for index, (loss, metric, size) in zip(chosen, steps, strict=True):
             rows = metric.scores[len(metric.scores) - size :]
             edits = [row["num_edits"] for row in rows]
             words = [row["num_ref_tokens"] for row in rows]
-            measured.append((places[index - 1], edits, words, loss))
+            measured.append((subset.places[index], edits, words, loss))
             errors += sum(edits)
             if (
                 give_up_above is not None
-                and _in_all(errors, index, subset.rounds) > give_up_above
+                and _in_all(errors, len(measured), subset.rounds)
+                > give_up_above
             ):
                 break
-        return _score(measured, len(measured) == len(batches))
+        return _score(measured, len(measured) == len(chosen))
 
 
 def _in_all(errors: int, done: int, rounds: int) -> int:
@@ -199,11 +172,19 @@ def _score(
     loss_sum = 0.0
     for _, edits, _, loss in rows:
         loss_sum += loss * len(edits)
-    total = sum(errors), sum(words), loss_sum / len(errors)
-    if not complete:
-        return Score(*total, complete)
     losses = [float(f"{loss:.7g}") for _, _, _, loss in rows]
-    return Score(*total, complete, *map(tuple, (errors, words, losses)))
+    parts = map(tuple, (errors, words, losses) if complete else ())
+    return Score(
+        sum(errors), sum(words), loss_sum / len(errors), complete, *parts
+    )
+
+
+@torch.no_grad()
+def recognize(brain: sb.Brain, batch: Any) -> Any:
+    """The output of ``compute_forward`` in the VALID stage."""
+    brain.modules.eval()
+    with brain.evaluation_ctx:
+        return brain.compute_forward(copy.copy(batch), stage=sb.Stage.VALID)
 
 
 @torch.no_grad()

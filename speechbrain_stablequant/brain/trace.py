@@ -156,8 +156,7 @@ def trace(
     with ExitStack() as stack:
         stack.enter_context(shadowed(brain, "compute_forward", timed_forward))
         for module in layers:
-            handle = module.register_forward_hook(called)
-            stack.callback(handle.remove)
+            stack.enter_context(module.register_forward_hook(called))
         stack.enter_context(_watched(batch, "batch", log))
         stack.enter_context(_watched_hparams(brain, log))
         stack.enter_context(_watched(brain, "brain", log))
