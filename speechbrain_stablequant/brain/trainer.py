@@ -9,7 +9,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from ..utils.patching import shadowed
+from ..utils.patching import restored, shadowed
 from .data import audio_of, dataset_of, utterance_ids
 from .recognizer import first_tensor
 
@@ -50,27 +50,27 @@ class BrainTrainer:
         self.signal = signal
         self.seed = seed
         self.ids = utterance_ids(dataset_of(train_set))
-        self._length: int | None = None
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        if self._length is None:
-            with kept(self.brain):
-                self._length = len(self._loader())
-        return self._length
+        return self._batches
+
+    @cached_property
+    def _batches(self) -> int:
+        with restored(self.brain):
+            return len(self._loader())
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the training, apart from data and their order."""
-        options = ("batch_size", "shuffle", "drop_last")
-        found = {
-            name: self.loader_options[name]
-            for name in options
-            if name in self.loader_options
+        options = self.loader_options
+        loading = ("batch_size", "shuffle", "drop_last")
+        training = ("precision", "max_grad_norm", "grad_accumulation_factor")
+        return {
+            **{name: options[name] for name in loading if name in options},
+            **{name: getattr(self.brain, name) for name in training},
+            "batches": self._batches,
         }
-        for name in ("precision", "max_grad_norm", "grad_accumulation_factor"):
-            found[name] = getattr(self.brain, name)
-        return {**found, "batches": len(self)}
 
     def _loader(self) -> DataLoader:
         brain, loader = self.brain, self.train_set
@@ -92,21 +92,7 @@ class BrainTrainer:
         distill: float,
         resting: Callable[[], AbstractContextManager[None]],
     ) -> float:
-        """Run one epoch of ``Brain.fit`` and return its mean loss.
-
-        Arguments
-        ---------
-        number : int
-            Counted from 1.
-        optimizers : Mapping
-            Replace the Brain's.
-        before_batch : callable
-            Called with the index of each batch before it is run.
-        distill : float
-            0: the recipe's loss; 1: the divergence from the float model.
-        resting : callable
-            Makes a context in which the model is the float model.
-        """
+        """Run one epoch of ``Brain.fit``, see the protocol ``Trainer``."""
         brain, modules = self.brain, self.brain.modules
         still = [m for m in modules.modules() if isinstance(m, _STATISTICS)]
         start_batch = brain.on_fit_batch_start
@@ -122,7 +108,7 @@ class BrainTrainer:
             losses.append(float(loss))
 
         with (
-            kept(brain),
+            restored(brain),
             reproducible(self.seed + number),
             trainable(modules, optimizers.values()),
         ):
@@ -212,17 +198,6 @@ def divergence(
 
 
 @contextmanager
-def kept(brain: sb.Brain) -> Iterator[None]:
-    """Restore a Brain's attributes afterwards."""
-    attributes = vars(brain).copy()
-    try:
-        yield
-    finally:
-        vars(brain).clear()
-        vars(brain).update(attributes)
-
-
-@contextmanager
 def reproducible(seed: int | None) -> Iterator[None]:
     """Fork all random number generators; seed them unless ``seed`` is None."""
     states = random.getstate(), numpy.random.get_state()
@@ -245,11 +220,12 @@ def reproducible(seed: int | None) -> Iterator[None]:
 def trainable(
     modules: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> Iterator[None]:
-    """Train the optimizers' parameters alone, through frozen modules too.
+    """Train the optimizers' parameters alone, through frozen modules too;
+    restore flags and buffers afterwards.
 
     SpeechBrain's HuggingFace wrappers compute a frozen model without gradients,
     and HuggingFace's front end requires gradients of its input, which are not
-    needed. Restores flags and buffers afterwards.
+    needed.
     """
     trained = {
         id(parameter)
@@ -257,26 +233,20 @@ def trainable(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    wanted = [
-        (parameter, parameter.requires_grad)
-        for parameter in modules.parameters()
-        if id(parameter) not in trained
-    ]
-    buffers = [(buffer, buffer.clone()) for buffer in modules.buffers()]
     with ExitStack() as stack:
         for module in modules.modules():
+            # Gradient checkpointing needs the switches.
+            if getattr(module, "gradient_checkpointing", False):
+                continue
             for switch in ("freeze", "_requires_grad"):
-                # Gradient checkpointing needs the switch.
-                twice = getattr(module, "gradient_checkpointing", False)
-                if vars(module).get(switch) is True and not twice:
+                if vars(module).get(switch) is True:
                     stack.enter_context(shadowed(module, switch, False))
-        try:
-            for parameter, _ in wanted:
+        for buffer in modules.buffers():
+            stack.callback(torch.no_grad()(buffer.copy_), buffer.clone())
+        for parameter in modules.parameters():
+            if id(parameter) not in trained:
+                stack.callback(
+                    parameter.requires_grad_, parameter.requires_grad
+                )
                 parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, value in wanted:
-                parameter.requires_grad_(value)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        yield

@@ -18,3 +18,14 @@ def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+@contextmanager
+def restored(owner: Any) -> Iterator[None]:
+    """Restores all attributes of an object."""
+    attributes = vars(owner).copy()
+    try:
+        yield
+    finally:
+        vars(owner).clear()
+        vars(owner).update(attributes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from speechbrain_stablequant.utils.patching import shadowed
+from speechbrain_stablequant.utils.patching import restored, shadowed
 
 
 class Thing:
@@ -23,3 +23,13 @@ def test_an_instance_attribute_is_restored():
     with shadowed(thing, "size", 2):
         assert thing.size == 2
     assert vars(thing) == {"size": 3}
+
+
+def test_all_attributes_are_restored():
+    thing = Thing()
+    thing.size, thing.name = 3, "a"
+    with pytest.raises(RuntimeError), restored(thing):
+        thing.size, thing.more = 2, 1
+        del thing.name
+        raise RuntimeError
+    assert vars(thing) == {"size": 3, "name": "a"}
