@@ -1,4 +1,4 @@
-"""Trials and comparisons before a search.
+"""Trials and comparisons, most of them before a search.
 
 On one batch with the recovered checkpoint: the runtime, the inference folder
 and the recipe's decoding. On the test set, after its float evaluation: the
@@ -12,17 +12,20 @@ from dataclasses import replace
 from typing import Any
 
 import speechbrain as sb
+import torch
 
 from ..config import QuantizeConfig
 from ..core.error_rates import score
 from ..folder.write import RecognizerSource
 from ..methods.search import check_float_wer
-from ..model.layers import find_layers
+from ..utils.typed import one_line
+from .coverage import check_references
 from .decoding import FolderDecoder, difference
+from .describe import describe_recognizer
 from .metrics import Row, rows_of, transcripts_of
-from .preflight import check_references, describe_folder, try_runtime
 from .recognizer import evaluation_steps
 from .run import Run
+from .runtime import change_runtime, try_descriptions, try_probe
 from .tokenizer import describe_tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,42 +44,51 @@ class BeforeSearch:
         self.runs = runs
         self._decoder: FolderDecoder | None = None
 
-    def try_batch(self, batch: Any) -> None:
+    def try_out(self, batch: Any) -> None:
         """Try runtimes, folders and decoding on a batch of a test set."""
-        for run in self.runs:
-            backend, said = try_runtime(
-                self.brain, batch, run.config, run.backend
-            )
-            run.change_runtime(backend, [])
-            self._say(run, said)
-            run.source, said = describe_folder(self.brain, batch, run.config)
-            self._say(run, said)
-        sources = [run.source for run in self.runs if run.source is not None]
-        if sources:
-            self._try_decoder(batch, sources[0])
+        # The recipe's own evaluation must not see other random numbers.
+        with torch.random.fork_rng():
+            for run in self.runs:
+                self._try_descriptions(run, batch)
+            sources = [run.source for run in self.runs if run.source]
+            if sources:
+                self._try_decoder(batch, sources[0])
+            self._try_probes()
 
-    def try_runtimes(self) -> None:
-        """Check each distinct runtime against its probe before the search."""
-        modules = dict(self.brain.modules.items())
-        device = str(self.brain.device)
+    def _try_descriptions(self, run: Run, batch: Any) -> None:
+        """Describe what the runtime and the inference folder compute."""
+        backend, said = try_descriptions(
+            self.brain, batch, run.config, run.backend
+        )
+        change_runtime(run, backend, [])
+        self._say(run, said)
+        names = [layer.name for layer in run.layers]
+        try:
+            run.source = describe_recognizer(
+                self.brain, batch, run.config, names
+            )
+        except Exception as error:
+            # A recipe without an inference folder is still evaluated.
+            reason = one_line(error)
+            said = f"No inference folder (EncoderASR cannot load it): {reason}."
+            self._say(run, [said])
+
+    def _try_probes(self) -> None:
+        """Check each distinct runtime against its probe."""
         tried: dict[tuple, tuple[str, list[str]]] = {}
         for run in self.runs:
-            if run.plan is not None:
-                continue
-            config = run.config
-            layers = find_layers(
-                modules, config.target, config.include, config.exclude
-            )
             key = (
-                *(run.backend, repr(config.backend_options)),
-                *(config.weight_bits, config.activation_bits),
-                *(layer.name for layer in layers),
+                run.backend,
+                repr(run.config.backend_options),
+                run.config.weight_bits,
+                run.config.activation_bits,
+                *(layer.name for layer in run.layers),
             )
             if key in tried:
-                run.change_runtime(*tried[key])
-                continue
-            reasons = run.try_runtime(modules, layers, device)
-            tried[key] = (run.backend, reasons)
+                change_runtime(run, *tried[key])
+            else:
+                reasons = try_probe(run)
+                tried[key] = (run.backend, reasons)
 
     def _try_decoder(self, batch: Any, source: RecognizerSource) -> None:
         decoder = FolderDecoder(

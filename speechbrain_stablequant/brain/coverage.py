@@ -8,6 +8,9 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from .metrics import Row
 from .tokenizer import SPACE, Tokenizer
 
+#: Maximum percentage of reference words that labels cannot write.
+MOST_UNCOVERED = 50.0
+
 
 @dataclass(frozen=True)
 class Uncovered:
@@ -67,3 +70,34 @@ def _written(tokenizer: Tokenizer) -> set[str] | None:
         if not (tokenizer.is_control(i) or tokenizer.is_unknown(i))
     ]
     return {c for piece in pieces for c in piece.replace("\u2581", " ")}
+
+
+def check_references(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer | None,
+    name: str,
+    limit: float,
+) -> list[str]:
+    """Warn about reference words that the labels cannot write.
+
+    Raises if most words are such, unless ``limit``, the maximum float WER, is
+    100 or more.
+    """
+    found = None if tokenizer is None else find_uncovered(rows, tokenizer)
+    if found is None:
+        return []
+    example = (
+        f"utterance {found.id} has {found.characters!r}, which no label of the "
+        "recipe's tokenizer yields"
+    )
+    if found.percent > MOST_UNCOVERED and limit < 100:
+        raise ValueError(
+            f"quantize: {name}: {example}, as {found.words} of {found.total} "
+            "words do; write the "
+            "transcripts as the labels are written (case, punctuation), or "
+            "set quantize.search.max_float_wer to 100 or more"
+        )
+    return [
+        f"Of the words of {name} {found.words} of {found.total} cannot be "
+        f"recognized: {example}."
+    ]

@@ -1,10 +1,12 @@
-"""Calibration and search sets: drawn from the validation set, and kept in
-memory, since a search evaluates them many times."""
+"""The sets that a run uses: calibration and search sets, drawn from the
+validation set and kept in memory for many evaluations, and test sets."""
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import speechbrain as sb
 import torch
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.dataset import (
@@ -13,9 +15,14 @@ from speechbrain.dataio.dataset import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..config import ConfigError, QuantizeConfig
+from ..model.layers import min_samples
 from ..utils.digest import digest
 from ..utils.distributed import gathered, share, size
-from .audio import AudioError
+from .audio import AudioError, check_audio
+
+# Maximum number of utterances if the block does not set one.
+DEFAULT_UTTERANCES = {"calibration": 128, "search": 256}
 
 
 def dataset_of(data: Dataset | DataLoader) -> Dataset:
@@ -60,6 +67,62 @@ def draw_subset(
         return FilteredSortedDynamicItemDataset(dataset, sorted(drawn))
     positions = random.Random(seed).sample(range(len(ids)), num_utterances)
     return Subset(dataset, sorted(positions))
+
+
+def check_set_audio(
+    brain: sb.Brain, config: QuantizeConfig, dataset: Dataset
+) -> None:
+    """Check the audio files of a data set for the Brain's model."""
+    check_audio(
+        dataset,
+        config.audio,
+        config.signal,
+        config.sample_rate,
+        min_samples(dict(brain.modules.items())),
+    )
+
+
+def draw_subsets(
+    brain: sb.Brain,
+    configs: Iterable[QuantizeConfig],
+    valid_set: Dataset | DataLoader,
+    loader_options: Mapping[str, Any],
+) -> list[dict[str, "Batches"]]:
+    """Draw and check the calibration and search sets of each variant."""
+    dataset = dataset_of(valid_set)
+    if isinstance(valid_set, DataLoader):
+        loader_options = {"collate_fn": valid_set.collate_fn}
+    # Variants share equal sets, to hold their audio in memory once.
+    drawn: dict[tuple, Batches] = {}
+
+    def draw(config: QuantizeConfig, name: str) -> Batches:
+        part, most = getattr(config, name), DEFAULT_UTTERANCES[name]
+        count = part.num_utterances
+        if brain.debug:
+            count, most = None, brain.debug_batches * part.batch_size
+        subset = draw_subset(dataset, count, most, config.seed, name)
+        key = (*utterance_ids(subset), part.batch_size)
+        if key not in drawn:
+            check_set_audio(brain, config, subset)
+            drawn[key] = Batches(
+                subset, part.batch_size, loader_options, config.signal
+            )
+            if drawn[key].count < size():
+                raise ConfigError(
+                    f"quantize.{name}: {drawn[key].count} batch(es) for "
+                    f"{size()} processes; start fewer, or give them more "
+                    "utterances"
+                )
+        return drawn[key]
+
+    return [
+        {
+            name: draw(config, name)
+            for name in DEFAULT_UTTERANCES
+            if name == "calibration" or config.needs_search
+        }
+        for config in configs
+    ]
 
 
 def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,10 +171,12 @@ class Batches:
         self.ids = utterance_ids(dataset)
         numbers = range(len(self.ids))
         every = [numbers[i : i + batch_size] for i in numbers[::batch_size]]
+        #: Batches of all processes.
+        self.count = len(every)
         #: Indices of this process's batches among all.
-        self.places = share(len(every))
+        self.places = share(self.count)
         #: Batches of the process that has most.
-        self.rounds = -(-len(every) // size())
+        self.rounds = -(-self.count // size())
         self._numbers = [list(every[place]) for place in self.places]
         self._signal = signal
         self._options = {"batch_sampler": self._numbers}
@@ -128,8 +193,11 @@ class Batches:
         if self._batches is None:
             loader = make_dataloader(self.dataset, **self._options)
             self._batches = list(loader)
-            for index in range(len(self._batches)):
-                self._check(index)
+            for numbers, batch in zip(
+                self._numbers, self._batches, strict=True
+            ):
+                names = ", ".join(self.ids[i] for i in numbers)
+                _check_batch(names, audio_of(batch, self._signal)[0])
         return self._batches
 
     def digest(self, names: Collection[str] | None = None) -> str:
@@ -147,22 +215,40 @@ class Batches:
 
     def lengths(self, index: int) -> tuple[int, list[int]]:
         """Samples of a padded batch, and of each of its utterances."""
-        wavs, relative = self._audio(index)
+        wavs, relative = audio_of(self.load()[index], self._signal)
         total = wavs.shape[1]
         return total, [round(float(part) * total) for part in relative]
 
-    def _audio(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return audio_of(self.load()[index], self._signal)
 
-    def _check(self, index: int) -> None:
-        wavs, _ = self._audio(index)
-        names = ", ".join(self.ids[i] for i in self._numbers[index])
-        if wavs.dim() != 2:
-            raise AudioError(
-                f"utterance {names}: audio of shape {tuple(wavs.shape)}, "
-                "not [batch, time]; make it mono in the recipe's pipeline"
-            )
-        if not torch.isfinite(wavs).all():
-            raise AudioError(
-                f"utterance {names}: the audio holds NaN or Inf; remove it"
-            )
+def _check_batch(names: str, wavs: torch.Tensor) -> None:
+    if wavs.dim() != 2:
+        raise AudioError(
+            f"utterance {names}: audio of shape {tuple(wavs.shape)}, "
+            "not [batch, time]; make it mono in the recipe's pipeline"
+        )
+    if not torch.isfinite(wavs).all():
+        raise AudioError(
+            f"utterance {names}: the audio holds NaN or Inf; remove it"
+        )
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A test set as given to ``Brain.evaluate``, and its name."""
+
+    brain: sb.Brain
+    data: Dataset | DataLoader
+    options: Mapping[str, Any]
+    name: str
+
+    def loader(self) -> DataLoader:
+        """A new loader of the whole set."""
+        if isinstance(self.data, DataLoader):
+            return self.data
+        return self.brain.make_dataloader(
+            self.data, sb.Stage.TEST, **{**self.options, "ckpt_prefix": None}
+        )
+
+    def first_batch(self) -> Any:
+        """The first batch of the set."""
+        return next(iter(self.loader()))

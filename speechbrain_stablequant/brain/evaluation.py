@@ -1,23 +1,40 @@
-"""Evaluates a test set with the quantized model of a run."""
+"""What happens between ``brain.evaluate`` and the report, from top to bottom.
+
+On the first call the recipe recovers its checkpoint, and what the run will need
+is tried on one batch. The recipe evaluates its float model. Then each variant
+is quantized (a plan, integers, the inference folder), evaluated on the same
+test set, and reported.
+"""
 
 import io
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..config import QuantizeConfig
-from ..report.results import Evaluation
-from ..runtimes.registry import code_digest
+from ..core.plan import PLAN_FILE
+from ..methods import make_plan
+from ..methods.session import Session
+from ..report.results import Evaluation, SetResult
+from ..runtimes.registry import RUNTIMES, code_digest
 from ..utils import distributed
 from ..utils.files import write_atomic
 from ..utils.outputs import Outputs
+from ..utils.patching import restored, shadowed
+from ..utils.store import Store
 from .before_search import BeforeSearch
+from .block import run_configs
 from .clock import ForwardClock
+from .data import TestSet
 from .decoding import as_scored, same_text
 from .dependencies import Dependencies
 from .environment import environment
@@ -28,9 +45,250 @@ from .metrics import (
     rows_of,
     transcripts_of,
 )
-from .recognizer import evaluation_steps
-from .run import Run
-from .test_set import TestSet
+from .preflight import check_checkpoint
+from .recognizer import BrainRecognizer, evaluation_steps
+from .run import Run, compare
+from .runtime import choose_runtime, executed, make_probe
+from .trainer import BrainTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Evaluates test sets with the float model and with each variant."""
+
+    def __init__(self, brain: sb.Brain, config: QuantizeConfig, folder: Path):
+        self.brain = brain
+        self.config = config
+        self.folder = folder
+        self.store = Store(folder)
+        self.outputs = Outputs()
+        self.runs = [
+            Run(
+                brain,
+                name,
+                variant,
+                folder / name,
+                self.store.below(name),
+                *choose_runtime(brain, variant),
+            )
+            for name, variant in run_configs(config, brain.debug).items()
+        ]
+        for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
+            logger.warning("quantize: %s", warning)
+        #: The trainer of methods that train.
+        self.trainer: BrainTrainer | None = None
+        self.before = BeforeSearch(brain, config, self.runs)
+        self._recovered: tuple | None = None
+        # The recipe's own, which ours replaces on the instance.
+        self._recipe_evaluate = brain.evaluate
+
+    def evaluate(
+        self,
+        test: TestSet,
+        max_key: str | None,
+        min_key: str | None,
+        progressbar: bool | None,
+    ) -> Any:
+        """Evaluate a test set; return the loss of the float model."""
+        loss, baseline = self._evaluate_float(
+            test, max_key, min_key, progressbar
+        )
+        # The Brain's metrics remain those of its own evaluation.
+        with restored(self.brain):
+            for run in self.runs:
+                if run.plan is None:
+                    self._quantize(run)
+                quantized = self._evaluate_quantized(run, baseline, test)
+                run.results[test.name] = SetResult.pair(baseline, quantized)
+                if distributed.is_main():
+                    run.write_report(self._environment, self.outputs)
+        if len(self.runs) > 1 and distributed.is_main():
+            with self.outputs.writing():
+                compare(self.runs, self.folder)
+        self.store.flush()
+        self.outputs.check()
+        return loss
+
+    def _evaluate_float(
+        self,
+        test: TestSet,
+        max_key: str | None,
+        min_key: str | None,
+        progressbar: bool | None,
+    ) -> tuple[Any, Evaluation]:
+        """The recipe's own evaluation: its loss and its transcripts."""
+        config, texts = self.config, []
+        clock = ForwardClock(self.brain, config.signal, config.sample_rate)
+        recover = self.brain.on_evaluate_start
+
+        def on_evaluate_start(max_key=None, min_key=None) -> None:
+            if self._recover_once(recover, max_key, min_key):
+                self.before.try_out(test.first_batch())
+            # Trials are not part of the float model's time.
+            stack.enter_context(clock.running())
+            texts.append(stack.enter_context(self.before.listening()))
+
+        with (
+            shadowed(self.brain, "on_evaluate_start", on_evaluate_start),
+            ExitStack() as stack,
+        ):
+            loss = self._recipe_evaluate(
+                test.data,
+                max_key=max_key,
+                min_key=min_key,
+                progressbar=progressbar,
+                # Brain.evaluate changes its argument.
+                test_loader_kwargs=dict(test.options),
+            )
+        metric = metric_of(self.brain, config.metric_attribute)
+        heard = self.before.check_baseline(metric, texts[-1], test.name)
+        return loss, evaluation_of(metric, clock, heard)
+
+    def _recover_once(
+        self, recover: Callable, max_key: str | None, min_key: str | None
+    ) -> bool:
+        """Recover the checkpoint; returns whether this is the first time."""
+        keys = (max_key, min_key)
+        if self._recovered is None:
+            if self.config.require_checkpoint:
+                check_checkpoint(self.brain, max_key, min_key)
+            recover(max_key=max_key, min_key=min_key)
+            self._recovered = keys
+            return True
+        if self._recovered != keys:
+            raise ValueError(
+                "quantize: evaluate() was called with max_key, min_key "
+                f"= {keys} after {self._recovered}; the plan belongs to "
+                "one checkpoint, so evaluate others in a run of their own"
+            )
+        return False
+
+    def _quantize(self, run: Run) -> None:
+        """Make the run's plan, its integers and its folder."""
+        started = time.monotonic()
+        with self.outputs.writing():
+            run.folder.mkdir(parents=True, exist_ok=True)
+        recognizer = BrainRecognizer(
+            self.brain,
+            run.subsets,
+            self.config.metric_attribute,
+            distributed.is_main() and not self.brain.noprogressbar,
+            self.trainer,
+            self._dependencies,
+        )
+        # The shared store: variants reuse histograms and evaluations.
+        session = Session(recognizer, run.config, self.store, RUNTIMES)
+        run.plan, run.histograms = make_plan(session)
+        with self.outputs.writing():
+            run.plan.save(run.folder / PLAN_FILE)
+        seconds = time.monotonic() - started
+        run.convert(session.layers)
+        if distributed.is_main():
+            with self.outputs.writing():
+                run.write_folder()
+            if run.probe is None:
+                make_probe(run)
+        run.source, run.probe = distributed.from_main((run.source, run.probe))
+        if run.config.plan is None:
+            trained = self.trainer.ids if run.config.needs_training else ()
+            run.remember_effort(seconds, trained)
+
+    @cached_property
+    def _dependencies(self) -> Dependencies:
+        """Made before the first variant changes the modules."""
+        parts = (self.brain.modules[key] for key in self.config.target)
+        layers = [layer for part in parts for layer in part.modules()]
+        return Dependencies(self.brain, layers)
+
+    def _evaluate_quantized(
+        self, run: Run, baseline: Evaluation, test: TestSet
+    ) -> Evaluation:
+        """Evaluate a test set as the run's plan says, in the TEST stage.
+
+        What an earlier run has evaluated under the same key is read from disk.
+        """
+        config, file = self.config, f"transcripts_{test.name}.json"
+        # One batch shows what is read during recognition and scoring.
+        decoding = self._dependencies.key(
+            test.first_batch(), sb.Stage.TEST, "scores"
+        )
+
+        def look_up() -> tuple[str, Evaluation | None]:
+            key = self._key(run, baseline, decoding)
+            known = Evaluation.read(run.store, file, key)
+            return key, distributed.from_main(known)
+
+        _, known = look_up()
+        if known is not None:
+            return known
+        clock = ForwardClock(self.brain, config.signal, config.sample_rate)
+        with (
+            run.as_stored(),
+            executed(run),
+            clock.running(),
+            self.before.listening() as texts,
+        ):
+            # Another runtime than expected may execute the plan.
+            key, known = look_up()
+            if known is not None:
+                return known
+            counts = self._recognize(run, test)
+        metric = metric_of(self.brain, config.metric_attribute)
+        texts = join_rows(texts, counts)
+        join_metric(metric, counts)
+        self._write_errors(run, metric, test.name)
+        heard = self.before.compare(metric, texts, [run])
+        evaluation = evaluation_of(metric, clock, heard)
+        evaluation.write(run.store, file, key)
+        return evaluation
+
+    def _key(self, run: Run, baseline: Evaluation, decoding: str) -> str:
+        """Key of the transcripts and times of an evaluation."""
+        return baseline.key(
+            run.plan,
+            decoding,
+            run.backend,
+            run.config.float_dtype,
+            *run.warnings,
+            repr(run.config.backend_options),
+            self._environment,
+            code_digest(),
+        )
+
+    @property
+    def _environment(self) -> dict[str, str | int]:
+        return environment(str(self.brain.device), self.brain.eval_precision)
+
+    def _recognize(self, run: Run, test: TestSet) -> list[int]:
+        """Evaluate this process's batches; return utterances per batch."""
+        loader = test.loader()
+        total = len(loader)
+        if self.brain.debug:
+            total = min(total, self.brain.debug_batches)
+        mine = distributed.share(total)
+        steps = evaluation_steps(
+            self.brain,
+            islice(loader, mine.start, mine.stop, mine.step),
+            sb.Stage.TEST,
+            self.config.metric_attribute,
+        )
+        bar = tqdm(
+            steps,
+            f"{test.name}, quantized {run.name}".strip(),
+            len(mine),
+            dynamic_ncols=True,
+            disable=not distributed.is_main() or self.brain.noprogressbar,
+        )
+        return [count for _, _, count in bar]
+
+    def _write_errors(self, run: Run, metric: Any, name: str) -> None:
+        """Write SpeechBrain's word error file of a test set."""
+        metric.summarize()
+        text = io.StringIO()
+        metric.write_stats(text)
+        with self.outputs.writing():
+            write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
 
 
 def evaluation_of(
@@ -49,105 +307,3 @@ def evaluation_of(
         folder,
         clock.audio_digest,
     )
-
-
-class QuantizedEvaluator:
-    """Evaluates test sets with the quantized models, in the TEST stage.
-
-    What an earlier run has evaluated under the same key is read from disk.
-    """
-
-    def __init__(
-        self,
-        brain: sb.Brain,
-        config: QuantizeConfig,
-        before: BeforeSearch,
-        outputs: Outputs,
-        dependencies: Dependencies,
-    ):
-        self.brain = brain
-        self.config = config
-        self.before = before
-        self.outputs = outputs
-        self.dependencies = dependencies
-
-    def evaluate(
-        self, run: Run, baseline: Evaluation, test: TestSet
-    ) -> Evaluation:
-        """Evaluate a test set as the run's plan says."""
-        file = f"transcripts_{test.name}.json"
-        # One batch shows what is read during recognition and scoring.
-        decoding = self.dependencies.key(
-            test.first_batch(), sb.Stage.TEST, "scores"
-        )
-        key = self._key(run, baseline, decoding)
-        known = distributed.from_main(Evaluation.read(run.store, file, key))
-        if known is not None:
-            return known
-        loader = test.loader()
-        modules, device = dict(self.brain.modules.items()), self.brain.device
-        clock = ForwardClock(
-            self.brain, self.config.signal, self.config.sample_rate
-        )
-        with (
-            run.as_stored(modules),
-            run.executed(modules, str(device)),
-            clock.running(),
-            self.before.listening() as texts,
-        ):
-            if key != self._key(run, baseline, decoding):
-                # Another runtime than expected executes the plan.
-                key = self._key(run, baseline, decoding)
-                known = distributed.from_main(
-                    Evaluation.read(run.store, file, key)
-                )
-                if known is not None:
-                    return known
-            counts = self._recognize(run, loader, test.name)
-        metric = metric_of(self.brain, self.config.metric_attribute)
-        texts = join_rows(texts, counts)
-        join_metric(metric, counts)
-        self._write_errors(run, metric, test.name)
-        heard = self.before.compare(metric, texts, [run])
-        evaluation = evaluation_of(metric, clock, heard)
-        evaluation.write(run.store, file, key)
-        return evaluation
-
-    def _recognize(self, run: Run, loader: DataLoader, name: str) -> list[int]:
-        """Evaluate this process's batches; return utterances per batch."""
-        total = len(loader)
-        if self.brain.debug:
-            total = min(total, self.brain.debug_batches)
-        mine = distributed.share(total)
-        steps = evaluation_steps(
-            self.brain,
-            islice(loader, mine.start, mine.stop, mine.step),
-            sb.Stage.TEST,
-            self.config.metric_attribute,
-        )
-        bar = tqdm(
-            steps,
-            f"{name}, quantized {run.name}".strip(),
-            len(mine),
-            dynamic_ncols=True,
-            disable=not distributed.is_main() or self.brain.noprogressbar,
-        )
-        return [count for _, _, count in bar]
-
-    def _write_errors(self, run: Run, metric: Any, name: str) -> None:
-        """Write SpeechBrain's word error file of a test set."""
-        metric.summarize()
-        text = io.StringIO()
-        metric.write_stats(text)
-        with self.outputs.writing():
-            write_atomic(run.folder / f"wer_{name}.txt", text.getvalue())
-
-    def _key(self, run: Run, baseline: Evaluation, decoding: str) -> str:
-        """Key of the transcripts and times of an evaluation."""
-        how = [decoding, run.backend, run.config.float_dtype, *run.warnings]
-        how.append(repr(run.config.backend_options))
-        how += [
-            environment(str(self.brain.device), self.brain.eval_precision),
-            code_digest(),
-        ]
-        return baseline.key(run.plan, *how)

@@ -1,33 +1,18 @@
-"""Checks and choices before long work: settings, runtime, folder, data."""
+"""Checks before long work: the Brain, the block, the folder, the checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import speechbrain as sb
 from torch import nn
 
 from ..config import ConfigError, QuantizeConfig
-from ..core.encoder_spec import check_encoders
 from ..core.plan import QuantizationPlan
-from ..folder.write import RecognizerSource
 from ..methods.search.auto_quantize import require_modelopt
 from ..methods.session import check_earlier_run
 from ..model.layers import find_layers
-from ..runtimes.choice import choose_backend
-from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.registry import RUNTIMES
 from ..utils import distributed
 from ..utils.files import check_writable_folder
-from ..utils.typed import one_line
-from .coverage import find_uncovered
-from .describe import describe_recognizer
-from .dry_run import check_descriptions
-from .metrics import Row
-from .tokenizer import Tokenizer
-
-#: Maximum percentage of reference words that labels cannot write.
-MOST_UNCOVERED = 50.0
 
 # Brain options that replace the modules to be quantized.
 _REPLACING = (
@@ -106,115 +91,6 @@ def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:
             "name a folder here"
         )
     return Path(base) / "quantized"
-
-
-def choose_runtime(
-    brain: sb.Brain, config: QuantizeConfig
-) -> tuple[str, list[str]]:
-    """Choose the runtime of a variant, with warnings for the report."""
-    try:
-        name, reasons = choose_backend(config.backend, brain.device)
-        if reasons:
-            return _simulated("; ".join(r.partition(";")[0] for r in reasons))
-        if RUNTIMES[name].encoder is not None:
-            modules = dict(brain.modules.items())
-            check_encoders({key: modules[key] for key in config.target})
-    except ValueError as error:
-        if config.backend != "auto":
-            raise ConfigError(f"quantize.{error}") from error
-        reason = str(error).partition(";")[0].removeprefix("backend: ")
-        return _simulated(reason)
-    return name, seven_bits_notes(name, config)
-
-
-def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
-    """Warn if a runtime executes weights with fewer bits than the plan's."""
-    cpu = cpu_class()
-    if (
-        RUNTIMES[name].pair_sums
-        and not cpu.exact
-        and config.weight_bits > PAIR_SUM_BITS
-    ):
-        return [
-            f"This CPU (class {cpu.name}) has no VNNI: weights of "
-            f"{config.weight_bits} bits were executed with "
-            f"{PAIR_SUM_BITS}."
-        ]
-    return []
-
-
-def try_runtime(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
-) -> tuple[str, list[str]]:
-    """Try a variant's runtime on a batch; with auto, fall back to simulation.
-
-    Returns the runtime and warnings for the report.
-    """
-    if RUNTIMES[backend].encoder is None:
-        return backend, []
-    try:
-        check_descriptions(brain, batch, config)
-    except ValueError as error:
-        if config.backend != "auto":
-            raise ConfigError(f"quantize.backend: {error}") from error
-        return _simulated(str(error).partition(";")[0])
-    return backend, []
-
-
-def describe_folder(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig
-) -> tuple[RecognizerSource | None, list[str]]:
-    """Describe a variant's inference folder; None and why if there is none."""
-    layers = find_layers(
-        dict(brain.modules.items()),
-        config.target,
-        config.include,
-        config.exclude,
-    )
-    try:
-        names = [layer.name for layer in layers]
-        return describe_recognizer(brain, batch, config, names), []
-    except Exception as error:
-        # A recipe without an inference folder is still evaluated.
-        reason = one_line(error)
-        return None, [
-            f"No inference folder (EncoderASR cannot load it): {reason}."
-        ]
-
-
-def check_references(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer | None,
-    name: str,
-    limit: float,
-) -> list[str]:
-    """Warn about reference words that the labels cannot write.
-
-    Raises if most words are such, unless ``limit``, the maximum float WER, is
-    100 or more.
-    """
-    found = None if tokenizer is None else find_uncovered(rows, tokenizer)
-    if found is None:
-        return []
-    example = (
-        f"utterance {found.id} has {found.characters!r}, which no label of the "
-        "recipe's tokenizer yields"
-    )
-    if found.percent > MOST_UNCOVERED and limit < 100:
-        raise ValueError(
-            f"quantize: {name}: {example}, as {found.words} of {found.total} "
-            "words do; write the "
-            "transcripts as the labels are written (case, punctuation), or "
-            "set quantize.search.max_float_wer to 100 or more"
-        )
-    return [
-        f"Of the words of {name} {found.words} of {found.total} cannot be "
-        f"recognized: {example}."
-    ]
-
-
-def _simulated(reason: str) -> tuple[str, list[str]]:
-    return "torch", [f"Evaluated by simulation: {reason}."]
 
 
 def check_checkpoint(

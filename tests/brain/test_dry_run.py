@@ -9,7 +9,7 @@ from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.dry_run import check_descriptions
-from speechbrain_stablequant.brain.preflight import try_runtime
+from speechbrain_stablequant.brain.runtime import try_descriptions
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 
@@ -159,17 +159,17 @@ def test_no_encoder_no_pass():
 def test_auto_goes_on_to_the_simulation(make_tiny_model):
     model = make_tiny_model("wav2vec2-large")
     brain = make_brain(model)
-    assert try_runtime(brain, batch(), CONFIG, "torch_int8") == (
+    assert try_descriptions(brain, batch(), CONFIG, "torch_int8") == (
         "torch_int8",
         [],
     )
     model.feature_projection.projection.register_forward_hook(slightly)
-    backend, (said,) = try_runtime(brain, batch(), CONFIG, "torch_int8")
+    backend, (said,) = try_descriptions(brain, batch(), CONFIG, "torch_int8")
     assert backend == "torch"
     assert said.startswith("Evaluated by simulation: wav2vec2.model: computes")
     assert said.endswith("not supported by the integer runtimes.")
     # The simulation computes the modules themselves.
-    assert try_runtime(brain, batch(), CONFIG, "torch") == ("torch", [])
+    assert try_descriptions(brain, batch(), CONFIG, "torch") == ("torch", [])
 
 
 def test_a_named_backend_is_an_error(make_tiny_model):
@@ -178,4 +178,4 @@ def test_a_named_backend_is_an_error(make_tiny_model):
     block = {"target": ["wav2vec2"], "backend": "torch_int8"}
     config = QuantizeConfig.from_dict(block)
     with pytest.raises(ConfigError, match=r"^quantize.backend: wav2vec2.model"):
-        try_runtime(make_brain(model), batch(), config, "torch_int8")
+        try_descriptions(make_brain(model), batch(), config, "torch_int8")
