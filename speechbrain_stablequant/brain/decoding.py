@@ -7,6 +7,7 @@ compared on the same outputs.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import speechbrain as sb
@@ -41,24 +42,18 @@ def writes_underscores(tokenizer: Tokenizer, rows: Sequence[Row]) -> bool:
     )
 
 
+@dataclass(eq=False)
 class FolderDecoder:
     """Transcribes the recognizer's outputs as its folder would.
 
     ``last`` is the last module: its output is [batch, frames, labels].
     """
 
-    def __init__(
-        self,
-        last: nn.Module,
-        tokenizer: Tokenizer,
-        blank_index: int,
-        signal: str,
-    ):
-        self.last = last
-        self.tokenizer = tokenizer
-        self.blank_index = blank_index
-        self.signal = signal
-        self._spaces = False
+    last: nn.Module
+    tokenizer: Tokenizer
+    blank_index: int
+    signal: str
+    _spaces: bool = False
 
     def texts(
         self, outputs: torch.Tensor, lengths: torch.Tensor
@@ -94,7 +89,7 @@ class FolderDecoder:
         Skips batches for which the last module is not called exactly once.
         """
         texts: list[tuple[str, ...]] = []
-        outputs: list[Any] = []
+        outputs: list[torch.Tensor] = []
         compute = brain.compute_forward
 
         def compute_forward(batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ A key covers the attributes that the recipe reads, its code, the settings of the
 modules and the data. What was measured is reused under the same key only.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -64,40 +64,41 @@ class Dependencies:
     def key(self, batch: Any, stage: sb.Stage, kind: Kind) -> str:
         """Key of a measurement, without weights and data."""
         reads = self.reads(batch, stage)[kind]
-        content = [
-            stage.name,
-            self._structure,
-            arithmetic(self.brain),
-            brain_code(self.brain, _FUNCTIONS[kind]).digest,
-            self._values(vars(self.brain), reads.brain),
-            self._values(hparams_of(self.brain), reads.hparams),
-        ]
-        return from_main(identity(content))
+        code = brain_code(self.brain, _FUNCTIONS[kind])
+        return self._key([stage.name], code, reads.brain, reads.hparams)
 
     def training_key(self) -> str:
         """Key of a training, without weights and data."""
         functions = (*_FUNCTIONS["scores"], "fit_batch", "on_fit_batch_start")
         code = brain_code(self.brain, functions)
         own = code.names & set(vars(self.brain)) - BRAIN_INTERNALS
-        named = code.names & set(hparams_of(self.brain))
+        return self._key([], code, own, code.names)
+
+    def _key(
+        self,
+        stage: Sequence[str],
+        code: Code,
+        own: Collection[str] | None,
+        hparams: Collection[str] | None,
+    ) -> str:
         content = [
+            *stage,
             self._structure,
             arithmetic(self.brain),
             code.digest,
             self._values(vars(self.brain), own),
-            self._values(hparams_of(self.brain), named),
+            self._values(hparams_of(self.brain), hparams),
         ]
         return from_main(identity(content))
 
     def _values(
         self, values: Mapping[str, Any], names: Collection[str] | None
     ) -> dict[str, str]:
-        if names is None:
-            names = values
+        """Digests of named attributes; ``names`` None: of all."""
         return {
             name: digest(values[name], self._known)
-            for name in sorted(names)
-            if name in values
+            for name in sorted(values)
+            if names is None or name in names
         }
 
 

@@ -29,8 +29,7 @@ def describe_recognizer(
     """Describe a Brain's recognizer from any batch; ``names``: its quantized
     layers. Raises a NoFolderError that says what cannot be rebuilt."""
     modules = keyed_modules(brain, config.target)
-    calls = find_chain(brain, batch, config)
-    first, *rest = calls
+    first, *rest = calls = find_chain(brain, batch, config)
     keys = tuple(call.key for call in calls)
     for name in names:
         if name.partition(".")[0] not in keys:
@@ -38,7 +37,6 @@ def describe_recognizer(
                 f"layer '{name}' was not used: the recipe calls "
                 f"{', '.join(keys)}"
             )
-    wrapper = modules[first.key]
     nodes = recipe_nodes(brain)
     tokenizer = find_tokenizer(brain)
     if tokenizer is None:
@@ -46,17 +44,18 @@ def describe_recognizer(
             "neither the Brain nor its hparams hold a CTCTextEncoder or a "
             "SentencePiece tokenizer; set brain.tokenizer"
         )
-    encoder, encoder_config = _describe_encoder(first, wrapper, brain)
-    heads = {
-        call.key: _describe_head(call, modules[call.key], nodes, brain)
-        for call in rest
-    }
+    encoder, encoder_config = _describe_encoder(
+        first, modules[first.key], brain
+    )
     tokenizer_class, tokenizer_file, content = describe_tokenizer(tokenizer)
     return RecognizerSource(
         keys=keys,
         encoder=encoder,
         config=encoder_config,
-        heads=heads,
+        heads={
+            call.key: _describe_head(call, modules[call.key], nodes, brain)
+            for call in rest
+        },
         tokenizer_class=tokenizer_class,
         tokenizer_file=tokenizer_file,
         tokenizer=content,

@@ -36,8 +36,8 @@ class BrainRecognizer:
     subsets: Mapping[str, Batches]
     metric_attribute: str
     show_progress: bool
-    trainer: Trainer | None
-    dependencies: Dependencies
+    trainer: Trainer | None = None
+    dependencies: Dependencies | None = None
     _keys: dict[tuple[str, Kind], str] = field(default_factory=dict)
 
     @property

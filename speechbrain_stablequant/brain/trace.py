@@ -56,14 +56,16 @@ class _Log:
         if not self.silent:
             self.rows.append((place, name))
 
-    def reads(self, start: int, end: int) -> Reads:
-        rows = self.rows[start:end]
+    def reads(self, start: int, end: int, own: set[str]) -> Reads:
+        """Reads in a span of rows; of the Brain's attributes only ``own``."""
         found = {}
         for place in _PLACES:
-            names = {name for where, name in rows if where == place}
+            names = {x for where, x in self.rows[start:end] if where == place}
             everything = place in self.blind or "__dict__" in names
             found[place] = None if everything else frozenset(names)
-        return Reads(**found)
+        brain = found.pop("brain")
+        brain = frozenset(own if brain is None else brain & own)
+        return Reads(brain, **found)
 
 
 def _watching(kind: type, place: str, log: _Log) -> type:
@@ -119,14 +121,13 @@ def _watched_hparams(brain: sb.Brain, log: _Log) -> Iterator[None]:
         return
     kind = _watching(SimpleNamespace, "hparams", log)
     watched = kind(**vars(original))
-    vars(brain)["hparams"] = watched
     try:
-        yield
+        with shadowed(brain, "hparams", watched):
+            yield
     finally:
         # Keep what the recipe has set meanwhile.
         vars(original).clear()
         vars(original).update(vars(watched))
-        vars(brain)["hparams"] = original
 
 
 @torch.no_grad()
@@ -165,20 +166,11 @@ def trace(
         brain.evaluate_batch(batch, stage=stage)
         end = len(log.rows)
     # Attributes created during the evaluation (metrics) are no inputs.
-    kept = {
-        k for k, v in before.items() if vars(brain).get(k) is v
-    } - BRAIN_INTERNALS
-    return {
-        kind: _only(log.reads(first, end), kept)
-        for kind, first, end in (
-            ("inputs", start, last or forward_end),
-            ("outputs", start, forward_end),
-            ("scores", 0, end),
-        )
+    own = {k for k, v in before.items() if vars(brain).get(k) is v}
+    own -= BRAIN_INTERNALS
+    spans = {
+        "inputs": (start, last or forward_end),
+        "outputs": (start, forward_end),
+        "scores": (0, end),
     }
-
-
-def _only(reads: Reads, names: set[str]) -> Reads:
-    """Restrict the reads of Brain attributes to some names."""
-    own = names if reads.brain is None else reads.brain & names
-    return Reads(frozenset(own), reads.hparams, reads.batch)
+    return {kind: log.reads(*span, own) for kind, span in spans.items()}
