@@ -6,8 +6,8 @@ decoding, the characters that the labels can write, and the WER.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..folder.write import RecognizerSource
 from ..methods.search import check_float_wer
 from ..utils.typed import one_line
 from .coverage import check_references
+from .data import TestSet
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
 from .metrics import Row, rows_of, transcripts_of
@@ -44,10 +45,11 @@ class BeforeSearch:
         self.runs = runs
         self._decoder: FolderDecoder | None = None
 
-    def try_out(self, batch: Any) -> None:
+    def try_out(self, test: TestSet) -> None:
         """Try runtimes, folders and decoding on a batch of a test set."""
         # The recipe's own evaluation must not see other random numbers.
         with torch.random.fork_rng():
+            batch = test.first_batch()
             for run in self.runs:
                 self._try_descriptions(run, batch)
             sources = [run.source for run in self.runs if run.source]
@@ -61,7 +63,8 @@ class BeforeSearch:
             self.brain, batch, run.config, run.backend
         )
         change_runtime(run, backend, [])
-        self._say(run, said)
+        for warning in said:
+            self._warn([run], warning)
         names = [layer.name for layer in run.layers]
         try:
             run.source = describe_recognizer(
@@ -70,8 +73,10 @@ class BeforeSearch:
         except Exception as error:
             # A recipe without an inference folder is still evaluated.
             reason = one_line(error)
-            said = f"No inference folder (EncoderASR cannot load it): {reason}."
-            self._say(run, [said])
+            self._warn(
+                [run],
+                f"No inference folder (EncoderASR cannot load it): {reason}.",
+            )
 
     def _try_probes(self) -> None:
         """Check each distinct runtime against its probe."""
@@ -112,14 +117,11 @@ class BeforeSearch:
         # Checked again on the whole set, which has more words.
         self._check_references(rows_of(metric), "the test set")
 
-    @contextmanager
-    def listening(self) -> Iterator[list[_Text]]:
+    def listening(self) -> AbstractContextManager[list[_Text]]:
         """Transcribe batches with the folder's decoder, if there is one."""
         if self._decoder is None:
-            yield []
-            return
-        with self._decoder.listening(self.brain) as texts:
-            yield texts
+            return nullcontext([])
+        return self._decoder.listening(self.brain)
 
     def compare(
         self, metric: Any, texts: Sequence[_Text], runs: Sequence[Run]
@@ -130,19 +132,15 @@ class BeforeSearch:
             return []
         rows = rows_of(metric)
         texts = self._decoder.respelled(rows, texts)
-        self._spell_sources()
-        said = difference(rows, texts)
-        for run in runs:
-            if said is not None and run.source is not None:
-                self._say(run, [said], said[: said.index(":")])
-        return texts
-
-    def _spell_sources(self) -> None:
-        """Give the decoder's tokenizer to the folders."""
         *_, content = describe_tokenizer(self._decoder.tokenizer)
         for run in self.runs:
             if run.source is not None:
                 run.source = replace(run.source, tokenizer=content)
+        said = difference(rows, texts)
+        if said is not None:
+            described = [run for run in runs if run.source is not None]
+            self._warn(described, said, once=said.partition(":")[0])
+        return texts
 
     def check_baseline(
         self, metric: Any, texts: Sequence[_Text], name: str
@@ -173,13 +171,16 @@ class BeforeSearch:
     ) -> None:
         limit = self._limit if refuse else 100.0
         tokenizer = find_tokenizer(self.brain)
-        for warning in check_references(rows, tokenizer, where, limit):
-            for run in self.runs:
-                self._say(run, [warning], "Of the words of")
+        warning = check_references(rows, tokenizer, where, limit)
+        if warning is not None:
+            self._warn(self.runs, warning, once="Of the words of")
 
-    def _say(self, run: Run, warnings: Sequence[str], once: str = "") -> None:
-        """Log warnings, and add them to a run's report; ``once``: a prefix."""
-        for warning in warnings:
+    def _warn(
+        self, runs: Iterable[Run], warning: str, once: str | None = None
+    ) -> None:
+        """Log a warning, and add it to the reports of runs that have none
+        which begins with ``once``."""
+        for run in runs:
             if once and any(w.startswith(once) for w in run.warnings):
                 continue
             if not any(warning in other.warnings for other in self.runs):

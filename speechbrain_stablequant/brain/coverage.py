@@ -73,19 +73,16 @@ def _written(tokenizer: Tokenizer) -> set[str] | None:
 
 
 def check_references(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer | None,
-    name: str,
-    limit: float,
-) -> list[str]:
-    """Warn about reference words that the labels cannot write.
+    rows: Sequence[Row], tokenizer: Tokenizer | None, name: str, limit: float
+) -> str | None:
+    """A warning about reference words that the labels cannot write, or None.
 
     Raises if most words are such, unless ``limit``, the maximum float WER, is
     100 or more.
     """
     found = None if tokenizer is None else find_uncovered(rows, tokenizer)
     if found is None:
-        return []
+        return None
     example = (
         f"utterance {found.id} has {found.characters!r}, which no label of the "
         "recipe's tokenizer yields"
@@ -97,7 +94,7 @@ def check_references(
             "transcripts as the labels are written (case, punctuation), or "
             "set quantize.search.max_float_wer to 100 or more"
         )
-    return [
+    return (
         f"Of the words of {name} {found.words} of {found.total} cannot be "
         f"recognized: {example}."
-    ]
+    )

@@ -124,7 +124,7 @@ class Evaluator:
 
         def on_evaluate_start(max_key=None, min_key=None) -> None:
             if self._recover_once(recover, max_key, min_key):
-                self.before.try_out(test.first_batch())
+                self.before.try_out(test)
             # Trials are not part of the float model's time.
             stack.enter_context(clock.running())
             texts.append(stack.enter_context(self.before.listening()))
