@@ -18,9 +18,7 @@ from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
 from ..model.layers import Layer
-from .search import Evaluate, Score, Selection, search_cutoffs, select_units
-from .search.percentile import UnitCutoff
-from .search.sensitivity import Sensitivity
+from .search import Evaluate, Score, search_cutoffs, select_units
 from .session import Calibration, Session, search_evaluate
 
 logger = logging.getLogger(__name__)
@@ -93,7 +91,6 @@ def search_units(
     end. Returns the float model's score and a plan of each unit.
     """
     search = session.config.search
-    selection = Selection(search.selection, search.level)
 
     def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
         return {
@@ -102,45 +99,15 @@ def search_units(
 
     with bar:
         bar.total = 1 + len(session.units)
-        baseline, sensitivities = select_units(
+        baseline, units = select_units(
             {unit: cut_unit(unit, 100.0) for unit in session.units},
             evaluate,
-            search.threshold,
-            selection,
+            search,
         )
-        selected = [s.unit for s in sensitivities if s.selected]
-        bar.total += len(selected) * len(search.cutoffs)
+        selected = sum(unit.selected for unit in units)
+        bar.total += selected * len(search.cutoffs)
         bar.refresh()
-        cuts = search_cutoffs(
-            selected, search.cutoffs, cut_unit, evaluate, selection
-        )
-    cutoffs = {cut.unit: cut for cut in cuts}
-    return baseline, [
-        _unit_plan(sensitivity, cutoffs.get(sensitivity.unit))
-        for sensitivity in sensitivities
-    ]
-
-
-def _unit_plan(sensitivity: Sensitivity, cut: UnitCutoff | None) -> UnitPlan:
-    curve = [] if cut is None else cut.curve
-    interval = sensitivity.interval
-    return UnitPlan(
-        name=sensitivity.unit,
-        wer=sensitivity.score.wer,
-        delta_wer=sensitivity.delta_wer,
-        delta_wer_ci=None if interval is None else [*interval[1:]],
-        selected=sensitivity.selected,
-        cutoff=100.0 if cut is None else cut.cutoff,
-        curve=[
-            {
-                "cutoff": ratio,
-                "wer": score.wer,
-                "secondary": score.to_dict()["loss"],
-                "complete": score.complete,
-            }
-            for ratio, score in curve
-        ],
-    )
+        return baseline, search_cutoffs(units, cut_unit, evaluate, search)
 
 
 def _final_layers(

@@ -6,7 +6,6 @@ recognizer with some layers quantized.
 
 from .divergence import Divergence
 from .journal import Journal
-from .paired import Selection
 from .percentile import search_cutoffs
 from .score import Evaluate, Score, check_float_wer
 from .sensitivity import select_units
@@ -16,7 +15,6 @@ __all__ = [
     "Evaluate",
     "Journal",
     "Score",
-    "Selection",
     "check_float_wer",
     "search_cutoffs",
     "select_units",

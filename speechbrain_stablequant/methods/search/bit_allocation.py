@@ -26,16 +26,16 @@ class Option:
     harm: float
 
 
-def harms(options: Mapping[str, Sequence[Option]]) -> dict[str, list[float]]:
-    """Harm of each option, made monotone: more bits never harm more."""
-    found = {}
-    for unit, row in options.items():
-        values = [option.harm for option in row]
-        # Measured harm is noisy: fewer bits may seem better.
-        for i in range(len(values) - 2, -1, -1):
-            values[i] = max(values[i], values[i + 1])
-        found[unit] = values
-    return found
+def monotone(options: Sequence[Option]) -> list[Option]:
+    """Options of one unit in ascending bits, where more bits never harm more.
+
+    Measured harm is noisy: fewer bits may seem better.
+    """
+    found: list[Option] = []
+    for option in reversed(options):
+        least = found[-1].harm if found else option.harm
+        found.append(replace(option, harm=max(option.harm, least)))
+    return found[::-1]
 
 
 def choose_bits(
@@ -43,22 +43,8 @@ def choose_bits(
 ) -> dict[str, int]:
     """The widths with the least total harm in a budget; ties go to more bits.
 
-    Arguments
-    ---------
-    options : Mapping
-        For each unit, its options, at least one.
-    budget : int
-        Bytes for all units together.
-
-    Returns
-    -------
-    dict
-        Bits by unit.
-
-    Raises
-    ------
-    ValueError
-        Even the smallest options exceed the budget.
+    ``options`` of each unit are monotone; ``budget``: bytes of all units
+    together. Raises a ValueError if even the smallest options exceed it.
 
     Example
     -------
@@ -68,65 +54,40 @@ def choose_bits(
     >>> choose_bits(options, 150)
     {'a': 8, 'b': 4}
     """
-    rows = {
-        unit: sorted(row, key=lambda o: (o.bits, o.size))
-        for unit, row in options.items()
-    }
-    least = sum(min(o.size for o in row) for row in rows.values())
+    smallest = {u: min(row, key=lambda o: o.size) for u, row in options.items()}
+    least = sum(option.size for option in smallest.values())
     if least > budget:
         raise ValueError(
             f"quantize.plus.budget.size: the fewest bits take {least} bytes, "
             f"the budget leaves {budget}; allow a larger size or fewer bits"
         )
-    costs = harms(rows)
     step = max(1, -(-budget // _STEPS))
     room = budget // step
-    rows, costs = _rounded_up(rows, costs, step, room)
+    rows = {
+        unit: [replace(o, size=-(-o.size // step)) for o in row]
+        for unit, row in options.items()
+    }
+    if sum(min(o.size for o in row) for row in rows.values()) > room:
+        # A budget so tight that rounding sizes up exceeds it.
+        rows = {u: [replace(o, size=0)] for u, o in smallest.items()}
     # best[r]: least (harm, -bits) with at most r steps, and the choice.
     best: list[tuple[float, int] | None] = [(0.0, 0)] * (room + 1)
-    choices: list[list[int]] = []
-    for unit, row in rows.items():
+    choices: list[list[Option | None]] = []
+    for row in rows.values():
         following: list[tuple[float, int] | None] = [None] * (room + 1)
-        choice = [-1] * (room + 1)
-        for index, option in enumerate(row):
-            harm = costs[unit][index]
+        choice: list[Option | None] = [None] * (room + 1)
+        for option in row:
             for r in range(option.size, room + 1):
                 before = best[r - option.size]
                 if before is None:
                     continue
-                value = (before[0] + harm, before[1] - option.bits)
+                value = (before[0] + option.harm, before[1] - option.bits)
                 if following[r] is None or value < following[r]:
-                    following[r], choice[r] = value, index
+                    following[r], choice[r] = value, option
         best = following
         choices.append(choice)
     found, r = {}, room
-    for unit, choice in reversed(list(zip(rows, choices, strict=True))):
-        option = rows[unit][choice[r]]
-        found[unit] = option.bits
-        r -= option.size
+    for unit, choice in zip(reversed(rows), reversed(choices), strict=True):
+        found[unit] = choice[r].bits
+        r -= choice[r].size
     return {unit: found[unit] for unit in options}
-
-
-def _rounded_up(
-    rows: dict[str, list[Option]],
-    costs: dict[str, list[float]],
-    step: int,
-    room: int,
-) -> tuple[dict[str, list[Option]], dict[str, list[float]]]:
-    """Sizes in steps of the budget, rounded up.
-
-    If that makes a tight budget infeasible, only the smallest options are left,
-    at size 0.
-    """
-    coarse = {
-        unit: [replace(o, size=-(-o.size // step)) for o in row]
-        for unit, row in rows.items()
-    }
-    if sum(min(o.size for o in row) for row in coarse.values()) <= room:
-        return coarse, costs
-    kept = {
-        unit: min(range(len(row)), key=lambda i, row=row: row[i].size)
-        for unit, row in rows.items()
-    }
-    smallest = {u: [replace(rows[u][i], size=0)] for u, i in kept.items()}
-    return smallest, {unit: [costs[unit][i]] for unit, i in kept.items()}

@@ -3,7 +3,7 @@
 Sensitive long before a word changes, with few utterances and no transcript.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 import torch
@@ -12,7 +12,6 @@ from ...utils.distributed import gathered
 from .score import Score
 
 BeforeBatch = Callable[[int], None]
-Outputs = Callable[[BeforeBatch], Iterator[torch.Tensor]]
 
 
 def divergence(
@@ -38,18 +37,14 @@ def divergence(
 class Divergence:
     """Scores a recognizer by the divergence from its float outputs.
 
-    Arguments
-    ---------
-    outputs : callable
-        Runs the search set and yields the output of each batch; calls its
-        argument with the batch's index before each.
+    ``outputs`` runs the search set and yields each batch's output; it calls its
+    argument with the batch's index before each.
 
     Example
     -------
     >>> linear = torch.nn.Linear(2, 2)
     >>> x = torch.randn(3, 2)
     >>> def outputs(before_batch):
-    ...     before_batch(0)
     ...     yield linear(x).detach()
     >>> measure = Divergence(outputs)
     >>> measure.score(lambda _: None).loss
@@ -59,9 +54,21 @@ class Divergence:
     True
     """
 
-    def __init__(self, outputs: Outputs):
+    def __init__(
+        self, outputs: Callable[[BeforeBatch], Iterator[torch.Tensor | None]]
+    ):
         self._outputs = outputs
-        self._reference = [x.cpu() for x in _given(outputs(lambda _: None))]
+        self._reference = [x.cpu() for x in self._run(lambda _: None)]
+
+    def _run(self, before_batch: BeforeBatch) -> Iterator[torch.Tensor]:
+        for output in self._outputs(before_batch):
+            if output is None:
+                raise ValueError(
+                    "the recipe's compute_forward returns no tensor, so "
+                    "outputs cannot be compared; set quantize.plus.cutoffs to "
+                    "units or none"
+                )
+            yield output
 
     def score(
         self, before_batch: BeforeBatch, give_up_above: int | None = None
@@ -70,15 +77,8 @@ class Divergence:
 
         ``give_up_above`` is unused: no words are counted.
         """
-        outputs = _given(self._outputs(before_batch))
-        parts = gathered(
-            [
-                divergence(reference, output)
-                for reference, output in zip(
-                    self._reference, outputs, strict=True
-                )
-            ]
-        )
+        pairs = zip(self._reference, self._run(before_batch), strict=True)
+        parts = gathered([divergence(*pair) for pair in pairs])
         total, frames = 0.0, 0
         # In the order of the set, so that any number of processes agrees.
         for row in zip_longest(*parts, fillvalue=(0.0, 0)):
@@ -86,14 +86,3 @@ class Divergence:
                 total += more
                 frames += count
         return Score(0, 1, total / frames)
-
-
-def _given(outputs: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor]:
-    for output in outputs:
-        if output is None:
-            raise ValueError(
-                "the recipe's compute_forward returns no tensor, so outputs "
-                "cannot be compared; set quantize.plus.cutoffs to units or "
-                "none"
-            )
-        yield output

@@ -20,20 +20,11 @@ def evaluation_key(
 
 
 class Journal:
-    """Finished evaluations, one JSON line each, so that a killed run resumes.
+    """Finished evaluations, one JSON line each.
 
-    Arguments
-    ---------
-    store : Store
-        Where the file is.
-    file : str
-        Its name, usually ``search.jsonl``.
-    fingerprint : str
-        Of the float model, the search set and its metric; lines of other
-        fingerprints are kept, but not used.
-    by_utterance : bool
-        Whether to ignore complete lines without counts by utterance, which
-        earlier versions wrote.
+    ``fingerprint`` identifies the float model, the search set and its metric.
+    ``by_utterance``: whether to ignore complete lines without counts by
+    utterance, which earlier versions wrote.
     """
 
     def __init__(
@@ -49,26 +40,18 @@ class Journal:
         self.by_utterance = by_utterance
         self.measured = 0
         self.reused = 0
-        self._scores = self._read()
-
-    def _read(self) -> dict[str, Score]:
-        scores = {}
-        rows = self.store.rows(self.file)
-        for number, row in enumerate(rows, start=1):
+        self._scores: dict[str, Score] = {}
+        for number, row in enumerate(store.rows(file), start=1):
             try:
-                scores[row["key"]] = Score.from_dict(row["score"])
+                self._scores[row["key"]] = Score.from_dict(row["score"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise self.store.damaged_row(self.file, number) from error
-        return scores
+                raise store.damaged_row(file, number) from error
 
-    def _serves(self, score: Score) -> bool:
+    def _serves(self, score: Score | None) -> bool:
+        if score is None:
+            return False
         counted = score.utterance_errors or not score.complete
         return bool(counted) or not self.by_utterance
-
-    def _append(self, key: str, label: str, score: Score) -> None:
-        row = {"key": key, "label": label, "wer": round(score.wer, 4)}
-        row["score"] = score.to_dict()
-        self.store.append(self.file, row)
 
     def wrap(self, evaluate: Evaluate) -> Evaluate:
         """Evaluates unless the journal has the result."""
@@ -81,13 +64,14 @@ class Journal:
         ) -> Score:
             key = evaluation_key(self.fingerprint, quants, give_up_above)
             known = from_main(self._scores.get(key))
-            if known is not None and self._serves(known):
+            if self._serves(known):
                 self.reused += 1
                 return known
             score = evaluate(quants, start, give_up_above, label)
             self._scores[key] = score
             self.measured += 1
-            self._append(key, label, score)
+            row = {"key": key, "label": label, "wer": round(score.wer, 4)}
+            self.store.append(self.file, {**row, "score": score.to_dict()})
             return score
 
         return remembered

@@ -5,12 +5,10 @@ is far smaller than that of either WER. The loss reacts to changes too small
 for words: it decides where the WER is inconclusive.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from ...config import RULES
 from ...core.error_rates import DeltaInterval, paired_interval
 from .score import Score
 
@@ -18,53 +16,35 @@ from .score import Score
 RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Decision rule of the search and the coverage of its intervals.
-
-    ``"threshold"`` compares plain figures, as published; ``"interval"``
-    compares paired confidence intervals.
-    """
-
-    rule: str = "threshold"
-    level: float = 0.8
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"'{self.rule}' is not one of {', '.join(RULES)}")
-
-
-# The rule of the paper.
-PUBLISHED = Selection()
-
-
 def wer_rise(before: Score, after: Score, level: float) -> DeltaInterval | None:
     """Rise of the WER in points; None without counts by utterance."""
-    one, two = before.utterance_errors, after.utterance_errors
-    if not one or len(one) != len(two):
-        return None
-    extra = np.asarray(two) - np.asarray(one)
-    words = np.asarray(before.utterance_words)
-    return paired_interval(extra, words, RESAMPLES, level)
+    return _rise(
+        before.utterance_errors,
+        after.utterance_errors,
+        before.utterance_words,
+        level,
+    )
 
 
 def loss_rise(
     before: Score, after: Score, level: float
 ) -> DeltaInterval | None:
     """Rise of the loss; None without a finite loss for each batch."""
-    one, two = before.batch_losses, after.batch_losses
-    if not one or len(one) != len(two):
+    losses = before.batch_losses
+    found = _rise(losses, after.batch_losses, np.ones(len(losses)), level)
+    return found and DeltaInterval(*(end / 100 for end in found))
+
+
+def _rise(
+    before: Sequence[float],
+    after: Sequence[float],
+    lengths: Sequence[float],
+    level: float,
+) -> DeltaInterval | None:
+    if not before or len(before) != len(after):
         return None
-    extra = np.asarray(two) - np.asarray(one)
-    found = paired_interval(extra, np.ones(len(one)), RESAMPLES, level)
-    return DeltaInterval(*(end / 100 for end in found))
-
-
-def points_per_loss(score: Score) -> float:
-    """Points of WER for one unit of loss, if both rise in proportion."""
-    if not 0 < score.loss < math.inf:
-        return 0.0
-    return score.wer / score.loss
+    extra = np.asarray(after) - np.asarray(before)
+    return paired_interval(extra, np.asarray(lengths), RESAMPLES, level)
 
 
 def better(one: Score, two: Score, level: float) -> bool:

@@ -1,23 +1,18 @@
 """Step 2, outlier removal: the clipping percentile of each selected unit."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from ...core.plan import LayerQuant
-from .paired import PUBLISHED, Selection, better
+from ...config import SearchConfig
+from ...core.plan import LayerQuant, UnitPlan
+from .paired import better
 from .score import Evaluate, Score
 
-
-@dataclass(frozen=True)
-class UnitCutoff:
-    """The clipping percentile of a unit, and all that were tried."""
-
-    unit: str
-    cutoff: float
-    curve: list[tuple[float, Score]]
+#: Percentiles that were tried.
+Curve = Sequence[tuple[float, Score]]
 
 
-def best_cutoff(curve: Sequence[tuple[float, Score]]) -> float:
+def best_cutoff(curve: Curve) -> float:
     """The percentile with the fewest word errors.
 
     Ties go to the smaller loss, then to the larger percentile. Evaluations that
@@ -30,7 +25,7 @@ def best_cutoff(curve: Sequence[tuple[float, Score]]) -> float:
     return ratio
 
 
-def surest_cutoff(curve: Sequence[tuple[float, Score]], level: float) -> float:
+def surest_cutoff(curve: Curve, level: float) -> float:
     """The percentile that no smaller one beats beyond noise.
 
     From the largest down, each replaces the best so far only if it is better in
@@ -44,34 +39,30 @@ def surest_cutoff(curve: Sequence[tuple[float, Score]], level: float) -> float:
 
 
 def search_cutoffs(
-    selected: Sequence[str],
-    grid: Sequence[float],
+    units: Iterable[UnitPlan],
     quantize_unit: Callable[[str, float], Mapping[str, LayerQuant]],
     evaluate: Evaluate,
-    selection: Selection = PUBLISHED,
-) -> list[UnitCutoff]:
+    search: SearchConfig,
+) -> list[UnitPlan]:
     """Searches the clipping percentile of each selected unit.
 
     In network order, with earlier decisions in place and later units float.
 
     Arguments
     ---------
-    selected : sequence of str
-        Names of the selected units, in network order.
-    grid : sequence of float
-        Percentiles to try.
+    units : iterable of UnitPlan
+        As :func:`~.sensitivity.select_units` returns them.
     quantize_unit : callable
         Layers of a unit, clipped at a percentile of |input|.
     evaluate : Evaluate
         Measures on the search set.
-    selection : Selection
-        ``threshold``: the fewest word errors win (:func:`best_cutoff`).
-        ``interval``: better beyond noise wins (:func:`surest_cutoff`); no
-        evaluation gives up then.
+    search : SearchConfig
+        The grid and the rule: :func:`best_cutoff` for ``threshold``,
+        :func:`surest_cutoff` for ``interval``, which gives up no evaluation.
 
     Returns
     -------
-    list of UnitCutoff
+    list of UnitPlan
 
     Example
     -------
@@ -80,33 +71,45 @@ def search_cutoffs(
     >>> def measure(quants, start=None, give_up_above=None, label=""):
     ...     amax = quants[start].activation_amax
     ...     return Score(errors=int(abs(amax - 99.9) * 99), words=9, loss=0)
-    >>> [c.cutoff for c in search_cutoffs(["u"], [100, 99.9, 99], quantize,
-    ...     measure)]
-    [99.9]
+    >>> found = search_cutoffs([UnitPlan("u", selected=True)], quantize,
+    ...     measure, SearchConfig(cutoffs=(100, 99.9, 99)))
+    >>> found[0].cutoff
+    99.9
     """
     decided: dict[str, LayerQuant] = {}
+    by_interval = search.selection == "interval"
     found = []
-    by_interval = selection.rule == "interval"
-    for unit in selected:
+    for unit in units:
+        if not unit.selected:
+            found.append(unit)
+            continue
         curve: list[tuple[float, Score]] = []
         fewest: int | None = None
-        for ratio in sorted(grid, reverse=True):
+        for ratio in sorted(search.cutoffs, reverse=True):
             score = evaluate(
-                {**decided, **quantize_unit(unit, ratio)},
-                start=unit,
-                give_up_above=fewest,
-                label=f"{unit} cut at {ratio:g} %",
+                {**decided, **quantize_unit(unit.name, ratio)},
+                start=unit.name,
+                give_up_above=None if by_interval else fewest,
+                label=f"{unit.name} cut at {ratio:g} %",
             )
             curve.append((ratio, score))
-            if by_interval or not score.complete:
-                continue
-            if fewest is None or score.errors < fewest:
+            if score.complete and (fewest is None or score.errors < fewest):
                 fewest = score.errors
-        ratio = (
-            surest_cutoff(curve, selection.level)
+        cutoff = (
+            surest_cutoff(curve, search.level)
             if by_interval
             else best_cutoff(curve)
         )
-        decided.update(quantize_unit(unit, ratio))
-        found.append(UnitCutoff(unit, ratio, curve))
+        decided.update(quantize_unit(unit.name, cutoff))
+        rows = [_row(ratio, score) for ratio, score in curve]
+        found.append(replace(unit, cutoff=cutoff, curve=rows))
     return found
+
+
+def _row(ratio: float, score: Score) -> dict:
+    return {
+        "cutoff": ratio,
+        "wer": score.wer,
+        "secondary": score.to_dict()["loss"],
+        "complete": score.complete,
+    }

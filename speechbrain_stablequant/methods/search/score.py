@@ -13,18 +13,10 @@ from ...utils.typed import typed
 class Score:
     """Result of one evaluation on the search set.
 
-    Arguments
-    ---------
-    errors, words : int
-        Word errors and reference words.
-    loss : float
-        Mean loss of the recipe per utterance; infinite if it is not finite.
-    complete : bool
-        False if the evaluation gave up early: ``errors`` is a lower bound then.
-    utterance_errors, utterance_words : tuple of int
-        The same by utterance, for paired comparison; empty if unknown.
-    batch_losses : tuple of float
-        The loss of each batch; empty if one is not finite.
+    ``errors``: word errors among ``words`` reference words; a lower bound if the
+    evaluation gave up early (not ``complete``). ``loss``: mean loss of the
+    recipe per utterance, infinite if it is not finite. The rest, for paired
+    comparison, is empty if unknown or not finite.
 
     Example
     -------
@@ -55,9 +47,7 @@ class Score:
     def to_dict(self) -> dict:
         """JSON-safe: an infinite loss is None, empty fields are left out."""
         raw = {k: v for k, v in asdict(self).items() if v != ()}
-        if not math.isfinite(self.loss):
-            raw["loss"] = None
-        return raw
+        return raw if math.isfinite(self.loss) else {**raw, "loss": None}
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> "Score":
@@ -98,10 +88,6 @@ class Evaluate(Protocol):
             Word errors above which the evaluation may give up.
         label : str
             For the journal and the progress bar.
-
-        Returns
-        -------
-        Score
         """
 
 

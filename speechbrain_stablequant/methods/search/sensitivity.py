@@ -1,35 +1,20 @@
 """Step 1, layer selection: units that are sensitive when quantized alone."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from ...config import SearchConfig
 from ...core.error_rates import DeltaInterval
-from ...core.plan import LayerQuant
-from .paired import PUBLISHED, Selection, loss_rise, points_per_loss, wer_rise
+from ...core.plan import LayerQuant, UnitPlan
+from .paired import loss_rise, wer_rise
 from .score import Evaluate, Score
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The effect of quantizing one unit alone.
-
-    ``delta_wer``: rise over the float model in points, with its ``interval`` if
-    there are counts by utterance; ``selected``: whether the unit is sensitive.
-    """
-
-    unit: str
-    score: Score
-    delta_wer: float
-    selected: bool
-    interval: DeltaInterval | None = None
 
 
 def select_units(
     units: Mapping[str, Mapping[str, LayerQuant]],
     evaluate: Evaluate,
-    threshold: float,
-    selection: Selection = PUBLISHED,
-) -> tuple[Score, list[Sensitivity]]:
+    search: SearchConfig,
+) -> tuple[Score, list[UnitPlan]]:
     """Measures every unit alone and selects the sensitive ones.
 
     Rule ``threshold``: a unit is selected if its rise is above the threshold.
@@ -43,16 +28,14 @@ def select_units(
         For each unit, in network order, its layers without clipping.
     evaluate : Evaluate
         Measures on the search set.
-    threshold : float
-        Rise of the WER in points.
-    selection : Selection
-        The rule.
+    search : SearchConfig
+        The rule, its level and the threshold.
 
     Returns
     -------
     Score
         Of the float model.
-    list of Sensitivity
+    list of UnitPlan
         In network order.
 
     Example
@@ -61,33 +44,53 @@ def select_units(
     ...     return Score(errors=5 + 3 * ("a" in quants), words=100, loss=1.0)
     >>> quant = LayerQuant(8, 8, 1.0)
     >>> _, found = select_units({"u": {"a": quant}, "v": {"b": quant}},
-    ...     measure, threshold=0.25)
-    >>> [(s.unit, s.delta_wer, s.selected) for s in found]
+    ...     measure, SearchConfig(threshold=0.25))
+    >>> [(unit.name, unit.delta_wer, unit.selected) for unit in found]
     [('u', 3.0, True), ('v', 0.0, False)]
     """
     baseline = evaluate({}, label="float")
-    worth = points_per_loss(baseline)
     found = []
-    for unit, quants in units.items():
-        score = evaluate(quants, start=unit, label=f"{unit} alone")
-        interval = wer_rise(baseline, score, selection.level)
-        # In whole words, so that rounding of rates does not decide.
-        more = 100 * (score.errors - baseline.errors)
-        selected = more > threshold * baseline.words
-        if selection.rule == "interval":
-            if interval is None:
-                raise ValueError(
-                    "quantize.search.selection: interval needs errors by "
-                    "utterance, which the recipe's metric does not count; "
-                    "use selection: threshold"
-                )
-            if interval.low <= threshold < interval.high:
-                loss = loss_rise(baseline, score, selection.level)
-                selected = (
-                    loss is not None
-                    and loss.low > 0
-                    and worth * loss.delta > threshold
-                )
-        delta = score.wer - baseline.wer
-        found.append(Sensitivity(unit, score, delta, selected, interval))
+    for name, quants in units.items():
+        score = evaluate(quants, start=name, label=f"{name} alone")
+        interval = wer_rise(baseline, score, search.level)
+        if search.selection == "interval":
+            selected = _is_surely_worse(baseline, score, interval, search)
+        else:
+            selected = _is_worse(baseline, score, search.threshold)
+        found.append(
+            UnitPlan(
+                name=name,
+                wer=score.wer,
+                delta_wer=score.wer - baseline.wer,
+                delta_wer_ci=interval and [interval.low, interval.high],
+                selected=selected,
+            )
+        )
     return baseline, found
+
+
+def _is_worse(baseline: Score, score: Score, threshold: float) -> bool:
+    # In whole words, so that rounding of rates does not decide.
+    more = 100 * (score.errors - baseline.errors)
+    return more > threshold * baseline.words
+
+
+def _is_surely_worse(
+    baseline: Score,
+    score: Score,
+    interval: DeltaInterval | None,
+    search: SearchConfig,
+) -> bool:
+    threshold = search.threshold
+    if interval is None:
+        raise ValueError(
+            "quantize.search.selection: interval needs errors by utterance, "
+            "which the recipe's metric does not count; use selection: threshold"
+        )
+    if not interval.low <= threshold < interval.high:
+        return _is_worse(baseline, score, threshold)
+    loss = loss_rise(baseline, score, search.level)
+    if loss is None or loss.low <= 0 or not 0 < baseline.loss < math.inf:
+        return False
+    # Points of WER for one unit of loss, if both rise in proportion.
+    return baseline.wer / baseline.loss * loss.delta > threshold
