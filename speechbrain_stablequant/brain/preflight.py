@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import ConfigError, QuantizeConfig
 from ..core.plan import QuantizationPlan
-from ..methods.search.auto_quantize import require_modelopt
+from ..methods.plus.auto_quantize import require_modelopt
 from ..methods.session import check_earlier_run
 from ..model.layers import find_layers
 from ..utils import distributed

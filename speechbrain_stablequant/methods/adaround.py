@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import AdjustedTensors
 from .calibrator import calibrator_plan
-from .layerwise import AdaRound
-from .session import Calibration, Session, rounded_layers
+from .layerwise import AdaRound, rounded_layers
+from .session import Calibration, Session
 
 
 def adaround_plan(

@@ -1,8 +1,11 @@
-"""Temporary replacement of attributes."""
+"""Temporary changes of modules: attributes, values and hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import nn
 
 
 @contextmanager
@@ -29,3 +32,39 @@ def restored(owner: Any) -> Iterator[None]:
     finally:
         vars(owner).clear()
         vars(owner).update(attributes)
+
+
+@contextmanager
+def replaced_item(mapping: dict, key: Any, value: Any) -> Iterator[None]:
+    """Replaces one item of a dictionary."""
+    before, mapping[key] = mapping[key], value
+    try:
+        yield
+    finally:
+        mapping[key] = before
+
+
+@contextmanager
+def restored_values(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restores the values of tensors that are changed in place."""
+    # By id, so that a tensor that is listed twice is copied once.
+    kept = {id(t): (t, t.detach().clone()) for t in tensors}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept.values():
+                tensor.copy_(value)
+
+
+@contextmanager
+def hooked(
+    hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, tuple], Any]]],
+) -> Iterator[None]:
+    """Calls each hook before the forward of its module."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

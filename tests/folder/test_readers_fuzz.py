@@ -41,7 +41,7 @@ from speechbrain_stablequant.core.plan_tensors import (
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.methods.search import Journal, Score
-from speechbrain_stablequant.methods.session import calibration
+from speechbrain_stablequant.methods.session import Calibration
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.report.results import Effort, Evaluation
 from speechbrain_stablequant.transcribe.load import load
@@ -277,12 +277,8 @@ def base(make_tiny_modules, tmp_path_factory) -> Path:
     tensors.save(other / "plan.safetensors", {"enc": 4})
     histogram = Histogram(num_bins=128)
     histogram.add(torch.linspace(0, 3, 50))
-    calibration._write(
-        Store(other),
-        "histograms.json",
-        "k",
-        calibration.Calibration({"enc": histogram}, True),
-    )
+    histograms = Calibration({"enc": histogram}, True).to_dict()
+    Store(other).write("histograms.json", "k", histograms)
     said = [Transcript("u1", "ONE TWO", "ONE"), Transcript("u2", "A", "A")]
     Evaluation(said, 1.0, 2.0).write(Store(other), "transcripts.json", "k")
     Effort(1.0, {"search": 3}).remembered(Store(other), "effort.json", "k")
@@ -420,8 +416,11 @@ def remembered(rng, folder):
         [
             (
                 "histograms.json",
-                lambda: calibration._read(
-                    store, "histograms.json", "k", ["enc"], 128
+                lambda: store.read(
+                    "histograms.json",
+                    "k",
+                    "calibration histograms",
+                    lambda raw: Calibration.from_dict(raw, ["enc"], 128),
                 ),
             ),
             (

@@ -17,7 +17,8 @@ from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
 from speechbrain_stablequant.core.plan import LayerPlan, LayerQuant
-from speechbrain_stablequant.methods.search import Score, auto_quantize
+from speechbrain_stablequant.methods.plus import auto_quantize
+from speechbrain_stablequant.methods.search import Score
 
 RATE = 16000
 OLD = {

@@ -8,7 +8,7 @@ import pytest
 from speechbrain_stablequant.methods.search.bit_allocation import (
     Option,
     choose_bits,
-    harms,
+    monotone,
 )
 
 BITS = (4, 6, 8, 16)
@@ -21,41 +21,42 @@ def units_of(seed, count=4):
     for index in range(count):
         weights = draw.randint(100, 5000)
         pain = draw.uniform(0, 5)
-        units[f"u{index}"] = [
-            Option(
-                bits,
-                weights * bits // 8,
-                max(0, pain * (16 - bits) / 12 + draw.gauss(0, 0.2)),
-            )
-            for bits in BITS
-        ]
+        units[f"u{index}"] = monotone(
+            [
+                Option(
+                    bits,
+                    weights * bits // 8,
+                    max(0, pain * (16 - bits) / 12 + draw.gauss(0, 0.2)),
+                )
+                for bits in BITS
+            ]
+        )
     return units
 
 
-def total(units, choice, values):
+def total(units, choice):
     """Size and harm of a choice."""
     size = harm = 0
     for unit, row in units.items():
-        index = next(i for i, o in enumerate(row) if o.bits == choice[unit])
-        size += row[index].size
-        harm += values[unit][index]
+        option = next(o for o in row if o.bits == choice[unit])
+        size += option.size
+        harm += option.harm
     return size, harm
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_combination_is_better(seed):
     units = units_of(seed)
-    values = harms(units)
     largest = sum(row[-1].size for row in units.values())
     budget = int(largest * random.Random(-seed).uniform(0.3, 0.9))
     choice = choose_bits(units, budget)
-    size, harm = total(units, choice, values)
+    size, harm = total(units, choice)
     assert size <= budget
     # A step of the knapsack is a 4096th: what only just fits is left out.
     room = budget - 4 * -(-budget // 4096)
     for bits in itertools.product(BITS, repeat=len(units)):
         other = dict(zip(units, bits, strict=True))
-        other_size, other_harm = total(units, other, values)
+        other_size, other_harm = total(units, other)
         if other_size <= room:
             assert harm <= other_harm + 1e-9
 
@@ -77,7 +78,7 @@ def test_only_the_smallest_fit():
 def test_harm_never_rises_with_the_bits():
     """Noise made 4 bits look better than 8."""
     row = [Option(4, 1, 0.0), Option(8, 2, 1.0)]
-    assert harms({"u": row}) == {"u": [1.0, 1.0]}
+    assert [option.harm for option in monotone(row)] == [1.0, 1.0]
 
 
 def test_the_unit_that_suffers_less_gets_fewer_bits():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from speechbrain_stablequant.config import QuantizeConfig
 from speechbrain_stablequant.core.plan import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import LayerTensors
 from speechbrain_stablequant.core.weights import (
@@ -32,17 +33,9 @@ from speechbrain_stablequant.methods.layerwise.hessian import (
     MomentSum,
     unfolded,
 )
-from speechbrain_stablequant.model.layers import (
-    Layer,
-    find_encoders,
-    find_layers,
-    group_units,
-)
+from speechbrain_stablequant.methods.session import Session
 from speechbrain_stablequant.simulation import fake_quant as simulate
-from speechbrain_stablequant.simulation.fake_quant import (
-    Simulator,
-    quantize_input,
-)
+from speechbrain_stablequant.simulation.fake_quant import quantize_input
 from speechbrain_stablequant.simulation.prefix_cache import StopForward
 from speechbrain_stablequant.utils.precision import allows_tf32
 from speechbrain_stablequant.utils.store import Store
@@ -249,20 +242,22 @@ def test_moments_by_lags_of_some_groups():
 
 
 class Data:
-    """Batches for a tiny encoder, as the session gives them."""
+    """A recognizer with batches for a tiny encoder."""
+
+    show_progress = False
 
     def __init__(self, modules, padded=False):
-        self.modules = modules
+        self.modules = dict(modules.items())
         torch.manual_seed(3)
         self.batches = [torch.randn(2, 1300) for _ in range(2)]
         self.real = [1300, 900 if padded else 1300]
         self.runs = 0
 
-    def lengths(self, batch):
+    def lengths(self, subset, batch):
         return 1300, self.real
 
     @torch.no_grad()
-    def __call__(self, before_batch, first_only=False, turns=1):
+    def forward(self, subset, before_batch, first_only=False, turns=1):
         for index, wavs in enumerate(self.batches):
             for _ in range(turns):
                 before_batch(index)
@@ -282,20 +277,12 @@ class Data:
         return torch.cat([self.output(wavs) for wavs in self.batches])
 
 
-def walk_of(modules, data, cached=True):
-    layers = find_layers(modules, list(modules))
-    (encoder,) = find_encoders(modules)
-    units = list(group_units(layers))
-    cuts = [cut for cut in encoder.cuts() if cut.unit in units]
-    return PrefixWalk(
-        Simulator(layers),
-        units,
-        data,
-        data.lengths,
-        encoder.conv_geometry(),
-        cuts if cached else (),
-        10**9,
-    )
+def walk_of(data, cached=True):
+    block = {"target": list(data.modules)}
+    if not cached:
+        block["search"] = {"cache_gb": 0}
+    config = QuantizeConfig.from_dict(block)
+    return PrefixWalk(Session(data, config, Store(None), ()), True)
 
 
 def quants_of(walk, bits=4):
@@ -310,7 +297,7 @@ def modules(make_tiny_modules):
 
 
 def test_groups_share_inputs(tiny_modules):
-    walk = walk_of(tiny_modules, Data(tiny_modules))
+    walk = walk_of(Data(tiny_modules))
     groups = [[x.name for x in group] for group in walk.groups()]
     names = [name for group in groups for name in group]
     assert sorted(names) == sorted(walk.simulator.layers)
@@ -324,13 +311,11 @@ def test_groups_share_inputs(tiny_modules):
 
 
 def test_a_layer_called_twice_is_refused():
-    linear = nn.Linear(2, 2)
-    layer = Layer("a", linear, "linear", "head")
+    class Twice(Data):
+        def output(self, wavs):
+            return self.modules["a"](self.modules["a"](wavs))
 
-    def forward(before_batch, first_only=False, turns=1):
-        linear(linear(torch.ones(1, 2)))
-
-    walk = PrefixWalk(Simulator([layer]), ["head"], forward, lambda _: (1, [1]))
+    walk = walk_of(Twice({"a": nn.Linear(1300, 1300)}))
     with pytest.raises(ValueError, match="a: is called twice"):
         walk.groups()
 
@@ -341,7 +326,7 @@ def test_a_layer_called_twice_is_refused():
 def test_moments_behind_a_prefix(modules, padded, cached):
     """As from hooks on a whole pass of the float and the quantized model."""
     data = Data(modules, padded)
-    walk = walk_of(modules, data, cached)
+    walk = walk_of(data, cached)
     quants = quants_of(walk, 3)
     names = list(walk.simulator.layers)
     for name in (names[2], names[8], names[-4], names[-1]):
@@ -382,7 +367,7 @@ def test_moments_behind_a_prefix(modules, padded, cached):
 
 def refined(modules, tmp_path, solve, centered=False, bits=4, key="k", **more):
     data = Data(modules)
-    walk = walk_of(modules, data)
+    walk = walk_of(data)
     quants = quants_of(walk, bits)
     tensors = refine(
         walk,
@@ -516,7 +501,7 @@ def test_a_wide_convolution_in_parts(modules, tmp_path, monkeypatch):
 
 def test_float_layers_stay_float(modules, tmp_path):
     data = Data(modules)
-    walk = walk_of(modules, data)
+    walk = walk_of(data)
     quants = quants_of(walk)
     left = [n for n in quants if "layers.0" in n]
     for name in left:

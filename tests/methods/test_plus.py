@@ -14,14 +14,19 @@ from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods import make_plan
+from speechbrain_stablequant.methods.plus import auto_quantize
+from speechbrain_stablequant.methods.plus.auto_quantize import (
+    Calls,
+    inputs_of_first,
+)
 from speechbrain_stablequant.methods.plus.quarot import (
     is_rotated,
     rotated,
     rotated_floats,
 )
 from speechbrain_stablequant.methods.plus.smoothquant import (
-    ChannelMaxima,
     changed_floats,
+    channel_maxima,
     equalized,
     factors,
     find_sites,
@@ -30,11 +35,7 @@ from speechbrain_stablequant.methods.plus.zero_point import (
     asymmetric_range,
     behind_gelu,
 )
-from speechbrain_stablequant.methods.search import Score, auto_quantize
-from speechbrain_stablequant.methods.search.auto_quantize import (
-    Calls,
-    inputs_of_first,
-)
+from speechbrain_stablequant.methods.search import Score
 from speechbrain_stablequant.methods.session import Session
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.model.rotation import (
@@ -228,6 +229,12 @@ def test_the_plan_can_be_used_again(large, tmp_path):
 # -- equalization --------------------------------------------------------------
 
 
+def maxima_of(recognizer, sites):
+    return channel_maxima(
+        sites, lambda: recognizer.forward("calibration", lambda _: None)
+    )
+
+
 @torch.no_grad()
 def test_equalized_float_model_is_the_same(tiny_modules, variant):
     recognizer = Recognizer(tiny_modules)
@@ -236,15 +243,11 @@ def test_equalized_float_model_is_the_same(tiny_modules, variant):
     # The residual of a post-norm block reads the normalization as well.
     assert len(sites) == 1 + 2 * (3 if variant.endswith("large") else 1)
     before = state(tiny_modules)
-    with ChannelMaxima([s.consumers[0] for s in sites]).watch() as maxima:
-        recognizer.forward("calibration", lambda _: None)
-    by_site = {
-        s.name: factors(s, maxima.values[s.consumers[0].name], 0.5)
-        for s in sites
-    }
+    maxima = maxima_of(recognizer, sites)
+    by_site = {site: factors(site, maxima[site], 0.5) for site in sites}
     assert all(f.max() / f.min() > 1.5 for f in by_site.values())
     quantized = [layer.name for layer in layers[:-2]]
-    with equalized(sites, by_site):
+    with equalized(by_site):
         assert recognizer.score(lambda _: None, None).loss < 1e-5
         floats = changed_floats(sites, quantized)
         changed = {
@@ -265,16 +268,11 @@ def test_strength_one_makes_channels_equal(large):
     recognizer = Recognizer(large)
     layers = find_layers(recognizer.modules, TARGET)
     sites = find_sites(find_encoders(recognizer.modules), layers)
-    watched = [s.consumers[0] for s in sites]
-    with ChannelMaxima(watched).watch() as before:
-        recognizer.forward("calibration", lambda _: None)
-    by_site = {
-        s.name: factors(s, before.values[s.consumers[0].name], 1.0)
-        for s in sites
-    }
-    with equalized(sites, by_site), ChannelMaxima(watched).watch() as after:
-        recognizer.forward("calibration", lambda _: None)
-    for values in after.values.values():
+    before = maxima_of(recognizer, sites)
+    by_site = {site: factors(site, before[site], 1.0) for site in sites}
+    with equalized(by_site):
+        after = maxima_of(recognizer, sites)
+    for values in after.values():
         assert torch.allclose(values, torch.ones_like(values), rtol=1e-3)
 
 

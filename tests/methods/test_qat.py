@@ -17,11 +17,11 @@ from speechbrain_stablequant.brain.trainer import (
     divergence,
     reproducible,
 )
-from speechbrain_stablequant.config import ConfigError
+from speechbrain_stablequant.config import ConfigError, QatConfig
 from speechbrain_stablequant.core.affine import fake_quantize, qmax
 from speechbrain_stablequant.core.plan import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
-from speechbrain_stablequant.methods.qat.loop import Training
+from speechbrain_stablequant.methods.qat import loop
 from speechbrain_stablequant.methods.qat.store import EpochStore
 from speechbrain_stablequant.methods.qat.student import (
     Student,
@@ -35,6 +35,10 @@ from speechbrain_stablequant.utils.store import Store
 from speechbrain_stablequant.utils.tensor_bytes import metadata_of
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
+
+
+def settings(epochs, lr, scale_lr=1e-3, keep="best"):
+    return QatConfig(epochs=epochs, lr=lr, scale_lr=scale_lr, keep=keep)
 
 
 # -- gradients against the definitions -----------------------------------------
@@ -169,7 +173,7 @@ def test_what_is_trained_is_what_is_simulated(
     same = dict(tiny_modules.named_parameters())
     layers, student = student_of(tiny_modules, audio, learn_scales=learn_scales)
     expected = run(tiny_modules, audio)
-    optimizers = Training(1, 1e-3, 1e-2).optimizers(student)
+    optimizers = loop.make_optimizers(settings(1, 1e-3, 1e-2), student)
     for step in range(3):
         with student.active():
             out = run(tiny_modules, audio)
@@ -207,7 +211,7 @@ def test_frozen_layers_stay_as_calibrated(make_tiny_modules, audio):
     layers, student = student_of(
         modules, audio, learn_scales=True, frozen=lambda n: n.startswith(head)
     )
-    names = [*student.weights, *student.scales]
+    names = [*student.trained(False), *student.trained(True)]
     assert names and not any(head in name for name in names)
     first = layers[0].name
     with student.active():
@@ -300,7 +304,7 @@ def train(modules, audio, folder, training, fail_in=None, key="k", **options):
         return Score(errors=int(1e6 * loss), words=1000, loss=loss)
 
     store = EpochStore(Store(folder), key)
-    result = training.run(student, trainer, measure, store)
+    result = loop.train(training, student, trainer, measure, store)
     return *result, trainer
 
 
@@ -313,7 +317,7 @@ def sets():
 def test_loss_falls(make_tiny_modules, sets, tmp_path, learn_scales):
     modules = make_tiny_modules("wav2vec2-large")
     before = fingerprint_modules(modules)
-    training = Training(8, 3e-3, 1e-2)
+    training = settings(8, 3e-3, 1e-2)
     _, _, history, trainer = train(
         modules, sets, tmp_path, training, learn_scales=learn_scales
     )
@@ -331,7 +335,7 @@ def test_loss_falls(make_tiny_modules, sets, tmp_path, learn_scales):
 @pytest.mark.parametrize("fail_in", [(1, 1), (3, 0)])
 def test_killed_training_goes_on(make_tiny_modules, sets, tmp_path, fail_in):
     modules = make_tiny_modules("hubert-base")
-    training = Training(3, 1e-3, 1e-2)
+    training = settings(3, 1e-3, 1e-2)
     options = {"learn_scales": True}
     whole = train(modules, sets, tmp_path / "whole", training, **options)
     folder = tmp_path / "killed"
@@ -350,21 +354,21 @@ def test_killed_training_goes_on(make_tiny_modules, sets, tmp_path, fail_in):
     assert (third[0], third[1].digest()) == (again[0], again[1].digest())
     assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
     # Another key is another training.
-    other = train(modules, sets, folder, Training(1, 1e-3), key="other")
+    other = train(modules, sets, folder, settings(1, 1e-3), key="other")
     assert other[3].epochs == [1]
 
 
 def test_best_epoch_is_kept(make_tiny_modules, sets, tmp_path):
     modules = make_tiny_modules("wav2vec2-base")
     _, start = student_of(modules, sets[0])
-    wild = Training(2, 0.5)
+    wild = settings(2, 0.5)
     quants, tensors, history, _ = train(modules, sets, tmp_path, wild)
     assert history[0]["errors"] < min(e["errors"] for e in history[1:])
     assert (quants, tensors.digest()) == (
         start.result()[0],
         start.result()[1].digest(),
     )
-    last = Training(2, 0.5, keep="last")
+    last = settings(2, 0.5, keep="last")
     _, tensors, history, _ = train(modules, sets, tmp_path, last, key="last")
     assert tensors.digest() != start.result()[1].digest()
     assert {entry["errors"] for entry in history} == {None}
@@ -373,11 +377,11 @@ def test_best_epoch_is_kept(make_tiny_modules, sets, tmp_path):
 def test_damaged_epoch_is_named(make_tiny_modules, sets, tmp_path):
     modules = make_tiny_modules("wav2vec2-base")
     with pytest.raises(KeyboardInterrupt):
-        train(modules, sets, tmp_path, Training(2, 1e-3), (2, 1))
+        train(modules, sets, tmp_path, settings(2, 1e-3), (2, 1))
     (path,) = tmp_path.glob("*_epoch1.*")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=rf"{path.name}.*delete it"):
-        train(modules, sets, tmp_path, Training(2, 1e-3))
+        train(modules, sets, tmp_path, settings(2, 1e-3))
 
 
 # -- SpeechBrain's loop --------------------------------------------------------
@@ -458,7 +462,7 @@ def fit(brain, rows, epochs=2, rate=0.05, distill=0.0, **options):
     student = Student(layers, quants, modules)
     options = {"batch_size": 4, "shuffle": True, "collate_fn": Batch, **options}
     trainer = BrainTrainer(brain, rows, options, "sig", 3)
-    optimizers = Training(epochs, rate).optimizers(student)
+    optimizers = loop.make_optimizers(settings(epochs, rate), student)
     losses = []
     with student.active():
         for number in range(1, epochs + 1):
@@ -618,7 +622,7 @@ def test_no_training_set_for_a_variant(make_tiny_modules, tmp_path):
 
 def test_history_is_json(make_tiny_modules, sets, tmp_path):
     modules = make_tiny_modules("wav2vec2-large")
-    train(modules, sets, tmp_path, Training(1, 1e-3))
+    train(modules, sets, tmp_path, settings(1, 1e-3))
     (path,) = tmp_path.iterdir()
     raw = json.loads(metadata_of(path.read_bytes())["content"])
     assert [set(entry) for entry in raw["history"]] == 2 * [
@@ -627,13 +631,13 @@ def test_history_is_json(make_tiny_modules, sets, tmp_path):
 
 
 def test_learning_rates_fall_along_half_a_cosine():
-    training = Training(epochs=2, lr=1.0, scale_lr=0.5)
+    training = settings(2, 1.0, 0.5)
     parameter = nn.Parameter(torch.zeros(1))
     names = ("weights", "scales")
     optimizers = {name: torch.optim.Adam([parameter]) for name in names}
     found = []
     for progress in (0.0, 0.5, 1.0):
-        training.set_rates(optimizers, progress)
+        loop.set_rates(training, optimizers, progress)
         found.append([optimizers[name].param_groups[0]["lr"] for name in names])
     assert found == [
         [1.0, 0.5],

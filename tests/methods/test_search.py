@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.config import SearchConfig
+from speechbrain_stablequant.core.plan import LayerQuant, UnitPlan
 from speechbrain_stablequant.methods.search import (
     Journal,
     Score,
-    Selection,
     search_cutoffs,
     select_units,
 )
@@ -30,8 +30,18 @@ def quantize_unit(unit, ratio):
     return {f"{unit}.{i}": LayerQuant(8, 8, ratio) for i in "ab"}
 
 
-def single_units():
-    return {unit: quantize_unit(unit, 100.0) for unit in UNITS}
+def select(evaluate, threshold=0.25, rule="threshold"):
+    """Step 1 for all units, each quantized alone."""
+    units = {unit: quantize_unit(unit, 100.0) for unit in UNITS}
+    search = SearchConfig(threshold=threshold, selection=rule)
+    return select_units(units, evaluate, search)
+
+
+def cut(units, evaluate, grid=GRID, rule="threshold"):
+    """Step 2 for units by name."""
+    plans = [UnitPlan(unit, selected=True) for unit in units]
+    search = SearchConfig(cutoffs=grid, selection=rule)
+    return search_cutoffs(plans, quantize_unit, evaluate, search)
 
 
 class Fake:
@@ -102,10 +112,10 @@ def rising(rises, baseline=10):
 
 def test_each_unit_is_measured_alone():
     fake = Fake(constant(1))
-    select_units(single_units(), fake, threshold=0.25)
+    select(fake)
     assert [(quants, start) for quants, start, _, _ in fake.calls] == [
         ({}, None),
-        *((quants, unit) for unit, quants in single_units().items()),
+        *((quantize_unit(unit, 100.0), unit) for unit in UNITS),
     ]
     # The exact rise is reported: none is given up.
     assert {limit for _, _, limit, _ in fake.calls} == {None}
@@ -115,12 +125,12 @@ def test_selection_threshold_is_strict():
     """One error in 400 words is exactly 0.25 points."""
     rises = {"conv.0": 1, "conv.1": 2, "block.0": 0, "head": -3}
     fake = Fake(rising(rises), words=400)
-    baseline, found = select_units(single_units(), fake, threshold=0.25)
+    baseline, found = select(fake)
     assert baseline.wer == 2.5
-    assert [row.unit for row in found] == list(UNITS)
+    assert [row.name for row in found] == list(UNITS)
     assert [row.delta_wer for row in found] == [0.25, 0.5, 0.0, -0.75]
     assert [row.selected for row in found] == [False, True, False, False]
-    assert [row.score.errors for row in found] == [11, 12, 10, 7]
+    assert [4 * row.wer for row in found] == [11, 12, 10, 7]
 
 
 @pytest.mark.parametrize("words, baseline", [(2400, 91), (3600, 35)])
@@ -128,14 +138,14 @@ def test_selection_threshold_is_strict_for_every_set(words, baseline):
     """A quarter of a point is a quarter of a point, whatever the rounding of
     the two rates is."""
     fake = Fake(rising({"head": words // 400}, baseline), words)
-    _, found = select_units(single_units(), fake, threshold=0.25)
+    _, found = select(fake)
     assert [row.selected for row in found] == [False] * 4
 
 
 def test_threshold_zero_selects_any_rise():
     fake = Fake(rising({"conv.1": 1}), words=100000)
-    _, found = select_units(single_units(), fake, threshold=0)
-    assert [row.unit for row in found if row.selected] == ["conv.1"]
+    _, found = select(fake, 0)
+    assert [row.name for row in found if row.selected] == ["conv.1"]
 
 
 # -- cut-offs ------------------------------------------------------------------
@@ -150,8 +160,8 @@ def test_decisions_are_kept_and_later_units_float():
         return [0 if last[1].activation_amax == best[unit] else 5], 1.0
 
     fake = Fake(landscape)
-    found = search_cutoffs(list(best), GRID, quantize_unit, fake)
-    assert {row.unit: row.cutoff for row in found} == best
+    found = cut(best, fake)
+    assert {row.name: row.cutoff for row in found} == best
     calls = iter(fake.calls)
     decided = {}
     for unit, ratio in best.items():
@@ -166,8 +176,8 @@ def test_decisions_are_kept_and_later_units_float():
 
 def test_grid_in_any_order_is_tried_from_the_largest():
     fake = Fake(constant(3))
-    (found,) = search_cutoffs(["head"], GRID[::-1], quantize_unit, fake)
-    assert [ratio for ratio, _ in found.curve] == list(GRID)
+    (found,) = cut(["head"], fake, GRID[::-1])
+    assert [row["cutoff"] for row in found.curve] == list(GRID)
     assert found.cutoff == 100.0
 
 
@@ -179,13 +189,15 @@ def test_limit_is_the_fewest_errors_so_far():
 
     for pruned in (True, False):
         fake = Fake(landscape, pruned=pruned)
-        search_cutoffs(["head"], GRID, quantize_unit, fake)
+        cut(["head"], fake)
         assert [call[2] for call in fake.calls] == [None, 5, 5, 3, 3]
 
 
 def test_nothing_selected():
     fake = Fake(constant(1))
-    assert search_cutoffs([], GRID, quantize_unit, fake) == []
+    units = [UnitPlan("head")]
+    found = search_cutoffs(units, quantize_unit, fake, SearchConfig())
+    assert found == units
     assert fake.calls == []
 
 
@@ -219,10 +231,10 @@ def test_giving_up_never_changes_the_choice():
         results = []
         for pruned in (True, False):
             fake = Fake(random_landscape(seed), pruned=pruned)
-            found = search_cutoffs(UNITS, GRID, quantize_unit, fake)
+            found = cut(UNITS, fake)
             results.append([row.cutoff for row in found])
-            scores = [score for row in found for _, score in row.curve]
-            given_up = sum(not score.complete for score in scores)
+            points = [point for row in found for point in row.curve]
+            given_up = sum(not point["complete"] for point in points)
             assert pruned or given_up == 0
             gave_up += given_up
         assert results[0] == results[1], seed
@@ -236,9 +248,9 @@ def test_curve_says_what_was_given_up():
         return errors[quants["head.a"].activation_amax], 1.0
 
     grid = list(errors)
-    (found,) = search_cutoffs(["head"], grid, quantize_unit, Fake(landscape))
+    (found,) = cut(["head"], Fake(landscape, words=100), grid)
     assert found.cutoff == 99.0
-    assert [(r, s.errors, s.complete) for r, s in found.curve] == [
+    assert [(p["cutoff"], p["wer"], p["complete"]) for p in found.curve] == [
         (100.0, 2, True),
         (99.9, 9, False),
         (99.5, 10, True),  # beaten by its last batch: nothing was left out
@@ -258,9 +270,9 @@ def whole_search(path, fake, fingerprint="m"):
     """A run of both steps; its decisions and how much was measured."""
     journal = Journal(*place(path), fingerprint)
     evaluate = journal.wrap(fake)
-    baseline, found = select_units(single_units(), evaluate, threshold=0.5)
-    selected = [row.unit for row in found if row.selected]
-    cuts = search_cutoffs(selected, GRID, quantize_unit, evaluate)
+    baseline, found = select(evaluate, 0.5)
+    search = SearchConfig(cutoffs=GRID)
+    cuts = search_cutoffs(found, quantize_unit, evaluate, search)
     return (baseline, found, cuts), journal
 
 
@@ -302,7 +314,7 @@ def test_killed_at_any_point(tmp_path, seed):
     fake = Fake(landscape)
     expected, _ = whole_search(tmp_path / "whole.jsonl", fake)
     total = len(fake.calls)
-    assert len(expected[2]) > 1  # several units were selected
+    assert sum(unit.selected for unit in expected[2]) > 1
     for killed in range(0, total, 3):
         path = tmp_path / f"{killed}.jsonl"
         with pytest.raises(KeyboardInterrupt):
@@ -427,14 +439,12 @@ def test_broken_loss_decides_the_same_after_a_restart(path):
     choices = []
     for _ in range(2):
         evaluate = Journal(*place(path), "m").wrap(Fake(landscape))
-        (found,) = search_cutoffs(["head"], GRID, quantize_unit, evaluate)
+        (found,) = cut(["head"], evaluate)
         choices.append(found.cutoff)
     assert choices[0] == choices[1]
 
 
 # -- by intervals --------------------------------------------------------------
-
-INTERVAL = Selection("interval", 0.8)
 
 
 def paired(errors, losses=(1.0,) * 4, words=25):
@@ -471,15 +481,15 @@ def test_interval_decides_where_it_is_on_one_side():
         "head": paired([4] * 40),
     }
     evaluate = by_unit(scores, baseline)
-    _, found = select_units(single_units(), evaluate, 0.25, INTERVAL)
+    _, found = select(evaluate, rule="interval")
     assert [row.selected for row in found] == [True, False, False, False]
-    assert tuple(found[0].interval) == (4.0, 4.0, 4.0)
-    low, high = found[2].interval[1:]
+    assert found[0].delta_wer_ci == [4.0, 4.0]
+    low, high = found[2].delta_wer_ci
     assert low == 0 < 0.25 < high
     # As published it would have been selected, by chance.
-    _, found = select_units(single_units(), evaluate, 0.25)
+    _, found = select(evaluate)
     assert [row.selected for row in found] == [True, False, True, False]
-    assert found[2].interval[1:] == (low, high)
+    assert found[2].delta_wer_ci == [low, high]
 
 
 def test_loss_decides_what_the_words_leave_open():
@@ -495,16 +505,16 @@ def test_loss_decides_what_the_words_leave_open():
         "head": paired(undecided, [1.0] * 39 + [2.6]),
     }
     evaluate = by_unit(scores, baseline)
-    _, found = select_units(single_units(), evaluate, 0.25, INTERVAL)
+    _, found = select(evaluate, rule="interval")
     assert [row.selected for row in found] == [False, True, False, False]
 
 
 def test_interval_needs_counts_by_utterance():
     fake = Fake(rising({"head": 3}))
     with pytest.raises(ValueError, match=r"selection: threshold$"):
-        select_units(single_units(), fake, 0.25, INTERVAL)
-    _, found = select_units(single_units(), fake, 0.25)
-    assert found[0].interval is None
+        select(fake, rule="interval")
+    _, found = select(fake)
+    assert found[0].delta_wer_ci is None
 
 
 @pytest.mark.parametrize(
@@ -540,14 +550,9 @@ def test_cutoffs_by_interval_give_up_nothing():
         limits.append(give_up_above)
         return scores[quants["head.a"].activation_amax]
 
-    (found,) = search_cutoffs(["head"], GRID, quantize_unit, evaluate, INTERVAL)
+    (found,) = cut(["head"], evaluate, rule="interval")
     assert found.cutoff == min(GRID)
     assert limits == [None] * len(GRID)
-
-
-def test_unknown_rule():
-    with pytest.raises(ValueError, match="threshold, interval"):
-        Selection("mean")
 
 
 def test_counts_by_utterance_come_back(path):

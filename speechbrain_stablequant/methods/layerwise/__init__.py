@@ -9,5 +9,13 @@ from .adaround import AdaRound
 from .gptq import Compensate
 from .prefix_walk import PrefixWalk
 from .reconstruct import LayerStore, refine
+from .rounding import rounded_layers
 
-__all__ = ["AdaRound", "Compensate", "LayerStore", "PrefixWalk", "refine"]
+__all__ = [
+    "AdaRound",
+    "Compensate",
+    "LayerStore",
+    "PrefixWalk",
+    "refine",
+    "rounded_layers",
+]

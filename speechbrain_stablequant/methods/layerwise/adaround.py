@@ -89,7 +89,7 @@ class AdaRound:
 
         def step(pull: float, beta: float) -> None:
             sigmoid = torch.sigmoid(v)
-            soft = sigmoid * (_HIGH - _LOW) + _LOW
+            soft = _soft(sigmoid)
             h = soft.clamp(0, 1)
             slope = 2 * (((floor + h) * steps) @ gram - aim) * steps
             if pull:
@@ -109,13 +109,18 @@ class AdaRound:
             step(self.weight if index >= warm else 0.0, beta)
         pull = self.weight
         for _ in range(_HARDENINGS):
-            h = (torch.sigmoid(v) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+            h = _soft(torch.sigmoid(v)).clamp(0, 1)
             if ((h > 0.05) & (h < 0.95)).float().mean() <= 0.01:
                 break
             pull *= 4
             for _ in range(max(self.iterations // 10, 1)):
                 step(pull, self.beta_end)
-        return (torch.sigmoid(v) * (_HIGH - _LOW) + _LOW >= 0.5).float()
+        return (_soft(torch.sigmoid(v)) >= 0.5).float()
+
+
+def _soft(sigmoid: torch.Tensor) -> torch.Tensor:
+    """A rounding between 0 (down) and 1 (up), and a little beyond."""
+    return sigmoid * (_HIGH - _LOW) + _LOW
 
 
 class _Adam:

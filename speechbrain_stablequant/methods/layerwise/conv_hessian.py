@@ -12,15 +12,16 @@ products, for a kernel of K frames.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ...utils.distributed import gathered_tensors
-from .hessian import Moments, Sums
+from .hessian import Moments, MomentSum
 
 # Windows of shorter kernels overlap too little to be worth it.
 _KERNEL = 8
@@ -50,11 +51,10 @@ def signals(
     padded = F.pad(x, (padding, padding))
     if frames is None:
         frames = [x.shape[3]] * len(x)
-    lengths = [n + 2 * padding for n in frames]
     return [
-        one[..., :length]
-        for one, length in zip(padded, lengths, strict=True)
-        if length >= kernel
+        one[..., : n + 2 * padding]
+        for one, n in zip(padded, frames, strict=True)
+        if n + 2 * padding >= kernel
     ]
 
 
@@ -62,23 +62,17 @@ def signals(
 class LagMoments:
     """Second moments [groups, inputs, inputs], made when a group is indexed.
 
-    Arguments
-    ---------
-    rows : int
-        Windows.
-    first_row, first_column : torch.Tensor
-        float64 sums over windows, [groups, in, in, kernel]: the left signal's
-        first frame with all frames of the right window, and vice versa.
-    heads, tails : (torch.Tensor, torch.Tensor)
-        First and last frames of the left and right signals,
-        [groups, utterances, in, kernel - 1].
+    ``first_row``, ``first_column``: float64 sums over windows, [groups, in, in,
+    kernel], of the left signal's first frame with all frames of the right
+    window, and vice versa. ``heads``, ``tails``: first and last frames of the
+    left and right signals, [groups, utterances, in, kernel - 1].
     """
 
     rows: int
-    first_row: torch.Tensor = field(repr=False)
-    first_column: torch.Tensor = field(repr=False)
-    heads: tuple[torch.Tensor, torch.Tensor] = field(repr=False)
-    tails: tuple[torch.Tensor, torch.Tensor] = field(repr=False)
+    first_row: torch.Tensor
+    first_column: torch.Tensor
+    heads: tuple[torch.Tensor, torch.Tensor]
+    tails: tuple[torch.Tensor, torch.Tensor]
 
     def __getitem__(self, g: int) -> torch.Tensor:
         row, column = self.first_row[g], self.first_column[g]
@@ -100,8 +94,8 @@ class LagMoments:
         return (left.T @ right).view(channels, frames, -1, frames)
 
 
-class LagSum:
-    """Sums moments like :class:`~.hessian.MomentSum`, of :func:`signals`.
+class LagSum(MomentSum):
+    """Sums the moments batch by batch, of :func:`signals`.
 
     ``kernel``: frames of a window.
     """
@@ -113,33 +107,32 @@ class LagSum:
         cross: bool,
         edges: tuple[float, float] = (-math.inf, math.inf),
     ):
+        super().__init__(second, cross, edges)
         self.kernel = kernel
-        self.edges = edges
-        self.pairs = ["gram"] * second + ["cross"] * cross
-        self._sums = Sums()
-        self._ends: dict[str, list[torch.Tensor]] = {}
+        # First and last frames of the float and of the integer signals.
+        self._heads: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._tails: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(
         self, floats: Sequence[torch.Tensor], integers: Sequence[torch.Tensor]
     ) -> None:
-        """Adds a batch, the signals of both models."""
+        """Adds a batch of both models."""
         for x, q in zip(floats, integers, strict=True):
             rows = x.shape[2] - self.kernel + 1
-            self._sums.rows += rows
-            self._sums.add("float_mean", self._mean(x.clamp(*self.edges), rows))
-            self._sums.add("mean", self._mean(q, rows))
+            self.rows += rows
+            self.sum_up("float_mean", self._mean(x.clamp(*self.edges), rows))
+            self.sum_up("mean", self._mean(q, rows))
             for name in self.pairs:
                 left = q if name == "gram" else x
-                self._sums.add(f"{name} row", self._products(left, q, rows))
+                self.sum_up(f"{name} row", self._products(left, q, rows))
                 # The column of a Gram matrix equals its row.
                 if name == "cross":
-                    self._sums.add("cross column", self._products(q, x, rows))
+                    column = self._products(q, x, rows)
+                    self.sum_up("cross column", column)
             if self.pairs:
-                for name, signal in (("float", x), ("integer", q)):
-                    head = signal[..., : self.kernel - 1]
-                    tail = signal[..., rows:]
-                    self._ends.setdefault(f"{name} heads", []).append(head)
-                    self._ends.setdefault(f"{name} tails", []).append(tail)
+                for name, signal in (("gram", q), ("cross", x)):
+                    self._heads[name].append(signal[..., : self.kernel - 1])
+                    self._tails[name].append(signal[..., rows:])
 
     def _mean(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         """Sum of the windows, [groups, inputs]."""
@@ -164,22 +157,23 @@ class LagSum:
         return found.unflatten(2, (-1, self.kernel)).double()
 
     def result(self) -> Moments:
-        """Means over all that was added, in all processes."""
-        self._sums.join()
-        means = self._sums.means("float_mean", "mean")
-        ends = {
-            name: torch.cat(gathered_tensors(torch.stack(parts, 1)), 1)
-            for name, parts in self._ends.items()
-        }
+        """The moments of all that was added, in all processes."""
+        means = self.means("float_mean", "mean")
+        heads, tails = (
+            {
+                name: torch.cat(gathered_tensors(torch.stack(parts, 1)), 1)
+                for name, parts in ends.items()
+            }
+            for ends in (self._heads, self._tails)
+        )
         second = {}
         for name in self.pairs:
-            left = "integer" if name == "gram" else "float"
-            row = self._sums[f"{name} row"]
+            row = self.sums[f"{name} row"]
             second[name] = LagMoments(
-                self._sums.rows,
+                self.rows,
                 row,
-                self._sums.get(f"{name} column", row),
-                (ends[f"{left} heads"], ends["integer heads"]),
-                (ends[f"{left} tails"], ends["integer tails"]),
+                self.sums.get(f"{name} column", row),
+                (heads[name], heads["gram"]),
+                (tails[name], tails["gram"]),
             )
-        return Moments(self._sums.rows, **means, **second)
+        return Moments(self.rows, **means, **second)

@@ -20,12 +20,8 @@ _BLOCK = 128
 class Compensate:
     """Finds integers by error compensation (GPTQ).
 
-    Arguments
-    ---------
-    damping : float
-        Added to the diagonal of the Hessian, as a fraction of its mean.
-    cross : bool
-        Whether the output of the float model is the target.
+    ``damping`` is added to the diagonal of the Hessian, as a fraction of its
+    mean; ``cross``: whether the output of the float model is the target.
 
     Example
     -------
@@ -89,11 +85,9 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
     """Lower factor, with more dampening if rounding made it indefinite."""
     extra = 0.0
     mean = float(matrix.diagonal().mean())
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for _ in range(8):
-        damped = matrix + extra * torch.eye(
-            len(matrix), dtype=matrix.dtype, device=matrix.device
-        )
-        factor, info = torch.linalg.cholesky_ex(damped)
+        factor, info = torch.linalg.cholesky_ex(matrix + extra * eye)
         if int(info) == 0:
             return factor
         extra = max(10 * extra, 1e-3 * mean)

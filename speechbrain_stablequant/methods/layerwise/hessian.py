@@ -9,7 +9,6 @@ of the set.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,38 +17,22 @@ from torch.nn import functional as F
 from ...utils.distributed import gathered, summed
 
 
-class Groups(Protocol):
-    """A matrix for each group, such as a tensor [groups, rows, columns]."""
-
-    def __getitem__(self, g: int) -> torch.Tensor:
-        """The matrix of a group."""
-
-
 @dataclass
 class Moments:
     """Means over the real frames of the calibration set, by group.
 
     ``x``: input of the float model; ``q``: of the quantized prefix, on the
-    layer's activation grid; both unfolded like a row of the weight.
-
-    Arguments
-    ---------
-    rows : int
-        Frames.
-    float_mean, mean : torch.Tensor
-        E[x] of inputs clamped to the activation grid and E[q],
-        [groups, inputs].
-    gram : Groups or None
-        The Hessian E[q q'], [groups, inputs, inputs].
-    cross : Groups or None
-        E[x q'], likewise.
+    layer's activation grid; both unfolded like a row of the weight. Of inputs
+    clamped to the grid ``float_mean`` is E[x]; ``mean`` is E[q], both [groups,
+    inputs]; ``gram`` is the Hessian E[q q'] and ``cross`` E[x q'], [groups,
+    inputs, inputs] or a :class:`~.conv_hessian.LagMoments`.
     """
 
     rows: int
     float_mean: torch.Tensor = field(repr=False)
     mean: torch.Tensor = field(repr=False)
-    gram: Groups | None = field(repr=False, default=None)
-    cross: Groups | None = field(repr=False, default=None)
+    gram: Sequence[torch.Tensor] | None = field(repr=False, default=None)
+    cross: Sequence[torch.Tensor] | None = field(repr=False, default=None)
 
 
 def conv_groups(module: nn.Module) -> int:
@@ -75,8 +58,7 @@ def unfolded(
         return x.reshape(1, -1, x.shape[-1])
     (kernel,), (stride,) = module.kernel_size, module.stride
     (dilation,), (padding,) = module.dilation, module.padding
-    count = module.groups
-    x = x.view(x.shape[0], count, -1, x.shape[2])[:, groups]
+    x = x.view(x.shape[0], module.groups, -1, x.shape[2])[:, groups]
     span = dilation * (kernel - 1) + 1
     padded = F.pad(x, (padding, padding))
     windows = padded.unfold(3, span, stride)[..., ::dilation]
@@ -91,35 +73,8 @@ def unfolded(
     return torch.cat(kept, 1)
 
 
-class Sums(dict[str, torch.Tensor]):
-    """Tensors that are summed over rows, by name."""
-
-    rows = 0
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        """Adds to a sum; takes over the first value."""
-        if name in self:
-            self[name] += value
-        else:
-            self[name] = value
-
-    def join(self) -> None:
-        """Adds the sums of other processes."""
-        self.rows = sum(gathered(self.rows))
-        for name in sorted(self):
-            self[name] = summed(self[name])
-
-    def means(self, *names: str) -> dict[str, torch.Tensor]:
-        """Sums divided by rows, float32; all of them if none is named."""
-        if not self.rows:
-            raise ValueError(
-                "the calibration set has no frame for it; use longer audio"
-            )
-        return {k: (self[k] / self.rows).float() for k in names or self}
-
-
 class MomentSum:
-    """Sums the moments batch by batch.
+    """Sums the moments batch by batch, of :func:`unfolded` inputs.
 
     ``edges``: least and largest input on the activation grid. E[x] is taken of
     clamped inputs: the bias should not compensate the error of a few outliers.
@@ -131,23 +86,40 @@ class MomentSum:
         cross: bool,
         edges: tuple[float, float] = (-math.inf, math.inf),
     ):
-        self.second = second
+        self.pairs = ["gram"] * second + ["cross"] * cross
         self.edges = edges
-        self.cross = cross
-        self._sums = Sums()
+        self.rows = 0
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def sum_up(self, name: str, value: torch.Tensor) -> None:
+        """Adds to a sum; takes over the first value."""
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
-        """Adds a batch, [groups, rows, inputs] of both models."""
-        self._sums.rows += q.shape[1]
+        """Adds a batch of both models."""
+        self.rows += q.shape[1]
         inside = x.clamp(*self.edges)
-        self._sums.add("float_mean", inside.sum(1, dtype=torch.float64))
-        self._sums.add("mean", q.sum(1, dtype=torch.float64))
-        if self.second:
-            self._sums.add("gram", q.mT @ q)
-        if self.cross:
-            self._sums.add("cross", x.mT @ q)
+        self.sum_up("float_mean", inside.sum(1, dtype=torch.float64))
+        self.sum_up("mean", q.sum(1, dtype=torch.float64))
+        for name in self.pairs:
+            left = q if name == "gram" else x
+            self.sum_up(name, left.mT @ q)
+
+    def means(self, *names: str) -> dict[str, torch.Tensor]:
+        """Means over all that was added, in all processes, float32."""
+        self.rows = sum(gathered(self.rows))
+        for name in sorted(self.sums):
+            self.sums[name] = summed(self.sums[name])
+        if not self.rows:
+            raise ValueError(
+                "the calibration set has no frame for it; use longer audio"
+            )
+        return {name: (self.sums[name] / self.rows).float() for name in names}
 
     def result(self) -> Moments:
-        """Means over all that was added, in all processes."""
-        self._sums.join()
-        return Moments(self._sums.rows, **self._sums.means())
+        """The moments of all that was added, in all processes."""
+        means = self.means("float_mean", "mean", *self.pairs)
+        return Moments(self.rows, **means)

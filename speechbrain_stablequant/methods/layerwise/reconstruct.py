@@ -1,6 +1,7 @@
 """Decides integers and biases of all layers, one after the other."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,55 +91,59 @@ class LayerStore:
         self.store.write_tensors(self._file(name), self.key, parts, name)
 
 
+@dataclass
+class _Problem:
+    """A layer to solve; ``centered``: its bias takes the mean output error."""
+
+    layer: Layer
+    quant: LayerQuant
+    solve: Solve | None
+    centered: bool
+
+    def nearest(
+        self, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers and scales without the data."""
+        bits = self.quant.weight_bits
+        scale = weight_scale(weight, bits, self.quant.weight_method)
+        return round_weight(weight, scale, bits), scale
+
+
 @full_float32()  # TF32 has too few bits for second moments
 def refine(
     walk: PrefixWalk,
     quants: Mapping[str, LayerQuant],
     store: LayerStore,
-    solve: Callable[[Layer], Solve | None] = lambda _: None,
+    solve: Callable[[Layer], Solve | None],
     corrects_bias: Callable[[Layer], bool] = lambda _: False,
     on_layer: Callable[[str], None] = lambda _: None,
 ) -> dict[str, LayerTensors]:
     """Decides layer by layer, each behind the decided ones before it.
 
-    Arguments
-    ---------
-    walk : PrefixWalk
-        Computes the moments; its simulator takes the decided integers.
-    quants : Mapping
-        LayerQuant by name; other layers stay float.
-    store : LayerStore
-        Finished layers.
-    solve : callable
-        Solver of a layer; None for the nearest integers.
-    corrects_bias : callable
-        Whether a layer's bias compensates the mean error of its output.
-    on_layer : callable
-        Called with the name of each finished layer.
-
-    Returns
-    -------
-    dict
-        LayerTensors by name.
+    Layers that are not in ``quants`` stay float; ``solve`` gives the solver of
+    a layer, None for the nearest integers; ``on_layer`` is called with the name
+    of each finished layer.
     """
     decided: dict[str, LayerQuant] = {}
     result: dict[str, LayerTensors] = {}
     for group in walk.groups():
         layers = [layer for layer in group if layer.name in quants]
         found = {layer.name: store.read(layer.name) for layer in layers}
-        problems = [
-            _Problem(layer, quants[layer.name], solve(layer))
-            for layer in layers
-            if found[layer.name] is None
-        ]
-        # One pass serves all layers of a group: they see the same inputs.
-        for same in _same_inputs(problems):
-            for problem, tensors in _solve_together(
-                walk, same, decided, corrects_bias
-            ):
-                name = problem.layer.name
-                found[name] = tensors
-                store.write(name, tensors)
+        # One pass serves all layers of a group whose inputs are quantized and
+        # unfolded alike: they see the same inputs.
+        alike: dict[tuple, list[_Problem]] = defaultdict(list)
+        for layer in layers:
+            if found[layer.name] is None:
+                quant = quants[layer.name]
+                problem = _Problem(
+                    layer, quant, solve(layer), corrects_bias(layer)
+                )
+                alike[_input_key(problem)].append(problem)
+        for same in alike.values():
+            solved = _solve_together(walk, same, decided)
+            for problem, tensors in zip(same, solved, strict=True):
+                found[problem.layer.name] = tensors
+                store.write(problem.layer.name, tensors)
         for layer in layers:
             result[layer.name] = found[layer.name]
             walk.simulator.tensors[layer.name] = found[layer.name]
@@ -147,102 +152,75 @@ def refine(
     return result
 
 
-@dataclass
-class _Problem:
-    layer: Layer
-    quant: LayerQuant
-    solve: Solve | None
-
-
-def _same_inputs(problems: list[_Problem]) -> list[list[_Problem]]:
-    """Groups problems whose inputs are quantized and unfolded alike."""
-    alike: dict[tuple, list[_Problem]] = {}
-    for problem in problems:
-        quant, module = problem.quant, problem.layer.module
-        key = (
-            quant.activation_bits,
-            quant.activation_amax,
-            quant.activation_offset,
-            getattr(module, "kernel_size", None),
-            getattr(module, "stride", None),
-            getattr(module, "padding", None),
-            getattr(module, "dilation", None),
-            conv_groups(module),
-        )
-        alike.setdefault(key, []).append(problem)
-    return list(alike.values())
+def _input_key(problem: _Problem) -> tuple:
+    quant, module = problem.quant, problem.layer.module
+    window = ("kernel_size", "stride", "padding", "dilation", "groups")
+    return (
+        quant.activation_bits,
+        quant.activation_amax,
+        quant.activation_offset,
+        *(getattr(module, name, None) for name in window),
+    )
 
 
 def _solve_together(
     walk: PrefixWalk,
     problems: list[_Problem],
     decided: Mapping[str, LayerQuant],
-    corrects_bias: Callable[[Layer], bool],
-) -> Iterator[tuple[_Problem, LayerTensors]]:
+) -> list[LayerTensors]:
+    """Solves problems with the same inputs."""
     first = problems[0]
-    solves = [p.solve for p in problems if p.solve is not None]
-    centered = [corrects_bias(p.layer) for p in problems]
-    if not solves and not any(centered):
-        for problem in problems:
-            yield problem, _nearest(problem)
-        return
-    second = bool(solves)
-    cross = any(solve.cross for solve in solves)
-    count = conv_groups(first.layer.module)
-    inputs = first.layer.module.weight[0].numel()
-    held = 4 * inputs**2 * (1 + cross) if second else 1
-    step = max(1, min(count, MOMENT_BYTES // held))
-    if slides(first.layer.module):
-        step = count  # lags are compact: one pass for all groups
+    module = first.layer.module
     weights = [p.layer.module.weight.detach().float() for p in problems]
+    solves = [p.solve for p in problems if p.solve is not None]
+    if not solves and not any(p.centered for p in problems):
+        return [
+            LayerTensors(*problem.nearest(weight))
+            for problem, weight in zip(problems, weights, strict=True)
+        ]
+    cross = any(solve.cross for solve in solves)
+    count, inputs = conv_groups(module), module.weight[0].numel()
+    step = count
+    # Lags are compact: one pass for all groups.
+    if solves and not slides(module):
+        held = 4 * inputs**2 * (1 + cross)
+        step = max(1, min(count, MOMENT_BYTES // held))
     parts: list[list[tuple]] = [[] for _ in problems]
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         moments = walk.moments(
-            first.layer, first.quant, decided, second, cross, chunk
+            first.layer, first.quant, decided, bool(solves), cross, chunk
         )
-        for i, problem in enumerate(problems):
-            rows = weights[i].view(count, -1, inputs)[chunk]
-            for g, weight in enumerate(rows):
-                parts[i].append(
-                    _solve_rows(problem, weight, moments, g, centered[i])
-                )
+        for problem, weight, part in zip(problems, weights, parts, strict=True):
+            for g, rows in enumerate(weight.view(count, -1, inputs)[chunk]):
+                part.append(_solve_rows(problem, rows, moments, g))
         del moments
-    for i, problem in enumerate(problems):
-        yield problem, _joined(problem, weights[i], parts[i], centered[i])
-
-
-def _nearest(problem: _Problem) -> LayerTensors:
-    quant = problem.quant
-    weight = problem.layer.module.weight.detach().float()
-    scale = weight_scale(weight, quant.weight_bits, quant.weight_method)
-    return LayerTensors(round_weight(weight, scale, quant.weight_bits), scale)
+    return [
+        _joined(problem, weight, part)
+        for problem, weight, part in zip(problems, weights, parts, strict=True)
+    ]
 
 
 def _solve_rows(
-    problem: _Problem,
-    weight: torch.Tensor,
-    moments: Moments,
-    g: int,
-    centered: bool,
+    problem: _Problem, weight: torch.Tensor, moments: Moments, g: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Integers, scales and mean output error of the rows of one group."""
     quant = problem.quant
-    bits, method = quant.weight_bits, quant.weight_method
     mean, float_mean = moments.mean[g], moments.float_mean[g]
     if problem.solve is None:
-        scale = weight_scale(weight, bits, method)
-        integers = round_weight(weight, scale, bits)
+        integers, scale = problem.nearest(weight)
     else:
         gram = moments.gram[g]
         cross = moments.cross[g] if problem.solve.cross else None
-        if centered:
+        if problem.centered:
             # The bias compensates the mean error: minimize the rest.
             gram = gram - torch.outer(mean, mean)
             if cross is not None:
                 cross = cross - torch.outer(float_mean, mean)
         try:
-            integers, scale = problem.solve(weight, bits, method, gram, cross)
+            integers, scale = problem.solve(
+                weight, quant.weight_bits, quant.weight_method, gram, cross
+            )
         except ValueError as error:
             raise ValueError(f"{problem.layer.name}: {error}") from error
     grid = restore_weight(integers, scale)
@@ -250,16 +228,12 @@ def _solve_rows(
 
 
 def _joined(
-    problem: _Problem,
-    weight: torch.Tensor,
-    parts: list[tuple],
-    centered: bool,
+    problem: _Problem, weight: torch.Tensor, parts: list[tuple]
 ) -> LayerTensors:
-    integers, scale, error = (
-        torch.cat(part) for part in zip(*parts, strict=True)
-    )
+    """A layer from its groups."""
+    integers, scale, error = map(torch.cat, zip(*parts, strict=True))
     bias = None
-    if centered:
+    if problem.centered:
         own = problem.layer.module.bias
         bias = error if own is None else own.detach().float() + error
     return LayerTensors(integers.view(weight.shape), scale, bias)

@@ -2,16 +2,15 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from ...core.plan import LayerQuant
 from ...core.plan_tensors import LayerTensors
 from ...model.layers import Layer
 from ...utils import distributed
 from ...utils.files import identity
-from ..session.session import Session
-from . import LayerStore, PrefixWalk, refine
-from .reconstruct import Solve
+from ..session import Session
+from .prefix_walk import PrefixWalk
+from .reconstruct import LayerStore, Solve, refine
 
 logger = logging.getLogger(__name__)
 
@@ -44,47 +43,37 @@ def rounded_layers(
     solve : callable
         Solver of a layer; None for the nearest integers.
     corrects_bias : callable
-        Whether a layer's bias is corrected.
+        Whether a layer's bias compensates the mean error of its output.
 
     Returns
     -------
     dict
         LayerTensors by name.
     """
-    recognizer = session.recognizer
-    names = set(quants)
     content = [
         "means of what is in the range",
         weights,
-        recognizer.key("calibration", "inputs"),
+        session.recognizer.key("calibration", "inputs"),
         {name: quant.to_dict() for name, quant in quants.items()},
         [
             [layer.name, repr(solve(layer)), corrects_bias(layer)]
             for layer in session.layers
-            if layer.name in names
+            if layer.name in quants
         ],
     ]
     store = LayerStore(session.store.below(LAYER_FOLDER), identity(content))
     # The session's own simulator: weights fake-quantized here are reused
     # when the result is measured.
     session.simulator.tensors = {}
-    walk = PrefixWalk(
-        session.simulator,
-        list(session.units),
-        partial(recognizer.forward, "calibration"),
-        lambda batch: recognizer.lengths("calibration", batch),
-        session.geometry(),
-        session.cuts(in_order),
-        session.cache_bytes,
-    )
-    with session.bar(len(names), what) as bar:
+    walk = PrefixWalk(session, in_order)
+    with session.bar(len(quants), what) as bar:
 
         def on_layer(name: str) -> None:
             bar.update(1)
             bar.set_postfix_str(name.rpartition(".")[2])
 
         found = refine(walk, quants, store, solve, corrects_bias, on_layer)
-    missing = sorted(names - set(found))
+    missing = sorted(quants.keys() - found.keys())
     if missing:
         raise ValueError(
             f"{missing[0]}: was not called in the first batch; add it to "

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from torch import nn
+
 from ...core.packing import packed_size
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
-from ..search import Evaluate
-from ..search.bit_allocation import Option, choose_bits, harms
-from ..session import search_evaluate
-from .modelopt_scores import modelopt_scores
-from .scales import FLOAT_BITS, least_error_quant
+from ..search.bit_allocation import Option, choose_bits, monotone
+from .auto_quantize import modelopt_scores
+from .scales import FLOAT_BITS, layer_quant
 from .work import FloatModel, Work
 
 # Of a layer in the file: its description and the names of its tensors.
@@ -24,13 +24,21 @@ def choose_unit_bits(
     budget = work.session.config.plus.budget
     if budget.size is None:
         return {}
+    widths = sorted(set(budget.bits))
     if budget.scores == "modelopt":
-        options = _modelopt_options(work, model)
+        harm = _modelopt_harm(work, model, widths)
     else:
-        options = _measured_options(work, model, percentiles)
+        harm = _measured_harm(work, model, percentiles, widths)
+    options = {
+        unit: [
+            Option(bits, _size(work, layers, bits), harm[unit, bits])
+            for bits in widths
+        ]
+        for unit, layers in work.session.units.items()
+    }
+    counted = {unit: monotone(row) for unit, row in options.items()}
     room = _room(work, budget.size)
-    chosen = choose_bits(options, room)
-    found = harms(options)
+    chosen = choose_bits(counted, room)
     work.parts.append(
         {
             "part": "budget",
@@ -41,84 +49,62 @@ def choose_unit_bits(
                 unit: {
                     "bits": chosen[unit],
                     "options": [
-                        {**asdict(option), "counted": harm}
-                        for option, harm in zip(
-                            options[unit], found[unit], strict=True
+                        {**asdict(option), "counted": other.harm}
+                        for option, other in zip(
+                            row, counted[unit], strict=True
                         )
                     ],
                 }
-                for unit in options
+                for unit, row in options.items()
             },
         }
     )
     return chosen
 
 
-def _measured_options(
-    work: Work, model: FloatModel, percentiles: Mapping[str, float]
-) -> dict[str, list[Option]]:
-    """Options by the divergence of each unit quantized alone."""
-    session = work.session
-    evaluate, journal, bar = search_evaluate(
-        session, model.weights, model.calibration, "divergence"
-    )
-    widths = sorted(set(session.config.plus.budget.bits))
-    options = {}
-    with bar:
-        bar.total = len(session.units) * len(widths)
-        for unit, layers in session.units.items():
-            options[unit] = [
-                _measured_option(
-                    work, model, unit, layers, percentiles, bits, evaluate
-                )
-                for bits in widths
-            ]
-    work.evaluations += journal.measured + journal.reused
-    return options
-
-
-def _measured_option(
+def _measured_harm(
     work: Work,
     model: FloatModel,
-    unit: str,
-    layers: list[Layer],
     percentiles: Mapping[str, float],
-    bits: int,
-    evaluate: Evaluate,
-) -> Option:
-    size = _size(work, layers, bits)
-    layers = [x for x in layers if x.name not in work.float_layers]
-    if bits == FLOAT_BITS or not layers:
-        return Option(bits, size, 0.0)
-    quants = {
-        x.name: least_error_quant(
-            work, x, model, percentiles.get(x.name, 100.0), bits
-        )
-        for x in layers
-    }
-    score = evaluate(quants, start=unit, label=f"{unit} at {bits} bits")
-    return Option(bits, size, score.loss)
+    widths: list[int],
+) -> dict[tuple[str, int], float]:
+    """The divergence of each unit quantized alone, by unit and bits."""
+    evaluate, bar = work.evaluator(model, "divergence")
+    found = {}
+    with bar:
+        bar.total = len(work.units) * len(widths)
+        for unit, layers in work.units.items():
+            for bits in widths:
+                found[unit, bits] = 0.0
+                if bits == FLOAT_BITS or not layers:
+                    continue
+                quants = {
+                    x.name: layer_quant(
+                        work, model, x, percentiles.get(x.name, 100.0), bits
+                    )
+                    for x in layers
+                }
+                label = f"{unit} at {bits} bits"
+                score = evaluate(quants, start=unit, label=label)
+                found[unit, bits] = score.loss
+    return found
 
 
-def _modelopt_options(work: Work, model: FloatModel) -> dict[str, list[Option]]:
-    """Options by the scores of modelopt's AutoQuantize."""
-    session = work.session
-    widths = sorted(set(session.config.plus.budget.bits))
-    layers = [x for x in session.layers if x.name not in work.float_layers]
+def _modelopt_harm(
+    work: Work, model: FloatModel, widths: list[int]
+) -> dict[tuple[str, int], float]:
+    """The scores of modelopt's AutoQuantize, by unit and bits."""
+    layers = [x for x in work.session.layers if x.name not in work.float_layers]
     integer = [bits for bits in widths if bits != FLOAT_BITS]
     scores = {}
     if integer:
-        scores = modelopt_scores(session, model.weights, layers, integer)
+        scores = modelopt_scores(work.session, model.weights, layers, integer)
     return {
-        unit: [
-            Option(
-                bits,
-                _size(work, members, bits),
-                sum(scores.get(x.name, {}).get(bits, 0.0) for x in members),
-            )
-            for bits in widths
-        ]
-        for unit, members in session.units.items()
+        (unit, bits): sum(
+            scores.get(x.name, {}).get(bits, 0.0) for x in members
+        )
+        for unit, members in work.units.items()
+        for bits in widths
     }
 
 
@@ -128,9 +114,9 @@ def _size(work: Work, layers: list[Layer], bits: int) -> int:
     for layer in layers:
         if bits == FLOAT_BITS or layer.name in work.float_layers:
             size += layer.numel * _float_bytes(work)
-            continue
-        scales = layer.module.weight.shape[0]
-        size += packed_size(layer.numel, bits) + 4 * scales + _HEADER_BYTES
+        else:
+            scales = layer.module.weight.shape[0]
+            size += packed_size(layer.numel, bits) + 4 * scales + _HEADER_BYTES
     return size
 
 
@@ -142,11 +128,8 @@ def _room(work: Work, fraction: float) -> int:
     """Bytes that a budget leaves for the weights of the layers."""
     session = work.session
     modules = session.recognizer.modules
-    counts: dict[int, int] = {}
-    for key in session.config.target:
-        for parameter in modules[key].parameters():
-            counts[id(parameter)] = parameter.numel()
-    every = sum(counts.values())
+    target = nn.ModuleList(modules[key] for key in session.config.target)
+    every = sum(parameter.numel() for parameter in target.parameters())
     rest = every - sum(layer.numel for layer in session.layers)
     # Stored beside the float model's parameters.
     rest += sum(

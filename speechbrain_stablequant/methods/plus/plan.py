@@ -1,7 +1,7 @@
 """StableQuant-plus: a pipeline of parts, each with its own switch.
 
 In order: rotation of the residual stream, equalization, clipping percentiles
-by layer or unit, scales of least squared error, bits under a budget, rounding
+by layer or unit, bits under a budget, scales of least squared error, rounding
 with error compensation, bias correction.
 
 StableQuant decides by word errors. Here each part changes little, and word
@@ -9,34 +9,27 @@ errors are too few to tell: the divergence from the float model's outputs
 decides (see :mod:`..search.divergence`).
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Container, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 
+import torch
 from torch import nn
 
 from ...core.histogram import Histogram
-from ...core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ...core.plan import LayerPlan, LayerQuant, QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors, LayerTensors
 from ...model.layers import Layer
-from ..layerwise import AdaRound, Compensate
-from ..session import (
-    Calibration,
-    Session,
-    keep_float_outputs,
-    rounded_layers,
-    search_evaluate,
-)
-from ..stablequant import search_units
+from ..layerwise import AdaRound, Compensate, rounded_layers
+from ..session import Calibration, Session, keep_float_outputs
 from .bits import choose_unit_bits
-from .layer_clipping import search_layers
+from .clipping import clipping_percentiles
 from .quarot import is_rotated, rotated, rotated_floats
-from .scales import full_range_quant, least_error_quant, least_error_quants
+from .scales import layer_quants
 from .smoothquant import (
-    ChannelMaxima,
     Site,
     changed_floats,
+    channel_maxima,
     equalized,
     factors,
     find_sites,
@@ -70,170 +63,86 @@ def plus_plan(
     with ExitStack() as stack:
         stack.callback(work.reset_simulator)
         stack.enter_context(rotated(work.rotated, session.config.seed))
-        work.reset_simulator()
-        sites = [
-            site
-            for site in find_sites(session.encoders, session.layers)
-            if not is_rotated(site.producer, work.rotated)
-        ]
-        strength = 0.0
-        if session.config.plus.equalize and sites:
-            strength, context = _best_strength(work, sites)
-            stack.enter_context(context)
-            work.reset_simulator()
+        strength, by_site = _best_equalization(work)
+        stack.enter_context(equalized(by_site))
         model = work.model_now(strength)
-        plan = _decide(work, model, sites if strength else [])
-        return plan, model.histograms
+        units, percentiles = clipping_percentiles(work, model)
+        bits = choose_unit_bits(work, model, percentiles)
+        quants = layer_quants(work, model, percentiles, bits)
+        work.divergence(model, quants, "scales")
+        selected = {unit.name for unit in units if unit.selected}
+        tensors = _rounded(work, model, quants, selected, bool(by_site))
+        floats = changed_floats(by_site, quants)
+        # A parameter that both changed has its present value in both.
+        floats |= rotated_floats(work.rotated, quants)
+        record = _record(work, model, quants, tensors)
+        layers = [
+            _layer_plan(work, layer, model, percentiles, quants)
+            for layer in session.layers
+        ]
+    plan = session.assemble(weights, units, layers, record)
+    adjusted = AdjustedTensors(tensors, floats)
+    return replace(plan, tensors=adjusted or None), model.histograms
 
 
-def _best_strength(
-    work: Work, sites: Sequence[Site]
-) -> tuple[float, AbstractContextManager[None]]:
-    """The equalization with the least divergence: strength and context."""
-    session = work.session
-    maxima = ChannelMaxima([site.consumers[0] for site in sites])
-    with maxima.watch():
-        session.recognizer.forward("calibration", lambda _: None)
-    maxima.join()
-
-    def context(strength: float) -> AbstractContextManager[None]:
-        if not strength:
-            return nullcontext()
-        by_site = {
-            site.name: factors(
-                site, maxima.values[site.consumers[0].name], strength
-            )
-            for site in sites
-        }
-        return equalized(sites, by_site)
-
+def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
+    """The strength with the least divergence, and its factors; 0 for none."""
+    session, plus = work.session, work.session.config.plus
+    sites = [
+        site
+        for site in find_sites(session.encoders, session.layers)
+        if plus.equalize and not is_rotated(site.producer, work.rotated)
+    ]
+    if not sites:
+        return 0.0, {}
+    maxima = channel_maxima(
+        sites, lambda: session.recognizer.forward("calibration", lambda _: None)
+    )
     found: list[tuple[float, float]] = []
-    for strength in sorted({0.0, *session.config.plus.strengths}):
-        with context(strength):
-            work.reset_simulator()
+    by_strength: dict[float, dict[Site, torch.Tensor]] = {0.0: {}}
+    for strength in sorted({0.0, *plus.strengths}):
+        if strength:
+            by_strength[strength] = {
+                site: factors(site, maxima[site], strength) for site in sites
+            }
+        with equalized(by_strength[strength]):
             model = work.model_now(strength)
-            quants = least_error_quants(work, model, {}, {})
+            quants = layer_quants(work, model, {}, {})
             harm = work.divergence(model, quants, "equalize", strength=strength)
         found.append((harm, strength))
-    work.reset_simulator()
     _, best = min(found)
-    return best, context(best)
+    return best, by_strength[best]
 
 
-def _decide(
-    work: Work, model: FloatModel, sites: Sequence[Site]
-) -> QuantizationPlan:
-    """All parts after equalization, whose sites are given if it helped."""
-    session, plus = work.session, work.session.config.plus
-    units, percentiles = _percentiles(work, model)
-    bits = choose_unit_bits(work, model, percentiles)
-    quants = least_error_quants(work, model, percentiles, bits)
-    work.divergence(model, quants, "scales")
-    tensors: dict[str, LayerTensors] = {}
-    rounds = plus.compensate or plus.adaround
-    if sites or work.rotated or rounds or plus.bias_correction:
-        tensors = _round(work, model, quants, units)
-    if rounds and not plus.bias_correction:
-        work.divergence(model, quants, "rounding", tensors)
-    if plus.bias_correction:
-        tensors = _with_useful_biases(work, model, quants, tensors)
-    baseline, final = work.word_errors(model, quants, tensors)
-    floats = changed_floats(sites, quants)
-    # A parameter that both changed has its present value in both.
-    floats |= rotated_floats(work.rotated, quants)
-    adjusted = AdjustedTensors(tensors, floats)
-    layers = [
-        _layer_plan(work, layer, model, percentiles, quants.get(layer.name))
-        for layer in session.layers
-    ]
-    search = session.config.search
-    record = {
-        "num_utterances": len(session.recognizer.ids("search")),
-        "metric": search.metric,
-        "selection": search.selection,
-        "level": search.level,
-        "threshold": search.threshold,
-        "evaluations": work.evaluations,
-        "baseline_wer": baseline.wer,
-        "final_wer": final.wer,
-        "parts": work.parts,
-        "runtimes": list(session.runtimes),
-    }
-    plan = session.assemble(work.original.weights, units, layers, record)
-    return replace(plan, tensors=adjusted if adjusted else None)
-
-
-def _percentiles(
-    work: Work, model: FloatModel
-) -> tuple[list[UnitPlan], dict[str, float]]:
-    """Units, and the clipping percentile of each layer."""
-    session = work.session
-    units = [UnitPlan(name) for name in session.units]
-    if session.config.plus.cutoffs == "none":
-        return units, {}
-    if session.config.plus.cutoffs == "layers":
-        return units, _layer_percentiles(work, model)
-    evaluate, journal, bar = search_evaluate(
-        session, model.weights, model.calibration
-    )
-    _, units = search_units(
-        session, evaluate, bar, partial(full_range_quant, work, model)
-    )
-    work.evaluations += journal.measured + journal.reused
-    by_unit = {unit.name: unit.cutoff for unit in units}
-    return units, {x.name: by_unit[x.unit] for x in session.layers}
-
-
-def _layer_percentiles(work: Work, model: FloatModel) -> dict[str, float]:
-    """Clipping percentile of each layer by the divergence it causes."""
-    session = work.session
-    evaluate, journal, bar = search_evaluate(
-        session, model.weights, model.calibration, "divergence"
-    )
-    by_name = {layer.name: layer for layer in session.layers}
-    names = {
-        unit: [x.name for x in layers if x.name not in work.float_layers]
-        for unit, layers in session.units.items()
-    }
-    with bar:
-        # Most layers need the first percentile and a worse one only.
-        bar.total = 2 * sum(map(len, names.values()))
-        found = search_layers(
-            names,
-            session.config.search.cutoffs,
-            lambda name, percentile: least_error_quant(
-                work, by_name[name], model, percentile
-            ),
-            evaluate,
-        )
-    work.evaluations += journal.measured + journal.reused
-    curves = {x.layer: [list(row) for row in x.curve] for x in found}
-    work.parts.append({"part": "cutoffs", "layers": curves})
-    return {x.layer: x.cutoff for x in found}
-
-
-def _round(
+def _rounded(
     work: Work,
     model: FloatModel,
     quants: Mapping[str, LayerQuant],
-    units: Sequence[UnitPlan],
+    selected: Container[str],
+    equalized: bool,
 ) -> dict[str, LayerTensors]:
-    """Integers and biases, each layer after the ones before it."""
-    plus = work.session.config.plus
-    selected = {unit.name for unit in units if unit.selected}
-    settings = asdict(work.session.config.adaround)
+    """Integers and biases, each layer after the ones before it.
+
+    ``selected``: units that AdaRound rounds. Empty if a runtime finds the same
+    integers in the float model.
+    """
+    session, plus = work.session, work.session.config.plus
+    rounds = plus.compensate or plus.adaround
+    if not (equalized or work.rotated or rounds or plus.bias_correction):
+        return {}
+    settings = asdict(session.config.adaround)
     settings.pop("calibrator")
     learned = AdaRound(**settings)
     compensated = Compensate(plus.damping, plus.earlier_errors)
-    without_effect = _convs_before_group_norm(work.session)
+    without_effect = _convs_before_group_norm(session)
 
-    def solve(layer: Layer):
+    def solve(layer: Layer) -> AdaRound | Compensate | None:
         if plus.adaround and layer.unit in selected:
             return learned
         return compensated if plus.compensate else None
 
-    return rounded_layers(
-        work.session,
+    tensors = rounded_layers(
+        session,
         model.weights,
         model.calibration.in_order,
         quants,
@@ -241,19 +150,14 @@ def _round(
         solve,
         lambda x: plus.bias_correction and x.name not in without_effect,
     )
-
-
-def _with_useful_biases(
-    work: Work,
-    model: FloatModel,
-    quants: Mapping[str, LayerQuant],
-    tensors: Mapping[str, LayerTensors],
-) -> dict[str, LayerTensors]:
-    """With the corrected biases if they reduce the divergence."""
-    without = {name: replace(t, bias=None) for name, t in tensors.items()}
-    plain = work.divergence(model, quants, "rounding", without)
-    harm = work.divergence(model, quants, "rounding and biases", tensors)
-    return dict(tensors) if harm < plain else without
+    if plus.bias_correction:
+        without = {name: replace(t, bias=None) for name, t in tensors.items()}
+        plain = work.divergence(model, quants, "rounding", without)
+        harm = work.divergence(model, quants, "rounding and biases", tensors)
+        return tensors if harm < plain else without
+    if rounds:
+        work.divergence(model, quants, "rounding", tensors)
+    return tensors
 
 
 def _convs_before_group_norm(session: Session) -> set[str]:
@@ -267,23 +171,46 @@ def _convs_before_group_norm(session: Session) -> set[str]:
     return {x.name for x in session.layers if id(x.module) in modules}
 
 
+def _record(
+    work: Work,
+    model: FloatModel,
+    quants: Mapping[str, LayerQuant],
+    tensors: Mapping[str, LayerTensors],
+) -> dict:
+    """What the plan says of the search."""
+    baseline, final = work.word_errors(model, quants, tensors)
+    session, search = work.session, work.session.config.search
+    return {
+        "num_utterances": len(session.recognizer.ids("search")),
+        "metric": search.metric,
+        "selection": search.selection,
+        "level": search.level,
+        "threshold": search.threshold,
+        "evaluations": work.evaluations,
+        "baseline_wer": baseline.wer,
+        "final_wer": final.wer,
+        "parts": work.parts,
+        "runtimes": list(session.runtimes),
+    }
+
+
 def _layer_plan(
     work: Work,
     layer: Layer,
     model: FloatModel,
     percentiles: Mapping[str, float],
-    quant: LayerQuant | None,
+    quants: Mapping[str, LayerQuant],
 ) -> LayerPlan:
     percentile = percentiles.get(layer.name, 100.0)
+    quant = quants.get(layer.name)
     if layer.name in work.float_layers:
         reason = "stays float: it takes in the audio itself"
     elif quant is None:
         reason = "stays float: its unit suffers more than its size is worth"
     else:
-        words = [f"cut at {percentile:g} %, then smallest squared error"]
+        reason = f"cut at {percentile:g} %, then smallest squared error"
         if quant.activation_offset:
-            words.append("offset for an input behind a GELU")
-        reason = "; ".join(words)
+            reason += "; offset for an input behind a GELU"
     return LayerPlan(
         name=layer.name,
         unit=layer.unit,

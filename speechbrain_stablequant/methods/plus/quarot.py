@@ -9,7 +9,7 @@ mixtures of all channels: nearly normal, without outliers.
 Pre-norm encoders only: in others the residual stream is itself normalized.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from ...model.layers import Encoder
 from ...model.rotation import BUFFER, attached_rotations, random_rotation
+from ...utils.patching import restored_values
 
 
 def can_rotate(encoder: Encoder) -> bool:
@@ -31,92 +32,80 @@ def can_rotate(encoder: Encoder) -> bool:
 
 def is_rotated(module: nn.Module, encoders: Iterable[Encoder]) -> bool:
     """Whether a module is a normalization whose output is rotated."""
-    norms = {
-        id(norm)
+    return any(
+        module is norm
         for encoder in encoders
         for block in encoder.model.encoder.layers
-        for norm, _ in _block_parts(block)[0]
-    }
-    return id(module) in norms
+        for norm, _ in _readers(block)
+    )
 
 
-def _block_parts(
-    block: nn.Module,
-) -> tuple[list[tuple[nn.Module, list[nn.Module]]], list[nn.Module]]:
-    """Normalizations with their linears; linears that add to the stream."""
+def _readers(block: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Normalizations of the stream with the linears behind them."""
     attention, forward = block.attention, block.feed_forward
     heads = [attention.q_proj, attention.k_proj, attention.v_proj]
-    readers = [
+    return [
         (block.layer_norm, heads),
         (block.final_layer_norm, [forward.intermediate_dense]),
     ]
-    return readers, [attention.out_proj, forward.output_dense]
+
+
+def _writers(block: nn.Module) -> list[nn.Module]:
+    """Linears that add to the stream."""
+    return [block.attention.out_proj, block.feed_forward.output_dense]
 
 
 def _touched(encoder: Encoder) -> dict[str, nn.Module]:
     """All modules whose parameters change, by path."""
-    found = {}
+    found: set[nn.Module] = set()
     for block in encoder.model.encoder.layers:
-        readers, writers = _block_parts(block)
-        for norm, linears in readers:
-            found[id(norm)] = norm
-            found.update({id(linear): linear for linear in linears})
-        found.update({id(linear): linear for linear in writers})
-    return {
-        name: module
-        for name, module in encoder.model.named_modules(prefix=encoder.path)
-        if id(module) in found
-    }
+        found.update(_writers(block))
+        for norm, linears in _readers(block):
+            found.update([norm, *linears])
+    named = encoder.model.named_modules(prefix=encoder.path)
+    return {name: module for name, module in named if module in found}
 
 
 @torch.no_grad()
 def _fold(encoder: Encoder, rotation: torch.Tensor) -> None:
+    # In float64: rounding errors here change the model.
     for block in encoder.model.encoder.layers:
-        readers, writers = _block_parts(block)
-        for norm, linears in readers:
+        for norm, linears in _readers(block):
             for linear in linears:
-                # In float64: rounding errors here change the model.
                 weight = linear.weight.double()
                 linear.bias += (weight @ norm.bias.double()).float()
-                weight = (weight * norm.weight) @ rotation.T
-                linear.weight.copy_(weight)
+                linear.weight.copy_((weight * norm.weight) @ rotation.T)
             norm.weight.fill_(1.0)
             norm.bias.zero_()
-        for linear in writers:
+        for linear in _writers(block):
             linear.weight.copy_(rotation @ linear.weight.double())
             linear.bias.copy_(rotation @ linear.bias.double())
 
 
 @contextmanager
-def rotated(encoders: Iterable[Encoder], seed: int = 0) -> Iterator[None]:
+def rotated(encoders: Sequence[Encoder], seed: int = 0) -> Iterator[None]:
     """Context in which residual streams are rotated and outputs unchanged.
 
     ``encoders``: those for which :func:`can_rotate` holds.
     """
-    encoders = list(encoders)
-    kept = [
-        (parameter, parameter.detach().clone())
+    parameters = [
+        parameter
         for encoder in encoders
         for module in _touched(encoder).values()
         for parameter in module.parameters(recurse=False)
     ]
-    with ExitStack() as stack:
-        try:
-            for encoder in encoders:
-                norm = encoder.model.encoder.layer_norm
-                rotation = random_rotation(norm.weight.numel(), seed)
-                _fold(encoder, rotation.double().to(norm.weight.device))
-                stack.enter_context(
-                    attached_rotations(
-                        {"model": encoder.model},
-                        {f"model.encoder.{BUFFER}": rotation},
-                    )
+    with restored_values(parameters), ExitStack() as stack:
+        for encoder in encoders:
+            norm = encoder.model.encoder.layer_norm
+            rotation = random_rotation(norm.weight.numel(), seed)
+            _fold(encoder, rotation.double().to(norm.weight.device))
+            stack.enter_context(
+                attached_rotations(
+                    {"model": encoder.model},
+                    {f"model.encoder.{BUFFER}": rotation},
                 )
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in kept:
-                    parameter.copy_(value)
+            )
+        yield
 
 
 def rotated_floats(
@@ -127,13 +116,12 @@ def rotated_floats(
     Called inside of :func:`rotated`; by name in the state dict.
     """
     quantized = set(quantized)
-    found = {}
+    changed = {}
     for encoder in encoders:
-        stream = encoder.model.encoder
-        name = f"{encoder.path}.encoder.{BUFFER}"
-        found[name] = getattr(stream, BUFFER).detach().clone()
+        rotation = getattr(encoder.model.encoder, BUFFER)
+        changed[f"{encoder.path}.encoder.{BUFFER}"] = rotation
         for name, module in _touched(encoder).items():
-            found[f"{name}.bias"] = module.bias.detach().clone()
+            changed[f"{name}.bias"] = module.bias
             if name not in quantized:
-                found[f"{name}.weight"] = module.weight.detach().clone()
-    return found
+                changed[f"{name}.weight"] = module.weight
+    return {name: value.detach().clone() for name, value in changed.items()}

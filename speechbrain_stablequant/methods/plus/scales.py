@@ -13,62 +13,41 @@ from .zero_point import asymmetric_range
 FLOAT_BITS = 16
 
 
-def least_error_quant(
+def layer_quant(
     work: Work,
-    layer: Layer,
     model: FloatModel,
+    layer: Layer,
     percentile: float,
     bits: int | None = None,
+    least_error: bool = True,
 ) -> LayerQuant:
-    """Scales of least squared error below a clipping percentile."""
-    config = work.session.config
-    weight_bits = bits or config.weight_bits
-    activation_bits = config.activation_bits
-    if bits is not None:
-        activation_bits = max(bits, activation_bits)
-    ratio, zero_point = percentile / 100, 0.0
-    if layer.name in model.shifted:
-        shifted = model.shifted[layer.name]
+    """Scales below a percentile: of least squared error, or the whole range.
+
+    StableQuant's search tries the whole range. ``bits``: of a mixed precision.
+    """
+    config, ratio = work.session.config, percentile / 100
+    activation_bits = max(bits or 0, config.activation_bits)
+    zero_point, shifted = 0.0, model.shifted.get(layer.name)
+    if shifted is not None:
         upper = shifted.quantile(ratio) + GELU_MIN
-        amax, zero_point = asymmetric_range(shifted, activation_bits, upper)
-    else:
-        histogram = model.histograms[layer.name]
-        edge = histogram.quantile(ratio)
-        amax = clipped_mse(histogram, edge, activation_bits)
-    return LayerQuant(
-        weight_bits,
-        activation_bits,
-        float(amax),
-        config.weight_method or "mse",
-        float(zero_point),
-    )
-
-
-def full_range_quant(
-    work: Work, model: FloatModel, layer: Layer, percentile: float
-) -> LayerQuant:
-    """The whole range below a percentile, as StableQuant's search tries it."""
-    config, ratio, zero_point = work.session.config, percentile / 100, 0.0
-    if layer.name in model.shifted:
-        shifted = model.shifted[layer.name]
         amax, zero_point = asymmetric_range(
-            shifted,
-            config.activation_bits,
-            shifted.quantile(ratio) + GELU_MIN,
-            search=False,
+            shifted, activation_bits, upper, least_error
         )
     else:
-        amax = model.histograms[layer.name].quantile(ratio)
+        histogram = model.histograms[layer.name]
+        amax = histogram.quantile(ratio)
+        if least_error:
+            amax = clipped_mse(histogram, amax, activation_bits)
     return LayerQuant(
-        config.weight_bits,
-        config.activation_bits,
+        bits or config.weight_bits,
+        activation_bits,
         float(amax),
-        "max",
+        (config.weight_method or "mse") if least_error else "max",
         float(zero_point),
     )
 
 
-def least_error_quants(
+def layer_quants(
     work: Work,
     model: FloatModel,
     percentiles: Mapping[str, float],
@@ -76,10 +55,10 @@ def least_error_quants(
 ) -> dict[str, LayerQuant]:
     """All quantized layers; no clipping and the block's bits by default."""
     return {
-        layer.name: least_error_quant(
+        layer.name: layer_quant(
             work,
-            layer,
             model,
+            layer,
             percentiles.get(layer.name, 100.0),
             bits.get(layer.unit),
         )

@@ -8,15 +8,18 @@ projection, in which attention is linear. A post-norm model's residual reads
 the normalization as well, so its sites are fewer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...model.layers import Encoder, Layer
 from ...utils.distributed import gathered_tensors
+from ...utils.patching import hooked, restored_values
 
 # Larger factors only move rounding noise.
 _MAX_FACTOR = 1e4
@@ -74,52 +77,33 @@ def _places(
             yield block.final_layer_norm, (forward.intermediate_dense,)
 
 
-class ChannelMaxima:
-    """Largest |input| of each channel of linears, by layer name."""
+def channel_maxima(
+    sites: Iterable[Site], run: Callable[[], Any]
+) -> dict[Site, torch.Tensor]:
+    """Largest |activation| of each channel at each site while a model runs."""
+    found: dict[Site, torch.Tensor] = {}
 
-    def __init__(self, layers: Iterable[Layer]):
-        self.layers = list(layers)
-        self.values: dict[str, torch.Tensor] = {}
+    def note(site: Site, module: nn.Module, args: tuple) -> None:
+        x = args[0].detach().float().abs()
+        largest = x.reshape(-1, x.shape[-1]).amax(0)
+        found[site] = torch.maximum(largest, found.get(site, largest))
 
-    @contextmanager
-    def watch(self) -> Iterator["ChannelMaxima"]:
-        """Context in which forward passes are observed."""
-        handles = [
-            layer.module.register_forward_pre_hook(self._hook(layer.name))
-            for layer in self.layers
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def join(self) -> None:
-        """Takes the maxima of all processes."""
-        for name, value in self.values.items():
-            self.values[name] = torch.stack(gathered_tensors(value)).amax(0)
-
-    def _hook(self, name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach().float().abs()
-            found = x.reshape(-1, x.shape[-1]).amax(0)
-            if name in self.values:
-                found = torch.maximum(found, self.values[name])
-            self.values[name] = found
-
-        return hook
+    with hooked((s.consumers[0].module, partial(note, s)) for s in sites):
+        run()
+    return {
+        site: torch.stack(gathered_tensors(value)).amax(0)
+        for site, value in found.items()
+    }
 
 
 def factors(site: Site, maxima: torch.Tensor, strength: float) -> torch.Tensor:
     """Divisors [channels] of a site, from the maxima of its activations.
 
-    ``strength`` 0: all ones; 1: activations are equally large afterwards.
+    ``strength`` 1: activations are equally large afterwards.
     """
     weights = torch.stack(
         [c.module.weight.detach().float().abs().amax(0) for c in site.consumers]
     ).amax(0)
-    if strength == 0:
-        return torch.ones_like(weights)
     high = maxima.to(weights.device)
     # Channels without activations or without weights.
     high = high.clamp(min=1e-5 * float(high.max()) + 1e-30)
@@ -129,33 +113,23 @@ def factors(site: Site, maxima: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 @contextmanager
-def equalized(
-    sites: Sequence[Site], by_site: Mapping[str, torch.Tensor]
-) -> Iterator[None]:
-    """Context in which the float model is equalized.
-
-    ``by_site``: factors by the name of each site.
-    """
-    changed: dict[int, nn.Parameter] = {}
-    for site in sites:
-        modules = [site.producer, *(c.module for c in site.consumers)]
-        for module in modules:
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    changed[id(parameter)] = parameter
-    kept = {key: p.detach().clone() for key, p in changed.items()}
-    try:
+def equalized(by_site: Mapping[Site, torch.Tensor]) -> Iterator[None]:
+    """Context in which the float model is equalized by these factors."""
+    parameters = [
+        parameter
+        for site in by_site
+        for module in (site.producer, *(c.module for c in site.consumers))
+        for parameter in (module.weight, module.bias)
+        if parameter is not None
+    ]
+    with restored_values(parameters):
         with torch.no_grad():
-            for site in sites:
-                factor = by_site[site.name].to(site.producer.weight.device)
+            for site, factor in by_site.items():
+                factor = factor.to(site.producer.weight.device)
                 _divide(site.producer, factor)
                 for consumer in site.consumers:
                     consumer.module.weight.mul_(factor)
         yield
-    finally:
-        with torch.no_grad():
-            for key, parameter in changed.items():
-                parameter.copy_(kept[key])
 
 
 def _divide(producer: nn.Module, factor: torch.Tensor) -> None:
@@ -173,13 +147,13 @@ def changed_floats(
     Called inside of :func:`equalized`; by name in the state dict.
     """
     quantized = set(quantized)
-    found = {}
+    changed = {}
     for site in sites:
         modules = {site.name: site.producer}
-        modules.update({c.name: c.module for c in site.consumers})
+        modules |= {c.name: c.module for c in site.consumers}
         for name, module in modules.items():
             if name not in quantized:
-                found[f"{name}.weight"] = module.weight.detach().clone()
-            if name == site.name and module.bias is not None:
-                found[f"{name}.bias"] = module.bias.detach().clone()
-    return found
+                changed[f"{name}.weight"] = module.weight
+        if site.producer.bias is not None:
+            changed[f"{site.name}.bias"] = site.producer.bias
+    return {name: value.detach().clone() for name, value in changed.items()}

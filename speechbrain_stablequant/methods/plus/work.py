@@ -8,7 +8,6 @@ from tqdm import tqdm
 from ...core.histogram import Histogram
 from ...core.plan import LayerQuant
 from ...core.plan_tensors import AdjustedTensors, LayerTensors
-from ...model.layers import Encoder
 from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
 from ..search import Evaluate, Score
@@ -41,15 +40,20 @@ class Work:
         plus = session.config.plus
         self.session = session
         self.original = FloatModel(weights, calibration)
-        self.rotated: list[Encoder] = []
-        if plus.rotate:
-            self.rotated = [e for e in session.encoders if can_rotate(e)]
+        self.rotated = [
+            e for e in session.encoders if plus.rotate and can_rotate(e)
+        ]
         self.float_layers: set[str] = set()
         if plus.keep_first_conv_float:
             self.float_layers = _first_convs(session)
         self.behind_gelu: set[str] = set()
         if plus.asymmetric:
             self.behind_gelu = behind_gelu(session.encoders, session.layers)
+        #: Layers by unit, without those that stay float.
+        self.units = {
+            unit: [x for x in layers if x.name not in self.float_layers]
+            for unit, layers in session.units.items()
+        }
         #: What each part brought, for the plan.
         self.parts: list[dict] = []
         self.evaluations = 0
@@ -59,7 +63,8 @@ class Work:
         self.session.simulator = Simulator(self.session.layers)
 
     def model_now(self, strength: float) -> FloatModel:
-        """Fingerprint and histograms of the float model in its present form."""
+        """The float model in its present form, equalized by a strength."""
+        self.reset_simulator()
         session = self.session
         suffix = "_rotated" if self.rotated else ""
         if strength:
@@ -75,47 +80,14 @@ class Work:
             weights, calibration, shifted[0].histograms if shifted else {}
         )
 
-    def divergence(
+    def evaluator(
         self,
         model: FloatModel,
-        quants: Mapping[str, LayerQuant],
-        part: str,
-        tensors: Mapping[str, LayerTensors] | None = None,
-        **values: float,
-    ) -> float:
-        """Divergence of the quantized model, recorded under a part's name."""
-        if tensors is not None:
-            self.session.simulator.tensors = dict(tensors)
-        words = " ".join([part, *(f"{value:g}" for value in values.values())])
-        evaluate, bar = self._evaluate(model, tensors, "divergence")
-        with bar:
-            found = evaluate(quants, label=words).loss
-        self.parts.append({"part": part, **values, "divergence": found})
-        return found
-
-    def word_errors(
-        self,
-        model: FloatModel,
-        quants: Mapping[str, LayerQuant],
-        tensors: Mapping[str, LayerTensors],
-    ) -> tuple[Score, Score]:
-        """Scores of the float model and of the quantized one."""
-        self.session.simulator.tensors = dict(tensors)
-        # Rotation and equalization do not change the float model's output.
-        evaluate, bar = self._evaluate(self.original, None)
-        with bar:
-            baseline = evaluate({}, label="float")
-        evaluate, bar = self._evaluate(model, tensors)
-        with bar:
-            return baseline, evaluate(quants, label="final")
-
-    def _evaluate(
-        self,
-        model: FloatModel,
-        tensors: Mapping[str, LayerTensors] | None,
         metric: str | None = None,
+        tensors: Mapping[str, LayerTensors] | None = None,
     ) -> tuple[Evaluate, tqdm]:
-        """Measures with the tensors that the simulator holds, counting."""
+        """Measures a model with decided tensors; counts the evaluations."""
+        self.session.simulator.tensors = dict(tensors or {})
         weights = model.weights
         if tensors:
             weights += AdjustedTensors(dict(tensors)).digest()
@@ -128,6 +100,37 @@ class Work:
             return evaluate(*args, **options)
 
         return counted, bar
+
+    def divergence(
+        self,
+        model: FloatModel,
+        quants: Mapping[str, LayerQuant],
+        part: str,
+        tensors: Mapping[str, LayerTensors] | None = None,
+        **values: float,
+    ) -> float:
+        """Divergence of the quantized model, recorded under a part's name."""
+        words = " ".join([part, *(f"{value:g}" for value in values.values())])
+        evaluate, bar = self.evaluator(model, "divergence", tensors)
+        with bar:
+            found = evaluate(quants, label=words).loss
+        self.parts.append({"part": part, **values, "divergence": found})
+        return found
+
+    def word_errors(
+        self,
+        model: FloatModel,
+        quants: Mapping[str, LayerQuant],
+        tensors: Mapping[str, LayerTensors],
+    ) -> tuple[Score, Score]:
+        """Scores of the float model and of the quantized one."""
+        # Rotation and equalization do not change the float model's output.
+        evaluate, bar = self.evaluator(self.original)
+        with bar:
+            baseline = evaluate({}, label="float")
+        evaluate, bar = self.evaluator(model, None, tensors)
+        with bar:
+            return baseline, evaluate(quants, label="final")
 
 
 def _first_convs(session: Session) -> set[str]:

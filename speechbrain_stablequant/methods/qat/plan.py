@@ -1,11 +1,8 @@
 """``method: qat``: trains the calibrated model on the quantization grid."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
-
-from tqdm import tqdm
 
 from ...core.plan import LayerQuant, QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors, adjusted_floats
@@ -13,11 +10,9 @@ from ...simulation.fake_quant import Simulator
 from ...utils.files import identity
 from ..search import Score
 from ..session import Session
-from .loop import Training
+from .loop import kept, train
 from .store import EpochStore
 from .student import Student
-
-logger = logging.getLogger(__name__)
 
 EPOCH_FOLDER = "finished_epochs"
 
@@ -39,48 +34,33 @@ def qat_plan(session: Session, start: QuantizationPlan) -> QuantizationPlan:
         an entry for each epoch.
     """
     settings, recognizer = session.config.qat, session.recognizer
-    training = Training(
-        settings.epochs,
-        settings.lr,
-        settings.scale_lr,
-        settings.distill,
-        settings.keep,
-    )
     batches = len(recognizer.trainer)
-    with tqdm(
-        total=settings.epochs * batches,
-        desc="qat",
-        dynamic_ncols=True,
-        smoothing=0,
-        disable=not recognizer.show_progress,
-    ) as bar:
+    bar = session.bar(settings.epochs * batches, "qat", smoothing=0)
 
-        def on_batch(epoch: int, index: int) -> None:
-            done = (epoch - 1) * batches + index
-            if bar.n == 0:
-                # Epochs of an earlier run would distort the remaining time.
-                bar.n = bar.initial = done
-            bar.set_postfix_str(f"epoch {epoch}", refresh=False)
-            bar.update(done - bar.n)
+    def on_batch(epoch: int, index: int) -> None:
+        done = (epoch - 1) * batches + index
+        if bar.n == 0:
+            # Epochs of an earlier run would distort the remaining time.
+            bar.n = bar.initial = done
+        bar.set_postfix_str(f"epoch {epoch}", refresh=False)
+        bar.update(done - bar.n)
 
-        quants, tensors, history = training.run(
+    with bar:
+        quants, tensors, history = train(
+            settings,
             _student(session, start),
             recognizer.trainer,
             partial(_score, session),
             EpochStore(session.store.below(EPOCH_FOLDER), _key(session, start)),
             on_batch,
-            _log_epoch,
         )
         bar.update(bar.total - bar.n)
+    reason = f"{settings.calibrator} calibration, then training"
     layers = [
-        replace(
-            layer,
-            quant=quants[layer.name],
-            reason=f"{settings.calibrator} calibration, then training",
-        )
+        replace(layer, quant=quants[layer.name], reason=reason)
         for layer in start.layers
     ]
-    best = training.kept(history)
+    best = kept(settings, history)
     search = {
         "metric": session.config.search.metric,
         "final_wer": best["wer"],
@@ -120,18 +100,6 @@ def _score(
         adjusted_floats(session.recognizer.modules, tensors.floats),
     ):
         return session.recognizer.score(lambda _: None, None)
-
-
-def _log_epoch(entry: Mapping) -> None:
-    said = [
-        f"{what} {entry[name]:{form}}"
-        for what, name, form in (
-            ("loss", "loss", ".4f"),
-            ("WER on the search set", "wer", ".2f"),
-        )
-        if entry[name] is not None
-    ]
-    logger.info("qat: epoch %d: %s", entry["epoch"], ", ".join(said))
 
 
 def _key(session: Session, start: QuantizationPlan) -> str:

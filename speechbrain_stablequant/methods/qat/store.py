@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,19 +24,15 @@ class EpochStore:
     store: Store
     key: str
 
-    def _result(self) -> str:
-        return f"{self.key[:16]}.safetensors"
+    def _file(self, epoch: int | None = None) -> str:
+        """The file of an epoch, or of the result."""
+        ending = "" if epoch is None else f"_epoch{epoch}"
+        return f"{self.key[:16]}{ending}.safetensors"
 
-    def _epoch(self, number: int) -> str:
-        return f"{self.key[:16]}_epoch{number}.safetensors"
-
-    def _found(self) -> list[int]:
-        head = f"{self.key[:16]}_epoch"
-        names = self.store.names(f"{head}*.safetensors")
-        return sorted(
-            int(name.removeprefix(head).removesuffix(".safetensors"))
-            for name in names
-        )
+    def _epochs(self) -> list[int]:
+        pattern = self._file().replace(".", "_epoch*.")
+        names = self.store.names(pattern)
+        return sorted(int(Path(x).stem.split("_epoch")[1]) for x in names)
 
     def write(
         self,
@@ -44,24 +41,21 @@ class EpochStore:
         best: int,
     ) -> None:
         """Stores the last epoch of a history, and keeps the best one."""
-        number = history[-1]["epoch"]
-        self.store.write_tensors(
-            self._epoch(number), self.key, tensors, history
-        )
-        for old in self._found():
-            if old not in (number, best):
-                self.store.delete(self._epoch(old))
+        last = history[-1]["epoch"]
+        self.store.write_tensors(self._file(last), self.key, tensors, history)
+        for old in self._epochs():
+            if old not in (last, best):
+                self.store.delete(self._file(old))
 
     def read(
-        self, number: int | None = None
+        self, epoch: int | None = None
     ) -> tuple[dict[str, torch.Tensor], list[dict]] | None:
         """Tensors and history of an epoch, by default the last one, if any."""
-        if number is None:
-            if not self._found():
-                return None
-            number = self._found()[-1]
+        known = self._epochs() if epoch is None else [epoch]
+        if not known:
+            return None
         return self.store.read_tensors(
-            self._epoch(number), self.key, "finished epoch"
+            self._file(known[-1]), self.key, "finished epoch"
         )
 
     def finish(
@@ -73,15 +67,15 @@ class EpochStore:
             "history": history,
         }
         self.store.write_tensors(
-            self._result(), self.key, tensors.flat(), content
+            self._file(), self.key, tensors.flat(), content
         )
-        for number in self._found():
-            self.store.delete(self._epoch(number))
+        for epoch in self._epochs():
+            self.store.delete(self._file(epoch))
 
     def finished(self) -> tuple[Quants, AdjustedTensors, list[dict]] | None:
         """The result that :meth:`finish` stored, if any."""
         known = self.store.read_tensors(
-            self._result(), self.key, "result of a training"
+            self._file(), self.key, "result of a training"
         )
         if known is None:
             return None
@@ -97,6 +91,6 @@ class EpochStore:
             return quants, AdjustedTensors.from_flat(flat), history
         except ValueError as error:
             raise ValueError(
-                f"{self.store.folder / self._result()}: is damaged "
+                f"{self.store.folder / self._file()}: is damaged "
                 f"({one_line(error)}); delete it to train again"
             ) from error

@@ -8,7 +8,7 @@ is restored bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from ...core.plan_tensors import AdjustedTensors, LayerTensors
 from ...core.weights import round_weight, weight_scale
 from ...model.layers import Layer
 from ...simulation.fake_quant import multiply
+from ...utils.patching import replaced_item, shadowed
 
 Quants = dict[str, LayerQuant]
 
@@ -61,9 +62,8 @@ def straight_through(
     """Fake quantization with a straight-through gradient, LSQ's for the scale.
 
     ``x`` is float32, ``scale`` broadcasts to it. LSQ divides the scale's
-    gradient by ``sqrt(numbers * qmax)``, where ``numbers`` values of ``x``
-    share a scale; 0 leaves the gradient as it is. Values equal those of
-    :func:`~...core.affine.fake_quantize`.
+    gradient by ``sqrt(numbers * qmax)``, where ``numbers`` values share a
+    scale; 0 leaves it as it is.
     """
     limit = qmax(bits)
     factor = (numbers * limit) ** -0.5 if numbers else 1.0
@@ -108,9 +108,8 @@ class _TrainedLayer:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by attribute name, trained or not."""
-        names = ("weight", "bias", "weight_growth", "input_growth")
-        found = {name: getattr(self, name) for name in names}
-        return {name: p for name, p in found.items() if p is not None}
+        found = vars(self).items()
+        return {n: p for n, p in found if isinstance(p, nn.Parameter)}
 
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales of the weight's channels, scale of the input."""
@@ -163,11 +162,6 @@ class _Float:
     trained: nn.Parameter
     places: list[tuple[nn.Module, str]]
 
-    def put(self, value: nn.Parameter) -> None:
-        """Assigns a parameter to all its modules."""
-        for owner, name in self.places:
-            owner._parameters[name] = value
-
 
 class Student:
     """A model in training: layers on the grid, everything else float.
@@ -197,6 +191,7 @@ class Student:
             if layer.name in quants
         }
         self.floats = self._find_floats(modules, frozen)
+        self._replaced = ExitStack()
         self.parameters = {
             f"layers/{name}/{what}": parameter
             for name, layer in self.layers.items()
@@ -214,8 +209,8 @@ class Student:
             for layer in self.layers.values()
             for parameter in layer.module.parameters()
         }
-        found: dict[int, _Float] = {}
-        names: dict[str, int] = {}
+        # A parameter at several places is trained once, under its first name.
+        found: dict[int, tuple[str, _Float]] = {}
         for key, module in modules.items():
             for path, owner in module.named_modules(prefix=key):
                 for attribute, parameter in owner._parameters.items():
@@ -226,56 +221,41 @@ class Student:
                         continue
                     if id(parameter) not in found:
                         copy = nn.Parameter(parameter.detach().clone())
-                        found[id(parameter)] = _Float(parameter, copy, [])
-                        names[name] = id(parameter)
-                    found[id(parameter)].places.append((owner, attribute))
-        return {name: found[key] for name, key in names.items()}
+                        row = name, _Float(parameter, copy, [])
+                        found[id(parameter)] = row
+                    found[id(parameter)][1].places.append((owner, attribute))
+        return dict(found.values())
 
-    @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """What is trained, but for scales, by name."""
+    def trained(self, scales: bool) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: scales, or all others."""
         return {
             name: parameter
             for name, parameter in self.parameters.items()
-            if parameter.requires_grad and not name.endswith("_growth")
-        }
-
-    @property
-    def scales(self) -> dict[str, nn.Parameter]:
-        """Scales that are trained, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.parameters.items()
-            if parameter.requires_grad and name.endswith("_growth")
+            if parameter.requires_grad and name.endswith("_growth") == scales
         }
 
     def _enter(self) -> None:
-        for name, layer in self.layers.items():
-            if "forward" in vars(layer.module):
-                raise RuntimeError(f"{name}: is already being simulated")
-            layer.module.forward = layer.forward
-        for parameter in self.floats.values():
-            parameter.put(parameter.trained)
-
-    def _leave(self) -> None:
         for layer in self.layers.values():
-            vars(layer.module).pop("forward", None)
+            self._replaced.enter_context(
+                shadowed(layer.module, "forward", layer.forward)
+            )
         for parameter in self.floats.values():
-            parameter.put(parameter.original)
+            for owner, name in parameter.places:
+                self._replaced.enter_context(
+                    replaced_item(owner._parameters, name, parameter.trained)
+                )
 
     @contextmanager
     def active(self) -> Iterator["Student"]:
         """Context in which the modules compute as the student."""
-        try:
+        with self._replaced:
             self._enter()
             yield self
-        finally:
-            self._leave()
 
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Context inside :meth:`active` in which they are the float model."""
-        self._leave()
+        self._replaced.close()
         try:
             yield
         finally:

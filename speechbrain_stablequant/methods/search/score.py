@@ -13,8 +13,8 @@ from ...utils.typed import typed
 class Score:
     """Result of one evaluation on the search set.
 
-    ``errors``: word errors among ``words`` reference words; a lower bound if the
-    evaluation gave up early (not ``complete``). ``loss``: mean loss of the
+    ``errors``: word errors among ``words`` reference words; a lower bound if
+    the evaluation gave up early (not ``complete``). ``loss``: mean loss of the
     recipe per utterance, infinite if it is not finite. The rest, for paired
     comparison, is empty if unknown or not finite.
 

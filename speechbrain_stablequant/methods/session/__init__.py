@@ -3,7 +3,6 @@
 Independent of any toolkit: protocols describe the recognizer and the trainer.
 """
 
-from ..layerwise.rounding import rounded_layers
 from .calibration import Calibration, calibrate, calibrations
 from .recognizer import BeforeBatch, Recognizer, fingerprint_modules
 from .search_set import check_earlier_run, keep_float_outputs, search_evaluate
@@ -19,6 +18,5 @@ __all__ = [
     "check_earlier_run",
     "fingerprint_modules",
     "keep_float_outputs",
-    "rounded_layers",
     "search_evaluate",
 ]

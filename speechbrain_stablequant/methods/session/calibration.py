@@ -10,7 +10,6 @@ from ...model.layers import Layer
 from ...simulation.observers import Observer
 from ...utils.distributed import from_main, share
 from ...utils.files import identity
-from ...utils.store import Store
 from ...utils.typed import typed
 from .session import Session
 
@@ -29,6 +28,28 @@ class Calibration:
 
     histograms: dict[str, Histogram]
     in_order: bool
+
+    def to_dict(self) -> dict:
+        """JSON-safe."""
+        rows = {name: x.to_dict() for name, x in self.histograms.items()}
+        return {"in_order": self.in_order, "layers": rows}
+
+    @classmethod
+    def from_dict(
+        cls, raw: Any, names: Sequence[str], num_bins: int
+    ) -> "Calibration":
+        """The inverse of :meth:`to_dict`; raises a ValueError if damaged."""
+        rows = typed(raw, dict, "content")
+        layers = typed(rows.get("layers"), dict, "layers")
+        if set(layers) != set(names):
+            raise ValueError("it has other layers")
+        for name in names:
+            if typed(layers[name], dict, name).get("num_bins") != num_bins:
+                raise ValueError(f"{name}: does not have {num_bins} bins")
+        return cls(
+            {name: Histogram.from_dict(layers[name]) for name in names},
+            typed(rows.get("in_order"), bool, "in_order"),
+        )
 
 
 def calibrate(session: Session, weights: str) -> Calibration:
@@ -60,48 +81,38 @@ def calibrations(
         In the order of ``wanted``.
     """
     data = session.recognizer.key("calibration", "inputs")
-    part = session.config.calibration
-    keys = {
-        file: identity(
-            [
-                weights,
-                data,
-                part.num_bins,
-                [layer.name for layer in layers],
-            ]
-        )
-        for file, (layers, _) in wanted.items()
-    }
-    known = {
-        file: from_main(
-            _read(
-                session.store,
+    num_bins = session.config.calibration.num_bins
+    keys: dict[str, str] = {}
+    known: dict[str, Calibration | None] = {}
+    missing: dict[str, Observer] = {}
+    for file, (layers, kind) in wanted.items():
+        names = [layer.name for layer in layers]
+        keys[file] = identity([weights, data, num_bins, names])
+        known[file] = from_main(
+            session.store.read(
                 file,
-                key,
-                [layer.name for layer in wanted[file][0]],
-                part.num_bins,
+                keys[file],
+                WHAT,
+                lambda raw, names=names: Calibration.from_dict(
+                    raw, names, num_bins
+                ),
             )
         )
-        for file, key in keys.items()
-    }
-    missing = {
-        file: observe(layers, session.geometry(), part.num_bins)
-        for file, (layers, observe) in wanted.items()
-        if known[file] is None
-    }
+        if known[file] is None:
+            missing[file] = kind(layers, session.geometry(), num_bins)
     if missing:
         _observe(session, list(missing.values()))
     for file, observer in missing.items():
-        known[file] = _calibration(session, wanted[file][0], observer)
-        _write(session.store, file, keys[file], known[file])
+        called = [session.unit_index(name) for name in observer.call_order]
+        known[file] = Calibration(observer.histograms, called == sorted(called))
+        session.store.write(file, keys[file], known[file].to_dict())
     return [known[file] for file in wanted]
 
 
 def _observe(session: Session, observers: Sequence[Observer]) -> None:
     recognizer = session.recognizer
-    ids = recognizer.ids("calibration")
     size = session.config.calibration.batch_size
-    batches = -(-len(ids) // size)
+    batches = -(-len(recognizer.ids("calibration")) // size)
     bar = session.bar(len(share(batches)), "calibration")
 
     def before_batch(index: int) -> None:
@@ -116,50 +127,4 @@ def _observe(session: Session, observers: Sequence[Observer]) -> None:
         recognizer.forward("calibration", before_batch)
     for observer in observers:
         observer.join()
-
-
-def _calibration(
-    session: Session, layers: Sequence[Layer], observer: Observer
-) -> Calibration:
-    observer.check_all_called()
-    called = [session.unit_index(name) for name in observer.call_order]
-    return Calibration(
-        {layer.name: observer.histograms[layer.name] for layer in layers},
-        called == sorted(called),
-    )
-
-
-def _write(store: Store, file: str, key: str, calibration: Calibration) -> None:
-    store.write(
-        file,
-        key,
-        {
-            "in_order": calibration.in_order,
-            "layers": {
-                name: histogram.to_dict()
-                for name, histogram in calibration.histograms.items()
-            },
-        },
-    )
-
-
-def _read(
-    store: Store, file: str, key: str, names: Sequence[str], num_bins: int
-) -> Calibration | None:
-    return store.read(file, key, WHAT, lambda raw: _parse(raw, names, num_bins))
-
-
-def _parse(raw: Any, names: Sequence[str], num_bins: int) -> Calibration:
-    rows = typed(raw, dict, "content")
-    layers = typed(rows.get("layers"), dict, "layers")
-    if set(layers) != set(names):
-        raise ValueError("it has other layers")
-    histograms = {}
-    for name in names:
-        state = layers[name]
-        if typed(state, dict, name).get("num_bins") != num_bins:
-            raise ValueError(f"{name}: does not have {num_bins} bins")
-        histograms[name] = Histogram.from_dict(state)
-    return Calibration(
-        histograms, typed(rows.get("in_order"), bool, "in_order")
-    )
+        observer.check_all_called()

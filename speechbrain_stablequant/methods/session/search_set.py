@@ -10,12 +10,13 @@ import torch
 from tqdm import tqdm
 
 from ...core.plan import LayerQuant
+from ...model.layers import Cut
 from ...simulation.prefix_cache import Replay
 from ...utils.files import identity
 from ...utils.store import Store
 from ..search import Divergence, Evaluate, Journal, Score, check_float_wer
 from .calibration import HISTOGRAM_FILE, WHAT, Calibration
-from .recognizer import BeforeBatch, Recognizer
+from .recognizer import BeforeBatch
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,14 @@ def search_evaluate(
     tqdm
         Counts the evaluations.
     """
-    search = session.config.search
+    search, recognizer = session.config.search, session.recognizer
     key = [weights, metric or search.metric]
     if metric == "divergence":
-        key += [session.reference, session.recognizer.key("search", "outputs")]
+        key += [session.reference, recognizer.key("search", "outputs")]
+        score_of = session.divergence.score
     else:
-        key.append(session.recognizer.key("search", "scores"))
+        key.append(recognizer.key("search", "scores"))
+        score_of = recognizer.score
     journal = Journal(
         session.store,
         JOURNAL_FILE,
@@ -82,18 +85,15 @@ def search_evaluate(
         label: str = "",
     ) -> Score:
         bar.set_postfix_str(label)
-        score = session.recognizer.score
-        if metric == "divergence":
-            score = session.divergence.score
         with session.simulator.apply(quants):
             if start is None or not replay.prepare(
                 start,
-                _prefix(session, quants, start),
-                lambda before: session.recognizer.forward("search", before),
+                session.prefix(quants, start),
+                partial(recognizer.forward, "search"),
             ):
-                return score(lambda _: None, give_up_above)
+                return score_of(lambda _: None, give_up_above)
             with replay.active():
-                return score(replay.start_batch, give_up_above)
+                return score_of(replay.start_batch, give_up_above)
 
     remembered = journal.wrap(measure)
     float_words: list[int] = []
@@ -126,28 +126,13 @@ def keep_float_outputs(session: Session) -> None:
     session.reference = session.fingerprint()
 
 
-def _prefix(
-    session: Session, quants: Mapping[str, LayerQuant], start: str
-) -> dict[str, tuple[str, LayerQuant]]:
-    order = list(session.units)
-    before = set(order[: order.index(start)])
-    return {
-        name: (session.simulator.layers[name].unit, quant)
-        for name, quant in quants.items()
-        if session.simulator.layers[name].unit in before
-    }
-
-
 def _replay(session: Session, in_order: bool) -> Replay:
-    limit = session.cache_bytes
     if session.exact_cuts is None:
-        replay = Replay(session.cuts(in_order), list(session.units), limit)
-        replay = verified(replay, session.recognizer)
-        session.exact_cuts = list(replay.cuts.values())
-    return Replay(session.exact_cuts, list(session.units), limit)
+        session.exact_cuts = _exact_cuts(session, session.cuts(in_order))
+    return Replay(session.exact_cuts, list(session.units), session.cache_bytes)
 
 
-def verified(replay: Replay, recognizer: Recognizer) -> Replay:
+def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
     """Drops the cuts from which a replay is not exact.
 
     A model that reads more than the cut's output (all hidden states, for
@@ -155,23 +140,23 @@ def verified(replay: Replay, recognizer: Recognizer) -> Replay:
     """
 
     def first(before: BeforeBatch) -> torch.Tensor:
-        return recognizer.forward("search", before, first_only=True)
+        return session.recognizer.forward("search", before, first_only=True)
 
-    if not replay.cuts:
-        return replay
+    if not cuts:
+        return []
     expected = first(lambda _: None)
     good = []
-    for unit, cut in replay.cuts.items():
-        trial = Replay([cut], replay.units, replay.limit_bytes)
-        if trial.prepare(unit, {}, first):
+    for cut in cuts:
+        trial = Replay([cut], list(session.units), session.cache_bytes)
+        if trial.prepare(cut.unit, {}, first):
             with trial.active():
                 same = torch.equal(first(trial.start_batch), expected)
             if not same:
                 logger.warning(
                     "search: activations before %s cannot be reused exactly "
                     "and are computed each time",
-                    unit,
+                    cut.unit,
                 )
                 continue
         good.append(cut)
-    return Replay(good, replay.units, replay.limit_bytes)
+    return good

@@ -1,8 +1,9 @@
 """One recognizer that is being quantized."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from tqdm import tqdm
 
@@ -106,8 +107,20 @@ class Session:
 
     def unit_index(self, name: str) -> int:
         """Position of a layer's unit in the network."""
-        unit = self.simulator.layers[name].unit
-        return list(self.units).index(unit)
+        return list(self.units).index(self.simulator.layers[name].unit)
+
+    def prefix(
+        self, quants: Mapping[str, LayerQuant], unit: str
+    ) -> dict[str, tuple[str, LayerQuant]]:
+        """The quants of layers before a unit, each with its own unit."""
+        units = list(self.units)
+        before = set(units[: units.index(unit)])
+        layers = self.simulator.layers
+        return {
+            name: (layers[name].unit, quant)
+            for name, quant in quants.items()
+            if layers[name].unit in before
+        }
 
     def geometry(self) -> list[tuple[int, int]]:
         """Kernel and stride of the convolutions of the feature extractor."""
@@ -130,11 +143,12 @@ class Session:
         """Memory for cached activations."""
         return int(self.config.search.cache_gb * 1e9)
 
-    def bar(self, total: int, what: str) -> tqdm:
+    def bar(self, total: int, what: str, **options: Any) -> tqdm:
         """A progress bar."""
         return tqdm(
             total=total,
             desc=what,
             dynamic_ncols=True,
             disable=not self.recognizer.show_progress,
+            **options,
         )

@@ -11,7 +11,8 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +22,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ...model.layers import Layer
+from ...utils.files import identity
+from ...utils.patching import hooked
+from ...utils.typed import typed
+from ..session import Session
 
+SCORE_FILE = "auto_quantize.json"
 # Of the log probabilities, between the recipe's and those of the copy.
 _TOLERANCE = 1e-3
 
@@ -36,9 +42,52 @@ def require_modelopt() -> None:
         )
 
 
-def modelopt_version() -> str:
-    """Version of modelopt, which the scores depend on."""
-    return version("nvidia-modelopt")
+def modelopt_scores(
+    session: Session,
+    weights: str,
+    layers: Sequence[Layer],
+    widths: Sequence[int],
+) -> dict[str, dict[int, float]]:
+    """Scores of layers by bits, cached on disk."""
+    recognizer, config = session.recognizer, session.config
+    key = identity(
+        [
+            weights,
+            recognizer.key("calibration", "inputs"),
+            [layer.name for layer in layers],
+            list(widths),
+            config.activation_bits,
+            config.seed,
+            version("nvidia-modelopt"),
+        ]
+    )
+    known = session.store.read(
+        SCORE_FILE,
+        key,
+        "modelopt's scores",
+        lambda raw: typed(raw, dict[str, list[float]], "content"),
+    )
+    if known is None:
+        modules = {name: recognizer.modules[name] for name in config.target}
+        order, batches = inputs_of_first(
+            modules, lambda: recognizer.forward("calibration", lambda _: None)
+        )
+        scores = auto_quantize_scores(
+            {name: modules[name] for name in order},
+            batches,
+            recognizer.forward("calibration", lambda _: None, True),
+            layers,
+            widths,
+            config.activation_bits,
+            config.seed,
+        )
+        known = {
+            name: [row[bits] for bits in widths] for name, row in scores.items()
+        }
+        session.store.write(SCORE_FILE, key, known)
+    return {
+        name: dict(zip(widths, row, strict=True)) for name, row in known.items()
+    }
 
 
 class Calls(nn.Module):
@@ -90,23 +139,14 @@ def inputs_of_first(
     order: list[str] = []
     batches: list[tuple] = []
 
-    def keep(key: str, args: tuple) -> None:
+    def keep(key: str, module: nn.Module, args: tuple) -> None:
         if key not in order:
             order.append(key)
         if key == order[0]:
             batches.append(args)
 
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, key=key: keep(key, args)
-        )
-        for key, module in modules.items()
-    ]
-    try:
+    with hooked((m, partial(keep, key)) for key, m in modules.items()):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return order, batches
 
 
@@ -119,36 +159,15 @@ def auto_quantize_scores(
     activation_bits: int,
     seed: int,
 ) -> dict[str, dict[int, float]]:
-    """Scores of each layer at each width.
+    """Scores by layer name and bits; layers that are not given stay float.
 
-    Arguments
-    ---------
-    modules : Mapping
-        The float model's modules by key, in the order of their calls.
-    batches : sequence of tuple
-        Arguments of the first module.
-    reference : torch.Tensor
-        The recipe's log probabilities of the first batch.
-    layers : iterable of Layer
-        Layers to score; everything else stays float.
-    widths : iterable of int
-        Bits of weights. Inputs have as many, at least ``activation_bits``.
-    activation_bits : int
-        Minimum bits of inputs.
-    seed : int
-        Seed of the drawn labels.
+    ``modules`` in the order of their calls, ``batches`` of the first one's
+    arguments; ``reference``: the recipe's log probabilities of the first batch,
+    which the chained modules must give. Inputs have as many bits as weights, at
+    least ``activation_bits``; ``seed`` draws the labels.
 
-    Returns
-    -------
-    dict
-        For each layer's name, the score by bits. Layers that modelopt groups
-        (query, key and value) have the whole score at the first of them and 0
-        at the others.
-
-    Raises
-    ------
-    ValueError
-        The chained modules do not give the recipe's log probabilities.
+    Layers that modelopt groups (query, key and value) have the whole score at
+    the first of them and 0 at the others.
     """
     require_modelopt()
     calls = Calls(modules)
@@ -177,7 +196,12 @@ def auto_quantize_scores(
             drawn = torch.multinomial(rows.exp(), 1, generator=generator)
         return -rows.gather(1, drawn).sum()
 
-    with _quiet():
+    # Without prints and warnings, but with progress bars.
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
         import modelopt.torch.quantization as mtq
 
         _, state = mtq.auto_quantize(
@@ -199,31 +223,16 @@ def auto_quantize_scores(
 
 def _format(weight_bits: int, activation_bits: int) -> dict[str, Any]:
     """A scale for each row of weights and one for each input."""
+    weights = {"num_bits": weight_bits, "axis": 0}
+    inputs = {"num_bits": activation_bits, "axis": None}
     return {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
-            {
-                "quantizer_name": "*weight_quantizer",
-                "cfg": {"num_bits": weight_bits, "axis": 0},
-            },
-            {
-                "quantizer_name": "*input_quantizer",
-                "cfg": {"num_bits": activation_bits, "axis": None},
-            },
+            {"quantizer_name": "*weight_quantizer", "cfg": weights},
+            {"quantizer_name": "*input_quantizer", "cfg": inputs},
         ],
         "algorithm": "max",
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses prints and warnings, not progress bars."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _by_layer(
