@@ -38,7 +38,7 @@ class Solve(Protocol):
         gram: torch.Tensor,
         cross: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Solves.
+        """Integers, int8 [out, inputs], and their float32 scales [out].
 
         Arguments
         ---------
@@ -50,13 +50,6 @@ class Solve(Protocol):
             Calibrator of their scales.
         gram, cross : torch.Tensor
             E[q q'] and E[x q'].
-
-        Returns
-        -------
-        torch.Tensor
-            int8 [out, inputs].
-        torch.Tensor
-            float32 scales [out].
         """
 
 

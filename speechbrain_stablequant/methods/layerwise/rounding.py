@@ -28,27 +28,11 @@ def rounded_layers(
 ) -> dict[str, LayerTensors]:
     """Decides integers and biases layer by layer, cached on disk.
 
-    Arguments
-    ---------
-    session : Session
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-    in_order : bool
-        Whether layers are called in the order of their units.
-    quants : Mapping
-        LayerQuant by name; other layers stay float.
-    what : str
-        Name of the method, for the progress bar.
-    solve : callable
-        Solver of a layer; None for the nearest integers.
-    corrects_bias : callable
-        Whether a layer's bias compensates the mean error of its output.
-
-    Returns
-    -------
-    dict
-        LayerTensors by name.
+    ``weights``: fingerprint of the float model; ``in_order``: whether layers
+    are called in the order of their units; ``quants``: other layers stay float;
+    ``what``: name of the method. ``solve`` gives a layer's solver, None for the
+    nearest integers; ``corrects_bias`` says whether its bias compensates the
+    mean error of its output.
     """
     content = [
         "means of what is in the range",

@@ -40,23 +40,10 @@ from .work import FloatModel, Work
 def plus_plan(
     session: Session, weights: str, calibration: Calibration
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """Makes the plan of ``method: stablequant_plus``.
+    """The plan, and histograms of the rotated and equalized model.
 
-    Arguments
-    ---------
-    session : Session
-        The recognizer, its config and its layers.
-    weights : str
-        Fingerprint of the float model.
-    calibration : Calibration
-        Of the float model, before rotation and equalization.
-
-    Returns
-    -------
-    QuantizationPlan
-        ``search["parts"]`` has the divergence after each part.
-    dict
-        The histograms of the rotated and equalized model.
+    ``calibration``: of the float model, before rotation and equalization.
+    ``search["parts"]`` of the plan has the divergence after each part.
     """
     work = Work(session, weights, calibration)
     keep_float_outputs(session)

@@ -29,30 +29,10 @@ def train(
 ) -> tuple[Quants, AdjustedTensors, list[dict]]:
     """Trains, or resumes a killed training.
 
-    Arguments
-    ---------
-    settings : QatConfig
-        The schedule.
-    student : Student
-        The calibrated model.
-    trainer : Trainer
-        The loop and its data.
-    measure : callable
-        Scores a result; not called with ``keep: last``.
-    store : EpochStore
-        Finished epochs.
-    on_batch : callable
-        Called before each batch with the epoch and the batch's index.
-
-    Returns
-    -------
-    dict
-        LayerQuant by name.
-    AdjustedTensors
-        Their tensors.
-    list of dict
-        ``{"epoch", "loss", "wer", "errors", "valid_loss"}``; what was not
-        measured is None, as is the loss of epoch 0.
+    ``measure`` scores a result, unless ``keep: last``; ``on_batch`` is called
+    before each batch with the epoch and the batch's index. Returns quants,
+    tensors and ``{"epoch", "loss", "wer", "errors", "valid_loss"}`` of each
+    epoch, None where nothing was measured; epoch 0 is the calibrated model.
     """
     known = store.finished()
     if known is not None:

@@ -18,20 +18,9 @@ EPOCH_FOLDER = "finished_epochs"
 
 
 def qat_plan(session: Session, start: QuantizationPlan) -> QuantizationPlan:
-    """Trains the quantized model.
+    """Trains a calibrated model, and keeps one of its epochs.
 
-    Arguments
-    ---------
-    session : Session
-        The recognizer with its trainer, config and layers.
-    start : QuantizationPlan
-        The calibrated model.
-
-    Returns
-    -------
-    QuantizationPlan
-        With the tensors of the epoch that was kept; ``search["training"]`` has
-        an entry for each epoch.
+    ``search["training"]`` of the plan has an entry for each epoch.
     """
     settings, recognizer = session.config.qat, session.recognizer
     batches = len(recognizer.trainer)

@@ -48,21 +48,9 @@ def search_cutoffs(
 
     In network order, with earlier decisions in place and later units float.
 
-    Arguments
-    ---------
-    units : iterable of UnitPlan
-        As :func:`~.sensitivity.select_units` returns them.
-    quantize_unit : callable
-        Layers of a unit, clipped at a percentile of |input|.
-    evaluate : Evaluate
-        Measures on the search set.
-    search : SearchConfig
-        The grid and the rule: :func:`best_cutoff` for ``threshold``,
-        :func:`surest_cutoff` for ``interval``, which gives up no evaluation.
-
-    Returns
-    -------
-    list of UnitPlan
+    ``quantize_unit`` gives the layers of a unit, clipped at a percentile. Rule
+    ``threshold`` takes :func:`best_cutoff`, ``interval`` :func:`surest_cutoff`,
+    and then no evaluation gives up.
 
     Example
     -------

@@ -22,21 +22,8 @@ def select_units(
     interval contains the threshold, the loss decides: its rise, converted to
     points of WER, must be above the threshold and its interval above zero.
 
-    Arguments
-    ---------
-    units : Mapping
-        For each unit, in network order, its layers without clipping.
-    evaluate : Evaluate
-        Measures on the search set.
-    search : SearchConfig
-        The rule, its level and the threshold.
-
-    Returns
-    -------
-    Score
-        Of the float model.
-    list of UnitPlan
-        In network order.
+    ``units``: for each unit, in network order, its layers without clipping.
+    Returns the float model's score and the units in that order.
 
     Example
     -------

@@ -66,19 +66,8 @@ def calibrations(
 ) -> list[Calibration]:
     """Several kinds of histograms from one pass, cached on disk.
 
-    Arguments
-    ---------
-    session : Session
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-    wanted : Mapping
-        By cache file: the layers to observe and the observer's class.
-
-    Returns
-    -------
-    list of Calibration
-        In the order of ``wanted``.
+    ``weights``: fingerprint of the float model; ``wanted``: layers and class of
+    their observer by cache file.
     """
     data = session.recognizer.key("calibration", "inputs")
     num_bins = session.config.calibration.num_bins

@@ -38,28 +38,11 @@ def search_evaluate(
     calibration: Calibration,
     metric: str | None = None,
 ) -> tuple[Evaluate, Journal, tqdm]:
-    """The evaluate function of the search, cached in the journal.
+    """The evaluate function of the search, its journal and its progress bar.
 
-    Arguments
-    ---------
-    session : Session
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the model and of the tensors in its simulator.
-    calibration : Calibration
-        Says whether layers are called in the order of their units.
-    metric : str, optional
-        ``"divergence"`` from the outputs of :func:`keep_float_outputs`, as a
-        score's loss; by default the block's metric.
-
-    Returns
-    -------
-    Evaluate
-        Measures on the search set.
-    Journal
-        The cache of its results.
-    tqdm
-        Counts the evaluations.
+    ``weights``: fingerprint of the model and of the tensors in its simulator.
+    ``metric``: ``"divergence"`` from the outputs of :func:`keep_float_outputs`,
+    as a score's loss; by default the block's.
     """
     search, recognizer = session.config.search, session.recognizer
     key = [weights, metric or search.metric]

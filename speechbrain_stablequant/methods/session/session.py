@@ -20,16 +20,8 @@ from .recognizer import Recognizer, fingerprint_modules
 class Session:
     """A recognizer being quantized: its layers, units, config and store.
 
-    Arguments
-    ---------
-    recognizer : Recognizer
-        The float model with its calibration and search sets.
-    config : QuantizeConfig
-        The validated block.
-    store : Store
-        Keeps histograms, evaluations and finished layers on disk.
-    runtimes : iterable of str
-        Names of the runtimes, for the record of a plan.
+    ``store`` keeps histograms, evaluations and finished layers; ``runtimes``
+    are named in a plan's record.
     """
 
     def __init__(
