@@ -6,10 +6,8 @@
 from pathlib import Path
 
 from ..utils.files import write_atomic, write_json
-from .document import build_document
-from .html import render_html
-from .markdown import render_markdown
 from .plots import FIGURES, draw_figures
+from .render import render_report
 from .summary import summary_table
 
 __all__ = ["summary_table", "write_report"]
@@ -37,16 +35,11 @@ def write_report(report: dict, folder: str | Path) -> list[Path]:
     # The numbers come first: if a plot fails, they are safe.
     written = [write_json(folder / "report.json", report)]
     figures = draw_figures(report)
-    document = build_document(report, list(figures))
     for name, image in figures.items():
         written.append(write_atomic(folder / name, image))
     for name in FIGURES:
         if name not in figures:
             (folder / name).unlink(missing_ok=True)
-    texts = {
-        "report.md": render_markdown(document),
-        "report.html": render_html(document, figures),
-    }
-    for name, text in texts.items():
+    for name, text in render_report(report, figures).items():
         written.append(write_atomic(folder / name, text))
     return written

@@ -106,7 +106,7 @@ def draw_cutoffs(report: dict) -> "Figure | None":
         _draw_curve(axes, unit, ratios, baseline)
         is_last_in_column = index + columns >= len(units)
         axes.tick_params(axis="x", labelbottom=is_last_in_column)
-    figure.supxlabel("cut-off ratio, %", fontsize=9)
+    figure.supxlabel("clipping percentile, %", fontsize=9)
     figure.supylabel("WER on the search set, %", fontsize=9)
     if baseline is not None:
         figure.legend(handles=[axes.get_lines()[0]], loc="outside upper center")
@@ -198,7 +198,7 @@ def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
     axes.set_ylim(0.5, 4 * max(counts))
     marks = (
         ("max", entry["max"], GREY, "-", 2.5),
-        ("cut-off", entry.get("cutoff_amax"), ORANGE, "--", 1.6),
+        ("clipping percentile at", entry.get("cutoff_amax"), ORANGE, "--", 1.6),
         ("amax", entry["amax"], INK, ":", 1.6),
     )
     for what, place, color, style, width in marks:

@@ -1,0 +1,135 @@
+"""The rows of a report's tables, as text."""
+
+from .format import (
+    NOT_A_SPEED_CLAIM,
+    NOT_MEASURED,
+    count,
+    delta,
+    gain,
+    is_simulated,
+    number,
+    percent,
+    times,
+    word_errors,
+)
+
+
+def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of both models' error rates."""
+    columns = {
+        "Test set": [
+            f"{name} ({count(entry['float']['utterances'])} utterances)"
+            for name, entry in tests.items()
+        ]
+    }
+    entries = tests.values()
+    for rate in ("WER", "CER"):
+        for label, model in (("Float", "float"), ("Quantized", "quantized")):
+            columns[f"{label} {rate} %"] = [
+                number(entry[model][rate]) for entry in entries
+            ]
+        key = f"delta_{rate.lower()}"
+        columns[f"\u0394 {rate}, 95 % interval"] = [
+            delta(entry.get(key), entry.get(f"{key}_ci")) for entry in entries
+        ]
+    for label, model in (("Float", "float"), ("Quantized", "quantized")):
+        columns[f"{label} S / D / I"] = [
+            word_errors(entry[model]) for entry in entries
+        ]
+    # Drop columns that are empty in every row.
+    filled = {
+        name: cells
+        for name, cells in columns.items()
+        if set(cells) != {NOT_MEASURED}
+    }
+    return list(filled), [
+        list(row) for row in zip(*filled.values(), strict=True)
+    ]
+
+
+def folder(tests: dict) -> list[list[str]]:
+    """Error rates of inference folders that decode unlike the recipe."""
+    return [
+        [
+            name,
+            *(
+                number(entry["folder"][model][rate])
+                for rate in ("WER", "CER")
+                for model in ("float", "quantized")
+            ),
+        ]
+        for name, entry in tests.items()
+        if entry.get("folder")
+    ]
+
+
+def size(report: dict) -> list[list[str]]:
+    """Size and speed of both models."""
+    mb, rtf = report["size_mb"], report["rtf"]
+    speed = times(gain(rtf), "faster", "slower")
+    return [
+        [
+            "Size in MB",
+            number(mb["float"], 1),
+            number(mb["quantized"], 1),
+            times(gain(mb), "smaller", "larger"),
+        ],
+        [
+            "Real-time factor",
+            number(rtf["float"], 3),
+            number(rtf["quantized"], 3),
+            NOT_A_SPEED_CLAIM if is_simulated(report) else speed,
+        ],
+    ]
+
+
+def units(rows: list[dict]) -> list[list[str]]:
+    """What was measured of each unit, and its clipping percentile."""
+    return [
+        [
+            unit["name"],
+            count(unit.get("layers")),
+            count(unit.get("parameters")),
+            number(unit.get("wer")),
+            delta(unit["delta_wer"], unit.get("delta_wer_ci")),
+            "yes" if unit["selected"] else "no",
+            percent(unit["cutoff"]),
+        ]
+        for unit in rows
+    ]
+
+
+def selected(rows: list[dict]) -> list[int]:
+    """Indices of the units that were selected."""
+    return [i for i, unit in enumerate(rows) if unit["selected"]]
+
+
+def search(found: dict) -> list[list[str]]:
+    """Settings and cost of a search."""
+    rows = [
+        ["Utterances", count(found.get("num_utterances"))],
+        ["Metric", str(found.get("metric") or NOT_MEASURED)],
+        ["WER of the float model, %", number(found.get("baseline_wer"))],
+        ["Selection threshold, points", percent(found.get("threshold"))],
+        ["Selected by", str(found.get("selection") or NOT_MEASURED)],
+        ["Coverage of the units' intervals", number(found.get("level"))],
+        ["Evaluations", count(found.get("evaluations"))],
+        ["Seconds", number(found.get("seconds"), 0)],
+    ]
+    return [row for row in rows if row[1] != NOT_MEASURED]
+
+
+def training(epochs: list[dict]) -> list[list[str]]:
+    """Loss and WER of each epoch."""
+    return [
+        [str(row["epoch"]), number(row["loss"], 4), number(row["wer"])]
+        for row in epochs
+    ]
+
+
+def environment(report: dict) -> list[list[str]]:
+    """Machine and libraries."""
+    return [
+        [key, NOT_MEASURED if value is None else str(value)]
+        for key, value in report["environment"].items()
+    ]
