@@ -2,20 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from .drawing import (
-    GREY,
-    new_figure,
-    shorten,
-    to_png,
-    use_log_rates,
-)
+from .drawing import GREY, new_figure, shorten, to_png, use_log_rates
 from .format import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colors that color-blind readers can tell apart.
-_METHOD_COLORS = (
+_COLORS = [
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -26,7 +20,7 @@ _METHOD_COLORS = (
     "#1c2733",
     "#b3001e",
     "#7a5195",
-)
+]
 _MARKERS = "osD^vPX*hp"
 # Sizes closer than this ratio differ only in the bits of activations.
 _SAME_SIZE = 1.02
@@ -37,8 +31,9 @@ def comparison_figures(table: dict) -> dict[str, bytes]:
     images = {}
     for name in dict.fromkeys(row["set"] for row in table["rows"]):
         rows = [row for row in table["rows"] if row["set"] == name]
-        part = {**table, "rows": rows}
-        images[f"comparison_{name}.png"] = to_png(draw_comparison, part)
+        images[f"comparison_{name}.png"] = to_png(
+            draw_comparison, {**table, "rows": rows}
+        )
     return images
 
 
@@ -51,40 +46,22 @@ def draw_comparison(table: dict) -> "Figure":
     floor = rows[0]["float"]["WER"]
     label = f"float model, {number(floor)} %"
     axes.axhline(floor, color=GREY, lw=1, ls="--", label=label)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for index, method in enumerate(methods):
-        points = sorted(
-            (row["size_mb"], row["quantized"]["WER"], _bits_of(row))
-            for row in rows
-            if row["method"] == method
-        )
-        color = _METHOD_COLORS[index % len(_METHOD_COLORS)]
-        marker = _MARKERS[index % len(_MARKERS)]
-        axes.plot(
-            [size for size, *_ in points],
-            [rate for _, rate, _ in points],
-            color=color,
-            marker=marker,
-            markersize=5,
-            lw=0,
-        )
-        line = _best_by_size([(size, rate) for size, rate, _ in points])
-        axes.plot(
-            [size for size, _ in line],
-            [rate for _, rate in line],
-            color=color,
-            marker=marker,
-            markersize=5,
-            lw=1,
-            label=shorten(method),
-        )
+    for index, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
+        points = sorted(_point(row) for row in rows if row["method"] == method)
+        style = {
+            "color": _COLORS[index % len(_COLORS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markersize": 5,
+        }
+        axes.plot(*zip(*points, strict=True), lw=0, **style)
+        line = zip(*_best_by_size(points), strict=True)
+        axes.plot(*line, lw=1, label=shorten(method), **style)
     # Points of the same bits lie close together: label the best one.
     for bits in dict.fromkeys(_bits_of(row) for row in rows):
         same = [row for row in rows if _bits_of(row) == bits]
-        best = min(same, key=lambda row: row["quantized"]["WER"])
         axes.annotate(
             bits,
-            (best["size_mb"], best["quantized"]["WER"]),
+            _point(min(same, key=lambda row: row["quantized"]["WER"])),
             xytext=(0, -12),
             textcoords="offset points",
             ha="center",
@@ -99,6 +76,10 @@ def draw_comparison(table: dict) -> "Figure":
     axes.set_title(shorten(rows[0]["set"], 60), loc="left")
     figure.legend(loc="outside upper center", ncols=4)
     return figure
+
+
+def _point(row: dict) -> tuple[float, float]:
+    return row["size_mb"], row["quantized"]["WER"]
 
 
 def _best_by_size(

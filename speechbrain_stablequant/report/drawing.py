@@ -21,6 +21,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 9,
+    "figure.labelsize": 9,
     "font.size": 9,
     "grid.color": "#e6ebf0",
     "legend.frameon": False,
@@ -32,13 +33,12 @@ _STYLE = {
     "ytick.color": "#b9c4cf",
     "ytick.labelcolor": INK,
 }
-_DPI = 150
-_MAX_NAME = 44
 
 
 def to_png(
     draw: Callable[[dict], "Figure | None"], report: dict
 ) -> bytes | None:
+    """PNG data of what ``draw`` makes of a report."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -51,15 +51,24 @@ def to_png(
         buffer = io.BytesIO()
         # Without matplotlib's version, the same report gives the same bytes.
         figure.savefig(
-            buffer, format="png", dpi=_DPI, metadata={"Software": None}
+            buffer, format="png", dpi=150, metadata={"Software": None}
         )
     return buffer.getvalue()
 
 
 def new_figure(width: float, height: float) -> "Figure":
+    """A figure of a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def panels(count: int, columns: int, base: float, height: float) -> list:
+    """Axes of ``count`` panels, filled row by row."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(10, base + height * rows)
+    return [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
 def use_log_rates(axes: "Axes") -> None:
@@ -72,7 +81,7 @@ def use_log_rates(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def shorten(name: str, width: int = _MAX_NAME) -> str:
+def shorten(name: str, width: int = 44) -> str:
     """Cut the middle of a long name; layer names differ at both ends."""
     name = " ".join(name.split())
     if len(name) <= width:

@@ -9,6 +9,7 @@ from .drawing import (
     INK,
     ORANGE,
     new_figure,
+    panels,
     shorten,
     to_png,
     use_log_rates,
@@ -20,17 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_HISTOGRAMS = 6
-_MAX_RATIO_LABELS = 12
+_MAX_LABELS = 12
 
 
 def draw_figures(report: dict) -> dict[str, bytes]:
     """PNG data of each plot that the report has data for, by file name."""
-    images = {}
-    for name, draw in FIGURES.items():
-        image = to_png(draw, report)
-        if image is not None:
-            images[name] = image
-    return images
+    images = {name: to_png(draw, report) for name, draw in FIGURES.items()}
+    return {name: image for name, image in images.items() if image is not None}
 
 
 def draw_sensitivity(report: dict) -> "Figure | None":
@@ -43,7 +40,7 @@ def draw_sensitivity(report: dict) -> "Figure | None":
     measured = [abs(delta) for delta in deltas if delta is not None]
     if not measured:
         return None
-    threshold = (report.get("search") or {}).get("threshold")
+    threshold = report.get("search", {}).get("threshold")
     figure = new_figure(10, 1.4 + 0.23 * len(units))
     axes = figure.add_subplot()
     colors = [ORANGE if unit["selected"] else BLUE for unit in units]
@@ -90,26 +87,25 @@ def draw_sensitivity(report: dict) -> "Figure | None":
 
 def draw_cutoffs(report: dict) -> "Figure | None":
     """WER against the clipping percentile, one panel per searched unit."""
-    units = [unit for unit in report["units"] if _curve(unit)]
+    units = [(unit, _curve(unit)) for unit in report["units"] if _curve(unit)]
     if not units:
         return None
-    baseline = (report.get("search") or {}).get("baseline_wer")
+    baseline = report.get("search", {}).get("baseline_wer")
     # Percentiles crowd toward 100: space them evenly, not to scale.
-    ratios = sorted(
-        {ratio for unit in units for ratio, _ in _curve(unit)}, reverse=True
-    )
-    columns = min(3, len(units))
-    rows = -(-len(units) // columns)
-    figure = new_figure(10, 1.1 + 1.75 * rows)
-    for index, unit in enumerate(units):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_curve(axes, unit, ratios, baseline)
-        is_last_in_column = index + columns >= len(units)
-        axes.tick_params(axis="x", labelbottom=is_last_in_column)
-    figure.supxlabel("clipping percentile, %", fontsize=9)
-    figure.supylabel("WER on the search set, %", fontsize=9)
+    percentiles = sorted({p for _, curve in units for p, _ in curve})[::-1]
+    places = {percentile: i for i, percentile in enumerate(percentiles)}
+    grid = panels(len(units), 3, 1.1, 1.75)
+    for axes, (unit, curve) in zip(grid, units, strict=True):
+        _draw_curve(axes, unit, curve, places, baseline)
+    # Labels below the last panel of each column.
+    for axes in grid[:-3]:
+        axes.tick_params(axis="x", labelbottom=False)
+    figure = grid[0].figure
+    figure.supxlabel("clipping percentile, %")
+    figure.supylabel("WER on the search set, %")
     if baseline is not None:
-        figure.legend(handles=[axes.get_lines()[0]], loc="outside upper center")
+        handle = grid[0].get_lines()[0]
+        figure.legend(handles=[handle], loc="outside upper center")
     return figure
 
 
@@ -117,8 +113,8 @@ def _curve(unit: dict) -> list[tuple[float, float]]:
     """Clipping percentile and WER of every measured point, descending."""
     points = [
         (point["cutoff"], point["wer"])
-        for point in unit.get("curve") or []
-        if point["cutoff"] is not None and point["wer"] is not None
+        for point in unit.get("curve", ())
+        if point["wer"] is not None
     ]
     return sorted(points, reverse=True)
 
@@ -126,47 +122,47 @@ def _curve(unit: dict) -> list[tuple[float, float]]:
 def _draw_curve(
     axes: "Axes",
     unit: dict,
-    ratios: Sequence[float],
+    curve: Sequence[tuple[float, float]],
+    places: dict[float, int],
     baseline: float | None,
 ) -> None:
+    rates = [rate for _, rate in curve]
+    floor = min(rates)
     if baseline is not None:
         label = f"float model, {number(baseline)} %"
         axes.axhline(baseline, color=GREY, lw=1, ls="--", label=label)
-    points = _curve(unit)
-    places = [ratios.index(ratio) for ratio, _ in points]
-    rates = [rate for _, rate in points]
-    axes.plot(places, rates, color=BLUE, marker="o", markersize=3, lw=1.2)
-    for place, (ratio, rate) in zip(places, points, strict=True):
-        if ratio == unit["cutoff"]:
-            axes.plot(place, rate, color=ORANGE, marker="o", markersize=8)
+        floor = min(floor, baseline)
+    at = [places[percentile] for percentile, _ in curve]
+    axes.plot(at, rates, color=BLUE, marker="o", markersize=3, lw=1.2)
+    chosen = dict(curve).get(unit["cutoff"])
+    if chosen is not None:
+        place = places[unit["cutoff"]]
+        axes.plot(place, chosen, color=ORANGE, marker="o", markersize=8)
     # Strong clipping can ruin the model; keep the other points readable.
-    floor = min([*rates, baseline] if baseline is not None else rates)
     if floor > 0 and max(rates) > 5 * floor:
         use_log_rates(axes)
     axes.margins(y=0.15)
-    axes.set_xlim(-0.5, len(ratios) - 0.5)
+    axes.set_xlim(-0.5, len(places) - 0.5)
     # Label only some percentiles of a fine grid.
-    labeled = range(0, len(ratios), -(-len(ratios) // _MAX_RATIO_LABELS))
-    labels = [percent(ratios[index]) for index in labeled]
-    axes.set_xticks(labeled, labels, rotation=60)
+    labeled = list(places)[:: -(-len(places) // _MAX_LABELS)]
+    axes.set_xticks(
+        [places[p] for p in labeled], map(percent, labeled), rotation=60
+    )
     title = f"{shorten(unit['name'], 32)}: {percent(unit['cutoff'])} %"
     axes.set_title(title, loc="left")
 
 
 def draw_histograms(report: dict) -> "Figure | None":
     """Histograms of |x| of the most clipped layers."""
-    layers = most_clipped(report.get("histograms") or {})
+    layers = most_clipped(report["histograms"])
     if not layers:
         return None
-    columns = min(2, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = new_figure(10, 0.6 + 2.3 * rows)
-    for index, (name, entry) in enumerate(layers):
-        axes = figure.add_subplot(rows, columns, index + 1)
+    grid = panels(len(layers), 2, 0.6, 2.3)
+    for axes, (name, entry) in zip(grid, layers, strict=True):
         _draw_histogram(axes, name, entry)
-    figure.supxlabel("|x| at the layer's input", fontsize=9)
-    figure.supylabel("values", fontsize=9)
-    return figure
+    grid[0].figure.supxlabel("|x| at the layer's input")
+    grid[0].figure.supylabel("values")
+    return grid[0].figure
 
 
 def most_clipped(histograms: dict) -> list[tuple[str, dict]]:
@@ -174,7 +170,7 @@ def most_clipped(histograms: dict) -> list[tuple[str, dict]]:
 
     def lost(item: tuple[str, dict]) -> float:
         top, amax = item[1]["max"], item[1]["amax"]
-        return top / amax if top and amax else 0.0
+        return top / amax if amax else 0.0
 
     drawable = [
         (name, entry)
@@ -198,15 +194,13 @@ def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
     axes.set_ylim(0.5, 4 * max(counts))
     marks = (
         ("max", entry["max"], GREY, "-", 2.5),
-        ("clipping percentile at", entry.get("cutoff_amax"), ORANGE, "--", 1.6),
+        ("clipping percentile at", entry["cutoff_amax"], ORANGE, "--", 1.6),
         ("amax", entry["amax"], INK, ":", 1.6),
     )
     for what, place, color, style, width in marks:
-        if place is not None:
-            label = f"{what} {place:.4g}"
-            axes.axvline(place, color=color, ls=style, lw=width, label=label)
-    places = [place for _, place, *_ in marks if place is not None]
-    axes.set_xlim(0, 1.03 * max([top, *places]))
+        label = f"{what} {place:.4g}"
+        axes.axvline(place, color=color, ls=style, lw=width, label=label)
+    axes.set_xlim(0, 1.03 * max(top, *(place for _, place, *_ in marks)))
     axes.set_title(shorten(name, 60), loc="left")
     # Left of the largest value, which is usually at the right edge.
     legend = axes.legend(
