@@ -241,9 +241,8 @@ class BudgetConfig:
     bits : tuple of int
         Bits to choose from; 16 leaves a unit float.
     scores : str
-        Sensitivity of a unit: ``divergence`` quantizes each unit alone at
-        each width; ``modelopt`` takes the gradient scores of NVIDIA's
-        AutoQuantize, for comparison.
+        Sensitivity of a unit: ``divergence``, that of quantizing it alone at
+        each width.
     """
 
     size: float | None = option(
@@ -256,7 +255,11 @@ class BudgetConfig:
         lambda row: len(row) > 0 and all(2 <= b <= 8 or b == 16 for b in row),
         "a list of bits from 2 to 8, or 16 for units that stay float",
     )
-    scores: str = choice("divergence", "divergence", "modelopt")
+    scores: str = option(
+        "divergence",
+        lambda name: name == "divergence",
+        "divergence; the recipe's compare_modelopt.py takes modelopt's scores",
+    )
 
 
 @dataclass(frozen=True)
@@ -431,17 +434,6 @@ class QuantizeConfig:
         else:
             decide = self.needs_search
         return (*found, "search") if decide else tuple(found)
-
-    @property
-    def needs_modelopt(self) -> bool:
-        """Whether modelopt scores the units."""
-        budget = self.plus.budget
-        return (
-            self.plan is None
-            and self.method == "stablequant_plus"
-            and budget.size is not None
-            and budget.scores == "modelopt"
-        )
 
     def variant_configs(self) -> dict[str, "QuantizeConfig"]:
         """This block with the changes of each variant, by name.

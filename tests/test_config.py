@@ -277,7 +277,7 @@ def test_rules_of_the_search(key, value, what):
         ("plus.budget", 0.22, "must be a block"),
         ("plus.budget.size", 22.0, "fraction"),
         ("plus.budget.bits", [1], "from 2 to 8, or 16"),
-        ("plus.budget.scores", "wer", "is not one of divergence, modelopt"),
+        ("plus.budget.scores", "modelopt", "compare_modelopt.py"),
         ("qat.epochs", 0, "at least 1"),
         ("qat.lr", 0.0, "positive"),
         ("qat.scale_lr", INF, "finite"),
@@ -457,21 +457,6 @@ def test_wrong_value_of_a_variant(changes, key):
     """The block's own value is right: the error has to say which is not."""
     text = error_of(with_variants({"name": "a"}, {"name": "b", **changes}))
     assert text.startswith(f"quantize.variants[1].{key}: ")
-
-
-@pytest.mark.parametrize(
-    "method, size, scores, expected",
-    [
-        ("stablequant_plus", 0.2, "modelopt", True),
-        ("stablequant_plus", 0.2, "divergence", False),
-        ("stablequant_plus", None, "modelopt", False),
-        ("mse", 0.2, "modelopt", False),
-    ],
-)
-def test_who_needs_modelopt(method, size, scores, expected):
-    budget = {"size": size, "scores": scores}
-    block = {"method": method, "plus": {"budget": budget}}
-    assert QuantizeConfig.from_dict(block).needs_modelopt is expected
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from torch import nn
 
 from ..config import ConfigError, QuantizeConfig
 from ..core.plan import QuantizationPlan
-from ..methods.plus.auto_quantize import require_modelopt
 from ..methods.session import check_earlier_run
 from ..model.layers import find_layers
 from ..utils import distributed
@@ -54,8 +53,6 @@ def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
 def _check_variant(
     modules: Mapping[str, nn.Module], config: QuantizeConfig
 ) -> None:
-    if config.needs_modelopt:
-        require_modelopt()
     _check_processes(config)
     layers = find_layers(modules, config.target, config.include, config.exclude)
     if config.plan is not None:
@@ -67,17 +64,11 @@ def _check_variant(
 
 def _check_processes(config: QuantizeConfig) -> None:
     """Raise if a method cannot run in several processes."""
-    if distributed.size() == 1:
-        return
-    if config.needs_training:
-        what = f"method: {config.method}"
-    elif config.needs_modelopt:
-        what = "plus.budget.scores: modelopt"
-    else:
+    if distributed.size() == 1 or not config.needs_training:
         return
     raise ConfigError(
-        f"quantize.{what} runs in one process; start it with python instead "
-        "of torchrun"
+        f"quantize.method: {config.method} runs in one process; start it with "
+        "python instead of torchrun"
     )
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
 from speechbrain_stablequant.core.plan import LayerPlan, LayerQuant
-from speechbrain_stablequant.methods.plus import auto_quantize
 from speechbrain_stablequant.methods.search import Score
 
 RATE = 16000
@@ -236,20 +235,6 @@ def test_pattern_that_matches_nothing(key, make_brain):
         f"quantize.{key}",
         "'encoder.*'",
         "wav2vec2.conv",
-    )
-
-
-def test_modelopt_is_missing(make_brain, monkeypatch):
-    """Said before anything runs, not after the search."""
-    monkeypatch.setattr(auto_quantize, "find_spec", lambda name: None)
-    brain = make_brain()
-    budget = {"size": 0.2, "scores": "modelopt"}
-    block = {"method": "stablequant_plus", "plus": {"budget": budget}}
-    refused(
-        brain,
-        lambda: StableQuant.attach(brain, **block),
-        "quantize.plus.budget.scores",
-        "speechbrain_stablequant[modelopt]",
     )
 
 

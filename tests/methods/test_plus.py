@@ -14,11 +14,6 @@ from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods import make_plan
-from speechbrain_stablequant.methods.plus import auto_quantize
-from speechbrain_stablequant.methods.plus.auto_quantize import (
-    Calls,
-    inputs_of_first,
-)
 from speechbrain_stablequant.methods.plus.quarot import (
     is_rotated,
     rotated,
@@ -532,69 +527,3 @@ def test_budget_counts_the_rotation(large, tmp_path):
         rooms.append(part["bytes"])
     width = session.encoders[0].model.config.hidden_size
     assert rooms[0] - rooms[1] == 2 * width**2  # float16
-
-
-def test_inputs_of_the_first_module(large):
-    recognizer = Recognizer(large)
-    modules = {key: recognizer.modules[key] for key in reversed(TARGET)}
-    order, batches = inputs_of_first(
-        modules, lambda: recognizer.forward("calibration", lambda _: None)
-    )
-    assert order == TARGET
-    assert len(batches) == len(recognizer.batches)
-    for (wavs,), expected in zip(batches, recognizer.batches, strict=True):
-        assert torch.equal(wavs, expected)
-
-
-def test_copies_of_the_modules_compute_the_same(large):
-    recognizer = Recognizer(large)
-    wavs = recognizer.batches[0]
-    expected = recognizer.output(wavs)
-    calls = Calls({key: recognizer.modules[key] for key in TARGET})
-    assert torch.allclose(calls((wavs,)), expected, atol=1e-5)
-    assert all(p.requires_grad for p in calls.parameters())
-    # The recognizer's own are as they were, weight norm and all.
-    assert torch.equal(recognizer.output(wavs), expected)
-
-
-def test_modelopt_is_missing(monkeypatch):
-    monkeypatch.setattr(auto_quantize, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"speechbrain_stablequant\[modelopt"):
-        auto_quantize.require_modelopt()
-
-
-def test_budget_by_modelopt(large, tmp_path):
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-    budget = {"size": 0.4, "bits": [4, 8, 16], "scores": "modelopt"}
-    block = {"activation_bits": 8, "plus": {**OFF, "budget": budget}}
-    session, plan = run(large, tmp_path, method="stablequant_plus", **block)
-    (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
-    assert part["scores"] == "modelopt"
-    for row in part["units"].values():
-        at_4, at_8, at_16 = (o["harm"] for o in row["options"])
-        assert at_4 > at_8 > at_16 == 0
-    runs = session.recognizer.runs
-    session, again = run(large, tmp_path, method="stablequant_plus", **block)
-    assert again == plan
-    # The scores are on disk.
-    assert session.recognizer.runs < runs
-
-
-def test_modelopt_scores_another_output(large, tmp_path):
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-    session = session_of(large, tmp_path)
-    # The recipe's log probabilities are those of warmer scores.
-    head = session.recognizer.modules["ctc_lin"]
-    handle = head.register_forward_hook(lambda *args: 2 * args[2])
-    reference = session.recognizer.forward("calibration", lambda _: None, True)
-    handle.remove()
-    with pytest.raises(ValueError, match="use scores: divergence"):
-        auto_quantize.auto_quantize_scores(
-            {key: session.recognizer.modules[key] for key in TARGET},
-            [(wavs,) for wavs in session.recognizer.batches],
-            reference,
-            session.layers,
-            [4, 8],
-            8,
-            0,
-        )

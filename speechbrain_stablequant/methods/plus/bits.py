@@ -9,7 +9,6 @@ from ...core.packing import packed_size
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
 from ..search.bit_allocation import Option, choose_bits, monotone
-from .auto_quantize import modelopt_scores
 from .scales import FLOAT_BITS, layer_quant
 from .work import FloatModel, Work
 
@@ -25,10 +24,7 @@ def choose_unit_bits(
     if budget.size is None:
         return {}
     widths = sorted(set(budget.bits))
-    if budget.scores == "modelopt":
-        harm = _modelopt_harm(work, model, widths)
-    else:
-        harm = _measured_harm(work, model, percentiles, widths)
+    harm = measured_harm(work, model, percentiles, widths)
     options = {
         unit: [
             Option(bits, _size(work, layers, bits), harm[unit, bits])
@@ -62,7 +58,7 @@ def choose_unit_bits(
     return chosen
 
 
-def _measured_harm(
+def measured_harm(
     work: Work,
     model: FloatModel,
     percentiles: Mapping[str, float],
@@ -88,24 +84,6 @@ def _measured_harm(
                 score = evaluate(quants, start=unit, label=label)
                 found[unit, bits] = score.loss
     return found
-
-
-def _modelopt_harm(
-    work: Work, model: FloatModel, widths: list[int]
-) -> dict[tuple[str, int], float]:
-    """The scores of modelopt's AutoQuantize, by unit and bits."""
-    layers = [x for x in work.session.layers if x.name not in work.float_layers]
-    integer = [bits for bits in widths if bits != FLOAT_BITS]
-    scores = {}
-    if integer:
-        scores = modelopt_scores(work.session, model.weights, layers, integer)
-    return {
-        (unit, bits): sum(
-            scores.get(x.name, {}).get(bits, 0.0) for x in members
-        )
-        for unit, members in work.units.items()
-        for bits in widths
-    }
 
 
 def _size(work: Work, layers: list[Layer], bits: int) -> int:

@@ -1,15 +1,28 @@
-"""Sensitivities of layers by NVIDIA modelopt's AutoQuantize, for comparison.
+#!/usr/bin/env python3
+"""Chooses bits under a budget by the scores of NVIDIA modelopt's AutoQuantize.
+
+Runs the recipe like `train.py`; where its `quantize:` block has a budget
+(`method: stablequant_plus`, `plus: {budget: {size: 0.19}}`), modelopt's scores
+decide instead of the divergence that each unit causes. Give it an output folder
+of its own, and compare the two `comparison.md`.
 
 The score of a format is the squared gradient of a likelihood at the layer's
 output, times the squared error of the format there, summed over a calibration
 set: one backward pass instead of an evaluation of each layer at each width.
 The likelihood is that of labels drawn from the float model's output, so that
 the score approximates the divergence from that output.
+
+Needs `pip install "speechbrain_stablequant[modelopt]"` and one process.
+> python compare_modelopt.py hparams/study.yaml --output_folder results/modelopt
+
+Authors
+ * The speechbrain_stablequant developers 2026
 """
 
 import contextlib
 import copy
 import io
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,28 +31,51 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import train
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ...model.layers import Layer
-from ...utils.files import identity
-from ...utils.patching import hooked
-from ...utils.typed import typed
-from ..session import Session
+from speechbrain_stablequant.methods.plus import bits, plan
+from speechbrain_stablequant.methods.plus.scales import FLOAT_BITS
+from speechbrain_stablequant.methods.plus.work import FloatModel, Work
+from speechbrain_stablequant.methods.session import Session
+from speechbrain_stablequant.model.layers import Layer
+from speechbrain_stablequant.utils.files import identity
+from speechbrain_stablequant.utils.patching import hooked, shadowed
+from speechbrain_stablequant.utils.typed import typed
 
 SCORE_FILE = "auto_quantize.json"
 # Of the log probabilities, between the recipe's and those of the copy.
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 
 
-def require_modelopt() -> None:
-    """Raises a ValueError that names the extra to install."""
-    if find_spec("modelopt") is None:
-        raise ValueError(
-            "quantize.plus.budget.scores: modelopt needs package "
-            "'nvidia-modelopt', which is not installed; run "
-            "pip install 'speechbrain_stablequant[modelopt]'"
-        )
+def modelopt_harm(
+    work: Work,
+    model: FloatModel,
+    percentiles: Mapping[str, float],
+    widths: Sequence[int],
+) -> dict[tuple[str, int], float]:
+    """Scores by unit and bits, in place of our measured divergences."""
+    session = work.session
+    layers = [x for x in session.layers if x.name not in work.float_layers]
+    integer = [width for width in widths if width != FLOAT_BITS]
+    scores = modelopt_scores(session, model.weights, layers, integer)
+    return {
+        (unit, width): sum(scores[x.name].get(width, 0.0) for x in members)
+        for unit, members in work.units.items()
+        for width in widths
+    }
+
+
+def choose_bits(
+    work: Work, model: FloatModel, percentiles: Mapping[str, float]
+) -> dict[str, int]:
+    """Ours, but the plan says whose scores decided."""
+    with shadowed(bits, "measured_harm", modelopt_harm):
+        found = bits.choose_unit_bits(work, model, percentiles)
+    if found:
+        work.parts[-1]["scores"] = "modelopt"
+    return found
 
 
 def modelopt_scores(
@@ -103,7 +139,7 @@ class Calls(nn.Module):
         for name, module in list(self.named_modules()):
             if parametrize.is_parametrized(module):
                 parent, _, attribute = name.rpartition(".")
-                plain = _without_parametrizations(module)
+                plain = without_parametrizations(module)
                 setattr(self.get_submodule(parent), attribute, plain)
         self.requires_grad_(True).eval()
 
@@ -116,7 +152,7 @@ class Calls(nn.Module):
         return x.log_softmax(-1)
 
 
-def _without_parametrizations(module: nn.Module) -> nn.Module:
+def without_parametrizations(module: nn.Module) -> nn.Module:
     """A copy with plain weights; torch's function changes a shared class."""
     kind = parametrize.type_before_parametrizations(module)
     plain = kind.__new__(kind)
@@ -169,17 +205,15 @@ def auto_quantize_scores(
     Layers that modelopt groups (query, key and value) have the whole score at
     the first of them and 0 at the others.
     """
-    require_modelopt()
     calls = Calls(modules)
     with torch.no_grad():
         found = calls(batches[0])
     if found.shape != reference.shape or not torch.allclose(
-        found, reference.to(found), rtol=0, atol=_TOLERANCE
+        found, reference.to(found), rtol=0, atol=TOLERANCE
     ):
         raise ValueError(
-            "quantize.plus.budget.scores: modelopt needs a recipe whose log "
-            f"probabilities are those of {', '.join(modules)} called one "
-            "after the other; use scores: divergence"
+            "modelopt needs a recipe whose log probabilities are those of "
+            f"{', '.join(modules)} called one after the other"
         )
     names = {layer.name for layer in layers}
     others = [
@@ -209,7 +243,8 @@ def auto_quantize_scores(
             # Any budget will do: only the scores are used.
             constraints={"effective_bits": float(widths[-1])},
             quantization_formats=[
-                _format(bits, max(bits, activation_bits)) for bits in widths
+                format_of(width, max(width, activation_bits))
+                for width in widths
             ],
             data_loader=batches,
             forward_step=lambda model, batch: model(batch),
@@ -218,10 +253,10 @@ def auto_quantize_scores(
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
         )
-    return _by_layer(state["candidate_stats"], names, widths)
+    return by_layer(state["candidate_stats"], names, widths)
 
 
-def _format(weight_bits: int, activation_bits: int) -> dict[str, Any]:
+def format_of(weight_bits: int, activation_bits: int) -> dict[str, Any]:
     """A scale for each row of weights and one for each input."""
     weights = {"num_bits": weight_bits, "axis": 0}
     inputs = {"num_bits": activation_bits, "axis": None}
@@ -235,7 +270,7 @@ def _format(weight_bits: int, activation_bits: int) -> dict[str, Any]:
     }
 
 
-def _by_layer(
+def by_layer(
     stats: Mapping[str, Mapping[str, Any]],
     names: set[str],
     widths: Sequence[int],
@@ -248,11 +283,23 @@ def _by_layer(
             continue
         missing -= set(members)
         # One score for each format in our order, then one for float.
-        for bits, score in zip(widths, entry["scores"], strict=False):
-            found[members[0]][bits] = float(score)
+        for width, score in zip(widths, entry["scores"], strict=False):
+            found[members[0]][width] = float(score)
     if missing:
         raise ValueError(
             f"{min(missing)}: modelopt gives no score for this layer; add it "
-            "to quantize.exclude or use plus.budget.scores: divergence"
+            "to quantize.exclude"
         )
     return found
+
+
+def main() -> None:
+    """Runs the recipe with modelopt's scores."""
+    if find_spec("modelopt") is None:
+        sys.exit("run pip install 'speechbrain_stablequant[modelopt]' first")
+    with shadowed(plan, "choose_unit_bits", choose_bits):
+        train.main()
+
+
+if __name__ == "__main__":
+    main()
