@@ -85,20 +85,20 @@ def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
     maxima = channel_maxima(
         sites, lambda: session.recognizer.forward("calibration", lambda _: None)
     )
-    found: list[tuple[float, float]] = []
-    by_strength: dict[float, dict[Site, torch.Tensor]] = {0.0: {}}
+    found = []
     for strength in sorted({0.0, *plus.strengths}):
-        if strength:
-            by_strength[strength] = {
-                site: factors(site, maxima[site], strength) for site in sites
-            }
-        with equalized(by_strength[strength]):
+        by_site = {
+            site: factors(site, maxima[site], strength)
+            for site in sites
+            if strength
+        }
+        with equalized(by_site):
             model = work.model_now(strength)
             quants = layer_quants(work, model, {}, {})
             harm = work.divergence(model, quants, "equalize", strength=strength)
-        found.append((harm, strength))
-    _, best = min(found)
-    return best, by_strength[best]
+        found.append((harm, strength, by_site))
+    _, best, by_site = min(found, key=lambda row: row[:2])
+    return best, by_site
 
 
 def _rounded(

@@ -214,16 +214,13 @@ class Student:
         for key, module in modules.items():
             for path, owner in module.named_modules(prefix=key):
                 for attribute, parameter in owner._parameters.items():
-                    name = f"{path}.{attribute}"
-                    if parameter is None or id(parameter) in taken:
+                    name, ident = f"{path}.{attribute}", id(parameter)
+                    if parameter is None or ident in taken or frozen(name):
                         continue
-                    if frozen(name):
-                        continue
-                    if id(parameter) not in found:
+                    if ident not in found:
                         copy = nn.Parameter(parameter.detach().clone())
-                        row = name, _Float(parameter, copy, [])
-                        found[id(parameter)] = row
-                    found[id(parameter)][1].places.append((owner, attribute))
+                        found[ident] = name, _Float(parameter, copy, [])
+                    found[ident][1].places.append((owner, attribute))
         return dict(found.values())
 
     def trained(self, scales: bool) -> dict[str, nn.Parameter]:

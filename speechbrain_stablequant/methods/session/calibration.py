@@ -91,8 +91,10 @@ def calibrations(
             missing[file] = kind(layers, session.geometry(), num_bins)
     if missing:
         _observe(session, list(missing.values()))
+    unit_of = {layer.name: layer.unit for layer in session.layers}
+    order = list(session.units)
     for file, observer in missing.items():
-        called = [session.unit_index(name) for name in observer.call_order]
+        called = [order.index(unit_of[name]) for name in observer.call_order]
         known[file] = Calibration(observer.histograms, called == sorted(called))
         session.store.write(file, keys[file], known[file].to_dict())
     return [known[file] for file in wanted]

@@ -97,10 +97,6 @@ class Session:
             weight_method,
         )
 
-    def unit_index(self, name: str) -> int:
-        """Position of a layer's unit in the network."""
-        return list(self.units).index(self.simulator.layers[name].unit)
-
     def prefix(
         self, quants: Mapping[str, LayerQuant], unit: str
     ) -> dict[str, tuple[str, LayerQuant]]:

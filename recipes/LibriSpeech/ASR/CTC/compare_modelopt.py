@@ -59,9 +59,13 @@ def modelopt_harm(
     session = work.session
     layers = [x for x in session.layers if x.name not in work.float_layers]
     integer = [width for width in widths if width != FLOAT_BITS]
-    scores = modelopt_scores(session, model.weights, layers, integer)
+    scores = {}
+    if integer:
+        scores = modelopt_scores(session, model.weights, layers, integer)
     return {
-        (unit, width): sum(scores[x.name].get(width, 0.0) for x in members)
+        (unit, width): sum(
+            scores.get(x.name, {}).get(width, 0.0) for x in members
+        )
         for unit, members in work.units.items()
         for width in widths
     }
