@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..methods.search import Score
-from ..methods.session.trainer import Trainer
+from ..methods.session import Trainer
 from ..simulation.prefix_cache import StopForward
 from ..utils import distributed
 from ..utils.distributed import from_main, gathered

@@ -10,7 +10,7 @@ import torch
 from ...config import QatConfig
 from ...core.plan_tensors import AdjustedTensors
 from ..search import Score
-from ..session.trainer import Optimizers, Trainer
+from ..session.recognizer import Optimizers, Trainer
 from .store import EpochStore
 from .student import Quants, Student
 

@@ -4,15 +4,15 @@ Independent of any toolkit: protocols describe the recognizer and the trainer.
 """
 
 from .calibration import Calibration, calibrate, calibrations
-from .recognizer import BeforeBatch, Recognizer, fingerprint_modules
+from .recognizer import Recognizer, Trainer, fingerprint_modules
 from .search_set import check_earlier_run, keep_float_outputs, search_evaluate
 from .session import Session
 
 __all__ = [
-    "BeforeBatch",
     "Calibration",
     "Recognizer",
     "Session",
+    "Trainer",
     "calibrate",
     "calibrations",
     "check_earlier_run",

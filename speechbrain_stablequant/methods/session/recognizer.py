@@ -1,17 +1,54 @@
-"""The protocol of a speech recognizer, and the fingerprint of its weights."""
+"""What methods need of a toolkit: protocols; the fingerprint of weights."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ...utils.store import Store
 from ..search import Score
-from .trainer import Trainer
+from ..search.divergence import BeforeBatch
 
-BeforeBatch = Callable[[int], None]
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+class Trainer(Protocol):
+    """A toolkit's training loop with its data."""
+
+    ids: list[str]
+    #: What else decides the outcome; JSON-safe.
+    settings: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch."""
+
+    def epoch(
+        self,
+        number: int,
+        optimizers: Optimizers,
+        before_batch: BeforeBatch,
+        distill: float,
+        resting: Callable[[], AbstractContextManager[None]],
+    ) -> float:
+        """Trains for one epoch and returns the mean loss.
+
+        Arguments
+        ---------
+        number : int
+            Starting with 1; seeds everything random in the epoch.
+        optimizers : Mapping
+            Optimizers by name.
+        before_batch : callable
+            Called with the index of each batch before it is run.
+        distill : float
+            0: the recipe's loss; 1: the divergence from the float model; in
+            between: a mixture.
+        resting : callable
+            Makes a context in which the model is the float model.
+        """
 
 
 class Recognizer(Protocol):

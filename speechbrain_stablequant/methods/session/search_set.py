@@ -15,8 +15,8 @@ from ...simulation.prefix_cache import Replay
 from ...utils.files import identity
 from ...utils.store import Store
 from ..search import Divergence, Evaluate, Journal, Score, check_float_wer
+from ..search.divergence import BeforeBatch
 from .calibration import HISTOGRAM_FILE, WHAT, Calibration
-from .recognizer import BeforeBatch
 from .session import Session
 
 logger = logging.getLogger(__name__)
