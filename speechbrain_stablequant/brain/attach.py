@@ -170,7 +170,10 @@ class StableQuant:
                     self._check_metric()
                 self._lock_folder()
                 return self._evaluator.evaluate(
-                    test, max_key, min_key, progressbar
+                    test,
+                    max_key=max_key,
+                    min_key=min_key,
+                    progressbar=progressbar,
                 )
             finally:
                 self._lock.release()

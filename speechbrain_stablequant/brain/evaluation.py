@@ -9,7 +9,7 @@ test set, and reported.
 import io
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -83,17 +83,12 @@ class Evaluator:
         # The recipe's own, which ours replaces on the instance.
         self._recipe_evaluate = brain.evaluate
 
-    def evaluate(
-        self,
-        test: TestSet,
-        max_key: str | None,
-        min_key: str | None,
-        progressbar: bool | None,
-    ) -> Any:
-        """Evaluate a test set; return the loss of the float model."""
-        loss, baseline = self._evaluate_float(
-            test, max_key, min_key, progressbar
-        )
+    def evaluate(self, test: TestSet, **options: Any) -> Any:
+        """Evaluate a test set; return the loss of the float model.
+
+        ``options`` are those of ``Brain.evaluate``, apart from the loader's.
+        """
+        loss, baseline = self._evaluate_float(test, options)
         # The Brain's metrics remain those of its own evaluation.
         with restored(self.brain):
             for run in self.runs:
@@ -111,11 +106,7 @@ class Evaluator:
         return loss
 
     def _evaluate_float(
-        self,
-        test: TestSet,
-        max_key: str | None,
-        min_key: str | None,
-        progressbar: bool | None,
+        self, test: TestSet, options: Mapping[str, Any]
     ) -> tuple[Any, Evaluation]:
         """The recipe's own evaluation: its loss and its transcripts."""
         config, texts = self.config, []
@@ -135,11 +126,9 @@ class Evaluator:
         ):
             loss = self._recipe_evaluate(
                 test.data,
-                max_key=max_key,
-                min_key=min_key,
-                progressbar=progressbar,
                 # Brain.evaluate changes its argument.
                 test_loader_kwargs=dict(test.options),
+                **options,
             )
         metric = metric_of(self.brain, config.metric_attribute)
         heard = self.before.check_baseline(metric, texts[-1], test.name)

@@ -1,13 +1,13 @@
 """YAML nodes that rebuild the heads of a recognizer."""
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import ruamel.yaml
 import speechbrain as sb
-from ruamel.yaml.compat import StringIO
 from speechbrain.nnet.linear import Linear as SpeechBrainLinear
 from torch import nn
 
@@ -72,23 +72,20 @@ def recipe_nodes(brain: sb.Brain) -> dict[str, Any]:
     path = Path(str(folder)) / HYPERPARAMS_FILE
     if folder is None or not path.is_file():
         return {}
-    with open(path, encoding="utf-8") as stream:
-        tree = ruamel.yaml.YAML().load(stream)
-    modules = tree.get("modules") if isinstance(tree, dict) else None
-    nodes = modules if isinstance(modules, dict) else {}
-    return {key: node for key, node in nodes.items() if _is_made(node)}
+    nodes = (ruamel.yaml.YAML().load(path) or {}).get("modules") or {}
+    return {
+        key: node
+        for key, node in nodes.items()
+        if _tag(node).startswith("!new:") and not _calls(node)
+    }
 
 
 def _tag(node: Any) -> str:
     return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
-def _is_made(node: Any) -> bool:
-    """Whether a node constructs an object and calls no other function."""
-    return _tag(node).startswith("!new:") and not _calls(node)
-
-
 def _calls(node: Any) -> bool:
+    """Whether a node calls a function, which a folder must not do."""
     if _tag(node).startswith("!apply"):
         return True
     if isinstance(node, dict):
@@ -98,7 +95,7 @@ def _calls(node: Any) -> bool:
 
 def node_text(key: str, node: Any) -> str:
     """YAML text of a recipe's node."""
-    out = StringIO()
+    out = io.StringIO()
     # A copy has no anchors that other nodes refer to.
     ruamel.yaml.YAML().dump({key: copy.deepcopy(node)}, out)
     return out.getvalue()
