@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from ..utils.patching import restored, shadowed
+from ..utils.patching import restored, restored_values, shadowed
 from .data import audio_of, dataset_of, utterance_ids
 from .recognizer import first_tensor
 
@@ -241,8 +241,7 @@ def trainable(
             for switch in ("freeze", "_requires_grad"):
                 if vars(module).get(switch) is True:
                     stack.enter_context(shadowed(module, switch, False))
-        for buffer in modules.buffers():
-            stack.callback(torch.no_grad()(buffer.copy_), buffer.clone())
+        stack.enter_context(restored_values(modules.buffers()))
         for parameter in modules.parameters():
             if id(parameter) not in trained:
                 stack.callback(
