@@ -22,6 +22,9 @@ from speechbrain_stablequant.runtimes.triton.kernels import (
     wave_conv,
     wave_gram,
 )
+from speechbrain_stablequant.runtimes.triton.kernels.library import (
+    output_frames,
+)
 
 SAMPLE_RATE = 16000
 INT8, HALF = torch.int8, torch.float16
@@ -157,7 +160,7 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
     wide = CONV_CHANNELS
     vectors = (meta(wide), meta(wide))
     norm = vectors if model.large else (None, None)
-    frames = conv.frames_out(samples, KERNELS[0], STRIDES[0])
+    frames = output_frames("conv1d", samples, KERNELS[0], STRIDES[0])
     rows = batch * frames
     wave = (meta(batch, samples), 1.0, 127, meta(wide, KERNELS[0], dtype=INT8))
     first = {
@@ -185,7 +188,7 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
     for index in range(1, len(KERNELS)):
         kernel, stride = KERNELS[index], STRIDES[index]
         q = meta(batch, frames, wide, dtype=INT8)
-        frames = conv.frames_out(frames, kernel, stride)
+        frames = output_frames("conv1d", frames, kernel, stride)
         rows, depth = batch * frames, kernel * wide
         last = index == len(KERNELS) - 1
         yield Op(

@@ -2,12 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any
 
 from ...core.encoder_spec import EncoderSpec
 from ..lengths import round_frames
-
-Kept = TypeVar("Kept")
 
 
 def samples_for(spec: EncoderSpec, frames: int) -> int:
@@ -27,28 +25,21 @@ def bucket_samples(spec: EncoderSpec, samples: int) -> int:
     return samples_for(spec, frames)
 
 
-class LeastRecent(Generic[Kept]):
+class LeastRecent:
     """LRU cache that discards an item before it makes the next one."""
 
-    def __init__(
-        self, limit: int, discard: Callable[[Kept], None] | None = None
-    ):
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
+    def __init__(self, limit: int, discard: Callable[[Any], None]):
         self.limit = limit
         self.discard = discard
-        self.items: OrderedDict[Hashable, Kept] = OrderedDict()
+        self.items: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[Hashable], Kept]) -> Kept:
+    def get(self, key: Hashable, make: Callable[[Any], Any]) -> Any:
         """The item of a key, made if it is missing."""
         if key in self.items:
             self.items.move_to_end(key)
             return self.items[key]
         while len(self.items) >= self.limit:
-            _, old = self.items.popitem(last=False)
-            if self.discard is not None:
-                self.discard(old)
-            # free its memory before the next one allocates
-            del old
+            # not in a variable: its memory is free before the next one's
+            self.discard(self.items.popitem(last=False)[1])
         self.items[key] = make(key)
         return self.items[key]

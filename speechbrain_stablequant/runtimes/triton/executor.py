@@ -5,46 +5,38 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import triton
 
 from ...core.encoder_spec import EncoderSpec
-from ...utils.store import machine_store
+from ...utils.store import Store, machine_store
 from ...utils.timing import PREPARATION
 from .buckets import LeastRecent, bucket_samples
-from .kernels.trial import failure_on_card, kernels_digest
+from .kernels.trial import card_file, failure_on_card, kernels_digest
 from .kernels.tuning import Tuner
 from .network import Network
 
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 #: Lowest compute capability with the integer instructions of the kernels.
 MIN_CAPABILITY = (8, 0)
-#: Number of shapes remembered as seen; a shape is captured when seen again.
-MAX_SEEN = 4096
 
 
-@dataclass
-class Inputs:
-    """Static inputs of a captured graph: ``wave`` is float32 [batch, samples of
-    the bucket], the rest as `Network` takes it."""
+class Inputs(NamedTuple):
+    """What `Network` takes, of a fixed shape, such as of a captured graph."""
 
-    wave: torch.Tensor
-    samples: torch.Tensor
-    lengths: torch.Tensor
+    wave: torch.Tensor  # float32 [batch, samples of the bucket]
+    samples: torch.Tensor  # int64 scalar
+    lengths: torch.Tensor  # int64 [batch]
 
     @classmethod
     def empty(cls, batch: int, samples: int, device: torch.device) -> "Inputs":
-        """Allocates inputs of a shape."""
+        """Allocates silence of a shape."""
         return cls(
             torch.zeros((batch, samples), device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.full((), samples, device=device),
+            torch.full((batch,), samples, device=device),
         )
 
     def fill(self, wavs: torch.Tensor, lengths: torch.Tensor | None) -> None:
@@ -53,19 +45,15 @@ class Inputs:
         self.wave[:, :samples].copy_(wavs)
         self.wave[:, samples:].zero_()
         self.samples.fill_(samples)
-        if lengths is None:
-            self.lengths.fill_(samples)
-        else:
-            self.lengths.copy_(lengths)
+        self.lengths.copy_(self.samples if lengths is None else lengths)
 
 
-@dataclass
-class Capture:
+class Capture(NamedTuple):
     """A captured graph with its inputs and output."""
 
     inputs: Inputs
-    graph: "torch.cuda.CUDAGraph" = field(repr=False)
-    output: torch.Tensor = field(repr=False)
+    graph: "torch.cuda.CUDAGraph"
+    output: torch.Tensor
 
 
 class Graphs:
@@ -107,10 +95,9 @@ class Graphs:
         torch.cuda.synchronize(self.device)
         capture.graph.reset()
 
+    @PREPARATION.running(torch.cuda.synchronize)
     def _capture(self, key: tuple[int, int]) -> Capture:
         inputs = Inputs.empty(*key, self.device)
-        inputs.samples.fill_(key[1])
-        inputs.lengths.fill_(key[1])
         current = torch.cuda.current_stream(self.device)
         self.side.wait_stream(current)
         with torch.cuda.stream(self.side):
@@ -123,10 +110,6 @@ class Graphs:
             output = self.network(inputs)
         return Capture(inputs, graph, output)
 
-    def _prepared(self, key: tuple[int, int]) -> Capture:
-        with PREPARATION.running(torch.cuda.synchronize):
-            return self._capture(key)
-
     def __call__(
         self,
         key: tuple[int, int],
@@ -134,7 +117,7 @@ class Graphs:
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         """Runs a batch on the graph of its shape, captured if it is new."""
-        capture = self.kept.get(key, self._prepared)
+        capture = self.kept.get(key, self._capture)
         capture.inputs.fill(wavs, lengths)
         capture.graph.replay()
         return capture.output
@@ -171,22 +154,12 @@ class TritonExecutor:
                 self.graphs = Graphs(self._run, device, max_graphs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
-        arguments = (inputs.wave, inputs.samples, inputs.lengths)
         if self.tuner is None:
-            return self.network(*arguments)
+            return self.network(*inputs)
         with self.tuner.active():
-            out = self.network(*arguments)
+            out = self.network(*inputs)
         self.tuner.save()
         return out
-
-    def _seen_before(self, key: tuple[int, int]) -> bool:
-        """Whether a shape was seen before; remembers it."""
-        if key in self._seen:
-            return True
-        if len(self._seen) >= MAX_SEEN:
-            self._seen.clear()
-        self._seen.add(key)
-        return False
 
     # Tensors made in inference mode could not be refilled outside of it.
     @torch.inference_mode(False)
@@ -210,9 +183,12 @@ class TritonExecutor:
             )
         key = (batch, bucket_samples(self.spec, samples))
         on_cuda = self.device.type == "cuda"
-        place = torch.cuda.device(self.device) if on_cuda else _NOWHERE
+        place = contextlib.nullcontext()
+        if on_cuda:
+            place = torch.cuda.device(self.device)
         with self._turn, place:
-            seen = self._seen_before(key)
+            seen = key in self._seen
+            self._seen.add(key)
             if self.graphs is not None and seen:
                 out = self.graphs(key, wavs, lengths)
             else:
@@ -227,9 +203,6 @@ class TritonExecutor:
             return out[:, :frames].to(torch.float32, copy=True)
 
 
-_NOWHERE = contextlib.nullcontext()
-
-
 @functools.cache
 def why_not(device: torch.device) -> str | None:
     """Why a CUDA device cannot run the kernels, or None if it can."""
@@ -241,9 +214,9 @@ def why_not(device: torch.device) -> str | None:
             "more is needed; use backend: torch"
         )
     failure = failure_on_card(device, card, machine_store("triton"))
-    if failure is None:
-        return None
-    return f"{failure} (tried on {card}); use backend: torch, and report it"
+    return failure and (
+        f"{failure} (tried on {card}); use backend: torch, and report it"
+    )
 
 
 def check_device(device: torch.device) -> None:
@@ -254,21 +227,15 @@ def check_device(device: torch.device) -> None:
 
 
 def make_tuner(
-    device: torch.device,
-    tune: bool,
-    cache: str | Path | None,
-    make: Callable[..., Tuner] = Tuner,
+    device: torch.device, tune: bool, cache: str | Path | None
 ) -> Tuner | None:
-    """The tuner of a device; None without tuning or CUDA."""
+    """The tuner of a device, which remembers tiles in the file ``cache``, by
+    default the user's; None without tuning or CUDA."""
     if not tune or device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    if cache is None:
-        import triton
-
-        # the best tiles change with the kernels
-        version = f"{triton.__version__}-{kernels_digest()[:8]}"
-        file = f"{name}-{version}.json".replace(" ", "_").replace("/", "_")
-        store = machine_store("triton")
-        return make((store.folder or Path()) / file, name, store=store)
-    return make(cache, name)
+    card = torch.cuda.get_device_name(device)
+    if cache is not None:
+        return Tuner(Store(Path(cache).parent), Path(cache).name, card)
+    # the best tiles change with the kernels
+    version = f"{triton.__version__}-{kernels_digest()[:8]}"
+    return Tuner(machine_store("triton"), card_file(card, version), card)

@@ -18,24 +18,12 @@ OPS = torch.ops.stablequant
 
 @dataclass(frozen=True)
 class Form:
-    """How an activation is represented.
+    """How an activation is represented."""
 
-    Arguments
-    ---------
-    dtype : torch.dtype
-        int8 for integers.
-    inverse : float
-        1 / scale of the integers.
-    limit : int
-        Largest integer.
-    zero_point : int
-        The integer that 0 becomes.
-    """
-
-    dtype: torch.dtype
-    inverse: float = 1.0
-    limit: int = 127
-    zero_point: int = 0
+    dtype: torch.dtype  # int8 for integers
+    inverse: float = 1.0  # 1 / scale of the integers
+    limit: int = 127  # the largest integer
+    zero_point: int = 0  # the integer that 0 becomes
 
     @property
     def quantized(self) -> bool:

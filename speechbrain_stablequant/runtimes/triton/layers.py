@@ -7,21 +7,38 @@ is that of float activations everywhere.
 import torch
 from torch.nn import functional as F
 
-from ...core.encoder_spec import AnyLayer, Norm
+from ...core.encoder_spec import AnyLayer, ConvSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
 from .forms import OPS, Form, convert, input_form, move_norm, normalize
-from .kernels import conv as conv_kernel
-from .kernels import group_conv, matmul, wave, wave_gram
+from .kernels.conv import pack_weight
+from .kernels.group_conv import pack_weight as pack_groups
+from .kernels.matmul import MAX_NORM_CHANNELS
+from .kernels.wave_conv import MAX_TAPS
+from .kernels.wave_gram import normalized_over_time
 
 
-def _scale(layer: IntegerLayer, device: torch.device) -> torch.Tensor:
-    scale = layer.activation_scale.float().reshape(1).to(device)
-    return (scale * layer.weight_scale.float().to(device)).contiguous()
+def _scale(layers: tuple[AnyLayer, ...], device: torch.device) -> torch.Tensor:
+    """Input scale times weight scale of each output channel."""
+    scales = [
+        layer.activation_scale.float().reshape(1).to(device)
+        * layer.weight_scale.float().to(device)
+        for layer in layers
+    ]
+    return torch.cat(scales)
 
 
-def _bias(layer: AnyLayer, device: torch.device) -> torch.Tensor | None:
-    bias = layer.full_bias()
-    return None if bias is None else bias.to(device).contiguous()
+def _bias(
+    layers: tuple[AnyLayer, ...], device: torch.device
+) -> torch.Tensor | None:
+    """Bias of each output channel; None if no layer has one."""
+    biases = [layer.full_bias() for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    filled = [
+        torch.zeros(len(layer.weight)) if bias is None else bias
+        for layer, bias in zip(layers, biases, strict=True)
+    ]
+    return torch.cat([bias.to(device) for bias in filled])
 
 
 class Linear:
@@ -38,21 +55,10 @@ class Linear:
     ):
         self.form = input_form(layers[0], dtype)
         self.dtype = dtype
-        weights = [layer.weight.to(device) for layer in layers]
-        self.weight = torch.cat(weights).contiguous()
-        biases = [_bias(layer, device) for layer in layers]
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            filled = [
-                weight.new_zeros(len(weight), dtype=torch.float32)
-                if bias is None
-                else bias
-                for weight, bias in zip(weights, biases, strict=True)
-            ]
-            self.bias = torch.cat(filled).contiguous()
+        self.weight = torch.cat([layer.weight.to(device) for layer in layers])
+        self.bias = _bias(layers, device)
         if self.form.quantized:
-            scales = [_scale(layer, device) for layer in layers]
-            self.scale = torch.cat(scales).contiguous()
+            self.scale = _scale(layers, device)
         else:
             self.weight = self.weight.to(dtype)
             self.bias = None if self.bias is None else self.bias.to(dtype)
@@ -88,13 +94,10 @@ class Projections:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        forms = [input_form(layer, dtype) for layer in layers]
-        if all(form == forms[0] for form in forms):
-            self.parts = [Linear(layers, dtype, device)]
-            self.form = forms[0]
-        else:
-            self.parts = [Linear((layer,), dtype, device) for layer in layers]
-            self.form = Form(dtype)
+        forms = {input_form(layer, dtype) for layer in layers}
+        joined = [layers] if len(forms) == 1 else [(x,) for x in layers]
+        self.parts = [Linear(part, dtype, device) for part in joined]
+        self.form = forms.pop() if len(forms) == 1 else Form(dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, time, in] in ``self.form`` to 16 bit [batch, time, 3 out]."""
@@ -105,26 +108,12 @@ class Projections:
         )
 
 
-def masked_group_norm(
-    x: torch.Tensor, norm: Norm, frames: torch.Tensor
-) -> torch.Tensor:
-    """GroupNorm of each channel over the first ``frames`` (int64 scalar) frames
-    of [batch, time, channels], to float32; the others hold anything finite."""
-    x = x.float()
-    real = (torch.arange(x.shape[1], device=x.device) < frames)[None, :, None]
-    mean = (x * real).sum(1, keepdim=True) / frames
-    centered = x - mean
-    variance = (centered.square() * real).sum(1, keepdim=True) / frames
-    return centered * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
-
-
 class FloatConv:
     """A convolution in floating point, by torch."""
 
     def __init__(
         self, layer: FloatLayer, dtype: torch.dtype, device: torch.device
     ):
-        self.form = Form(dtype)
         self.layer = layer
         self.weight = layer.weight.to(device, dtype)
         self.bias = None if layer.bias is None else layer.bias.to(device, dtype)
@@ -139,7 +128,7 @@ class FloatConv:
         return y.transpose(1, 2).contiguous()
 
 
-def check_plain_conv(layer: IntegerLayer) -> None:
+def check_plain_conv(layer: AnyLayer) -> None:
     """Raises unless a convolution has no padding, dilation or groups."""
     if (layer.padding, layer.dilation, layer.groups) != (0, 1, 1):
         raise ValueError(
@@ -149,111 +138,105 @@ def check_plain_conv(layer: IntegerLayer) -> None:
         )
 
 
-def _takes_wave(layer: FloatLayer) -> bool:
-    """Whether ``wave_conv`` can compute a convolution."""
-    _, channels, taps = layer.weight.shape
-    plain = (layer.padding, layer.dilation, layer.groups) == (0, 1, 1)
-    return plain and channels == 1 and taps <= wave.MAX_TAPS
+def _check_first(conv: AnyLayer) -> None:
+    """Raises unless ``wave_conv`` can compute the first convolution."""
+    check_plain_conv(conv)
+    taps = conv.weight.shape[-1]
+    if taps > MAX_TAPS:
+        raise ValueError(
+            f"{conv.name}: the triton runtime has no kernel for a first "
+            f"convolution of more than {MAX_TAPS} taps, this one has {taps}; "
+            "use backend: torch"
+        )
+    if isinstance(conv, IntegerLayer) and conv.zero_point():
+        raise ValueError(
+            f"{conv.name}: the triton runtime has no kernel for a waveform "
+            "with a zero point; use backend: torch"
+        )
 
 
 class ConvStage:
-    """Stage of the feature extractor: convolution, norm, GELU, to ``form``."""
+    """Stage of the feature extractor: convolution, norm, GELU, to ``out``."""
 
     def __init__(
         self,
-        conv: AnyLayer,
-        norm: Norm | None,
-        form: Form,
+        stage: ConvSpec,
+        is_first: bool,
+        out: Form,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.form = input_form(conv, dtype)
-        self.out = form
-        self.dtype = dtype
+        conv, norm = stage.conv, stage.norm
+        self.form, self.out, self.dtype = input_form(conv, dtype), out, dtype
         self.norm = move_norm(norm, device)
-        self.kernel, self.stride = conv.weight.shape[-1], conv.stride
-        self.over_time = self.norm is not None and self.norm.over_time
-        self.fused = self.norm is None or (
-            not self.over_time
-            and conv.weight.shape[0] <= matmul.MAX_NORM_CHANNELS
+        self.over_time = norm is not None and norm.over_time
+        self.is_first = is_first
+        channels, _, self.kernel = conv.weight.shape
+        self.stride = conv.stride
+        # whether the convolution's kernel also computes norm and GELU
+        self.fused = (
+            norm is None or self.over_time or channels <= MAX_NORM_CHANNELS
         )
         self.float_conv = None
-        if isinstance(conv, FloatLayer):
-            if not _takes_wave(conv):
-                self.float_conv = FloatConv(conv, dtype, device)
-                return
+        if is_first:
+            _check_first(conv)
+        elif self.over_time:
+            raise ValueError(
+                f"{conv.name}: the triton runtime has a kernel for GroupNorm "
+                "after the first convolution only; use backend: torch"
+            )
+        if isinstance(conv, IntegerLayer):
+            check_plain_conv(conv)
+            self.weight = pack_weight(conv.weight).to(device)
+            self.scale = _scale((conv,), device)
+        elif is_first:
             # audio needs more than bfloat16's 8 bits of mantissa
             narrow = torch.float32 if dtype == torch.float32 else torch.float16
             self.weight = conv.weight[:, 0].to(device, narrow).contiguous()
-            self.scale = torch.ones(len(self.weight), device=device)
+            self.scale = torch.ones(channels, device=device)
         else:
-            check_plain_conv(conv)
-            self.weight = conv_kernel.pack_weight(conv.weight).to(device)
-            self.scale = _scale(conv, device)
-        self.bias = _bias(conv, device)
-
-    def _norm_arguments(self) -> tuple:
-        if self.norm is None or not self.fused:
-            return None, None, 0.0
-        return self.norm.weight, self.norm.bias, self.norm.eps
-
-    def _finish(
-        self, y: torch.Tensor, frames: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Norm, GELU and conversion where they are not fused."""
-        if self.over_time:
-            y = masked_group_norm(y, self.norm, frames)
-            return convert(y, self.out, gelu=True)
-        return normalize(self.norm, y, self.out, gelu=True)
-
-    def _wave(
-        self, wave: torch.Tensor, frames: torch.Tensor | None
-    ) -> torch.Tensor:
-        quantized = (self.form.inverse, self.form.limit)
-        scale, bias = self.scale, self.bias
-        if self.over_time:
-            scale, bias = self._over_time(wave, frames)
-        elif not self.fused:
-            y = OPS.wave_conv(
-                wave, *quantized, self.weight, scale, bias, self.stride,
-                None, None, 0.0, False, self.dtype,
-            )  # fmt: skip
-            return self._finish(y, frames)
-        return OPS.wave_conv(
-            wave, *quantized, self.weight, scale, bias, self.stride,
-            *self._norm_arguments(), True, *self.out.arguments(),
-        )  # fmt: skip
+            self.float_conv = FloatConv(conv, dtype, device)
+            return
+        self.bias = _bias((conv,), device)
 
     def _over_time(
-        self, wave: torch.Tensor, frames: torch.Tensor
+        self, wave: torch.Tensor, samples: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and bias of each utterance that include the norm."""
+        frames = (samples - self.kernel) // self.stride + 1
         gram = OPS.wave_gram(
             wave, self.form.inverse, self.form.limit, self.weight.dtype,
             self.kernel, self.stride, frames,
         )  # fmt: skip
-        norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-        return wave_gram.normalized_over_time(
-            gram, frames, self.weight, self.scale, *norm
-        )
-
-    def __call__(
-        self, x: torch.Tensor, frames: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[batch, time, in] in ``self.form``, or float32 [batch, samples] for
-        the first stage, to [batch, frames, out] in ``self.out``. ``frames``
-        (int64 scalar, real output frames) is read by a norm over time only."""
-        if self.float_conv is not None:
-            x = x[:, :, None].to(self.dtype) if x.dim() == 2 else x
-            return self._finish(self.float_conv(x), frames)
-        if x.dim() == 2:
-            return self._wave(x, frames)
-        form = self.out if self.fused else Form(self.dtype)
-        y = OPS.conv1d(
-            x, self.weight, self.scale, self.bias, self.kernel, self.stride,
-            *self._norm_arguments(), self.fused, *form.arguments(),
+        return normalized_over_time(
+            gram, frames, self.weight, self.scale,
+            self.norm.weight, self.norm.bias, self.norm.eps,
         )  # fmt: skip
-        return y if self.fused else self._finish(y, frames)
+
+    def __call__(self, x: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        """[batch, time, in] in ``self.form``, or float32 [batch, samples] for
+        the first stage, to [batch, frames, out] in ``self.out``. ``samples``
+        (int64 scalar) are the real ones, which a norm over time is taken of."""
+        if self.float_conv is not None:
+            y = self.float_conv(x)
+            return normalize(self.norm, y, self.out, gelu=True)
+        scale, bias, norm = self.scale, self.bias, (None, None, 0.0)
+        if self.over_time:
+            scale, bias = self._over_time(x, samples)
+        elif self.norm is not None and self.fused:
+            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
+        form = self.out if self.fused else Form(self.dtype)
+        end = (*norm, self.fused, *form.arguments())
+        if self.is_first:
+            y = OPS.wave_conv(
+                x, self.form.inverse, self.form.limit, self.weight,
+                scale, bias, self.stride, *end,
+            )  # fmt: skip
+        else:
+            y = OPS.conv1d(
+                x, self.weight, scale, bias, self.kernel, self.stride, *end
+            )
+        return y if self.fused else normalize(self.norm, y, self.out, gelu=True)
 
 
 class PositionalConv:
@@ -279,9 +262,8 @@ class PositionalConv:
                 f"positional convolution with stride {conv.stride}, dilation "
                 f"{conv.dilation}; use backend: torch"
             )
-        packed = group_conv.pack_weight(conv.weight, conv.groups)
-        self.weight = packed.to(device)
-        self.scale, self.bias = _scale(conv, device), _bias(conv, device)
+        self.weight = pack_groups(conv.weight, conv.groups).to(device)
+        self.scale, self.bias = _scale((conv,), device), _bias((conv,), device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """16 bit [batch, time, channels] to the same."""
@@ -307,27 +289,24 @@ class Head:
 
     def _place(self, device: torch.device) -> None:
         layer = self.layer
-        self.device = device
-        packed = layer.weight
-        if layer.kind != "linear":
-            packed = conv_kernel.pack_weight(packed)
-        self.weight = packed.contiguous().to(device)
-        self.scale, self.bias = _scale(layer, device), _bias(layer, device)
+        linear = layer.kind == "linear"
+        weight = layer.weight if linear else pack_weight(layer.weight)
+        self.packed = (
+            weight.contiguous().to(device),
+            _scale((layer,), device),
+            _bias((layer,), device),
+        )
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] of a Linear, [batch, in, time] of a convolution."""
-        if x.device != self.device:
+        if x.device != self.packed[0].device:
             self._place(x.device)
+        end = (False, torch.float32)
         if self.layer.kind == "linear":
             q = convert(x.contiguous(), self.form)
-            return OPS.linear(
-                q, self.weight, self.scale, self.bias, None, False,
-                torch.float32,
-            )  # fmt: skip
+            return OPS.linear(q, *self.packed, None, *end)
         q = convert(x.transpose(1, 2).contiguous(), self.form)
-        y = OPS.conv1d(
-            q, self.weight, self.scale, self.bias, self.layer.weight.shape[-1],
-            self.layer.stride, None, None, 0.0, False, torch.float32,
-        )  # fmt: skip
+        window = (self.layer.weight.shape[-1], self.layer.stride)
+        y = OPS.conv1d(q, *self.packed, *window, None, None, 0.0, *end)
         return y.transpose(1, 2)

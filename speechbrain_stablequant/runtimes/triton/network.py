@@ -4,31 +4,23 @@ The host decides by shapes only: numbers of real frames come in tensors, so that
 one CUDA graph serves every input of a shape.
 """
 
-from collections.abc import Iterable
-
 import torch
 
-from ...core.encoder_spec import BlockSpec, EncoderSpec
+from ...core.encoder_spec import BlockSpec, EncoderSpec, Norm
 from .forms import OPS, Form, input_form, move_norm, normalize
 from .layers import ConvStage, Linear, PositionalConv, Projections
 
 
-class Windows:
-    """Receptive fields of stacked convolutions: ``width`` samples for each
-    frame, ``stride`` apart. ``geometry`` is kernel and stride of each.
-
-    Rounding down after each convolution equals rounding down once.
-    """
-
-    def __init__(self, geometry: Iterable[tuple[int, int]]):
-        self.width = self.stride = 1
-        for kernel, stride in geometry:
-            self.width += (kernel - 1) * self.stride
-            self.stride *= stride
-
-    def count(self, samples: torch.Tensor) -> torch.Tensor:
-        """Number of frames; less than 1 if the samples are too few."""
-        return (samples - self.width) // self.stride + 1
+def count_frames(
+    samples: torch.Tensor, stages: list[ConvStage]
+) -> torch.Tensor:
+    """Number of frames after all stages; less than 1 if the samples are too
+    few. Rounding down once equals rounding down after each stage."""
+    width = stride = 1
+    for stage in stages:
+        width += (stage.kernel - 1) * stride
+        stride *= stage.stride
+    return (samples - width) // stride + 1
 
 
 class Block:
@@ -66,7 +58,7 @@ class Block:
 
 
 def _norm_both(
-    norm, x: torch.Tensor, form: Form, dtype: torch.dtype
+    norm: Norm, x: torch.Tensor, form: Form, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm both in ``dtype`` and in ``form``."""
     if not form.quantized:
@@ -88,48 +80,26 @@ class Network:
         self.norm = move_norm(spec.norm, device)
         self.projection_norm = move_norm(spec.projection_norm, device)
         self.projection = Linear((spec.projection,), dtype, device)
-        # a norm before the projection takes floats
-        last = (
-            input_form(spec.projection, dtype)
-            if spec.projection_norm is None
-            else Form(dtype)
-        )
+        # each stage returns what the next one takes; a norm takes floats
+        last = Form(dtype)
+        if spec.projection_norm is None:
+            last = self.projection.form
         forms = [input_form(s.conv, dtype) for s in spec.convs[1:]]
-        if input_form(spec.convs[0].conv, dtype).zero_point:
-            raise ValueError(
-                f"{spec.convs[0].conv.name}: the triton runtime has no kernel "
-                "for a waveform with a zero point; use backend: torch"
-            )
         self.stages = [
-            ConvStage(s.conv, s.norm, form, dtype, device)
-            for s, form in zip(spec.convs, [*forms, last], strict=True)
+            ConvStage(stage, i == 0, form, dtype, device)
+            for i, (stage, form) in enumerate(
+                zip(spec.convs, [*forms, last], strict=True)
+            )
         ]
         self.position = PositionalConv(
             spec.pos_conv, spec.pos_trim, dtype, device
         )
-        geometry = [
-            (s.conv.weight.shape[-1], s.conv.stride) for s in spec.convs
-        ]
-        self.windows = [
-            Windows(geometry[: i + 1]) for i in range(len(geometry))
-        ]
         self.blocks = [
             Block(block, spec.num_heads, dtype, device) for block in spec.blocks
         ]
         self.rotation = None
         if spec.rotation is not None:
             self.rotation = spec.rotation.to(device, dtype).contiguous()
-
-    def front(self, wave: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-        """Feature extractor and projection of float32 [batch, samples]."""
-        x = wave
-        for stage, windows in zip(self.stages, self.windows, strict=True):
-            # only a norm over time needs the number of real frames
-            frames = windows.count(samples) if stage.over_time else None
-            x = stage(x, frames)
-        if self.projection_norm is not None:
-            x = normalize(self.projection_norm, x, self.projection.form)
-        return self.projection(x)
 
     def __call__(
         self, wave: torch.Tensor, samples: torch.Tensor, lengths: torch.Tensor
@@ -139,9 +109,14 @@ class Network:
         ``samples`` (int64 scalar) excludes the padding to a bucket, ``lengths``
         (int64 [batch]) also that of each utterance.
         """
-        x = self.front(wave, samples)
+        x = wave
+        for stage in self.stages:
+            x = stage(x, samples)
+        if self.projection_norm is not None:
+            x = normalize(self.projection_norm, x, self.projection.form)
+        x = self.projection(x)
         # at least 1: a softmax over no keys is not finite
-        real = self.windows[-1].count(lengths).clamp_(1, x.shape[1])
+        real = count_frames(lengths, self.stages).clamp_(1, x.shape[1])
         inside = torch.arange(x.shape[1], device=x.device) < real[:, None]
         # a product with the mask would keep values that are not finite
         x = x.masked_fill_(~inside[:, :, None], 0.0)

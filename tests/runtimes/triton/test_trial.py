@@ -6,7 +6,7 @@ import torch
 from speechbrain_stablequant.runtimes.choice import resolve_backend
 from speechbrain_stablequant.runtimes.triton import executor
 from speechbrain_stablequant.runtimes.triton.kernels import trial
-from speechbrain_stablequant.runtimes.triton.kernels.compare import difference
+from speechbrain_stablequant.runtimes.triton.kernels.plain import difference
 from speechbrain_stablequant.utils.store import Store
 
 CPU = torch.device("cpu")

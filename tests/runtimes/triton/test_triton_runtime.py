@@ -321,8 +321,20 @@ def test_errors_say_what_to_do(make_tiny_model, monkeypatch):
     odd = replace(spec, convs=(replace(first, conv=moved), *spec.convs[1:]))
     with pytest.raises(ValueError, match=r"conv_layers.0.conv: .*a waveform"):
         make_executor(odd, DEVICE)
-    with pytest.raises(ValueError, match="dtype 'int4' is none of float16,"):
-        make_executor(spec, DEVICE, dtype="int4")
+    long = first.conv.weight.new_zeros(16, 1, 200)
+    odd = replace(
+        spec,
+        convs=(
+            replace(first, conv=replace(first.conv, weight=long)),
+            *spec.convs[1:],
+        ),
+    )
+    with pytest.raises(ValueError, match=r"conv_layers.0.conv: .* 128 taps"):
+        make_executor(odd, DEVICE)
+    norm = replace(spec.convs[1].norm, over_time=True)
+    odd = replace(spec, convs=(first, replace(spec.convs[1], norm=norm)))
+    with pytest.raises(ValueError, match=r"layers.1.conv: .* for GroupNorm"):
+        make_executor(odd, DEVICE)
     execute = make_executor(spec, DEVICE)
     with pytest.raises(ValueError, match="100 samples are shorter than one"):
         execute(torch.zeros(1, 100, device=DEVICE), None)

@@ -1,8 +1,8 @@
 """Operators of a W8A8 encoder, for CUDA in Triton.
 
-Each operator is declared once, as ``torch.ops.stablequant.<name>``. Its
-plain-torch reference defines what it computes and runs wherever no kernel
-does; on CUDA a Triton kernel computes it. One file per operator family:
+Each operator is ``torch.ops.stablequant.<name>``. Its plain-torch reference
+defines what it computes and runs wherever no kernel does; on CUDA a Triton
+kernel computes it. One file per operator family:
 
 - ``quantize``: a float tensor to int8, after a GELU if asked;
 - ``layer_norm``: LayerNorm to int8, to 16 bit or to both;
@@ -27,13 +27,12 @@ Arguments that operators share:
   ``clamp(round(y * inverse + zero), -limit, limit)``, where ``inverse`` is
   1 / scale and ``zero`` the zero point.
 
-The operators know tensors only, not layers or plans. ``tiles`` and ``tuning``
-choose the tile of a launch. ``trial`` compares every operator with its
-reference, once per card. With ``TRITON_INTERPRET=1`` in the environment the
-kernels run on CPU in Triton's interpreter.
+``tiles`` and ``tuning`` choose the tile of a launch. ``trial`` compares every
+operator with its reference, once per card. With ``TRITON_INTERPRET=1`` in the
+environment the kernels run on CPU in Triton's interpreter.
 """
 
-from . import (
+from . import (  # noqa: F401
     attention,
     conv,
     group_conv,
@@ -43,14 +42,3 @@ from . import (
     wave_conv,
     wave_gram,
 )
-
-__all__ = [
-    "attention",
-    "conv",
-    "group_conv",
-    "layer_norm",
-    "linear",
-    "quantize",
-    "wave_conv",
-    "wave_gram",
-]

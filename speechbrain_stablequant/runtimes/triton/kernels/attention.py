@@ -11,10 +11,10 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from .device import store_tile
-from .library import declare
+from .library import check_contiguous, declare
 from .plain import finish
-from .tiles import Config, device_limits, shape_bucket
-from .tuning import select
+from .tiles import Config, Limits, device_limits, shape_bucket, sort_fitting
+from .tuning import select, tuning_key
 
 #: (queries, keys of a step, warps, stages)
 TILES = (
@@ -32,12 +32,7 @@ _LOG2_E = 1.4426950408889634
 
 def _check(qkv: torch.Tensor, heads: int) -> int:
     """Channels of a head; raises for an input that has no kernel."""
-    if qkv.dim() != 3 or not qkv.is_contiguous():
-        raise ValueError(
-            "stablequant::attention: qkv must be contiguous [batch, time, "
-            f"3 * channels], got {list(qkv.shape)} with strides "
-            f"{list(qkv.stride())}"
-        )
+    check_contiguous("attention", "qkv", qkv)
     size, rest = divmod(qkv.shape[2], 3 * heads)
     if rest or not 1 <= size <= MAX_HEAD:
         raise ValueError(
@@ -73,7 +68,7 @@ def reference(
         mask = mask[:, None, None, :]
     y = F.scaled_dot_product_attention(*parts.unbind(0), mask)
     y = y.transpose(1, 2).reshape(batch, frames, columns // 3)
-    return finish(y, False, dtype, inverse, limit, zero=zero)
+    return finish(y, False, dtype, inverse, limit, zero)
 
 
 @triton.jit
@@ -163,40 +158,14 @@ def attention_kernel(
     full = end // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         acc, total, largest = _attend(
-            acc,
-            total,
-            largest,
-            q,
-            keys,
-            values,
-            start,
-            count,
-            stride,
-            scale,
-            inside,
-            True,
-            whole,
-            BLOCK_N,
-            PRECISION,
-        )
+            acc, total, largest, q, keys, values, start, count, stride, scale,
+            inside, True, whole, BLOCK_N, PRECISION,
+        )  # fmt: skip
     if full < end:
         acc, total, largest = _attend(
-            acc,
-            total,
-            largest,
-            q,
-            keys,
-            values,
-            full,
-            count,
-            stride,
-            scale,
-            inside,
-            False,
-            whole,
-            BLOCK_N,
-            PRECISION,
-        )
+            acc, total, largest, q, keys, values, full, count, stride, scale,
+            inside, False, whole, BLOCK_N, PRECISION,
+        )  # fmt: skip
     y = acc / tl.where(total > 0, total, 1.0)[:, None]
     mask = (row < frames)[:, None] & inside
     offsets = (utterance * frames + row)[:, None] * (HEADS * SIZE)
@@ -205,14 +174,10 @@ def attention_kernel(
 
 
 def _candidates(
-    frames: int,
-    instances: int,
-    width: int,
-    item: int,
-    device: torch.device,
+    frames: int, instances: int, width: int, item: int, limits: Limits
 ) -> list[Config]:
-    """Tiles that fit, the fastest by estimate first."""
-    limits = device_limits(device)
+    """Tiles that fit, the fastest by estimate first; ``item`` is the number of
+    bytes of a value."""
 
     def shared(tile: Config) -> int:
         loaded = 2 * tile.num_stages * tile.block_n
@@ -227,14 +192,7 @@ def _candidates(
     # the smallest tile fits into the registers
     usable = TILES if item < 4 else TILES[-1:]
     tiles = [Config(m, n, width, w, s) for m, n, w, s in usable]
-    fitting = [t for t in tiles if shared(t) <= limits.shared_bytes]
-    if not fitting:
-        raise ValueError(
-            f"stablequant::attention: heads of {width} channels do not fit "
-            f"into {limits.shared_bytes} bytes of shared memory; use backend: "
-            "torch on this device"
-        )
-    return sorted(fitting, key=cycles)
+    return sort_fitting(tiles, limits, shared, cycles)
 
 
 def launch(
@@ -245,9 +203,8 @@ def launch(
     the width of a head, rounded up to a power of two."""
     size = _check(qkv, heads)
     batch, frames, _ = qkv.shape
-    out = torch.empty(
-        (batch, frames, heads * size), dtype=dtype, device=qkv.device
-    )
+    out_shape = (batch, frames, heads * size)
+    out = torch.empty(out_shape, dtype=dtype, device=qkv.device)
     width = max(triton.next_power_of_2(size), 16)
 
     def run(tile: Config) -> None:
@@ -263,34 +220,21 @@ def launch(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    if config is None:
-        config = select(
-            f"attention/{batch * heads}x{shape_bucket(frames)}x{size}"
-            f"/{int(real is not None)}"
-            f"/{str(qkv.dtype).removeprefix('torch.')}"
-            f"/{str(dtype).removeprefix('torch.')}",
-            _candidates(
-                frames, batch * heads, width, qkv.element_size(), qkv.device
-            ),
-            run,
-            # values behind the real frames depend on the tile
-            lambda: out if real is None else out[:, : int(real.min())],
-        )
-    run(config)
+    key = tuning_key(
+        "attention", (batch * heads, shape_bucket(frames), size),
+        (real is not None,), qkv.dtype, dtype,
+    )  # fmt: skip
+    tiles = _candidates(
+        frames, batch * heads, width, qkv.element_size(),
+        device_limits(qkv.device),
+    )  # fmt: skip
+
+    def result() -> torch.Tensor:
+        # values behind the real frames depend on the tile
+        return out if real is None else out[:, : int(real.min())]
+
+    run(config or select(key, tiles, run, result))
     return out
 
 
-def shape(qkv, heads, real, dtype, inverse=1.0, limit=127, zero=0):
-    """Empty result of the right shape, for torch.compile."""
-    batch, frames, columns = qkv.shape
-    return qkv.new_empty((batch, frames, columns // 3), dtype=dtype)
-
-
-declare(
-    "attention",
-    "(Tensor qkv, int heads, Tensor? real, ScalarType dtype, "
-    "float inverse=1.0, int limit=127, int zero=0) -> Tensor",
-    reference,
-    launch,
-    shape,
-)
+declare("attention", reference, launch)

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from .device import gelu_erf, scale_and_bias, store_tile
-from .library import check_int8, declare
+from .library import check_contiguous, check_dtype, declare, output_frames
 from .plain import finish, scaled
-from .tiles import Config, rank, shape_bucket
-from .tuning import select
+from .tiles import Config, device_limits, rank, shape_bucket
+from .tuning import select, tuning_key
 
 #: (block_m, channels of one step, warps, stages)
 TILES = (
@@ -39,9 +39,14 @@ def pack_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
     return F.pad(packed, (0, width - channels)).contiguous()
 
 
-def _frames(frames: int, taps: int, padding: int, trim: int) -> int:
-    """Number of output frames."""
-    return frames + 2 * padding - taps + 1 - trim
+def _checked_frames(
+    q: torch.Tensor, weight: torch.Tensor, padding: int, trim: int
+) -> int:
+    """Number of output frames; raises for an input that has no kernel."""
+    check_dtype("group_conv1d", torch.int8, q=q, weight=weight)
+    check_contiguous("group_conv1d", "q", q)
+    padded = q.shape[1] + 2 * padding
+    return output_frames("group_conv1d", padded, weight.shape[2], 1) - trim
 
 
 def reference(
@@ -58,10 +63,9 @@ def reference(
     """Grouped convolution of stride 1, GELU, then ``residual``: int8 ``q``
     [batch, time, in], contiguous, and ``weight`` from `pack_weight` to float
     [batch, frames, out]. Drops the last ``trim`` frames."""
-    check_int8("group_conv1d", q=q, weight=weight)
+    frames = _checked_frames(q, weight, padding, trim)
     groups, out, taps, _ = weight.shape
     channels = q.shape[2] // groups
-    frames = _frames(q.shape[1], taps, padding, trim)
     kernel = weight[..., :channels].reshape(groups * out, taps, channels)
     total = F.conv1d(
         q.transpose(1, 2).double(),
@@ -69,9 +73,9 @@ def reference(
         padding=padding,
         groups=groups,
     )
-    total = total[:, :, :frames].transpose(1, 2).round()
+    total = total[:, :, :frames].transpose(1, 2).round().contiguous()
     y = scaled(total, scale, bias)
-    return finish(y, gelu, dtype, 1.0, 127, None, residual)
+    return finish(y, gelu, dtype, residual=residual)
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "frames_in"])
@@ -151,40 +155,24 @@ def group_conv_kernel(
     store_tile(out, offsets, y, 1.0, 127.0, 0.0, mask, QUANTIZE=False)
 
 
-def _check_shape(
-    name: str, tensor: torch.Tensor, expected: tuple[int, ...]
-) -> None:
-    if tuple(tensor.shape) != expected or not tensor.is_contiguous():
-        raise ValueError(
-            f"stablequant::group_conv1d: {name} must be contiguous "
-            f"{list(expected)}, got {list(tensor.shape)} with strides "
-            f"{list(tensor.stride())}"
-        )
-
-
 def launch(
     q, weight, scale, bias, residual, padding, trim, gelu, dtype,
     config: Config | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`reference` in Triton. ``config`` overrides the tile; its ``block_k`` is
     a multiple of the weight's width."""
-    check_int8("group_conv1d", q=q, weight=weight)
+    frames = _checked_frames(q, weight, padding, trim)
     groups, columns, taps, width = weight.shape
     batch, frames_in, channels = q.shape
-    frames = _frames(frames_in, taps, padding, trim)
     out_shape = (batch, frames, groups * columns)
-    if frames < 1:
-        raise ValueError(
-            f"stablequant::group_conv1d: {frames_in} frames with padding "
-            f"{padding} are fewer than the kernel's {taps}"
-        )
-    _check_shape("q", q, tuple(q.shape))
     if residual is not None:
-        _check_shape("residual", residual, out_shape)
+        check_contiguous("group_conv1d", "residual", residual, out_shape)
     out = torch.empty(out_shape, dtype=dtype, device=q.device)
     rows = batch * frames
     block_n = min(max(triton.next_power_of_2(columns), 16), 128)
-    tiles = [Config(m, block_n, max(k, width), w, s) for m, k, w, s in TILES]
+    tiles = tuple(
+        Config(m, block_n, max(k, width), w, s) for m, k, w, s in TILES
+    )
 
     def run(tile: Config) -> None:
         grid = (
@@ -202,31 +190,13 @@ def launch(
             GELU=gelu, **tile.options(),
         )  # fmt: skip
 
-    if config is None:
-        config = select(
-            f"group_conv1d/{shape_bucket(rows)}x{groups}x{columns}x{taps}"
-            f"x{width}/{int(gelu)}{int(residual is not None)}"
-            f"/{str(dtype).removeprefix('torch.')}",
-            rank(tiles, rows, groups * columns, q.device),
-            run,
-            lambda: out,
-        )
-    run(config)
+    key = tuning_key(
+        "group_conv1d", (shape_bucket(rows), groups, columns, taps, width),
+        (gelu, residual is not None), dtype,
+    )  # fmt: skip
+    ranked = rank(tiles, rows, groups * columns, device_limits(q.device))
+    run(config or select(key, ranked, run, lambda: out))
     return out
 
 
-def shape(q, weight, scale, bias, residual, padding, trim, gelu, dtype):
-    """Empty result of the right shape, for torch.compile."""
-    groups, columns, taps, _ = weight.shape
-    frames = _frames(q.shape[1], taps, padding, trim)
-    return q.new_empty((q.shape[0], frames, groups * columns), dtype=dtype)
-
-
-declare(
-    "group_conv1d",
-    "(Tensor q, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, "
-    "int padding, int trim, bool gelu, ScalarType dtype) -> Tensor",
-    reference,
-    launch,
-    shape,
-)
+declare("group_conv1d", reference, launch)

@@ -12,10 +12,7 @@ from .device import affine_columns, gelu_erf, standardize_rows, store_tile
 from .library import check_rows, declare
 from .plain import finish
 from .tiles import Config, shape_bucket
-from .tuning import select
-
-#: A block holds whole rows in registers.
-MAX_CHANNELS = 16384
+from .tuning import select, tuning_key
 
 
 def reference(
@@ -31,7 +28,7 @@ def reference(
 ) -> torch.Tensor:
     """LayerNorm over the last axis of float ``x``, GELU, then int8 or float."""
     norm = (weight, bias, eps)
-    return finish(x.float(), gelu, dtype, inverse, limit, norm, zero=zero)
+    return finish(x.float(), gelu, dtype, inverse, limit, zero, norm)
 
 
 def reference_both(
@@ -45,12 +42,9 @@ def reference_both(
     zero: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm as float of ``dtype`` and as int8, in one pass."""
-    return (
-        reference(x, weight, bias, eps, False, dtype),
-        reference(
-            x, weight, bias, eps, False, torch.int8, inverse, limit, zero
-        ),
-    )
+    norm = (x, weight, bias, eps, False)
+    end = (torch.int8, inverse, limit, zero)
+    return reference(*norm, dtype), reference(*norm, *end)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -100,20 +94,18 @@ def _candidates(columns: int) -> list[Config]:
     return [Config(rows, width, 1, 4 if width <= 2048 else 8, 1)]
 
 
-def _launch(
-    x, weight, bias, eps, gelu, dtype, inverse, limit, zero, both, config
-):
+def launch(
+    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0,
+    config: Config | None = None, both: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`reference` in Triton, or `reference_both`; rows of ``x`` may be strided.
+    ``config`` overrides the tile, which holds whole rows."""
     rows = check_rows("layer_norm", x)
     count, columns = rows.shape
-    if columns > MAX_CHANNELS:
-        raise ValueError(
-            f"stablequant::layer_norm: {columns} channels, at most "
-            f"{MAX_CHANNELS} are supported"
-        )
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    out_int8 = (
-        torch.empty(x.shape, dtype=torch.int8, device=x.device) if both else out
-    )
+    out_int8 = out
+    if both:
+        out_int8 = torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
     def run(tile: Config) -> None:
         layer_norm_kernel[(triton.cdiv(count, tile.block_m),)](
@@ -124,65 +116,23 @@ def _launch(
             num_warps=tile.num_warps,
         )  # fmt: skip
 
-    if config is None:
-        config = select(
-            f"layer_norm/{shape_bucket(count)}x{columns}/{int(gelu)}{int(both)}"
-            f"/{x.dtype}/{dtype}".replace("torch.", ""),
-            _candidates(columns),
-            run,
-            lambda: out,
-        )
-    run(config)
-    return out, out_int8
-
-
-def launch(
-    x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0,
-    config: Config | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """`reference` in Triton; rows of ``x`` may be strided. ``config`` overrides
-    the tile, which holds whole rows."""
-    return _launch(
-        x, weight, bias, eps, gelu, dtype, inverse, limit, zero, False, config
-    )[0]
+    key = tuning_key(
+        "layer_norm", (shape_bucket(count), columns), (gelu, both),
+        x.dtype, dtype,
+    )  # fmt: skip
+    run(config or select(key, _candidates(columns), run, lambda: out))
+    return (out, out_int8) if both else out
 
 
 def launch_both(
     x, weight, bias, eps, dtype, inverse, limit, zero=0,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`reference_both` in Triton. ``config`` overrides the tile."""
-    return _launch(
-        x, weight, bias, eps, False, dtype, inverse, limit, zero, True, config
+    """`reference_both` in Triton."""
+    return launch(
+        x, weight, bias, eps, False, dtype, inverse, limit, zero, config, True
     )
 
 
-def shape(x, weight, bias, eps, gelu, dtype, inverse=1.0, limit=127, zero=0):
-    """Empty result of the right shape, for torch.compile."""
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def shape_both(x, weight, bias, eps, dtype, inverse, limit, zero=0):
-    """Empty results of the right shape, for torch.compile."""
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape, dtype=torch.int8),
-    )
-
-
-declare(
-    "layer_norm",
-    "(Tensor x, Tensor weight, Tensor bias, float eps, bool gelu, "
-    "ScalarType dtype, float inverse=1.0, int limit=127, int zero=0) -> Tensor",
-    reference,
-    launch,
-    shape,
-)
-declare(
-    "layer_norm_both",
-    "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, "
-    "float inverse, int limit, int zero=0) -> (Tensor, Tensor)",
-    reference_both,
-    launch_both,
-    shape_both,
-)
+declare("layer_norm", reference, launch)
+declare("layer_norm_both", reference_both, launch_both)

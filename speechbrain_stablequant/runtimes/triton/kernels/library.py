@@ -1,79 +1,38 @@
-"""Declares operators: reference, kernel and shape function."""
+"""Declares operators, and checks their arguments."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
-
-NAMESPACE = "stablequant"
 
 #: Whether kernels run on CPU, in Triton's interpreter.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-def _let_the_interpreter_loop() -> None:
-    """Triton 3.6's interpreter has one-element arrays as loop bounds, which
-    NumPy no longer accepts as integers since 2.4."""
-    from triton.runtime import interpreter
+class Operator(NamedTuple):
+    """An operator's implementations."""
 
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, *scope):
-        patch(tensor, *scope)
-        # earlier versions of Triton have no scope
-        put = scope[0].set_attr if scope else setattr
-        put(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
-if INTERPRETED:
-    _let_the_interpreter_loop()
-
-
-@dataclass(frozen=True)
-class Operator:
-    """An operator's implementations: plain torch, and a Triton kernel."""
-
-    reference: Callable
-    launch: Callable
+    reference: Callable  # in plain torch, on any device
+    launch: Callable  # with a Triton kernel
 
 
 #: All declared operators, by name.
 OPERATORS: dict[str, Operator] = {}
 
 
-def declare(
-    name: str,
-    schema: str,
-    reference: Callable,
-    launch: Callable,
-    shape: Callable,
-) -> None:
-    """Declares ``torch.ops.stablequant.<name>``.
-
-    Arguments
-    ---------
-    name : str
-        Name of the operator.
-    schema : str
-        Its arguments and results in torch's schema language.
-    reference : callable
-        Computes it with plain torch, on any device.
-    launch : callable
-        Computes it with a Triton kernel.
-    shape : callable
-        Returns empty results of the right shape and dtype, for torch.compile.
-    """
+def declare(name: str, reference: Callable, launch: Callable) -> None:
+    """Declares ``torch.ops.stablequant.<name>``; the reference's annotations
+    are its schema, and its result has the shape and strides of ``launch``'s."""
     OPERATORS[name] = Operator(reference, launch)
-    qualified = f"{NAMESPACE}::{name}"
-    torch.library.define(qualified, schema)
+    qualified = f"stablequant::{name}"
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    torch.library.define(qualified, schema.replace("SymInt", "int"))
     default = launch if INTERPRETED else reference
     torch.library.impl(qualified, "default", default)
     torch.library.impl(qualified, "cuda", _on_its_device(launch))
-    torch.library.register_fake(qualified, shape)
+    torch.library.register_fake(qualified, reference)
 
 
 def _on_its_device(launch: Callable) -> Callable:
@@ -87,28 +46,54 @@ def _on_its_device(launch: Callable) -> Callable:
     return run
 
 
-def check_rows(name: str, x: torch.Tensor) -> torch.Tensor:
+def check_rows(operator: str, x: torch.Tensor) -> torch.Tensor:
     """[..., channels] as [rows, channels] with contiguous rows, without a copy;
     raises if the strides do not allow it."""
-    rows = x if x.dim() == 2 else None
-    if rows is None:
-        try:
-            rows = x.view(-1, x.shape[-1])
-        except RuntimeError:
-            rows = None
-    if rows is None or (rows.shape[1] > 1 and rows.stride(1) != 1):
-        raise ValueError(
-            f"stablequant::{name}: strides {list(x.stride())} of a tensor of "
-            f"shape {list(x.shape)} are not those of rows; make it contiguous"
-        )
-    return rows
+    try:
+        rows = x.view(-1, x.shape[-1]) if x.dim() != 2 else x
+        if rows.shape[1] == 1 or rows.stride(1) == 1:
+            return rows
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"stablequant::{operator}: strides {list(x.stride())} of a tensor of "
+        f"shape {list(x.shape)} are not those of rows; make it contiguous"
+    )
 
 
-def check_int8(name: str, **tensors: torch.Tensor) -> None:
-    """Raises unless every tensor, given by argument name, is int8."""
+def check_dtype(
+    operator: str, dtype: torch.dtype, **tensors: torch.Tensor
+) -> None:
+    """Raises unless every tensor, given by argument name, has a dtype."""
     for argument, tensor in tensors.items():
-        if tensor.dtype != torch.int8:
+        if tensor.dtype != dtype:
             raise TypeError(
-                f"stablequant::{name}: {argument} must be int8, "
-                f"got {tensor.dtype}"
+                f"stablequant::{operator}: {argument} must be "
+                f"{str(dtype).removeprefix('torch.')}, got {tensor.dtype}"
             )
+
+
+def check_contiguous(
+    operator: str,
+    argument: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Raises unless a tensor is contiguous and has a shape, if one is given."""
+    expected = tensor.shape if shape is None else shape
+    if tuple(tensor.shape) != tuple(expected) or not tensor.is_contiguous():
+        raise ValueError(
+            f"stablequant::{operator}: {argument} must be contiguous "
+            f"{list(expected)}, got {list(tensor.shape)} with strides "
+            f"{list(tensor.stride())}"
+        )
+
+
+def output_frames(operator: str, frames: int, kernel: int, stride: int) -> int:
+    """Output frames of a convolution; raises if its input is too short."""
+    if frames < kernel:
+        raise ValueError(
+            f"stablequant::{operator}: {frames} frames are fewer than the "
+            f"kernel's {kernel}"
+        )
+    return (frames - kernel) // stride + 1

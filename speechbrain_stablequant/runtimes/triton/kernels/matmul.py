@@ -20,8 +20,8 @@ from .device import (
     standardize_rows,
     store_tile,
 )
-from .tiles import Config, device_limits, rank, shape_bucket
-from .tuning import select
+from .tiles import Config, Limits, device_limits, rank, shape_bucket
+from .tuning import select, tuning_key
 
 #: Candidates, the better one first where the estimate is equal. In Triton 3.6
 #: the compiler waits for each step's integer product (it pipelines products
@@ -66,15 +66,6 @@ class Rows(NamedTuple):
     inner: int
     period: int | None = None
     outer: int = 0
-
-
-def check_norm_width(name: str, columns: int) -> None:
-    """Raises if a LayerNorm over so many channels cannot be fused."""
-    if columns > MAX_NORM_CHANNELS:
-        raise ValueError(
-            f"stablequant::{name}: a LayerNorm over {columns} channels cannot "
-            f"be fused, at most {MAX_NORM_CHANNELS}; call layer_norm after it"
-        )
 
 
 @triton.jit
@@ -217,70 +208,20 @@ def matmul_kernel(
             tl.program_id(0), tiles, tl.num_programs(0), flatten=True
         ):
             _tile(
-                tile,
-                x,
-                weight,
-                out,
-                scale,
-                bias,
-                residual,
-                norm_weight,
-                norm_bias,
-                rows,
-                period,
-                x_outer,
-                x_inner,
-                residual_stride,
-                eps,
-                inverse,
-                limit,
-                zero,
-                COLUMNS,
-                DEPTH,
-                OVERLAP,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                NORM,
-                GELU,
-                QUANTIZE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
+                tile, x, weight, out, scale, bias, residual, norm_weight,
+                norm_bias, rows, period, x_outer, x_inner, residual_stride,
+                eps, inverse, limit, zero, COLUMNS, DEPTH, OVERLAP, HAS_BIAS,
+                HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M, BLOCK_N, BLOCK_K,
                 GROUP,
-            )
+            )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0),
-            x,
-            weight,
-            out,
-            scale,
-            bias,
-            residual,
-            norm_weight,
-            norm_bias,
-            rows,
-            period,
-            x_outer,
-            x_inner,
-            residual_stride,
-            eps,
-            inverse,
-            limit,
-            zero,
-            COLUMNS,
-            DEPTH,
-            OVERLAP,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            NORM,
-            GELU,
-            QUANTIZE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            GROUP,
-        )
+            tl.program_id(0), x, weight, out, scale, bias, residual,
+            norm_weight, norm_bias, rows, period, x_outer, x_inner,
+            residual_stride, eps, inverse, limit, zero, COLUMNS, DEPTH,
+            OVERLAP, HAS_BIAS, HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M,
+            BLOCK_N, BLOCK_K, GROUP,
+        )  # fmt: skip
 
 
 def _candidates(
@@ -289,7 +230,7 @@ def _candidates(
     depth: int,
     norm: bool,
     residual: bool,
-    device: torch.device,
+    limits: Limits,
 ) -> list[Config]:
     """Tiles for a product, best guess first."""
     if norm:
@@ -302,12 +243,12 @@ def _candidates(
         tiles = [c for c in TILES if depth % c.block_k == 0] or RAGGED_TILES
         persistent = PERSISTENT - {TILES[0]} if residual else PERSISTENT
     found = []
-    for tile in rank(tiles, rows, columns, device):
+    for tile in rank(tuple(tiles), rows, columns, limits):
         found.append(tile)
         # the same candidates for all row counts that share a tuning key
         blocks = _blocks(tile, shape_bucket(rows), columns)
         # if all blocks run at once, none has a second tile to go on to
-        if tile in persistent and blocks > _at_once(tile, device):
+        if tile in persistent and blocks > _at_once(tile, limits):
             found.append(replace(tile, persistent=True))
     return found
 
@@ -318,10 +259,9 @@ def _blocks(tile: Config, rows: int, columns: int) -> int:
     return triton.cdiv(rows, tile.block_m) * across
 
 
-def _at_once(tile: Config, device: torch.device) -> int:
+def _at_once(tile: Config, limits: Limits) -> int:
     """Number of blocks that run concurrently: a multiprocessor has registers
     for the sums of eight warps, and shared memory for some tiles."""
-    limits = device_limits(device)
     fit = limits.shared_bytes // tile.shared_bytes()
     return limits.processors * max(min(8 // tile.num_warps, fit), 1)
 
@@ -334,46 +274,43 @@ def launch_matmul(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
     gelu: bool,
-    grid: tuple[float, int, int],
+    form: tuple[float, int, int],
     config: Config | None,
 ) -> None:
-    """Fills ``out`` [rows, columns]; ``grid`` is inverse scale, largest
+    """Fills ``out`` [rows, columns]; ``form`` is inverse scale, largest
     integer and zero point of an int8 result."""
     rows, columns = out.shape
-    inverse, limit, zero = grid
-    # A pointer whose constexpr flag is off is never read: any tensor will do.
-    norm_weight, norm_bias, eps = norm or (scale, scale, 0.0)
+    depth, limits = weight.shape[1], device_limits(out.device)
+    inverse, limit, zero = form
+    norm_weight, norm_bias, eps = norm
+    has_norm, has_residual = norm_weight is not None, residual is not None
 
     def run(tile: Config) -> None:
         blocks = _blocks(tile, rows, columns)
         if tile.persistent:
-            blocks = min(blocks, _at_once(tile, out.device))
+            blocks = min(blocks, _at_once(tile, limits))
+        # A pointer whose constexpr flag is off is never read: any will do.
         matmul_kernel[(blocks,)](
             left.x, weight, out,
             scale, scale if bias is None else bias,
-            out if residual is None else residual,
-            norm_weight, norm_bias,
+            residual if has_residual else out,
+            norm_weight if has_norm else scale,
+            norm_bias if has_norm else scale,
             rows, left.period or rows, left.outer, left.inner,
-            0 if residual is None else residual.stride(0),
-            eps, inverse, float(limit), float(zero),
-            COLUMNS=columns, DEPTH=weight.shape[1],
-            OVERLAP=left.period is not None, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, NORM=norm is not None,
-            GELU=gelu, QUANTIZE=out.dtype == torch.int8,
+            residual.stride(0) if has_residual else 0,
+            eps if has_norm else 0.0, inverse, float(limit), float(zero),
+            COLUMNS=columns, DEPTH=depth, OVERLAP=left.period is not None,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=has_residual,
+            NORM=has_norm, GELU=gelu, QUANTIZE=out.dtype == torch.int8,
             GROUP=8, PERSISTENT=tile.persistent, **tile.options(),
         )  # fmt: skip
 
-    if config is None:
-        sizes = (rows, columns, weight.shape[1])
-        fused = (norm is not None, residual is not None)
-        config = select(
-            f"{name}/{shape_bucket(rows)}x{columns}x{weight.shape[1]}"
-            f"/{int(fused[0])}{int(gelu)}{int(fused[1])}"
-            f"/{str(out.dtype).removeprefix('torch.')}",
-            _candidates(*sizes, *fused, out.device),
-            run,
-            lambda: out,
-        )
-    run(config)
+    sizes = (rows, columns, depth)
+    key = tuning_key(
+        name, (shape_bucket(rows), columns, depth),
+        (has_norm, gelu, has_residual), out.dtype,
+    )  # fmt: skip
+    tiles = _candidates(*sizes, has_norm, has_residual, limits)
+    run(config or select(key, tiles, run, lambda: out))

@@ -17,7 +17,7 @@ def reference(
     zero: int = 0,
 ) -> torch.Tensor:
     """Float to int8, ``clamp(round(x * inverse + zero), -limit, limit)``."""
-    return finish(x.float(), gelu, torch.int8, inverse, limit, zero=zero)
+    return finish(x.float(), gelu, torch.int8, inverse, limit, zero)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -68,16 +68,4 @@ def launch(
     return out
 
 
-def shape(x, inverse, limit, gelu=False, zero=0):
-    """Empty result of the right shape, for torch.compile."""
-    return x.new_empty(x.shape, dtype=torch.int8)
-
-
-declare(
-    "quantize",
-    "(Tensor x, float inverse, int limit, bool gelu=False, int zero=0) "
-    "-> Tensor",
-    reference,
-    launch,
-    shape,
-)
+declare("quantize", reference, launch)

@@ -5,7 +5,7 @@ other, and each takes as long as its products or its loads, whichever is longer.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,26 +22,14 @@ _LOADED_BYTES = 40
 
 @dataclass(frozen=True)
 class Config:
-    """A tile and how it is run.
+    """A tile and how it is run."""
 
-    Arguments
-    ---------
-    block_m, block_n, block_k : int
-        Rows, columns and reduction of one step.
-    num_warps : int
-        Warps of a block.
-    num_stages : int
-        Steps whose operands are in shared memory at once.
-    persistent : bool
-        Whether a block computes one tile after the other.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
+    block_m: int  # rows of the result
+    block_n: int  # columns of the result
+    block_k: int  # of the reduction in one step
     num_warps: int
-    num_stages: int
-    persistent: bool = False
+    num_stages: int  # steps whose operands are in shared memory at once
+    persistent: bool = False  # whether a block computes one tile after another
 
     def shared_bytes(self) -> int:
         """Shared memory of the int8 operands."""
@@ -60,21 +48,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the estimate needs to know about a card.
-
-    Arguments
-    ---------
-    processors : int
-        Streaming multiprocessors.
-    shared_bytes : int
-        Shared memory that a block may use.
-    products : int
-        int8 products that a multiprocessor finishes per cycle.
-    """
+    """What the estimate needs to know about a card."""
 
     processors: int
-    shared_bytes: int
-    products: int
+    shared_bytes: int  # that a block may use
+    products: int  # of int8, that a multiprocessor finishes per cycle
 
 
 #: An A100: assumed where there is no card to ask.
@@ -93,8 +71,8 @@ def assume_limits(limits: Limits) -> Iterator[None]:
 
 
 @functools.cache
-def _card_limits(index: int) -> Limits:
-    properties = torch.cuda.get_device_properties(index)
+def _card_limits(device: torch.device) -> Limits:
+    properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     return Limits(
         properties.multi_processor_count,
@@ -104,11 +82,8 @@ def _card_limits(index: int) -> Limits:
 
 
 def device_limits(device: torch.device) -> Limits:
-    """Limits of a CUDA device; on any other device those of `assume_limits`."""
-    if device.type != "cuda":
-        return _assumed.get()
-    index = device.index
-    return _card_limits(torch.cuda.current_device() if index is None else index)
+    """Limits of a tensor's device; on CPU those of `assume_limits`."""
+    return _card_limits(device) if device.type == "cuda" else _assumed.get()
 
 
 def shape_bucket(size: int) -> int:
@@ -121,55 +96,35 @@ def shape_bucket(size: int) -> int:
     return power
 
 
-def rank(
-    candidates: Sequence[Config],
-    rows: int,
-    columns: int,
-    device: torch.device,
+def sort_fitting(
+    tiles: Sequence[Config],
+    limits: Limits,
+    shared: Callable[[Config], int],
+    cycles: Callable[[Config], float],
 ) -> list[Config]:
-    """Orders the candidates that fit, the fastest by estimate first.
-
-    Arguments
-    ---------
-    candidates : sequence of Config
-        In order of preference where the estimate is equal.
-    rows, columns : int
-        Of the result.
-    device : torch.device
-        Where the kernel runs.
-
-    Returns
-    -------
-    list of Config
-        Those that fit into shared memory; at least one.
-
-    Raises
-    ------
-    ValueError
-        None fits.
-    """
-    return list(
-        _ranked(tuple(candidates), rows, columns, device_limits(device))
-    )
+    """The tiles that fit into shared memory, the fastest by estimate first;
+    raises if there is none."""
+    fitting = [tile for tile in tiles if shared(tile) <= limits.shared_bytes]
+    if not fitting:
+        raise ValueError(
+            f"no tile of this kernel fits into {limits.shared_bytes} bytes of "
+            "shared memory; use backend: torch on this device"
+        )
+    return sorted(fitting, key=cycles)
 
 
 @functools.lru_cache(4096)
-def _ranked(
-    candidates: tuple[Config, ...], rows: int, columns: int, limits: Limits
-) -> tuple[Config, ...]:
-    shared = limits.shared_bytes
-    fitting = [c for c in candidates if c.shared_bytes() <= shared]
-    if not fitting:
-        raise ValueError(
-            f"no tile of this kernel fits into {shared} bytes of shared "
-            "memory; use backend: torch on this device"
-        )
+def rank(
+    tiles: tuple[Config, ...], rows: int, columns: int, limits: Limits
+) -> list[Config]:
+    """Sorts the tiles of an int8 product, see `sort_fitting`; of equal ones the
+    first stays first. ``rows`` and ``columns`` are those of the result."""
 
-    def cycles(config: Config) -> float:
+    def cycles(tile: Config) -> float:
         """Of the busiest multiprocessor, for one step of the reduction."""
-        m, n = config.block_m, config.block_n
-        tiles = triton.cdiv(rows, m) * triton.cdiv(columns, n)
-        share = triton.cdiv(tiles, limits.processors)
+        m, n = tile.block_m, tile.block_n
+        blocks = triton.cdiv(rows, m) * triton.cdiv(columns, n)
+        share = triton.cdiv(blocks, limits.processors)
         return share * max(m * n / limits.products, (m + n) / _LOADED_BYTES)
 
-    return tuple(sorted(fitting, key=cycles))
+    return sort_fitting(tiles, limits, Config.shared_bytes, cycles)

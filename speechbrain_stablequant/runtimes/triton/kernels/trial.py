@@ -16,8 +16,8 @@ import triton
 from ....utils.files import code_identity, identity
 from ....utils.store import Store
 from . import conv, group_conv
-from .compare import HALF_TOLERANCE, difference
 from .library import OPERATORS
+from .plain import HALF_TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,12 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
         return torch.randn(shape, generator=generator, device="cpu")
 
     def int8(*shape: int) -> torch.Tensor:
-        made = torch.randint(
+        wide = torch.randint(
             -127, 128, shape, generator=generator, device="cpu"
         )
-        return made.to(torch.int8)
+        return wide.to(torch.int8)
 
-    exact = 1e-5
-    half = HALF_TOLERANCE
+    exact, half = 1e-5, HALF_TOLERANCE
     rounded = (torch.int8, 20.0, 127, -100)
     x, q = normal(2, 70, 128), int8(2, 70, 128)
     vector = normal(128).abs()
@@ -96,12 +95,9 @@ def first_failure(device: torch.device) -> str | None:
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"operator {name} fails: {lines[0]}"
-        single = isinstance(found, torch.Tensor)
-        for a, b in zip(
-            [found] if single else found,
-            [expected] if single else expected,
-            strict=True,
-        ):
+        if isinstance(found, torch.Tensor):
+            found, expected = (found,), (expected,)
+        for a, b in zip(found, expected, strict=True):
             reason = difference(a, b, tolerance)
             if reason is not None:
                 return f"operator {name}: the result {reason}"
@@ -123,12 +119,16 @@ def _version() -> dict[str, str | int]:
     }
 
 
+def card_file(card: str, what: str) -> str:
+    """Name of a JSON file about a card."""
+    return f"{card}-{what}.json".replace(" ", "_").replace("/", "_")
+
+
 def failure_on_card(
     device: torch.device, card: str, store: Store
 ) -> str | None:
     """`first_failure`, skipped for a card that passed before."""
-    name = f"{card}-passed.json".replace(" ", "_").replace("/", "_")
-    key = identity(_version())
+    name, key = card_file(card, "passed"), identity(_version())
     if store.read(name, key, "trial of kernels") is not None:
         return None
     logger.info("triton: trying the kernels on %s, once", card)

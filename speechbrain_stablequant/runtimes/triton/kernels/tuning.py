@@ -7,11 +7,10 @@ and the fastest kept, in memory and, after ``save``, in a JSON file.
 
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import triton
 from ....utils.files import identity
 from ....utils.store import Store
 from ....utils.typed import typed
-from .compare import HALF_TOLERANCE, difference
+from .plain import HALF_TOLERANCE, difference
 from .tiles import Config
 
 logger = logging.getLogger(__name__)
@@ -83,71 +82,35 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
 
 
 class Tuner:
-    """Measures tiles and remembers the fastest.
-
-    Arguments
-    ---------
-    path : str, Path or None
-        JSON file of earlier measurements; None keeps them in memory only.
-    device : str
-        Name of the card; a file of another card is refused.
-    measure : callable
-        Takes a function that launches a kernel, returns its time.
-    store : Store or None
-        Store of the file's folder; by default a public one.
-
-    Raises
-    ------
-    ValueError
-        The file is no tuning cache, or another card's.
-    """
+    """Measures tiles and remembers the fastest in a file of a store; a file of
+    another card, given by name, is refused."""
 
     def __init__(
         self,
-        path: str | Path | None,
-        device: str,
+        store: Store,
+        name: str,
+        card: str,
         measure: Callable[[Callable[[], None]], float] = time_on_device,
-        store: Store | None = None,
     ):
-        self.path = None if path is None else Path(path)
-        self.device = device
-        self.measure = measure
-        if store is None:
-            store = Store(None if self.path is None else self.path.parent)
         self.store = store
-        self.table = self._read()
+        self.name = name
+        self.measure = measure
+        self._key = identity([FORMAT, card, triton.__version__])
         self._changed = False
-
-    @property
-    def _key(self) -> str:
-        return identity([FORMAT, self.device, triton.__version__])
-
-    def _read(self) -> dict[str, Config]:
-        if self.path is None:
-            return {}
-        name = self.path.name
-        tiles = self.store.read(name, self._key, "tuning cache", _parse)
-        if tiles is None:
-            if not self.store.private and name in self.store.names(name):
-                raise ValueError(
-                    f"{self.path}: not a tuning cache of {self.device} and "
-                    f"Triton {triton.__version__}; delete it or name another "
-                    "file"
-                )
-            return {}
-        return tiles
+        self.table = store.read(name, self._key, "tuning cache", _parse) or {}
+        foreign = not self.table and name in store.names(name)
+        if foreign and not store.private:
+            raise ValueError(
+                f"{store.folder / name}: not a tuning cache of {card} and "
+                f"Triton {triton.__version__}; delete it or name another file"
+            )
 
     def save(self) -> None:
         """Writes new measurements; keeps those that other processes wrote."""
-        if self.path is None or not self._changed:
-            return
-        self._changed = False
-        self.store.update(
-            self.path.name,
-            self._key,
-            {key: list(astuple(tile)) for key, tile in self.table.items()},
-            "tuning cache",
-        )
+        if self._changed:
+            self._changed = False
+            table = {key: list(astuple(t)) for key, t in self.table.items()}
+            self.store.update(self.name, self._key, table, "tuning cache")
 
     def choose(
         self,
@@ -212,29 +175,29 @@ def _sample(result: torch.Tensor) -> torch.Tensor:
 _current: ContextVar[Tuner | None] = ContextVar("tuner", default=None)
 
 
+def tuning_key(
+    kernel: str,
+    sizes: Iterable[int],
+    switches: Iterable[bool],
+    *dtypes: torch.dtype,
+) -> str:
+    """What a measured tile is remembered by, such as
+    ``linear/96x1024x512/010/int8``."""
+    size = "x".join(map(str, sizes))
+    switched = "".join(str(int(switch)) for switch in switches)
+    parts = (kernel, size, switched, *map(str, dtypes))
+    return "/".join(parts).replace("torch.", "")
+
+
 def select(
     key: str,
     candidates: Sequence[Config],
     run: Callable[[Config], None],
     result: Callable[[], torch.Tensor] | None = None,
 ) -> Config:
-    """The tile to run with: the active tuner's choice, else the first.
-
-    Arguments
-    ---------
-    key : str
-        Kernel and bucketed shape.
-    candidates : sequence of Config
-        Best guess first.
-    run : callable
-        Launches the kernel with a candidate.
-    result : callable, optional
-        Returns what the last launch wrote; the same for every candidate.
-
-    Returns
-    -------
-    Config
-    """
+    """The tile to run with: the active tuner's choice, else the first of the
+    candidates. ``run`` launches the kernel with a tile; ``result`` returns what
+    the last launch wrote, the same for every tile."""
     tuner = _current.get()
     if tuner is None or len(candidates) == 1:
         return candidates[0]

@@ -19,17 +19,26 @@ from .device import (
     standardize_rows,
     store_tile,
 )
-from .library import check_int8, declare
-from .matmul import check_norm_width
-from .plain import finish, scaled
-from .tiles import Config, rank, shape_bucket
-from .tuning import select
-from .wave import as_input, check_wave
+from .library import check_contiguous, check_dtype, declare, output_frames
+from .plain import finish, scaled, wave_input
+from .tiles import Config, device_limits, rank, shape_bucket
+from .tuning import select, tuning_key
 
+#: Largest kernel size that is supported.
+MAX_TAPS = 128
 #: (block_m, block_n, warps) without a norm.
 TILES = ((128, 64, 4), (128, 128, 8), (64, 64, 4))
 #: (block_m, warps) where a tile holds whole rows, for a norm.
 ROW_TILES = ((64, 16), (64, 8), (32, 8), (16, 4))
+
+
+def wave_frames(
+    operator: str, wave: torch.Tensor, taps: int, stride: int
+) -> int:
+    """Number of output frames; raises for an input that has no kernel."""
+    check_dtype(operator, torch.float32, wave=wave)
+    check_contiguous(operator, "wave", wave)
+    return output_frames(operator, wave.shape[1], taps, stride)
 
 
 def reference(
@@ -56,44 +65,16 @@ def reference(
     ``wave_inverse`` and ``wave_limit``, or float. ``scale`` and ``bias`` are
     float32 [out], or [batch, out].
     """
-    _check_weight("wave_conv", weight)
-    x = as_input(wave, wave_inverse, wave_limit, weight.dtype)
+    wave_frames("wave_conv", wave, weight.shape[1], stride)
+    x = wave_input(wave, wave_inverse, wave_limit, weight.dtype)
     # sums of integers are exact in float64
     total = x.unfold(1, weight.shape[1], stride).double() @ weight.double().T
     if scale.dim() == 2:
         scale = scale[:, None]
         bias = None if bias is None else bias[:, None]
-    norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
     y = scaled(total, scale, bias)
-    return finish(y, gelu, dtype, inverse, limit, norm, zero=zero)
-
-
-@triton.jit
-def _product(
-    wave,
-    weight,
-    start,
-    column,
-    wave_inverse,
-    wave_limit,
-    COLUMNS: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Sums of the windows that begin at ``start``: int32, or float32."""
-    tap = tl.arange(0, BLOCK_K)
-    here = tap[None, :] < TAPS
-    x = tl.load(wave + start[:, None] + tap[None, :], mask=here, other=0.0)
-    n = tl.minimum(column, COLUMNS - 1)
-    w = weight + n[:, None] * TAPS + tap[None, :]
-    if weight.dtype.element_ty == tl.int8:
-        q = round_to_int8(x, wave_inverse, wave_limit, 0.0)
-        w = tl.load(w, mask=here, other=0)
-        return tl.dot(q, w.T, out_dtype=tl.int32)
-    else:
-        w = tl.load(w, mask=here, other=0.0)
-        # float32 is for comparisons, not for speed
-        return tl.dot(x.to(w.dtype), w.T, input_precision="ieee")
+    norm = (norm_weight, norm_bias, eps)
+    return finish(y, gelu, dtype, inverse, limit, zero, norm)
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "samples"])
@@ -132,17 +113,19 @@ def wave_conv_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.minimum(row, rows - 1)
     start = (utterance + m // frames) * samples + m % frames * STRIDE
-    acc = _product(
-        wave,
-        weight,
-        start,
-        column,
-        wave_inverse,
-        wave_limit,
-        COLUMNS,
-        TAPS,
-        BLOCK_K,
-    )
+    tap = tl.arange(0, BLOCK_K)
+    here = tap[None, :] < TAPS
+    x = tl.load(wave + start[:, None] + tap[None, :], mask=here, other=0.0)
+    n = tl.minimum(column, COLUMNS - 1)
+    w = weight + n[:, None] * TAPS + tap[None, :]
+    if weight.dtype.element_ty == tl.int8:
+        q = round_to_int8(x, wave_inverse, wave_limit, 0.0)
+        w = tl.load(w, mask=here, other=0)
+        acc = tl.dot(q, w.T, out_dtype=tl.int32)
+    else:
+        w = tl.load(w, mask=here, other=0.0)
+        # float32 is for comparisons, not for speed
+        acc = tl.dot(x.to(w.dtype), w.T, input_precision="ieee")
     base = 0
     if BY_UTTERANCE:
         base = utterance * COLUMNS
@@ -173,20 +156,15 @@ def wave_conv_kernel(
         store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
-def _check_weight(name: str, weight: torch.Tensor) -> None:
-    if not weight.dtype.is_floating_point:
-        check_int8(name, weight=weight)
-
-
-def _tiles(weight: torch.Tensor, has_norm: bool) -> list[Config]:
+def _tiles(weight: torch.Tensor, has_norm: bool) -> tuple[Config, ...]:
     columns, taps = weight.shape
     block_k = max(triton.next_power_of_2(taps), 32)
     if not has_norm:
-        return [Config(m, n, block_k, w, 1) for m, n, w in TILES]
+        return tuple(Config(m, n, block_k, w, 1) for m, n, w in TILES)
     width = max(triton.next_power_of_2(columns), 32)
     # float32 is for comparisons only; larger tiles take too many registers
     tiles = ROW_TILES if weight.dtype != torch.float32 else ROW_TILES[-1:]
-    return [Config(m, width, block_k, w, 1) for m, w in tiles]
+    return tuple(Config(m, width, block_k, w, 1) for m, w in tiles)
 
 
 def launch(
@@ -195,15 +173,11 @@ def launch(
     inverse=1.0, limit=127, zero=0, config: Config | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`reference` in Triton. ``config`` overrides the tile."""
-    _check_weight("wave_conv", weight)
     columns, taps = weight.shape
-    frames = check_wave("wave_conv", wave, taps, stride)
+    frames = wave_frames("wave_conv", wave, taps, stride)
     batch, samples = wave.shape
-    has_norm = norm_weight is not None
-    if has_norm:
-        check_norm_width("wave_conv", columns)
     out = torch.empty((batch, frames, columns), dtype=dtype, device=wave.device)
-    by_utterance = scale.dim() == 2
+    has_norm, by_utterance = norm_weight is not None, scale.dim() == 2
     rows = frames if by_utterance else batch * frames
 
     def run(tile: Config) -> None:
@@ -226,39 +200,15 @@ def launch(
             **tile.options(),
         )  # fmt: skip
 
-    if config is None:
-        kind = str(weight.dtype).removeprefix("torch.")
-        config = select(
-            f"wave_conv/{kind}/{shape_bucket(batch * frames)}x{columns}x{taps}"
-            f"/{int(has_norm)}{int(gelu)}{int(by_utterance)}"
-            f"/{str(dtype).removeprefix('torch.')}",
-            rank(
-                _tiles(weight, has_norm), batch * frames, columns, wave.device
-            ),
-            run,
-            lambda: out,
-        )
-    run(config)
+    key = tuning_key(
+        f"wave_conv/{weight.dtype}",
+        (shape_bucket(batch * frames), columns, taps),
+        (has_norm, gelu, by_utterance), dtype,
+    )  # fmt: skip
+    limits = device_limits(wave.device)
+    tiles = rank(_tiles(weight, has_norm), batch * frames, columns, limits)
+    run(config or select(key, tiles, run, lambda: out))
     return out
 
 
-def shape(
-    wave, wave_inverse, wave_limit, weight, scale, bias, stride,
-    norm_weight, norm_bias, eps, gelu, dtype,
-    inverse=1.0, limit=127, zero=0,
-):  # fmt: skip
-    """Empty result of the right shape, for torch.compile."""
-    frames = (wave.shape[1] - weight.shape[1]) // stride + 1
-    return wave.new_empty((wave.shape[0], frames, weight.shape[0]), dtype=dtype)
-
-
-declare(
-    "wave_conv",
-    "(Tensor wave, float wave_inverse, int wave_limit, Tensor weight, "
-    "Tensor scale, Tensor? bias, int stride, Tensor? norm_weight, "
-    "Tensor? norm_bias, float eps, bool gelu, ScalarType dtype, "
-    "float inverse=1.0, int limit=127, int zero=0) -> Tensor",
-    reference,
-    launch,
-    shape,
-)
+declare("wave_conv", reference, launch)

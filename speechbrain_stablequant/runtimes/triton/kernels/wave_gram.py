@@ -1,10 +1,8 @@
 """Statistics for a GroupNorm after the first convolution, before it runs.
 
-The convolution is linear in its windows: over time, a channel's mean is w . m
-and its variance w' C w, with the mean m and the covariance C of the windows.
-One pass over the waveform sums the windows and their products (65 sums for ten
-taps), `normalized_over_time` turns them into a scale and a bias for each
-utterance and channel, and the convolution runs once with its norm fused.
+One pass over the waveform sums its windows and their products (65 sums for ten
+taps); a channel's mean and variance over time follow from them, see
+``runtimes.group_norm``. So the convolution runs once with its norm fused.
 """
 
 import torch
@@ -13,7 +11,8 @@ import triton.language as tl
 
 from .device import round_to_int8
 from .library import declare
-from .wave import as_input, check_wave
+from .plain import wave_input
+from .wave_conv import wave_frames
 
 #: Frames of a block: float32 sums of so many products of int8 are exact.
 BLOCK = 256
@@ -28,14 +27,14 @@ def reference(
     stride: int,
     frames: torch.Tensor,
 ) -> torch.Tensor:
-    """Sums over time of products of a waveform's windows, and of the windows.
+    """Sums over time of a waveform's windows, and of their products.
 
     float32 ``wave`` [batch, samples] to float64 [batch, taps + 1, taps]:
     products, then sums, of the first ``frames`` (int64 scalar) windows. The
     waveform is quantized first if ``dtype`` is int8, else cast to it.
     """
-    check_wave("wave_gram", wave, taps, stride)
-    x = as_input(wave, wave_inverse, wave_limit, dtype)
+    wave_frames("wave_gram", wave, taps, stride)
+    x = wave_input(wave, wave_inverse, wave_limit, dtype)
     windows = x.unfold(1, taps, stride).double()
     real = torch.arange(windows.shape[1], device=wave.device) < frames
     windows = windows * real[None, :, None]
@@ -53,11 +52,9 @@ def normalized_over_time(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and bias, float32 [batch, out], that fuse GroupNorm into the
-    convolution with weight ``kernel`` [out, taps] and ``scale`` [out].
-
-    ``weight`` and ``bias`` are the norm's; the convolution's own bias cancels.
-    float64, because the covariance loses precision for a channel that removes
-    the signal's strong components.
+    convolution with weight ``kernel`` [out, taps] and ``scale`` [out]; its own
+    bias cancels. ``weight`` and ``bias`` are the norm's. float64, because the
+    covariance loses precision where a channel removes most of the signal.
     """
     gram, kernel = gram / frames, kernel.double()
     products, mean = gram[:, :-1], gram[:, -1:]
@@ -110,50 +107,21 @@ def wave_gram_kernel(
         tl.store(place + j * TAPS + i, total)
 
 
-#: Dtype of the convolution's weights -> Triton's name for it.
-_KINDS = {
-    torch.int8: tl.int8,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-}
-
-
 def launch(
     wave, wave_inverse, wave_limit, dtype, taps, stride, frames
 ) -> torch.Tensor:
     """`reference` in Triton."""
-    count = check_wave("wave_gram", wave, taps, stride)
-    if dtype not in _KINDS:
-        raise TypeError(
-            f"stablequant::wave_gram: dtype must be one of "
-            f"{', '.join(map(str, _KINDS))}, got {dtype}"
-        )
+    count = wave_frames("wave_gram", wave, taps, stride)
     batch, samples = wave.shape
     pieces = triton.cdiv(count, BLOCK)
-    grams = torch.empty(
-        (batch, pieces, taps + 1, taps),
-        dtype=torch.float64,
-        device=wave.device,
-    )
+    shape = (batch, pieces, taps + 1, taps)
+    grams = torch.empty(shape, dtype=torch.float64, device=wave.device)
+    kind = getattr(tl, str(dtype).removeprefix("torch."))
     wave_gram_kernel[(pieces, batch, taps)](
         wave, grams, frames, count, samples, wave_inverse, float(wave_limit),
-        KIND=_KINDS[dtype], TAPS=taps, STRIDE=stride, BLOCK=BLOCK,
-        num_warps=1,
+        KIND=kind, TAPS=taps, STRIDE=stride, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
     return grams.sum(1)
 
 
-def shape(wave, wave_inverse, wave_limit, dtype, taps, stride, frames):
-    """Empty result of the right shape, for torch.compile."""
-    return wave.new_empty((wave.shape[0], taps + 1, taps), dtype=torch.float64)
-
-
-declare(
-    "wave_gram",
-    "(Tensor wave, float wave_inverse, int wave_limit, ScalarType dtype, "
-    "int taps, int stride, Tensor frames) -> Tensor",
-    reference,
-    launch,
-    shape,
-)
+declare("wave_gram", reference, launch)

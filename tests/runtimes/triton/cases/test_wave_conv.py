@@ -60,14 +60,12 @@ def test_convolution(geometry, has_norm, dtype, kind, surrounded, check_close):
 
 
 def test_refuses_what_it_cannot_compute(device):
-    weight = torch.empty(8, 200, dtype=torch.int8, device=device)
+    weight = torch.empty(8, 10, dtype=torch.int8, device=device)
     wave, one = torch.zeros(1, 9, device=device), torch.ones(8, device=device)
     tail = (one, None, 5, None, None, 0.0, False, torch.float16)
-    with pytest.raises(ValueError, match="200 taps, at most 128"):
+    with pytest.raises(ValueError, match="9 frames are fewer than the ker"):
         wave_conv.launch(wave, *WAVE, weight, *tail)
-    with pytest.raises(ValueError, match="9 samples are fewer than the ker"):
-        wave_conv.launch(wave, *WAVE, weight[:, :10], *tail)
-    with pytest.raises(TypeError, match="weight must be int8, got"):
-        wave_conv.launch(wave, *WAVE, weight[:, :5].int(), *tail)
-    with pytest.raises(ValueError, match="must be contiguous float32"):
+    with pytest.raises(TypeError, match="wave must be float32, got"):
         wave_conv.launch(wave.half(), *WAVE, weight[:, :5], *tail)
+    with pytest.raises(ValueError, match="wave must be contiguous"):
+        wave_conv.launch(wave[:, ::2], *WAVE, weight[:, :5], *tail)
