@@ -30,22 +30,13 @@ from speechbrain_stablequant.runtimes.triton.kernels.tiles import (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the cards of a compute capability have in common.
+    """What the cards of a compute capability have in common, for a
+    multiprocessor."""
 
-    Arguments
-    ---------
-    shared_kb : int
-        Shared memory of a multiprocessor; a block may have 1 kB less.
-    max_warps, max_blocks : int
-        That a multiprocessor holds.
-    products : int
-        int8 products that it finishes in a cycle.
-    """
-
-    shared_kb: int
+    shared_kb: int  # of shared memory; a block may have 1 kB less
     max_warps: int
     max_blocks: int
-    products: int
+    products: int  # of int8, in a cycle
 
 
 ARCHITECTURES = {
@@ -60,27 +51,13 @@ SCHEDULERS = 4
 
 @dataclass(frozen=True)
 class Card:
-    """Figures of a data sheet, without sparsity.
+    """Figures of a data sheet, without sparsity."""
 
-    Arguments
-    ---------
-    arch : int
-        Compute capability times ten.
-    processors : int
-        Streaming multiprocessors.
-    bandwidth : float
-        Of its memory, GB/s.
-    tops : float
-        int8, 10^12 operations a second.
-    tflops : float
-        bfloat16 with float32 sums, 10^12 operations a second.
-    """
-
-    arch: int
-    processors: int
-    bandwidth: float
-    tops: float
-    tflops: float
+    arch: int  # compute capability times ten
+    processors: int  # streaming multiprocessors
+    bandwidth: float  # of its memory, GB/s
+    tops: float  # int8, 10^12 operations a second
+    tflops: float  # bfloat16 with float32 sums
 
     def microseconds(
         self, moved: float, integer_ops: float, float_ops: float
@@ -106,39 +83,15 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How much of a multiprocessor a kernel uses.
+    """How much of a multiprocessor a kernel uses."""
 
-    Arguments
-    ---------
-    blocks : int
-        Of the kernel that fit at once.
-    warps : float
-        Their share of the warps that it can hold.
-    waves : float
-        How often all multiprocessors together have to be filled.
-    """
-
-    blocks: int
-    warps: float
-    waves: float
+    blocks: int  # that fit at once
+    warps: float  # their share of the warps that it can hold
+    waves: float  # how often all multiprocessors have to be filled
 
 
 def occupancy(found: Resources, launch: Launch, card: Card) -> Occupancy:
-    """What registers and shared memory allow.
-
-    Arguments
-    ---------
-    found : Resources
-        Of the compiled kernel.
-    launch : Launch
-        How many blocks there are.
-    card : Card
-        The card.
-
-    Returns
-    -------
-    Occupancy
-    """
+    """What registers and shared memory allow."""
     arch = ARCHITECTURES[card.arch]
     # registers are handed out to a warp by 256, shared memory by 128 bytes,
     # and each block takes 1 kB of it for itself
@@ -171,21 +124,7 @@ def passes(launch: Launch) -> int:
 
 
 def issue_microseconds(found: Resources, launch: Launch, card: Card) -> float:
-    """Time of a kernel's instructions at one a cycle and scheduler.
-
-    Arguments
-    ---------
-    found : Resources
-        Of the compiled kernel.
-    launch : Launch
-        How many blocks there are, and how long their loops.
-    card : Card
-        The card.
-
-    Returns
-    -------
-    float
-    """
+    """Time of a kernel's instructions at one a cycle and scheduler."""
     each = found.instructions + found.loop_instructions * passes(launch)
     total = each * found.warps * launch.blocks
     return total / (card.processors * SCHEDULERS * card.clock)
@@ -228,19 +167,11 @@ def compile_once(launch: Launch, arch: int) -> Resources:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One operator on one card; times are of all its launches.
-
-    Arguments
-    ---------
-    op : Op
-        The operator.
-    int8_us, bf16_us : float
-        Its floor as it is, and with 16 bit in the place of int8.
-    """
+    """Floors of an operator on a card, of all its launches."""
 
     op: Op
     int8_us: float
-    bf16_us: float
+    bf16_us: float  # with 16 bit in the place of int8
 
 
 def estimate(op: Op, card: Card) -> Estimate:
@@ -367,13 +298,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def cards_of(options: argparse.Namespace) -> dict[str, Card]:
-    """The cards that were asked for.
-
-    Raises
-    ------
-    ValueError
-        Half of another card's figures, or figures that are not positive.
-    """
+    """The cards that were asked for; raises for figures that cannot be."""
     if options.bandwidth is None and options.tops is None:
         if options.tflops is not None:
             raise ValueError("--tflops: give --bandwidth and --tops as well")
@@ -388,18 +313,7 @@ def cards_of(options: argparse.Namespace) -> dict[str, Card]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the estimates.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        The command line.
-
-    Returns
-    -------
-    int
-        0, or 2 for options that cannot be.
-    """
+    """Prints the estimates; 0, or 2 for options that cannot be."""
     options = _parser().parse_args(argv)
     try:
         cards = cards_of(options)

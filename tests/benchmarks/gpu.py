@@ -32,17 +32,7 @@ def describe() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[harness.Row]:
-    """Runs the benchmark from the command line.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of Row
-    """
+    """Runs the benchmark from the command line."""
     harness.parse(EXECUTORS, list(EXECUTORS), "cuda", argv)
     require_device("gpu.py")
     return harness.main(

@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -35,25 +35,12 @@ _COPY = 2**30
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What library calls reach on the card.
+    """What library calls reach on the card; None where they do not run."""
 
-    Arguments
-    ---------
-    int8_tops : float or None
-        ``torch._int_mm``, the best of its shapes.
-    float8_tops : float or None
-        ``torch._scaled_mm``, whose arithmetic is as fast as int8; None where
-        the card has none.
-    bf16_tops : float
-        ``torch.matmul``.
-    copy_gbs : float
-        A large copy, bytes read and written.
-    """
-
-    int8_tops: float | None
-    float8_tops: float | None
-    bf16_tops: float
-    copy_gbs: float
+    int8_tops: float | None  # torch._int_mm, the best of its shapes
+    float8_tops: float | None  # torch._scaled_mm, as fast as int8
+    bf16_tops: float  # torch.matmul
+    copy_gbs: float  # a large copy, bytes read and written
 
 
 @dataclass
@@ -75,19 +62,11 @@ class Row:
 
 
 def time_us(run: Callable[[], Any], rounds: int) -> float:
-    """Median microseconds on the device, with cold caches.
-
-    Arguments
-    ---------
-    run : callable
-        Launches.
-    rounds : int
-        How often.
-    """
+    """Median microseconds on the device, with cold caches."""
     return time_on_device(run, rounds) * 1e3
 
 
-def _best(ops: float, calls: Iterator[Callable], rounds: int) -> float | None:
+def _best(ops: float, calls: Iterable[Callable], rounds: int) -> float | None:
     """10^12 operations a second of the fastest; None if none runs."""
     found = []
     for call in calls:
@@ -109,52 +88,27 @@ def measure_ceilings(rounds: int) -> Ceilings:
     source = torch.empty(_COPY, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     copy_us = time_us(lambda: target.copy_(source), rounds)
+
+    def scaled_mm() -> torch.Tensor:
+        return torch._scaled_mm(
+            eights[0], eights[1].T, scale_a=one, scale_b=one,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+
+    int_mm = (
+        lambda: torch._int_mm(ints[0], ints[1].T),
+        lambda: torch._int_mm(ints[0], ints[1]),
+    )
     return Ceilings(
-        int8_tops=_best(
-            ops,
-            iter(
-                [
-                    lambda: torch._int_mm(ints[0], ints[1].T),
-                    lambda: torch._int_mm(ints[0], ints[1]),
-                ]
-            ),
-            rounds,
-        ),
-        float8_tops=_best(
-            ops,
-            iter(
-                [
-                    lambda: torch._scaled_mm(
-                        eights[0],
-                        eights[1].T,
-                        scale_a=one,
-                        scale_b=one,
-                        out_dtype=torch.bfloat16,
-                        use_fast_accum=True,
-                    )
-                ]
-            ),
-            rounds,
-        ),
-        bf16_tops=_best(ops, iter([lambda: halves[0] @ halves[1].T]), rounds),
+        int8_tops=_best(ops, int_mm, rounds),
+        float8_tops=_best(ops, [scaled_mm], rounds),
+        bf16_tops=_best(ops, [lambda: halves[0] @ halves[1].T], rounds),
         copy_gbs=2 * _COPY / copy_us * 1e-3,
     )
 
 
 def filled(op: Op, device: str) -> tuple:
-    """An operator's arguments as tensors on a device.
-
-    Arguments
-    ---------
-    op : Op
-        From :func:`shapes.operators`, on the ``meta`` device.
-    device : str
-        Where to.
-
-    Returns
-    -------
-    tuple
-    """
+    """An operator's arguments, of `shapes.operators`, on a device."""
     batch, *_ = op.arguments[0].shape
     frames = {0: op.shape[0] // batch, 1: op.arguments[0].shape[1]}
     return tuple(_fill(a, device, frames) for a in op.arguments)
@@ -227,17 +181,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Runs the benchmark from the command line.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of Row
-    """
+    """Runs the benchmark from the command line."""
     options = _parse(argv)
     require_device("operators.py")
     about = {**machine("cuda"), **describe()}
@@ -248,15 +192,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     tuner = make_tuner(torch.device("cuda"), not options.no_tune, None)
     rows, begin = [], time.monotonic()
     print(f"\n{HEADER}\n{library_line(ceilings, options.rounds)}")
-    rows.append(
-        _attempt(
-            PRODUCT,
-            Row("", 0, 0, *_head(PRODUCT)),
-            ceilings,
-            options.rounds,
-            tuner,
-        )
-    )
+    first = Row("", 0, 0, *_head(PRODUCT))
+    rows.append(_attempt(PRODUCT, first, ceilings, options.rounds, tuner))
     for size in product(options.model, options.seconds, options.batch):
         spent = (time.monotonic() - begin) / 60
         if options.minutes is not None and spent > options.minutes:
@@ -305,7 +242,7 @@ def library_line(ceilings: Ceilings, rounds: int) -> str:
         for n in (rows, columns)
     )
     row = Row("", 0, 0, "torch._int_mm", PRODUCT.shape, 1)
-    calls = iter([lambda: torch._int_mm(a, b.T)])
+    calls = [lambda: torch._int_mm(a, b.T)]
     row.tops = _best(PRODUCT.integer_ops, calls, rounds)
     if row.tops is None:
         row.error = "does not run here"

@@ -5,6 +5,7 @@
 resources from the assembler that comes with Triton.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -37,46 +38,21 @@ class Launch:
     @property
     def blocks(self) -> int:
         """Blocks of the whole grid."""
-        total = 1
-        for size in self.grid:
-            total *= size
-        return total
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses.
+    """What a compiled kernel uses."""
 
-    Arguments
-    ---------
-    registers : int
-        Of a thread.
-    spill_bytes : int
-        Stores and loads of registers to local memory.
-    stack_bytes : int
-        Stack frame of a thread.
-    shared_bytes : int
-        Of a block.
-    warps : int
-        Of a block.
-    tensor_core : tuple of str
-        Distinct matrix instructions in the PTX.
-    instructions : int
-        Of a thread, outside of loops.
-    loop_instructions : int
-        Of a thread, one pass through each loop.
-    ptx : str
-        The code.
-    """
-
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    shared_bytes: int
-    warps: int
-    tensor_core: tuple[str, ...]
-    instructions: int
-    loop_instructions: int
+    registers: int  # of a thread
+    spill_bytes: int  # of registers stored to and loaded from local memory
+    stack_bytes: int  # of a thread
+    shared_bytes: int  # of a block
+    warps: int  # of a block
+    tensor_core: tuple[str, ...]  # distinct matrix instructions in the PTX
+    instructions: int  # of a thread, outside of loops
+    loop_instructions: int  # of a thread, one pass through each loop
     ptx: str = field(repr=False)
 
 

@@ -35,21 +35,14 @@ TAPS, GROUPS = 128, 16
 
 @dataclass(frozen=True)
 class Model:
-    """What the shapes follow from.
-
-    Arguments
-    ---------
-    channels, inner, blocks, heads : int
-        Of the transformer.
-    large : bool
-        LayerNorm in each convolution and before each sublayer; otherwise one
-        GroupNorm, and LayerNorm after each sublayer.
-    """
+    """What the shapes follow from."""
 
     channels: int
     inner: int
     blocks: int
     heads: int
+    # LayerNorm in each convolution and before each sublayer; otherwise one
+    # GroupNorm, and LayerNorm after each sublayer
     large: bool
 
 
@@ -61,36 +54,16 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Op:
-    """One kind of launch.
-
-    Arguments
-    ---------
-    name : str
-        What it computes.
-    shape : tuple of int
-        Rows, columns and depth of its product, or rows and columns.
-    count : int
-        How often a forward runs it.
-    launch : callable
-        Its launch function.
-    arguments : tuple
-        What that is called with.
-    integer_ops : float
-        Integer multiplications and additions of one launch.
-    float_ops : float
-        Those in 16 bit on the tensor cores.
-    only_int8 : bool
-        Whether a model in 16 bit has no such step.
-    """
+    """One kind of launch."""
 
     name: str
-    shape: tuple[int, ...]
-    count: int
+    shape: tuple[int, ...]  # rows, columns and depth of a product, if it is one
+    count: int  # launches in a forward
     launch: Callable[..., Any]
     arguments: tuple
-    integer_ops: float = 0.0
-    float_ops: float = 0.0
-    only_int8: bool = False
+    integer_ops: float = 0.0  # of one launch
+    float_ops: float = 0.0  # in 16 bit on the tensor cores
+    only_int8: bool = False  # whether a model in 16 bit has no such step
 
     def tensors(self) -> list[torch.Tensor]:
         """All that one launch reads and writes."""
@@ -105,13 +78,7 @@ class Op:
         ]
 
     def moved_bytes(self, integer_size: int = 1) -> int:
-        """Bytes of one launch.
-
-        Arguments
-        ---------
-        integer_size : int
-            Of what is int8: 2 for the same operator in 16 bit.
-        """
+        """Bytes of one launch; ``integer_size`` 2 for the same in 16 bit."""
         return sum(
             t.numel() * (integer_size if t.dtype == INT8 else t.element_size())
             for t in self.tensors()
@@ -217,21 +184,7 @@ def _norm(name: str, count: int, rows: int, width: int, to: str) -> Op:
 
 
 def operators(name: str, seconds: float, batch: int) -> list[Op]:
-    """Every launch of a forward.
-
-    Arguments
-    ---------
-    name : str
-        A key of ``MODELS``.
-    seconds : float
-        Of audio in each utterance.
-    batch : int
-        Utterances.
-
-    Returns
-    -------
-    list of Op
-    """
+    """Every launch of a forward of a model of ``MODELS``."""
     model = MODELS[name]
     wide, inner, blocks = model.channels, model.inner, model.blocks
     out = list(_front(model, batch, round(seconds * SAMPLE_RATE)))
