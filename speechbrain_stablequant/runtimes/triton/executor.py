@@ -14,6 +14,7 @@ import triton
 from ...core.encoder_spec import EncoderSpec
 from ...utils.store import Store, machine_store
 from ...utils.timing import PREPARATION
+from ..base import require_frame
 from .buckets import LeastRecent, bucket_samples
 from .kernels.trial import card_file, failure_on_card, kernels_digest
 from .kernels.tuning import Tuner
@@ -176,11 +177,7 @@ class TritonExecutor:
             )
         batch, samples = wavs.shape
         frames = self.spec.frames(samples)
-        if frames == 0:
-            raise ValueError(
-                f"backend triton: {samples} samples are shorter than "
-                "one frame; drop such utterances"
-            )
+        require_frame(frames, samples)
         key = (batch, bucket_samples(self.spec, samples))
         on_cuda = self.device.type == "cuda"
         place = contextlib.nullcontext()

@@ -336,7 +336,7 @@ def test_errors_say_what_to_do(make_tiny_model, monkeypatch):
     with pytest.raises(ValueError, match=r"layers.1.conv: .* for GroupNorm"):
         make_executor(odd, DEVICE)
     execute = make_executor(spec, DEVICE)
-    with pytest.raises(ValueError, match="100 samples are shorter than one"):
+    with pytest.raises(ValueError, match="100 samples is too short"):
         execute(torch.zeros(1, 100, device=DEVICE), None)
     with pytest.raises(ValueError, match=f"the encoder is on {DEVICE}"):
         execute(torch.zeros(1, 1000, device="meta"), None)
