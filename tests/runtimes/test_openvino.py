@@ -491,7 +491,7 @@ except KeyboardInterrupt:
 """
     here = Path(__file__).resolve().parent
     result = subprocess.run(
-        [sys.executable, "-c", script, str(here), str(here.parent)],
+        [sys.executable, "-c", script, str(here.parent), str(here)],
         capture_output=True,
         text=True,
         check=False,

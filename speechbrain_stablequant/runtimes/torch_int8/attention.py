@@ -8,9 +8,9 @@ import torch
 def attend(
     qkv: torch.Tensor, lengths: Sequence[int], heads: int
 ) -> torch.Tensor:
-    """Attention of packed utterances: ``qkv`` [frames, 3 * channels], query
-    already scaled, to [frames, channels]. ``lengths``: frames of each
-    utterance."""
+    """Attention of packed utterances: ``qkv`` [rows, 3 * channels], query
+    already scaled, to [rows, channels]. ``lengths``: frames of each
+    utterance; rows after these are zero."""
     total, width = qkv.shape
     out = qkv.new_empty(total, width // 3)
     columns = qkv.view(total, 3 * heads, -1).unbind(1)
@@ -27,4 +27,5 @@ def attend(
             torch.softmax(weights, -1, out=weights)
             torch.mm(weights, value[part], out=target[part])
             start += length
+    out[sum(lengths) :] = 0
     return out

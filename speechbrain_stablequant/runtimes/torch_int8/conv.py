@@ -13,7 +13,7 @@ from ..algorithms import (
     join_groups,
 )
 from .forms import Grid, form_of
-from .linear import IntegerLinear, Rows, onednn_operators, rows_of
+from .linear import ROWS, IntegerLinear, Rows, onednn_operators, rows_of
 
 
 class IntegerConv:
@@ -99,7 +99,7 @@ class GroupedConv:
         targets = out.chunk(self._groups, 1)
         rows = max(min(self.rows, len(out)), 1)
         # One buffer for all groups: allocation is slow.
-        scratch = x.new_empty(rows, self._kernel * width)
+        scratch = x.new_zeros(rows + -rows % ROWS, self._kernel * width)
         for index, product in enumerate(self._products):
             own = x[:, index * width : (index + 1) * width].contiguous()
             for start in range(0, len(out), rows):
@@ -112,7 +112,8 @@ class GroupedConv:
                         start * self._stride * width,
                     )
                 )
-                target.copy_(product(windows, dtype))
+                padded = scratch[: len(target) + -len(target) % ROWS]
+                target.copy_(product(padded, dtype)[: len(target)])
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`IntegerConv`."""

@@ -20,7 +20,7 @@ from .attention import attend
 from .conv import make_conv
 from .forms import Floats
 from .front import FeatureExtractor, layer_norm
-from .linear import SharedInput, make_linear, rows_of
+from .linear import ROWS, SharedInput, make_linear, rows_of
 
 _lock = threading.Lock()
 # Number of calls with their own number of threads, and torch's number
@@ -102,29 +102,38 @@ class TorchInt8Executor:
             features = Floats(torch.float32)
         self.features = FeatureExtractor(spec.convs, features, dtype)
         self.pos_conv = make_conv(spec.pos_conv, dtype)
-        self.pos_trim = spec.pos_trim
         self.rotation = spec.rotation
         self.blocks = [
             Block(block, spec.num_heads, spec.pre_norm, dtype)
             for block in spec.blocks
         ]
 
-    def _position(self, x: torch.Tensor) -> torch.Tensor:
-        """The positional embedding of one utterance, [frames, channels]."""
+    def _add_position(self, x: torch.Tensor, lengths: list[int]) -> None:
+        """Add the positional embedding of each utterance to [rows, channels]
+        in place."""
         conv = self.pos_conv
-        y = conv(conv.form.prepare(x[None]), torch.float32)[0]
-        return F.gelu(y[: y.shape[0] - self.pos_trim])
+        position = torch.zeros_like(x)
+        frames = sum(lengths)
+        for part, target in zip(
+            x[:frames].split(lengths),
+            position[:frames].split(lengths),
+            strict=True,
+        ):
+            y = conv(conv.form.prepare(part[None]), torch.float32)[0]
+            target.copy_(y[: len(part)])
+        x += F.gelu(position)
 
     def _encode(self, features: list[torch.Tensor]) -> torch.Tensor:
         lengths = [len(f) for f in features]
-        x = torch.cat(features)
+        frames = sum(lengths)
+        # Rows that nothing reads, see ROWS.
+        x = torch.cat([*features, features[0][:1].expand(-frames % ROWS, -1)])
         del features
         if self.projection_norm is not None:
             x = layer_norm(x, self.projection_norm)
             x = self.projection.form.prepare(x)
         x = self.projection(x, torch.float32)
-        for part in x.split(lengths):
-            part += self._position(part)
+        self._add_position(x, lengths)
         if not self.pre_norm:
             x = layer_norm(x, self.norm)
         if self.rotation is not None:
@@ -133,6 +142,7 @@ class TorchInt8Executor:
             x = block(x, lengths)
         if self.rotation is not None:
             x = x @ self.rotation
+        x = x[:frames]
         return layer_norm(x, self.norm) if self.pre_norm else x
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from ...core.encoder_spec import ConvSpec, Norm
 from ...core.integer_layer import FloatLayer
 from ..group_norm import gain_and_shift
 from .forms import Form
-from .linear import make_linear
+from .linear import ROWS, make_linear
 
 
 def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -83,11 +83,11 @@ class Stage:
         out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
         # Parts of equal size: a short one takes a third of a full one's time.
         parts = max(-(-frames // self.rows), 1)
-        rows = max(-(-frames // parts), 1)
-        for start in range(0, frames, rows):
-            count = min(rows, frames - start)
-            windows = self.windows(x, start, count)
-            self._write(windows, gain, shift, out[start : start + count])
+        rows = -(-frames // parts)
+        for part in range(parts):
+            start = min(part * rows, frames - rows)
+            windows = self.windows(x, start, rows)
+            self._write(windows, gain, shift, out[start : start + rows])
         return out
 
 
@@ -118,6 +118,12 @@ class FeatureExtractor:
             samples = stage.frames(samples)
         return samples
 
+    def samples(self, frames: int) -> int:
+        """Samples that give ``frames`` frames."""
+        for stage in reversed(self.stages):
+            frames = stage.inputs(frames)
+        return frames
+
     def _utterance(
         self,
         wave: torch.Tensor,
@@ -125,19 +131,19 @@ class FeatureExtractor:
         shift: torch.Tensor | None,
     ) -> torch.Tensor:
         first, *others = self.stages
-        x = first.form.prepare(wave[:, None])
         frames = self.frames(len(wave))
+        rows = frames + -frames % ROWS
+        wave = F.pad(wave, (0, max(self.samples(rows) - len(wave), 0)))
+        x = first.form.prepare(wave[:, None])
         hop = math.prod(stage.stride for stage in self.stages)
         parts = []
-        for start in range(0, frames, self.stretch):
-            needed = min(self.stretch, frames - start)
-            for stage in reversed(self.stages):
-                needed = stage.inputs(needed)
+        for start in range(0, rows, self.stretch):
+            needed = self.samples(min(self.stretch, rows - start))
             part = first(x[start * hop : start * hop + needed], gain, shift)
             for stage in others:
                 part = stage(part)
             parts.append(part)
-        return torch.cat(parts)
+        return torch.cat(parts)[:frames]
 
     def __call__(
         self, wavs: torch.Tensor, lengths: list[int]

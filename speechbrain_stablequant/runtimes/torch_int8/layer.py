@@ -1,11 +1,12 @@
 """One Linear or Conv1d outside of the encoder."""
 
 import torch
+from torch.nn import functional as F
 
 from ...core.integer_layer import IntegerLayer
 from ..base import LayerExecutor
 from .conv import make_conv
-from .linear import make_linear
+from .linear import ROWS, make_linear
 
 
 def make_layer(layer: IntegerLayer) -> LayerExecutor:
@@ -25,7 +26,9 @@ def make_layer(layer: IntegerLayer) -> LayerExecutor:
 
     @torch.no_grad()
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = linear.form.prepare(x.reshape(-1, x.shape[-1]))
-        return linear(rows, dtype).view(*x.shape[:-1], outputs)
+        rows = x.reshape(-1, x.shape[-1])
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+        out = linear(linear.form.prepare(padded), dtype)
+        return out[: len(rows)].view(*x.shape[:-1], outputs)
 
     return forward

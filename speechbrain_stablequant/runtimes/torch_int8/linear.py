@@ -13,6 +13,10 @@ from ...utils.memory import transient
 from ..algorithms import FLOAT, NATIVE
 from .forms import Floats, Form, Grid, form_of
 
+#: Products have a multiple of this number of rows: oneDNN keeps a primitive of
+#: 0.1 MB for each number of rows, up to 1,024 of them.
+ROWS = 8
+
 
 @dataclass(frozen=True)
 class Rows:
