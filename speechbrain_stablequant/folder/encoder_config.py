@@ -1,8 +1,4 @@
-"""Reads an encoder's ``config.json`` and builds its modules without storage.
-
-transformers trusts a configuration, including whose code computes the
-attention. Here sizes are checked, and only what describes the model is kept.
-"""
+"""Reads and checks ``config.json``; builds the encoder without storage."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,29 +18,26 @@ KINDS = (
     *("wav2vec2-conformer", "unispeech", "unispeech-sat", "sew", "sew-d"),
 )
 # Keys that all families share.
+_FLOATS = (
+    *("activation_dropout", "attention_dropout", "hidden_dropout"),
+    *("layer_norm_eps", "mask_feature_prob", "mask_time_prob"),
+)
+_INTEGERS = (
+    *("hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_hidden_layers"),
+    *("num_conv_pos_embedding_groups", "num_conv_pos_embeddings"),
+)
+_CONVOLUTIONS = ("conv_dim", "conv_kernel", "conv_stride")
 _TYPES: dict[str, Any] = {
-    "activation_dropout": float,
-    "attention_dropout": float,
+    **dict.fromkeys(_FLOATS, float),
+    **dict.fromkeys(_INTEGERS, int),
+    **dict.fromkeys(_CONVOLUTIONS, list[int]),
     "conv_bias": bool,
-    "conv_dim": list[int],
-    "conv_kernel": list[int],
-    "conv_stride": list[int],
     "do_stable_layer_norm": bool,
     "feat_extract_activation": str,
     "feat_extract_norm": str,
     "feat_proj_layer_norm": bool,
     "hidden_act": str,
-    "hidden_dropout": float,
-    "hidden_size": int,
-    "intermediate_size": int,
-    "layer_norm_eps": float,
-    "mask_feature_prob": float,
-    "mask_time_prob": float,
-    "num_attention_heads": int,
-    "num_conv_pos_embedding_groups": int,
-    "num_conv_pos_embeddings": int,
-    "num_hidden_layers": int,
-    "vocab_size": int,
 }
 # Keys that select code or name places: never taken from a file.
 _DROPPED = (
@@ -59,41 +52,28 @@ _DROPPED = (
 _MAX_SIZE = 1 << 20
 _MAX_ITEMS = 1024
 _MAX_CONVOLUTIONS = 64
-_SIZE, _KERNEL = (1, _MAX_SIZE), (1, 1024)
-_CONVOLUTIONS = {
-    "conv_dim": _SIZE,
-    "conv_kernel": _KERNEL,
-    "conv_stride": _KERNEL,
-}
+_MAX_KERNEL = 1024
 # Keys that divide the hidden size.
 _DIVISORS = ("num_attention_heads", "num_conv_pos_embedding_groups")
 # Least and largest values, of lists for each item.
 _RANGES = {
-    **_CONVOLUTIONS,
-    **dict.fromkeys(_DIVISORS, _SIZE),
-    "hidden_size": _SIZE,
-    "intermediate_size": _SIZE,
+    **dict.fromkeys((*_INTEGERS, *_CONVOLUTIONS), (1, _MAX_SIZE)),
+    **dict.fromkeys(("conv_kernel", "conv_stride"), (1, _MAX_KERNEL)),
+    "num_conv_pos_embeddings": (1, _MAX_KERNEL),
     "layer_norm_eps": (1e-30, 1),
     "mask_feature_prob": (0, 1),
     "mask_time_prob": (0, 1),
-    "num_conv_pos_embeddings": _KERNEL,
-    "num_hidden_layers": _SIZE,
 }
 
 
 def read_config(path: Path, tensors: int) -> dict[str, Any]:
-    """Reads and checks a ``config.json``.
-
-    ``tensors`` is the number of tensors in the model's file: no model has more
-    layers.
-    """
+    """Reads a ``config.json``; no model has more layers than ``tensors``."""
     with reading(path, "describes no encoder"):
         return check_config(parse_json(read_file(path)), tensors)
 
 
 def check_config(raw: Any, tensors: int = _MAX_ITEMS) -> dict[str, Any]:
-    """Checks a parsed ``config.json`` and returns the keys that describe the
-    model."""
+    """Checks a ``config.json``; returns the keys that describe the model."""
     config = {
         key: value
         for key, value in typed(raw, dict, "the configuration").items()
@@ -134,8 +114,7 @@ def _is_possible(key: str, value: Any, config: Mapping[str, Any]) -> bool:
 
 
 def empty_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """Builds a Hugging Face model on the ``meta`` device, in evaluation
-    mode."""
+    """Builds a Hugging Face model on ``meta``, in evaluation mode."""
     from transformers import CONFIG_MAPPING, AutoModel
 
     kind = config.get("model_type")

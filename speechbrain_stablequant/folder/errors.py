@@ -15,8 +15,7 @@ class CheckpointError(ValueError):
 def reading(
     path: str | Path, wrong: str, advice: str = "copy or make it again"
 ) -> Iterator[None]:
-    """Context whose OSError or ValueError becomes a CheckpointError in one
-    line, which names the file and says what is ``wrong``."""
+    """Turns OSError and ValueError into a CheckpointError in one line."""
     try:
         yield
     except CheckpointError:

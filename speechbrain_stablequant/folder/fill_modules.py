@@ -21,11 +21,9 @@ def fill_modules(
     floats: Mapping[str, torch.Tensor],
     where: str | Path,
 ) -> None:
-    """Gives modules, which may be on the ``meta`` device, their float
-    parameters, and releases the weights of integer layers.
+    """Gives modules their float parameters, and frees integer layers' weights.
 
-    Raises CheckpointError, which names ``where`` and the first layer or tensor
-    that does not fit.
+    Modules may be on ``meta``. Raises CheckpointError, which names ``where``.
     """
     by_name = {
         name: child
@@ -84,8 +82,7 @@ def _free_weight(module: nn.Module) -> None:
 def _rotate(
     modules: Mapping[str, nn.Module], floats: Mapping[str, torch.Tensor]
 ) -> None:
-    """Attaches the rotations of hidden states, which the plain model does not
-    have."""
+    """Attaches the rotations of hidden states, which plain models lack."""
     try:
         encoders = attach_rotations(modules, floats)
     except KeyError as error:

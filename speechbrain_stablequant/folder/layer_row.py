@@ -51,8 +51,7 @@ def read_layer(
     file: TensorFile,
     outlines: dict[str, torch.Tensor],
 ) -> IntegerLayer:
-    """Reads and checks a layer, whose weight stays in the file; removes its
-    tensors from ``outlines``."""
+    """Reads and checks a layer; removes its tensors from ``outlines``."""
     try:
         _check_row(row)
         layer = _read_layer(name, row, file, outlines)

@@ -1,9 +1,4 @@
-"""Loads a quantized folder without executing anything in it.
-
-``EncoderASR.from_hparams`` reads ``hyperparams.yaml``, whose tags are calls.
-Here only data files are read: safetensors, JSON, labels or a SentencePiece
-model. What they say selects among known modules and sizes.
-"""
+"""Loads a quantized folder from data files only, without executing anything."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -34,8 +29,7 @@ def load_folder(
     backend: str = "auto",
     backend_options: Mapping[str, Any] | None = None,
 ) -> LoadedFolder:
-    """Loads a folder on the CPU; arguments and errors as of
-    :func:`speechbrain_stablequant.load`."""
+    """Loads a folder on the CPU, as :func:`speechbrain_stablequant.load`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(

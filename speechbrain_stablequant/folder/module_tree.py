@@ -1,8 +1,7 @@
-"""The modules behind an encoder as data, rebuilt without running code from a
-file.
+"""The modules behind an encoder as data, rebuilt without running code.
 
-A kind is the full name of a class. Only listed classes are built, with plain
-settings, so a file can choose layers and their sizes and nothing else.
+Only listed classes are built, with plain settings: a file can choose layers and
+their sizes and nothing else.
 """
 
 import functools
@@ -57,12 +56,7 @@ _REFUSED = ("device", "dtype")
 
 @dataclass(frozen=True)
 class Node:
-    """A module, or a class, as data.
-
-    ``args`` and ``settings`` hold plain values, lists of them, and nodes. If
-    ``made`` is false, the node is the class itself, with its settings if there
-    are any.
-    """
+    """A module as data, or a class with its settings if not ``made``."""
 
     kind: str
     args: tuple = ()

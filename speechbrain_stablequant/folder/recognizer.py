@@ -1,8 +1,7 @@
 """The model of a quantized folder, from audio to log probabilities.
 
-Encoder modules are made on the ``meta`` device. A runtime reads integer weights
-one layer at a time, so they never exist as floats unless the simulated runtime
-is chosen.
+Runtimes read integer weights one layer at a time; only the simulation has them
+as floats.
 """
 
 import copy
@@ -37,10 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 class RuntimeEncoder(nn.Module):
-    """What SpeechBrain's wrapper computes around a model that returns its last
-    hidden state only.
+    """SpeechBrain's wrapper without its import of transformers.
 
-    SpeechBrain's own class imports all of transformers.
+    The model returns its last hidden state only.
     """
 
     def __init__(
@@ -76,8 +74,7 @@ class RuntimeEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class BuiltRuntime:
-    """A runtime that was built for a recognizer, and the encoder that it
-    needs."""
+    """A runtime that was built, and the encoder that it needs."""
 
     name: str
     device: torch.device
@@ -161,11 +158,7 @@ class QuantizedRecognizer(nn.Module):
         return twin
 
     def load(self, folder: str | Path, needs: Iterable[str] = ()) -> None:
-        """Reads the model of a folder.
-
-        ``needs`` lists files that must be signed, beside the plan and the
-        encoder's configuration.
-        """
+        """Reads a folder's model; files in ``needs`` must be signed."""
         self.folder = Path(folder).absolute()
         path = self.folder / WEIGHTS_FILE
         checkpoint = self._read(needs)
@@ -274,8 +267,7 @@ class QuantizedRecognizer(nn.Module):
                 )
 
     def _build_runtime(self, device: torch.device) -> BuiltRuntime:
-        """Builds the first runtime that answers the probe; changes no module
-        here."""
+        """Builds the first runtime that answers the probe."""
 
         def build(name: str) -> BuiltRuntime:
             parts = dict(self.parts.items())

@@ -1,12 +1,11 @@
 """The description of a recognizer apart from its weights: ``recognizer.json``.
 
-``hyperparams.yaml`` says the same to SpeechBrain, in tags that are executed. A
-folder of an earlier version is described by its YAML, which is read as text:
-any tag but ours is an error.
+``hyperparams.yaml`` says the same to SpeechBrain, in tags that are executed.
+Folders of earlier versions have it alone; it is read as text.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,11 +37,7 @@ _MAX_KEY = 100
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How the encoder is called, apart from its configuration.
-
-    ``use_lengths`` says whether the recipe passes relative lengths; the last
-    three are settings of SpeechBrain's wrapper.
-    """
+    """How the encoder is called, with lengths or not, and wrapped."""
 
     key: str
     use_lengths: bool
@@ -55,8 +50,7 @@ class EncoderSettings:
 class RecognizerSpec:
     """A recognizer apart from its weights.
 
-    ``heads`` are the modules behind the encoder, in order; ``checksum`` is that
-    of the weights, or None where the description's own file is signed.
+    ``checksum`` is that of the weights, or None where this file is signed.
     """
 
     encoder: EncoderSettings
@@ -71,20 +65,13 @@ class RecognizerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of ``recognizer.json``."""
-        return {
-            "format": SPEC_FORMAT,
-            "encoder": asdict(self.encoder),
-            "heads": [
-                {"key": key, **node.to_dict()}
-                for key, node in self.heads.items()
-            ],
-            "tokenizer": self.tokenizer,
-            "tokenizer_file": self.tokenizer_file,
-            "blank_index": self.blank_index,
-            "sample_rate": self.sample_rate,
-            "backend": self.backend,
-            "backend_options": dict(self.backend_options),
-        }
+        row = {"format": SPEC_FORMAT, **vars(self)}
+        row["encoder"] = vars(self.encoder)
+        row["heads"] = [
+            {"key": key, **node.to_dict()} for key, node in self.heads.items()
+        ]
+        del row["checksum"]
+        return row
 
     def build_heads(self) -> dict[str, nn.Module]:
         """Builds the modules behind the encoder without storage."""

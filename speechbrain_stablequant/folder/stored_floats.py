@@ -17,8 +17,7 @@ _HALF_ERROR = 2**-11
 def float_state(
     modules: Mapping[str, nn.Module], names: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Returns parameters and buffers other than the weights of quantized
-    layers."""
+    """Returns parameters and buffers but the weights of quantized layers."""
     weights = {f"{name}.weight" for name in names}
     # The integer weight replaces both parts of a weight norm.
     parts = tuple(f"{name}.parametrizations.weight." for name in names)
@@ -38,10 +37,7 @@ def float_state(
 
 
 def stored_float(tensor: torch.Tensor, float_dtype: str) -> torch.Tensor:
-    """Returns a tensor as it is stored, on the CPU.
-
-    A tensor that half precision cannot hold stays float32.
-    """
+    """Returns a tensor as stored: float16 only where that is precise enough."""
     tensor = tensor.detach().cpu().contiguous()
     if not tensor.is_floating_point():
         return tensor
@@ -66,8 +62,7 @@ def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
 def rounded_floats(
     modules: Mapping[str, nn.Module], names: Collection[str], float_dtype: str
 ) -> Iterator[None]:
-    """Context in which modules have the stored values, so that evaluation uses
-    what is loaded later."""
+    """Context in which modules have the values that are loaded later."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for tensor in float_state(modules, names).values():
@@ -87,8 +82,7 @@ def stored_floats(
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
 ) -> dict[str, torch.Tensor]:
-    """Returns the floats that a checkpoint stores, biases of integer layers
-    included."""
+    """Returns the floats of a file, the biases of integer layers included."""
     biases = {
         f"{name}.bias": layer.bias
         for name, layer in integers.items()

@@ -1,7 +1,4 @@
-"""Reads a safetensors file tensor by tensor, without mapping it.
-
-A mapped file counts as memory of the process while its pages are in use.
-"""
+"""Reads a safetensors file tensor by tensor; mapped ones stay in memory."""
 
 import json
 import math
@@ -34,10 +31,9 @@ _MOST = 1 << 48
 
 
 class TensorFile:
-    """An open safetensors file.
+    """A safetensors file that stays open: later reads see the same file.
 
-    It stays open, so that later reads see the same file. Threads and forked
-    processes may read concurrently: every read gives its own position.
+    Threads and forked processes may read concurrently.
     """
 
     def __init__(self, path: str | Path):
@@ -63,8 +59,7 @@ class TensorFile:
                 )
 
     def outlines(self) -> dict[str, torch.Tensor]:
-        """Returns tensors of the same shapes and dtypes on ``meta``, by
-        name."""
+        """Returns tensors of the same shapes and dtypes on ``meta``."""
         return {
             name: torch.empty(
                 row["shape"], dtype=_DTYPES[row["dtype"]], device="meta"
@@ -80,8 +75,7 @@ class TensorFile:
         return out
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yields a tensor's bytes in pieces; each piece overwrites the previous
-        one."""
+        """Yields a tensor's bytes in pieces, all in one buffer."""
         begin, end = self._rows[name]["data_offsets"]
         buffer = memoryview(bytearray(min(_CHUNK, end - begin)))
         for start in range(0, end - begin, _CHUNK):

@@ -1,8 +1,4 @@
-"""Reads the tokenizer of a folder, of SpeechBrain or SentencePiece.
-
-Both libraries trust a file. Here its content is checked, so that a damaged file
-is an error at loading and never a wrong label in a transcript.
-"""
+"""Reads and checks a folder's tokenizer: both libraries trust their files."""
 
 from pathlib import Path
 

@@ -1,9 +1,8 @@
 """A quantized model on disk: ``model.safetensors`` beside its ``plan.json``.
 
-The file holds each quantized weight packed to its bits, its scales, and every
-other parameter and buffer, in half precision by default. Its header describes
-each layer and has a checksum over everything and one for each file that belongs
-to the model, so that a damaged or mixed folder is an error. Nothing is pickled.
+The file holds packed weights, their scales, and every other parameter and
+buffer. Its header describes each layer and has checksums of everything and of
+each file that belongs to the model: a damaged or mixed folder is an error.
 """
 
 import hashlib
@@ -39,10 +38,9 @@ WEIGHTS_FILE = "model.safetensors"
 class Checkpoint:
     """The content of a folder.
 
-    ``integers`` are IntegerLayers by name, whose weights stay in the open file
-    until ``IntegerLayer.loaded`` reads them; ``floats`` is everything else by
-    its name in the state dict, in float32, including the biases of integer
-    layers. ``probe`` is None in folders of earlier versions.
+    Weights of ``integers`` stay in the open file until ``IntegerLayer.loaded``;
+    ``floats`` is everything else by its name in the state dict, in float32,
+    biases of integer layers included. Earlier versions wrote no ``probe``.
     """
 
     plan: QuantizationPlan
@@ -168,8 +166,7 @@ def _digest(
     tensors: Mapping[str, torch.Tensor],
     chunks: Callable[[str], Iterable[Any]] | None = None,
 ) -> str:
-    """Digests a description and tensors, whose bytes ``chunks`` reads if the
-    tensors are outlines only."""
+    """Digests a description and tensors, whose bytes ``chunks`` may read."""
     digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -303,8 +300,7 @@ def _check_companion(file: Path, digest: str, path: Path) -> None:
 def _read_probe(
     file: TensorFile, outlines: dict[str, torch.Tensor]
 ) -> Probe | None:
-    """Reads the probe that files of this version have; removes its tensors
-    from ``outlines``."""
+    """Reads the probe, if any; removes its tensors from ``outlines``."""
     names = [name for name in outlines if name.startswith(probes.PREFIX)]
     if bool(names) != (file.metadata["version"] == str(VERSION)):
         raise ValueError("its version is not that of its probe")

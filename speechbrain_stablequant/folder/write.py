@@ -77,9 +77,8 @@ pretrainer: !new:speechbrain_stablequant.inference.FolderLoader
 class RecognizerSource:
     """What a folder needs beside the weights.
 
-    ``keys`` are the modules of the Brain in the order of their use, the encoder
-    first; ``encoder`` the settings of its wrapper, ``config`` its
-    ``config.json``, ``heads`` the YAML of each module behind it.
+    ``keys`` are modules in the order of their use, the encoder first;
+    ``encoder`` has the settings of its wrapper; ``heads`` are YAML.
     """
 
     keys: tuple[str, ...]
@@ -93,8 +92,7 @@ class RecognizerSource:
     sample_rate: int
 
     def spec(self, backend: str = "auto") -> RecognizerSpec:
-        """Returns the description of the recognizer, without weights and
-        configuration."""
+        """Returns the description of the recognizer."""
         heads = {
             key: node_of_yaml(parse_yaml(text)[key], f"heads.{key}")
             for key, text in self.heads.items()
@@ -196,8 +194,7 @@ def _make_probe(
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
 ) -> Probe:
-    """Computes a folder's probe on the CPU, in float32, from what its file
-    holds."""
+    """Computes a folder's probe on the CPU from what its file holds."""
     integers = {name: layer.to("cpu") for name, layer in integers.items()}
     stored = stored_floats(integers, floats, float_dtype)
     state = {name: widened(tensor) for name, tensor in stored.items()}

@@ -1,5 +1,4 @@
-"""A recognizer from a quantized folder: :func:`load` and
-:class:`Recognizer`."""
+"""Loads a recognizer from a quantized folder."""
 
 import math
 from collections.abc import Mapping
@@ -123,8 +122,7 @@ class Recognizer:
     def encode_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Returns float32 log probabilities [batch, frames, labels]; arguments
-        as of :meth:`transcribe_batch`."""
+        """Returns float32 log probabilities, [batch, frames, labels]."""
         if wavs.dim() != 2 or lengths.shape != wavs.shape[:1]:
             raise ValueError(
                 f"audio of shape {list(wavs.shape)} with lengths of shape "
@@ -139,8 +137,7 @@ class Recognizer:
         return self.model(wavs, lengths.to(self.device))
 
     def load_audio(self, path: str | Path) -> torch.Tensor:
-        """Returns a file's audio as float32 [samples], resampled and mixed to
-        one channel."""
+        """Returns a file's audio, resampled, mono: float32 [samples]."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such audio file")
         try:

@@ -1,9 +1,7 @@
 """Identifies objects and code by their content, the same in each process.
 
-What was measured depends on objects that a recipe made: a searcher, a label
-encoder, a normalizer, and the functions that use them. Classes are described by
-name, functions by their code, everything else by its values. Addresses, hooks
-and files are ignored.
+Classes are described by name, functions by their code, everything else by its
+values. Addresses, hooks and files are ignored.
 """
 
 import functools
@@ -50,15 +48,13 @@ _LIBRARIES = (
 def digest(value: Any, known: Mapping[int, str] | None = None) -> str:
     """Identifies an object by its content, in 32 hexadecimal digits.
 
-    ``known`` maps ``id`` to the names of objects that are identified elsewhere,
-    such as modules whose weights change.
+    ``known`` names objects, by ``id``, that are identified elsewhere.
     """
     return identity(_Describer(known or {})(value, DEPTH))
 
 
 def structure_digest(modules: Mapping[str, nn.Module]) -> str:
-    """Identifies what modules compute apart from their weights: classes,
-    settings and the code of their forwards."""
+    """Identifies classes, settings and forwards of modules, not weights."""
     rows = [
         (key, name, module)
         for key, top in modules.items()
@@ -83,8 +79,7 @@ def tensor_digest(*tensors: torch.Tensor) -> str:
 class Code:
     """The code of functions and of everything they call outside of libraries.
 
-    Methods of ``owner`` that are named are followed, up to its base
-    ``library``.
+    Methods of ``owner`` are followed up to its base ``library``.
     """
 
     def __init__(
@@ -152,8 +147,7 @@ class Code:
 
 
 def is_library(thing: Any) -> bool:
-    """Whether a function or class belongs to Python or a package, whose version
-    identifies it."""
+    """Whether the version of Python or a package identifies a thing."""
     code = getattr(thing, "__code__", None)
     if code is not None:
         file = code.co_filename

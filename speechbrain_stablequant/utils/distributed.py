@@ -1,9 +1,8 @@
 """Several processes that make one plan together.
 
-Under ``torchrun`` every process has the whole model and its share of the
-calibration and search sets. All processes run the same steps: measurements are
-gathered before each decision, and the first process decides what is known from
-an earlier run. In a single process each function returns its argument.
+Under ``torchrun`` every process has the whole model and its share of the data.
+All run the same steps: measurements are gathered before each decision, and the
+first process decides what is known from an earlier run.
 """
 
 import atexit
@@ -35,8 +34,7 @@ _PATIENCE = timedelta(hours=6)
 
 
 class LostProcessError(SystemExit):
-    """Ends this process because another one has ended, with one line or
-    silently."""
+    """Ends this process with one line because another one has ended."""
 
 
 class _Peer(NamedTuple):
@@ -45,7 +43,6 @@ class _Peer(NamedTuple):
     rank: int
     place: tuple[str, str]
     pid: int
-    launcher: int
 
     @classmethod
     def this(cls) -> "_Peer":
@@ -55,7 +52,7 @@ class _Peer(NamedTuple):
         except OSError:
             namespace = ""
         place = (socket.gethostname(), namespace)
-        return cls(distributed.get_rank(), place, os.getpid(), os.getppid())
+        return cls(distributed.get_rank(), place, os.getpid())
 
     def has_ended(self) -> bool:
         """Whether this process of the same machine is gone or a zombie."""
@@ -104,61 +101,33 @@ def _peers() -> list[_Peer]:
     return peers
 
 
-def _lost(mine: _Peer, peers: list[_Peer], seconds: float = 2.0) -> list[_Peer]:
-    """Waits for processes of this machine to end and returns those that did.
-
-    A process closes its connections shortly before it is gone.
-    """
-    others = [p for p in peers if p != mine and p.place == mine.place]
-    until = time.monotonic() + seconds
+def _ended(peers: list[_Peer]) -> list[_Peer]:
+    """Waits for processes of this machine to end and returns those that did."""
+    # A process closes its connections shortly before it is gone.
+    until = time.monotonic() + 2.0
     while True:
-        ended = [peer for peer in others if peer.has_ended()]
+        ended = [peer for peer in peers if peer.has_ended()]
         if ended or time.monotonic() > until:
             return ended
         time.sleep(0.02)
 
 
-def _is_first_to_tell(mine: _Peer, peers: list[_Peer]) -> bool:
-    """Whether no process of this launcher has reported the loss yet."""
-    shared = (mine.place, mine.launcher)
-    siblings = [p for p in peers if (p.place, p.launcher) == shared]
-    pids = "-".join(str(peer.pid) for peer in siblings)
-    marker = Path(tempfile.gettempdir()) / f"quantize_lost_{pids}"
-
-    def clean() -> None:
-        # Others notice late, when this one's connections are closed.
-        if all(peer == mine or peer.has_ended() for peer in siblings):
-            marker.unlink(missing_ok=True)
-
-    atexit.register(clean)
-    try:
-        marker.touch(exist_ok=False)
-    except OSError as error:
-        return not isinstance(error, FileExistsError)
-    return True
-
-
-def _loss_line(
-    mine: _Peer, peers: list[_Peer], ended: list[_Peer], reason: str
-) -> str:
+def _loss_line(peers: list[_Peer], error: RuntimeError) -> str:
     """The message: which processes are lost, and how to continue."""
-    if ended:
-        who = "; ".join(
-            f"rank {peer.rank} (process {peer.pid} on {peer.place[0]})"
-            for peer in ended
-        )
-    else:
-        hosts = sorted({p.place[0] for p in peers if p.place != mine.place})
-        who = f"one on {', '.join(hosts) or 'this machine'} ({reason})"
+    mine = _Peer.this()
+    near = [p for p in peers if p.place == mine.place and p != mine]
+    far = {peer.place[0] for peer in peers if peer.place != mine.place}
+    who = "; ".join(
+        f"rank {peer.rank} (process {peer.pid} on {peer.place[0]})"
+        for peer in _ended(near)
+    )
+    if not who:
+        reason = str(error).partition("\n")[0]
+        who = f"one on {', '.join(sorted(far)) or 'this machine'} ({reason})"
     return (
         f"quantize: lost of {size()} processes: {who}; start the same command "
         "again, and the run goes on from its journal"
     )
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether an error means a broken connection."""
-    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 @contextmanager
@@ -173,17 +142,13 @@ def loss_in_one_line(only_collectives: bool = False) -> Iterator[None]:
             peers = _peers()
         yield
     except RuntimeError as error:
-        if size() == 1 or not (only_collectives or _is_loss(error)):
+        lost = only_collectives or isinstance(error, distributed.DistError)
+        if size() == 1 or not (lost or "gloo" in str(error)):
             raise
         if threading.current_thread() is threading.main_thread():
             # torchrun ends the other processes of the machine meanwhile.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        mine = _Peer.this()
-        if not _is_first_to_tell(mine, peers):
-            raise LostProcessError(1) from None
-        ended = _lost(mine, peers)
-        reason = str(error).partition("\n")[0]
-        raise LostProcessError(_loss_line(mine, peers, ended, reason)) from None
+        raise LostProcessError(_loss_line(peers, error)) from None
 
 
 def gathered(value: Value) -> list[Value]:
@@ -203,8 +168,7 @@ def gathered_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums tensors of one shape over all processes; may overwrite its
-    argument."""
+    """Sums a tensor over all processes; may overwrite its argument."""
     if size() > 1:
         tensor = tensor.contiguous()
         with loss_in_one_line(only_collectives=True):
@@ -247,8 +211,7 @@ def from_main(value: Value) -> Value:
 
 
 def own_folder(folder: Path) -> Path:
-    """Returns the folder for the first process, and a temporary one for each
-    other."""
+    """Returns the folder; a temporary one in all processes but the first."""
     if size() == 1:
         return folder
     # all have looked at what an earlier run left before anybody writes

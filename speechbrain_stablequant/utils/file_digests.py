@@ -10,10 +10,7 @@ _FILE = "file_digests.json"
 
 
 class FileDigests:
-    """Identifies values by the content of the files that they name.
-
-    The store remembers digests by path, size and modification time.
-    """
+    """Identifies files by content, remembered by path, size and time."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -22,8 +19,7 @@ class FileDigests:
         self._found: dict[str, list] = {}
 
     def of(self, value: Any) -> Any:
-        """Returns the digest of the file that a value names, else the value
-        itself."""
+        """Returns the digest of the file that a value names, or the value."""
         if not isinstance(value, str) or os.sep not in value:
             return value
         try:

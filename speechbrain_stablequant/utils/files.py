@@ -1,8 +1,4 @@
-"""Files that are complete or absent, and errors that name them.
-
-A run can be killed at any moment: files are written under a temporary name in
-the same folder and renamed when they are complete.
-"""
+"""Files that are complete or absent, and errors that name them."""
 
 import contextlib
 import errno
@@ -12,7 +8,6 @@ import math
 import os
 import re
 import secrets
-import socket
 import stat
 import time
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -25,15 +20,10 @@ from .typed import one_line, short
 _MAX_DEPTH = 64
 _NUMBERS = (int, float)
 
-# Owner in the names of temporary files: host, process id, and a token that
-# distinguishes earlier processes with the same id.
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
-_TOKEN = secrets.token_hex(3)
-_TEMPORARY = re.compile(
-    r"\..+?\.(?:([0-9a-f]{6})-([0-9]+)-([0-9a-f]{6})\.)?[0-9a-f]{8}\.tmp"
-)
-#: Seconds after which any temporary file is stale.
-_STALE_AFTER = 24 * 3600
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+#: Seconds after which a temporary file is of a killed process: no file takes
+#: so long to write.
+_STALE_AFTER = 3600
 
 
 def write_atomic(
@@ -42,13 +32,14 @@ def write_atomic(
     """Writes a file in one step: the old content or the new, never a part."""
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
-    # Not mkstemp: it makes files that only their owner may read, and a
-    # report in a shared folder should follow the umask like any other file.
     temporary = _temporary(path)
+
+    # Unlike mkstemp's, the file's permissions follow the umask.
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
     try:
-        with open(
-            temporary, "xb", opener=lambda name, how: os.open(name, how, mode)
-        ) as file:
+        with open(temporary, "xb", opener=opener) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -67,42 +58,23 @@ def write_atomic(
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a new hidden name beside a file; the name says which process owns
-    it."""
-    owner = f"{_HOST}-{os.getpid()}-{_TOKEN}"
-    return path.with_name(f".{path.name}.{owner}.{secrets.token_hex(4)}.tmp")
+    """Returns a new hidden name beside a file."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def remove_stale(folder: str | Path) -> None:
-    """Removes temporary files that killed processes left in a folder.
-
-    Those of live processes of this machine stay, and those of other machines
-    for a day.
-    """
+    """Removes temporary files that killed processes left in a folder."""
     # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
         for path in Path(folder).iterdir():
-            match = _TEMPORARY.fullmatch(path.name)
-            with contextlib.suppress(OSError):
-                if match and _is_stale(path, *match.groups()):
-                    path.unlink()
-
-
-def _is_stale(
-    path: Path, host: str | None, pid: str | None, token: str | None
-) -> bool:
-    if time.time() - path.stat().st_mtime > _STALE_AFTER:
-        return True
-    if host != _HOST:
-        return False
-    if int(pid) == os.getpid():
-        return token != _TOKEN
-    return not process_is_alive(int(pid))
+            if _TEMPORARY.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _STALE_AFTER:
+                        path.unlink()
 
 
 def process_is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; True where the system does not
-    tell."""
+    """Whether a process of this machine runs, as far as the system tells."""
     if os.name == "posix":  # elsewhere os.kill is no question
         try:
             os.kill(pid, 0)
@@ -118,21 +90,18 @@ def json_text(obj: Any, name: str) -> str:
     try:
         text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        place = _unstorable(obj, "") or str(error)
-        raise ValueError(f"{name}: cannot store {place} as JSON") from None
+        raise ValueError(f"{name}: cannot be JSON ({error})") from error
     return text + "\n"
 
 
 def write_json(path: str | Path, obj: Any) -> Path:
-    """Writes an object as strict JSON, atomically. NaN and infinity are
-    refused."""
+    """Writes strict JSON, without NaN and infinity, atomically."""
     path = Path(path)
     return write_atomic(path, json_text(obj, path.name))
 
 
 def identity(content: Any) -> str:
-    """Identifies JSON data, in 32 hexadecimal digits; the order of keys is
-    ignored."""
+    """Identifies JSON data, whose keys have any order, in 32 digits."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -147,8 +116,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def code_identity(*folders: Path) -> str:
-    """Identifies the Python files below some folders, in 32 hexadecimal
-    digits."""
+    """Identifies the Python files below some folders, in 32 digits."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
@@ -174,11 +142,7 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def check_writable_folder(path: str | Path, key: str) -> Path:
-    """Creates a folder and checks that files can be written to it.
-
-    Called before a run starts, so that a long search does not end without
-    output. ``key`` is the configuration key that named the folder.
-    """
+    """Creates the folder that a configuration key names, and writes to it."""
     if not str(path):
         raise ValueError(f"{key}: the folder's name is empty; give a folder")
     folder = Path(path)
@@ -189,37 +153,18 @@ def check_writable_folder(path: str | Path, key: str) -> Path:
             probe.write_bytes(b"1")
         finally:
             probe.unlink(missing_ok=True)
-    except OSError as error:
-        obstacle = _file_on_the_way(folder)
-        reason = (
-            f"'{obstacle}' is a file"
-            if obstacle is not None
-            else error.strerror or str(error)
-        )
-    except ValueError as error:  # such as a null byte in the name
-        reason = str(error)
-    else:
-        return folder
-    raise ValueError(
-        f"{key}: cannot write into the folder {str(folder)!r} ({reason}); "
-        f"give another folder"
-    )
-
-
-def _file_on_the_way(folder: Path) -> Path | None:
-    """First component of a path that exists and is not a folder."""
-    for part in (*reversed(folder.parents), folder):
-        # lexists: a link that leads nowhere stands in the way as well
-        if os.path.lexists(part) and not part.is_dir():
-            return part
-    return None
+    except (OSError, ValueError) as error:
+        # A ValueError: such as a null byte in the name.
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{key}: cannot write into the folder {str(folder)!r} ({reason}); "
+            "give another folder"
+        ) from error
+    return folder
 
 
 def read_file(path: str | Path, private: bool = False) -> bytes:
-    """Returns the content of a regular file; a pipe or device would block.
-
-    A ``private`` one must be this user's alone.
-    """
+    """Returns the content of a regular file, of this user if ``private``."""
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # such as a null byte in the name
@@ -248,8 +193,7 @@ def plain_name(name: Any) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses strict JSON of moderate depth, with finite numbers and valid
-    text."""
+    """Parses strict JSON of moderate depth: finite numbers, valid text."""
     try:
         content = json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite
@@ -291,22 +235,3 @@ def _check_content(content: Any) -> None:
             elif type(value) is str and not value.isascii():
                 value.encode()
         level = following
-
-
-def _unstorable(obj: Any, place: str) -> str | None:
-    """Names the first value that JSON cannot hold, and its place."""
-    if isinstance(obj, dict):
-        items = [
-            (f"{place}.{key}" if place else str(key), value)
-            for key, value in obj.items()
-        ]
-    elif isinstance(obj, (list, tuple)):
-        items = [(f"{place}[{i}]", value) for i, value in enumerate(obj)]
-    elif isinstance(obj, float) and not math.isfinite(obj):
-        return f"{obj} at '{place}'"
-    elif obj is None or isinstance(obj, (str, int, float)):
-        return None
-    else:
-        return f"a {type(obj).__name__} at '{place}'"
-    found = (_unstorable(value, where) for where, value in items)
-    return next((bad for bad in found if bad is not None), None)

@@ -1,8 +1,6 @@
 """What a forked process must not take over from its parent.
 
-A fork copies only the thread that forks. The other threads are gone, and
-waiting for them blocks forever: the pools of torch, OpenVINO and any other
-library that has computed with several threads.
+A fork copies only the thread that forks; waiting for others blocks forever.
 """
 
 import ctypes
@@ -24,8 +22,7 @@ def used_before_fork(library: str) -> bool:
 
 
 def use_in_one_process(library: str) -> None:
-    """Marks a library as used in this process; raises in processes forked
-    later."""
+    """Marks a library as used; raises in processes forked later."""
     if _users.setdefault(library, os.getpid()) != os.getpid():
         raise RuntimeError(f"backend: {library} {REASON}")
 
@@ -38,8 +35,7 @@ REASON = (
 
 
 def keep_in_child(pid: int, *objects: Any) -> None:
-    """Keeps objects of a parent process forever: their destructors would wait
-    for threads that do not exist here."""
+    """Keeps a parent's objects, whose destructors would wait for threads."""
     if pid != os.getpid():
         for thing in objects:
             keep(thing)

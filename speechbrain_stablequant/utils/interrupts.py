@@ -1,8 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: one line that says how to continue.
-
-Everything that a run has finished is on disk, and the same command continues
-from there.
-"""
+"""Ctrl-C and SIGTERM during a run: one line that says how to continue."""
 
 import contextlib
 import os
@@ -21,18 +17,14 @@ _ENDED = 128
 
 
 class Interrupted(SystemExit, KeyboardInterrupt):
-    """Ends the process with a status and without a traceback.
-
-    A recipe that handles KeyboardInterrupt itself still sees one.
-    """
+    """Ends the process without a traceback; recipes see KeyboardInterrupt."""
 
 
 @contextlib.contextmanager
 def explained(what: str, ends_process: bool) -> Iterator[None]:
     """Context whose interruption prints one line, ``what``.
 
-    With ``ends_process``, the process ends with the status of an interrupted
-    one, on SIGTERM too; else KeyboardInterrupt is raised again.
+    With ``ends_process``, SIGTERM interrupts too, and the process ends.
     """
     stack = _terminable() if ends_process else contextlib.nullcontext()
     try:
@@ -56,8 +48,7 @@ def _say(what: str) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Context in which SIGTERM interrupts, unless it has a handler or other
-    processes run."""
+    """Context in which SIGTERM interrupts, unless something else handles it."""
     free = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

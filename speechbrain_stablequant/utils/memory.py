@@ -16,8 +16,7 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
 def transient(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Allocates a short-lived CPU tensor, uninitialized.
 
-    On the heap, large short-lived tensors between long-lived ones leave holes:
-    a quarter of a model's weights.
+    On the heap it would leave holes between long-lived ones.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize

@@ -19,8 +19,7 @@ def only_own(state: os.stat_result) -> bool:
 
 
 def why_not_private(folder: Path) -> str | None:
-    """Makes a folder private, if it exists; returns the reason if others may
-    have written its files."""
+    """Makes a folder private; returns why others may have written in it."""
     try:
         state = os.stat(folder)
     except FileNotFoundError:

@@ -1,9 +1,7 @@
 """Everything that is remembered under a key, in one folder.
 
-Measurements are kept so that a killed run continues and a machine is measured
-only once. The key identifies everything that the content depends on; content
-under another key is ignored. A digest detects damaged files. If a folder cannot
-be written, one line says so and the content stays in memory.
+The key identifies all that the content depends on; a digest detects damage.
+What cannot be written stays in memory, and one line says so.
 """
 
 import functools
@@ -36,9 +34,8 @@ _PACKAGE = "speechbrain_stablequant"
 class Store:
     """Files of one folder, each under a key; in memory only without a folder.
 
-    A ``private`` store holds files that decide what a later process of this
-    user computes. Its folder is made for the user alone, files that others own
-    or may write are ignored, and a damaged file is only a warning.
+    A ``private`` store decides what this user's later processes compute: files
+    that others may have written are ignored, and damage is only a warning.
     """
 
     def __init__(self, folder: str | Path | None, private: bool = False):
@@ -93,8 +90,7 @@ class Store:
     ) -> Any:
         """Returns a stored value, or None if there is none under this key.
 
-        ``what`` names the file in errors. ``parse`` converts the value; its
-        ValueError means that the file is damaged.
+        ``what`` names it in errors; ``parse`` raises ValueError if damaged.
         """
         found, content = self._record(name, what)
         if found != key:
@@ -128,11 +124,7 @@ class Store:
     def update(
         self, name: str, key: str, changes: Mapping[str, Any], what: str
     ) -> dict[str, Any]:
-        """Adds entries to a stored dictionary and returns all of them.
-
-        Of two concurrent updates one may be lost: only for what can be measured
-        again.
-        """
+        """Adds entries to a stored dictionary; concurrent ones may be lost."""
         content = {**(self.read(name, key, what) or {}), **changes}
         self.write(name, key, content)
         return content
@@ -288,8 +280,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def _try(self, name: str, write: Callable, *arguments: Any) -> bool:
-        """Whether something could be written; the first failure is a
-        warning."""
+        """Whether something could be written; warns of the first failure."""
         if self.folder is None:
             return False
         try:
@@ -316,8 +307,7 @@ class Store:
 
 
 def machine_store(name: str) -> Store:
-    """Returns the store of this user for this machine; in memory without a
-    home."""
+    """Returns this user's store for this machine."""
     return _private_store(cache_folder(), name)
 
 
@@ -328,8 +318,7 @@ def _private_store(folder: Path | None, name: str) -> Store:
 
 
 def cache_folder() -> Path | None:
-    """This package's cache folder by the XDG convention; None without a
-    home."""
+    """This package's cache folder by the XDG convention, if there is a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / _PACKAGE

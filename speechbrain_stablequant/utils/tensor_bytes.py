@@ -1,8 +1,4 @@
-"""safetensors files whose bytes depend on their content alone.
-
-The library writes metadata in an order that varies between processes. Here it
-is sorted.
-"""
+"""safetensors files with sorted metadata, so that bytes are reproducible."""
 
 import hashlib
 import json
@@ -37,8 +33,7 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def tensors_digest(data: bytes) -> str:
-    """Identifies names, shapes and values of a safetensors file, not its
-    metadata."""
+    """Identifies names, shapes and values, not the metadata."""
     rows, start = _header(data)
     rows.pop("__metadata__", None)
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode())
@@ -57,8 +52,7 @@ def bytes_to_tensors(
 
 
 def metadata_of(data: bytes) -> dict[str, str]:
-    """Returns the metadata of a safetensors file without reading its
-    tensors."""
+    """Returns the metadata without reading the tensors."""
     rows, _ = _header(data)
     found = rows.get("__metadata__", {})
     if not isinstance(found, dict) or not all(

@@ -6,11 +6,7 @@ from contextlib import contextmanager
 
 
 class Preparation:
-    """Seconds that runtimes spent on preparation, such as compiling for a new
-    length.
-
-    Timers of forward passes subtract them.
-    """
+    """Seconds spent on preparation such as compiling, which timers subtract."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -19,8 +15,7 @@ class Preparation:
     def running(
         self, wait: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Context of preparation; ``wait`` waits for a device before and after
-        it."""
+        """Context of preparation; ``wait`` waits for a device around it."""
         wait()
         start = time.perf_counter()
         try:
@@ -54,6 +49,5 @@ class BatchTimes:
 
     @staticmethod
     def counted(values: list[float]) -> list[float]:
-        """Drops the first value, which includes loading and allocation, if
-        there are others."""
+        """Drops the first of several values: it includes loading."""
         return values[1:] or values

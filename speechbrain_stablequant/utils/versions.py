@@ -33,8 +33,7 @@ def matching_torchaudio(torch: str) -> str:
 
 
 def pair_error(torch: str, torchaudio: str | None, reason: str) -> str:
-    """Returns one line about a torchaudio that could not be imported, with the
-    command that installs a matching pair."""
+    """Returns one line with the command that installs a matching pair."""
     wanted = matching_torchaudio(torch)
     if torchaudio is None:
         return f'torch {torch} needs a torchaudio: pip install "{wanted}"'
@@ -49,8 +48,7 @@ def pair_error(torch: str, torchaudio: str | None, reason: str) -> str:
 
 
 def import_torchaudio() -> None:
-    """Imports torchaudio; raises ImportError with one line if it does not
-    load."""
+    """Imports torchaudio, or raises ImportError in one line."""
     # Import torch first, so that its own errors are not blamed on torchaudio.
     import_module("torch")
     try:

@@ -1,9 +1,4 @@
-"""Reads YAML as plain data.
-
-HyperPyYAML creates objects while it reads. Here a node such as
-``!new:torch.nn.Linear`` becomes a :class:`Tagged` value; nothing is imported or
-called.
-"""
+"""Reads YAML as plain data; HyperPyYAML would create what its tags name."""
 
 import re
 from dataclasses import dataclass
@@ -24,8 +19,7 @@ _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 @dataclass(frozen=True)
 class Tagged:
-    """A node with a tag, such as ``new:torch.nn.Linear``, and its plain
-    value."""
+    """A node with a tag, such as ``new:torch.nn.Linear``, and its value."""
 
     tag: str
     value: Any

