@@ -15,7 +15,8 @@ from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
 from ..folder.stored_floats import rounded_floats, stored_layer
-from ..folder.write import RecognizerSource, folder_size, write_folder
+from ..folder.weights_file import WEIGHTS_FILE
+from ..folder.write import RecognizerSource, write_folder
 from ..model.layers import Layer, find_layers
 from ..report import summary_table, write_report
 from ..report.build import build_report, float_size
@@ -136,7 +137,7 @@ class Run:
         return Execution(
             self.backend,
             self.config.float_dtype,
-            folder_size(self.folder),
+            (self.folder / WEIGHTS_FILE).stat().st_size,
             None if self.source is None else self.source.keys,
         )
 

@@ -30,7 +30,7 @@ from .recognizer_spec import (
     RecognizerSpec,
 )
 from .stored_floats import float_state, stored_floats, widened
-from .weights_file import WEIGHTS_FILE, save_checkpoint
+from .weights_file import save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -237,8 +237,3 @@ def _backend(modules: Mapping[str, nn.Module]) -> str:
     except ValueError:
         return "torch"
     return "auto"
-
-
-def folder_size(folder: str | Path) -> int:
-    """Returns the bytes of the model's file."""
-    return (Path(folder) / WEIGHTS_FILE).stat().st_size

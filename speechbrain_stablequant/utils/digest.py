@@ -26,13 +26,10 @@ from .files import identity
 DEPTH = 8
 #: Attributes that name a model's origin, not its content.
 _PLACES = {
-    "source",
-    "save_path",
-    "cache_dir",
-    "name_or_path",
-    "_name_or_path",
-    "_commit_hash",
+    *("source", "save_path", "cache_dir"),
+    *("name_or_path", "_name_or_path", "_commit_hash"),
 }
+_NESTED = object()
 #: Of every module: hooks, modes, and tensors that are looked at by name.
 _OF_MODULES = set(vars(nn.Module()))
 #: Variables of a module that are described where a function names them.
@@ -208,8 +205,8 @@ class _Describer:
 
     def __call__(self, value: Any, depth: int) -> Any:
         plain = _plain(value)
-        if plain is not None:
-            return plain[0]
+        if plain is not _NESTED:
+            return plain
         if id(value) in self.known:
             return ["known", self.known[id(value)]]
         if id(value) in self._open or depth == 0:
@@ -290,25 +287,23 @@ class _Describer:
         return ["an", kind, self._rows(own, depth)]
 
 
-def _plain(value: Any) -> tuple[Any] | None:
-    """Returns a plain value as JSON in a tuple; None for everything else."""
+def _plain(value: Any) -> Any:
+    """Returns a plain value as JSON; ``_NESTED`` for everything else."""
     if isinstance(value, Enum):
-        return (["enum", _name(type(value)), value.name],)
+        return ["enum", _name(type(value)), value.name]
     if value is None or type(value) in (bool, int, str):
-        return (value,)
+        return value
     if isinstance(value, bool | int | float | complex | np.generic):
-        return ([type(value).__name__, repr(value)],)
-    if isinstance(value, str):
-        return (str(value),)
+        return [type(value).__name__, repr(value)]
     if isinstance(value, bytes | bytearray):
-        return (["bytes", hashlib.sha256(value).hexdigest()],)
-    if isinstance(value, PurePath | torch.dtype):
-        return (str(value),)
+        return ["bytes", hashlib.sha256(value).hexdigest()]
+    if isinstance(value, str | PurePath | torch.dtype):
+        return str(value)
     if isinstance(value, torch.device):
-        return (value.type,)
+        return value.type
     if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
-        return (["name", _name(value)],)
-    return None
+        return ["name", _name(value)]
+    return _NESTED
 
 
 def _state(value: Any) -> dict[str, Any]:

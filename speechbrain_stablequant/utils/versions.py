@@ -1,17 +1,7 @@
 """torch and torchaudio that do not load together, in one line.
 
-torchaudio is compiled against torch, and SpeechBrain always imports it. Its
-releases up to 2.10 require the torch of the same version; 2.11.0 requires none
-and 2.11.1 any from 2.11 on, where only these loaded on Linux (registry builds):
-
-====================  =====================
-torch                 torchaudio
-====================  =====================
-2.8 to 2.10           the same version
-2.11, 2.12            2.11.0
-2.13, 2.14            2.11.1 (2.11.0 too, if both are built for one CUDA)
-2.15                  2.11.1
-====================  =====================
+torchaudio is compiled against torch, and SpeechBrain always imports it. The
+pairs below are registry builds that loaded on Linux.
 """
 
 from contextlib import suppress
