@@ -34,7 +34,7 @@ _PATIENCE = timedelta(hours=6)
 
 
 class LostProcessError(SystemExit):
-    """Ends this process with one line because another one has ended."""
+    """Ends this process, with one line or silently, as another has ended."""
 
 
 class _Peer(NamedTuple):
@@ -43,6 +43,7 @@ class _Peer(NamedTuple):
     rank: int
     place: tuple[str, str]
     pid: int
+    launcher: int
 
     @classmethod
     def this(cls) -> "_Peer":
@@ -52,7 +53,7 @@ class _Peer(NamedTuple):
         except OSError:
             namespace = ""
         place = (socket.gethostname(), namespace)
-        return cls(distributed.get_rank(), place, os.getpid())
+        return cls(distributed.get_rank(), place, os.getpid(), os.getppid())
 
     def has_ended(self) -> bool:
         """Whether this process of the same machine is gone or a zombie."""
@@ -112,9 +113,28 @@ def _ended(peers: list[_Peer]) -> list[_Peer]:
         time.sleep(0.02)
 
 
-def _loss_line(peers: list[_Peer], error: RuntimeError) -> str:
+def _is_first_to_tell(mine: _Peer, peers: list[_Peer]) -> bool:
+    """Whether no process of this launcher has reported the loss yet."""
+    shared = (mine.place, mine.launcher)
+    siblings = [p for p in peers if (p.place, p.launcher) == shared]
+    pids = "-".join(str(peer.pid) for peer in siblings)
+    marker = Path(tempfile.gettempdir()) / f"quantize_lost_{pids}"
+
+    def clean() -> None:
+        # Others notice late, when this one's connections are closed.
+        if all(peer == mine or peer.has_ended() for peer in siblings):
+            marker.unlink(missing_ok=True)
+
+    atexit.register(clean)
+    try:
+        marker.touch(exist_ok=False)
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
+
+
+def _loss_line(mine: _Peer, peers: list[_Peer], error: RuntimeError) -> str:
     """The message: which processes are lost, and how to continue."""
-    mine = _Peer.this()
     near = [p for p in peers if p.place == mine.place and p != mine]
     far = {peer.place[0] for peer in peers if peer.place != mine.place}
     who = "; ".join(
@@ -148,7 +168,10 @@ def loss_in_one_line(only_collectives: bool = False) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             # torchrun ends the other processes of the machine meanwhile.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise LostProcessError(_loss_line(peers, error)) from None
+        mine = _Peer.this()
+        first = _is_first_to_tell(mine, peers)
+        status = _loss_line(mine, peers, error) if first else 1
+        raise LostProcessError(status) from None
 
 
 def gathered(value: Value) -> list[Value]:
