@@ -255,11 +255,7 @@ class BudgetConfig:
         lambda row: len(row) > 0 and all(2 <= b <= 8 or b == 16 for b in row),
         "a list of bits from 2 to 8, or 16 for units that stay float",
     )
-    scores: str = option(
-        "divergence",
-        lambda name: name == "divergence",
-        "divergence; the recipe's compare_modelopt.py takes modelopt's scores",
-    )
+    scores: str = "divergence"
 
 
 @dataclass(frozen=True)

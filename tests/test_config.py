@@ -277,7 +277,6 @@ def test_rules_of_the_search(key, value, what):
         ("plus.budget", 0.22, "must be a block"),
         ("plus.budget.size", 22.0, "fraction"),
         ("plus.budget.bits", [1], "from 2 to 8, or 16"),
-        ("plus.budget.scores", "modelopt", "compare_modelopt.py"),
         ("qat.epochs", 0, "at least 1"),
         ("qat.lr", 0.0, "positive"),
         ("qat.scale_lr", INF, "finite"),

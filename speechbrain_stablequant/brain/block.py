@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import ConfigError, QuantizeConfig
+from ..methods.plus.bits import HARMS
 from ..runtimes.options import OPTIONS, check_options, select_options
 
 
@@ -23,7 +24,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     A variant that names another runtime than its block inherits the options
     that this runtime knows.
     """
-    _check_runtime(config, "quantize")
+    _check_names(config, "quantize")
     if not config.variants:
         return config.variant_configs()
     found = {}
@@ -34,7 +35,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
         ):
             options = select_options(variant.backend, config.backend_options)
             variant = replace(variant, backend_options=options)
-        _check_runtime(variant, f"quantize.variants[{index}]")
+        _check_names(variant, f"quantize.variants[{index}]")
         found[name] = variant
     return found
 
@@ -52,7 +53,14 @@ def run_configs(
     return found
 
 
-def _check_runtime(config: QuantizeConfig, path: str) -> None:
+def _check_names(config: QuantizeConfig, path: str) -> None:
+    """Checks names that are registered outside of the config."""
+    scores = config.plus.budget.scores
+    if scores not in HARMS:
+        raise ConfigError(
+            f"{path}.plus.budget.scores: '{scores}' is not one of "
+            f"{', '.join(HARMS)}"
+        )
     known = ("auto", *OPTIONS)
     if config.backend not in known:
         raise ConfigError(

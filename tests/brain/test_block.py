@@ -89,3 +89,13 @@ def test_unknown_backend(backend):
     variants = [{"name": "a"}, {"name": "b", "backend": backend}]
     with pytest.raises(ConfigError, match=rf"^quantize.variants\[1\].{words}"):
         read_block({"variants": variants})
+
+
+def test_unknown_scores_of_a_variant():
+    variant = {"name": "a", "plus": {"budget": {"scores": "wer"}}}
+    with pytest.raises(ConfigError) as error:
+        read_block({"variants": [variant]})
+    assert str(error.value) == (
+        "quantize.variants[0].plus.budget.scores: 'wer' is not one of "
+        "divergence"
+    )

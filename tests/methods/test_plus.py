@@ -14,6 +14,7 @@ from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods import make_plan
+from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.plus.quarot import (
     is_rotated,
     rotated,
@@ -527,3 +528,17 @@ def test_budget_counts_the_rotation(large, tmp_path):
         rooms.append(part["bytes"])
     width = session.encoders[0].model.config.hidden_size
     assert rooms[0] - rooms[1] == 2 * width**2  # float16
+
+
+def test_budget_by_another_estimate(large, tmp_path, monkeypatch):
+    def harm(work, model, percentiles, widths):
+        return {(u, b): 1 / b for u in work.session.units for b in widths}
+
+    monkeypatch.setitem(HARMS, "inverse", harm)
+    budget = {"size": 0.4, "bits": [4, 8, 16], "scores": "inverse"}
+    block = {"plus": {**OFF, "budget": budget}}
+    _, plan = run(large, tmp_path, method="stablequant_plus", **block)
+    (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+    assert part["scores"] == "inverse"
+    for row in part["units"].values():
+        assert [o["harm"] for o in row["options"]] == [1 / 4, 1 / 8, 1 / 16]

@@ -1,11 +1,13 @@
 """The recipe's scripts as a user starts them."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -57,7 +59,12 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def script() -> Callable:
     """Imports a script of the recipe by name, as another script does it."""
+
+    def load(name: str) -> ModuleType:
+        for known in ("train", name):
+            sys.modules.pop(known, None)
+        return importlib.import_module(name)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RECIPE))
-        patch.setattr(sys, "modules", sys.modules.copy())
-        yield __import__
+        yield load

@@ -1,141 +1,152 @@
-"""The recipe's comparison with the scores of NVIDIA's AutoQuantize."""
+"""The recipe's comparison with modelopt's scores; modelopt is a stand-in."""
+
+import importlib.util
+import json
+import os
+import sys
 
 import pytest
 import torch
+from torch import nn
 
-from speechbrain_stablequant import QuantizeConfig
-from speechbrain_stablequant.methods.plus import plan as plus
-from speechbrain_stablequant.methods.session import Session
-from speechbrain_stablequant.utils.patching import shadowed
-from speechbrain_stablequant.utils.store import Store
+STAND_IN = '''
+from torch import nn
 
-TARGET = ["wav2vec2", "enc", "ctc_lin"]
-BUDGET = {"size": 0.4, "bits": [4, 8, 16]}
+
+def auto_quantize(
+    model, constraints, quantization_formats, data_loader, forward_step,
+    loss_func, disabled_layers, num_calib_steps, num_score_steps,
+):
+    """Scores each layer by its gradient; queries, keys and values together."""
+    for batch in data_loader:
+        loss_func(forward_step(model, batch), batch).backward()
+    groups = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            if name not in (disabled_layers or []):
+                parent, _, last = name.rpartition(".")
+                key = parent if last in ("q_proj", "k_proj", "v_proj") else name
+                groups.setdefault(key, []).append(name)
+    bits = [
+        entry["cfg"]["num_bits"]
+        for row in quantization_formats
+        for entry in row["quant_cfg"]
+        if entry["quantizer_name"] == "*weight_quantizer"
+    ]
+    stats = {}
+    for key, names in groups.items():
+        total = sum(float(
+            model.get_submodule(name).weight.grad.pow(2).sum()
+        ) for name in names)
+        scores = [total / 4**b for b in bits] + [0.0]
+        stats[key] = {"module_names": names, "scores": scores}
+    return model, {"candidate_stats": stats}
+'''
 
 
 @pytest.fixture(scope="module")
-def compare(script):
-    return script("compare_modelopt")
+def stand_in(tmp_path_factory):
+    """A folder from which ``modelopt`` is imported."""
+    folder = tmp_path_factory.mktemp("modelopt")
+    package = folder / "modelopt" / "torch" / "quantization"
+    package.mkdir(parents=True)
+    for path in (package.parents[1], package.parent):
+        (path / "__init__.py").touch()
+    (package / "__init__.py").write_text(STAND_IN, encoding="utf-8")
+    return folder
 
 
-class Recognizer:
-    """A tiny model with two batches."""
-
-    show_progress = False
-
-    def __init__(self, modules):
-        self.modules = dict(modules.items())
-        self.batches = [torch.randn(2, 1300) for _ in range(2)]
-        self.runs = 0
-
-    def key(self, subset, kind):
-        return f"{kind} of {subset}"
-
-    @torch.no_grad()
-    def forward(self, subset, before_batch, first_only=False):
-        outputs = []
-        for index, wavs in enumerate(self.batches[: 1 if first_only else 2]):
-            before_batch(index)
-            self.runs += 1
-            x = self.modules["enc"](self.modules["wav2vec2"](wavs))
-            outputs.append(self.modules["ctc_lin"](x).log_softmax(-1))
-        return outputs[-1]
+@pytest.fixture(scope="module")
+def compare(script, stand_in):
+    if importlib.util.find_spec("modelopt") is not None:
+        pytest.skip("the stand-in is for where modelopt is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(stand_in))
+        yield script("compare_modelopt")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "modelopt"]:
+        del sys.modules[name]
 
 
-@pytest.fixture
-def session(make_tiny_modules, tmp_path):
-    modules = make_tiny_modules("wav2vec2-large", num_hidden_layers=1)
-    block = {
-        "target": TARGET,
-        "method": "stablequant_plus",
-        "plus": {"asymmetric": False, "rotate": False, "budget": BUDGET},
+class Frozen(nn.Module):
+    """A module that computes without gradients, as SpeechBrain's wrapper."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.freeze = True
+
+    def forward(self, *args):
+        if self.freeze:
+            with torch.no_grad():
+                return self.module(*args)
+        return self.module(*args)
+
+
+def test_scores_of_a_frozen_encoder(compare, make_tiny_modules):
+    modules = dict(make_tiny_modules("wav2vec2-large").items())
+    modules["wav2vec2"] = Frozen(modules["wav2vec2"])
+    layers = {
+        f"{key}.{name}" if name else key
+        for key, module in modules.items()
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear | nn.Conv1d)
     }
-    config = QuantizeConfig.from_dict(block)
-    return Session(Recognizer(modules), config, Store(tmp_path), ())
-
-
-def chosen(compare, session):
-    """The budget's part of a plan, with modelopt's scores."""
-    work = plus.Work(session, "weights", None)
-    with shadowed(plus, "choose_unit_bits", compare.choose_bits):
-        bits = plus.choose_unit_bits(work, work.original, {})
-    (part,) = work.parts
-    assert part["scores"] == "modelopt"
-    assert bits == {u: row["bits"] for u, row in part["units"].items()}
-    return part
-
-
-def test_scores_decide(compare, session, monkeypatch):
-    """Without modelopt: what it would have scored."""
-    steep = "block.0"
-    scores = {
-        x.name: {4: 9.0 if x.unit == steep else 0.1, 8: 0.0}
-        for x in session.layers
-    }
-    monkeypatch.setattr(compare, "modelopt_scores", lambda *_: scores)
-    units = chosen(compare, session)["units"]
-    assert units[steep]["bits"] > 4
-    harm = [option["harm"] for option in units[steep]["options"]]
-    assert harm[0] == pytest.approx(9.0 * len(session.units[steep]))
-    assert harm[1:] == [0.0, 0.0]
-
-
-def test_inputs_of_the_first_module(compare, session):
-    recognizer = session.recognizer
-    modules = {key: recognizer.modules[key] for key in reversed(TARGET)}
-    order, batches = compare.inputs_of_first(
-        modules, lambda: recognizer.forward("calibration", lambda _: None)
+    left_out = min(layers)
+    batches = [(torch.randn(1, n),) for n in (900, 1100)]
+    found = compare.auto_quantize_scores(
+        modules, batches, layers - {left_out}, [4, 8], 8, 0
     )
-    assert order == TARGET
-    assert len(batches) == len(recognizer.batches)
-    for (wavs,), expected in zip(batches, recognizer.batches, strict=True):
-        assert torch.equal(wavs, expected)
+    assert set(found) == layers - {left_out}
+    for name, row in found.items():
+        if name.endswith(("k_proj", "v_proj", "q_proj")):
+            # Of these three the first has the score of all.
+            continue
+        assert row[4] > row[8] > 0, name
+    assert modules["wav2vec2"].freeze
 
 
-def test_copies_of_the_modules_compute_the_same(compare, session):
-    recognizer = session.recognizer
-    wavs = recognizer.batches[0]
-    expected = recognizer.forward("calibration", lambda _: None, True)
-    calls = compare.Calls({key: recognizer.modules[key] for key in TARGET})
-    assert torch.allclose(calls((wavs,)), expected, atol=1e-5)
+def test_copies_compute_the_same(compare, make_tiny_modules):
+    """Weight norm and all, and the recipe's modules stay as they are."""
+    modules = dict(make_tiny_modules("hubert-large").items())
+    wavs = torch.randn(2, 1000)
+    with torch.no_grad():
+        expected = nn.Sequential(*modules.values())(wavs).log_softmax(-1)
+    calls = compare.Calls(modules)
+    torch.testing.assert_close(calls((wavs,)), expected, atol=1e-5, rtol=0)
     assert all(p.requires_grad for p in calls.parameters())
-    # The recognizer's own are as they were, weight norm and all.
-    again = recognizer.forward("calibration", lambda _: None, True)
+    with torch.no_grad():
+        again = nn.Sequential(*modules.values())(wavs).log_softmax(-1)
     assert torch.equal(again, expected)
 
 
-def test_modelopt_is_missing(compare, monkeypatch):
-    monkeypatch.setattr(compare, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"speechbrain_stablequant\[modelopt"):
-        compare.main()
-
-
-def test_budget_by_modelopt(compare, session):
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-    part = chosen(compare, session)
-    for row in part["units"].values():
-        at_4, at_8, at_16 = (o["harm"] for o in row["options"])
-        assert at_4 > at_8 > at_16 == 0
-    runs = session.recognizer.runs
-    assert chosen(compare, session) == part
-    # The scores are on disk.
-    assert session.recognizer.runs == runs
-
-
-def test_modelopt_scores_another_output(compare, session):
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-    # The recipe's log probabilities are those of warmer scores.
-    head = session.recognizer.modules["ctc_lin"]
-    handle = head.register_forward_hook(lambda *args: 2 * args[2])
-    reference = session.recognizer.forward("calibration", lambda _: None, True)
-    handle.remove()
-    with pytest.raises(ValueError, match="called one after the other"):
-        compare.auto_quantize_scores(
-            {key: session.recognizer.modules[key] for key in TARGET},
-            [(wavs,) for wavs in session.recognizer.batches],
-            reference,
-            session.layers,
-            [4, 8],
-            8,
-            0,
+def test_a_layer_without_a_score(compare):
+    with pytest.raises(ValueError, match="b: modelopt gives no score"):
+        compare.by_layer(
+            {"x": {"module_names": ["a"], "scores": [1.0]}}, {"a", "b"}, [4]
         )
+
+
+@pytest.mark.slow
+def test_comparison(run, few, stand_in, monkeypatch, tmp_path):
+    path = [str(stand_in), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    done = run(
+        tmp_path / "out",
+        *("--data_folder", few),
+        "--quantize",
+        "{calibration: {num_utterances: 4}, search: {num_utterances: 4}}",
+        script="compare_modelopt.py",
+        hparams="hparams/compare_modelopt.yaml",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "out" / "quantized"
+    table = json.loads((folder / "comparison.json").read_text("utf-8"))
+    names = [row["variant"] for row in table["rows"]]
+    assert names == ["divergence", "modelopt"]
+    for row in table["rows"]:
+        assert row["size_mb"] <= 0.19 * table["float_mb"] + 0.1
+    for name in names:
+        plan = json.loads((folder / name / "plan.json").read_text("utf-8"))
+        parts = plan["search"]["parts"]
+        (part,) = [p for p in parts if p["part"] == "budget"]
+        assert part["scores"] == name

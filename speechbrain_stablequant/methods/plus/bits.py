@@ -1,6 +1,6 @@
 """Mixed precision: bits for each unit under a budget of bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from torch import nn
@@ -11,6 +11,11 @@ from ...model.rotation import rotation_of
 from ..search.bit_allocation import Option, choose_bits, monotone
 from .scales import FLOAT_BITS, layer_quant
 from .work import FloatModel, Work
+
+Harm = Callable[
+    [Work, FloatModel, Mapping[str, float], list[int]],
+    dict[tuple[str, int], float],
+]
 
 # Of a layer in the file: its description and the names of its tensors.
 _HEADER_BYTES = 700
@@ -24,7 +29,7 @@ def choose_unit_bits(
     if budget.size is None:
         return {}
     widths = sorted(set(budget.bits))
-    harm = measured_harm(work, model, percentiles, widths)
+    harm = HARMS[budget.scores](work, model, percentiles, widths)
     options = {
         unit: [
             Option(bits, _size(work, layers, bits), harm[unit, bits])
@@ -58,7 +63,7 @@ def choose_unit_bits(
     return chosen
 
 
-def measured_harm(
+def _measured_harm(
     work: Work,
     model: FloatModel,
     percentiles: Mapping[str, float],
@@ -84,6 +89,11 @@ def measured_harm(
                 score = evaluate(quants, start=unit, label=label)
                 found[unit, bits] = score.loss
     return found
+
+
+#: Estimates of the harm by unit and bits, by the name in
+#: ``plus.budget.scores``; a script may add its own.
+HARMS: dict[str, Harm] = {"divergence": _measured_harm}
 
 
 def _size(work: Work, layers: list[Layer], bits: int) -> int:
