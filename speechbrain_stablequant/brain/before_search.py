@@ -24,7 +24,7 @@ from .data import TestSet
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
 from .metrics import Row, rows_of, transcripts_of
-from .recognizer import evaluation_steps
+from .passes import evaluation_steps
 from .run import Run
 from .runtime import change_runtime, try_descriptions, try_probe
 from .tokenizer import describe_tokenizer, find_tokenizer

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import QuantizeConfig
 from .data import audio_of
-from .recognizer import recognize
+from .passes import recognize
 
 
 class NoFolderError(ValueError):

@@ -18,7 +18,7 @@ from ..runtimes.reference import ReferenceExecutor
 from ..utils.precision import plain_float32
 from ..utils.typed import one_line
 from .chain import Call, observe
-from .recognizer import recognize
+from .passes import recognize
 
 #: Relative to the largest value: far above float rounding, far below the
 #: effect of another activation or norm.

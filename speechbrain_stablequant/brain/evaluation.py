@@ -45,8 +45,9 @@ from .metrics import (
     rows_of,
     transcripts_of,
 )
+from .passes import evaluation_steps
 from .preflight import check_checkpoint
-from .recognizer import BrainRecognizer, evaluation_steps
+from .recognizer import BrainRecognizer
 from .run import Run, compare
 from .runtime import choose_runtime, executed, make_probe
 from .trainer import BrainTrainer

@@ -53,23 +53,17 @@ def check_setting(brain: sb.Brain, config: QuantizeConfig) -> Path:
 def _check_variant(
     modules: Mapping[str, nn.Module], config: QuantizeConfig
 ) -> None:
-    _check_processes(config)
+    if config.needs_training and distributed.size() > 1:
+        raise ConfigError(
+            f"quantize.method: {config.method} runs in one process; start it "
+            "with python instead of torchrun"
+        )
     layers = find_layers(modules, config.target, config.include, config.exclude)
     if config.plan is not None:
         plan = QuantizationPlan.load(config.plan)
         kinds = {layer.name: layer.kind for layer in layers}
         plan.check_matches(kinds, config.plan)
         plan.check_tensors(layers, modules, config.plan)
-
-
-def _check_processes(config: QuantizeConfig) -> None:
-    """Raise if a method cannot run in several processes."""
-    if distributed.size() == 1 or not config.needs_training:
-        return
-    raise ConfigError(
-        f"quantize.method: {config.method} runs in one process; start it with "
-        "python instead of torchrun"
-    )
 
 
 def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:

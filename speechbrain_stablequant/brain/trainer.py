@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..utils.patching import restored, restored_values, shadowed
 from .data import audio_of, dataset_of, utterance_ids
-from .recognizer import first_tensor
+from .passes import first_tensor
 
 # Modules that update statistics in training; here they stay the float model's.
 _STATISTICS = (_BatchNorm, InputNormalization)

@@ -15,7 +15,7 @@ from speechbrain_stablequant.brain.metrics import (
     join_rows,
     metric_of,
 )
-from speechbrain_stablequant.brain.recognizer import first_tensor
+from speechbrain_stablequant.brain.passes import first_tensor
 
 
 def collected(*texts):
