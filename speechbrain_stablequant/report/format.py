@@ -11,6 +11,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return NOT_MEASURED if value is None else f"{value:.{digits}f}"
 
 
+def both(pair: dict, digits: int) -> tuple[str, str]:
+    """The numbers of the float and of the quantized model."""
+    return number(pair["float"], digits), number(pair["quantized"], digits)
+
+
 def signed(value: float | None) -> str:
     """A difference with its sign; without one if it rounds to zero."""
     if value is None:

@@ -2,10 +2,10 @@
 
 from .format import (
     NOT_A_SPEED_CLAIM,
+    both,
     gain,
     interval,
     is_simulated,
-    number,
     precision,
     signed,
     times,
@@ -25,44 +25,24 @@ def summary_table(report: dict) -> str:
         utterances = f" ({entry['float']['utterances']} utterances)"
         lines.append(_shorten(name, WIDTH - len(utterances)) + utterances)
         for rate in ("WER", "CER"):
-            low = rate.lower()
-            lines.append(
-                _line(
-                    f"  {rate} %",
-                    number(entry["float"][rate]),
-                    number(entry["quantized"][rate]),
-                    signed(entry.get(f"delta_{low}")),
-                    interval(entry.get(f"delta_{low}_ci")),
-                )
-            )
+            key = f"delta_{rate.lower()}"
+            change = signed(entry.get(key)), interval(entry.get(f"{key}_ci"))
+            lines.append(_line(f"  {rate} %", *_rates(entry, rate), *change))
         if entry.get("folder"):
-            lines.append(
-                _line(
-                    "  folder's WER %",
-                    number(entry["folder"]["float"]["WER"]),
-                    number(entry["folder"]["quantized"]["WER"]),
-                    "(it decodes greedily, unlike the recipe)",
-                )
-            )
-    lines.append(
-        _line(
-            "size, MB",
-            number(size["float"], 1),
-            number(size["quantized"], 1),
-            times(gain(size), "smaller", "larger"),
-        )
-    )
-    lines.append(
-        _line(
-            "real-time factor",
-            number(rtf["float"], 3),
-            number(rtf["quantized"], 3),
-            f"({NOT_A_SPEED_CLAIM})"
-            if is_simulated(report)
-            else times(gain(rtf), "faster", "slower"),
-        )
-    )
+            rates = _rates(entry["folder"], "WER")
+            said = "(it decodes greedily, unlike the recipe)"
+            lines.append(_line("  folder's WER %", *rates, said))
+    smaller = times(gain(size), "smaller", "larger")
+    faster = times(gain(rtf), "faster", "slower")
+    if is_simulated(report):
+        faster = f"({NOT_A_SPEED_CLAIM})"
+    lines.append(_line("size, MB", *both(size, 1), smaller))
+    lines.append(_line("real-time factor", *both(rtf, 3), faster))
     return "\n".join(lines)
+
+
+def _rates(entry: dict, rate: str) -> tuple[str, str]:
+    return both({name: entry[name][rate] for name in ("float", "quantized")}, 2)
 
 
 def _line(

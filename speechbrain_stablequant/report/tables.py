@@ -3,6 +3,7 @@
 from .format import (
     NOT_A_SPEED_CLAIM,
     NOT_MEASURED,
+    both,
     count,
     delta,
     gain,
@@ -68,16 +69,10 @@ def size(report: dict) -> list[list[str]]:
     mb, rtf = report["size_mb"], report["rtf"]
     speed = times(gain(rtf), "faster", "slower")
     return [
-        [
-            "Size in MB",
-            number(mb["float"], 1),
-            number(mb["quantized"], 1),
-            times(gain(mb), "smaller", "larger"),
-        ],
+        ["Size in MB", *both(mb, 1), times(gain(mb), "smaller", "larger")],
         [
             "Real-time factor",
-            number(rtf["float"], 3),
-            number(rtf["quantized"], 3),
+            *both(rtf, 3),
             NOT_A_SPEED_CLAIM if is_simulated(report) else speed,
         ],
     ]

@@ -15,6 +15,7 @@ Authors
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -264,6 +265,8 @@ class Comparison:
 
 def main() -> None:
     """Runs the recipe, then NNCF, and writes the joint table."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("compare_nncf.py runs in one process: leave out torchrun")
     comparison = Comparison(*train.main())
     folder = comparison.stablequant.folder
     table = json.loads((folder / "comparison.json").read_text("utf-8"))
