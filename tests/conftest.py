@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from speechbrain_stablequant.core.affine import qmax
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.methods.plus.zero_point import behind_gelu
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 

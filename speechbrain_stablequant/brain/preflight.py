@@ -61,9 +61,7 @@ def _check_variant(
     layers = find_layers(modules, config.target, config.include, config.exclude)
     if config.plan is not None:
         plan = QuantizationPlan.load(config.plan)
-        kinds = {layer.name: layer.kind for layer in layers}
-        plan.check_matches(kinds, config.plan)
-        plan.check_tensors(layers, modules, config.plan)
+        plan.check_fits(layers, modules, config.plan)
 
 
 def _output_folder(brain: sb.Brain, config: QuantizeConfig) -> Path:

@@ -1,15 +1,9 @@
 """Calibrators: from a histogram of magnitudes to the amax of a tensor.
 
-A calibrator is a function `fn(hist, bits, **options) -> float`. It is pure:
-one collected histogram serves every method and every bit width. `CALIBRATORS`
-maps the name that a user writes to the function; a new method is a new
-function and a new line there.
-
-`weight_amax` does the same for weights, per output channel and on the raw
-values, which are few enough.
+A calibrator is a pure function ``fn(hist, bits, **options) -> float`` and a
+line of ``CALIBRATORS``, under the name that a user writes.
 """
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -20,22 +14,19 @@ from .histogram import Histogram
 # KL divergences closer than this are ties.
 _KL_TIE = 1e-10
 
-# Histogram bins of `entropy`, as in NVIDIA's procedure.
+# Histogram bins of `entropy` and its first candidate, as in NVIDIA's procedure.
 _ENTROPY_BINS = 2048
+_ENTROPY_START = 128
 
-# Values searched at once. On a CPU a chunk and its error stay in the cache;
-# on a GPU few large chunks mean few kernel launches.
-_CHUNK_CPU = 1 << 17
-_CHUNK_GPU = 1 << 24
+# Candidates of `mse`.
+_MSE_GRID = 256
 
-# Candidates of the per-channel weight search, and of its refinement.
-_WEIGHT_GRID = 100
-_WEIGHT_REFINE = 10
+# Errors computed at once, so that they stay in the cache.
+_CHUNK = 1 << 17
 
 
 def max_calibrator(hist: Histogram, bits: int) -> float:
     """Returns the largest magnitude: nothing is clipped."""
-    qmax(bits)
     return max(hist.max, MIN_AMAX)
 
 
@@ -43,55 +34,38 @@ def percentile_calibrator(
     hist: Histogram, bits: int, percentile: float = 99.99
 ) -> float:
     """Returns the magnitude below which ``percentile`` % of the values lie."""
-    qmax(bits)
-    if not 0 < percentile <= 100:
-        raise ValueError(
-            f"percentile must be in (0, 100] percent, got {percentile!r}"
-        )
     return max(hist.quantile(percentile / 100), MIN_AMAX)
 
 
-def entropy_calibrator(
-    hist: Histogram, bits: int, start_bin: int = 128
-) -> float:
+def entropy_calibrator(hist: Histogram, bits: int) -> float:
     """Returns the amax that loses the least information (KL divergence).
 
     After S. Migacz, "8-bit Inference with TensorRT", GTC 2017, with the detail
     of NVIDIA's pytorch-quantization toolkit that the first bin takes the count
-    of the second. For each number of bins i from ``start_bin`` to all of them:
+    of the second. For each number of bins i from 128 to all of them:
 
     - P is the first i bins, with the mass beyond them added to the last one;
     - Q is the first i bins without that mass, merged to ``2^(bits-1)`` levels
-    and
-      expanded evenly over the bins of a level that are not empty;
+      and expanded evenly over the bins of a level that are not empty;
     - both are normalized, and KL(P || Q) is computed.
 
     The last i with the smallest divergence wins. NVIDIA uses 2048 bins over
     [0, max]; here pairs of bins are merged until fewer than 4096 are occupied.
     """
-    levels = qmax(bits) + 1
-    if start_bin < 1:
-        raise ValueError(f"start_bin must be at least 1, got {start_bin!r}")
     largest = hist.max
     counts, width = _occupied_bins(hist)
     if counts.numel() > 1:
         counts[0] = counts[1]
-    if counts.numel() <= start_bin or not bool(counts.any()):
+    if counts.numel() <= _ENTROPY_START or not bool(counts.any()):
         return max(largest, MIN_AMAX)
-    divergence = _kl_divergences(counts, levels, start_bin)
+    divergence = _kl_divergences(counts, qmax(bits) + 1, _ENTROPY_START)
     ties = (divergence <= divergence.min() + _KL_TIE).nonzero()
-    kept = start_bin + int(ties[-1])
+    kept = _ENTROPY_START + int(ties[-1])
     return max(min(kept * width, largest), MIN_AMAX)
 
 
-def mse_calibrator(
-    hist: Histogram,
-    bits: int,
-    upper: float | None = None,
-    num_candidates: int = 256,
-) -> float:
-    """Returns the amax that minimizes E[(x - fake_quantize(x))^2], at most
-    ``upper``.
+def mse_calibrator(hist: Histogram, bits: int) -> float:
+    """Returns the amax that minimizes E[(x - fake_quantize(x))^2].
 
     The error of a bin is the exact integral over a density that is flat inside
     the bin; its center would be far off where a step is hardly wider than a
@@ -99,19 +73,12 @@ def mse_calibrator(
     is a small fraction of the maximum, and refines it twice on a linear grid,
     in float64.
     """
-    limit = qmax(bits)
-    if upper is not None and not upper >= 0:
-        raise ValueError(f"upper must not be negative, got {upper!r}")
-    if num_candidates < 2:
-        raise ValueError(
-            f"num_candidates must be at least 2, got {num_candidates!r}"
-        )
-    top = hist.max if upper is None else min(upper, hist.max)
+    limit, top = qmax(bits), hist.max
     if top <= MIN_AMAX:
         return MIN_AMAX
     bins = _density(hist)
     # The optimum is no finer than the bins: one amax below them is enough.
-    exponents = torch.linspace(0, 1, num_candidates, dtype=torch.float64)
+    exponents = torch.linspace(0, 1, _MSE_GRID, dtype=torch.float64)
     grid = top * hist.num_bins ** (exponents - 1)
     for _ in range(2):
         best = int(_squared_errors(grid, limit, *bins).argmin())
@@ -135,61 +102,14 @@ CALIBRATORS: dict[str, Callable[..., float]] = {
 
 
 def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
-    """Runs the calibrator of this name, one of ``CALIBRATORS``, with its
-    options."""
-    if method not in CALIBRATORS:
-        raise ValueError(
-            f"unknown calibrator {method!r}; use one of "
-            f"{', '.join(CALIBRATORS)}"
-        )
-    function = CALIBRATORS[method]
-    known = list(inspect.signature(function).parameters)[2:]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"calibrator {method!r} has no option {option!r}; it takes "
-                f"{', '.join(known) or 'none'}"
-            )
-    return function(hist, bits, **options)
+    """Runs the calibrator of this name."""
+    return CALIBRATORS[method](hist, bits, **options)
 
 
 def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
     """Step 3 of StableQuant: the MSE amax of the histogram clipped at
     ``edge``."""
-    if edge <= 0:
-        return edge
-    return calibrate("mse", histogram.clip(edge), bits, upper=edge)
-
-
-@torch.no_grad()
-def weight_amax(
-    weight: torch.Tensor, bits: int, method: str = "mse", axis: int = 0
-) -> torch.Tensor:
-    """Returns the float32 amax of each output channel, by ``"max"`` or
-    ``"mse"``.
-
-    ``mse`` tries 100 fractions of the channel's maximum on the raw values and
-    refines around the best, so it is never worse than ``max``.
-    """
-    limit = qmax(bits)
-    if method not in ("max", "mse"):
-        raise ValueError(
-            f"unknown calibrator {method!r} for weights; use one of max, mse"
-        )
-    rows = weight.detach().to(torch.float32).movedim(axis, 0)
-    rows = rows.reshape(rows.shape[0], -1)
-    amax = rows.abs().amax(1)
-    if not bool(torch.isfinite(amax).all()):
-        raise ValueError("a weight holds NaN or Inf; load another checkpoint")
-    amax = amax.clamp(min=MIN_AMAX)
-    if method == "max":
-        return amax
-    chunk = _CHUNK_CPU if rows.device.type == "cpu" else _CHUNK_GPU
-    step = max(1, chunk // rows.shape[1])
-    parts = zip(rows.split(step), amax.split(step), strict=True)
-    return torch.cat(
-        [_search_channels(part.abs(), top, limit) for part, top in parts]
-    )
+    return mse_calibrator(histogram.clip(edge), bits) if edge > 0 else edge
 
 
 # -- entropy -----------------------------------------------------------------
@@ -258,14 +178,14 @@ def _density(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns left edges, right edges and counts of the occupied bins,
     float64."""
-    counts = hist.counts
+    counts, width = hist.counts, hist.bin_width
     index = counts.nonzero().squeeze(1)
-    edges = hist.edges()
-    left, right = edges[index], edges[index + 1].clamp(max=hist.max)
+    left = index.double() * width
+    right = ((index + 1).double() * width).clamp(max=hist.max)
     # A clipped histogram may hold all of a bin's mass at its left edge.
     # A sliver of a bin is the same and needs no case of its own.
-    sliver = 1e-3 * hist.bin_width
-    return left, torch.maximum(right, left + sliver), counts[index].double()
+    right = torch.maximum(right, left + 1e-3 * width)
+    return left, right, counts[index].double()
 
 
 def _squared_errors(
@@ -281,7 +201,7 @@ def _squared_errors(
     def errors(scale):
         return _integral(right, scale, limit) - _integral(left, scale, limit)
 
-    step = max(1, _CHUNK_CPU // left.numel())  # bounds the memory
+    step = max(1, _CHUNK // left.numel())
     parts = (amax / limit)[:, None].split(step)
     return torch.cat([errors(scale) @ weights for scale in parts])
 
@@ -296,33 +216,3 @@ def _integral(x: torch.Tensor, scale: torch.Tensor, limit: int) -> torch.Tensor:
     n = torch.round(x / scale).clamp_(max=limit)
     r = x - n * scale
     return n * scale**3 / 12 + r**3 / 3
-
-
-def _search_channels(
-    rows: torch.Tensor, top: torch.Tensor, limit: int
-) -> torch.Tensor:
-    """Returns the best amax of each row of magnitudes; `top` is its max."""
-    work = torch.empty_like(rows)
-
-    def better(amax, best, least):
-        amax = amax.clamp(min=MIN_AMAX).minimum(top)
-        error = _row_errors(rows, amax, limit, work)
-        return torch.where(error < least, amax, best), error.minimum(least)
-
-    best, least = top, _row_errors(rows, top, limit, work)
-    for i in range(1, _WEIGHT_GRID):
-        best, least = better(top * (i / _WEIGHT_GRID), best, least)
-    center, spacing = best, top / (_WEIGHT_GRID * _WEIGHT_REFINE)
-    for i in range(1 - _WEIGHT_REFINE, _WEIGHT_REFINE):
-        best, least = better(center + i * spacing, best, least)
-    return best
-
-
-def _row_errors(
-    rows: torch.Tensor, amax: torch.Tensor, limit: int, work: torch.Tensor
-) -> torch.Tensor:
-    """Returns the root of the squared error of each row; `work` is scratch."""
-    scale = (amax / limit)[:, None]
-    torch.mul(rows, 1.0 / scale, out=work)
-    work.round_().clamp_(max=limit).mul_(scale).sub_(rows)
-    return torch.linalg.vector_norm(work, dim=1)

@@ -4,18 +4,28 @@ It is taken from a live model and its integer layers, or from the skeleton of a
 quantized folder, whose parameters are on the ``meta`` device.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..model.layers import find_encoders
+from ..model.layers import conv_frames, find_encoders
 from ..model.rotation import rotation_of
 from .integer_layer import FloatLayer, IntegerLayer, float_layer
 
 AnyLayer = IntegerLayer | FloatLayer
+
+#: The layers of a block in execution order, and where transformers has them.
+_BLOCK_LAYERS = {
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "out": "attention.out_proj",
+    "up": "feed_forward.intermediate_dense",
+    "down": "feed_forward.output_dense",
+}
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,7 @@ class BlockSpec:
 
     def layers(self) -> tuple[AnyLayer, ...]:
         """The six layers in execution order."""
-        return (
-            self.query,
-            self.key,
-            self.value,
-            self.out,
-            self.up,
-            self.down,
-        )
+        return tuple(getattr(self, name) for name in _BLOCK_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -75,41 +78,18 @@ class EncoderSpec:
     x, zero at padded frames -> x + gelu(pos_conv(x)) without its last
     ``pos_trim`` frames -> (``norm`` here unless pre_norm) -> (x @ rotation.T)
     -> blocks -> (x @ rotation) -> (``norm`` here if pre_norm).
-
-    Arguments
-    ---------
-    convs : tuple of ConvSpec
-        The feature extractor.
-    projection_norm : Norm or None
-        Before the projection; None for a HuBERT without it.
-    projection : IntegerLayer or FloatLayer
-        Linear.
-    pos_conv : IntegerLayer or FloatLayer
-        Grouped convolution, weight norm folded in.
-    pos_trim : int
-        Output frames to drop at the end, 1 for even kernels.
-    norm : Norm
-        Of the encoder.
-    blocks : tuple of BlockSpec
-        The transformer.
-    num_heads : int
-        Attention heads.
-    pre_norm : bool
-        Stable layer norm (large models).
-    rotation : torch.Tensor or None
-        float32 [channels, channels], orthogonal, see
-        :mod:`speechbrain_stablequant.model.rotation`; with ``pre_norm`` only.
     """
 
     convs: tuple[ConvSpec, ...]
-    projection_norm: Norm | None
+    projection_norm: Norm | None  # some HuBERTs have none
     projection: AnyLayer
-    pos_conv: AnyLayer
-    pos_trim: int
+    pos_conv: AnyLayer  # grouped, weight norm folded in
+    pos_trim: int  # output frames to drop at the end, 1 for even kernels
     norm: Norm
     blocks: tuple[BlockSpec, ...]
     num_heads: int
-    pre_norm: bool
+    pre_norm: bool  # stable layer norm, of large models
+    # float32 [channels, channels], orthogonal; with pre_norm only
     rotation: torch.Tensor | None = field(default=None, repr=False)
 
     def layers(self) -> Iterator[AnyLayer]:
@@ -125,68 +105,23 @@ class EncoderSpec:
         self, change: Callable[[AnyLayer], AnyLayer]
     ) -> "EncoderSpec":
         """The same encoder with each layer replaced by ``change(layer)``."""
-        blocks = []
-        for block in self.blocks:
-            names = ("query", "key", "value", "out", "up", "down")
-            layers = {name: change(getattr(block, name)) for name in names}
-            blocks.append(replace(block, **layers))
+
+        def changed(part: Any, names: Iterable[str]) -> Any:
+            new = {name: change(getattr(part, name)) for name in names}
+            return replace(part, **new)
+
         return replace(
-            self,
-            convs=tuple(
-                replace(stage, conv=change(stage.conv)) for stage in self.convs
-            ),
-            projection=change(self.projection),
-            pos_conv=change(self.pos_conv),
-            blocks=tuple(blocks),
+            changed(self, ("projection", "pos_conv")),
+            convs=tuple(changed(stage, ("conv",)) for stage in self.convs),
+            blocks=tuple(changed(b, _BLOCK_LAYERS) for b in self.blocks),
         )
 
     def frames(self, samples: int) -> int:
         """Number of frames that the convolutions produce."""
-        for stage in self.convs:
-            kernel = stage.conv.weight.shape[-1]
-            samples = max((samples - kernel) // stage.conv.stride + 1, 0)
-        return samples
-
-
-#: Attribute paths that an encoder must have; ``*`` stands for each item.
-_PARTS = (
-    "feature_extractor.conv_layers.*.conv",
-    "feature_extractor.conv_layers.*.activation",
-    "feature_projection.projection",
-    "encoder.pos_conv_embed.conv",
-    "encoder.pos_conv_embed.activation",
-    "encoder.pos_conv_embed.padding.num_pad_remove",
-    "encoder.layer_norm",
-    "encoder.layers.*.attention.q_proj",
-    "encoder.layers.*.attention.k_proj",
-    "encoder.layers.*.attention.v_proj",
-    "encoder.layers.*.attention.out_proj",
-    "encoder.layers.*.layer_norm",
-    "encoder.layers.*.feed_forward.intermediate_dense",
-    "encoder.layers.*.feed_forward.intermediate_act_fn",
-    "encoder.layers.*.feed_forward.output_dense",
-    "encoder.layers.*.final_layer_norm",
-    "config.num_attention_heads",
-    "config.do_stable_layer_norm",
-)
-
-
-def _has(owner: Any, path: str) -> bool:
-    """Whether an attribute path exists; ``*`` stands for each item."""
-    part, _, rest = path.partition(".")
-    if part == "*":
-        return all(_has(item, rest) for item in owner)
-    if not hasattr(owner, part):
-        return False
-    return not rest or _has(getattr(owner, part), rest)
-
-
-def _check_parts(model: nn.Module, path: str) -> None:
-    for part in _PARTS:
-        if not _has(model, part):
-            raise _unsupported(
-                path, f"{type(model).__name__} (it has no {part})"
-            )
+        convs = [stage.conv for stage in self.convs]
+        return conv_frames(
+            samples, [(conv.weight.shape[-1], conv.stride) for conv in convs]
+        )
 
 
 def _unsupported(where: str, what: str, known: str = "") -> ValueError:
@@ -202,26 +137,6 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], where: str) -> None:
         raise _unsupported(
             where, type(module).__name__, f"a plain {kind.__name__}"
         )
-
-
-def _norm(module: nn.Module, where: str) -> Norm:
-    over_time = isinstance(module, nn.GroupNorm)
-    if not over_time:
-        _check_plain(module, nn.LayerNorm, where)
-    if over_time and module.num_groups != module.num_channels:
-        raise _unsupported(
-            where,
-            f"GroupNorm with {module.num_groups} groups of "
-            f"{module.num_channels} channels",
-        )
-    if module.weight is None or module.bias is None:
-        raise _unsupported(where, "a normalization without weight and bias")
-    return Norm(
-        module.weight.detach().float(),
-        module.bias.detach().float(),
-        module.eps,
-        over_time,
-    )
 
 
 def _check_gelu(module: nn.Module, where: str) -> None:
@@ -247,11 +162,23 @@ class _Reader:
         found = self.integers.get(name)
         return float_layer(name, module) if found is None else found
 
-    def linear(self, module: nn.Module) -> AnyLayer:
-        return self.layer(module, nn.Linear)
-
     def norm(self, module: nn.Module | None) -> Norm | None:
-        return module and _norm(module, self.names[id(module)])
+        if module is None:
+            return None
+        where = self.names[id(module)]
+        over_time = isinstance(module, nn.GroupNorm)
+        if not over_time:
+            _check_plain(module, nn.LayerNorm, where)
+        elif module.num_groups != module.num_channels:
+            raise _unsupported(
+                where,
+                f"GroupNorm with {module.num_groups} groups of "
+                f"{module.num_channels} channels",
+            )
+        if module.weight is None or module.bias is None:
+            raise _unsupported(where, "a normalization without weight and bias")
+        weight, bias = module.weight.detach(), module.bias.detach()
+        return Norm(weight.float(), bias.float(), module.eps, over_time)
 
     def conv(self, stage: nn.Module) -> ConvSpec:
         _check_gelu(stage.activation, f"{self.path}.feature_extractor")
@@ -262,97 +189,84 @@ class _Reader:
             conv = conv.loaded()
         return ConvSpec(conv, norm)
 
-    def position(self, embedding: nn.Module) -> AnyLayer:
-        _check_gelu(embedding.activation, f"{self.path}.pos_conv_embed")
-        if getattr(embedding, "batch_norm", None) is not None:
-            where = f"{self.path}.encoder.pos_conv_embed"
-            raise _unsupported(where, "batch norm")
-        return self.layer(embedding.conv, nn.Conv1d)
-
     def block(self, block: nn.Module) -> BlockSpec:
         if getattr(block, "adapter_layer", None) is not None:
             where = f"{self.path}.encoder.layers"
             raise _unsupported(where, "an attention adapter")
-        attention, forward = block.attention, block.feed_forward
-        _check_gelu(forward.intermediate_act_fn, f"{self.path}.feed_forward")
-        return BlockSpec(
-            norm1=self.norm(block.layer_norm),
-            query=self.linear(attention.q_proj),
-            key=self.linear(attention.k_proj),
-            value=self.linear(attention.v_proj),
-            out=self.linear(attention.out_proj),
-            norm2=self.norm(block.final_layer_norm),
-            up=self.linear(forward.intermediate_dense),
-            down=self.linear(forward.output_dense),
+        activation = block.feed_forward.intermediate_act_fn
+        _check_gelu(activation, f"{self.path}.feed_forward")
+        layers = {
+            name: self.layer(block.get_submodule(part), nn.Linear)
+            for name, part in _BLOCK_LAYERS.items()
+        }
+        norms = self.norm(block.layer_norm), self.norm(block.final_layer_norm)
+        return BlockSpec(norm1=norms[0], norm2=norms[1], **layers)
+
+    def encoder(self, model: nn.Module) -> EncoderSpec:
+        encoder, projection = model.encoder, model.feature_projection
+        position = encoder.pos_conv_embed
+        if getattr(model, "adapter", None) is not None:
+            where = f"{self.path}.adapter"
+            raise _unsupported(where, "a convolutional adapter")
+        _check_gelu(position.activation, f"{self.path}.pos_conv_embed")
+        if getattr(position, "batch_norm", None) is not None:
+            where = f"{self.path}.encoder.pos_conv_embed"
+            raise _unsupported(where, "batch norm")
+        pre_norm = bool(model.config.do_stable_layer_norm)
+        rotation = rotation_of(encoder)
+        if rotation is not None and not pre_norm:
+            raise ValueError(
+                f"{self.path}.encoder: a rotated stream needs blocks that "
+                "normalize before each sublayer (do_stable_layer_norm); leave "
+                "that switch off"
+            )
+        return EncoderSpec(
+            convs=tuple(map(self.conv, model.feature_extractor.conv_layers)),
+            projection_norm=self.norm(getattr(projection, "layer_norm", None)),
+            projection=self.layer(projection.projection, nn.Linear),
+            pos_conv=self.layer(position.conv, nn.Conv1d),
+            pos_trim=position.padding.num_pad_remove,
+            norm=self.norm(encoder.layer_norm),
+            blocks=tuple(map(self.block, encoder.layers)),
+            num_heads=model.config.num_attention_heads,
+            pre_norm=pre_norm,
+            rotation=rotation,
         )
 
 
 def describe_encoder(
     model: nn.Module, path: str, integers: Mapping[str, IntegerLayer]
 ) -> EncoderSpec:
-    """Describes a HuggingFace encoder.
+    """Describes a HuggingFace encoder; raises ValueError for what the integer
+    runtimes do not compute.
 
-    Arguments
-    ---------
-    model : torch.nn.Module
-        A ``Wav2Vec2Model`` or ``HubertModel``; parameters of layers that are
-        in ``integers`` are not read.
-    path : str
-        Path of the model in the Brain's modules, the prefix of layer names.
-    integers : Mapping
-        Integer layers by name.
-
-    Returns
-    -------
-    EncoderSpec
-
-    Raises
-    ------
-    ValueError
-        Something that the integer runtimes do not compute: another family of
-        models, an adapter, another activation, another normalization, a
-        rotation around blocks that normalize behind each sublayer.
+    ``path`` is that of the model in the Brain's modules, the prefix of layer
+    names. Parameters of layers in ``integers`` are not read.
     """
-
-    _check_parts(model, path)
-    read = _Reader(model, path, integers)
-    encoder, projection = model.encoder, model.feature_projection
-    if getattr(model, "adapter", None) is not None:
-        raise _unsupported(f"{path}.adapter", "a convolutional adapter")
-    rotation, pre_norm = rotation_of(encoder), model.config.do_stable_layer_norm
-    if rotation is not None and not pre_norm:
-        raise ValueError(
-            f"{path}.encoder: a rotated stream needs blocks that normalize "
-            "before each sublayer (do_stable_layer_norm); leave that switch off"
-        )
-    return EncoderSpec(
-        convs=tuple(map(read.conv, model.feature_extractor.conv_layers)),
-        projection_norm=read.norm(getattr(projection, "layer_norm", None)),
-        projection=read.linear(projection.projection),
-        pos_conv=read.position(encoder.pos_conv_embed),
-        pos_trim=encoder.pos_conv_embed.padding.num_pad_remove,
-        norm=read.norm(encoder.layer_norm),
-        blocks=tuple(map(read.block, encoder.layers)),
-        num_heads=model.config.num_attention_heads,
-        pre_norm=bool(pre_norm),
-        rotation=rotation,
-    )
+    try:
+        return _Reader(model, path, integers).encoder(model)
+    except AttributeError as error:
+        name = type(model).__name__
+        raise _unsupported(path, f"{name} ({error})") from error
 
 
 def check_encoders(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if the integer runtimes cannot compute an encoder."""
+    """Raises ValueError if the integer runtimes cannot compute an encoder."""
     for encoder in find_encoders(modules):
-        if getattr(encoder.wrapper, "output_all_hiddens", False):
-            raise ValueError(
-                "backend: the integer runtimes give the last hidden state "
-                "only, and the recipe wants all; write backend: torch"
-            )
-        if getattr(encoder.model.config, "output_hidden_states", False):
-            raise ValueError(
-                f"backend: the integer runtimes give the last hidden state "
-                f"only, and {type(encoder.wrapper).__name__} asks the model "
-                "for all (output_hidden_states); write backend: torch"
-            )
+        asks = {
+            "the recipe": (encoder.wrapper, "output_all_hiddens"),
+            type(encoder.wrapper).__name__: (
+                encoder.model.config,
+                "output_hidden_states",
+            ),
+        }
+        for who, (owner, switch) in asks.items():
+            if getattr(owner, switch, False):
+                raise ValueError(
+                    "backend: the integer runtimes give the last hidden state "
+                    f"only, and {who} asks for all ({switch}); write "
+                    "backend: torch"
+                )
         try:
             describe_encoder(encoder.model, encoder.path, {})
         except ValueError as error:

@@ -1,8 +1,7 @@
 """A layer as integers: what is stored on disk and what runtimes compute with.
 
-`integer_layer` turns a float layer and its quantization into the int8 values
-and scales that the simulation stands for; `reference_forward` computes with
-them in exact integer arithmetic. Every runtime is checked against it.
+Every runtime is checked against :func:`reference_forward`, which computes in
+exact integer arithmetic.
 """
 
 from collections.abc import Callable
@@ -13,71 +12,41 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..model.layers import Layer
-from .affine import qmax, quantize, scale_from_amax
-from .plan import LayerQuant
-from .plan_tensors import LayerTensors
+from .affine import fake_quantize, qmax, quantize, scale_from_amax
+from .layer_quant import LayerQuant, LayerTensors
 from .weights import restore_weight, round_weight, weight_scale
 
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A Linear or Conv1d in integers.
+    """A Linear or Conv1d in integers."""
 
-    Arguments
-    ---------
-    name : str
-        Path of the layer, as in the plan.
-    kind : str
-        ``"linear"`` or ``"conv1d"``.
-    weight : torch.Tensor
-        int8 in ``[-qmax, qmax]``; [out, in] or [out, in / groups, kernel].
-    weight_scale : torch.Tensor
-        float32 [out].
-    weight_bits : int
-        2 to 8.
-    activation_scale : torch.Tensor
-        float32, one element: the scale of the layer's input.
-    activation_bits : int
-        2 to 8.
-    bias : torch.Tensor or None
-        float32 [out].
-    stride, padding, dilation, groups : int
-        Of a convolution.
-    activation_offset : float
-        Subtracted from the input before it is quantized. The bias is that of
-        the layer; :meth:`full_bias` has the offset's share in it.
-    read : callable or None
-        Gives the weight of a layer that is still in its file; ``weight`` is
-        then on the ``meta`` device.
-    algorithm : str
-        How a runtime multiplies it on this machine, see
-        :mod:`speechbrain_stablequant.runtimes.algorithms`.
-    """
-
-    name: str
-    kind: str
+    name: str  # path of the layer, as in the plan
+    kind: str  # "linear" or "conv1d"
+    # int8 in [-qmax, qmax]; [out, in] or [out, in / groups, kernel]
     weight: torch.Tensor = field(repr=False)
-    weight_scale: torch.Tensor = field(repr=False)
+    weight_scale: torch.Tensor = field(repr=False)  # float32 [out]
     weight_bits: int
-    activation_scale: torch.Tensor = field(repr=False)
+    activation_scale: torch.Tensor = field(repr=False)  # float32, one element
     activation_bits: int
-    bias: torch.Tensor | None = field(repr=False)
+    bias: torch.Tensor | None = field(repr=False)  # float32 [out]
     stride: int = 1
     padding: int = 0
     dilation: int = 1
     groups: int = 1
+    # Subtracted from the input before it is quantized; not part of the bias,
+    # see full_bias.
     activation_offset: float = 0.0
+    # Reads the weight of a layer that is still in its file; ``weight`` is then
+    # on the ``meta`` device.
     read: Callable[[], torch.Tensor] | None = field(
         default=None, repr=False, compare=False
     )
+    # How a runtime multiplies it on this machine, see runtimes.algorithms.
     algorithm: str = "native"
 
     def loaded(self) -> "IntegerLayer":
-        """Returns the layer with its weight in memory.
-
-        Release each layer before loading the next, to keep one weight in
-        memory.
-        """
+        """Returns the layer with its weight in memory."""
         if self.read is None:
             return self
         return replace(self, weight=self.read(), read=None)
@@ -211,22 +180,42 @@ def float_layer(name: str, module: nn.Module) -> FloatLayer:
     )
 
 
+def multiply(
+    layer: nn.Module | IntegerLayer | FloatLayer,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Runs a Linear or Conv1d, a module or its data, with another weight and
+    bias."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if isinstance(layer, nn.Conv1d):
+        # Knows its padding mode.
+        return layer._conv_forward(x, weight, bias)
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    return F.conv1d(x, weight, bias, *geometry)
+
+
+def simulate(
+    layer: nn.Module | IntegerLayer,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    bits: int,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    """Computes a layer with its input on the quantization grid, in float32; the
+    offset's share is part of ``bias``."""
+    x = x.float() - offset if offset else x.float()
+    return multiply(layer, fake_quantize(x, scale, bits), weight, bias)
+
+
 def integer_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
     """Multiplies int8 by int8 into int32, exactly, with plain torch."""
     # float64 holds every such sum exactly (below 2^53) and has fast products.
-    x, weight = q.double(), layer.weight.double()
-    if layer.kind == "conv1d":
-        out = F.conv1d(
-            x,
-            weight,
-            None,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
-    else:
-        out = F.linear(x, weight)
+    out = multiply(layer, q.double(), layer.weight.double())
     return out.round_().to(torch.int32)
 
 

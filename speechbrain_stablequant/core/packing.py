@@ -1,7 +1,5 @@
-"""Integers of 2 to 8 bits as bytes on disk, b bits each.
-
-Eight values of b bits make one word of b bytes, lowest bits first, so that 6
-bits take exactly 6 bits. Values of 8 bits are stored as they are.
+"""Integers of 2 to 8 bits as bytes on disk: a stream of their bits, lowest bits
+first, in whole groups of eight values. Values of 8 bits stay as they are.
 """
 
 import numpy as np
@@ -10,9 +8,9 @@ import torch
 from ..utils.memory import transient
 from .affine import qmax
 
-# Values per word.
+# Values whose bits fill whole bytes.
 _GROUP = 8
-# Words unpacked at a time, to keep temporaries small.
+# Groups unpacked at a time, to keep temporaries small.
 _ROWS = 1 << 13
 
 
@@ -23,25 +21,24 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs int8 values of any shape: int8 as they are for 8 bits, else flat
-    uint8."""
+    """Packs int8 values on the CPU to flat uint8; 8 bits stay as they are."""
     size = packed_size(values.numel(), bits)
     if values.dtype != torch.int8:
         raise ValueError(f"only int8 can be packed, not {values.dtype}")
     if bits == 8:
         return values
-    flat = values.reshape(-1)
-    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    if flat.numel() and not (least <= flat.min() and flat.max() <= most):
+    flat = values.reshape(-1).numpy()
+    most = 2 ** (bits - 1) - 1
+    if flat.size and not (-most - 1 <= flat.min() and flat.max() <= most):
         raise ValueError(
-            f"values from {int(flat.min())} to {int(flat.max())} do not fit "
-            f"in {bits} bits"
+            f"values from {flat.min()} to {flat.max()} do not fit in {bits} "
+            "bits"
         )
     # Two's complement; the last group is padded with zeros.
-    codes = torch.zeros(size // bits * _GROUP, dtype=torch.int64)
-    codes[: flat.numel()] = flat.long() & (2**bits - 1)
-    words = (codes.view(-1, _GROUP) << _shifts(bits, _GROUP)).sum(1)
-    return _split(words, 8, bits).to(torch.uint8).reshape(-1)
+    codes = np.zeros(size // bits * _GROUP, np.uint8)
+    codes[: flat.size] = flat & (2**bits - 1)
+    stream = np.unpackbits(codes, bitorder="little").reshape(-1, 8)[:, :bits]
+    return torch.from_numpy(np.packbits(stream, bitorder="little"))
 
 
 def check_packed(packed: torch.Tensor, bits: int, shape: torch.Size) -> None:
@@ -84,12 +81,3 @@ def _unpack_rows(rows: np.ndarray, bits: int, out: np.ndarray) -> None:
         code ^= sign
         code -= sign
         out[:, place] = code
-
-
-def _shifts(bits: int, count: int) -> torch.Tensor:
-    return torch.arange(count) * bits
-
-
-def _split(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Cuts each word into parts of so many bits: [words, count]."""
-    return (words[:, None] >> _shifts(bits, count)) & (2**bits - 1)

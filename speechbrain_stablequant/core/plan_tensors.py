@@ -1,9 +1,5 @@
-"""Tensors of a plan: integers, biases and float parameters that a method chose.
-
-Most methods choose numbers only: bits and ranges. Adaptive rounding and error
-compensation choose the integers themselves. Their tensors are stored in a file
-beside ``plan.json``, so that the plan can be executed and reused.
-"""
+"""Tensors of a plan, in a file beside it: integers, biases and float parameters
+that a method chose, such as adaptive rounding."""
 
 import hashlib
 import json
@@ -21,6 +17,7 @@ from ..model.rotation import attached_rotations, is_rotation, rotated_encoder
 from ..utils.files import parse_json, read_file, write_atomic
 from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
 from ..utils.typed import one_line, short, typed
+from .layer_quant import LayerTensors
 from .packing import pack, unpack
 
 TENSORS_FORMAT = "speechbrain_stablequant.plan"
@@ -37,30 +34,6 @@ class _Description:
 
     format: Literal["speechbrain_stablequant.plan"]
     weights: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
-class LayerTensors:
-    """Tensors of one quantized layer; None where the plan's numbers decide.
-
-    ``weight`` is int8 and comes with its float32 ``weight_scale`` ([out], or
-    [out, groups]); ``bias`` is float32 [out].
-    """
-
-    weight: torch.Tensor | None = field(default=None, repr=False)
-    weight_scale: torch.Tensor | None = field(default=None, repr=False)
-    bias: torch.Tensor | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if (self.weight is None) != (self.weight_scale is None):
-            raise ValueError("integers and their scales belong together")
-
-    def cpu(self) -> "LayerTensors":
-        """Returns a copy in host memory."""
-        parts = self.weight, self.weight_scale, self.bias
-        return LayerTensors(
-            *(part if part is None else part.cpu() for part in parts)
-        )
 
 
 @dataclass(frozen=True)
@@ -96,10 +69,8 @@ class AdjustedTensors:
         them."""
         flat = {f"floats/{k}": v for k, v in self.floats.items()}
         for name, tensors in self.layers.items():
-            for part in ("weight", "weight_scale", "bias"):
-                value = getattr(tensors, part)
-                if value is not None:
-                    flat[f"layers/{name}/{part}"] = value
+            for part, tensor in tensors.named().items():
+                flat[f"layers/{name}/{part}"] = tensor
         return flat
 
     @classmethod
@@ -130,15 +101,12 @@ class AdjustedTensors:
     def save(self, path: str | Path, bits: Mapping[str, int]) -> str:
         """Writes the tensors atomically, weights packed to ``bits``; returns
         the file's SHA-256."""
-        tensors, weights = {}, {}
-        for name, tensor in self.flat().items():
-            tensor = tensor.detach().cpu().contiguous()
-            kind, _, rest = name.partition("/")
-            if kind == "layers" and rest.endswith("/weight"):
-                layer = rest.removesuffix("/weight")
-                weights[layer] = [bits[layer], *tensor.shape]
-                tensor = pack(tensor, bits[layer])
-            tensors[name] = tensor
+        tensors, weights = self.flat(), {}
+        for name, layer in self.layers.items():
+            if layer.weight is not None:
+                weights[name] = [bits[name], *layer.weight.shape]
+                packed = pack(layer.weight.detach().cpu(), bits[name])
+                tensors[f"layers/{name}/weight"] = packed
         description = {"format": TENSORS_FORMAT, "weights": weights}
         header = {"description": json.dumps(description, sort_keys=True)}
         data = tensors_to_bytes(tensors, header)
@@ -167,66 +135,42 @@ class AdjustedTensors:
             tensors, header = bytes_to_tensors(data)
             text = typed(header.get("description"), str, "description")
             description = typed(parse_json(text), _Description, "description")
-            return cls._parse(tensors, description.weights)
+            for layer, (bits, *shape) in description.weights.items():
+                name = f"layers/{layer}/weight"
+                if name not in tensors or min(shape, default=0) < 1:
+                    raise ValueError(f"{short(name)} cannot be {shape}")
+                tensors[name] = unpack(tensors[name], bits, shape)
+            return cls.from_flat(tensors)
         except ValueError as error:
             raise ValueError(
                 f"{path}: holds no tensors of a plan ({one_line(error)}); "
                 "make it again"
             ) from error
 
-    @classmethod
-    def _parse(
-        cls, tensors: Mapping[str, torch.Tensor], weights: Mapping[str, list]
-    ) -> "AdjustedTensors":
-        flat = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "layers" and rest.endswith("/weight"):
-                layer = rest.removesuffix("/weight")
-                if len(weights.get(layer, [])) < 2:
-                    raise ValueError(f"{short(name)} has no bits and shape")
-                bits, *shape = weights[layer]
-                if min(shape) < 1:
-                    raise ValueError(f"{short(name)} has the shape {shape}")
-                tensor = unpack(tensor, bits, shape)
-            flat[name] = tensor
-        return cls.from_flat(flat)
-
-    # -- matching a model ---------------------------------------------------
-
-    def check_matches(
+    def check_fits(
         self,
-        layers: Iterable[Layer],
+        layers: Mapping[str, Layer],
         modules: Mapping[str, nn.Module],
         path: str,
     ) -> None:
         """Raises unless each tensor fits its layer or parameter; ``path`` names
         the plan."""
-        by_name = {layer.name: layer for layer in layers}
         for name, tensors in self.layers.items():
-            layer = by_name.get(name)
-            shape = None if layer is None else layer.module.weight.shape
-            for part in ("weight", "weight_scale", "bias"):
-                value = getattr(tensors, part)
-                if value is None:
-                    continue
-                want = None
-                if shape is not None:
-                    want = shape if part == "weight" else shape[:1]
-                    if part == "weight_scale" and value.dim() == 2:
-                        # Groups of equal size along the inputs.
-                        groups = value.shape[1]
-                        good = len(shape) == 2 and shape[1] % groups == 0
-                        want = (*shape[:1], groups) if good else shape[:1]
-                _check_shape(f"{name}.{part}", value, want, path)
+            shape = layers[name].module.weight.shape
+            for part, tensor in tensors.named().items():
+                needed = shape if part == "weight" else shape[:1]
+                _check_shape(f"{name}.{part}", tensor, needed, path)
         state = _parameters(modules)
-        for name, value in self.floats.items():
-            if is_rotation(name):
-                shape = _rotation_shape(modules, name)
-            else:
-                found = state.get(name)
-                shape = None if found is None else found.shape
-            _check_shape(name, value, shape, path)
+        for name, tensor in self.floats.items():
+            try:
+                if is_rotation(name):
+                    encoder = rotated_encoder(modules, name)
+                    shape = (encoder.layer_norm.weight.numel(),) * 2
+                else:
+                    shape = state[name].shape
+            except KeyError:
+                shape = None
+            _check_shape(name, tensor, shape, path)
 
 
 def _check_shape(
@@ -242,16 +186,6 @@ def _check_shape(
         f"quantize.plan: {path}: the plan's tensor '{name}' has shape "
         f"{list(value.shape)}, {needs}; use the plan of this model"
     )
-
-
-def _rotation_shape(
-    modules: Mapping[str, nn.Module], name: str
-) -> tuple[int, int] | None:
-    try:
-        channels = rotated_encoder(modules, name).layer_norm.weight.numel()
-    except KeyError:
-        return None
-    return channels, channels
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -273,12 +207,16 @@ def adjusted_floats(
     targets = {name: state[name] for name in floats if not is_rotation(name)}
     kept = {name: t.detach().clone() for name, t in targets.items()}
     try:
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(floats[name])
+        _assign(targets, floats)
         with attached_rotations(modules, floats):
             yield
     finally:
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(kept[name])
+        _assign(targets, kept)
+
+
+@torch.no_grad()
+def _assign(
+    targets: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]
+) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])

@@ -8,8 +8,9 @@ import torch
 
 from ..core.affine import MAX_BITS, MIN_BITS, qmax, scale_from_amax
 from ..core.integer_layer import IntegerLayer
+from ..core.layer_quant import LayerQuant
 from ..core.packing import check_packed, unpack
-from ..core.plan import PLAN_FILE, LayerQuant
+from ..core.plan import PLAN_FILE
 from ..utils.typed import short
 from .errors import CheckpointError
 from .tensor_file import TensorFile

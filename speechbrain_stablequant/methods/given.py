@@ -14,9 +14,7 @@ def given_plan(session: Session, weights: str) -> QuantizationPlan:
     Raises a ValueError for another model, and warns of other weights.
     """
     plan = QuantizationPlan.load(session.config.plan)
-    kinds = {layer.name: layer.kind for layer in session.layers}
-    plan.check_matches(kinds, session.config.plan)
-    plan.check_tensors(
+    plan.check_fits(
         session.layers, session.recognizer.modules, session.config.plan
     )
     if plan.fingerprint != weights:

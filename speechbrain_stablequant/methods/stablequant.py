@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
-from ..core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ..core.layer_quant import LayerQuant
+from ..core.plan import LayerPlan, QuantizationPlan, UnitPlan
 from ..model.layers import Layer
 from .search import Evaluate, Score, search_cutoffs, select_units
 from .session import Calibration, Session, search_evaluate

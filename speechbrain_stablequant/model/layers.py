@@ -18,10 +18,6 @@ FUNCTIONAL_ATTENTION = ("MultiheadAttention", "WavLMAttention")
 HEAD = "head"
 
 
-class UnsupportedLayerError(ValueError):
-    """A targeted module computes in a way that module hooks cannot see."""
-
-
 @dataclass(frozen=True)
 class Layer:
     """One quantizable layer."""
@@ -81,18 +77,20 @@ class Encoder:
         encoder = self.model.encoder
         blocks = list(encoder.layers)
         before = (extractor, projection, encoder.pos_conv_embed)
-        cuts = [
-            Cut(f"conv.{i + 1}", convs[i], tuple(convs[:i]))
-            for i in range(len(convs) - 1)
+        return [
+            *(
+                Cut(f"conv.{i + 1}", conv, tuple(convs[:i]))
+                for i, conv in enumerate(convs[:-1])
+            ),
+            Cut("projection", extractor),
+            Cut("pos_conv", projection, (extractor,)),
+            Cut("block.0", encoder.dropout, before),
+            *(
+                Cut(f"block.{i + 1}", block, (*before, *blocks[:i]))
+                for i, block in enumerate(blocks[:-1])
+            ),
+            Cut(HEAD, self.wrapper),
         ]
-        cuts.append(Cut("projection", extractor))
-        cuts.append(Cut("pos_conv", projection, (extractor,)))
-        cuts.append(Cut("block.0", encoder.dropout, before))
-        for i in range(len(blocks) - 1):
-            skip = (*before, *blocks[:i])
-            cuts.append(Cut(f"block.{i + 1}", blocks[i], skip))
-        cuts.append(Cut(HEAD, self.wrapper))
-        return cuts
 
     def conv_geometry(self) -> list[tuple[int, int]]:
         """Kernel and stride of each feature-extractor convolution."""
@@ -103,19 +101,20 @@ class Encoder:
 
     def frames(self, samples: int) -> int:
         """Number of frames that the encoder produces."""
-        for kernel, stride in self.conv_geometry():
-            samples = max((samples - kernel) // stride + 1, 0)
-        return samples
+        return conv_frames(samples, self.conv_geometry())
+
+
+def conv_frames(samples: int, geometry: Iterable[tuple[int, int]]) -> int:
+    """Number of frames behind convolutions of these kernels and strides."""
+    for kernel, stride in geometry:
+        samples = max((samples - kernel) // stride + 1, 0)
+    return samples
 
 
 def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
-    """Find HuggingFace wav2vec 2.0 and HuBERT models among modules.
-
-    They are recognized by structure, so that this module imports no model
-    library. A model behind two keys is listed once, under the first.
-    """
-    encoders = []
-    seen: set[int] = set()
+    """Finds HuggingFace wav2vec 2.0 and HuBERT models by their structure, each
+    once, under its first key."""
+    encoders: dict[int, Encoder] = {}
     for key, module in modules.items():
         for path, child in module.named_modules(prefix=key):
             extractor = getattr(child, "feature_extractor", None)
@@ -126,39 +125,47 @@ def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
                 and hasattr(encoder, "pos_conv_embed")
                 and hasattr(encoder, "layers")
             ):
-                if id(child) not in seen:
-                    seen.add(id(child))
-                    encoders.append(Encoder(key, path, module, child))
+                found = Encoder(key, path, module, child)
+                encoders.setdefault(id(child), found)
                 break
-    return encoders
+    return list(encoders.values())
 
 
 def _kind(module: nn.Module) -> str | None:
-    """``linear``, ``conv1d`` or None. By base class: a convolution
-    parametrized by weight norm has a class of its own."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Conv1d):
-        return "conv1d"
-    return None
+    """``linear``, ``conv1d`` or None, by base class: a convolution parametrized
+    by weight norm has a class of its own."""
+    kinds = {nn.Linear: "linear", nn.Conv1d: "conv1d"}
+    return next((v for k, v in kinds.items() if isinstance(module, k)), None)
 
 
-def _keep(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, p) for p in include) and not any(
-        fnmatchcase(name, p) for p in exclude
-    )
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_patterns(
-    names: Sequence[str], include: Iterable[str], exclude: Iterable[str]
-) -> None:
+def _selected(
+    found: Mapping[str, nn.Module],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> dict[str, nn.Module]:
+    """Applies the patterns; raises if one matches nothing, or none is left."""
     for key, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(fnmatchcase(name, pattern) for name in found):
                 raise ValueError(
                     f"quantize.{key}: pattern '{pattern}' matches no layer; "
-                    f"layers are named like '{names[0]}'"
+                    f"layers are named like '{next(iter(found))}'"
                 )
+    kept = {
+        name: module
+        for name, module in found.items()
+        if _matches(name, include) and not _matches(name, exclude)
+    }
+    if not kept:
+        key, patterns = ("exclude", exclude) if include else ("include", [])
+        raise ValueError(
+            f"quantize.{key}: {list(patterns)} leaves no layer to quantize"
+        )
+    return kept
 
 
 def find_layers(
@@ -167,29 +174,8 @@ def find_layers(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> list[Layer]:
-    """Finds every Linear and Conv1d below the target keys, in module order.
-
-    Arguments
-    ---------
-    modules : Mapping
-        The Brain's modules by key.
-    target : sequence of str
-        Keys whose layers are quantized.
-    include, exclude : sequence of str
-        fnmatch patterns over layer names.
-
-    Returns
-    -------
-    list of Layer
-        In network order, grouped by unit.
-
-    Raises
-    ------
-    ValueError
-        A key that is not there, a pattern that matches nothing, no layer.
-    UnsupportedLayerError
-        A module that multiplies by raw weights, or a subclass of Linear or
-        Conv1d with a forward of its own.
+    """Finds every Linear and Conv1d below the target keys, in network order;
+    raises ValueError for one that hooks cannot see.
 
     Example
     -------
@@ -204,45 +190,38 @@ def find_layers(
                 f"`modules`; they are {', '.join(modules)}"
             )
     # A model behind two keys (hf_ctc.lm_head and ctc_lin) is listed once.
-    found: dict[int, tuple[str, nn.Module]] = {}
+    found: dict[nn.Module, str] = {}
     functional: dict[str, nn.Module] = {}
     encoders = find_encoders({key: modules[key] for key in target})
     idle = _idle(encoders)
     for key in target:
         for name, module in modules[key].named_modules(prefix=key):
-            if id(module) in idle:
+            if module in idle:
                 continue
             if type(module).__name__ in FUNCTIONAL_ATTENTION:
                 functional[name] = module
             if _kind(module) is not None:
-                found.setdefault(id(module), (name, module))
+                found.setdefault(module, name)
     if not found:
         raise ValueError(
             f"quantize.target: no Linear or Conv1d below {list(target)}; "
             "name the keys of `modules` that hold the recognizer"
         )
-    _check_patterns([name for name, _ in found.values()], include, exclude)
-    kept = [(n, m) for n, m in found.values() if _keep(n, include, exclude)]
-    if not kept:
-        key, patterns = "exclude", list(exclude)
-        if not include:
-            key, patterns = "include", []
-        raise ValueError(
-            f"quantize.{key}: {patterns} leaves no layer to quantize"
-        )
+    named = {name: module for module, name in found.items()}
+    kept = _selected(named, include, exclude)
     _refuse_functional(functional, kept)
     layers = [
         Layer(name, module, _kind(module), _unit(name, encoders))
-        for name, module in kept
+        for name, module in kept.items()
     ]
     return _network_order(layers, encoders)
 
 
-def _idle(encoders: Iterable[Encoder]) -> set[int]:
+def _idle(encoders: Iterable[Encoder]) -> set[nn.Module]:
     """Modules that transformers creates and never calls: the positional
     convolution of Conformers, which use other positions."""
     return {
-        id(child)
+        child
         for encoder in encoders
         if any(hasattr(b, "conv_module") for b in encoder.model.encoder.layers)
         for child in encoder.model.encoder.pos_conv_embed.modules()
@@ -250,17 +229,17 @@ def _idle(encoders: Iterable[Encoder]) -> set[int]:
 
 
 def _refuse_functional(
-    functional: Mapping[str, nn.Module], kept: Iterable[tuple[str, nn.Module]]
+    functional: Mapping[str, nn.Module], kept: Mapping[str, nn.Module]
 ) -> None:
-    for name, module in kept:
+    for name, module in kept.items():
         if type(module).forward not in (nn.Linear.forward, nn.Conv1d.forward):
-            raise UnsupportedLayerError(
+            raise ValueError(
                 f"{name}: {type(module).__name__} has a forward of its own "
                 "and cannot be quantized; put it in quantize.exclude"
             )
         for owner, attention in functional.items():
             if name.startswith(owner + "."):
-                raise UnsupportedLayerError(
+                raise ValueError(
                     f"{owner}: {type(attention).__name__} multiplies by raw "
                     "weights that cannot be quantized yet; add "
                     f"'{owner}.*' to quantize.exclude"
@@ -283,21 +262,18 @@ def _network_order(
     declared out of order."""
     if len(encoders) != 1:
         return layers
-    order = ["conv", "projection", "pos_conv", "block"]
+    order = {"conv": 0, "projection": 1, "pos_conv": 2, "block": 3, HEAD: 5}
 
     def rank(layer: Layer) -> tuple[int, int]:
         stem, _, index = layer.unit.partition(".")
-        if layer.unit == HEAD:
-            return (len(order) + 1, 0)
-        if stem not in order:
-            return (len(order), 0)
-        return (order.index(stem), int(index) if index.isdigit() else 0)
+        known = stem in order and index.isdigit()
+        return order.get(stem, 4), int(index) if known else 0
 
     return sorted(layers, key=rank)
 
 
 def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """Group layers by unit, in order of first appearance."""
+    """Groups layers by unit, in order of first appearance."""
     units: dict[str, list[Layer]] = {}
     for layer in layers:
         units.setdefault(layer.unit, []).append(layer)

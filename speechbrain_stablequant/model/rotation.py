@@ -1,11 +1,9 @@
 """QuaRot's rotated residual stream: multiplied by an orthogonal matrix before
 the first transformer block and by its transpose after the last one.
 
-A LayerNorm without gain and bias commutes with a rotation that preserves the
-vector of ones: mean and norm do not change. So the linears that read and write
-the stream are rotated once, when the plan is made. The two products here are
-what remains at run time. The matrix is a buffer of the HuggingFace encoder, so
-it is stored, moved and loaded with the rest; two hooks multiply by it.
+The linears that read and write the stream are rotated once, when the plan is
+made. The two products that remain are hooks here; their matrix is a buffer of
+the HuggingFace encoder, so it is stored, moved and loaded with the rest.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +19,8 @@ _HANDLES = "_stream_rotation_handles"
 
 
 def random_rotation(size: int, seed: int = 0) -> torch.Tensor:
-    """A random orthogonal matrix that preserves the vector of ones, float32
-    [size, size]."""
+    """A random orthogonal matrix, float32 [size, size], that preserves the
+    vector of ones: it commutes with a LayerNorm without gain and bias."""
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator, "dtype": torch.float64}
     start = torch.randn(size, size, **options)
@@ -34,40 +32,38 @@ def random_rotation(size: int, seed: int = 0) -> torch.Tensor:
 
 
 def rotation_of(encoder: nn.Module) -> torch.Tensor | None:
-    """The rotation of a HuggingFace encoder, float32 [channels, channels],
-    or None."""
+    """The rotation of an encoder, float32 [channels, channels], or None."""
     found = getattr(encoder, BUFFER, None)
     return None if found is None else found.float()
 
 
 def attach_rotation(encoder: nn.Module, rotation: torch.Tensor) -> None:
-    """Rotate the stream of an encoder between its first and last block,
+    """Rotates the stream of an encoder between its first and last block,
     which must normalize before each sublayer."""
     if hasattr(encoder, BUFFER):
         raise ValueError("the encoder's stream is rotated already")
     encoder.register_buffer(BUFFER, rotation)
     # No closures: a deep copy's would still refer to this encoder.
-    handles = (
-        encoder.layers[0].register_forward_pre_hook(partial(_turn, encoder)),
-        encoder.layer_norm.register_forward_pre_hook(
-            partial(_turn_back, encoder)
-        ),
-    )
+    handles = [
+        module.register_forward_pre_hook(partial(_turn, encoder, back))
+        for module, back in (
+            (encoder.layers[0], False),
+            (encoder.layer_norm, True),
+        )
+    ]
     setattr(encoder, _HANDLES, handles)
 
 
-def _turn(encoder: nn.Module, module: nn.Module, args: tuple) -> tuple:
+def _turn(
+    encoder: nn.Module, back: bool, module: nn.Module, args: tuple
+) -> tuple:
     x, *others = args
-    return (x @ getattr(encoder, BUFFER).to(x.dtype).T, *others)
-
-
-def _turn_back(encoder: nn.Module, module: nn.Module, args: tuple) -> tuple:
-    x, *others = args
-    return (x @ getattr(encoder, BUFFER).to(x.dtype), *others)
+    rotation = getattr(encoder, BUFFER).to(x.dtype)
+    return (x @ (rotation if back else rotation.T), *others)
 
 
 def detach_rotation(encoder: nn.Module) -> None:
-    """Remove the rotation of an encoder."""
+    """Removes the rotation of an encoder."""
     for handle in getattr(encoder, _HANDLES):
         handle.remove()
     delattr(encoder, _HANDLES)
@@ -98,7 +94,7 @@ def rotated_encoder(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 def attach_rotations(
     modules: Mapping[str, nn.Module], floats: Mapping[str, torch.Tensor]
 ) -> list[nn.Module]:
-    """Attach all rotations among named tensors; return their encoders."""
+    """Attaches all rotations among named tensors; returns their encoders."""
     names = [name for name in floats if is_rotation(name)]
     encoders = [rotated_encoder(modules, name) for name in names]
     for encoder, name in zip(encoders, names, strict=True):

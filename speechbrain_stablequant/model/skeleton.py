@@ -13,17 +13,17 @@ from torch import nn
 
 _KINDS = ("wav2vec2", "hubert")
 
-#: Values that a configuration must have.
-_PLAIN = {
-    "hidden_act": "gelu",
-    "feat_extract_activation": "gelu",
+_DEFAULTS = {
     "add_adapter": False,
     "adapter_attn_dim": None,
     "conv_pos_batch_norm": False,
 }
-#: Keys of these that may be missing.
-_OPTIONAL = ("add_adapter", "adapter_attn_dim", "conv_pos_batch_norm")
-
+#: Values that a configuration must have.
+_PLAIN = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    **_DEFAULTS,
+}
 _NEEDED = (
     "conv_bias",
     "conv_dim",
@@ -53,41 +53,27 @@ class _Part(nn.Module):
 
 
 def _extractor(config: Mapping[str, Any]) -> nn.Module:
-    stages = []
+    stages, bias = nn.ModuleList(), config["conv_bias"]
+    shapes = (config[f"conv_{key}"] for key in ("dim", "kernel", "stride"))
     width = 1
-    for index, (out, kernel, stride) in enumerate(
-        zip(
-            config["conv_dim"],
-            config["conv_kernel"],
-            config["conv_stride"],
-            strict=True,
-        )
-    ):
-        parts = {
-            "conv": nn.Conv1d(
-                width, out, kernel, stride, bias=config["conv_bias"]
-            ),
-            "activation": nn.GELU(),
-        }
+    for out, kernel, stride in zip(*shapes, strict=True):
+        conv = nn.Conv1d(width, out, kernel, stride, bias=bias)
+        stage = _Part(conv=conv, activation=nn.GELU())
         if config["feat_extract_norm"] == "layer":
-            parts["layer_norm"] = nn.LayerNorm(out)
-        elif index == 0:
-            parts["layer_norm"] = nn.GroupNorm(out, out)
-        stages.append(_Part(**parts))
+            stage.layer_norm = nn.LayerNorm(out)
+        elif not stages:
+            stage.layer_norm = nn.GroupNorm(out, out)
+        stages.append(stage)
         width = out
-    return _Part(conv_layers=nn.ModuleList(stages))
+    return _Part(conv_layers=stages)
 
 
 def _block(config: Mapping[str, Any]) -> nn.Module:
     width, inner = config["hidden_size"], config["intermediate_size"]
     eps = config["layer_norm_eps"]
+    projections = ("k_proj", "v_proj", "q_proj", "out_proj")
     return _Part(
-        attention=_Part(
-            k_proj=nn.Linear(width, width),
-            v_proj=nn.Linear(width, width),
-            q_proj=nn.Linear(width, width),
-            out_proj=nn.Linear(width, width),
-        ),
+        attention=_Part(**{n: nn.Linear(width, width) for n in projections}),
         layer_norm=nn.LayerNorm(width, eps),
         feed_forward=_Part(
             intermediate_dense=nn.Linear(width, inner),
@@ -141,23 +127,17 @@ class EncoderSkeleton(nn.Module):
             self.masked_spec_embed = nn.Parameter(torch.empty(width))
         self.encoder = _transformer(config)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: a runtime replaces it."""
-        raise RuntimeError("a skeleton has no forward; use a runtime")
-
 
 def has_skeleton(config: Mapping[str, Any]) -> bool:
     """Whether :class:`EncoderSkeleton` represents a model with this
     ``config.json``: not for another family, an adapter or another
     activation."""
+    config = {**_DEFAULTS, **config}
     return (
         config.get("model_type") in _KINDS
         and all(key in config for key in _NEEDED)
         and config["feat_extract_norm"] in ("group", "layer")
-        and all(
-            config.get(key, value if key in _OPTIONAL else None) == value
-            for key, value in _PLAIN.items()
-        )
+        and all(config.get(key) == value for key, value in _PLAIN.items())
     )
 
 

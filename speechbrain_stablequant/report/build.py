@@ -5,15 +5,14 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..core.error_rates import size_on_disk
 from ..core.histogram import Histogram
 from ..core.plan import QuantizationPlan
 from .results import Execution, SetResult, real_time_factors
 
 FORMAT = 1
-FLOAT_BITS = 32
 # Histogram bars in the report.
 COARSE_BINS = 128
 
@@ -25,7 +24,7 @@ def float_size(modules: Mapping[str, nn.Module]) -> int:
         for module in modules.values()
         for parameter in module.parameters()
     }
-    return size_on_disk((count, FLOAT_BITS) for count in counts.values())
+    return torch.float32.itemsize * sum(counts.values())
 
 
 def build_report(

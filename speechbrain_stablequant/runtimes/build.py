@@ -68,7 +68,7 @@ def build_forwards(
     -------
     >>> from speechbrain_stablequant.core.integer_layer import integer_layer
     >>> from speechbrain_stablequant.model.layers import find_layers
-    >>> from speechbrain_stablequant.core.plan import LayerQuant
+    >>> from speechbrain_stablequant.core.layer_quant import LayerQuant
     >>> import torch
     >>> modules = {"lin": nn.Linear(4, 2)}
     >>> (layer,) = find_layers(modules, ["lin"])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer, integer_layer
-from ..core.plan import LayerQuant
+from ..core.layer_quant import LayerQuant
 from ..model.layers import Encoder, Layer
 from ..utils.precision import plain_float32
 from .base import shadowed_forwards

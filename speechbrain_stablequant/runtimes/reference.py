@@ -7,24 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from ..core.encoder_spec import AnyLayer, BlockSpec, EncoderSpec, Norm
-from ..core.integer_layer import FloatLayer, reference_forward
+from ..core.integer_layer import FloatLayer, multiply, reference_forward
 
 
 def apply_layer(layer: AnyLayer, x: torch.Tensor) -> torch.Tensor:
     """Apply a layer: [..., in] of a Linear, [batch, in, time] of a Conv1d."""
     if not isinstance(layer, FloatLayer):
         return reference_forward(layer, x)
-    if layer.kind == "linear":
-        return F.linear(x, layer.weight, layer.bias)
-    return F.conv1d(
-        x,
-        layer.weight,
-        layer.bias,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-    )
+    return multiply(layer, x, layer.weight, layer.bias)
 
 
 def apply_norm(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ..core.affine import fake_quantize
-from ..core.integer_layer import IntegerLayer
+from ..core.integer_layer import IntegerLayer, simulate
 from .base import modules_by_name
 
 
@@ -33,23 +31,15 @@ def make_layer(
         if held["weight"].device != x.device:
             for key, value in held.items():
                 held[key] = None if value is None else value.to(x.device)
-        weight, bias = held["weight"], held["bias"]
-        x32 = x.float()
-        if layer.activation_offset:
-            x32 = x32 - layer.activation_offset
-        grid = fake_quantize(x32, held["scale"], layer.activation_bits)
-        if layer.kind == "linear":
-            out = F.linear(grid, weight, bias)
-        else:
-            out = F.conv1d(
-                grid,
-                weight,
-                bias,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.groups,
-            )
+        out = simulate(
+            layer,
+            x,
+            held["weight"],
+            held["bias"],
+            held["scale"],
+            layer.activation_bits,
+            layer.activation_offset,
+        )
         return out.to(x.dtype)
 
     return forward

@@ -5,19 +5,17 @@ hooks and parametrizations stay, so that checkpoints load and save meanwhile.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..core.affine import fake_quantize, scale_from_amax
-from ..core.integer_layer import check_offset, offset_bias
-from ..core.plan import LayerQuant
-from ..core.plan_tensors import LayerTensors
+from ..core.integer_layer import check_offset, offset_bias, simulate
+from ..core.layer_quant import LayerQuant, LayerTensors
 from ..core.weights import restore_weight, weight_scale
 from ..model.layers import Layer
+from ..utils.patching import shadowed
 from ..utils.precision import plain_float32
 
 _NOTHING = LayerTensors()
@@ -32,28 +30,18 @@ def quantize_weight(
     return fake_quantize(weight, scale, bits, axis=0), scale
 
 
+def _input_scale(quant: LayerQuant, device: torch.device) -> torch.Tensor:
+    amax = torch.tensor(quant.activation_amax)
+    return scale_from_amax(amax, quant.activation_bits).to(device)
+
+
 def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
     """Returns a layer's float32 input on its quantization grid."""
-    bits = quant.activation_bits
-    scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
-    scale = scale.to(x.device)
+    scale = _input_scale(quant, x.device)
     if not quant.activation_offset:
-        return fake_quantize(x, scale, bits)
+        return fake_quantize(x, scale, quant.activation_bits)
     offset = quant.activation_offset
-    return fake_quantize(x - offset, scale, bits) + offset
-
-
-def multiply(
-    module: nn.Module,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Runs a Linear or Conv1d with another weight and bias."""
-    if isinstance(module, nn.Conv1d):
-        # Zero padding stays exact: the zero point is 0.
-        return module._conv_forward(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return fake_quantize(x - offset, scale, quant.activation_bits) + offset
 
 
 def quantized_forward(
@@ -64,9 +52,7 @@ def quantized_forward(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the simulated forward of a Linear or Conv1d, whose output has the
     input's dtype."""
-    bits = quant.activation_bits
-    scale = scale_from_amax(torch.tensor(quant.activation_amax), bits)
-    scale = scale.to(weight.device)
+    scale = _input_scale(quant, weight.device)
     offset, shift = quant.activation_offset, None
     if offset:
         check_offset(module)
@@ -75,39 +61,18 @@ def quantized_forward(
         new_bias = new_bias.to(weight.device)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        bias = module.bias if new_bias is None else new_bias
+        bias = None if bias is None else bias.float()
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
         # A 16-bit product of grid values would round them a second time, and
         # so would TF32.
         with plain_float32(x):
-            bias = module.bias if new_bias is None else new_bias
-            bias = None if bias is None else bias.float()
-            if shift is None:
-                grid = fake_quantize(x.float(), scale, bits)
-            else:
-                grid = fake_quantize(x.float() - offset, scale, bits)
-                bias = shift if bias is None else bias + shift
-            out = multiply(module, grid, weight, bias)
+            bits = quant.activation_bits
+            out = simulate(module, x, weight, bias, scale, bits, offset)
         return out.to(x.dtype)
 
     return forward
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a layer last computed with, and what it was made from."""
-
-    quant: LayerQuant
-    tensors: LayerTensors
-    weight: torch.Tensor
-    forward: Callable[[torch.Tensor], torch.Tensor]
-
-    def same_weight(self, quant: LayerQuant, tensors: LayerTensors) -> bool:
-        """Whether the weight also serves another quantization."""
-        if tensors.weight is not None or self.tensors.weight is not None:
-            return tensors.weight is self.tensors.weight
-        return all(
-            getattr(quant, name) == getattr(self.quant, name)
-            for name in ("weight_bits", "weight_method")
-        )
 
 
 class Simulator:
@@ -125,45 +90,37 @@ class Simulator:
     ):
         self.layers = {layer.name: layer for layer in layers}
         self.tensors = dict(tensors or {})
-        self._kept: dict[str, _Kept] = {}
+        # By layer: what the weight was made from, and the weight.
+        self._kept: dict[str, tuple] = {}
 
-    def _forward(
-        self, name: str, quant: LayerQuant
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns the layer's simulated forward, reusing its last weight."""
-        tensors = self.tensors.get(name, _NOTHING)
+    def _weight(
+        self, name: str, quant: LayerQuant, tensors: LayerTensors
+    ) -> torch.Tensor:
+        """Returns the layer's weight on the grid."""
+        own, integers = self.layers[name].module.weight, tensors.weight
+        rounding = None
+        if integers is None:
+            rounding = quant.weight_bits, quant.weight_method
         kept = self._kept.get(name)
-        if kept and kept.quant == quant and kept.tensors is tensors:
-            return kept.forward
-        module = self.layers[name].module
-        if kept and kept.same_weight(quant, tensors):
-            weight = kept.weight
-        elif tensors.weight is not None:
-            device = module.weight.device
-            weight = restore_weight(
-                tensors.weight.to(device), tensors.weight_scale.to(device)
-            )
+        if kept and kept[0] is integers and kept[1] == rounding:
+            return kept[2]
+        if rounding:
+            weight, _ = quantize_weight(own, *rounding)
         else:
-            weight, _ = quantize_weight(
-                module.weight, quant.weight_bits, quant.weight_method
-            )
-        forward = quantized_forward(module, quant, weight, tensors.bias)
-        self._kept[name] = _Kept(quant, tensors, weight, forward)
-        return forward
+            scale = tensors.weight_scale.to(own.device)
+            weight = restore_weight(integers.to(own.device), scale)
+        self._kept[name] = (integers, rounding, weight)
+        return weight
 
     @contextmanager
     def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
         """Context in which the named layers compute quantized; others stay
         float."""
-        shadowed = []
-        try:
+        with ExitStack() as stack:
             for name, quant in quants.items():
                 module = self.layers[name].module
-                if "forward" in vars(module):
-                    raise RuntimeError(f"{name}: is being simulated already")
-                module.forward = self._forward(name, quant)
-                shadowed.append(module)
+                tensors = self.tensors.get(name, _NOTHING)
+                weight = self._weight(name, quant, tensors)
+                forward = quantized_forward(module, quant, weight, tensors.bias)
+                stack.enter_context(shadowed(module, "forward", forward))
             yield
-        finally:
-            for module in shadowed:
-                del module.forward

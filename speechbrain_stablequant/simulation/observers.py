@@ -1,23 +1,15 @@
-"""Collects a histogram of |input| for each layer in one pass over the data.
-
-Padding is never counted: the number of real frames at a layer follows from the
-real samples of each utterance and the network's convolutions.
-"""
+"""Collects a histogram of |input| for each layer in one pass over the data;
+padding is never counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from ..core.histogram import Histogram
-from ..model.layers import Layer
+from ..model.layers import Layer, conv_frames
 from ..utils.distributed import gathered
-
-
-def conv_frames(samples: int, kernel: int, stride: int) -> int:
-    """Returns the output frames of an unpadded convolution."""
-    return max((samples - kernel) // stride + 1, 0)
 
 
 def valid_frames(
@@ -27,17 +19,12 @@ def valid_frames(
     geometry: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
     """Returns the real frames of each utterance at a layer with ``frames``
-    frames.
-
-    ``geometry`` lists kernel and stride of the convolutions. A resolution that
-    none of them gives is taken as a plain fraction of the samples.
-    """
-    padded, real = total, list(lengths)
-    for kernel, stride in (*geometry, (1, 1)):
-        if frames == padded:
-            return real
-        padded = conv_frames(padded, kernel, stride)
-        real = [conv_frames(n, kernel, stride) for n in real]
+    frames: behind the first convolutions of ``geometry`` that give as many, or
+    as a plain fraction of the samples."""
+    for depth in range(len(geometry) + 1):
+        before = geometry[:depth]
+        if conv_frames(total, before) == frames:
+            return [conv_frames(n, before) for n in lengths]
     return [min(frames, max(n * frames // total, 1)) for n in lengths]
 
 
@@ -60,22 +47,18 @@ class Observer:
         self._lengths: list[int] = []
 
     def start_batch(self, total: int, lengths: Sequence[int]) -> None:
-        """Sets the padded and the real number of samples of the next forward
-        pass."""
+        """Sets the padded and the real samples of the next forward pass."""
         self._total, self._lengths = total, list(lengths)
 
     @contextmanager
     def watch(self) -> Iterator["Observer"]:
         """Context in which forward passes are observed."""
-        handles = [
-            layer.module.register_forward_pre_hook(self._hook(layer))
-            for layer in self.layers
-        ]
-        try:
+        with ExitStack() as stack:
+            for layer in self.layers:
+                hook = self._hook(layer)
+                handle = layer.module.register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, layer: Layer):
         histogram = self.histograms[layer.name]

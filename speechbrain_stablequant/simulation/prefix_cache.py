@@ -1,21 +1,18 @@
-"""Reuses the results of earlier units while a search changes a later one.
-
-The search measures one unit after the other. The results before the current
-unit do not change, so they are kept for each batch and the modules before it
-are skipped. Outputs stay bit-equal.
-"""
+"""Reuses the results of earlier units while a search changes a later one: they
+are kept for each batch, and the modules before it are skipped."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.plan import LayerQuant
+from ..core.layer_quant import LayerQuant
 from ..model.layers import Cut
+from ..utils.patching import shadowed
 
 
 class StopForward(Exception):
@@ -34,21 +31,15 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
     return value
 
 
-def _nbytes(value: Any) -> int:
-    sizes: list[int] = []
-    map_tensors(value, lambda t: sizes.append(t.nbytes))
-    return sum(sizes)
-
-
-def _device(value: Any) -> torch.device:
-    devices: list[torch.device] = []
-    map_tensors(value, lambda t: devices.append(t.device))
-    return devices[0]
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of a nested output."""
+    found: list[torch.Tensor] = []
+    map_tensors(value, found.append)
+    return found
 
 
 def _half_free(device: torch.device) -> float:
-    """Half of a GPU's free bytes, torch's reserve included; infinite
-    elsewhere."""
+    """Half of a GPU's free bytes with torch's reserve; infinite elsewhere."""
     if device.type != "cuda":
         return math.inf
     free, _ = torch.cuda.mem_get_info(device)
@@ -57,11 +48,8 @@ def _half_free(device: torch.device) -> float:
 
 
 class Replay:
-    """Keeps the result at one cut for every batch of a data set.
-
-    Results larger than ``limit_bytes``, or than half of a GPU's free memory,
-    are not kept.
-    """
+    """Keeps the result at one cut for every batch of a data set, unless larger
+    than ``limit_bytes`` or half of a GPU's free memory."""
 
     def __init__(
         self, cuts: Sequence[Cut], units: Sequence[str], limit_bytes: int
@@ -107,12 +95,11 @@ class Replay:
         prefix: Mapping[str, tuple[str, LayerQuant]],
         forward: Callable[[Callable[[int], None]], None],
     ) -> bool:
-        """Keeps the results before a unit, unless they are kept already.
+        """Keeps the results before a unit; False: run the whole model, because
+        there is no cut or they are too large.
 
-        ``forward`` runs the model over all batches: it calls its argument with
-        the index before each, and goes to the next batch at
-        :class:`StopForward`. Returns False if there is no cut or the results
-        are too large: run the whole model then.
+        ``forward`` runs all batches: it calls its argument with the index
+        before each, and goes to the next one at :class:`StopForward`.
         """
         cut = self.cuts.get(unit)
         if cut is None or unit in self._too_large:
@@ -127,9 +114,10 @@ class Replay:
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             nonlocal size, limit
+            tensors = _tensors(output)
             if limit is None:
-                limit = min(self.limit_bytes, _half_free(_device(output)))
-            size += _nbytes(output)
+                limit = min(self.limit_bytes, _half_free(tensors[0].device))
+            size += sum(tensor.nbytes for tensor in tensors)
             if size > limit:
                 raise _TooLarge
             kept.append(output)
@@ -162,32 +150,28 @@ class Replay:
         if self._cut is None:
             yield
             return
-        replaced: list[tuple[nn.Module, Any]] = []
-
-        def shadow(module: nn.Module, result: Callable[[], Any]) -> None:
-            replaced.append((module, vars(module).get("forward")))
-            module.forward = lambda *_, **__: result()
 
         def blank(module: nn.Module) -> Any:
             # Never read: the cut's result replaces everything that would be
             # computed from it. Only the shape matters.
             shape = self._shapes[id(module)][self._batch]
-            device = _device(self._kept[self._batch])
+            device = _tensors(self._kept[self._batch])[0].device
             return map_tensors(
                 shape, lambda t: torch.empty_like(t, device=device)
             )
 
-        try:
-            shadow(self._cut.module, lambda: self._kept[self._batch])
-            for module in self._cut.skip:
-                shadow(module, partial(blank, module))
+        results = {self._cut.module: lambda: self._kept[self._batch]}
+        results |= {m: partial(blank, m) for m in self._cut.skip}
+        with ExitStack() as stack:
+            for module, result in results.items():
+                forward = partial(_constant, result)
+                stack.enter_context(shadowed(module, "forward", forward))
             yield
-        finally:
-            for module, before in replaced:
-                if before is None:
-                    del module.forward
-                else:
-                    module.forward = before
+
+
+def _constant(result: Callable[[], Any], *_: Any, **__: Any) -> Any:
+    """A forward that ignores its arguments."""
+    return result()
 
 
 class _TooLarge(Exception):

@@ -1,4 +1,4 @@
-"""Error rates, bootstrap interval, real-time factor and size."""
+"""Error rates and bootstrap intervals."""
 
 import random
 
@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from speechbrain_stablequant.core import error_rates as evaluation
+from speechbrain_stablequant.core import error_rates
 from speechbrain_stablequant.core.error_rates import (
     Transcript,
     bootstrap_delta_wer,
     paired_error,
     paired_interval,
-    real_time_factor,
     score,
-    size_on_disk,
 )
 
 
@@ -57,11 +55,6 @@ def test_score_counts_by_hand():
         "insertions": 1,
         "characters": 15,
     }
-    assert (
-        rates.character_substitutions,
-        rates.character_deletions,
-        rates.character_insertions,
-    ) == (1, 4, 2)
 
 
 def test_score_is_jiwer_corpus_rate_and_not_the_mean_of_utterances():
@@ -97,7 +90,7 @@ def test_an_empty_reference_counts_its_insertions(reference):
     ]
     rates = score(transcripts)
     assert (rates.words, rates.insertions, rates.deletions) == (4, 2, 1)
-    assert (rates.characters, rates.character_insertions) == (17, 5)
+    assert (rates.characters, rates.cer) == (17, 100 * (5 + 5) / 17)
     stats = ErrorRateStats()
     for item in transcripts:
         rows = [[text.split()] for text in (item.hypothesis, item.reference)]
@@ -116,17 +109,13 @@ def test_bootstrap_with_empty_references():
     assert tuple(single) == (100, 100, 100)
 
 
-def test_no_reference_has_a_word():
-    with pytest.raises(ValueError, match=r"no reference .* 'a' is the") as e:
-        score([Transcript("a", "", "A"), Transcript("b", " ", "")])
-    assert "\n" not in str(e.value)
-
-
-def test_no_transcripts():
-    with pytest.raises(ValueError, match="set is empty"):
-        score([])
-    with pytest.raises(ValueError, match="set is empty"):
-        bootstrap_delta_wer([], [])
+@pytest.mark.parametrize("references", [["", " "], []])
+def test_no_reference_has_a_word(references):
+    transcripts = [Transcript(text, text, "A") for text in references]
+    for call in (score, lambda x: bootstrap_delta_wer(x, x)):
+        with pytest.raises(ValueError, match="none of the set's") as error:
+            call(transcripts)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("unit", ["word", "char"])
@@ -157,14 +146,12 @@ def test_bootstrap_equals_a_direct_loop(unit):
     assert result.low < result.delta < result.high
 
 
-def test_chunks_change_memory_and_not_the_result():
+@pytest.mark.parametrize("max_draws", [1, 30, 400])
+def test_chunks_change_memory_and_not_the_result(max_draws, monkeypatch):
     extra, lengths = np.arange(-5, 6), np.arange(1, 12)
-    whole = evaluation._resampled_ratios(extra, lengths, 100, seed=0)
-    for max_draws in (1, 30, 400):
-        parts = evaluation._resampled_ratios(
-            extra, lengths, 100, seed=0, max_draws=max_draws
-        )
-        np.testing.assert_array_equal(parts, whole)
+    whole = paired_interval(extra, lengths, 100)
+    monkeypatch.setattr(error_rates, "_MAX_DRAWS", max_draws)
+    assert paired_interval(extra, lengths, 100) == whole
 
 
 def test_bootstrap_of_a_known_distribution():
@@ -218,58 +205,19 @@ def test_a_higher_level_is_wider():
 
 
 @pytest.mark.parametrize(
-    "other, message",
+    "other, name",
     [
-        ([("a", "ONE"), ("c", "TWO")], "utterance 1 is 'b' .* and 'c'"),
-        ([("a", "ONE")], "utterance 'b' was recognized by one system only"),
-        (
-            [("a", "ONE"), ("b", "TWO"), ("c", "THREE")],
-            "utterance 'c' was recognized by one system only",
-        ),
-        ([("a", "ONE"), ("b", "TOO")], "utterance 'b' has two different ref"),
+        ([("a", "ONE"), ("c", "TWO")], "b"),
+        ([("a", "ONE")], "b"),
+        ([("a", "ONE"), ("b", "TWO"), ("c", "THREE")], "c"),
+        ([("a", "ONE"), ("b", "TOO")], "b"),
     ],
 )
-def test_bootstrap_refuses_sets_that_do_not_match(other, message):
+def test_bootstrap_refuses_sets_that_do_not_match(other, name):
     baseline = [Transcript("a", "ONE", "ONE"), Transcript("b", "TWO", "TWO")]
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=f"utterance '{name}': ") as error:
         bootstrap_delta_wer(baseline, [Transcript(i, t, t) for i, t in other])
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [("num_resamples", 0), ("level", 0.0), ("level", 1.0), ("unit", "phone")],
-)
-def test_bootstrap_names_a_wrong_argument(key, value):
-    one = [Transcript("a", "ONE", "ONE")]
-    with pytest.raises(ValueError, match=key):
-        bootstrap_delta_wer(one, one, **{key: value})
-
-
-def test_real_time_factor():
-    assert real_time_factor(3.0, 12.0) == 0.25
-    assert real_time_factor(0.0, 12.0) == 0.0
-    for audio in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="seconds_audio"):
-            real_time_factor(1.0, audio)
-    for compute in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="seconds_compute"):
-            real_time_factor(compute, 1.0)
-
-
-def test_size_packs_each_tensor_to_whole_bytes():
-    assert size_on_disk([(3, 6)]) == 3  # 18 bits
-    assert size_on_disk([(3, 6), (3, 6)]) == 6  # not 36 bits together
-    assert size_on_disk([(1024, 8), (16, 32)], num_scales=4) == 1024 + 64 + 16
-    assert size_on_disk([]) == 0
-
-
-@pytest.mark.parametrize("entry", [(-1, 8), (10, 0), (10, float("nan"))])
-def test_size_refuses_impossible_entries(entry):
-    with pytest.raises(ValueError, match="entry 1"):
-        size_on_disk([(1, 8), entry])
-    with pytest.raises(ValueError, match="num_scales"):
-        size_on_disk([], num_scales=-1)
 
 
 # -- how many utterances a resolution needs ------------------------------------

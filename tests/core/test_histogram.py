@@ -99,11 +99,6 @@ def test_merge_leaves_the_other_alone():
     assert b.to_dict() == before
 
 
-def test_merge_refuses_other_bins():
-    with pytest.raises(ValueError, match="64 and 128 bins"):
-        Histogram(64).merge(Histogram(128))
-
-
 def test_tiny_first_range_then_huge():
     hist = make(torch.tensor([1e-44, 1e-30]), torch.tensor([3e38]))
     assert hist.counts[0] == 2 and hist.count == 3
@@ -165,17 +160,6 @@ def test_refuses_nan_and_inf_and_stays_as_it_was(bad):
     assert hist.to_dict() == before
 
 
-def test_refuses_integers():
-    with pytest.raises(ValueError, match="int64"):
-        Histogram().add(torch.arange(3))
-
-
-@pytest.mark.parametrize("bad", [0, 1, 3, 1000, 2048.0, True, -4, 1 << 25])
-def test_refuses_other_numbers_of_bins(bad):
-    with pytest.raises(ValueError, match="num_bins"):
-        Histogram(bad)
-
-
 def test_counts_more_than_a_float_can():
     """26 M values: the first convolution's output for 16 s of audio."""
     x = torch.randn(26_000_000)
@@ -222,15 +206,6 @@ def test_quantile_refuses(p):
         make(torch.ones(1)).quantile(p)
 
 
-def test_centers_and_edges():
-    hist = Histogram(8)
-    hist.add(torch.tensor([3.5]))
-    assert hist.bin_width == 0.5
-    assert hist.edges().tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
-    assert hist.centers().dtype == torch.float64
-    assert hist.centers().tolist() == [i / 2 + 0.25 for i in range(8)]
-
-
 def test_counts_is_a_copy():
     hist = make(torch.ones(5))
     hist.counts.zero_()
@@ -273,54 +248,14 @@ def test_saturating_equals_clamped_data(edge):
     assert same(hist, before)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999, 0.9999])
-def test_dropping_keeps_the_fraction(p):
-    hist = make(torch.randn(50000, generator=torch.Generator().manual_seed(0)))
-    edge = hist.quantile(p)
-    kept = hist.clip(edge, drop=True)
-    assert abs(kept.count - p * hist.count) <= 1
-    assert kept.max <= edge
-    index = int(edge / hist.bin_width)
-    assert torch.equal(kept.counts[:index], hist.counts[:index])
-    assert not kept.counts[index + 1 :].any()
-
-
-def test_dropping_over_a_gap():
-    hist = Histogram(8)
-    hist.add(torch.tensor([0.5, 0.6, 7.0]))
-    kept = hist.clip(4.5, drop=True)
-    assert kept.counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
-    assert kept.max == 1.0
-    assert Histogram.from_dict(kept.to_dict()).max == 1.0
-
-
-def test_dropping_everything():
-    hist = Histogram(8)
-    hist.add(torch.tensor([6.0, 7.0]))
-    kept = hist.clip(2.5, drop=True)
-    assert kept.count == 0
-    assert same(Histogram.from_dict(kept.to_dict()), kept)
-
-
-@pytest.mark.parametrize("drop", [False, True])
-def test_clipping_above_the_maximum_changes_nothing(drop):
+def test_clipping_at_or_above_the_maximum_and_at_zero():
     hist = make(wide())
-    assert same(hist.clip(hist.max, drop=drop), hist)
-    assert same(hist.clip(2 * hist.max, drop=drop), hist)
-
-
-def test_clipping_at_zero():
-    hist = make(wide())
+    assert same(hist.clip(hist.max), hist)
+    assert same(hist.clip(2 * hist.max), hist)
     clipped = hist.clip(0.0)
     assert clipped.count == hist.count and clipped.max == 0.0
     silence = make(torch.zeros(5))
     assert same(silence.clip(silence.quantile(0.9)), silence)
-
-
-@pytest.mark.parametrize("edge", [-1e-9, -1.0, float("nan"), float("inf")])
-def test_clip_refuses(edge):
-    with pytest.raises(ValueError, match="edge"):
-        make(torch.ones(1)).clip(edge)
 
 
 # -- JSON --------------------------------------------------------------------
@@ -333,7 +268,6 @@ def test_json_round_trip():
         Histogram(64),
         make(torch.tensor([0.1, 1 / 3]), num_bins=2),
         make(wide()).clip(1234.5),
-        make(wide()).clip(1234.5, drop=True),
     ):
         state = json.loads(json.dumps(hist.to_dict(), allow_nan=False))
         back = Histogram.from_dict(state)
@@ -357,18 +291,13 @@ def test_json_is_trimmed():
         {"counts": [1, 0.5]},
         {"counts": [1]},
         {"max": 5.0},
-        {"max": float("nan")},
         {"exponent": 9},
         {"exponent": 129},
-        {"exponent": 2.0},
-        {"exponent": True},
-        {"counts": None},
-        {"counts": {"0": 1}},
         {"counts": [True, 1]},
         {"counts": [2**64, 1]},
         {"counts": [2**61, 0, 0, 0, 0, 2**61]},
-        {"max": "2.5"},
-        {"max": None},
+        {"num_bins": 3},
+        {"num_bins": 2**25},
     ],
 )
 def test_from_dict_refuses_contradictions(change):
@@ -379,21 +308,36 @@ def test_from_dict_refuses_contradictions(change):
         Histogram.from_dict(state | change)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exponent": 2.0},
+        {"exponent": True},
+        {"counts": None},
+        {"counts": {"0": 1}},
+        {"max": "2.5"},
+        {"max": None},
+        {"max": float("nan")},
+        {"num_bins": None},
+        {"num_bins": 8.0},
+        {"num_bins": [8]},
+        {"other": 1},
+    ],
+)
+def test_from_dict_names_a_wrong_type(change):
+    state = make(torch.ones(1), num_bins=8).to_dict()
+    with pytest.raises(ValueError, match=rf"a histogram\.{next(iter(change))}"):
+        Histogram.from_dict(state | change)
+
+
 @pytest.mark.parametrize("state", [None, [], "a", 1])
 def test_from_dict_of_something_else(state):
     with pytest.raises(ValueError, match="a histogram: must be an object"):
         Histogram.from_dict(state)
 
 
-@pytest.mark.parametrize("bins", [None, 2**25, 8.0, [8], 3])
-def test_from_dict_of_impossible_bins(bins):
-    state = make(torch.ones(1), num_bins=8).to_dict()
-    with pytest.raises(ValueError, match="num_bins must be a power of two"):
-        Histogram.from_dict({**state, "num_bins": bins})
-
-
 def test_from_dict_names_what_is_missing():
     state = make(torch.ones(1)).to_dict()
     del state["max"]
-    with pytest.raises(ValueError, match="lacks max"):
+    with pytest.raises(ValueError, match="a histogram: lacks 'max'"):
         Histogram.from_dict(state)

@@ -14,7 +14,7 @@ from speechbrain_stablequant.core.integer_layer import (
     layer_geometry,
     reference_forward,
 )
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import Layer
 from speechbrain_stablequant.simulation.fake_quant import (
     Simulator,

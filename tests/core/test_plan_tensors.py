@@ -11,14 +11,10 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_layer,
     reference_forward,
 )
-from speechbrain_stablequant.core.plan import (
-    LayerPlan,
-    LayerQuant,
-    QuantizationPlan,
-)
+from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
+from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.core.plan_tensors import (
     AdjustedTensors,
-    LayerTensors,
     adjusted_floats,
 )
 from speechbrain_stablequant.core.weights import restore_weight, weight_scale
@@ -203,7 +199,7 @@ def test_foreign_shapes(modules, change, name):
     plan = plan_of(modules, AdjustedTensors(**change))
     layers = find_layers(modules, list(modules))
     with pytest.raises(ValueError) as error:
-        plan.check_tensors(layers, modules, "old/plan.json")
+        plan.check_fits(layers, modules, "old/plan.json")
     assert str(error.value).startswith("quantize.plan: old/plan.json: ")
     assert f"'{name}'" in str(error.value)
     assert "\n" not in str(error.value)
@@ -211,7 +207,7 @@ def test_foreign_shapes(modules, change, name):
 
 def test_own_shapes_fit(modules):
     plan = plan_of(modules, decided(modules))
-    plan.check_tensors(find_layers(modules, list(modules)), modules, "p")
+    plan.check_fits(find_layers(modules, list(modules)), modules, "p")
 
 
 def test_floats_are_changed_for_a_while(modules):

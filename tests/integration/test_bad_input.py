@@ -16,7 +16,8 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
-from speechbrain_stablequant.core.plan import LayerPlan, LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.plan import LayerPlan
 from speechbrain_stablequant.methods.search import Score
 
 RATE = 16000

@@ -17,11 +17,8 @@ from speechbrain_stablequant.core.integer_layer import (
     IntegerLayer,
     integer_layer,
 )
-from speechbrain_stablequant.core.plan import (
-    LayerPlan,
-    LayerQuant,
-    QuantizationPlan,
-)
+from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.folder.recognizer import QuantizedRecognizer
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder

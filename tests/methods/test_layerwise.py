@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from speechbrain_stablequant.config import QuantizeConfig
-from speechbrain_stablequant.core.plan import LayerQuant
-from speechbrain_stablequant.core.plan_tensors import LayerTensors
+from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.core.weights import (
     restore_weight,
     round_weight,

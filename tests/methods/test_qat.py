@@ -19,7 +19,7 @@ from speechbrain_stablequant.brain.trainer import (
 )
 from speechbrain_stablequant.config import ConfigError, QatConfig
 from speechbrain_stablequant.core.affine import fake_quantize, qmax
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods.qat import loop
 from speechbrain_stablequant.methods.qat.store import EpochStore
@@ -55,7 +55,16 @@ def test_values_and_straight_through(bits, axis):
     upstream = torch.randn(5, 301)
     shape = (5, 1) if axis == 0 else ()
     one = straight_through(ours, scale.view(shape), bits)
-    two = fake_quantize(theirs, scale, bits, axis)
+    integers = torch.zeros(scale.shape, dtype=torch.int32)
+    limits = -qmax(bits), qmax(bits)
+    if axis is None:
+        two = torch.fake_quantize_per_tensor_affine(
+            theirs, scale, integers, *limits
+        )
+    else:
+        two = torch.fake_quantize_per_channel_affine(
+            theirs, scale, integers, axis, *limits
+        )
     assert torch.equal(one, two)
     one.backward(upstream)
     two.backward(upstream)

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from speechbrain_stablequant.config import SearchConfig
-from speechbrain_stablequant.core.plan import LayerQuant, UnitPlan
+from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.plan import UnitPlan
 from speechbrain_stablequant.methods.search import (
     Journal,
     Score,

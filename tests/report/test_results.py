@@ -13,9 +13,9 @@ from speechbrain_stablequant.core.error_rates import (
     score,
 )
 from speechbrain_stablequant.core.histogram import Histogram
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import (
     LayerPlan,
-    LayerQuant,
     QuantizationPlan,
     UnitPlan,
 )

@@ -16,7 +16,7 @@ from speechbrain_stablequant.core.integer_layer import (
     IntegerLayer,
     integer_layer,
 )
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes import cpu, layer_check
 from speechbrain_stablequant.runtimes.algorithms import (

@@ -12,7 +12,7 @@ from torch import nn
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import integer_layer
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes import choice, cpu, layer_check
 from speechbrain_stablequant.runtimes.algorithms import FLOAT, NATIVE

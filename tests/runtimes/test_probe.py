@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant.core.integer_layer import integer_layer
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import executed_form, prove

@@ -7,12 +7,12 @@ from torch import nn
 from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.model.layers import (
     Layer,
+    conv_frames,
     find_encoders,
     find_layers,
 )
 from speechbrain_stablequant.simulation.observers import (
     Observer,
-    conv_frames,
     valid_frames,
 )
 
@@ -178,8 +178,8 @@ def test_valid_frames_at_every_resolution(make_tiny_modules, length):
 
 
 def test_too_short_an_utterance_has_no_frame():
-    assert conv_frames(9, 10, 5) == 0
-    assert conv_frames(10, 10, 5) == 1
+    assert conv_frames(9, [(10, 5)]) == 0
+    assert conv_frames(10, [(10, 5)]) == 1
     assert valid_frames(79, 400, [400, 9], [(10, 5)]) == [79, 0]
 
 

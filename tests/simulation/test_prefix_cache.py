@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import (
     HEAD,
     Cut,

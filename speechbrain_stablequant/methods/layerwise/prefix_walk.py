@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...core.plan import LayerQuant
+from ...core.layer_quant import LayerQuant
 from ...model.layers import Layer
 from ...simulation.fake_quant import quantize_input
 from ...simulation.observers import valid_frames

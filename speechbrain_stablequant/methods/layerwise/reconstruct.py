@@ -7,8 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ...core.plan import LayerQuant
-from ...core.plan_tensors import LayerTensors
+from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.weights import restore_weight, round_weight, weight_scale
 from ...model.layers import Layer
 from ...utils.distributed import from_main

@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 
-from ...core.plan import LayerQuant
-from ...core.plan_tensors import LayerTensors
+from ...core.layer_quant import LayerQuant, LayerTensors
 from ...model.layers import Layer
 from ...utils import distributed
 from ...utils.files import identity

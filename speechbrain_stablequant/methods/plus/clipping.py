@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from functools import partial
 
-from ...core.plan import LayerQuant, UnitPlan
+from ...core.layer_quant import LayerQuant
+from ...core.plan import UnitPlan
 from ...model.layers import Layer
 from ..search import Evaluate
 from ..stablequant import search_units

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ...core.histogram import Histogram
-from ...core.plan import LayerPlan, LayerQuant, QuantizationPlan
-from ...core.plan_tensors import AdjustedTensors, LayerTensors
+from ...core.layer_quant import LayerQuant, LayerTensors
+from ...core.plan import LayerPlan, QuantizationPlan
+from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer
 from ..layerwise import AdaRound, Compensate, rounded_layers
 from ..session import Calibration, Session, keep_float_outputs

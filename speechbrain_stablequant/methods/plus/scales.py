@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ...core.affine import GELU_MIN
 from ...core.calibrators import clipped_mse
-from ...core.plan import LayerQuant
+from ...core.layer_quant import LayerQuant
 from ...model.layers import Layer
 from .work import FloatModel, Work
 from .zero_point import asymmetric_range

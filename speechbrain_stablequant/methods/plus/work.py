@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from ...core.histogram import Histogram
-from ...core.plan import LayerQuant
-from ...core.plan_tensors import AdjustedTensors, LayerTensors
+from ...core.layer_quant import LayerQuant, LayerTensors
+from ...core.plan_tensors import AdjustedTensors
 from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
 from ..search import Evaluate, Score

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 
-from ...core.plan import LayerQuant, QuantizationPlan
+from ...core.layer_quant import LayerQuant
+from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors, adjusted_floats
 from ...simulation.fake_quant import Simulator
 from ...utils.files import identity

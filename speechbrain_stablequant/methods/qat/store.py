@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ...core.plan import read_quant
+from ...core.layer_quant import LayerQuant
+from ...core.plan import check_quant
 from ...core.plan_tensors import AdjustedTensors
 from ...utils.store import Store
 from ...utils.typed import one_line, typed
@@ -82,11 +83,10 @@ class EpochStore:
         flat, raw = known
         try:
             rows = typed(raw, dict, "content")
-            found = typed(rows.get("quants"), dict, "quants")
-            quants = {
-                name: read_quant(typed(row, dict, name), name)
-                for name, row in found.items()
-            }
+            kind = dict[str, LayerQuant]
+            quants = typed(rows.get("quants"), kind, "quants")
+            for name, quant in quants.items():
+                check_quant(quant, name)
             history = typed(rows.get("history"), list[dict], "history")
             return quants, AdjustedTensors.from_flat(flat), history
         except ValueError as error:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ...core.affine import qmax, scale_from_amax
-from ...core.plan import LayerQuant
-from ...core.plan_tensors import AdjustedTensors, LayerTensors
+from ...core.integer_layer import multiply
+from ...core.layer_quant import LayerQuant, LayerTensors
+from ...core.plan_tensors import AdjustedTensors
 from ...core.weights import round_weight, weight_scale
 from ...model.layers import Layer
-from ...simulation.fake_quant import multiply
 from ...utils.patching import replaced_item, shadowed
 
 Quants = dict[str, LayerQuant]

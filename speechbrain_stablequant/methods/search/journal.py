@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ...core.plan import LayerQuant
+from ...core.layer_quant import LayerQuant
 from ...utils.distributed import from_main
 from ...utils.files import identity
 from ...utils.store import Store

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ...config import SearchConfig
-from ...core.plan import LayerQuant, UnitPlan
+from ...core.layer_quant import LayerQuant
+from ...core.plan import UnitPlan
 from .paired import better
 from .score import Evaluate, Score
 

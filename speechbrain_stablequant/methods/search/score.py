@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
-from ...core.plan import LayerQuant
+from ...core.layer_quant import LayerQuant
 from ...utils.typed import typed
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from ...config import SearchConfig
 from ...core.error_rates import DeltaInterval
-from ...core.plan import LayerQuant, UnitPlan
+from ...core.layer_quant import LayerQuant
+from ...core.plan import UnitPlan
 from .paired import loss_rise, wer_rise
 from .score import Evaluate, Score
 

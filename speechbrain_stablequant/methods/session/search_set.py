@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ...core.plan import LayerQuant
+from ...core.layer_quant import LayerQuant
 from ...model.layers import Cut
 from ...simulation.prefix_cache import Replay
 from ...utils.files import identity

@@ -8,7 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ...config import QuantizeConfig
-from ...core.plan import LayerPlan, LayerQuant, QuantizationPlan, UnitPlan
+from ...core.layer_quant import LayerQuant
+from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
 from ...model.layers import Cut, find_encoders, find_layers, group_units
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main

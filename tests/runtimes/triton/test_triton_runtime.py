@@ -18,7 +18,7 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_layer,
     reference_forward,
 )
-from speechbrain_stablequant.core.plan import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,

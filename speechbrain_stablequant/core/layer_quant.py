@@ -1,0 +1,67 @@
+"""How one layer is quantized: its numbers, and tensors that replace them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .affine import MAX_BITS, MIN_BITS
+
+_LARGEST = 3.4028234663852886e38  # float32
+
+
+@dataclass(frozen=True)
+class LayerQuant:
+    """How one layer is quantized."""
+
+    weight_bits: int  # one scale per output channel
+    activation_bits: int  # of the input, one static scale
+    activation_amax: float  # largest magnitude of the input in the range
+    weight_method: str = "max"  # or "mse": the search of the weight's ranges
+    # Subtracted from the input before quantization, so that an asymmetric
+    # input uses all integers; a whole number of steps.
+    activation_offset: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON; the offset only where it is used, so
+        that files and cache keys of other plans stay the same."""
+        raw = asdict(self)
+        if not self.activation_offset:
+            del raw["activation_offset"]
+        return raw
+
+    def checks(self) -> dict[str, bool]:
+        """Whether the value of each field is possible."""
+        widths = range(MIN_BITS, MAX_BITS + 1)
+        return {
+            "weight_bits": self.weight_bits in widths,
+            "activation_bits": self.activation_bits in widths,
+            "activation_amax": 0 <= self.activation_amax <= _LARGEST,
+            "weight_method": self.weight_method in ("max", "mse"),
+            "activation_offset": abs(self.activation_offset) <= _LARGEST,
+        }
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """Tensors of one quantized layer; None where the plan's numbers decide.
+
+    ``weight`` is int8 and comes with its float32 ``weight_scale`` [out];
+    ``bias`` is float32 [out].
+    """
+
+    weight: torch.Tensor | None = field(default=None, repr=False)
+    weight_scale: torch.Tensor | None = field(default=None, repr=False)
+    bias: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.weight is None) != (self.weight_scale is None):
+            raise ValueError("integers and their scales belong together")
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors that are there."""
+        return {name: x for name, x in vars(self).items() if x is not None}
+
+    def cpu(self) -> "LayerTensors":
+        """Returns a copy in host memory."""
+        return LayerTensors(**{n: x.cpu() for n, x in self.named().items()})
