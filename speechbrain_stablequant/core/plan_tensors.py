@@ -15,6 +15,7 @@ from torch import nn
 from ..model.layers import Layer
 from ..model.rotation import attached_rotations, is_rotation, rotated_encoder
 from ..utils.files import parse_json, read_file, write_atomic
+from ..utils.patching import restored_values
 from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
 from ..utils.typed import one_line, short, typed
 from .layer_quant import LayerTensors
@@ -205,18 +206,9 @@ def adjusted_floats(
     state = _parameters(modules) if floats else {}
     # Look up all names before changing anything.
     targets = {name: state[name] for name in floats if not is_rotation(name)}
-    kept = {name: t.detach().clone() for name, t in targets.items()}
-    try:
-        _assign(targets, floats)
+    with restored_values(targets.values()):
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(floats[name])
         with attached_rotations(modules, floats):
             yield
-    finally:
-        _assign(targets, kept)
-
-
-@torch.no_grad()
-def _assign(
-    targets: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]
-) -> None:
-    for name, target in targets.items():
-        target.copy_(values[name])

@@ -2,7 +2,7 @@
 padding is never counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from ..core.histogram import Histogram
 from ..model.layers import Layer, conv_frames
 from ..utils.distributed import gathered
+from ..utils.patching import hooked
 
 
 def valid_frames(
@@ -53,11 +54,8 @@ class Observer:
     @contextmanager
     def watch(self) -> Iterator["Observer"]:
         """Context in which forward passes are observed."""
-        with ExitStack() as stack:
-            for layer in self.layers:
-                hook = self._hook(layer)
-                handle = layer.module.register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
+        hooks = ((layer.module, self._hook(layer)) for layer in self.layers)
+        with hooked(hooks):
             yield self
 
     def _hook(self, layer: Layer):
