@@ -6,6 +6,7 @@ hooks and parametrizations stay, so that checkpoints load and save meanwhile.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from ..core.weights import restore_weight, weight_scale
 from ..model.layers import Layer
 from ..utils.patching import shadowed
 from ..utils.precision import plain_float32
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _NOTHING = LayerTensors()
 
@@ -49,7 +52,7 @@ def quantized_forward(
     quant: LayerQuant,
     weight: torch.Tensor,
     new_bias: torch.Tensor | None = None,
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> Forward:
     """Returns the simulated forward of a Linear or Conv1d, whose output has the
     input's dtype."""
     scale = _input_scale(quant, weight.device)
@@ -75,6 +78,22 @@ def quantized_forward(
     return forward
 
 
+class _Kept(NamedTuple):
+    """What a layer last computed with, and what it was made from."""
+
+    quant: LayerQuant
+    tensors: LayerTensors
+    weight: torch.Tensor
+    forward: Forward
+
+    def same_weight(self, quant: LayerQuant, tensors: LayerTensors) -> bool:
+        """Whether the weight also serves another quantization."""
+        rounding = quant.weight_bits, quant.weight_method
+        own = self.quant.weight_bits, self.quant.weight_method
+        same = tensors.weight is self.tensors.weight
+        return same and (tensors.weight is not None or rounding == own)
+
+
 class Simulator:
     """Applies quantization to the layers of one model, repeatedly.
 
@@ -90,27 +109,27 @@ class Simulator:
     ):
         self.layers = {layer.name: layer for layer in layers}
         self.tensors = dict(tensors or {})
-        # By layer: what the weight was made from, and the weight.
-        self._kept: dict[str, tuple] = {}
+        self._kept: dict[str, _Kept] = {}
 
-    def _weight(
-        self, name: str, quant: LayerQuant, tensors: LayerTensors
-    ) -> torch.Tensor:
-        """Returns the layer's weight on the grid."""
-        own, integers = self.layers[name].module.weight, tensors.weight
-        rounding = None
-        if integers is None:
-            rounding = quant.weight_bits, quant.weight_method
+    def _forward(self, name: str, quant: LayerQuant) -> Forward:
+        """Returns the layer's simulated forward, reusing its last weight."""
+        tensors = self.tensors.get(name, _NOTHING)
         kept = self._kept.get(name)
-        if kept and kept[0] is integers and kept[1] == rounding:
-            return kept[2]
-        if rounding:
-            weight, _ = quantize_weight(own, *rounding)
+        if kept and kept.quant == quant and kept.tensors is tensors:
+            return kept.forward
+        module = self.layers[name].module
+        if kept and kept.same_weight(quant, tensors):
+            weight = kept.weight
+        elif tensors.weight is None:
+            bits, method = quant.weight_bits, quant.weight_method
+            weight, _ = quantize_weight(module.weight, bits, method)
         else:
-            scale = tensors.weight_scale.to(own.device)
-            weight = restore_weight(integers.to(own.device), scale)
-        self._kept[name] = (integers, rounding, weight)
-        return weight
+            device = module.weight.device
+            scale = tensors.weight_scale.to(device)
+            weight = restore_weight(tensors.weight.to(device), scale)
+        forward = quantized_forward(module, quant, weight, tensors.bias)
+        self._kept[name] = _Kept(quant, tensors, weight, forward)
+        return forward
 
     @contextmanager
     def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
@@ -118,9 +137,7 @@ class Simulator:
         float."""
         with ExitStack() as stack:
             for name, quant in quants.items():
+                forward = self._forward(name, quant)
                 module = self.layers[name].module
-                tensors = self.tensors.get(name, _NOTHING)
-                weight = self._weight(name, quant, tensors)
-                forward = quantized_forward(module, quant, weight, tensors.bias)
                 stack.enter_context(shadowed(module, "forward", forward))
             yield
