@@ -95,7 +95,7 @@ def test_quants_are_the_quantized_layers():
 def test_nothing_is_written_that_json_cannot_hold(path):
     plan = make_plan()
     layer = replace(plan.layers[0], observed_max=float("nan"))
-    with pytest.raises(ValueError, match=r"layers\[0\]\.observed_max"):
+    with pytest.raises(ValueError, match="cannot be JSON"):
         replace(plan, layers=[layer]).save(path)
     assert not path.exists()
 
