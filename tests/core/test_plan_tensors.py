@@ -341,7 +341,7 @@ def test_an_offset_on_disk_and_back(tmp_path):
     (layer,) = find_layers(modules, ["a"])
     integers = {"a": integer_layer(layer, quant)}
     save_checkpoint(tmp_path, plan, integers, float_state(modules, ["a"]))
-    found = load_checkpoint(tmp_path).integers["a"]
+    found = load_checkpoint(tmp_path).integers["a"].loaded()
     assert torch.equal(found.float_weight(), integers["a"].float_weight())
     assert found.activation_offset == 32 / 127
 
