@@ -212,14 +212,7 @@ def test_counts_is_a_copy():
     assert hist.count == 5
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda h: h.max,
-        lambda h: h.quantile(0.5),
-        lambda h: h.clip(1.0),
-    ],
-)
+@pytest.mark.parametrize("read", [lambda h: h.max, lambda h: h.quantile(0.5)])
 def test_empty(read):
     hist = make(torch.zeros(0, 4))
     assert hist.count == 0
