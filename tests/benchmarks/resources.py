@@ -5,6 +5,7 @@
 resources from the assembler that comes with Triton.
 """
 
+import inspect
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
@@ -136,9 +138,13 @@ def _tool(
 def _assemble(ptx: str, arch: int) -> str:
     """The assembler's report on a kernel."""
     name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+    # Triton comes with two assemblers. Which of them reads its code depends on
+    # the architecture, and early versions ask without it.
+    takes_arch = inspect.signature(get_ptxas).parameters
+    path = get_ptxas(*([arch] if takes_arch else [])).path
     output = ("-o", os.devnull)
     return _tool(
-        "ptxas", "-v", name, *output, suffix="ptx", content=ptx.encode()
+        path, "-v", name, *output, suffix="ptx", content=ptx.encode()
     ).stderr
 
 
