@@ -351,7 +351,7 @@ class QuantizeConfig:
         ``openvino``, ``onnx`` or ``triton``.
     backend_options : dict
         Options of the runtime, see
-        :mod:`speechbrain_stablequant.runtimes.options`; with ``auto`` those
+        :mod:`speechbrain_stablequant.runtimes`; with ``auto`` those
         of any runtime that it may choose.
     float_dtype : str
         ``float16`` or ``float32``: how parameters that are not quantized are

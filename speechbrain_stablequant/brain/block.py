@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import ConfigError, QuantizeConfig
 from ..methods.plus.bits import HARMS
-from ..runtimes.options import OPTIONS, check_options, select_options
+from ..runtimes.registry import RUNTIMES, check_options, select_options
 
 
 def read_block(block: Mapping[str, Any]) -> QuantizeConfig:
@@ -30,7 +30,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     found = {}
     for index, (name, variant) in enumerate(config.variant_configs().items()):
         changes = config.variants[index]
-        if changes.get("backend") in OPTIONS and (
+        if changes.get("backend") in RUNTIMES and (
             "backend_options" not in changes
         ):
             options = select_options(variant.backend, config.backend_options)
@@ -61,7 +61,7 @@ def _check_names(config: QuantizeConfig, path: str) -> None:
             f"{path}.plus.budget.scores: '{scores}' is not one of "
             f"{', '.join(HARMS)}"
         )
-    known = ("auto", *OPTIONS)
+    known = ("auto", *RUNTIMES)
     if config.backend not in known:
         raise ConfigError(
             f"{path}.backend: '{config.backend}' is not one of "

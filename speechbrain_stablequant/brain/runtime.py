@@ -27,7 +27,6 @@ from ..runtimes.choice import (
     prove,
 )
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.options import select_options
 from ..runtimes.probe import Probe
 from ..runtimes.probe_measure import encoder_probe
 from ..runtimes.probe_networks import (
@@ -37,7 +36,7 @@ from ..runtimes.probe_networks import (
     evaluating,
     quick_integers,
 )
-from ..runtimes.registry import RUNTIMES
+from ..runtimes.registry import RUNTIMES, select_options
 from ..utils import distributed
 from .dry_run import check_descriptions
 from .run import Run
@@ -69,7 +68,7 @@ def _simulated(reason: str) -> tuple[str, list[str]]:
 def _seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
     """Warn if a runtime executes weights with fewer bits than the plan's."""
     cpu, bits = cpu_class(), config.weight_bits
-    if cpu.exact or not RUNTIMES[name].pair_sums or bits <= PAIR_SUM_BITS:
+    if cpu.exact or RUNTIMES[name].device != "cpu" or bits <= PAIR_SUM_BITS:
         return []
     return [
         f"This CPU (class {cpu.name}) has no VNNI: weights of {bits} bits "

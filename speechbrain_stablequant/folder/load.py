@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 from speechbrain.dataio.encoder import CTCTextEncoder
 
-from ..runtimes.options import check_options
+from ..runtimes.registry import check_options
 from ..utils.typed import one_line
 from .errors import CheckpointError
 from .recognizer import QuantizedRecognizer

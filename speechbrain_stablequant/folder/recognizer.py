@@ -22,10 +22,9 @@ from ..core.integer_layer import IntegerLayer
 from ..model.skeleton import empty_skeleton, folded_norms, has_skeleton
 from ..runtimes.build import build_forwards
 from ..runtimes.choice import candidates, first_right, prove
-from ..runtimes.options import check_options, select_options
 from ..runtimes.probe import Probe
 from ..runtimes.probe_networks import chain
-from ..runtimes.registry import RUNTIMES
+from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils import forks
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
 from .errors import CheckpointError

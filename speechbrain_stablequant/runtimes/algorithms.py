@@ -7,7 +7,11 @@ by another algorithm of the same runtime.
 
 from dataclasses import replace
 
+import torch
+
 from ..core.encoder_spec import AnyLayer
+from ..core.integer_layer import IntegerLayer
+from .geometry import Geometry
 
 #: As the runtime computes it everywhere else.
 NATIVE = "native"
@@ -24,22 +28,25 @@ FLOAT = "float"
 WIDE_GROUP = 32
 
 
-def joined_factor(layer: AnyLayer) -> int:
-    """How many groups of a Conv1d are joined into a wide one."""
-    width = layer.weight.shape[1]
-    for factor in range(1, layer.groups + 1):
-        if layer.groups % factor == 0 and factor * width >= WIDE_GROUP:
-            return factor
-    return layer.groups
+def narrow_groups(geometry: Geometry) -> bool:
+    """Whether a convolution has several groups below ``WIDE_GROUP``."""
+    return geometry.groups > 1 and geometry.shape[1] < WIDE_GROUP
 
 
 def join_groups(layer: AnyLayer) -> AnyLayer:
     """The same convolution with fewer, wider groups, zeros between them."""
-    factor = joined_factor(layer)
+    outputs, width, kernel = layer.weight.shape
+    factor = next(
+        (
+            count
+            for count in range(1, layer.groups)
+            if layer.groups % count == 0 and count * width >= WIDE_GROUP
+        ),
+        layer.groups,
+    )
     if factor == 1:
         return layer
     layer = layer.loaded()
-    outputs, width, kernel = layer.weight.shape
     own = outputs // layer.groups
     weight = layer.weight.view(-1, factor, own, width, kernel)
     joined = weight.new_zeros(len(weight), factor, own, factor, width, kernel)
@@ -50,3 +57,24 @@ def join_groups(layer: AnyLayer) -> AnyLayer:
         weight=joined.view(outputs, factor * width, kernel),
         groups=layer.groups // factor,
     )
+
+
+def split_groups(layer: AnyLayer) -> list[AnyLayer]:
+    """Each group of a convolution as one of its own, with views of the
+    weight."""
+    size = layer.weight.shape[0] // layer.groups
+    parts = []
+    for start in range(0, layer.weight.shape[0], size):
+        own = slice(start, start + size)
+        bias = None if layer.bias is None else layer.bias[own]
+        part = replace(layer, weight=layer.weight[own], bias=bias, groups=1)
+        if isinstance(layer, IntegerLayer):
+            part = replace(part, weight_scale=layer.weight_scale[own])
+        parts.append(part)
+    return parts
+
+
+def window_rows(weight: torch.Tensor) -> torch.Tensor:
+    """A convolution's weight [out, in, kernel] as rows [out, kernel * in], to
+    multiply windows whose frames lie one after the other."""
+    return weight.transpose(1, 2).flatten(1)

@@ -7,12 +7,14 @@ are replaced one by one.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from ..utils.patching import shadowed
 from ..utils.precision import plain_float32
 
 
@@ -44,6 +46,59 @@ class LayerExecutor(Protocol):
     """Executes one Linear or Conv1d: float input, float32 output."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """``backend_options`` of a runtime, as a dataclass of this class."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, least = getattr(self, option.name), option.metadata["least"]
+            if None not in (value, least) and value < least:
+                raise ValueError(
+                    f"backend_options.{option.name}: must be at least {least}, "
+                    f"not {value}"
+                )
+
+
+def option(default: Any, least: int | None = None) -> Any:
+    """A field of :class:`Options`, with its least value."""
+    return field(default=default, metadata={"least": least})
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the registry knows of a runtime.
+
+    Functions and classes are named as ``"module:name"``, relative to this
+    package, and imported on first use: optional packages are not needed before.
+    """
+
+    #: Its ``backend_options``.
+    options: type[Options] = Options
+    #: Makes an EncoderExecutor of an EncoderSpec and options; None: layer by
+    #: layer.
+    encoder: str | None = None
+    #: Makes a LayerExecutor of an IntegerLayer outside of an encoder.
+    layer: str = "torch_int8.layer:make_layer"
+    #: Makes a LayerRunner of options, by which layers are compared with exact
+    #: arithmetic; None for a runtime that is tried otherwise.
+    trial: str | None = None
+    #: Why it cannot run on a torch.device, or None if it can.
+    why_not: str | None = None
+    #: Type of the device that it runs on; None for any. On a CPU without VNNI
+    #: the kernels of "cpu" saturate sums of two products.
+    device: str | None = None
+    #: Python packages that it needs, and what to install for them.
+    needs: tuple[str, ...] = ()
+    install: str = ""
+    #: Whether it takes in layers whose weights are still in their file, and
+    #: reads one after the other.
+    streams: bool = False
+    #: Whether what was built in a process also computes in its forked
+    #: children; otherwise a child builds its own.
+    fork_safe: bool = False
 
 
 class EncoderOutput(NamedTuple):
@@ -81,8 +136,7 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
         lengths = None
         if attention_mask is not None:
             lengths = attention_mask.long().sum(1)
-        hidden = execute(input_values, lengths)
-        return EncoderOutput(hidden)
+        return EncoderOutput(execute(input_values, lengths))
 
     return forward
 
@@ -125,16 +179,11 @@ def shadowed_forwards(
     forwards: Mapping[nn.Module, Callable[..., Any]],
 ) -> Iterator[None]:
     """Context in which modules compute by other functions."""
-    done = []
-    try:
+    with ExitStack() as stack:
         for module, forward in forwards.items():
             if "forward" in vars(module):
                 raise RuntimeError(
                     f"{type(module).__name__}: is shadowed already"
                 )
-            module.forward = forward
-            done.append(module)
+            stack.enter_context(shadowed(module, "forward", forward))
         yield
-    finally:
-        for module in done:
-            del module.forward

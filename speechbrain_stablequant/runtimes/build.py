@@ -9,7 +9,12 @@ from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer
 from ..model.layers import Encoder, find_encoders
 from ..utils import forks
-from .base import encoder_forward, in_own_precision, modules_by_name
+from .base import (
+    Runtime,
+    encoder_forward,
+    in_own_precision,
+    modules_by_name,
+)
 from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
 from .registry import RUNTIMES, load_function
@@ -49,13 +54,12 @@ def build_forwards(
     cpu : CpuClass, optional
         The CPU whose integers are executed; the present one by default.
     **options
-        Of the runtime's ``make_executor``.
+        Of the runtime.
 
     Returns
     -------
     dict
-        Forward by module, for
-        :func:`~speechbrain_stablequant.runtimes.base.shadowed_forwards`.
+        Forward by module, for :func:`.base.shadowed_forwards`.
 
     Raises
     ------
@@ -63,29 +67,16 @@ def build_forwards(
         A layer that is not in the model, an encoder that the integer
         runtimes do not compute, or a layer that this runtime cannot execute;
         :class:`.layer_check.UnusableRuntime` if it is wrong on this machine.
-
-    Example
-    -------
-    >>> from speechbrain_stablequant.core.integer_layer import integer_layer
-    >>> from speechbrain_stablequant.model.layers import find_layers
-    >>> from speechbrain_stablequant.core.layer_quant import LayerQuant
-    >>> import torch
-    >>> modules = {"lin": nn.Linear(4, 2)}
-    >>> (layer,) = find_layers(modules, ["lin"])
-    >>> integers = {"lin": integer_layer(layer, LayerQuant(8, 8, 1.0))}
-    >>> forwards = build_forwards("torch", modules, integers)
-    >>> forwards[modules["lin"]](torch.zeros(1, 4)).shape
-    torch.Size([1, 2])
     """
     forks.protect_children()
     runtime = RUNTIMES[backend]
-    if runtime.pair_sums:
+    if runtime.device == "cpu":
         integers = executed_integers(integers, cpu or cpu_class())
     if not runtime.streams:
         integers = {name: x.loaded() for name, x in integers.items()}
     by_name = modules_by_name(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
-    inside: set[str] = set()
+    heads = dict(integers)
     if runtime.encoder is not None:
         make_executor = load_function(runtime.encoder)
         for encoder in _encoders(modules, integers):
@@ -95,13 +86,12 @@ def build_forwards(
                 spec = with_algorithms(spec, runner)
             executor = make_executor(spec, **options)
             forwards[encoder.model] = encoder_forward(executor)
-            inside.update(layer.name for layer in spec.layers())
+            for layer in spec.layers():
+                heads.pop(layer.name, None)
+    if runtime.layer == Runtime.layer:
+        runner = load_function(RUNTIMES["torch_int8"].trial)()
+        heads = heads_with_algorithms(heads, runner)
     make_layer = load_function(runtime.layer)
-    heads = {n: x for n, x in integers.items() if n not in inside}
-    if runtime.layer_trial is not None:
-        heads = heads_with_algorithms(
-            heads, load_function(runtime.layer_trial)()
-        )
     for name, layer in heads.items():
         forwards[by_name[name]] = make_layer(layer)
     return {m: in_own_precision(f) for m, f in forwards.items()}

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,55 +9,41 @@ import torch
 
 from ..utils import forks
 from ..utils.typed import one_line
+from . import layer_check
 from .cpu import CpuClass, cpu_class
-from .layer_check import why_not
-from .options import AUTO
 from .probe import Probe, ProbeError
 from .probe_networks import OWN, SEVEN_BITS, Compute
-from .registry import RUNTIMES, Runtime, load_function
+from .registry import AUTO, RUNTIMES, load_function
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
 
-def _missing(runtime: Runtime) -> list[str]:
-    return [p for p in runtime.needs if importlib.util.find_spec(p) is None]
-
-
 def _why_not(name: str, device: torch.device) -> str | None:
     """Why a runtime cannot run on a device, or None if it can."""
     runtime = RUNTIMES[name]
-    missing = _missing(runtime)
-    if missing:
-        return (
-            f"package '{missing[0]}' is not installed; run "
-            f"pip install '{runtime.install}'"
-        )
+    for package in runtime.needs:
+        if importlib.util.find_spec(package) is None:
+            return (
+                f"package '{package}' is not installed; run "
+                f"pip install '{runtime.install}'"
+            )
     if forks.used_before_fork(name):
         return f"it {forks.REASON}"
-    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
-        # The triton package is installed: checked above.
-        from .triton.executor import why_not
-
-        reason = why_not(device)
+    if runtime.why_not is not None:
+        reason = load_function(runtime.why_not)(device)
         if reason is not None:
             return reason
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET")
-    if runtime.device not in (None, device.type) and not interpreted:
+    if runtime.device not in (None, device.type):
         return (
             f"it runs on {runtime.device}, and the device is {device}; "
             "write backend: auto"
         )
-    return _why_no_layer(runtime)
-
-
-def _why_no_layer(runtime: Runtime) -> str | None:
-    """Why a CPU runtime cannot compute any layer here; tried once."""
     if runtime.trial is None:
         return None
     try:
-        reason = why_not(load_function(runtime.trial)())
+        reason = layer_check.why_not(load_function(runtime.trial)())
     # An installed package that does not load may raise anything.
     except Exception as error:
         reason = f"it does not load ({one_line(error)})"
@@ -120,7 +105,7 @@ def first_right(
             reason,
         )
     if len(names) > 1:
-        warn_of_simulation(place, absent)
+        _warn_of_simulation(place, absent)
     return attempt(names[-1]), wrong
 
 
@@ -135,15 +120,14 @@ def _bare_reason(name: str, error: Exception) -> str:
 def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
     """Which weights a runtime executes: ``OWN`` or ``SEVEN_BITS``."""
     exact = (cpu or cpu_class()).exact
-    return OWN if exact or not RUNTIMES[backend].pair_sums else SEVEN_BITS
+    return OWN if exact or RUNTIMES[backend].device != "cpu" else SEVEN_BITS
 
 
 def prove(
     backend: str, probe: Probe, compute: Compute, device: torch.device
 ) -> None:
     """Raise :class:`ProbeError` unless a runtime answers a probe correctly."""
-    form = executed_form(backend)
-    difference = probe.difference(compute, form, torch.device(device))
+    difference = probe.difference(compute, executed_form(backend), device)
     if difference is not None:
         raise ProbeError(
             f"backend: {backend} computes something else on this machine: "
@@ -154,27 +138,8 @@ def prove(
 def choose_backend(
     backend: str, device: str | torch.device
 ) -> tuple[str, list[str]]:
-    """Choose the runtime for a device.
-
-    Arguments
-    ---------
-    backend : str
-        A key of ``RUNTIMES``, or ``"auto"``: the first of
-        :func:`candidates`.
-    device : str or torch.device
-        Where the model runs.
-
-    Returns
-    -------
-    str
-        A key of ``RUNTIMES``.
-    list of str
-        Where ``"auto"`` found none: what is wrong with each.
-
-    Raises
-    ------
-    ValueError
-        An unknown name, or a runtime that cannot run here.
+    """The first of :func:`candidates` that can run, and if that is the
+    simulation for want of a runtime, what is wrong with the others.
 
     Example
     -------
@@ -182,19 +147,18 @@ def choose_backend(
     ('torch', [])
     """
     names, reasons = candidates(backend, device), []
-    if backend != "auto":
-        return backend, []
-    device = torch.device(device)
     for name in names[:-1]:
-        reason = _why_not(name, device)
+        reason = _why_not(name, torch.device(device))
         if reason is None:
             return name, []
         reasons.append(f"{name}: {reason}")
-    warn_of_simulation(device, reasons)
-    return "torch", reasons or [f"no integer runtime for device {device}"]
+    if backend == "auto":
+        _warn_of_simulation(device, reasons)
+        reasons = reasons or [f"no integer runtime for device {device}"]
+    return names[-1], reasons
 
 
-def warn_of_simulation(
+def _warn_of_simulation(
     device: str | torch.device, reasons: Sequence[str]
 ) -> None:
     """Warn that no integer runtime is used, with the reason of each."""
@@ -204,8 +168,3 @@ def warn_of_simulation(
         device,
         f" ({'; '.join(reasons)})" if reasons else "",
     )
-
-
-def resolve_backend(backend: str, device: str | torch.device) -> str:
-    """The runtime of :func:`choose_backend` without the reasons."""
-    return choose_backend(backend, device)[0]

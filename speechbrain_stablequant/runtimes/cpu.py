@@ -32,27 +32,20 @@ PAIR_SUM_BITS = 7
 #: Number of weights that are converted to float at a time.
 _PART = 1 << 14
 
-# CPU class that remains under each value of ONEDNN_MAX_CPU_ISA.
+# Class that remains under each value of ONEDNN_MAX_CPU_ISA, and whether it
+# multiplies bfloat16.
 _CAPS = {
-    "SSE41": "avx2",
-    "AVX": "avx2",
-    "AVX2": "avx2",
-    "AVX2_VNNI": "avx_vnni",
-    "AVX2_VNNI_2": "avx_vnni",
-    "AVX512_CORE": "avx2",
-    "AVX512_CORE_VNNI": "avx512_vnni",
-    "AVX512_CORE_BF16": "avx512_vnni",
-    "AVX512_CORE_FP16": "avx512_vnni",
-    "AVX10_1_512": "avx512_vnni",
+    "SSE41": ("avx2", False),
+    "AVX": ("avx2", False),
+    "AVX2": ("avx2", False),
+    "AVX2_VNNI": ("avx_vnni", False),
+    "AVX2_VNNI_2": ("avx_vnni", True),
+    "AVX512_CORE": ("avx2", False),
+    "AVX512_CORE_VNNI": ("avx512_vnni", False),
+    "AVX512_CORE_BF16": ("avx512_vnni", True),
+    "AVX512_CORE_FP16": ("avx512_vnni", True),
+    "AVX10_1_512": ("avx512_vnni", True),
 }
-_NO_BF16 = (
-    "SSE41",
-    "AVX",
-    "AVX2",
-    "AVX2_VNNI",
-    "AVX512_CORE",
-    "AVX512_CORE_VNNI",
-)
 
 
 @dataclass(frozen=True)
@@ -71,18 +64,17 @@ class CpuClass:
 def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
     """Class of an x86 CPU, from Linux's flags and ``ONEDNN_MAX_CPU_ISA``."""
     name = "avx2"
-    if "avx_vnni" in flags:
-        name = "avx_vnni"
-    if "avx512_vnni" in flags:
-        name = "avx512_vnni"
-    if "amx_int8" in flags:
-        name = "amx"
-    bf16 = bool(flags & {"avx512_bf16", "amx_bf16"})
-    cap = cap.upper()
-    if cap in _CAPS:
-        name = min(name, _CAPS[cap], key=CLASSES.index)
-        bf16 = bf16 and cap not in _NO_BF16
-    return CpuClass(name, bf16)
+    for kind, flag in (
+        ("avx_vnni", "avx_vnni"),
+        ("avx512_vnni", "avx512_vnni"),
+        ("amx", "amx_int8"),
+    ):
+        name = kind if flag in flags else name
+    most, bf16 = _CAPS.get(cap.upper(), ("amx", True))
+    return CpuClass(
+        min(name, most, key=CLASSES.index),
+        bf16 and bool(flags & {"avx512_bf16", "amx_bf16"}),
+    )
 
 
 #: Linux's description of the processors.
@@ -129,19 +121,17 @@ def _flags() -> set[str]:
     for line in _FLAG_LINES:
         if line in lines:
             return set(lines[line].split())
-    checks = {
-        flag: getattr(torch.cpu, name, None)
+    return {
+        flag
         for flag, name in _TORCH_FLAGS.items()
+        if getattr(torch.cpu, name, bool)()
     }
-    return {flag for flag, check in checks.items() if check and check()}
 
 
 def _cap() -> str:
     """oneDNN's ISA limit, by its current or older variable name."""
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        if os.environ.get(name):
-            return os.environ[name]
-    return ""
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    return next(filter(None, map(os.environ.get, names)), "")
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,6 @@
 """The geometry of a layer: what decides which kernel computes it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.encoder_spec import AnyLayer, EncoderSpec
 from ..core.integer_layer import IntegerLayer
@@ -18,11 +17,11 @@ class Geometry:
     # products, or nothing
     then: str
     shape: tuple[int, ...]  # of the weight
-    stride: int
-    padding: int
-    dilation: int
-    groups: int
-    bias: bool
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    bias: bool = True
     weight_bits: int = 0  # 0: float
     activation_bits: int = 0  # 0: float
     offset: bool = False  # whether the input's zero point is not 0
@@ -32,15 +31,9 @@ class Geometry:
         if self.then:
             words.append(f"with {self.then}")
         words.append("x".join(map(str, self.shape)))
-        for key, usual in (
-            ("stride", 1),
-            ("padding", 0),
-            ("dilation", 1),
-            ("groups", 1),
-        ):
-            value = getattr(self, key)
-            if value != usual:
-                words.append(f"{key} {value}")
+        for key in ("stride", "padding", "dilation", "groups"):
+            if getattr(self, key) != getattr(Geometry, key):
+                words.append(f"{key} {getattr(self, key)}")
         if self.weight_bits:
             words.append(f"W{self.weight_bits}A{self.activation_bits}")
         else:
@@ -66,13 +59,7 @@ class Geometry:
 
 def geometry_of(layer: AnyLayer, place: str, then: str = "") -> Geometry:
     """The geometry of a layer that is executed."""
-    bits: dict[str, Any] = {}
-    if isinstance(layer, IntegerLayer):
-        bits = {
-            "weight_bits": layer.weight_bits,
-            "activation_bits": layer.activation_bits,
-            "offset": bool(layer.zero_point()),
-        }
+    integer = isinstance(layer, IntegerLayer)
     return Geometry(
         place,
         then,
@@ -82,30 +69,41 @@ def geometry_of(layer: AnyLayer, place: str, then: str = "") -> Geometry:
         layer.dilation,
         layer.groups,
         layer.bias is not None,
-        **bits,
+        layer.weight_bits if integer else 0,
+        layer.activation_bits if integer else 0,
+        integer and bool(layer.zero_point()),
     )
 
 
 def encoder_geometries(spec: EncoderSpec) -> dict[str, Geometry]:
     """Geometry by layer name of an encoder that is executed."""
-    found = {}
-
-    def add(layer: AnyLayer, place: str, then: str = "") -> None:
-        found[layer.name] = geometry_of(layer, place, then)
-
+    rows: list[tuple] = []
     for index, stage in enumerate(spec.convs):
-        conv = stage.conv
-        if conv.padding or conv.dilation != 1 or conv.groups != 1:
+        if not plain_windows(stage.conv):
             continue  # refused by the runtimes, in their own words
         at_once = stage.norm is None or stage.norm.over_time
         place = "front" if index else "first"
-        add(stage.conv, place, "gelu" if at_once else "")
-    add(spec.projection, "linear")
-    add(spec.pos_conv, "position")
+        rows.append((stage.conv, place, "gelu" if at_once else ""))
+    rows.append((spec.projection, "linear"))
+    rows.append((spec.pos_conv, "position"))
     for block in spec.blocks:
         for layer in (block.query, block.key, block.value):
-            add(layer, "linear", "shared")
-        add(block.out, "linear", "sum")
-        add(block.up, "linear", "gelu")
-        add(block.down, "linear", "sum")
-    return found
+            rows.append((layer, "linear", "shared"))
+        rows.append((block.out, "linear", "sum"))
+        rows.append((block.up, "linear", "gelu"))
+        rows.append((block.down, "linear", "sum"))
+    return {layer.name: geometry_of(layer, *row) for layer, *row in rows}
+
+
+def plain_windows(conv: AnyLayer) -> bool:
+    """Whether a convolution is a product with its windows alone."""
+    return not conv.padding and conv.dilation == conv.groups == 1
+
+
+def check_front(conv: AnyLayer) -> None:
+    """Raise ValueError for a convolution that no front end computes."""
+    if not plain_windows(conv):
+        raise ValueError(
+            f"{conv.name}: a feature extractor with padding, dilation or "
+            "groups is not supported; use backend: torch"
+        )

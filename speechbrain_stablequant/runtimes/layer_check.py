@@ -36,7 +36,7 @@ class UnusableRuntime(ValueError):
 
 
 class LayerRunner(Protocol):
-    """Computes single layers by the code of one runtime.
+    """Computes single layers by the code of one runtime, made of its options.
 
     Arguments
     ---------
@@ -56,19 +56,7 @@ class LayerRunner(Protocol):
         """Algorithms for a geometry, the fastest first."""
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """Compute a layer by its ``algorithm``.
-
-        Arguments
-        ---------
-        geometry : Geometry
-            The geometry.
-        trial : Trial
-            The layer and its inputs.
-
-        Returns
-        -------
-        Results
-        """
+        """Compute the layer of a trial by its ``algorithm``."""
 
 
 def exact_algorithm(
@@ -96,7 +84,8 @@ def exact_algorithm(
 
 
 class _Memory:
-    """Results of earlier checks of a runtime, stored on this machine."""
+    """Results of earlier checks of a runtime, stored on this machine:
+    [algorithm, fault of the native one] by geometry."""
 
     def __init__(self, runner: LayerRunner):
         self._key = identity(
@@ -113,7 +102,6 @@ class _Memory:
         self._store = machine_store("cpu")
 
     def known(self) -> dict[str, list[str]]:
-        """[algorithm, fault of the native one] by geometry."""
         found = self._store.read(
             self._name,
             self._key,
@@ -123,7 +111,6 @@ class _Memory:
         return found or {}
 
     def add(self, found: Mapping[str, list[str]]) -> None:
-        """Store the results of more geometries."""
         self._store.update(self._name, self._key, found, _WHAT)
 
 
@@ -149,24 +136,23 @@ def find_algorithms(
     known, fresh = memory.known(), {}
     for geometry, layer in layers.items():
         key = str(geometry)
+        wrong = f"{runner.name} computes {layer} wrongly on this CPU ({key}: "
         if key not in known:
             algorithm, reason = exact_algorithm(geometry, runner)
             if algorithm is None:
                 raise UnusableRuntime(
-                    f"backend: {runner.name} computes {layer} wrongly on this "
-                    f"CPU ({key}: {reason}); write backend: auto"
+                    f"backend: {wrong}{reason}); write backend: auto"
                 )
-            fresh[key] = [algorithm, reason]
-        algorithm, reason = fresh.get(key) or known[key]
+            known[key] = fresh[key] = [algorithm, reason]
+        algorithm, reason = known[key]
         if reason:
             _say_once(
-                f"{runner.name} computes {layer} wrongly on this CPU ({key}: "
-                f"{reason}); this layer is computed as {algorithm} instead"
+                f"{wrong}{reason}); this layer is computed as {algorithm} "
+                "instead"
             )
     if fresh:
         memory.add(fresh)
-    found = {**known, **fresh}
-    return {name: found[str(g)][0] for name, g in geometries.items()}
+    return {name: known[str(g)][0] for name, g in geometries.items()}
 
 
 @functools.cache
@@ -194,7 +180,7 @@ def heads_with_algorithms(
 
 _TRIED = "a small layer"
 
-_SMALL = Geometry("linear", "", (64, 64), 1, 0, 1, 1, True, 7, 8)
+_SMALL = Geometry("linear", "", (64, 64), weight_bits=7, activation_bits=8)
 
 
 def why_not(runner: LayerRunner) -> str | None:

@@ -4,14 +4,22 @@ Another CPU, card or library release may compute something else silently. So a
 model carries a probe: two short utterances, and what the plan's simulation in
 float32 answers. A runtime computes it once when it is made, and is not used if
 its answer differs by more than the measured tolerance.
+
+Quantized networks are chaotic: a value at a tie that rounds the other way
+changes everything after it. So the tolerance is measured: on inputs perturbed
+in their last bits, and with everything between the products rounded to
+bfloat16. The distance is taken over all values, over each channel and over
+each frame, so that one wrong row of a weight and one wrong frame are seen too.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 
-from .probe_answer import Answer, Distance
 from .probe_input import float_waves
 from .probe_networks import OWN, SEVEN_BITS, Compute, run_network
 
@@ -23,9 +31,111 @@ PLACES = {"encoder": "the encoder's output", "head": "the head's output"}
 #: Maximum number of values in a probe.
 _MOST_VALUES = 1 << 20
 
+#: Times the largest measured distance. Correct runtimes stay below 0.9 of it,
+#: also in 16 bits.
+TOTAL_FACTOR = 1.5
+
+#: Times the mean distance of a channel or row. Correct runtimes: below 1.9.
+PART_FACTOR = 2.75
+
+#: Share of the overall mean, added to the distance of a channel or row.
+PART_SHARE = 0.3
+
+#: Share of the answer's norm that is always allowed: it is stored in 16 bits.
+FLOOR = 1e-3
+
+#: Shape and dtype of the tensors beside the answers.
+_PARTS = {
+    "wave": ((2, None), torch.int16),
+    "lengths": ((2,), torch.int64),
+    "frames": ((None, 2), torch.int64),
+    "labels": ((None,), torch.int64),
+}
+
 
 class ProbeError(ValueError):
     """A runtime's answer differs from the plan's; a one-line message."""
+
+
+class Distance(NamedTuple):
+    """How far a result is from an answer."""
+
+    ratio: float  # to what is allowed
+    text: str  # in words, without the subject
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The values at one place of a network, and how far they move."""
+
+    values: torch.Tensor = field(repr=False)  # float32 [rows, channels]
+    distance: torch.Tensor  # float32 scalar: the largest measured
+    # float32 [channels] and [rows]: RMS of the distances
+    channels: torch.Tensor = field(repr=False)
+    rows: torch.Tensor = field(repr=False)
+
+    @classmethod
+    def measured(
+        cls, values: torch.Tensor, groups: list[list[torch.Tensor]]
+    ) -> "Answer":
+        """The answer whose perturbed copies are given in groups, one group
+        for each kind of perturbation; the strongest kind counts."""
+        errors = [[other - values for other in group] for group in groups]
+
+        def mean(axis: int) -> torch.Tensor:
+            squares = [
+                torch.stack([error.square().sum(axis) for error in group])
+                for group in errors
+            ]
+            return torch.stack([x.mean(0) for x in squares]).amax(0).sqrt()
+
+        largest = max(error.norm() for group in errors for error in group)
+        return cls(values, largest, mean(0), mean(1))
+
+    def compare(self, found: torch.Tensor) -> Distance:
+        """Distance of another result [rows, channels] relative to what is
+        allowed: of the whole if that fails, else of the worst part."""
+        shape = list(self.values.shape)
+        if list(found.shape) != shape:
+            return Distance(
+                math.inf, f"has shape {list(found.shape)} instead of {shape}"
+            )
+        if not found.isfinite().all():
+            return Distance(math.inf, "is not finite")
+        error, size = found - self.values, self.values.norm()
+        allowed = TOTAL_FACTOR * self.distance + FLOOR * size
+        distances = [_distance(error.norm(), allowed, size)]
+        for axis, (what, usual) in enumerate(
+            (("channel", self.channels), ("row", self.rows))
+        ):
+            sizes = self.values.square().sum(axis).sqrt()
+            off = error.square().sum(axis).sqrt()
+            allowed = PART_FACTOR * (usual + PART_SHARE * usual.mean())
+            allowed = allowed + FLOOR * sizes.square().mean().sqrt()
+            i = int((off / allowed).nan_to_num(0.0).argmax())
+            where = f" in {what} {i}"
+            distances.append(_distance(off[i], allowed[i], sizes[i], where))
+        # Report the whole rather than a part of it.
+        return next(
+            (distance for distance in distances if distance.ratio > 1),
+            max(distances, key=lambda distance: distance.ratio),
+        )
+
+
+def _distance(
+    off: torch.Tensor,
+    allowed: torch.Tensor,
+    size: torch.Tensor,
+    where: str = "",
+) -> Distance:
+    """Distance ``off`` where ``allowed`` is tolerated, as percentages of
+    ``size``."""
+    percent, limit = (
+        f"{100 * float(x) / max(float(size), 1e-30):.3g} %"
+        for x in (off, allowed)
+    )
+    ratio = float(off) / max(float(allowed), 1e-30)
+    return Distance(ratio, f"is off by {percent}{where}, {limit} is allowed")
 
 
 @dataclass(frozen=True)
@@ -40,9 +150,8 @@ class Probe:
     # int64 [rows]: frame of each row of the head's answers, in the first
     # utterance: padding changes what a head sees in the other
     labels: torch.Tensor = field(repr=False)
-    # by form of the weights (OWN, SEVEN_BITS), then by place ("encoder",
-    # "head")
-    answers: dict[str, dict[str, Answer]]
+    # by form of the weights (OWN, SEVEN_BITS), then by place
+    answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
 
     def compare(
         self, compute: Compute, form: str, device: str | torch.device
@@ -50,12 +159,12 @@ class Probe:
         """Distance by place of a runtime's results, the encoder's output
         first."""
         answers = self.answers.get(form) or self.answers[OWN]
-        hidden, labels = run_network(
-            compute, float_waves(self.wave), self.lengths, torch.device(device)
+        found = self.places(
+            *run_network(compute, float_waves(self.wave), self.lengths, device)
         )
         return {
-            place: answers[place].compare(found)
-            for place, found in self.places(hidden, labels).items()
+            place: answers[place].compare(values)
+            for place, values in found.items()
             if place in answers
         }
 
@@ -89,44 +198,37 @@ class Probe:
         for form, places in self.answers.items():
             for place, answer in places.items():
                 for part in fields(Answer):
-                    name = f"{form}.{place}.{part.name}"
-                    named[name] = getattr(answer, part.name)
-        return {
-            f"{PREFIX}{name}": _stored(name, x) for name, x in named.items()
-        }
+                    x = getattr(answer, part.name).cpu()
+                    if part.name == "values" and x.half().isfinite().all():
+                        x = x.half()
+                    named[f"{form}.{place}.{part.name}"] = x
+        return {f"{PREFIX}{name}": x.contiguous() for name, x in named.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Probe":
         """The inverse of :meth:`tensors`; ValueError if these are not a
         probe."""
-        left = {
-            name.removeprefix(PREFIX): tensor
-            for name, tensor in tensors.items()
+        left = {name.removeprefix(PREFIX): x for name, x in tensors.items()}
+        parts = {
+            key: _take(left, key, shape, dtype)
+            for key, (shape, dtype) in _PARTS.items()
         }
-        shapes = {"wave": (2, None), "lengths": (2,)}
-        shapes |= {"frames": (None, 2), "labels": (None,)}
-        parts = {key: _take(left, key, shapes[key]) for key in _PARTS}
-        rows = {"encoder": len(parts["frames"]), "head": len(parts["labels"])}
-        answers: dict[str, dict[str, Answer]] = {}
-        for name in sorted(left):
-            form, place, part = (*name.split("."), "", "")[:3]
-            if form not in (OWN, SEVEN_BITS) or place not in rows:
-                raise ValueError(f"the probe has no part '{name}'")
-            if part == "values":
-                count = rows[place]
-                values = _take(left, name, (count, None)).float()
+        probe = cls(**parts)
+        rows = {"encoder": len(probe.frames), "head": len(probe.labels)}
+        for form, place in itertools.product((OWN, SEVEN_BITS), PLACES):
+            start, count = f"{form}.{place}.", rows[place]
+            if f"{start}values" in left:
+                values = _take(left, f"{start}values", (count, None)).float()
                 shapes = {"distance": (), "rows": (count,)}
                 shapes["channels"] = (values.shape[1],)
-                answers.setdefault(form, {})[place] = Answer(
-                    values,
-                    **{
-                        key: _take(left, f"{form}.{place}.{key}", shape)
-                        for key, shape in shapes.items()
-                    },
-                )
-        if left or "encoder" not in answers.get(OWN, {}):
+                others = {
+                    key: _take(left, f"{start}{key}", shape)
+                    for key, shape in shapes.items()
+                }
+                places = probe.answers.setdefault(form, {})
+                places[place] = Answer(values, **others)
+        if left or "encoder" not in probe.answers.get(OWN, {}):
             raise ValueError("the probe is not complete")
-        probe = cls(answers=answers, **parts)
         probe._check()
         return probe
 
@@ -134,26 +236,18 @@ class Probe:
         """Raise ValueError if an index is out of range or a value not
         finite."""
         samples = self.wave.shape[1]
-        good = bool((self.lengths > 0).all())
-        good = good and int(self.lengths.max()) == samples
+        good = [self.lengths > 0, self.lengths.max() == samples]
         for index, end in (
             (self.frames[:, 0], 2),
             (self.frames[:, 1], samples),
             (self.labels, samples),
         ):
-            good = good and bool(((index >= 0) & (index < end)).all())
+            good += [index >= 0, index < end]
         for places in self.answers.values():
             for answer in places.values():
-                for part in fields(Answer):
-                    values = getattr(answer, part.name)
-                    good = good and bool(values.isfinite().all())
-        if not good:
+                good += [x.isfinite() for x in vars(answer).values()]
+        if not all(x.all() for x in good):
             raise ValueError("the probe is not consistent")
-
-
-_PARTS = ("wave", "lengths", "frames", "labels")
-
-_DTYPES = {"wave": torch.int16}
 
 
 def check_size(tensors: Iterable[torch.Tensor]) -> None:
@@ -162,18 +256,14 @@ def check_size(tensors: Iterable[torch.Tensor]) -> None:
         raise ValueError("the probe has too many values")
 
 
-def _stored(name: str, x: torch.Tensor) -> torch.Tensor:
-    x = x.detach().cpu()
-    if name.endswith(".values"):
-        half = x.half()
-        x = half if half.isfinite().all() else x
-    return x.contiguous()
-
-
 def _take(
-    left: dict[str, torch.Tensor], name: str, shape: tuple[int | None, ...]
+    left: dict[str, torch.Tensor],
+    name: str,
+    shape: tuple[int | None, ...],
+    *dtypes: torch.dtype,
 ) -> torch.Tensor:
-    """Take out a tensor after checking its shape and dtype."""
+    """Take out a tensor after checking its shape and dtype, by default that of
+    an answer."""
     x = left.pop(name, None)
     if x is None:
         raise ValueError(f"the probe has no part '{name}'")
@@ -181,8 +271,7 @@ def _take(
         size in (None, found)
         for size, found in zip(shape, x.shape, strict=True)
     )
-    floats = (torch.float16, torch.float32)
-    expected = (_DTYPES.get(name, torch.int64),) if name in _PARTS else floats
+    expected = dtypes or (torch.float16, torch.float32)
     if not fits or x.dtype not in expected or 0 in x.shape:
         raise ValueError(f"the probe's part '{name}' is {list(x.shape)}")
     return x

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..core.integer_layer import IntegerLayer
 from ..model.layers import Encoder, find_encoders
-from .probe import PLACES, Probe
-from .probe_answer import Answer
+from .probe import PLACES, Answer, Probe
 from .probe_input import float_waves, utterances
 from .probe_networks import (
     OWN,
@@ -45,7 +44,6 @@ def make_probe(
     output is not finite.
     """
     wave, lengths = utterances(rate)
-    device = torch.device(device)
     every = torch.tensor(
         [
             (i, t)
@@ -53,17 +51,18 @@ def make_probe(
             for t in range(frames(count))
         ]
     )
-    probe = Probe(wave, lengths, every, torch.arange(0), {})
+    probe = None
     for form, compute in forms.items():
-        wavs = float_waves(wave)
-        hidden, labels = run_network(compute, wavs, lengths, device)
-        if not probe.answers:
-            probe = _with_rows(probe, hidden, labels)
-        values = probe.places(hidden, labels)
-        groups = [
-            [probe.places(*part) for part in group]
-            for group in _disturbed(compute, modules, wavs, lengths, device)
-        ]
+        outputs = run_network(compute, float_waves(wave), lengths, device)
+        if probe is None:
+            hidden, labels = outputs
+            rows = every[_spread(len(every), hidden.shape[2], "encoder")]
+            picked = torch.arange(0)
+            if labels is not None:
+                picked = _spread(*labels.shape[1:], "head")
+            probe = Probe(wave, lengths, rows, picked)
+        values = probe.places(*outputs)
+        groups = _disturbed(probe, compute, modules, device)
         for place, value in values.items():
             if not value.isfinite().all():
                 raise ValueError(
@@ -79,21 +78,9 @@ def make_probe(
     return probe
 
 
-def _with_rows(
-    probe: Probe, hidden: torch.Tensor, labels: torch.Tensor | None
-) -> Probe:
-    """The probe with as many rows as fit into a file."""
-    chosen = _spread(len(probe.frames), hidden.shape[2], "encoder")
-    picked = torch.arange(0)
-    if labels is not None:
-        picked = _spread(labels.shape[1], labels.shape[2], "head")
-    return Probe(
-        probe.wave, probe.lengths, probe.frames[chosen], picked, probe.answers
-    )
-
-
 def _spread(rows: int, channels: int, place: str) -> torch.Tensor:
-    """Evenly spaced rows from the first to the last."""
+    """Evenly spaced rows from the first to the last, as many as fit into a
+    file."""
     count = min(rows, max(_MOST_BYTES[place] // (2 * channels), 2))
     return (
         torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long()
@@ -101,34 +88,28 @@ def _spread(rows: int, channels: int, place: str) -> torch.Tensor:
 
 
 def _disturbed(
+    probe: Probe,
     compute: Compute,
     modules: Mapping[str, nn.Module],
-    wavs: torch.Tensor,
-    lengths: torch.Tensor,
-    device: torch.device,
-) -> list[list[tuple[torch.Tensor, torch.Tensor | None]]]:
-    """Outputs for perturbed inputs, and outputs with rounding inside."""
+    device: str | torch.device,
+) -> list[list[dict[str, torch.Tensor]]]:
+    """Values by place for perturbed inputs, and with rounding inside."""
+    wavs = float_waves(probe.wave)
+
+    def computed(many: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        copies = len(many) // len(wavs)
+        lengths = probe.lengths.repeat(copies)
+        hidden, labels = run_network(compute, many, lengths, device)
+        heads = [None] * copies if labels is None else labels.chunk(copies)
+        return list(map(probe.places, hidden.chunk(copies), heads))
+
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(
         (DISTURBED, *wavs.shape), generator=generator, device="cpu"
     )
-    many = (wavs * (1 + DISTURBANCE * noise)).flatten(0, 1)
-    out = run_network(compute, many, lengths.repeat(DISTURBED), device)
-    groups = [list(_parts(out, len(wavs)))]
-    many = wavs.repeat(ROUNDED, 1)
+    groups = [computed((wavs * (1 + DISTURBANCE * noise)).flatten(0, 1))]
     with rounded_outputs(modules, generator):
-        out = run_network(compute, many, lengths.repeat(ROUNDED), device)
-    return [*groups, list(_parts(out, len(wavs)))]
-
-
-def _parts(
-    outputs: tuple[torch.Tensor, torch.Tensor | None], count: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Split a batch into its pairs of utterances."""
-    hidden, labels = outputs
-    for start in range(0, len(hidden), count):
-        rows = slice(start, start + count)
-        yield hidden[rows], None if labels is None else labels[rows]
+        return [*groups, computed(wavs.repeat(ROUNDED, 1))]
 
 
 @contextmanager
@@ -141,7 +122,7 @@ def rounded_outputs(
     unit = torch.finfo(torch.bfloat16).eps / 2
 
     def rounded(value: Any) -> Any:
-        if isinstance(value, tuple) and type(value) is tuple:
+        if type(value) is tuple:
             return tuple(map(rounded, value))
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
@@ -149,13 +130,12 @@ def rounded_outputs(
         chance = chance.mul_(2).sub_(1).mul_(unit).add_(1)
         return (value * chance.to(value.device)).bfloat16().float()
 
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        return rounded(output)
-
     with ExitStack() as stack:
         for module in modules.values():
             for part in module.modules():
-                handle = part.register_forward_hook(hook)
+                handle = part.register_forward_hook(
+                    lambda module, args, output: rounded(output)
+                )
                 stack.callback(handle.remove)
         yield
 

@@ -13,7 +13,7 @@ from ..core.layer_quant import LayerQuant
 from ..model.layers import Encoder, Layer
 from ..utils.precision import plain_float32
 from .base import shadowed_forwards
-from .cpu import CpuClass, executed_layer
+from .cpu import narrowed
 from .probe_input import float_waves, utterances
 
 #: From float32 [batch, samples] and relative lengths [batch] to the encoder's
@@ -30,29 +30,18 @@ OWN, SEVEN_BITS = "own", "seven"
 _LEAST_RANGE = 1e-6
 
 
-@contextmanager
-def _undisturbing(wavs: torch.Tensor) -> Iterator[None]:
-    """Context without side effects: no gradients, the random state
-    preserved, float32 whatever precision the recipe uses."""
-    cuda = [wavs.device] if wavs.is_cuda else []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(cuda),
-        plain_float32(wavs),
-    ):
-        yield
-
-
 def run_network(
     compute: Compute,
     wavs: torch.Tensor,
     lengths: torch.Tensor,
-    device: torch.device,
+    device: str | torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A network's outputs, float32 on the CPU."""
+    """A network's outputs, float32 on the CPU; without gradients, in float32
+    whatever precision the recipe uses, the random state preserved."""
     wavs = wavs.to(device)
     relative = (lengths / wavs.shape[1]).to(device)
-    with _undisturbing(wavs):
+    cuda = [wavs.device] if wavs.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(cuda), plain_float32(wavs):
         hidden, labels = compute(wavs, relative)
         return (
             hidden.float().cpu(),
@@ -82,13 +71,12 @@ def chain(
     """A runtime's computation of an encoder's wrapper (its ``model`` is the
     encoder) and the heads after it."""
     wrapper, *heads = parts.values()
-    model = wrapper.model
 
     def compute(
         wavs: torch.Tensor, relative: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kept = []
-        handle = model.register_forward_hook(
+        handle = wrapper.model.register_forward_hook(
             lambda module, args, output: kept.append(output.last_hidden_state)
         )
         try:
@@ -122,26 +110,6 @@ def encoder_alone(
     return compute
 
 
-@contextmanager
-def _observed(
-    layers: Iterable[Layer], ranges: dict[str, float]
-) -> Iterator[None]:
-    """Context that records the largest magnitude of each layer's input."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
-        def note(module: nn.Module, args: tuple) -> None:
-            found = float(args[0].abs().max())
-            ranges[name] = max(ranges.get(name, 0.0), found)
-
-        return note
-
-    with ExitStack() as stack:
-        for layer in layers:
-            handle = layer.module.register_forward_pre_hook(hook(layer.name))
-            stack.callback(handle.remove)
-        yield
-
-
 def quick_integers(
     encoder: Encoder,
     layers: Iterable[Layer],
@@ -154,14 +122,23 @@ def quick_integers(
     activations."""
     inside = [x for x in layers if x.name.startswith(f"{encoder.path}.")]
     ranges: dict[str, float] = {}
+
+    def observe(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            found = float(args[0].abs().max())
+            ranges[name] = max(ranges.get(name, _LEAST_RANGE), found)
+
+        return hook
+
     wave, lengths = utterances(rate)
-    with _observed(inside, ranges):
-        alone = encoder_alone(encoder.model, {})
-        run_network(alone, float_waves(wave), lengths, torch.device(device))
+    alone = encoder_alone(encoder.model, {})
+    with ExitStack() as stack:
+        for x in inside:
+            handle = x.module.register_forward_pre_hook(observe(x.name))
+            stack.callback(handle.remove)
+        run_network(alone, float_waves(wave), lengths, device)
     return {
-        x.name: integer_layer(
-            x, LayerQuant(*bits, max(ranges[x.name], _LEAST_RANGE))
-        ).to("cpu")
+        x.name: integer_layer(x, LayerQuant(*bits, ranges[x.name])).to("cpu")
         for x in inside
         if x.name in ranges
     }
@@ -172,10 +149,7 @@ def weight_forms(
 ) -> dict[str, dict[str, IntegerLayer]]:
     """The integers that runtimes may execute, by form and layer name;
     ``SEVEN_BITS`` only where it differs from ``OWN``."""
-    seven = {
-        name: executed_layer(layer, CpuClass("avx2"))
-        for name, layer in integers.items()
-    }
+    seven = {name: narrowed(layer) for name, layer in integers.items()}
     forms = {OWN: dict(integers)}
     if any(seven[name] is not layer for name, layer in integers.items()):
         forms[SEVEN_BITS] = seven

@@ -1,119 +1,91 @@
-"""The registry of runtimes.
+"""The registry of runtimes, and the check of their options.
 
-A runtime is a module with ``make_executor(spec, **options)`` for a whole
-encoder and ``make_layer(layer)`` for a layer outside of it (a head), and one
-line in ``RUNTIMES``. Modules are imported on first use, so that no optional
-package is needed before.
+A runtime is a module with a ``RUNTIME``, and one line in ``RUNTIMES``.
 """
 
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..utils.files import code_identity
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """One row of the registry.
-
-    Arguments
-    ---------
-    encoder : str or None
-        ``"module:function"`` that makes an EncoderExecutor of an
-        EncoderSpec, relative to this package; None: layer by layer.
-    layer : str
-        ``"module:function"`` that makes a LayerExecutor of an IntegerLayer.
-    trial : str or None
-        ``"module:function"`` that makes a LayerRunner of the executor's
-        options, by which layers are compared with exact arithmetic; None for
-        a runtime that is tried otherwise.
-    layer_trial : str or None
-        The same for layers outside of an encoder.
-    device : str or None
-        Type of the device that it runs on; None for any.
-    needs : tuple of str
-        Python packages that have to be there.
-    install : str
-        What to install if they are not.
-    pair_sums : bool
-        Whether it multiplies by CPU kernels that saturate sums of two
-        products on a CPU without VNNI.
-    streams : bool
-        Whether it takes in layers whose weights are still in their file, and
-        reads one after the other.
-    fork_safe : bool
-        Whether what was built in a process also computes in its forked
-        children; otherwise a child builds its own.
-    """
-
-    encoder: str | None
-    layer: str
-    trial: str | None = None
-    layer_trial: str | None = None
-    device: str | None = None
-    needs: tuple[str, ...] = ()
-    install: str = ""
-    pair_sums: bool = False
-    streams: bool = False
-    fork_safe: bool = False
-
-
-_TORCH_INT8_LAYER = "torch_int8.layer:make_layer"
-
-_TORCH_INT8_TRIAL = "torch_int8.trial:make_runner"
+from ..utils.typed import typed, unknown_key
+from . import onnx_, openvino_, simulated, torch_int8, triton
+from .base import Runtime
 
 RUNTIMES: dict[str, Runtime] = {
-    "torch": Runtime(None, "simulated:make_layer", fork_safe=True),
-    "torch_int8": Runtime(
-        "torch_int8.executor:make_executor",
-        _TORCH_INT8_LAYER,
-        _TORCH_INT8_TRIAL,
-        _TORCH_INT8_TRIAL,
-        "cpu",
-        pair_sums=True,
-        streams=True,
-        fork_safe=True,
-    ),
-    "openvino": Runtime(
-        "openvino_:make_executor",
-        _TORCH_INT8_LAYER,
-        "openvino_.trial:make_runner",
-        _TORCH_INT8_TRIAL,
-        "cpu",
-        ("openvino",),
-        "speechbrain_stablequant[cpu]",
-        pair_sums=True,
-        streams=True,
-    ),
-    "onnx": Runtime(
-        "onnx_.executor:make_executor",
-        _TORCH_INT8_LAYER,
-        "onnx_.trial:make_runner",
-        _TORCH_INT8_TRIAL,
-        "cpu",
-        ("onnx", "onnxruntime"),
-        "speechbrain_stablequant[onnx]",
-        pair_sums=True,
-    ),
-    "triton": Runtime(
-        "triton:make_executor",
-        "triton:make_layer",
-        None,
-        None,
-        "cuda",
-        ("triton",),
-        "triton",
-    ),
+    "torch": simulated.RUNTIME,
+    "torch_int8": torch_int8.RUNTIME,
+    "openvino": openvino_.RUNTIME,
+    "onnx": onnx_.RUNTIME,
+    "triton": triton.RUNTIME,
+}
+
+#: The integer runtimes that ``backend: auto`` chooses from, by device type,
+#: the first one first.
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("openvino", "torch_int8"),
+    "cuda": ("triton",),
 }
 
 
 def load_function(reference: str) -> Callable[..., Any]:
+    """The function or class of a reference in a :class:`.base.Runtime`."""
     module, _, function = reference.partition(":")
     return getattr(importlib.import_module(f".{module}", __package__), function)
+
+
+def option_names(backend: str) -> list[str]:
+    """Options of a backend; of all runtimes it may choose for ``auto``."""
+    names = [f.name for kind in _kinds(backend) for f in fields(kind)]
+    return list(dict.fromkeys(names))
+
+
+def check_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A backend's ``backend_options``, after a check of their names, types and
+    values.
+
+    Example
+    -------
+    >>> check_options("auto", {"threads": 2, "dtype": "bfloat16"})
+    {'threads': 2, 'dtype': 'bfloat16'}
+    >>> check_options("openvino", {"thread": 2})
+    Traceback (most recent call last):
+    ValueError: backend_options.thread: unknown key; did you mean 'threads'?
+    """
+    rows = dict(typed(options, dict, "backend_options"))
+    known = option_names(backend)
+    for name in rows:
+        if name not in known:
+            reason = unknown_key(name, known)
+            raise ValueError(
+                f"backend_options.{name}: "
+                f"{reason if known else f'backend {backend} has no options'}"
+            )
+    for kind in _kinds(backend):
+        names = {f.name for f in fields(kind)}
+        own = {name: value for name, value in rows.items() if name in names}
+        typed(own, kind, "backend_options")
+    return rows
+
+
+def select_options(runtime: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the chosen runtime takes, without those of other
+    runtimes that ``auto`` might have chosen."""
+    names = option_names(runtime)
+    return {name: v for name, v in options.items() if name in names}
+
+
+def _kinds(backend: str) -> list[type]:
+    if backend == "auto":
+        return [RUNTIMES[n].options for names in AUTO.values() for n in names]
+    if backend not in RUNTIMES:
+        raise ValueError(
+            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
+        )
+    return [RUNTIMES[backend].options]
 
 
 @functools.cache

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer, simulate
-from .base import modules_by_name
+from .base import Runtime, modules_by_name
+
+RUNTIME = Runtime(layer="simulated:make_layer", fork_safe=True)
 
 
 def make_layer(

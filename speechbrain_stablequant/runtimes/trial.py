@@ -19,6 +19,9 @@ from .geometry import Geometry
 #: Output frames of each trial.
 ROWS = (50, 500)
 
+#: Scale of the inputs; not 1, so that a missing scale is detected.
+_STEP = 2.0**-3
+
 #: Bits of weights and inputs of a float layer: bfloat16 holds them exactly.
 _FLOAT_BITS = 8
 
@@ -55,10 +58,11 @@ def _integers(
     made = (bits >> (7 - limit.bit_length())).clamp_(-limit, limit)
     made = made.view(*shape)
     rows = made.flatten(1)
+    step = max(len(rows) // 4, 3)
     for start, value in ((0, limit), (1, -limit), (2, limit)):
-        rows[start :: max(len(rows) // 4, 3)] = value
+        rows[start::step] = value
     # Both ends alternate.
-    rows[2 :: max(len(rows) // 4, 3), ::2] = -limit
+    rows[2::step, ::2] = -limit
     return made
 
 
@@ -68,21 +72,20 @@ def _scales(geometry: Geometry, in_limit: int, limit: int) -> torch.Tensor:
     outputs, *window = geometry.shape
     usual = in_limit * limit / 3 * math.sqrt(math.prod(window))
     base = 2.0 ** -round(math.log2(max(usual, 1.0)))
-    return base * 2.0 ** (torch.arange(outputs) * 3 % 5 - 2).float()
+    return base * 2.0 ** (torch.arange(outputs) * 3 % 5 - 2).float() / _STEP
 
 
-def make_trial(
-    geometry: Geometry, half: bool = False, rows: Sequence[int] = ROWS
-) -> Trial:
+def make_trial(geometry: Geometry, half: bool = False) -> Trial:
     """A layer of a geometry and inputs, always the same; ``half``: inputs
     must be exact in bfloat16."""
     generator = torch.Generator("cpu").manual_seed(17)
-    bits = geometry.weight_bits or _FLOAT_BITS
+    integer = geometry.weight_bits > 0
     in_bits = geometry.activation_bits or _FLOAT_BITS
-    limit, in_limit = qmax(bits), qmax(in_bits)
+    limit = qmax(geometry.weight_bits or _FLOAT_BITS)
+    in_limit = qmax(in_bits)
     weight = _integers(geometry.shape, limit, generator)
     scale = _scales(geometry, in_limit, limit)
-    outputs = geometry.shape[0]
+    outputs, width = geometry.shape[0], geometry.shape[1] * geometry.groups
     bias = None
     if geometry.bias:
         bias = torch.randint(-9, 10, (outputs,), generator=generator) / 8
@@ -95,33 +98,28 @@ def make_trial(
         "dilation": geometry.dilation,
         "groups": geometry.groups,
     }
-    # Not 1, so that a missing scale is detected.
-    step = 2.0**-3
     zero = 0
-    if geometry.weight_bits:
+    if integer:
         zero = -max(in_limit * 7 // 8, 1) if geometry.offset else 0
         layer = IntegerLayer(
             weight=weight,
-            weight_scale=scale / step,
-            weight_bits=bits,
-            activation_scale=torch.tensor([step]),
+            weight_scale=scale,
+            weight_bits=geometry.weight_bits,
+            activation_scale=torch.tensor([_STEP]),
             activation_bits=in_bits,
-            activation_offset=-zero * step,
+            activation_offset=-zero * _STEP,
             **common,
         )
     else:
-        shape = (-1, *[1] * (weight.dim() - 1))
-        layer = FloatLayer(
-            weight=weight.float() * (scale / step).view(shape), **common
-        )
+        scale = scale.view(-1, *[1] * (weight.dim() - 1))
+        layer = FloatLayer(weight=weight.float() * scale, **common)
     inputs, others = [], []
-    for count in rows:
-        width = geometry.shape[1] * geometry.groups
+    for count in ROWS:
         length = geometry.inputs(count)
         q = _integers((length, width), in_limit, generator)
-        x = (q.float() - zero) * step
-        if geometry.weight_bits:
-            x = _beside(x, step, zero, in_limit, half, generator)
+        x = (q.float() - zero) * _STEP
+        if integer:
+            x = _beside(x, zero, in_limit, half, generator)
         inputs.append(x[None])
         if geometry.place == "position":
             count = min(count, length)
@@ -134,7 +132,6 @@ def make_trial(
 
 def _beside(
     x: torch.Tensor,
-    step: float,
     zero: int,
     limit: int,
     half: bool,
@@ -143,11 +140,9 @@ def _beside(
     """Inputs beyond the grid and, in float32, between its points, so that
     wrong clipping or rounding is detected."""
     chance = torch.rand(x.shape, generator=generator)
-    x = torch.where(chance < 0.01, (2 * limit - zero) * step, x)
-    x = torch.where(chance > 0.99, (-2 * limit - zero) * step, x)
-    if not half:
-        x = x + (chance - 0.5) * 0.6 * step
-    return x
+    x = torch.where(chance < 0.01, (2 * limit - zero) * _STEP, x)
+    x = torch.where(chance > 0.99, (-2 * limit - zero) * _STEP, x)
+    return x if half else x + (chance - 0.5) * 0.6 * _STEP
 
 
 def _compared(rows: int) -> torch.Tensor:
@@ -170,18 +165,17 @@ def _exact_product(
     """Rows of the product of integers [time, in], float64 [rows, out]."""
     if not geometry.is_conv:
         return x[rows] @ weight.double().T
-    x = F.pad(x, (0, 0, geometry.padding, geometry.padding))
-    taps = torch.arange(geometry.shape[2]) * geometry.dilation
-    index = (rows[:, None] * geometry.stride + taps).flatten()
-    width = geometry.shape[1]
-    size = geometry.shape[0] // geometry.groups
-    parts = []
-    for group in range(geometry.groups):
-        own = x[:, group * width : (group + 1) * width]
-        windows = own[index].view(len(rows), -1)
-        taken = weight[group * size : (group + 1) * size].double()
-        parts.append(windows @ taken.transpose(1, 2).flatten(1).T)
-    return torch.cat(parts, 1)
+    x = F.pad(x.T, (geometry.padding, geometry.padding))
+    reach = geometry.dilation * (geometry.shape[2] - 1) + 1
+    windows = x.unfold(1, reach, geometry.stride)
+    windows = windows[:, rows, :: geometry.dilation].transpose(0, 1)
+    parts = zip(
+        windows.chunk(geometry.groups, 1),
+        weight.chunk(geometry.groups),
+        strict=True,
+    )
+    products = [x.flatten(1) @ own.double().flatten(1).T for x, own in parts]
+    return torch.cat(products, 1)
 
 
 class Expected(NamedTuple):
@@ -197,34 +191,25 @@ def expected_results(
 ) -> list[Expected]:
     """Exact results for each input of a trial; ``half``: results are
     bfloat16."""
-    layer = trial.layer
-    scale, zero, limit, share = None, 0, math.inf, 0.0
+    layer, weight = trial.layer, trial.layer.weight
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    zero, limit, scale, share = 0, math.inf, _STEP, 0.0
+    furthest = trial.inputs[0].abs().max().double()
     if isinstance(layer, IntegerLayer):
-        step, zero = float(layer.activation_scale), layer.zero_point()
-        limit = qmax(layer.activation_bits)
-        weight, scale = layer.weight, step * layer.weight_scale.double()
+        zero, limit = layer.zero_point(), qmax(layer.activation_bits)
+        scale = _STEP * layer.weight_scale.double()
         furthest = (127 + 128 + abs(zero)) * scale
         # The zero point's share of the sums, which may be rounded like any
         # other number.
         sums = weight.flatten(1).sum(1, dtype=torch.int64).abs()
         share = (128 + abs(zero)) * scale * sums
-    else:
-        weight = layer.weight
-        step, furthest = 1.0, trial.inputs[0].abs().max().double()
-    bias = 0.0 if layer.bias is None else layer.bias.double()
     # Bound by the partial sums, not only by their result.
     rounding = furthest * weight.flatten(1).abs().sum(1, dtype=torch.float64)
     results = []
     for x, other in zip(trial.inputs, trial.others, strict=True):
         rows = _compared(other.shape[1])
-        q = (
-            (x[0].double() / step + zero).round_()
-            if scale is not None
-            else x[0]
-        )
-        q = q.double().clamp_(-limit, limit) - zero
-        product = _exact_product(geometry, weight, q, rows)
-        product = product if scale is None else product * scale
+        q = (x[0].double() / _STEP + zero).round_().clamp_(-limit, limit) - zero
+        product = _exact_product(geometry, weight, q, rows) * scale
         values = product + bias
         bound = _ROUNDING * rounding.expand_as(values)
         if half:

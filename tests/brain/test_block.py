@@ -6,7 +6,7 @@ import pytest
 
 from speechbrain_stablequant.brain.block import read_block, variant_configs
 from speechbrain_stablequant.config import ConfigError
-from speechbrain_stablequant.runtimes.options import OPTIONS
+from speechbrain_stablequant.runtimes.registry import RUNTIMES
 
 BAD = {
     "typo": ("openvino", {"thread": 2}, ["thread: unknown", "'threads'"]),
@@ -76,7 +76,7 @@ def test_a_variant_keeps_what_its_runtime_knows():
         read_block({"variants": [wrong]})
 
 
-@pytest.mark.parametrize("backend", ["auto", *OPTIONS])
+@pytest.mark.parametrize("backend", ["auto", *RUNTIMES])
 def test_backends(backend):
     assert read_block({"backend": backend}).backend == backend
 

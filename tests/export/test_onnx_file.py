@@ -32,9 +32,10 @@ from speechbrain_stablequant.model.rotation import (
     random_rotation,
 )
 from speechbrain_stablequant.model.wrapper import StoredEncoder
+from speechbrain_stablequant.runtimes.algorithms import window_rows
 from speechbrain_stablequant.runtimes.cpu import cpu_class, executed_integers
 from speechbrain_stablequant.runtimes.onnx_ import model as export_model
-from speechbrain_stablequant.runtimes.onnx_.encoder import tap_major, unfold
+from speechbrain_stablequant.runtimes.onnx_.encoder import unfold
 from speechbrain_stablequant.runtimes.onnx_.graph import Graph
 from speechbrain_stablequant.runtimes.onnx_.head import describe_head
 from speechbrain_stablequant.runtimes.onnx_.model import export_onnx
@@ -190,7 +191,7 @@ def test_unfolding_is_the_convolution(kernel, stride):
     for samples in range(kernel, kernel + 2 * stride):
         graph = Graph()
         rows = unfold(graph, graph.name("x"), layer)
-        graph.product(rows, layer, tap_major(weight))
+        graph.product(rows, layer, window_rows(weight).t())
         x = torch.randn(2, samples, 5)
         out = run_graph(graph, x=x).transpose(1, 2)
         expected = apply_layer(layer, x.transpose(1, 2))

@@ -13,9 +13,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(recipe))
     import train
 
-    from speechbrain_stablequant.runtimes import openvino_
+    from speechbrain_stablequant.runtimes.openvino_ import executor
 
-    make_executor = openvino_.make_executor
+    make_executor = executor.OpenVINOExecutor
 
     def make_wrong(spec, **options):
         """The executor of another encoder."""
@@ -24,5 +24,5 @@ if __name__ == "__main__":
         blocks = (replace(block, down=down), *spec.blocks[1:])
         return make_executor(replace(spec, blocks=blocks), **options)
 
-    openvino_.make_executor = make_wrong
+    executor.OpenVINOExecutor = make_wrong
     train.run(*train.prepare(sys.argv[1:]))

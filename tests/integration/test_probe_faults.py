@@ -17,10 +17,10 @@ from speechbrain_stablequant.folder.weights_file import (
 )
 from speechbrain_stablequant.runtimes.probe import ProbeError
 
-MODULES = {
-    "openvino": "openvino_",
-    "torch_int8": "torch_int8.executor",
-    "onnx": "onnx_.executor",
+EXECUTORS = {
+    "openvino": "openvino_.executor:OpenVINOExecutor",
+    "torch_int8": "torch_int8.executor:TorchInt8Executor",
+    "onnx": "onnx_.executor:OnnxExecutor",
 }
 LINE = "computes something else on this machine: the encoder's output is off by"
 SCRIPT = Path(__file__).resolve().parent / "faulty_recipe.py"
@@ -48,16 +48,18 @@ def break_runtime(monkeypatch):
     """Puts a fault into what a runtime makes of an encoder."""
 
     def do(backend, change=twice_a_scale):
-        name = f"speechbrain_stablequant.runtimes.{MODULES[backend]}"
+        name, _, executor = EXECUTORS[backend].partition(":")
         if backend != "torch_int8":
             pytest.importorskip(backend.replace("onnx", "onnxruntime"))
-        module = importlib.import_module(name)
-        make = module.make_executor
+        module = importlib.import_module(
+            f"speechbrain_stablequant.runtimes.{name}"
+        )
+        make = getattr(module, executor)
 
         def make_wrong(spec, **options):
             return make(change(spec), **options)
 
-        monkeypatch.setattr(module, "make_executor", make_wrong)
+        monkeypatch.setattr(module, executor, make_wrong)
 
     return do
 
@@ -75,7 +77,7 @@ def lines_with(caplog, word) -> list[str]:
 # -- a recognizer --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", MODULES)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_a_named_runtime_raises(folder, break_runtime, backend):
     break_runtime(backend)
     recognizer = tiny_folder.load(folder, backend)

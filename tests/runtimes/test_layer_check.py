@@ -88,14 +88,14 @@ def empty_memory(monkeypatch, tmp_path) -> Path:
 
 
 def make_geometry(place, shape, then="", bits=(WIDE, 8), **other) -> Geometry:
-    usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    weight_bits, activation_bits = bits
     return Geometry(
         place,
         then,
         shape,
-        weight_bits=bits[0],
-        activation_bits=bits[1],
-        **{**usual, "bias": True, **other},
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        **other,
     )
 
 
@@ -292,14 +292,13 @@ def break_native(monkeypatch, backend, fault, wrong=lambda shape: True):
 
         stored = Graph.weight
 
-        def weight(self, layer, weight, axis, scale=None):
+        def weight(self, layer, weight, axis):
             native = layer.algorithm == NATIVE
             if native and wrong(tuple(layer.weight.shape)):
-                if scale is None:
-                    scale = layer.weight_scale
-                scale = scale * factor
+                scale = layer.weight_scale * factor
+                layer = replace(layer, weight_scale=scale)
                 weight = damage(weight.movedim(axis, 0)).movedim(0, axis)
-            return stored(self, layer, weight, axis, scale)
+            return stored(self, layer, weight, axis)
 
         monkeypatch.setattr(Graph, "weight", weight)
 
@@ -386,7 +385,8 @@ def packed_shapes(shape, groups) -> set[tuple[int, ...]]:
     """The shapes that the weights of a geometry have where they are packed."""
     outputs, *window = shape
     flat = (outputs // groups, math.prod(window))
-    return {shape, flat, (3 * outputs, flat[1])}
+    group = (outputs // groups, *window)
+    return {shape, group, flat, (3 * outputs, flat[1])}
 
 
 @pytest.mark.parametrize("shape", GEOMETRIES, ids=str)

@@ -1,6 +1,6 @@
 """The options of each runtime: known before any runtime is made."""
 
-import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -8,41 +8,28 @@ from dataclasses import fields
 
 import pytest
 
-from speechbrain_stablequant.runtimes.options import (
+from speechbrain_stablequant.runtimes.registry import (
     AUTO,
-    OPTIONS,
+    RUNTIMES,
     check_options,
+    load_function,
     option_names,
     select_options,
 )
-from speechbrain_stablequant.runtimes.registry import RUNTIMES
-
-# Where the arguments of each runtime stand; those of onnx in its class.
-MAKERS = {
-    "torch_int8": ("torch_int8.executor", "make_executor"),
-    "openvino": ("openvino_.executor", "make_executor"),
-    "onnx": ("onnx_.executor", "OnnxExecutor"),
-    "triton": ("triton", "make_executor"),
-}
 
 
-def test_each_runtime_has_its_options():
-    assert OPTIONS.keys() == RUNTIMES.keys()
-    assert MAKERS.keys() == {n for n, r in RUNTIMES.items() if r.encoder}
+def test_auto_chooses_from_the_registry():
     assert {n for names in AUTO.values() for n in names} <= RUNTIMES.keys()
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [n for n, r in RUNTIMES.items() if r.encoder])
 def test_options_are_the_arguments_of_the_runtime(name):
-    module, function = MAKERS[name]
     if any(importlib.util.find_spec(p) is None for p in RUNTIMES[name].needs):
         pytest.skip(f"needs {RUNTIMES[name].needs}")
-    module = importlib.import_module(
-        f"speechbrain_stablequant.runtimes.{module}"
-    )
-    arguments = inspect.signature(getattr(module, function)).parameters
+    make = load_function(RUNTIMES[name].encoder)
+    arguments = inspect.signature(make).parameters
     taken = {n: p.default for n, p in arguments.items() if n != "spec"}
-    assert {f.name: f.default for f in fields(OPTIONS[name])} == taken
+    assert {f.name: f.default for f in fields(RUNTIMES[name].options)} == taken
 
 
 def test_auto_takes_what_any_of_its_runtimes_knows():
@@ -58,8 +45,8 @@ def test_auto_takes_what_any_of_its_runtimes_knows():
     for name in option_names("auto"):
         kinds = {
             f.type
-            for kind in OPTIONS.values()
-            for f in fields(kind)
+            for row in RUNTIMES.values()
+            for f in fields(row.options)
             if f.name == name
         }
         assert len(kinds) == 1, name
@@ -73,7 +60,7 @@ def test_unknown_backend():
 def test_options_need_no_runtime_package():
     """Also where neither openvino nor triton is installed."""
     code = (
-        "import sys; import speechbrain_stablequant.runtimes.options; "
+        "import sys; import speechbrain_stablequant.runtimes.registry; "
         "print({'openvino', 'triton', 'onnxruntime'} & set(sys.modules))"
     )
     done = subprocess.run(

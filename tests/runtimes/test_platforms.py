@@ -29,7 +29,7 @@ from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,
 )
-from speechbrain_stablequant.runtimes.torch_int8.trial import make_runner
+from speechbrain_stablequant.runtimes.torch_int8.trial import TorchInt8Runner
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(
@@ -201,9 +201,12 @@ def test_a_cpu_that_is_less_than_it_says(another_machine):
     computed as floats."""
     another_machine("aarch64", "Linux", ARM)
     one = replace(layer_check._SMALL, weight_bits=8)
-    algorithm, reason = exact_algorithm(one, make_runner())
+    algorithm, reason = exact_algorithm(one, TorchInt8Runner())
     assert algorithm == FLOAT and reason.startswith("the result of 50 rows")
-    assert exact_algorithm(layer_check._SMALL, make_runner()) == (NATIVE, "")
+    assert exact_algorithm(layer_check._SMALL, TorchInt8Runner()) == (
+        NATIVE,
+        "",
+    )
 
 
 @needs_openvino

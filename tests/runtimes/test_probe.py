@@ -15,11 +15,11 @@ from speechbrain_stablequant.runtimes.choice import executed_form, prove
 from speechbrain_stablequant.runtimes.cpu import CpuClass
 from speechbrain_stablequant.runtimes.probe import (
     PREFIX,
+    Answer,
     Probe,
     ProbeError,
     check_size,
 )
-from speechbrain_stablequant.runtimes.probe_answer import Answer
 from speechbrain_stablequant.runtimes.probe_input import speech_like, utterances
 from speechbrain_stablequant.runtimes.probe_measure import (
     encoder_probe,

@@ -34,21 +34,21 @@ from speechbrain_stablequant.runtimes.cpu import (
     executed_layer,
 )
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
-from speechbrain_stablequant.runtimes.torch_int8 import (
-    executor,
-    make_executor,
-    make_layer,
-)
+from speechbrain_stablequant.runtimes.torch_int8 import executor
 from speechbrain_stablequant.runtimes.torch_int8.attention import attend
 from speechbrain_stablequant.runtimes.torch_int8.conv import (
     GroupedConv,
     make_conv,
+)
+from speechbrain_stablequant.runtimes.torch_int8.executor import (
+    TorchInt8Executor as make_executor,
 )
 from speechbrain_stablequant.runtimes.torch_int8.forms import ZERO, Floats, Grid
 from speechbrain_stablequant.runtimes.torch_int8.front import (
     FeatureExtractor,
     Stage,
 )
+from speechbrain_stablequant.runtimes.torch_int8.layer import make_layer
 from speechbrain_stablequant.runtimes.torch_int8.linear import (
     SharedInput,
     make_linear,

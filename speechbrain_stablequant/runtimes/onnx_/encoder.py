@@ -1,17 +1,26 @@
 """Builds the ONNX nodes of an encoder from its description."""
 
 import numpy as np
-import torch
 
 from ...core.affine import GELU_MIN
 from ...core.encoder_spec import AnyLayer, BlockSpec, EncoderSpec
-from ...core.integer_layer import FloatLayer
-from ..algorithms import CONVOLUTION
+from ..algorithms import CONVOLUTION, split_groups, window_rows
 from .graph import Graph
 
 # Added to the attention scores of padded frames: exp() of it is 0, and a row
 # of nothing but padding stays finite.
 MASKED = -1e30
+
+
+def _turn(graph: Graph, x: str) -> str:
+    """[batch, a, b] to [batch, b, a]."""
+    return graph.transpose(x, 0, 2, 1)
+
+
+def _indices(graph: Graph, count: str) -> str:
+    """0, 1, ... below an int64 [1]."""
+    count = graph.add("Squeeze", [count, graph.constant([0])])
+    return graph.add("Range", [graph.constant(0), count, graph.constant(1)])
 
 
 def _frames_of(graph: Graph, samples: str, layer: AnyLayer) -> str:
@@ -46,103 +55,73 @@ def unfold(graph: Graph, q: str, layer: AnyLayer) -> str:
     return parts[0] if len(parts) == 1 else graph.add("Concat", parts, axis=-1)
 
 
-def tap_major(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in, kernel] to [kernel * in, out], as :func:`unfold` needs."""
-    return weight.permute(2, 1, 0).reshape(-1, weight.shape[0])
-
-
 def conv_as_product(
     graph: Graph, x: str, layer: AnyLayer, lowest: float = -float("inf")
 ) -> str:
     """A convolution of the feature extractor on [batch, time, channels]."""
     if layer.algorithm == CONVOLUTION:
-        q = graph.quantize(graph.transpose(x, 0, 2, 1), layer, lowest)
-        return graph.transpose(graph.convolution(q, layer), 0, 2, 1)
+        q = graph.quantize(_turn(graph, x), layer, lowest)
+        return _turn(graph, graph.convolution(q, layer))
     q = unfold(graph, graph.quantize(x, layer, lowest), layer)
-    return graph.product(q, layer, tap_major(layer.weight))
+    return graph.product(q, layer, window_rows(layer.weight).t())
 
 
-def _convs_as_products(graph: Graph, spec: EncoderSpec, wave: str) -> str:
-    """The feature extractor on [batch, time, channels]."""
-    x = graph.add("Unsqueeze", [wave, graph.constant([2])])
-    lowest = -float("inf")
-    for stage in spec.convs:
-        x = conv_as_product(graph, x, stage.conv, lowest)
-        if stage.norm is not None and stage.norm.over_time:
-            x = graph.norm(graph.transpose(x, 0, 2, 1), stage.norm)
-            x = graph.transpose(x, 0, 2, 1)
-        else:
-            x = graph.norm(x, stage.norm)
-        x = graph.add("Gelu", [x])
-        lowest = GELU_MIN
-    return x
-
-
-def _convs_as_convs(graph: Graph, spec: EncoderSpec, wave: str) -> str:
-    """The feature extractor with Conv nodes, on [batch, channels, time]."""
-    x = graph.add("Unsqueeze", [wave, graph.constant([1])])
-    lowest = -float("inf")
-    for stage in spec.convs:
-        q = graph.quantize(x, stage.conv, lowest)
-        x = graph.convolution(q, stage.conv)
-        if stage.norm is not None and not stage.norm.over_time:
-            x = graph.norm(graph.transpose(x, 0, 2, 1), stage.norm)
-            x = graph.transpose(x, 0, 2, 1)
-        else:
-            x = graph.norm(x, stage.norm)
-        x = graph.add("Gelu", [x])
-        lowest = GELU_MIN
-    return graph.transpose(x, 0, 2, 1)
-
-
-def position_as_products(
-    graph: Graph, layer: AnyLayer, x: str, trim: int
+def _features(
+    graph: Graph, spec: EncoderSpec, wave: str, as_products: bool
 ) -> str:
-    """The positional convolution, one product per group; it gives as many
-    frames as it takes."""
-    if layer.algorithm == CONVOLUTION:
-        return position_as_conv(graph, layer, x, trim)
-    kernel, groups = layer.weight.shape[-1], layer.groups
+    """The feature extractor, to [batch, time, channels]; with Conv nodes on
+    [batch, channels, time]."""
+    axis = 2 if as_products else 1
+    x = graph.add("Unsqueeze", [wave, graph.constant([axis])])
+    lowest = -float("inf")
+    for stage in spec.convs:
+        if as_products:
+            x = conv_as_product(graph, x, stage.conv, lowest)
+        else:
+            q = graph.quantize(x, stage.conv, lowest)
+            x = graph.convolution(q, stage.conv)
+        # LayerNorm has its channels last, the norm over time its frames.
+        if stage.norm is not None and stage.norm.over_time == as_products:
+            x = _turn(graph, graph.norm(_turn(graph, x), stage.norm))
+        else:
+            x = graph.norm(x, stage.norm)
+        x = graph.add("Gelu", [x])
+        lowest = GELU_MIN
+    return x if as_products else _turn(graph, x)
+
+
+def position(
+    graph: Graph, layer: AnyLayer, x: str, trim: int, as_products: bool = True
+) -> str:
+    """The positional convolution, without its last ``trim`` frames; one
+    product per group gives as many frames as it takes."""
+    if not as_products or layer.algorithm == CONVOLUTION:
+        q = graph.quantize(_turn(graph, x), layer)
+        out = _turn(graph, graph.convolution(q, layer))
+        if trim:
+            first, last = graph.constant([0]), graph.constant([-trim])
+            out = graph.slice(out, first, last, 1)
+        return out
+    width, kernel = layer.weight.shape[1:]
     frames = graph.size(x, 1)
     pads = graph.constant([0, layer.padding, 0, 0, layer.padding, 0])
     q = graph.quantize(graph.add("Pad", [x, pads]), layer)
-    count = graph.add("Squeeze", [frames, graph.constant([0])])
-    starts = graph.add("Range", [graph.constant(0), count, graph.constant(1)])
+    starts = _indices(graph, frames)
     rows = graph.add("Unsqueeze", [starts, graph.constant([1])])
     index = graph.add("Add", [rows, graph.constant(np.arange(kernel)[None])])
-    parts = (
-        graph.add("Split", [q], outputs=groups, axis=2, num_outputs=groups)
-        if groups > 1
-        else [q]
-    )
+    count, parts = layer.groups, [q]
+    if count > 1:
+        parts = graph.add("Split", [q], count, axis=2, num_outputs=count)
     outs = []
-    size = layer.weight.shape[0] // groups
-    for g, part in enumerate(parts):
-        own = slice(g * size, (g + 1) * size)
+    for part, group in zip(parts, split_groups(layer), strict=True):
         taps = graph.add("Gather", [part, index], axis=1)
-        taps = graph.reshape(taps, 0, 0, kernel * layer.weight.shape[1])
-        weight = graph.weight(
-            layer,
-            tap_major(layer.weight[own]),
-            1,
-            None if isinstance(layer, FloatLayer) else layer.weight_scale[own],
-        )
+        taps = graph.reshape(taps, 0, 0, kernel * width)
+        weight = graph.weight(group, window_rows(group.weight).t(), 1)
         outs.append(
             graph.add("MatMul", [graph.dequantize(taps, layer), weight])
         )
-    out = outs[0] if groups == 1 else graph.add("Concat", outs, axis=-1)
+    out = outs[0] if count == 1 else graph.add("Concat", outs, axis=-1)
     return graph.biased(out, layer)
-
-
-def position_as_conv(graph: Graph, layer: AnyLayer, x: str, trim: int) -> str:
-    """The positional convolution as a Conv node, without its last frames."""
-    channels_first = graph.transpose(x, 0, 2, 1)
-    q = graph.quantize(channels_first, layer)
-    out = graph.transpose(graph.convolution(q, layer), 0, 2, 1)
-    if trim:
-        first, last = graph.constant([0]), graph.constant([-trim])
-        out = graph.slice(out, first, last, 1)
-    return out
 
 
 def _block(
@@ -182,8 +161,7 @@ def _valid_frames(
     """Which frames are real, bool [batch, frames]."""
     for stage in spec.convs:
         lengths = _frames_of(graph, lengths, stage.conv)
-    count = graph.add("Squeeze", [frames, graph.constant([0])])
-    index = graph.add("Range", [graph.constant(0), count, graph.constant(1)])
+    index = _indices(graph, frames)
     real = graph.add("Unsqueeze", [lengths, graph.constant([1])])
     return graph.add("Less", [index, real])
 
@@ -195,12 +173,9 @@ def add_encoder(
     lengths: str | None,
     as_products: bool,
 ) -> str:
-    convs = _convs_as_products if as_products else _convs_as_convs
-    position = position_as_products if as_products else position_as_conv
-    x = convs(graph, spec, wave)
+    x = _features(graph, spec, wave, as_products)
     x = graph.norm(x, spec.projection_norm)
     x = graph.linear(x, spec.projection)
-
     mask = None
     if lengths is not None:
         valid = _valid_frames(graph, spec, lengths, graph.size(x, 1))
@@ -209,18 +184,15 @@ def add_encoder(
         columns = graph.add("Unsqueeze", [valid, graph.constant([1, 2])])
         ends = [graph.number(0.0), graph.number(MASKED)]
         mask = graph.add("Where", [columns, *ends])
-    added = graph.add(
-        "Gelu", [position(graph, spec.pos_conv, x, spec.pos_trim)]
-    )
-    x = graph.add("Add", [x, added])
+    added = position(graph, spec.pos_conv, x, spec.pos_trim, as_products)
+    x = graph.add("Add", [x, graph.add("Gelu", [added])])
     if not spec.pre_norm:
         x = graph.norm(x, spec.norm)
-    if spec.rotation is None:
-        for block in spec.blocks:
-            x = _block(graph, spec, block, x, mask)
-        return graph.norm(x, spec.norm) if spec.pre_norm else x
-    rotation = graph.tensor(spec.rotation, "rotation")
-    x = graph.add("MatMul", [x, graph.transpose(rotation, 1, 0)])
+    if spec.rotation is not None:
+        rotation = graph.tensor(spec.rotation, "rotation")
+        x = graph.add("MatMul", [x, graph.transpose(rotation, 1, 0)])
     for block in spec.blocks:
         x = _block(graph, spec, block, x, mask)
-    return graph.norm(graph.add("MatMul", [x, rotation]), spec.norm)
+    if spec.rotation is not None:
+        x = graph.add("MatMul", [x, rotation])
+    return graph.norm(x, spec.norm) if spec.pre_norm else x

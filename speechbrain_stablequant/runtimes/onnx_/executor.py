@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...core.encoder_spec import EncoderSpec
@@ -39,10 +38,6 @@ def open_session(
 ) -> Any:
     """Open an ONNX file, or its bytes, with one of ``PROVIDERS``."""
     ort = require_onnxruntime()
-    if provider not in PROVIDERS:
-        raise ValueError(
-            f"provider: '{provider}' is none of {', '.join(PROVIDERS)}"
-        )
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise ValueError(
             f"provider: this build of onnxruntime has no {provider}; install "
@@ -81,16 +76,9 @@ class OnnxExecutor:
     ) -> torch.Tensor:
         """Encode a batch, see :class:`..base.EncoderExecutor`."""
         batch, samples = wavs.shape
-        real = (
-            np.full(batch, samples, np.int64)
-            if lengths is None
-            else lengths.cpu().to(torch.int64).numpy()
-        )
+        if lengths is None:
+            lengths = torch.full((batch,), samples)
+        real = lengths.cpu().to(torch.int64).numpy()
         wave = wavs.detach().float().cpu().contiguous().numpy()
         (out,) = self.session.run(None, {"wave": wave, "lengths": real})
         return torch.from_numpy(out).to(wavs.device)
-
-
-def make_executor(spec: EncoderSpec, **options: Any) -> OnnxExecutor:
-    """The registry's entry, see :class:`OnnxExecutor`."""
-    return OnnxExecutor(spec, **options)

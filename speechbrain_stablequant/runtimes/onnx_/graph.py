@@ -82,15 +82,10 @@ class Graph:
         return f"{stem}_{count}" if count else stem
 
     def add(
-        self,
-        op: str,
-        inputs: Sequence[str],
-        name: str | None = None,
-        outputs: int = 1,
-        **attributes: Any,
+        self, op: str, inputs: Sequence[str], outputs: int = 1, **attributes
     ) -> Any:
         """Add a node; return the name of its output, or the list of names."""
-        names = [self.name(name or op) for _ in range(outputs)]
+        names = [self.name(op) for _ in range(outputs)]
         self.nodes.append(
             self.onnx.helper.make_node(
                 op, list(inputs), names, name=f"{names[0]}/{op}", **attributes
@@ -102,13 +97,13 @@ class Graph:
         """Give a value the name of the output, reserved by :meth:`name`."""
         self.nodes.append(self.onnx.helper.make_node("Identity", [x], [name]))
 
-    def tensor(self, value: torch.Tensor | np.ndarray, name: str) -> str:
+    def tensor(self, value: torch.Tensor, name: str) -> str:
         """Store a tensor and return its name."""
-        array = value.numpy() if isinstance(value, torch.Tensor) else value
-        name = self.name(name)
-        self.initializers.append(
-            self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
-        )
+        return self._store(np.ascontiguousarray(value.numpy()), name)
+
+    def _store(self, array: np.ndarray, stem: str) -> str:
+        name = self.name(stem)
+        self.initializers.append(self.onnx.numpy_helper.from_array(array, name))
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
@@ -116,12 +111,7 @@ class Graph:
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            # from_array, not tensor(): a 0-d array has to stay one.
-            name = self.name("constant")
-            self.initializers.append(
-                self.onnx.numpy_helper.from_array(array, name)
-            )
-            self._constants[key] = name
+            self._constants[key] = self._store(array, "constant")
         return self._constants[key]
 
     def number(self, value: float) -> str:
@@ -146,10 +136,9 @@ class Graph:
         return self.add("Slice", [x, start, end, axes, steps])
 
     def _zero(self, layer: IntegerLayer) -> str:
-        zero = layer.zero_point()
         if self.unsigned:
-            return self.constant(128 + zero, np.uint8)
-        return self.constant(zero, np.int8)
+            return self.constant(128 + layer.zero_point(), np.uint8)
+        return self.constant(layer.zero_point(), np.int8)
 
     def quantize(
         self, x: str, layer: AnyLayer, lowest: float = -float("inf")
@@ -161,21 +150,15 @@ class Graph:
         scale = np.float32(layer.activation_scale.item())
         limit, zero = qmax(layer.activation_bits), layer.zero_point()
         key = (x, float(scale), limit, zero)
-        if key in self._quantized:
-            return self._quantized[key]
-        low = np.float32(-limit - zero) * scale
-        high = np.float32(limit - zero) * scale
-        # QuantizeLinear itself ends at 127.
-        if limit < 127 or lowest < low:
-            bounds = [self.number(low), self.number(high)]
-            clipped = self.add("Clip", [x, *bounds])
-        else:
-            clipped = x
-        out = self.add(
-            "QuantizeLinear", [clipped, self.number(scale), self._zero(layer)]
-        )
-        self._quantized[key] = out
-        return out
+        if key not in self._quantized:
+            low = np.float32(-limit - zero) * scale
+            high = np.float32(limit - zero) * scale
+            # QuantizeLinear itself ends at 127.
+            if limit < 127 or lowest < low:
+                x = self.add("Clip", [x, self.number(low), self.number(high)])
+            inputs = [x, self.number(scale), self._zero(layer)]
+            self._quantized[key] = self.add("QuantizeLinear", inputs)
+        return self._quantized[key]
 
     def dequantize(self, q: str, layer: AnyLayer) -> str:
         """The float values of the integers of :meth:`quantize`."""
@@ -184,35 +167,22 @@ class Graph:
         scale = self.number(layer.activation_scale.item())
         return self.add("DequantizeLinear", [q, scale, self._zero(layer)])
 
-    def weight(
-        self,
-        layer: AnyLayer,
-        weight: torch.Tensor,
-        axis: int,
-        scale: torch.Tensor | None = None,
-    ) -> str:
+    def weight(self, layer: AnyLayer, weight: torch.Tensor, axis: int) -> str:
         """Name of a layer's float weight, rearranged; ``axis`` is that of
-        its output channels and ``scale`` theirs, if not all of the layer's."""
-        scaled = not isinstance(layer, FloatLayer)
-        if scaled and scale is None:
-            scale = layer.weight_scale
-        if scaled and layer.algorithm == FLOAT:
+        its output channels."""
+        integers = isinstance(layer, IntegerLayer)
+        if integers and layer.algorithm == FLOAT:
             # Stored as floats: integers would be multiplied as integers.
             shape = [1] * weight.dim()
             shape[axis] = -1
-            weight, scaled = weight.float() * scale.view(shape), False
+            weight = weight.float() * layer.weight_scale.view(shape)
+            integers = False
         stored = self.tensor(weight.contiguous(), f"{layer.name}.weight")
-        if not scaled:
+        if not integers:
             return stored
-        return self.add(
-            "DequantizeLinear",
-            [
-                stored,
-                self.tensor(scale, f"{layer.name}.weight_scale"),
-                self.constant(np.zeros(scale.shape), np.int8),
-            ],
-            axis=axis,
-        )
+        scale = self.tensor(layer.weight_scale, f"{layer.name}.weight_scale")
+        zeros = self.constant(np.zeros(layer.weight_scale.shape), np.int8)
+        return self.add("DequantizeLinear", [stored, scale, zeros], axis=axis)
 
     def product(self, q: str, layer: AnyLayer, weight: torch.Tensor) -> str:
         """Integers [..., K] times a weight [K, N], with the bias."""
@@ -224,24 +194,20 @@ class Graph:
         """Adds the bias, if any, along the last axis."""
         if layer.bias is None:
             return x
-        return self.add(
-            "Add", [x, self.tensor(layer.bias, f"{layer.name}.bias")]
-        )
+        bias = self.tensor(layer.bias, f"{layer.name}.bias")
+        return self.add("Add", [x, bias])
 
     def linear(
         self, x: str, layer: AnyLayer, lowest: float = -float("inf")
     ) -> str:
         """A Linear on a float input [..., K]."""
-        return self.product(
-            self.quantize(x, layer, lowest), layer, layer.weight.t()
-        )
+        q = self.quantize(x, layer, lowest)
+        return self.product(q, layer, layer.weight.t())
 
     def convolution(self, q: str, layer: AnyLayer) -> str:
         """A Conv1d on the integers [batch, channels, time] of its input."""
-        inputs = [
-            self.dequantize(q, layer),
-            self.weight(layer, layer.weight, 0),
-        ]
+        inputs = [self.dequantize(q, layer)]
+        inputs.append(self.weight(layer, layer.weight, 0))
         if layer.bias is not None:
             inputs.append(self.tensor(layer.bias, f"{layer.name}.bias"))
         return self.add(
@@ -257,11 +223,8 @@ class Graph:
         """A norm: [..., channels], or [batch, channels, time] over time."""
         if norm is None:
             return x
-        inputs = [
-            x,
-            self.tensor(norm.weight, "norm.weight"),
-            self.tensor(norm.bias, "norm.bias"),
-        ]
+        weight = self.tensor(norm.weight, "norm.weight")
+        inputs = [x, weight, self.tensor(norm.bias, "norm.bias")]
         if norm.over_time:
             return self.add("InstanceNormalization", inputs, epsilon=norm.eps)
         return self.add("LayerNormalization", inputs, axis=-1, epsilon=norm.eps)

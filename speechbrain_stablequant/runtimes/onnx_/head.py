@@ -1,7 +1,8 @@
 """The layers after the encoder: their description and their ONNX nodes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -12,14 +13,11 @@ from .graph import Graph
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation in a head: ``Relu``, ``LeakyRelu``, ``Gelu``, ``Tanh``
-    or ``LogSoftmax`` (over the last axis)."""
+    """An activation in a head: an ONNX operator and its attributes."""
 
     op: str
-    slope: float = 0.01  # of LeakyRelu, below 0
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
-
-_ACTIVATIONS = {nn.ReLU: "Relu", nn.Tanh: "Tanh"}
 
 HeadPart = AnyLayer | Norm | Activation
 
@@ -50,14 +48,13 @@ def _head_part(
             module.eps,
         )
     if isinstance(module, nn.LeakyReLU):
-        return Activation("LeakyRelu", module.negative_slope)
-    for kind, op in _ACTIVATIONS.items():
-        if isinstance(module, kind):
-            return Activation(op)
+        return Activation("LeakyRelu", {"alpha": module.negative_slope})
+    if isinstance(module, nn.ReLU | nn.Tanh):
+        return Activation("Relu" if isinstance(module, nn.ReLU) else "Tanh")
     if isinstance(module, nn.GELU) and module.approximate == "none":
         return Activation("Gelu")
     if isinstance(module, nn.LogSoftmax) and module.dim == -1:
-        return Activation("LogSoftmax")
+        return Activation("LogSoftmax", {"axis": -1})
     if isinstance(module, nn.Identity | nn.Dropout) or any(module.children()):
         return None
     raise ValueError(
@@ -71,11 +68,7 @@ def add_head(graph: Graph, x: str, head: Iterable[HeadPart]) -> str:
         if isinstance(part, Norm):
             x = graph.norm(x, part)
         elif isinstance(part, Activation):
-            options = {
-                "LeakyRelu": {"alpha": part.slope},
-                "LogSoftmax": {"axis": -1},
-            }
-            x = graph.add(part.op, [x], **options.get(part.op, {}))
+            x = graph.add(part.op, [x], **part.attributes)
         else:
             x = graph.linear(x, part)
     return x

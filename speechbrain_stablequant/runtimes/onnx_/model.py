@@ -7,6 +7,7 @@ from pathlib import Path
 from ...core.encoder_spec import EncoderSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
 from ...utils.files import write_atomic
+from ..geometry import plain_windows
 from .encoder import add_encoder
 from .graph import Graph
 from .head import HeadPart, add_head
@@ -23,7 +24,7 @@ TARGETS = ("onnxruntime", "portable")
 def _check(spec: EncoderSpec, head: Sequence[HeadPart]) -> None:
     for stage in spec.convs:
         layer = stage.conv
-        if layer.groups != 1 or layer.dilation != 1 or layer.padding:
+        if not plain_windows(layer):
             raise ValueError(
                 f"{layer.name}: a convolution with groups, dilation or "
                 "padding in the front end cannot be exported"

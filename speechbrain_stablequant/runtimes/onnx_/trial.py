@@ -6,7 +6,7 @@ from ...core.encoder_spec import AnyLayer
 from ..algorithms import CONVOLUTION, FLOAT, NATIVE
 from ..geometry import Geometry
 from ..trial import Results, Trial
-from .encoder import conv_as_product, position_as_products
+from .encoder import conv_as_product, position
 from .executor import open_session, require_onnxruntime
 from .graph import Graph
 
@@ -62,15 +62,7 @@ class OnnxRunner:
 
 def _product(graph: Graph, geometry: Geometry, layer: AnyLayer, x: str) -> str:
     if geometry.place == "position":
-        trim = (geometry.shape[2] + 1) % 2
-        return position_as_products(graph, layer, x, trim)
+        return position(graph, layer, x, (geometry.shape[2] + 1) % 2)
     if geometry.is_conv:
         return conv_as_product(graph, x, layer)
     return graph.linear(x, layer)
-
-
-def make_runner(
-    threads: int | None = None, provider: str = "cpu"
-) -> OnnxRunner:
-    """The runner for these options of :class:`.executor.OnnxExecutor`."""
-    return OnnxRunner(threads, provider)

@@ -1,9 +1,11 @@
-"""The single ``openvino.Core`` of a process."""
+"""The single ``openvino.Core`` of a process, and the results of its graphs."""
 
 import functools
 import os
 
+import numpy as np
 import openvino as ov
+import torch
 
 from ...utils import forks
 
@@ -25,3 +27,15 @@ def _core(process: int) -> ov.Core:
     made = ov.Core()
     forks.keep(made)
     return made
+
+
+def output(
+    request: ov.InferRequest, half: bool, frames: int | None = None
+) -> torch.Tensor:
+    """A copy, in float32, of the result of a graph whose output is bfloat16 if
+    ``half``; its first ``frames``."""
+    data = request.get_output_tensor(0).data[:, :frames]
+    if half:  # numpy has no bfloat16
+        data = torch.from_numpy(data.view(np.int16).copy())
+        return data.view(torch.bfloat16).float()
+    return torch.from_numpy(data.copy())

@@ -18,14 +18,10 @@ from ..cpu import cpu_class
 from ..group_norm import gain_and_shift
 from ..lengths import round_frames
 from ..reference import valid_frame_mask
-from .core import core
-from .graph import GraphBuilder
-from .windows import first_windows
+from .core import core, output
+from .graph import GraphBuilder, first_windows
 
 logger = logging.getLogger(__name__)
-
-#: Precisions of everything but the integer products.
-PRECISIONS = ("auto", "bf16", "f32")
 
 #: Lengths are padded to multiples of this; 10 s give 499 frames.
 FRAME_UNIT = 10
@@ -52,10 +48,6 @@ def batch_parts(batch: int) -> Iterator[slice]:
         count = min(MAX_BATCH, 1 << (batch - start).bit_length() - 1)
         yield slice(start, start + count)
         start += count
-
-
-def _array(x: torch.Tensor) -> np.ndarray:
-    return x.contiguous().numpy()
 
 
 def first_inputs(
@@ -90,7 +82,7 @@ class OpenVINOExecutor:
     otherwise one at a time by all threads. ``precision`` is that of everything
     but the integer products; ``auto`` is bf16 where the CPU supports it.
     Compiled graphs are kept in ``cache_folder``, each as large as the integer
-    weights.
+    weights. ``max_models`` has no effect; old folders may hold it.
     """
 
     def __init__(
@@ -98,11 +90,13 @@ class OpenVINOExecutor:
         spec: EncoderSpec,
         threads: int | None = None,
         cache_folder: str | Path | None = None,
+        max_models: int | None = None,
         precision: str = "auto",
     ):
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: '{precision}' is none of {', '.join(PRECISIONS)}"
+        if max_models is not None:
+            logger.warning(
+                "backend_options.max_models has no effect: one graph computes "
+                "all lengths; leave it out"
             )
         forks.use_in_one_process("openvino")
         if precision == "auto":
@@ -169,7 +163,9 @@ class OpenVINOExecutor:
         width = spec.norm.weight.numel()
         hidden = torch.zeros(batch, frames, width)
         for part in batch_parts(batch):
-            rows = {name: _array(x[part]) for name, x in norms.items()}
+            rows = {
+                name: x[part].contiguous().numpy() for name, x in norms.items()
+            }
             out = self._run(wavs[part], keep[part], rows)
             hidden[part, : out.shape[1]] = out
         return hidden
@@ -190,26 +186,4 @@ class OpenVINOExecutor:
         inputs["keep"] = mask
         with self._request() as request:
             request.infer(inputs, share_inputs=True)
-            hidden = request.get_output_tensor(0).data[:, :frames]
-            if self._half:  # numpy has no bfloat16
-                hidden = torch.from_numpy(hidden.view(np.int16).copy())
-                return hidden.view(torch.bfloat16).float()
-            # A copy: the next request overwrites it.
-            return torch.from_numpy(hidden.copy())
-
-
-def make_executor(
-    spec: EncoderSpec,
-    threads: int | None = None,
-    cache_folder: str | Path | None = None,
-    max_models: int | None = None,
-    precision: str = "auto",
-) -> OpenVINOExecutor:
-    """The registry's entry, see :class:`OpenVINOExecutor`. ``max_models``
-    has no effect; old folders may hold it."""
-    if max_models is not None:
-        logger.warning(
-            "backend_options.max_models has no effect: one graph computes all "
-            "lengths; leave it out"
-        )
-    return OpenVINOExecutor(spec, threads, cache_folder, precision)
+            return output(request, self._half, frames)

@@ -29,8 +29,10 @@ from ..algorithms import (
     JOINED_GROUPS,
     WINDOW_PRODUCT,
     join_groups,
+    split_groups,
+    window_rows,
 )
-from .windows import flat_windows, strides_of
+from ..geometry import check_front
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
@@ -58,32 +60,31 @@ def _as_floats(layer: AnyLayer) -> bool:
     return isinstance(layer, IntegerLayer) and layer.algorithm == FLOAT
 
 
-def _group(layer: AnyLayer, index: int) -> AnyLayer:
-    """One group of a convolution."""
-    size = layer.weight.shape[0] // layer.groups
-    own = slice(index * size, (index + 1) * size)
-    bias = None if layer.bias is None else layer.bias[own]
-    part = replace(layer, weight=layer.weight[own], bias=bias, groups=1)
-    if isinstance(layer, IntegerLayer):
-        return replace(part, weight_scale=layer.weight_scale[own])
-    return part
+def flat_windows(layer: AnyLayer) -> AnyLayer:
+    """A convolution as a product with flattened windows."""
+    rows = window_rows(layer.weight)
+    return replace(layer, kind="linear", weight=rows, groups=1)
 
 
-def _named(model: ov.Model) -> ov.Model:
-    """Name operations by position: OpenVINO numbers them across the process,
-    and its cache of compiled graphs depends on the names."""
-    for place, node in enumerate(model.get_ordered_ops()):
-        if node.get_type_name() != "Parameter":
-            node.set_friendly_name(f"{node.get_type_name()}_{place}")
-    return model
+def _strides(layer: AnyLayer) -> int:
+    """Number of strides that a convolution's window spans."""
+    return -(-layer.weight.shape[2] // layer.stride)
+
+
+def first_windows(spec: EncoderSpec, frames: int) -> int:
+    """Windows of the first convolution that give ``frames`` frames: later
+    convolutions take whole strides."""
+    for stage in reversed(spec.convs[1:]):
+        frames = (frames + _strides(stage.conv) - 1) * stage.conv.stride
+    return frames
 
 
 class GraphBuilder:
     """Builds the graph of one encoder.
 
     Inputs: ``windows`` [batch, windows, kernel] of the first convolution, see
-    :mod:`.windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at padded
-    frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
+    :func:`first_windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at
+    padded frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
     GroupNorm over time. Output: ``hidden`` [batch, frames, channels], bfloat16
     if ``half``: with a float32 output OpenVINO keeps the whole residual stream
     in float32 and converts it for each layer.
@@ -93,9 +94,9 @@ class GraphBuilder:
         self.spec = spec
         self.half = half
         self.inputs: list[ov.Node] = []
-        # Layers that share an input with one scale share its integers.
-        self._quantized: dict[tuple, ov.Node] = {}
-        self._alive: list[ov.Node] = []
+        # Layers that share an input with one scale share its integers. With
+        # the input, so that its id stays its own.
+        self._quantized: dict[tuple, tuple[ov.Node, ov.Node]] = {}
 
     def input(self, name: str, shape: list[int]) -> ov.Node:
         """A float32 input of the graph."""
@@ -106,12 +107,14 @@ class GraphBuilder:
         return node
 
     def quantize(
-        self, x: ov.Node, layer: IntegerLayer, least: float = -math.inf
+        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
-        """A layer's input on the plan's grid plus ``ZERO_POINT`` scales,
-        less the zero point. OpenVINO knows 256 levels only. Integers that
-        are multiplied as floats stay integers, which bfloat16 holds exactly.
-        ``least``: known lower bound of ``x``."""
+        """A layer's input; if the layer is quantized on the plan's grid plus
+        ``ZERO_POINT`` scales, less the zero point. OpenVINO knows 256 levels
+        only. Integers that are multiplied as floats stay integers, which
+        bfloat16 holds exactly. ``least``: known lower bound of ``x``."""
+        if isinstance(layer, FloatLayer):
+            return x
         scale, bits = float(layer.activation_scale), layer.activation_bits
         offset = -layer.zero_point() * scale
         floats = _as_floats(layer)
@@ -128,26 +131,24 @@ class GraphBuilder:
                 lowest = -ZERO_POINT - layer.zero_point()
                 zero, last = _f32(lowest), _f32(lowest + 255)
             node = op.fake_quantize(node, low, high, zero, last, 256)
-            self._quantized[key] = node
-            self._alive.append(x)  # its id stays its own
-        return self._quantized[key]
+            self._quantized[key] = node, x
+        return self._quantized[key][0]
 
     @staticmethod
     def weight(layer: AnyLayer, gain: float = 1.0) -> ov.Node:
         """A layer's weight, grouped if its convolution is. The constant
         keeps the integers that it shares alive."""
-        shape = tuple(layer.weight.shape)
-        if layer.groups > 1:
-            shape = (layer.groups, shape[0] // layer.groups, *shape[1:])
-        weight = layer.weight.reshape(shape)
+
+        def grouped(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(0, (layer.groups, -1)) if layer.groups > 1 else x
+
+        weight = grouped(layer.weight)
         if isinstance(layer, FloatLayer):
             return _f32(weight * gain)
         if _as_floats(layer):
             return _f32(weight)
-        lead = 2 if layer.groups > 1 else 1
-        scale = layer.weight_scale.reshape(
-            (*shape[:lead], *[1] * (len(shape) - lead))
-        )
+        ones = [1] * (layer.weight.dim() - 1)
+        scale = grouped(layer.weight_scale.view(-1, *ones))
         # Shared, not copied: compiling makes a packed copy anyway.
         integers = op.constant(
             weight.contiguous().cpu().numpy(), shared_memory=True
@@ -175,20 +176,12 @@ class GraphBuilder:
         least: float = -math.inf,
     ) -> ov.Node:
         """A Linear, [..., in] to [..., out], times ``gain``."""
-        return self.product(self.prepare(x, layer, least), layer, gain)
-
-    def prepare(
-        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
-    ) -> ov.Node:
-        """A layer's input: quantized if the layer is."""
-        if isinstance(layer, IntegerLayer):
-            return self.quantize(x, layer, least)
-        return x
+        return self.product(self.quantize(x, layer, least), layer, gain)
 
     def product(
         self, x: ov.Node, layer: AnyLayer, gain: float = 1.0
     ) -> ov.Node:
-        """The product of a linear layer with its prepared input."""
+        """The product of a linear layer with its quantized input."""
         layer = layer.loaded()
         y = op.matmul(x, self.weight(layer, gain), False, True)
         return self.finish(y, layer, (-1,), gain)
@@ -220,7 +213,7 @@ class GraphBuilder:
             # point. The convolution's own padding is 1.7 times as slow.
             margin = _i64(0, 0, layer.padding)
             x = op.pad(x, margin, margin, "constant", _f32(0.0))
-        x = self.prepare(x, layer, least)
+        x = self.quantize(x, layer, least)
         if layer.algorithm == WINDOW_PRODUCT:
             return self.window_product(x, layer)
         make = op.convolution if layer.groups == 1 else op.group_convolution
@@ -229,7 +222,7 @@ class GraphBuilder:
         return self.finish(y, layer, (1, -1, 1))
 
     def window_product(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
-        """A convolution as one product per group: padded and prepared
+        """A convolution as one product per group: padded and quantized
         [batch, in, time] to [batch, out, time]."""
         kernel = layer.weight.shape[2]
         reach = (kernel - 1) * layer.dilation
@@ -247,15 +240,16 @@ class GraphBuilder:
         if layer.groups > 1:
             parts = op.split(x, 1, layer.groups).outputs()
         outs = []
-        for place, part in enumerate(parts):
+        for part, group in zip(parts, split_groups(layer), strict=True):
             # [batch, time, kernel, in] of the group.
             windows = op.gather(self.turn(part), index, _i64(1))
             windows = op.reshape(windows, _i64(0, 0, -1), True)
-            own = flat_windows(_group(layer, place))
-            outs.append(self.product(windows, own))
+            outs.append(self.product(windows, flat_windows(group)))
         return self.turn(outs[0] if len(outs) == 1 else op.concat(outs, 2))
 
-    def strided(self, x: ov.Node, layer: AnyLayer, least: float) -> ov.Node:
+    def strided(
+        self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
+    ) -> ov.Node:
         """A convolution of the feature extractor, [batch, time, in] to
         [batch, time, out]; time is whole strides."""
         if layer.algorithm == CONVOLUTION:
@@ -263,9 +257,9 @@ class GraphBuilder:
         # With a dynamic length OpenVINO would really transpose, which takes
         # as long as the convolution; so the windows are concatenated.
         inputs = layer.weight.shape[1]
-        step, steps = layer.stride * inputs, strides_of(layer)
+        step, steps = layer.stride * inputs, _strides(layer)
         rows = op.reshape(
-            self.prepare(x, layer, least), _i64(0, -1, step), True
+            self.quantize(x, layer, least), _i64(0, -1, step), True
         )
         parts = []
         for place in range(steps):
@@ -308,7 +302,7 @@ class GraphBuilder:
         scores = op.add(op.matmul(query, key, False, True), mask)
         out = op.matmul(op.softmax(scores, -1), value, False, False)
         # Within the fused attention, before the heads are put together.
-        out = self.prepare(out, block.out)
+        out = self.quantize(out, block.out)
         out = op.transpose(out, _i64(0, 2, 1, 3))
         out = op.reshape(out, _i64(0, 0, heads * width), True)
         return self.product(out, block.out)
@@ -332,8 +326,7 @@ class GraphBuilder:
         y = self.linear(windows, flat_windows(first.conv.loaded()))
         x = self.activate(y, first)
         for stage in others:
-            y = self.strided(x, stage.conv, GELU_MIN)
-            x = self.activate(y, stage)
+            x = self.activate(self.strided(x, stage.conv, GELU_MIN), stage)
         return x
 
     def activate(self, x: ov.Node, stage: ConvSpec) -> ov.Node:
@@ -351,21 +344,14 @@ class GraphBuilder:
         """The whole graph, for any batch size and length."""
         spec = self.spec
         for stage in spec.convs:
-            conv = stage.conv
-            if conv.padding or conv.dilation != 1 or conv.groups != 1:
-                raise ValueError(
-                    f"{conv.name}: a feature extractor with padding, "
-                    "dilation or groups is not supported; use backend: torch"
-                )
+            check_front(stage.conv)
         kernel = spec.convs[0].conv.weight.shape[2]
         windows = self.input("windows", [-1, -1, kernel])
         keep = self.input("keep", [-1, -1, 1])
         x = self.features(windows)
-        least = -math.inf
+        least = GELU_MIN
         if spec.projection_norm is not None:
-            x = self.norm(x, spec.projection_norm)
-        else:
-            least = GELU_MIN
+            x, least = self.norm(x, spec.projection_norm), -math.inf
         x = op.multiply(self.linear(x, spec.projection, least=least), keep)
         position = self.conv(self.turn(x), spec.pos_conv)
         if spec.pos_trim:
@@ -387,7 +373,19 @@ class GraphBuilder:
             x = op.matmul(x, _f32(spec.rotation), False, False)
         if spec.pre_norm:
             x = self.norm(x, spec.norm)
+        return self.model(x, "encoder")
+
+    def model(self, x: ov.Node, name: str) -> ov.Model:
+        """The graph whose output ``hidden`` is ``x``.
+
+        Operations are named by position: OpenVINO numbers them across the
+        process, and its cache of compiled graphs depends on the names.
+        """
         if self.half:
             x = op.convert(x, "bf16")
         x.output(0).set_names({"hidden"})
-        return _named(ov.Model([op.result(x)], self.inputs, "encoder"))
+        model = ov.Model([op.result(x)], self.inputs, name)
+        for place, node in enumerate(model.get_ordered_ops()):
+            if node.get_type_name() != "Parameter":
+                node.set_friendly_name(f"{node.get_type_name()}_{place}")
+        return model

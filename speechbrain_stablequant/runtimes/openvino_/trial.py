@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import numpy as np
 import openvino as ov
 import torch
+from openvino import opset13 as op
 
 from ...core.encoder_spec import AnyLayer
 from ...utils import forks
@@ -13,23 +13,28 @@ from ..algorithms import (
     FLOAT,
     JOINED_GROUPS,
     NATIVE,
-    WIDE_GROUP,
     WINDOW_PRODUCT,
+    narrow_groups,
 )
 from ..cpu import cpu_class
 from ..geometry import Geometry
 from ..trial import Results, Trial
-from .core import core
-from .graph import GraphBuilder
-from .windows import flat_windows
+from .core import core, output
+from .graph import GraphBuilder, flat_windows
 
 
 class OpenVINORunner:
-    """Computes layers as the executor's graph does."""
+    """Computes layers as the executor's graph does; other options do not
+    change results."""
 
     name = "openvino"
 
-    def __init__(self, precision: str = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        precision: str = "auto",
+        threads: int | None = None,
+        **options: Any,
+    ):
         cpu = cpu_class()
         self._half = precision == "bf16" or (precision == "auto" and cpu.bf16)
         self._narrow_groups_fail = cpu.name == "amx"
@@ -51,19 +56,16 @@ class OpenVINORunner:
         group and a long window (OpenVINO 2026.4): there the native algorithm is
         skipped.
         """
-        integer = geometry.weight_bits > 0
+        ways = (NATIVE,)
         if geometry.place == "front":
             ways = (NATIVE, CONVOLUTION)
         elif geometry.place == "position":
             ways = (NATIVE, JOINED_GROUPS, WINDOW_PRODUCT)
-            narrow = geometry.shape[1] < WIDE_GROUP
             if geometry.groups == 1:
                 ways = (NATIVE, WINDOW_PRODUCT)
-            elif narrow and self._narrow_groups_fail:
+            elif self._narrow_groups_fail and narrow_groups(geometry):
                 ways = (JOINED_GROUPS, WINDOW_PRODUCT)
-        else:
-            ways = (NATIVE,)
-        return (*ways, FLOAT) if integer else ways
+        return (*ways, FLOAT) if geometry.weight_bits else ways
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
         """See :class:`..layer_check.LayerRunner`."""
@@ -76,28 +78,21 @@ class OpenVINORunner:
             if geometry.then == "sum":
                 given["other"] = other.numpy()
             request.infer(given)
-            out = request.get_output_tensor(0).data
-            if self._half:  # numpy has no bfloat16
-                out = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
-                out = out.float()
-            else:
-                out = torch.from_numpy(out.copy())
-            if geometry.place == "position":
-                out = out[:, : x.shape[1]]
-            found.append(out)
+            frames = x.shape[1] if geometry.place == "position" else None
+            found.append(output(request, self._half, frames))
         return Results(found)
 
-    def _compiled(self, geometry: Geometry, layer: AnyLayer) -> Any:
-        builder = GraphBuilder(None)
+    def _compiled(
+        self, geometry: Geometry, layer: AnyLayer
+    ) -> ov.CompiledModel:
+        builder = GraphBuilder(None, self._half)
+        first = geometry.place == "first"
         width = geometry.shape[1] * geometry.groups
-        if geometry.place == "first":
-            width = geometry.shape[2]
-        x = builder.input("x", [-1, -1, width])
-        least = -float("inf")
-        if geometry.place == "first":
+        x = builder.input("x", [-1, -1, geometry.shape[2] if first else width])
+        if first:
             y = builder.linear(x, flat_windows(layer))
         elif geometry.place == "front":
-            y = builder.strided(x, layer, least)
+            y = builder.strided(x, layer)
         elif geometry.place == "position":
             y = builder.turn(builder.conv(builder.turn(x), layer))
         else:
@@ -106,20 +101,10 @@ class OpenVINORunner:
             y = builder.gelu(y)
         elif geometry.then == "sum":
             other = builder.input("other", [-1, -1, geometry.shape[0]])
-            y = ov.opset13.add(other, y)
-        if self._half:
-            y = ov.opset13.convert(y, "bf16")
-        model = ov.Model([ov.opset13.result(y)], builder.inputs, "layer")
+            y = op.add(other, y)
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
             "INFERENCE_PRECISION_HINT": self.versions["precision"],
         }
-        return core().compile_model(model, "CPU", settings)
-
-
-def make_runner(
-    precision: str = "auto", threads: int | None = None, **options: Any
-) -> OpenVINORunner:
-    """The runner for these options; others do not change results."""
-    return OpenVINORunner(precision, threads)
+        return core().compile_model(builder.model(y, "layer"), "CPU", settings)

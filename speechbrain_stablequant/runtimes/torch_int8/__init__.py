@@ -1,6 +1,23 @@
 """Integers on a CPU with torch alone, by its oneDNN operators; any length."""
 
-from .executor import TorchInt8Executor, make_executor
-from .layer import make_layer
+from dataclasses import dataclass
 
-__all__ = ["TorchInt8Executor", "make_executor", "make_layer"]
+from ..base import Options, Runtime, option
+
+
+@dataclass(frozen=True)
+class TorchInt8Options(Options):
+    """``backend: torch_int8``."""
+
+    #: torch's number by default.
+    threads: int | None = option(None, least=1)
+
+
+RUNTIME = Runtime(
+    TorchInt8Options,
+    encoder="torch_int8.executor:TorchInt8Executor",
+    trial="torch_int8.trial:TorchInt8Runner",
+    device="cpu",
+    streams=True,
+    fork_safe=True,
+)

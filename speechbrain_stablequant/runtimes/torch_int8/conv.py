@@ -1,8 +1,11 @@
 """Convolutions of any geometry over [batch, time, channels]."""
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
+from ...core.encoder_spec import AnyLayer
 from ...core.integer_layer import FloatLayer, IntegerLayer
 from ..algorithms import (
     CONVOLUTION,
@@ -11,9 +14,14 @@ from ..algorithms import (
     NATIVE,
     WINDOW_PRODUCT,
     join_groups,
+    split_groups,
 )
 from .forms import Grid, form_of
-from .linear import ROWS, IntegerLinear, Rows, onednn_operators, rows_of
+from .linear import ROWS, make_linear, onednn_operators
+
+
+def _geometry(layer: AnyLayer) -> tuple[list[int], list[int], list[int], int]:
+    return [layer.stride], [layer.padding], [layer.dilation], layer.groups
 
 
 class IntegerConv:
@@ -24,12 +32,7 @@ class IntegerConv:
         self._scale = layer.weight_scale.float()
         self._bias = layer.bias
         self._zeros = torch.zeros(self._scale.shape, dtype=torch.int64)
-        self._geometry = (
-            [layer.stride],
-            [layer.padding],
-            [layer.dilation],
-            layer.groups,
-        )
+        self._geometry = _geometry(layer)
         self._weight = onednn_operators().qconv_prepack(
             layer.loaded().weight.contiguous(),
             self._scale,
@@ -73,24 +76,13 @@ class GroupedConv:
     rows = 512
 
     def __init__(self, layer: IntegerLayer):
-        layer = layer.loaded()
         self._groups, self._padding = layer.groups, layer.padding
         self._kernel, self._stride = layer.weight.shape[-1], layer.stride
-        every = rows_of(layer, torch.float32)
-        self.form: Grid = every.form
-        size = len(every.weight) // layer.groups
-        parts = [slice(i, i + size) for i in range(0, len(every.weight), size)]
         self._products = [
-            IntegerLinear(
-                Rows(
-                    every.weight[part],
-                    every.scale[part],
-                    None if every.bias is None else every.bias[part],
-                    every.form,
-                )
-            )
-            for part in parts
+            make_linear(group, torch.float32)
+            for group in split_groups(layer.loaded())
         ]
+        self.form: Grid = self._products[0].form
 
     def _utterance(
         self, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor
@@ -130,17 +122,12 @@ class GroupedConv:
 class FloatConv:
     """Convolution of a layer that the plan leaves in floating point."""
 
-    def __init__(self, layer: FloatLayer, dtype: torch.dtype):
+    def __init__(self, layer: AnyLayer, dtype: torch.dtype):
         self.form = form_of(layer, dtype)
-        dtype = self.form.dtype
+        layer = layer.loaded()
         self._weight = layer.weight.to(dtype)
         self._bias = None if layer.bias is None else layer.bias.to(dtype)
-        self._geometry = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+        self._geometry = _geometry(layer)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`IntegerConv`."""
@@ -150,31 +137,22 @@ class FloatConv:
         return out.transpose(1, 2).to(dtype)
 
 
-class ConvertedConv:
+class ConvertedConv(FloatConv):
     """Convolution of integers that are multiplied as floats."""
 
     def __init__(self, layer: IntegerLayer):
-        layer = layer.loaded()
-        self.form: Grid = form_of(layer, torch.float32)
-        self._weight = layer.weight.float()
+        super().__init__(replace(layer, bias=None), torch.float32)
         self._scale = layer.weight_scale.float() * self.form.scale
-        self._bias = layer.bias
-        self._geometry = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+        self._shift = layer.bias
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`IntegerConv`."""
-        x = x.float().sub_(self.form.zero).transpose(1, 2)
-        y = F.conv1d(x, self._weight, None, *self._geometry).transpose(1, 2)
-        y = y * self._scale
-        return (y if self._bias is None else y.add_(self._bias)).to(dtype)
+        x = x.float().sub_(self.form.zero)
+        y = super().__call__(x, torch.float32) * self._scale
+        return (y if self._shift is None else y.add_(self._shift)).to(dtype)
 
 
-Conv = IntegerConv | GroupedConv | FloatConv | ConvertedConv
+Conv = IntegerConv | GroupedConv | FloatConv
 
 
 def conv_algorithms(
@@ -190,12 +168,13 @@ def conv_algorithms(
     return (NATIVE, other, FLOAT)
 
 
-def make_conv(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Conv:
+def make_conv(layer: AnyLayer, dtype: torch.dtype) -> Conv:
     """The convolution of a layer; ``dtype`` applies if it is not quantized."""
     algorithm = layer.algorithm
     if isinstance(layer, FloatLayer):
-        joined = algorithm == JOINED_GROUPS
-        return FloatConv(join_groups(layer) if joined else layer, dtype)
+        if algorithm == JOINED_GROUPS:
+            layer = join_groups(layer)
+        return FloatConv(layer, form_of(layer, dtype).dtype)
     if algorithm == FLOAT:
         return ConvertedConv(layer)
     windows = layer.groups > 1 and layer.dilation == 1

@@ -171,10 +171,3 @@ class TorchInt8Executor:
         for i, part in zip(rows, parts, strict=True):
             hidden[i, : counts[i]] = part
         return hidden
-
-
-def make_executor(
-    spec: EncoderSpec, threads: int | None = None
-) -> TorchInt8Executor:
-    """The registry's entry, see :class:`TorchInt8Executor`."""
-    return TorchInt8Executor(spec, threads)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ...core.affine import qmax
-from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...core.encoder_spec import AnyLayer
+from ...core.integer_layer import FloatLayer
 from ..algorithms import FLOAT
 
 #: The byte that stands for the integer 0.
@@ -41,11 +42,10 @@ class Grid:
         """Clip bytes to the narrow range, in place by default. Kernels fill
         all 256 values; with ``least``, a lower bound of the float values, on
         the grid, no 8-bit value needs it."""
-        limit = qmax(self.bits)
+        limit, out = qmax(self.bits), q if out is None else out
         lowest = ZERO - limit
         if self.bits == 8 and least > (lowest - self.zero) * self.scale:
-            return q if out is None else out.copy_(q)
-        out = q if out is None else out
+            return q if out is q else out.copy_(q)
         return torch.clamp(q, lowest, ZERO + limit, out=out)
 
     def prepare(
@@ -82,7 +82,7 @@ class Floats:
 Form = Grid | Floats
 
 
-def form_of(layer: IntegerLayer | FloatLayer, dtype: torch.dtype) -> Form:
+def form_of(layer: AnyLayer, dtype: torch.dtype) -> Form:
     """The form of a layer's input; ``dtype`` for one that is not quantized."""
     if isinstance(layer, FloatLayer):
         return Floats(torch.float32 if layer.algorithm == FLOAT else dtype)

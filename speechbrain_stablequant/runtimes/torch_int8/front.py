@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ...core.encoder_spec import ConvSpec, Norm
 from ...core.integer_layer import FloatLayer
+from ..geometry import check_front
 from ..group_norm import gain_and_shift
 from .forms import Form
 from .linear import ROWS, make_linear
@@ -26,11 +27,7 @@ class Stage:
 
     def __init__(self, spec: ConvSpec, then: Form, dtype: torch.dtype):
         conv = spec.conv
-        if conv.padding or conv.dilation != 1 or conv.groups != 1:
-            raise ValueError(
-                f"{conv.name}: a feature extractor with padding, dilation or "
-                "groups is not supported; use backend: torch"
-            )
+        check_front(conv)
         self.kernel, self.stride = conv.weight.shape[2], conv.stride
         self.norm = spec.norm
         self.then = then
@@ -57,19 +54,6 @@ class Stage:
             x.storage_offset() + start * step,
         ).contiguous()
 
-    def _write(
-        self,
-        windows: torch.Tensor,
-        gain: torch.Tensor | None,
-        shift: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        if self.norm is None or self.norm.over_time:
-            self.product.gelu(windows, self.then, gain, shift, out)
-            return
-        y = layer_norm(self.product(windows, torch.float32), self.norm)
-        self.then.prepare(F.gelu(y), out)
-
     def __call__(
         self,
         x: torch.Tensor,
@@ -84,10 +68,14 @@ class Stage:
         # Parts of equal size: a short one takes a third of a full one's time.
         parts = max(-(-frames // self.rows), 1)
         rows = -(-frames // parts)
-        for part in range(parts):
-            start = min(part * rows, frames - rows)
-            windows = self.windows(x, start, rows)
-            self._write(windows, gain, shift, out[start : start + rows])
+        for place in range(parts):
+            start = min(place * rows, frames - rows)
+            windows, part = self.windows(x, start, rows), out[start:][:rows]
+            if self.norm is None or self.norm.over_time:
+                self.product.gelu(windows, self.then, gain, shift, part)
+            else:
+                y = self.product(windows, torch.float32)
+                self.then.prepare(F.gelu(layer_norm(y, self.norm)), part)
         return out
 
 
@@ -102,15 +90,13 @@ class FeatureExtractor:
     ):
         self.stages: list[Stage] = []
         for spec in reversed(convs):
-            # A float first layer keeps the wave exact: no bfloat16.
-            exact = spec is convs[0] and isinstance(spec.conv, FloatLayer)
-            stage = Stage(spec, then, torch.float32 if exact else dtype)
-            self.stages.insert(0, stage)
-            then = stage.form
+            if spec is convs[0] and isinstance(spec.conv, FloatLayer):
+                dtype = torch.float32  # keeps the wave exact
+            self.stages.insert(0, Stage(spec, then, dtype))
+            then = self.stages[0].form
         norm = convs[0].norm
-        self._over_time = None
-        if norm is not None and norm.over_time:
-            self._over_time = convs[0]
+        over_time = norm is not None and norm.over_time
+        self._over_time = convs[0] if over_time else None
 
     def frames(self, samples: int) -> int:
         """Number of frames of a wave."""
@@ -154,9 +140,5 @@ class FeatureExtractor:
         if self._over_time is not None:
             # The float model's norm sees the padding, too.
             gains, shifts = gain_and_shift(self._over_time, wavs)
-        return [
-            self._utterance(wav[:n], gain, shift)
-            for wav, n, gain, shift in zip(
-                wavs, lengths, gains, shifts, strict=True
-            )
-        ]
+        rows = zip(wavs, lengths, gains, shifts, strict=True)
+        return [self._utterance(wav[:n], *norm) for wav, n, *norm in rows]

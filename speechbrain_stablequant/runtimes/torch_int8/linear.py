@@ -1,5 +1,6 @@
 """Products with a weight matrix, fused with what follows them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from ...core.affine import GELU_MIN
-from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...core.encoder_spec import AnyLayer
 from ...utils.memory import transient
-from ..algorithms import FLOAT, NATIVE
+from ..algorithms import FLOAT, NATIVE, window_rows
 from .forms import Floats, Form, Grid, form_of
 
 #: Products have a multiple of this number of rows: oneDNN keeps a primitive of
@@ -29,14 +30,12 @@ class Rows:
     algorithm: str = NATIVE
 
 
-def rows_of(
-    layer: IntegerLayer | FloatLayer, dtype: torch.dtype, gain: float = 1.0
-) -> Rows:
+def rows_of(layer: AnyLayer, dtype: torch.dtype, gain: float = 1.0) -> Rows:
     """A layer's weight as rows, times ``gain``. A Conv1d takes [..., kernel
     * in]: the frames of a window one after the other."""
     weight = layer.loaded().weight
     if layer.kind == "conv1d":
-        weight = weight.transpose(1, 2).flatten(1)
+        weight = window_rows(weight)
     bias = layer.bias if layer.bias is None else layer.bias * gain
     form = form_of(layer, dtype)
     if isinstance(form, Floats):
@@ -49,15 +48,11 @@ def rows_of(
 def _stacked(rows: Sequence[Rows]) -> Rows:
     if len(rows) == 1:
         return rows[0]
-    bias = None
+    bias = scale = None
     if any(r.bias is not None for r in rows):
-        bias = torch.cat(
-            [
-                torch.zeros(r.weight.shape[0]) if r.bias is None else r.bias
-                for r in rows
-            ]
-        )
-    scale = None
+        zeros = (torch.zeros(len(r.weight)) for r in rows)
+        pairs = zip(rows, zeros, strict=True)
+        bias = torch.cat([z if r.bias is None else r.bias for r, z in pairs])
     if rows[0].scale is not None:
         scale = torch.cat([r.scale for r in rows])
     weights = [r.weight for r in rows]
@@ -163,13 +158,24 @@ class FloatLinear:
 
     def __init__(self, rows: Rows):
         self.form: Floats = rows.form
-        self._weight = rows.weight
-        bias = rows.bias
+        self._weight, bias = rows.weight, rows.bias
         self._bias = None if bias is None else bias.to(rows.weight.dtype)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The product with its bias; ``gain`` and ``shift`` as of
+        :meth:`IntegerLinear.gelu`."""
+        if gain is None:
+            return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self._weight) * gain + shift
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`IntegerLinear`."""
-        return F.linear(x, self._weight, self._bias).to(dtype)
+        return self.product(x).to(dtype)
 
     def gelu(
         self,
@@ -180,89 +186,55 @@ class FloatLinear:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`IntegerLinear`."""
-        if gain is None:
-            y = F.linear(x, self._weight, self._bias)
-        else:
-            y = F.linear(x, self._weight) * gain + shift
-        return form.prepare(F.gelu(y), out)
+        return form.prepare(F.gelu(self.product(x, gain, shift)), out)
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """See :class:`IntegerLinear`."""
-        return total.add_(F.linear(x, self._weight, self._bias))
+        return total.add_(self.product(x))
 
 
-class ConvertedLinear:
+class ConvertedLinear(FloatLinear):
     """Products of integers that are multiplied as floats."""
 
     def __init__(self, rows: Rows):
-        self.form: Grid = rows.form
-        self._weight = rows.weight.float()
+        super().__init__(replace(rows, weight=rows.weight.float()))
         self._scale = rows.scale * self.form.scale
-        self._bias = rows.bias
 
-    def _product(
-        self, x: torch.Tensor, gain: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        # Without the zero point, so that sums stay small.
-        y = F.linear(x.float().sub_(self.form.zero), self._weight)
-        return y.mul_(self._scale if gain is None else self._scale * gain)
-
-    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`IntegerLinear`."""
-        y = self._product(x)
-        return (y if self._bias is None else y.add_(self._bias)).to(dtype)
-
-    def gelu(
+    def product(
         self,
         x: torch.Tensor,
-        form: Form,
         gain: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See :class:`IntegerLinear`."""
-        y = self._product(x, gain)
+        """See :class:`FloatLinear`."""
+        # Without the zero point, so that sums stay small.
+        y = F.linear(x.float().sub_(self.form.zero), self._weight)
+        y.mul_(self._scale if gain is None else self._scale * gain)
         bias = self._bias if gain is None else shift
-        y = y if bias is None else y.add_(bias)
-        return form.prepare(F.gelu(y), out)
-
-    def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """See :class:`IntegerLinear`."""
-        return total.add_(self(x, torch.float32))
+        return y if bias is None else y.add_(bias)
 
 
-Linear = IntegerLinear | FloatLinear | ConvertedLinear
+Linear = IntegerLinear | FloatLinear
 
 
 def _product(rows: Rows) -> Linear:
-    if isinstance(rows.form, Grid):
-        converted = rows.algorithm == FLOAT
-        return ConvertedLinear(rows) if converted else IntegerLinear(rows)
-    return FloatLinear(rows)
+    if isinstance(rows.form, Floats):
+        return FloatLinear(rows)
+    converted = rows.algorithm == FLOAT
+    return ConvertedLinear(rows) if converted else IntegerLinear(rows)
 
 
-def make_linear(
-    layer: IntegerLayer | FloatLayer, dtype: torch.dtype, gain: float = 1.0
-) -> Linear:
+def make_linear(layer: AnyLayer, dtype: torch.dtype) -> Linear:
     """The product of one layer, see :func:`rows_of`."""
-    return _product(rows_of(layer, dtype, gain))
+    return _product(rows_of(layer, dtype))
 
 
 class SharedInput:
     """Products of one input, stacked where they share a form."""
 
     def __init__(self, rows: Sequence[Rows]):
-        groups: list[list[Rows]] = []
-        for one in rows:
-            last = groups[-1][0] if groups else None
-            if last and (last.form, last.algorithm) == (
-                one.form,
-                one.algorithm,
-            ):
-                groups[-1].append(one)
-            else:
-                groups.append([one])
-        self.products = [_product(_stacked(group)) for group in groups]
+        groups = itertools.groupby(rows, lambda r: (r.form, r.algorithm))
+        self.products = [_product(_stacked(list(g))) for _, g in groups]
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply float [rows, in] to [rows, sum of out]."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ...core.encoder_spec import AnyLayer, ConvSpec
-from ...core.integer_layer import FloatLayer, IntegerLayer
-from ..algorithms import FLOAT, NATIVE, WIDE_GROUP
+from ...core.encoder_spec import ConvSpec
+from ...core.integer_layer import FloatLayer
+from ..algorithms import FLOAT, NATIVE, narrow_groups
 from ..cpu import cpu_class
 from ..geometry import Geometry
 from ..trial import Results, Trial
@@ -22,11 +22,11 @@ _STEP = 2.0**-4
 
 
 class TorchInt8Runner:
-    """Computes layers as the executor does."""
+    """Computes layers as the executor does, whatever its options."""
 
     name = "torch_int8"
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any):
         cpu = cpu_class()
         self._dtype = torch.bfloat16 if cpu.bf16 else torch.float32
         self._narrow_groups_fail = cpu.name == "amx"
@@ -47,55 +47,43 @@ class TorchInt8Runner:
         channels per group and a long window (torch 2.11): there the native
         algorithm is skipped.
         """
-        conv = geometry.place in ("position", "head") and geometry.is_conv
-        if not conv:
+        if geometry.place not in ("position", "head") or not geometry.is_conv:
             return (NATIVE, FLOAT)
         integers = geometry.weight_bits > 0
         ways = conv_algorithms(integers, geometry.groups, geometry.dilation)
-        narrow = geometry.groups > 1 and geometry.shape[1] < WIDE_GROUP
-        if self._narrow_groups_fail and narrow and not integers:
-            return ways[1:]
-        return ways
+        fails = self._narrow_groups_fail and narrow_groups(geometry)
+        return ways[1:] if fails and not integers else ways
 
     @torch.no_grad()
     def run(self, geometry: Geometry, trial: Trial) -> Results:
         """See :class:`..layer_check.LayerRunner`."""
-        layer = trial.layer
         if geometry.place == "head":
-            return Results(_head(geometry, layer, trial.inputs))
+            return Results(_head(geometry, trial))
         if geometry.place == "position":
-            conv = make_conv(layer, self._dtype)
-            found = [
-                conv(conv.form.prepare(x), torch.float32)[:, : x.shape[1]]
-                for x in trial.inputs
-            ]
-            return Results(found)
-        then: Form = Floats(torch.float32)
-        step, top = 0.0, float("inf")
-        if geometry.then == "gelu" and geometry.weight_bits:
-            then, step = Grid(_STEP, 8), _STEP
-            top = 127 * _STEP
-        if geometry.is_conv:
-            found = self._front(geometry, layer, trial.inputs, then)
-        else:
-            found = self._linear(geometry, trial, then)
-        values = [x[None] for x in found]
-        if step:
-            values = [(x.float() - ZERO) * step for x in values]
-        return Results(values, step, top)
+            conv = make_conv(trial.layer, self._dtype)
+            return Results(
+                [
+                    conv(conv.form.prepare(x), torch.float32)[:, : x.shape[1]]
+                    for x in trial.inputs
+                ]
+            )
+        run = self._front if geometry.is_conv else self._linear
+        if geometry.then != "gelu" or not geometry.weight_bits:
+            found = run(geometry, trial, Floats(torch.float32))
+            return Results([x[None] for x in found])
+        found = run(geometry, trial, Grid(_STEP, 8))
+        values = [(x[None].float() - ZERO) * _STEP for x in found]
+        return Results(values, _STEP, 127 * _STEP)
 
     def _front(
-        self,
-        geometry: Geometry,
-        layer: AnyLayer,
-        inputs: list[torch.Tensor],
-        then: Form,
+        self, geometry: Geometry, trial: Trial, then: Form
     ) -> list[torch.Tensor]:
+        layer = trial.layer
         first = geometry.place == "first" and isinstance(layer, FloatLayer)
         dtype = torch.float32 if first else self._dtype
         stage = Stage(ConvSpec(layer, None), then, dtype)
         found = []
-        for x in inputs:
+        for x in trial.inputs:
             x = stage.form.prepare(x[0])
             if geometry.then == "gelu":
                 found.append(stage(x))
@@ -125,16 +113,9 @@ class TorchInt8Runner:
         return found
 
 
-def _head(
-    geometry: Geometry, layer: IntegerLayer, inputs: list[torch.Tensor]
-) -> list[torch.Tensor]:
+def _head(geometry: Geometry, trial: Trial) -> list[torch.Tensor]:
     """Compute a layer outside of the encoder."""
-    forward = make_layer(layer)
+    forward = make_layer(trial.layer)
     if not geometry.is_conv:
-        return [forward(x) for x in inputs]
-    return [forward(x.transpose(1, 2)).transpose(1, 2) for x in inputs]
-
-
-def make_runner(**options: Any) -> TorchInt8Runner:
-    """The runner of this runtime; options do not change results."""
-    return TorchInt8Runner()
+        return [forward(x) for x in trial.inputs]
+    return [forward(x.transpose(1, 2)).transpose(1, 2) for x in trial.inputs]

@@ -4,87 +4,48 @@ Supports every wav2vec 2.0 and HuBERT encoder that `describe_encoder` describes,
 with any of its layers in floating point. The operators are in ``kernels``.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+import os
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from ...core.encoder_spec import EncoderSpec
-from ...core.integer_layer import IntegerLayer
-from ..base import LayerExecutor
-from .executor import TritonExecutor, check_device, make_tuner
-from .kernels import library
-from .layers import Head, check_plain_conv
+from ..base import Options, Runtime, option
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    """The requested device, by default CUDA, checked."""
-    if device is None:
-        if not torch.cuda.is_available() and not library.INTERPRETED:
-            raise ValueError(
-                "backend triton: there is no CUDA device; write backend: "
-                "auto, or device 'cpu' for the operators in plain torch"
-            )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
-        check_device(device)
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-    return device
+@dataclass(frozen=True)
+class TritonOptions(Options):
+    """``backend: triton``."""
+
+    #: Where it runs; by default the device that the model is on.
+    device: str | None = option(None)
+    #: Of the residual stream and of the attention.
+    dtype: Literal["float16", "bfloat16", "float32"] = option("float16")
+    #: CUDA graphs to keep, one for each (batch, length) bucket; 0: none.
+    max_graphs: int = option(48, least=0)
+    #: Whether tiles are measured when a shape is first met.
+    tune: bool = option(True)
+    #: JSON file of measured tiles; by default one for each card in the user's
+    #: cache folder.
+    cache: str | None = option(None)
 
 
-def make_executor(
-    spec: EncoderSpec,
-    device: str | torch.device | None = None,
-    dtype: str = "float16",
-    max_graphs: int = 48,
-    tune: bool = True,
-    cache: str | Path | None = None,
-) -> Callable[..., torch.Tensor]:
-    """Packs an encoder for the kernels.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder; its first convolution has at most 128 taps.
-    device : str, torch.device or None
-        By default the model's CUDA device, else the current one. On ``"cpu"``
-        the operators run in plain torch, or in Triton's interpreter with
-        ``TRITON_INTERPRET=1``: slow, for tests.
-    dtype, max_graphs, tune, cache
-        As in :class:`..options.TritonOptions`. The default number of graphs
-        holds all lengths from 0.5 s to 32 s at one batch size.
-
-    Returns
-    -------
-    TritonExecutor
-
-    Raises
-    ------
-    ValueError
-        No CUDA device or one that is too old, or a layer without a kernel.
-    """
-    if device is None and spec.norm.weight.is_cuda:
-        device = spec.norm.weight.device
-    device = _device(device)
-    return TritonExecutor(
-        spec,
-        device,
-        getattr(torch, dtype),
-        max_graphs,
-        make_tuner(device, tune, cache),
-    )
+RUNTIME = Runtime(
+    TritonOptions,
+    encoder="triton.build:make_executor",
+    layer="triton.build:make_layer",
+    why_not="triton:why_not",
+    device=None if os.environ.get("TRITON_INTERPRET") else "cuda",
+    needs=("triton",),
+    install="triton",
+)
 
 
-def make_layer(
-    layer: IntegerLayer, device: str | torch.device | None = None
-) -> LayerExecutor:
-    """Packs a layer outside the encoder, such as the head.
+def why_not(device: torch.device) -> str | None:
+    """Why a device cannot run the kernels, or None if it can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    # The package triton is needed from here on.
+    from . import executor
 
-    It is a Linear, or a Conv1d without padding, dilation or groups; another one
-    is refused. Takes the float layer's input, returns float32.
-    """
-    if layer.kind != "linear":
-        check_plain_conv(layer)
-    return Head(layer, _device(device))
+    return executor.why_not(device)

@@ -18,7 +18,7 @@ from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
 )
 from speechbrain_stablequant.runtimes.build import build_forwards
-from speechbrain_stablequant.runtimes.choice import resolve_backend
+from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.utils.files import read_json
 
 
@@ -39,7 +39,7 @@ def _load(backend: str, workload: Workload, **options) -> Prepared:
     fill_modules(modules, checkpoint.integers, checkpoint.floats, str(folder))
     modules = {key: module.to(device) for key, module in modules.items()}
     forwards = build_forwards(
-        resolve_backend(backend, device),
+        choose_backend(backend, device)[0],
         modules,
         {k: layer_on(v, device) for k, v in checkpoint.integers.items()},
         **options,

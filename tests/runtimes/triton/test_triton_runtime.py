@@ -26,7 +26,7 @@ from speechbrain_stablequant.model.rotation import (
 )
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
-from speechbrain_stablequant.runtimes.choice import resolve_backend
+from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.runtimes.triton import make_executor, make_layer
 from speechbrain_stablequant.runtimes.triton.executor import check_device
@@ -347,10 +347,10 @@ def test_a_card_that_is_too_old_is_named(pretended_card, caplog):
     pretended_card("an old card", (7, 5))
     old = "an old card has compute capability 7.5, 8.0 or more is needed"
     with pytest.raises(ValueError, match=old):
-        resolve_backend("triton", "cuda")
+        choose_backend("triton", "cuda")
     with pytest.raises(ValueError, match=old):
         check_device(torch.device("cuda"))
-    assert resolve_backend("auto", "cuda") == "torch"
+    assert choose_backend("auto", "cuda")[0] == "torch"
     assert "quantization is simulated" in caplog.text
     assert old in caplog.text
 
