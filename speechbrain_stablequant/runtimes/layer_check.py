@@ -26,8 +26,6 @@ from .trial import Results, Trial, difference, expected_results, make_trial
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-
 _WHAT = "layers tried on this CPU"
 
 
@@ -90,7 +88,6 @@ class _Memory:
     def __init__(self, runner: LayerRunner):
         self._key = identity(
             {
-                "format": FORMAT,
                 "code": _code_digest(),
                 "runtime": runner.name,
                 "versions": dict(runner.versions),

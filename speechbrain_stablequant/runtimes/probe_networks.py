@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.layer_quant import LayerQuant
 from ..model.layers import Encoder, Layer
+from ..utils.patching import hooked, shadowed
 from ..utils.precision import plain_float32
 from .base import shadowed_forwards
 from .cpu import narrowed
@@ -52,15 +54,11 @@ def run_network(
 @contextmanager
 def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Context with modules in evaluation mode."""
-    every = [part for module in modules.values() for part in module.modules()]
-    training = [part for part in every if part.training]
-    for part in training:
-        part.training = False
-    try:
+    with ExitStack() as stack:
+        for module in modules.values():
+            for part in module.modules():
+                stack.enter_context(shadowed(part, "training", False))
         yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def chain(
@@ -123,19 +121,13 @@ def quick_integers(
     inside = [x for x in layers if x.name.startswith(f"{encoder.path}.")]
     ranges: dict[str, float] = {}
 
-    def observe(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            found = float(args[0].abs().max())
-            ranges[name] = max(ranges.get(name, _LEAST_RANGE), found)
-
-        return hook
+    def observe(name: str, module: nn.Module, args: tuple) -> None:
+        found = float(args[0].abs().max())
+        ranges[name] = max(ranges.get(name, _LEAST_RANGE), found)
 
     wave, lengths = utterances(rate)
     alone = encoder_alone(encoder.model, {})
-    with ExitStack() as stack:
-        for x in inside:
-            handle = x.module.register_forward_pre_hook(observe(x.name))
-            stack.callback(handle.remove)
+    with hooked((x.module, partial(observe, x.name)) for x in inside):
         run_network(alone, float_waves(wave), lengths, device)
     return {
         x.name: integer_layer(x, LayerQuant(*bits, ranges[x.name])).to("cpu")

@@ -491,10 +491,9 @@ def test_a_machine_is_asked_once(asked, empty_memory):
         lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41"),
         lambda patch: patch.setattr(cpu, "_flags", lambda: {"other"}),
         lambda patch: patch.setattr(layer_check, "_code_digest", lambda: "new"),
-        lambda patch: patch.setattr(layer_check, "FORMAT", 0),
         lambda patch: patch.setattr(torch, "__version__", "99.0"),
     ],
-    ids=["cap", "flags", "code", "format", "library"],
+    ids=["cap", "flags", "code", "library"],
 )
 def test_another_machine_is_asked_again(
     change, asked, empty_memory, monkeypatch

