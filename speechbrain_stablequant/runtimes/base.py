@@ -53,11 +53,11 @@ class Options:
     """``backend_options`` of a runtime, as a dataclass of this class."""
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value, least = getattr(self, option.name), option.metadata["least"]
+        for row in fields(self):
+            value, least = getattr(self, row.name), row.metadata.get("least")
             if None not in (value, least) and value < least:
                 raise ValueError(
-                    f"backend_options.{option.name}: must be at least {least}, "
+                    f"backend_options.{row.name}: must be at least {least}, "
                     f"not {value}"
                 )
 

@@ -1,7 +1,13 @@
 """Tests of runtimes compute in two threads, as users do."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# What several test files import.
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 
 @pytest.fixture(autouse=True)
