@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .brain.attach import StableQuant
     from .brain.register import register
-    from .config import ConfigError, QuantizeConfig
+    from .config import ConfigError
     from .core.plan import QuantizationPlan
+    from .methods.registry import QuantizeConfig
     from .transcribe.load import Recognizer, load
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ __all__ = [
 _PLACES = {
     "ConfigError": "config",
     "QuantizationPlan": "core.plan",
-    "QuantizeConfig": "config",
+    "QuantizeConfig": "methods.registry",
     "Recognizer": "transcribe.load",
     "StableQuant": "brain.attach",
     "load": "transcribe.load",

@@ -1,35 +1,27 @@
-"""The ``quantize:`` block of a recipe: its keys, defaults and checks.
+"""The common keys of the ``quantize:`` block, and how a block is read.
 
-HyperPyYAML does not check nested keys, so all are checked here.
+Methods own the dataclasses of their options, see :mod:`.methods.registry`.
 """
 
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
-from .utils.fields import (
-    build,
+from .utils.typed import (
     choice,
     count,
-    fraction,
     not_negative,
+    one_line,
     option,
-    positive,
+    short,
+    typed,
 )
-from .utils.typed import one_line, short
 
 logger = logging.getLogger(__name__)
 
-CALIBRATORS = ("max", "percentile", "entropy", "mse")
-METHODS = (
-    "stablequant",
-    *CALIBRATORS,
-    "adaround",
-    "stablequant_plus",
-    "qat",
-)
 #: Decision rules of the search, see ``methods.search.paired``.
 RULES = ("threshold", "interval")
 #: Formats of parameters that are not quantized.
@@ -45,12 +37,6 @@ _SHARED_KEYS = (
     "sample_rate",
     "require_checkpoint",
 )
-# Old keys of sub-blocks: the new name; None if the key was removed.
-_OLD_KEYS = {
-    ("plus", "keep_wave"): "keep_first_conv_float",
-    ("plus", "weight_groups"): None,
-}
-
 _MAX_MESSAGE = 1000
 # A variant's name is a folder's name.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -152,175 +138,32 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class AdaRoundConfig:
-    """``quantize.adaround``: adaptive rounding, with AIMET's settings.
+class MethodConfig:
+    """Options of a method, a block of keys, and what follows from them.
 
-    The loss is a quadratic form in the Hessian of the whole calibration set,
-    so there is no batch size.
-
-    Arguments
-    ---------
-    iterations : int
-        Steps for each layer.
-    lr : float
-        Learning rate.
-    weight : float
-        Weight of the regularizer that drives each rounding to 0 or 1.
-    beta_start, beta_end : float
-        First and last exponent of the regularizer.
-    warm_start : float
-        Fraction of the steps without the regularizer.
-    calibrator : str
-        Calibrator of the activations: ``max``, ``percentile``, ``entropy`` or
-        ``mse``.
+    A method without options has this class itself.
     """
 
-    iterations: int = count(10000)
-    lr: float = positive(0.01)
-    weight: float = positive(0.01)
-    beta_start: float = positive(20.0)
-    beta_end: float = positive(2.0)
-    warm_start: float = fraction(0.2)
-    calibrator: str = choice("mse", *CALIBRATORS)
+    #: Key of the block; empty if the method has no options.
+    block: ClassVar[str] = ""
+    #: Keys of other methods' blocks that the method reads.
+    also_reads: ClassVar[tuple[str, ...]] = ()
+    #: Old keys of the block: the new name; None if the key was removed.
+    old_keys: ClassVar[Mapping[str, str | None]] = {}
+
+    @property
+    def sets(self) -> dict[str, bool]:
+        """Data sets besides the calibration set, ``search`` and ``train``:
+        whether their transcripts decide something."""
+        return {}
+
+    def check(self) -> None:
+        """Raise a ValueError that opens with a key if another excludes it."""
 
 
 @dataclass(frozen=True)
-class QatConfig:
-    """``quantize.qat``: quantization-aware training.
-
-    The defaults train a tenth as long as the float model, with a hundredth of
-    its learning rate.
-
-    Arguments
-    ---------
-    epochs : int
-        Epochs over the recipe's training set, with its loader options.
-    lr : float
-        Learning rate, decayed to 0 by a half cosine.
-    learn_scales : bool
-        Whether scales are trained (LSQ) or stay as calibrated.
-    scale_lr : float
-        Learning rate of scales, relative to the scale.
-    calibrator : str
-        Calibrator of the initial scales: ``max``, ``percentile``, ``entropy``
-        or ``mse``.
-    keep : str
-        ``best``: the epoch with the lowest WER on the search set, the
-        calibrated model included; or ``last``, which needs no search set.
-    distill : float
-        0: the recipe's loss; 1: the divergence from the float model, which
-        needs no transcripts; in between: a mixture.
-    freeze_feature_extractor : bool
-        Whether the encoder's convolutions stay as calibrated, which saves
-        time and memory.
-    bfloat16 : bool
-        Whether training multiplies in bfloat16, which is faster on devices
-        that support it. Evaluation and the written model do not use it.
-    """
-
-    epochs: int = count(3)
-    lr: float = positive(1e-5)
-    learn_scales: bool = False
-    scale_lr: float = positive(1e-3)
-    calibrator: str = choice("mse", *CALIBRATORS)
-    keep: str = choice("best", "best", "last")
-    distill: float = fraction(0.0)
-    freeze_feature_extractor: bool = False
-    bfloat16: bool = False
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """``quantize.plus.budget``: mixed precision, bits for each unit.
-
-    Arguments
-    ---------
-    size : float or None
-        Size of the model on disk as a fraction of its float32 size; None
-        gives every unit ``weight_bits``.
-    bits : tuple of int
-        Bits to choose from; 16 leaves a unit float.
-    scores : str
-        Sensitivity of a unit: ``divergence``, that of quantizing it alone at
-        each width.
-    """
-
-    size: float | None = option(
-        None,
-        lambda x: 0 < x <= 1,
-        "a fraction of the float32 size, such as 0.22",
-    )
-    bits: tuple[int, ...] = option(
-        (4, 5, 6, 8, 16),
-        lambda row: len(row) > 0 and all(2 <= b <= 8 or b == 16 for b in row),
-        "a list of bits from 2 to 8, or 16 for units that stay float",
-    )
-    scores: str = "divergence"
-
-
-@dataclass(frozen=True)
-class PlusConfig:
-    """``quantize.plus``: the parts of ``method: stablequant_plus``.
-
-    Arguments
-    ---------
-    rotate : bool
-        Rotates the residual stream of pre-norm encoders (QuaRot), which
-        removes outlier channels. Costs two matrix products per frame.
-    keep_first_conv_float : bool
-        Keeps the first convolution float. Its input is the audio itself,
-        which 8 bits distort most, and it has hardly any weights.
-    equalize : bool
-        Migrates scale from activation channels to weights (SmoothQuant).
-    strengths : tuple of float
-        Migration strengths to try, from 0 to 1; the one with the least
-        divergence from the float model is taken.
-    cutoffs : str
-        Clipping percentiles: ``layers``, one for each layer by the divergence
-        it causes; ``units``, one for each unit by WER, as StableQuant does;
-        or ``none``.
-    compensate : bool
-        Rounds weights with error compensation (GPTQ).
-    damping : float
-        Dampening of the Hessian, as a fraction of its mean diagonal.
-    earlier_errors : bool
-        Whether GPTQ compensates errors of earlier layers as well. Needs many
-        more calibration frames than a layer has inputs: harmful with a few
-        seconds of audio.
-    adaround : bool
-        Rounds the layers of selected units by AdaRound instead, with the
-        settings of ``quantize.adaround``.
-    bias_correction : bool
-        Subtracts the mean error of each output channel from its bias.
-    asymmetric : bool
-        Uses a zero point for inputs behind a GELU, which are hardly negative.
-    budget : BudgetConfig
-        Mixed precision.
-    """
-
-    rotate: bool = True
-    keep_first_conv_float: bool = True
-    equalize: bool = True
-    strengths: tuple[float, ...] = option(
-        (0.5, 0.75),
-        lambda row: len(row) > 0 and all(0 <= x <= 1 for x in row),
-        "a list of fractions from 0 to 1, such as 0.5",
-    )
-    cutoffs: str = choice("layers", "layers", "units", "none")
-    compensate: bool = True
-    damping: float = option(
-        0.01, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1"
-    )
-    earlier_errors: bool = False
-    adaround: bool = False
-    bias_correction: bool = True
-    asymmetric: bool = True
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """The whole ``quantize:`` block.
+class CommonConfig:
+    """The keys of the ``quantize:`` block that all methods share.
 
     Arguments
     ---------
@@ -341,8 +184,6 @@ class QuantizeConfig:
         The calibration set.
     search : SearchConfig
         The search set and the rules of the search.
-    adaround, plus, qat : dataclass
-        Options of the method of that name.
     plan : str or None
         A ``plan.json`` to use instead of calibrating and searching.
     backend : str
@@ -382,13 +223,10 @@ class QuantizeConfig:
     exclude: tuple[str, ...] = ()
     weight_bits: int = _bits(8)
     activation_bits: int = _bits(8)
-    method: str = choice("stablequant", *METHODS)
+    method: str = "stablequant"
     weight_method: str | None = choice(None, "max", "mse")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    adaround: AdaRoundConfig = field(default_factory=AdaRoundConfig)
-    plus: PlusConfig = field(default_factory=PlusConfig)
-    qat: QatConfig = field(default_factory=QatConfig)
     plan: str | None = None
     backend: str = "auto"
     backend_options: dict = field(default_factory=dict)
@@ -402,54 +240,11 @@ class QuantizeConfig:
     require_checkpoint: bool = True
     variants: tuple[dict, ...] = ()
 
-    @property
-    def needs_search(self) -> bool:
-        """Whether the method measures on the search set."""
-        if self.needs_training:
-            return self.qat.keep == "best"
-        return self.plan is None and self.method in (
-            "stablequant",
-            "stablequant_plus",
-        )
-
-    @property
-    def needs_training(self) -> bool:
-        """Whether the method trains on the recipe's training set."""
-        return self.plan is None and self.method == "qat"
-
-    @property
-    def transcribed(self) -> tuple[str, ...]:
-        """Sets whose transcripts decide something: ``search``, ``train``."""
-        found = []
-        if self.needs_training:
-            decide = self.needs_search
-            if self.qat.distill < 1:
-                found.append("train")
-        elif self.method == "stablequant_plus":
-            decide = self.plan is None and self.plus.cutoffs == "units"
-        else:
-            decide = self.needs_search
-        return (*found, "search") if decide else tuple(found)
-
-    def variant_configs(self) -> dict[str, "QuantizeConfig"]:
+    def variant_configs(self) -> dict[str, "CommonConfig"]:
         """This block with the changes of each variant, by name.
 
-        Returns
-        -------
-        dict
-            Without variants, this block under the empty name.
-
-        Raises
-        ------
-        ConfigError
-            A variant that is not a valid block, or a name used twice.
-
-        Example
-        -------
-        >>> block = {"variants": [{"name": "w6", "weight_bits": 6}]}
-        >>> configs = QuantizeConfig.from_dict(block).variant_configs()
-        >>> {name: config.weight_bits for name, config in configs.items()}
-        {'w6': 6}
+        Raises a ConfigError for a variant that is not a valid block, or a name
+        used twice. Without variants, this block has the empty name.
         """
         if not self.variants:
             return {"": self}
@@ -472,13 +267,12 @@ class QuantizeConfig:
                     raise ConfigError(f"{where}.{key}: belongs to the block")
             # Options of a runtime are one value, not a sub-block.
             options = changes.pop("backend_options", base["backend_options"])
-            merged = _merged(base, changes)
-            merged["backend_options"] = options
-            configs[name] = _built(merged, where)
+            merged = _merged(base, changes) | {"backend_options": options}
+            configs[name] = self._built(merged, where)
         return configs
 
     @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> "QuantizeConfig":
+    def from_dict(cls, block: Mapping[str, Any]) -> "CommonConfig":
         """Validates a block.
 
         Arguments
@@ -497,6 +291,7 @@ class QuantizeConfig:
 
         Example
         -------
+        >>> from speechbrain_stablequant import QuantizeConfig
         >>> QuantizeConfig.from_dict({"weight_bits": 6}).weight_bits
         6
         >>> QuantizeConfig.from_dict({"weight_bitz": 6})
@@ -505,9 +300,74 @@ class QuantizeConfig:
         speechbrain_stablequant.config.ConfigError: quantize.weight_bitz: \
 unknown key; did you mean 'weight_bits'?
         """
-        config = _built(_with_new_names(block), "quantize")
+        said: dict[str, None] = {}
+        block = cls._with_new_keys(block, said)
+        if isinstance(block, dict):
+            variants = block.get("variants")
+            if isinstance(variants, list | tuple):
+                block["variants"] = [
+                    cls._with_new_keys(variant, said) for variant in variants
+                ]
+        for message in said:
+            logger.warning("%s", message)
+        config = cls._built(block, "quantize")
         config.variant_configs()
         return config
+
+    @classmethod
+    def _built(cls, block: Any, path: str) -> "CommonConfig":
+        try:
+            config = typed(block, cls, path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for part in vars(config).values():
+            if isinstance(part, MethodConfig):
+                try:
+                    part.check()
+                except ValueError as error:
+                    raise ConfigError(f"{path}.{part.block}.{error}") from None
+        return config
+
+    @classmethod
+    def _with_new_keys(cls, block: Any, said: dict[str, None]) -> Any:
+        """A copy with paths as text and without old keys; adds what to warn of
+        to ``said``."""
+        if not isinstance(block, Mapping):
+            return block
+        result = {key: _plain(value) for key, value in block.items()}
+        for part in fields(cls):
+            keys = result.get(part.name)
+            old_keys = getattr(part.type, "old_keys", {})
+            for old in old_keys if isinstance(keys, dict) else ():
+                if old in keys:
+                    said[_rename(keys, part.name, old, old_keys[old])] = None
+        return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: str(item) if isinstance(item, Path) else item
+            for key, item in value.items()
+        }
+    return str(value) if isinstance(value, Path) else value
+
+
+def _rename(keys: dict, part: str, old: str, new: str | None) -> str:
+    """Replaces an old key; returns what to warn of."""
+    where, value = f"quantize.{part}.{old}", keys.pop(old)
+    if new in keys:
+        raise ConfigError(
+            f"{where}: is the old name of {new}, which is set as well; "
+            "remove it"
+        )
+    if new is not None:
+        keys[new] = value
+        return f"{where}: was renamed to {new}; the old name still works"
+    message = f"{where}: was removed; leave it out"
+    if value:
+        raise ConfigError(message)
+    return message
 
 
 def _merged(base: Mapping, changes: Mapping) -> dict:
@@ -517,64 +377,3 @@ def _merged(base: Mapping, changes: Mapping) -> dict:
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
         result[key] = _merged(base[key], value) if both else value
     return result
-
-
-def _built(block: Any, path: str) -> QuantizeConfig:
-    try:
-        config = build(QuantizeConfig, block, path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    _check_together(config, path)
-    return config
-
-
-def _with_new_names(block: Any) -> Any:
-    """The block and its variants without old keys; warns of each once."""
-    said: dict[str, None] = {}
-    block = _renamed(block, said)
-    if isinstance(block, Mapping):
-        variants = block.get("variants")
-        if isinstance(variants, list | tuple):
-            block["variants"] = [_renamed(v, said) for v in variants]
-    for message in said:
-        logger.warning("%s", message)
-    return block
-
-
-def _renamed(block: Any, said: dict[str, None]) -> Any:
-    """A copy without old keys; adds what to warn of to ``said``."""
-    if not isinstance(block, Mapping):
-        return block
-    result = {
-        key: dict(value) if isinstance(value, Mapping) else value
-        for key, value in block.items()
-    }
-    for (part, old), new in _OLD_KEYS.items():
-        keys = result.get(part)
-        if not isinstance(keys, dict) or old not in keys:
-            continue
-        where, value = f"quantize.{part}.{old}", keys.pop(old)
-        if new in keys:
-            raise ConfigError(
-                f"{where}: is the old name of {new}, which is set as well; "
-                "remove it"
-            )
-        if new is not None:
-            keys[new] = value
-            said[f"{where}: was renamed to {new}; the old name still works"] = (
-                None
-            )
-        elif value:
-            raise ConfigError(f"{where}: was removed; leave it out")
-        else:
-            said[f"{where}: was removed; leave it out"] = None
-    return result
-
-
-def _check_together(config: QuantizeConfig, path: str) -> None:
-    """Checks keys that restrict one another."""
-    if config.plus.adaround and config.plus.cutoffs != "units":
-        raise ConfigError(
-            f"{path}.plus.adaround: rounds the units that are selected; set "
-            "plus.cutoffs to units"
-        )

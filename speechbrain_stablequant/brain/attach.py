@@ -10,7 +10,8 @@ import speechbrain as sb
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import ConfigError, QuantizeConfig
+from ..config import ConfigError
+from ..methods.registry import QuantizeConfig
 from ..utils import distributed
 from ..utils.interrupts import explained
 from ..utils.lock import FolderLock
@@ -89,7 +90,7 @@ class StableQuant:
         train_set : Dataset or DataLoader, optional
             For methods that train; without it, the one given to ``fit``.
         **block
-            Keys of :class:`~speechbrain_stablequant.config.QuantizeConfig`.
+            Keys of :class:`~speechbrain_stablequant.QuantizeConfig`.
 
         Returns
         -------

@@ -14,9 +14,9 @@ from typing import Any
 import speechbrain as sb
 import torch
 
-from ..config import QuantizeConfig
 from ..core.error_rates import score
 from ..folder.write import RecognizerSource
+from ..methods.registry import QuantizeConfig
 from ..methods.search import check_float_wer
 from ..utils.typed import one_line
 from .coverage import check_references

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import ConfigError, QuantizeConfig
-from ..methods.plus.bits import HARMS
+from ..config import ConfigError
+from ..methods.registry import QuantizeConfig
 from ..runtimes.registry import RUNTIMES, check_options, select_options
 
 
 def read_block(block: Mapping[str, Any]) -> QuantizeConfig:
-    """:meth:`~speechbrain_stablequant.config.QuantizeConfig.from_dict`, with
+    """:meth:`~speechbrain_stablequant.QuantizeConfig.from_dict`, with
     the options of runtimes checked too, of variants as well."""
     config = QuantizeConfig.from_dict(block)
     variant_configs(config)
@@ -24,7 +24,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     A variant that names another runtime than its block inherits the options
     that this runtime knows.
     """
-    _check_names(config, "quantize")
+    _check_runtime(config, "quantize")
     if not config.variants:
         return config.variant_configs()
     found = {}
@@ -35,7 +35,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
         ):
             options = select_options(variant.backend, config.backend_options)
             variant = replace(variant, backend_options=options)
-        _check_names(variant, f"quantize.variants[{index}]")
+        _check_runtime(variant, f"quantize.variants[{index}]")
         found[name] = variant
     return found
 
@@ -53,14 +53,7 @@ def run_configs(
     return found
 
 
-def _check_names(config: QuantizeConfig, path: str) -> None:
-    """Checks names that are registered outside of the config."""
-    scores = config.plus.budget.scores
-    if scores not in HARMS:
-        raise ConfigError(
-            f"{path}.plus.budget.scores: '{scores}' is not one of "
-            f"{', '.join(HARMS)}"
-        )
+def _check_runtime(config: QuantizeConfig, path: str) -> None:
     known = ("auto", *RUNTIMES)
     if config.backend not in known:
         raise ConfigError(

@@ -11,7 +11,7 @@ import speechbrain as sb
 import torch
 from torch import nn
 
-from ..config import QuantizeConfig
+from ..methods.registry import QuantizeConfig
 from .data import audio_of
 from .passes import recognize
 

@@ -15,7 +15,8 @@ from speechbrain.dataio.dataset import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..config import ConfigError, QuantizeConfig
+from ..config import ConfigError
+from ..methods.registry import QuantizeConfig
 from ..model.layers import min_samples
 from ..utils.digest import digest
 from ..utils.distributed import gathered, share, size

@@ -14,9 +14,9 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
 
-from ..config import QuantizeConfig
 from ..folder.encoder_config import check_config, empty_encoder
 from ..folder.write import RecognizerSource
+from ..methods.registry import QuantizeConfig
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
 from .chain import Call, NoFolderError, find_chain, keyed_modules
 from .head_yaml import node_text, plain_node, recipe_nodes

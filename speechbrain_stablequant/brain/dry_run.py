@@ -10,8 +10,8 @@ from typing import Any
 import speechbrain as sb
 import torch
 
-from ..config import QuantizeConfig
 from ..core.encoder_spec import describe_encoder
+from ..methods.registry import QuantizeConfig
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
 from ..runtimes.reference import ReferenceExecutor

@@ -20,9 +20,8 @@ from typing import Any
 import speechbrain as sb
 from tqdm import tqdm
 
-from ..config import QuantizeConfig
 from ..core.plan import PLAN_FILE
-from ..methods import make_plan
+from ..methods.registry import QuantizeConfig, make_plan
 from ..methods.session import Session
 from ..report.results import Evaluation, SetResult
 from ..runtimes.registry import RUNTIMES, code_digest

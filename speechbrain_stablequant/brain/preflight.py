@@ -6,8 +6,9 @@ from pathlib import Path
 import speechbrain as sb
 from torch import nn
 
-from ..config import ConfigError, QuantizeConfig
+from ..config import ConfigError
 from ..core.plan import QuantizationPlan
+from ..methods.registry import QuantizeConfig
 from ..methods.session import check_earlier_run
 from ..model.layers import find_layers
 from ..utils import distributed

@@ -5,7 +5,7 @@ from typing import Any
 
 import speechbrain as sb
 
-from ..config import QuantizeConfig
+from ..methods.registry import QuantizeConfig
 from .attach import StableQuant
 from .block import read_block
 
@@ -20,7 +20,7 @@ def register(**block: Any) -> QuantizeConfig:
     Arguments
     ---------
     **block
-        Keys of :class:`~speechbrain_stablequant.config.QuantizeConfig`.
+        Keys of :class:`~speechbrain_stablequant.QuantizeConfig`.
 
     Returns
     -------

@@ -9,7 +9,6 @@ from typing import Any
 import speechbrain as sb
 from torch import nn
 
-from ..config import QuantizeConfig
 from ..core.histogram import Histogram
 from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.plan import QuantizationPlan
@@ -17,6 +16,7 @@ from ..core.plan_tensors import adjusted_floats
 from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import RecognizerSource, write_folder
+from ..methods.registry import QuantizeConfig
 from ..model.layers import Layer, find_layers
 from ..report import summary_table, write_report
 from ..report.build import build_report, float_size

@@ -13,9 +13,10 @@ import speechbrain as sb
 import torch
 from torch import nn
 
-from ..config import ConfigError, QuantizeConfig
+from ..config import ConfigError
 from ..core.encoder_spec import check_encoders
 from ..core.integer_layer import IntegerLayer
+from ..methods.registry import QuantizeConfig
 from ..model.layers import find_encoders
 from ..runtimes.base import shadowed_forwards
 from ..runtimes.build import build_forwards

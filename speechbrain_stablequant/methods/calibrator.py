@@ -1,23 +1,23 @@
 """One calibrator for every layer: max, percentile, entropy or mse."""
 
-from collections.abc import Mapping
-
 from tqdm import tqdm
 
 from ..core.calibrators import calibrate
 from ..core.histogram import Histogram
 from ..core.plan import LayerPlan, QuantizationPlan, UnitPlan
-from .session import Session
+from .session import Calibration, Session
 
 
 def calibrator_plan(
     session: Session,
     weights: str,
-    histograms: Mapping[str, Histogram],
-    method: str,
-) -> QuantizationPlan:
-    """The range of each layer's input by one calibrator, such as ``max``."""
+    calibration: Calibration,
+    method: str | None = None,
+) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+    """The range of each layer's input by one calibrator, the block's method by
+    default."""
     config = session.config
+    method = method or config.method
     options = {}
     if method == "percentile":
         options["percentile"] = config.calibration.percentile
@@ -30,7 +30,7 @@ def calibrator_plan(
         "calibrators",
         disable=not session.recognizer.show_progress,
     ):
-        histogram = histograms[layer.name]
+        histogram = calibration.histograms[layer.name]
         amax = calibrate(method, histogram, config.activation_bits, **options)
         layers.append(
             LayerPlan(
@@ -44,4 +44,5 @@ def calibrator_plan(
             )
         )
     units = [UnitPlan(name) for name in session.units]
-    return session.assemble(weights, units, layers, {})
+    plan = session.assemble(weights, units, layers, {})
+    return plan, calibration.histograms

@@ -11,9 +11,11 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
 
 from tqdm import tqdm
 
+from ..config import MethodConfig
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
@@ -25,25 +27,17 @@ from .session import Calibration, Session, search_evaluate
 logger = logging.getLogger(__name__)
 
 
+class StableQuantConfig(MethodConfig):
+    """``method: stablequant`` has its options in ``quantize.search``."""
+
+    sets: ClassVar[Mapping[str, bool]] = {"search": True}
+
+
 def stablequant_plan(
     session: Session, weights: str, calibration: Calibration
-) -> QuantizationPlan:
-    """Makes the plan of ``method: stablequant``.
-
-    Arguments
-    ---------
-    session : Session
-        The recognizer and its layers.
-    weights : str
-        Fingerprint of the float model.
-    calibration : Calibration
-        Of the float model.
-
-    Returns
-    -------
-    QuantizationPlan
-        ``search`` has the word error rates, before and after.
-    """
+) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+    """Makes the plan of ``method: stablequant``; its ``search`` has the word
+    error rates before and after."""
     config = session.config
     histograms = calibration.histograms
     evaluate, journal, bar = search_evaluate(session, weights, calibration)
@@ -77,7 +71,8 @@ def stablequant_plan(
         "baseline_wer": baseline.wer,
         "final_wer": final.wer,
     }
-    return session.assemble(weights, units, layers, search)
+    plan = session.assemble(weights, units, layers, search)
+    return plan, histograms
 
 
 def search_units(

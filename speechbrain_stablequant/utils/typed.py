@@ -1,4 +1,4 @@
-"""Checks values read from a file against their intended types.
+"""Checks values from a file or a user against types, and rules of dataclasses.
 
 A file may be damaged, edited or foreign. Values pass :func:`typed` before use,
 so that a wrong one gives one line that names its place.
@@ -7,8 +7,8 @@ so that a wrong one gives one line that names its place.
 import difflib
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,12 +42,45 @@ def short(value: Any) -> str:
     return one_line(_Short().repr(value))
 
 
+def option(default: Any, good: Callable[[Any], bool], rule: str) -> Any:
+    """A field whose value must be ``good``; ``rule`` completes "must be"."""
+    return field(default=default, metadata={"good": good, "rule": rule})
+
+
+def choice(default: str | None, *names: str) -> Any:
+    """A field whose value must be one of some names."""
+    return field(default=default, metadata={"choices": names})
+
+
+def positive(default: float) -> Any:
+    """A field whose value must be positive and finite."""
+    return option(default, lambda x: 0 < x < math.inf, "positive and finite")
+
+
+def not_negative(default: float) -> Any:
+    """A field whose value must be finite and not negative."""
+    return option(
+        default, lambda x: 0 <= x < math.inf, "finite and not negative"
+    )
+
+
+def fraction(default: float) -> Any:
+    """A field whose value must be from 0 to 1."""
+    return option(default, lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
+
+
+def count(default: int | None, least: int = 1) -> Any:
+    """A field whose value must be at least ``least``."""
+    return option(default, lambda n: n >= least, f"at least {least}")
+
+
 def typed(value: Any, hint: Any, where: str) -> Any:
     """Checks a value from JSON or YAML against a type and returns it converted.
 
     Takes plain types, ``Any``, ``Literal``, unions with None, lists, tuples,
-    mappings and dataclasses of these. ``where`` is the value's place and opens
-    the error.
+    mappings and dataclasses of these, with the rules of their fields. A text
+    is also a tuple of one text. ``where`` is the value's place and opens the
+    error.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -99,8 +132,14 @@ def _one_of(value: Any, args: tuple, where: str) -> Any:
 
 
 def _items(value: Any, origin: Any, args: tuple, where: str) -> Any:
-    values = typed(value, list, where)
-    made = [typed(v, args[0], f"{where}[{i}]") for i, v in enumerate(values)]
+    if origin is tuple and args[0] is str and isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        item = getattr(args[0], "__name__", args[0])
+        raise ValueError(
+            f"{where}: must be a list of {item}, not {short(value)}"
+        )
+    made = [typed(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
     return tuple(made) if origin is tuple else made
 
 
@@ -121,13 +160,12 @@ def _plain(value: Any, hint: type, where: str) -> Any:
 
 
 def _name(hint: type) -> str:
-    names = {list: "a list", dict: "an object", str: "text"}
+    names = {list: "a list", dict: "a block of keys"}
     return names.get(hint, hint.__name__)
 
 
 def _dataclass(value: Any, kind: type, where: str) -> Any:
     rows = typed(value, dict, where)
-    hints = get_type_hints(kind)
     known = {f.name: f for f in fields(kind) if f.init}
     for key in rows:
         if key not in known:
@@ -137,6 +175,27 @@ def _dataclass(value: Any, kind: type, where: str) -> Any:
         required = found.default is found.default_factory is MISSING
         if required and name not in rows:
             raise ValueError(f"{where}: lacks '{name}'")
+    hints = get_type_hints(kind)
     return kind(
-        **{k: typed(v, hints[k], inside(where, k)) for k, v in rows.items()}
+        **{
+            name: _field(
+                value, hints[name], known[name].metadata, inside(where, name)
+            )
+            for name, value in rows.items()
+        }
     )
+
+
+def _field(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
+    """:func:`typed` for a dataclass's field, with the rule in its metadata."""
+    # A rule for a number decides about infinity, too.
+    if not (rule and hint is float and isinstance(value, float)):
+        value = typed(value, hint, where)
+    if value is None or not rule:
+        return value
+    if "choices" in rule and value not in rule["choices"]:
+        names = ", ".join(rule["choices"])
+        raise ValueError(f"{where}: '{value}' is not one of {names}")
+    if "good" in rule and not rule["good"](value):
+        raise ValueError(f"{where}: must be {rule['rule']}, not {short(value)}")
+    return value

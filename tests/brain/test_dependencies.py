@@ -425,7 +425,7 @@ def test_reading_all_hparams_at_once(tmp_path):
 
 
 def test_the_quantize_block_is_no_dependency():
-    from speechbrain_stablequant.config import QuantizeConfig
+    from speechbrain_stablequant import QuantizeConfig
 
     block = QuantizeConfig.from_dict({})
     brain = sb.Brain(hparams={"lr": 1})

@@ -325,7 +325,7 @@ def test_from_dict_names_a_wrong_type(change):
 
 @pytest.mark.parametrize("state", [None, [], "a", 1])
 def test_from_dict_of_something_else(state):
-    with pytest.raises(ValueError, match="a histogram: must be an object"):
+    with pytest.raises(ValueError, match="a histogram: must be a block"):
         Histogram.from_dict(state)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from speechbrain_stablequant.config import QuantizeConfig
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.core.weights import (
     restore_weight,
@@ -32,6 +31,7 @@ from speechbrain_stablequant.methods.layerwise.hessian import (
     MomentSum,
     unfolded,
 )
+from speechbrain_stablequant.methods.registry import QuantizeConfig
 from speechbrain_stablequant.methods.session import Session
 from speechbrain_stablequant.simulation import fake_quant as simulate
 from speechbrain_stablequant.simulation.fake_quant import quantize_input

@@ -13,7 +13,6 @@ from speechbrain_stablequant.core.affine import GELU_MIN
 from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
-from speechbrain_stablequant.methods import make_plan
 from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.plus.quarot import (
     is_rotated,
@@ -31,6 +30,7 @@ from speechbrain_stablequant.methods.plus.zero_point import (
     asymmetric_range,
     behind_gelu,
 )
+from speechbrain_stablequant.methods.registry import make_plan
 from speechbrain_stablequant.methods.search import Score
 from speechbrain_stablequant.methods.session import Session
 from speechbrain_stablequant.model.layers import find_encoders, find_layers

@@ -17,11 +17,12 @@ from speechbrain_stablequant.brain.trainer import (
     divergence,
     reproducible,
 )
-from speechbrain_stablequant.config import ConfigError, QatConfig
+from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.core.affine import fake_quantize, qmax
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods.qat import loop
+from speechbrain_stablequant.methods.qat.config import QatConfig
 from speechbrain_stablequant.methods.qat.store import EpochStore
 from speechbrain_stablequant.methods.qat.student import (
     Student,

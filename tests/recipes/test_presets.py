@@ -9,7 +9,7 @@ from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.block import read_block, variant_configs
-from speechbrain_stablequant.config import METHODS
+from speechbrain_stablequant.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "hparams").glob("*.yaml"))

@@ -46,8 +46,11 @@ def test_a_whole_file():
         ({"count": True}, "file.count: must be int, not True"),
         ({"count": 1.0}, "file.count: must be int, not 1.0"),
         ({"count": 2**63}, "file.count: must be int, not <an integer of 64"),
-        ({"parts": {}}, "file.parts: must be a list, not {}"),
-        ({"parts": [[]]}, r"file.parts\[0\]: must be an object, not \[\]"),
+        ({"parts": {}}, "file.parts: must be a list of Inner, not {}"),
+        (
+            {"parts": [[]]},
+            r"file.parts\[0\]: must be a block of keys",
+        ),
         ({"parts": [{}]}, r"file.parts\[0\]: lacks 'kind'"),
         ({"parts": [{"kind": []}]}, r"kind: must be one of one, 2, not \[\]"),
         ({"parts": [{"kind": 2.0}]}, "kind: must be one of one, 2, not 2.0"),

@@ -11,7 +11,7 @@ decides (see :mod:`..search.divergence`).
 
 from collections.abc import Container, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -118,9 +118,7 @@ def _rounded(
     rounds = plus.compensate or plus.adaround
     if not (equalized or work.rotated or rounds or plus.bias_correction):
         return {}
-    settings = asdict(session.config.adaround)
-    settings.pop("calibrator")
-    learned = AdaRound(**settings)
+    learned = session.config.adaround.solver()
     compensated = Compensate(plus.damping, plus.earlier_errors)
     without_effect = _convs_before_group_norm(session)
 

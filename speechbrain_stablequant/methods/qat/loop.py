@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ...config import QatConfig
 from ...core.plan_tensors import AdjustedTensors
 from ..search import Score
 from ..session.recognizer import Optimizers, Trainer
+from .config import QatConfig
 from .store import EpochStore
 from .student import Quants, Student
 

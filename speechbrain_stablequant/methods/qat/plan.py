@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 
+from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors, adjusted_floats
 from ...simulation.fake_quant import Simulator
 from ...utils.files import identity
+from ..calibrator import calibrator_plan
 from ..search import Score
-from ..session import Session
+from ..session import Calibration, Session
 from .loop import kept, train
 from .store import EpochStore
 from .student import Student
@@ -18,12 +20,17 @@ from .student import Student
 EPOCH_FOLDER = "finished_epochs"
 
 
-def qat_plan(session: Session, start: QuantizationPlan) -> QuantizationPlan:
+def qat_plan(
+    session: Session, weights: str, calibration: Calibration
+) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     """Trains a calibrated model, and keeps one of its epochs.
 
     ``search["training"]`` of the plan has an entry for each epoch.
     """
     settings, recognizer = session.config.qat, session.recognizer
+    start, histograms = calibrator_plan(
+        session, weights, calibration, settings.calibrator
+    )
     batches = len(recognizer.trainer)
     bar = session.bar(settings.epochs * batches, "qat", smoothing=0)
 
@@ -60,7 +67,8 @@ def qat_plan(session: Session, start: QuantizationPlan) -> QuantizationPlan:
     if settings.keep == "best":
         search["num_utterances"] = len(recognizer.ids("search"))
         search["evaluations"] = len(history)
-    return replace(start, layers=layers, search=search, tensors=tensors)
+    plan = replace(start, layers=layers, search=search, tensors=tensors)
+    return plan, histograms
 
 
 def _student(session: Session, start: QuantizationPlan) -> Student:

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
-from ...config import QuantizeConfig
+from ...config import CommonConfig
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
 from ...model.layers import Cut, find_encoders, find_layers, group_units
@@ -28,7 +27,7 @@ class Session:
     def __init__(
         self,
         recognizer: Recognizer,
-        config: QuantizeConfig,
+        config: CommonConfig,
         store: Store,
         runtimes: Iterable[str],
     ):
@@ -67,27 +66,11 @@ class Session:
             weight_bits=self.config.weight_bits,
             activation_bits=self.config.activation_bits,
             fingerprint=weights,
-            settings=self._settings(),
+            settings=json.loads(json.dumps(self.config.settings())),
             search=search,
             units=units,
             layers=layers,
         )
-
-    def _settings(self) -> dict:
-        settings = asdict(self.config)
-        for key in ("output_folder", "plan", "variants"):
-            settings.pop(key)
-        # These do not change the outcome.
-        settings["search"].pop("cache_gb")
-        settings["search"].pop("max_float_wer")
-        # Options that the method does not read.
-        if self.config.method != "stablequant_plus":
-            settings.pop("plus")
-        if self.config.method not in ("adaround", "stablequant_plus"):
-            settings.pop("adaround")
-        if self.config.method != "qat":
-            settings.pop("qat")
-        return json.loads(json.dumps(settings))
 
     def quant(self, amax: float, weight_method: str) -> LayerQuant:
         """A layer quantized with the block's precision."""

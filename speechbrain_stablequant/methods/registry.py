@@ -1,0 +1,148 @@
+"""The registry of methods, and the block that offers them.
+
+A method is a config class and a function, both in its module, and one line in
+``METHODS``.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from typing import Any
+
+from ..config import CommonConfig, MethodConfig
+from ..core.calibrators import CALIBRATORS
+from ..core.histogram import Histogram
+from ..core.plan import QuantizationPlan
+from ..utils.typed import choice
+from .adaround import AdaRoundConfig, adaround_plan
+from .calibrator import calibrator_plan
+from .given import given_plan
+from .plus.config import PlusConfig
+from .plus.plan import plus_plan
+from .qat.config import QatConfig
+from .qat.plan import qat_plan
+from .session import Calibration, Session, calibrate
+from .stablequant import StableQuantConfig, stablequant_plan
+
+#: A plan, and histograms of its layers' inputs for the report.
+Planned = tuple[QuantizationPlan, dict[str, Histogram]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a plan.
+
+    ``plan`` takes the session, the fingerprint of the float model and its
+    calibration; ``config`` holds the options.
+    """
+
+    config: type[MethodConfig]
+    plan: Callable[[Session, str, Calibration], Planned]
+
+
+METHODS: dict[str, Method] = {
+    "stablequant": Method(StableQuantConfig, stablequant_plan),
+    **dict.fromkeys(CALIBRATORS, Method(MethodConfig, calibrator_plan)),
+    "adaround": Method(AdaRoundConfig, adaround_plan),
+    "stablequant_plus": Method(PlusConfig, plus_plan),
+    "qat": Method(QatConfig, qat_plan),
+}
+
+_BLOCKS = [
+    (method.config.block, method.config, field(default_factory=method.config))
+    for method in METHODS.values()
+    if method.config.block
+]
+
+
+class QuantizeConfig(
+    make_dataclass(
+        "_MethodBlocks",
+        [("method", str, choice("stablequant", *METHODS)), *_BLOCKS],
+        bases=(CommonConfig,),
+        frozen=True,
+    )
+):
+    """The whole ``quantize:`` block: the common keys, and a sub-block for each
+    method that has options.
+
+    Arguments
+    ---------
+    method : str
+        ``stablequant``; one calibrator for all layers: ``max``,
+        ``percentile``, ``entropy``, ``mse``; ``adaround``;
+        ``stablequant_plus``, StableQuant with more parts; ``qat``,
+        quantization-aware training.
+    adaround, plus, qat : MethodConfig
+        Options of the method of that name.
+    **common
+        Keys of :class:`~speechbrain_stablequant.config.CommonConfig`.
+    """
+
+    @property
+    def options(self) -> MethodConfig:
+        """Options of the method; those of no method for a given plan."""
+        if self.plan is not None:
+            return MethodConfig()
+        kind = METHODS[self.method].config
+        return getattr(self, kind.block) if kind.block else kind()
+
+    @property
+    def needs_search(self) -> bool:
+        """Whether the method measures on the search set."""
+        return "search" in self.options.sets
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the method trains on the recipe's training set."""
+        return "train" in self.options.sets
+
+    @property
+    def transcribed(self) -> tuple[str, ...]:
+        """Sets whose transcripts decide something: ``search``, ``train``."""
+        sets = self.options.sets
+        return tuple(name for name, decides in sets.items() if decides)
+
+    def settings(self) -> dict[str, Any]:
+        """The keys that decide a plan, for its record."""
+        settings = asdict(self)
+        for key in ("output_folder", "plan", "variants"):
+            del settings[key]
+        # These do not change the outcome.
+        del settings["search"]["cache_gb"], settings["search"]["max_float_wer"]
+        read = (self.options.block, *self.options.also_reads)
+        for block, *_ in _BLOCKS:
+            if block not in read:
+                del settings[block]
+        return settings
+
+
+def make_plan(session: Session) -> Planned:
+    """Makes the plan of a block: calibrates and searches, or reads one.
+
+    Arguments
+    ---------
+    session : Session
+        The recognizer, its layers and its config.
+
+    Returns
+    -------
+    QuantizationPlan
+        The plan.
+    dict
+        Histograms of the layers' inputs; empty for a given plan.
+
+    Raises
+    ------
+    ValueError
+        A plan of another model, a layer that is never called, NaN.
+    """
+    weights = session.fingerprint()
+    if session.config.plan is not None:
+        plan, histograms = given_plan(session, weights), {}
+    else:
+        method = METHODS[session.config.method]
+        calibration = calibrate(session, weights)
+        plan, histograms = method.plan(session, weights, calibration)
+    # All runs keep their tensors to the end: not on the device.
+    tensors = plan.tensors and plan.tensors.cpu()
+    return replace(plan, tensors=tensors), histograms
