@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..core.plan import PLAN_FILE
 from ..methods.registry import QuantizeConfig, make_plan
 from ..methods.session import Session
+from ..report.comparison import write_comparison
 from ..report.results import Evaluation, SetResult
 from ..runtimes.registry import RUNTIMES, code_digest
 from ..utils import distributed
@@ -47,7 +48,7 @@ from .metrics import (
 from .passes import evaluation_steps
 from .preflight import check_checkpoint
 from .recognizer import BrainRecognizer
-from .run import Run, compare
+from .run import Run, comparison
 from .runtime import choose_runtime, executed, make_probe
 from .trainer import BrainTrainer
 
@@ -100,7 +101,7 @@ class Evaluator:
                     run.write_report(self._environment, self.outputs)
         if len(self.runs) > 1 and distributed.is_main():
             with self.outputs.writing():
-                compare(self.runs, self.folder)
+                write_comparison(comparison(self.runs), self.folder)
         self.store.flush()
         self.outputs.check()
         return loss

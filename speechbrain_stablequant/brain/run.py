@@ -20,7 +20,7 @@ from ..methods.registry import QuantizeConfig
 from ..model.layers import Layer, find_layers
 from ..report import summary_table, write_report
 from ..report.build import build_report, float_size
-from ..report.comparison import variant_rows, write_comparison
+from ..report.comparison import variant_rows
 from ..report.results import Effort, Execution, SetResult
 from ..runtimes.probe import Probe
 from ..utils.files import identity
@@ -172,8 +172,8 @@ class Run:
             )
 
 
-def compare(runs: Sequence[Run], folder: Path) -> None:
-    """Write and print the comparison of several runs, with its figures."""
+def comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    """The table that compares runs, see ``report.write_comparison``."""
     rows, stored = [], None
     for run in runs:
         plan, execution = run.plan, run.execution()
@@ -183,5 +183,4 @@ def compare(runs: Sequence[Run], folder: Path) -> None:
     modules = runs[0].modules
     if stored is not None:
         modules = {key: modules[key] for key in stored}
-    table = {"rows": rows, "float_mb": float_size(modules) / 1e6}
-    write_comparison(table, folder)
+    return {"rows": rows, "float_mb": float_size(modules) / 1e6}

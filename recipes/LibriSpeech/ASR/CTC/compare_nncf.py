@@ -14,7 +14,6 @@ Authors
  * The speechbrain_stablequant developers 2026
 """
 
-import json
 import os
 import sys
 import time
@@ -38,6 +37,7 @@ from speechbrain_stablequant import StableQuant
 from speechbrain_stablequant.brain.clock import ForwardClock
 from speechbrain_stablequant.brain.evaluation import evaluation_of
 from speechbrain_stablequant.brain.recognizer import BrainRecognizer
+from speechbrain_stablequant.brain.run import comparison
 from speechbrain_stablequant.report.comparison import (
     variant_rows,
     write_comparison,
@@ -267,12 +267,12 @@ def main() -> None:
     """Runs the recipe, then NNCF, and writes the joint table."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit("compare_nncf.py runs in one process: leave out torchrun")
-    comparison = Comparison(*train.main())
-    folder = comparison.stablequant.folder
-    table = json.loads((folder / "comparison.json").read_text("utf-8"))
-    table["rows"] += comparison.rows("nncf", searched=False)
-    table["rows"] += comparison.rows("nncf_accuracy_control", searched=True)
-    write_comparison(table, folder)
+    nncf_models = Comparison(*train.main())
+    ours = nncf_models.stablequant
+    table = comparison(ours.runs)
+    table["rows"] += nncf_models.rows("nncf", searched=False)
+    table["rows"] += nncf_models.rows("nncf_accuracy_control", searched=True)
+    write_comparison(table, ours.folder)
 
 
 if __name__ == "__main__":
