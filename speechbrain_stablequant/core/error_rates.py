@@ -1,18 +1,17 @@
 """Word and character error rates in percent, and paired confidence intervals.
 
 A search reads the counts of the recipe's ``ErrorRateStats``. A report counts
-the same edits with rapidfuzz: characters would take ``ErrorRateStats`` minutes.
+the same edits with jiwer: characters would take ``ErrorRateStats`` minutes.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Literal, NamedTuple
 
+import jiwer
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
 Unit = Literal["word", "char"]
 
@@ -126,16 +125,18 @@ def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
 def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
     """Reference length, substitutions, deletions and insertions by
     utterance."""
+    align = jiwer.process_words if unit == "word" else jiwer.process_characters
     rows = []
     for item in transcripts:
-        reference = [word for word in item.reference.split(" ") if word]
-        hypothesis = [word for word in item.hypothesis.split(" ") if word]
-        if unit == "char":
-            reference, hypothesis = " ".join(reference), " ".join(hypothesis)
-        edits = Levenshtein.editops(reference, hypothesis)
-        tags = Counter(edit.tag for edit in edits)
-        kinds = (tags[tag] for tag in ("replace", "delete", "insert"))
-        rows.append((len(reference), *kinds))
+        if item.reference.strip():
+            found = align(item.reference, item.hypothesis)
+            kinds = (found.substitutions, found.deletions, found.insertions)
+            rows.append((len(found.references[0]), *kinds))
+            continue
+        # jiwer takes no empty reference; all that was recognized is inserted.
+        words = item.hypothesis.split()
+        inserted = len(words if unit == "word" else " ".join(words))
+        rows.append((0, 0, 0, inserted))
     if not any(row[0] for row in rows):
         raise ValueError(
             f"none of the set's {len(rows)} references holds a word; check "

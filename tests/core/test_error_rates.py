@@ -57,6 +57,12 @@ def test_score_counts_by_hand():
     }
 
 
+def test_characters_are_those_of_jiwer():
+    rates = score([Transcript("1", "one  two ", "one two")])
+    expected = 100 * jiwer.cer("one  two ", "one two")
+    assert rates.cer == pytest.approx(expected) and expected > 0
+
+
 def test_score_is_jiwer_corpus_rate_and_not_the_mean_of_utterances():
     transcripts = corpus(1)
     references = [item.reference for item in transcripts]
