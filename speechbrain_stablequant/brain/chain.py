@@ -5,15 +5,17 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
 from torch import nn
 
-from ..methods.registry import QuantizeConfig
 from .data import audio_of
 from .passes import recognize
+
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
 
 
 class NoFolderError(ValueError):
@@ -36,7 +38,7 @@ class Call:
 
 
 def find_chain(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig"
 ) -> list[Call]:
     """Calls of the Brain's modules; each gets the previous one's output."""
     calls = observe(brain, batch, keyed_modules(brain, config.target))

@@ -4,7 +4,7 @@ validation set and kept in memory for many evaluations, and test sets."""
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
@@ -16,11 +16,13 @@ from speechbrain.dataio.dataset import (
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config import ConfigError
-from ..methods.registry import QuantizeConfig
 from ..model.layers import min_samples
 from ..utils.digest import digest
 from ..utils.distributed import gathered, share, size
 from .audio import AudioError, check_audio
+
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
 
 # Maximum number of utterances if the block does not set one.
 DEFAULT_UTTERANCES = {"calibration": 128, "search": 256}
@@ -71,7 +73,7 @@ def draw_subset(
 
 
 def check_set_audio(
-    brain: sb.Brain, config: QuantizeConfig, dataset: Dataset
+    brain: sb.Brain, config: "QuantizeConfig", dataset: Dataset
 ) -> None:
     """Check the audio files of a data set for the Brain's model."""
     check_audio(
@@ -85,7 +87,7 @@ def check_set_audio(
 
 def draw_subsets(
     brain: sb.Brain,
-    configs: Iterable[QuantizeConfig],
+    configs: Iterable["QuantizeConfig"],
     valid_set: Dataset | DataLoader,
     loader_options: Mapping[str, Any],
 ) -> list[dict[str, "Batches"]]:
@@ -96,7 +98,7 @@ def draw_subsets(
     # Variants share equal sets, to hold their audio in memory once.
     drawn: dict[tuple, Batches] = {}
 
-    def draw(config: QuantizeConfig, name: str) -> Batches:
+    def draw(config: "QuantizeConfig", name: str) -> Batches:
         part, most = getattr(config, name), DEFAULT_UTTERANCES[name]
         count = part.num_utterances
         if brain.debug:

@@ -6,7 +6,7 @@ rebuilt from their description and compared with their outputs on one batch.
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
@@ -16,15 +16,17 @@ from torch import nn
 
 from ..folder.encoder_config import check_config, empty_encoder
 from ..folder.write import RecognizerSource
-from ..methods.registry import QuantizeConfig
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
 from .chain import Call, NoFolderError, find_chain, keyed_modules
 from .head_yaml import node_text, plain_node, recipe_nodes
 from .tokenizer import describe_tokenizer, find_tokenizer
 
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+
 
 def describe_recognizer(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig, names: Iterable[str]
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig", names: Iterable[str]
 ) -> RecognizerSource:
     """Describe a Brain's recognizer from any batch; ``names``: its quantized
     layers. Raises a NoFolderError that says what cannot be rebuilt."""

@@ -5,13 +5,12 @@ description is computed in float, on one batch.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
 
 from ..core.encoder_spec import describe_encoder
-from ..methods.registry import QuantizeConfig
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
 from ..runtimes.reference import ReferenceExecutor
@@ -20,13 +19,16 @@ from ..utils.typed import one_line
 from .chain import Call, observe
 from .passes import recognize
 
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+
 #: Relative to the largest value: far above float rounding, far below the
 #: effect of another activation or norm.
 TOLERANCE = 1e-3
 
 
 def check_descriptions(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig"
 ) -> None:
     """Raise unless the descriptions of encoders compute what they do."""
     modules = dict(brain.modules.items())

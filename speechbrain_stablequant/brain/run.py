@@ -4,29 +4,31 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 from torch import nn
 
-from ..core.histogram import Histogram
 from ..core.integer_layer import IntegerLayer, integer_layer
-from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
 from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import RecognizerSource, write_folder
-from ..methods.registry import QuantizeConfig
 from ..model.layers import Layer, find_layers
 from ..report import summary_table, write_report
 from ..report.build import build_report, float_size
 from ..report.comparison import variant_rows
 from ..report.results import Effort, Execution, SetResult
-from ..runtimes.probe import Probe
 from ..utils.files import identity
-from ..utils.outputs import Outputs
-from ..utils.store import Store
-from .data import Batches
+
+if TYPE_CHECKING:
+    from ..core.histogram import Histogram
+    from ..core.plan import QuantizationPlan
+    from ..methods.registry import QuantizeConfig
+    from ..runtimes.probe import Probe
+    from ..utils.outputs import Outputs
+    from ..utils.store import Store
+    from .data import Batches
 
 # File in a run's folder.
 EFFORT_FILE = "effort.json"
@@ -39,21 +41,21 @@ class Run:
     brain: sb.Brain
     #: Empty without variants.
     name: str
-    config: QuantizeConfig
+    config: "QuantizeConfig"
     folder: Path
     #: Of that folder.
-    store: Store
+    store: "Store"
     #: The runtime that executes the plan.
     backend: str
     #: For the readers of the report.
     warnings: list[str]
     #: The calibration and search sets.
-    subsets: dict[str, Batches] = field(default_factory=dict)
-    plan: QuantizationPlan | None = None
+    subsets: dict[str, "Batches"] = field(default_factory=dict)
+    plan: "QuantizationPlan | None" = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecognizerSource | None = None
-    probe: Probe | None = None
-    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    probe: "Probe | None" = None
+    histograms: Mapping[str, "Histogram"] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
     effort: Effort | None = None
 
@@ -142,7 +144,7 @@ class Run:
         )
 
     def write_report(
-        self, environment: Mapping[str, Any], outputs: Outputs
+        self, environment: Mapping[str, Any], outputs: "Outputs"
     ) -> None:
         """Write the report, and print its summary."""
         with outputs.writing():

@@ -7,7 +7,7 @@ names raises instead.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
@@ -15,8 +15,6 @@ from torch import nn
 
 from ..config import ConfigError
 from ..core.encoder_spec import check_encoders
-from ..core.integer_layer import IntegerLayer
-from ..methods.registry import QuantizeConfig
 from ..model.layers import find_encoders
 from ..runtimes.base import shadowed_forwards
 from ..runtimes.build import build_forwards
@@ -28,7 +26,6 @@ from ..runtimes.choice import (
     prove,
 )
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.probe import Probe
 from ..runtimes.probe_measure import encoder_probe
 from ..runtimes.probe_networks import (
     Compute,
@@ -40,11 +37,16 @@ from ..runtimes.probe_networks import (
 from ..runtimes.registry import RUNTIMES, select_options
 from ..utils import distributed
 from .dry_run import check_descriptions
-from .run import Run
+
+if TYPE_CHECKING:
+    from ..core.integer_layer import IntegerLayer
+    from ..methods.registry import QuantizeConfig
+    from ..runtimes.probe import Probe
+    from .run import Run
 
 
 def choose_runtime(
-    brain: sb.Brain, config: QuantizeConfig
+    brain: sb.Brain, config: "QuantizeConfig"
 ) -> tuple[str, list[str]]:
     """Choose the runtime of a variant, with warnings for the report."""
     try:
@@ -66,7 +68,7 @@ def _simulated(reason: str) -> tuple[str, list[str]]:
     return "torch", [f"Evaluated by simulation: {reason}."]
 
 
-def _seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
+def _seven_bits_notes(name: str, config: "QuantizeConfig") -> list[str]:
     """Warn if a runtime executes weights with fewer bits than the plan's."""
     cpu, bits = cpu_class(), config.weight_bits
     if cpu.exact or RUNTIMES[name].device != "cpu" or bits <= PAIR_SUM_BITS:
@@ -78,7 +80,7 @@ def _seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
 
 
 def try_descriptions(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig", backend: str
 ) -> tuple[str, list[str]]:
     """Compare what a runtime would compute with the modules, on a batch.
 
@@ -95,7 +97,7 @@ def try_descriptions(
     return backend, []
 
 
-def try_probe(run: Run) -> list[str]:
+def try_probe(run: "Run") -> list[str]:
     """Check the runtime before there is a plan, on a MAX-quantized encoder.
 
     Returns why earlier runtimes were rejected.
@@ -125,7 +127,7 @@ def try_probe(run: Run) -> list[str]:
     return reasons
 
 
-def make_probe(run: Run) -> None:
+def make_probe(run: "Run") -> None:
     """Make a probe of the encoder alone, where there is no folder."""
     modules = run.modules
     for encoder in find_encoders(modules)[:1]:
@@ -135,7 +137,7 @@ def make_probe(run: Run) -> None:
             )
 
 
-def executed(run: Run) -> AbstractContextManager[None]:
+def executed(run: "Run") -> AbstractContextManager[None]:
     """Execute the modules by the first runtime that passes its probe."""
     modules = run.modules
 
@@ -150,10 +152,10 @@ def executed(run: Run) -> AbstractContextManager[None]:
 
 
 def _first_right(
-    run: Run,
+    run: "Run",
     modules: Mapping[str, nn.Module],
-    integers: Mapping[str, IntegerLayer],
-    probe: Probe | None,
+    integers: Mapping[str, "IntegerLayer"],
+    probe: "Probe | None",
     network: Callable[[Mapping[nn.Module, Callable]], Compute],
 ) -> tuple[dict[nn.Module, Callable], list[str]]:
     """Forwards of the first runtime that passes the probe, which becomes the
@@ -182,7 +184,7 @@ def _first_right(
     return forwards, reasons
 
 
-def change_runtime(run: Run, chosen: str, reasons: Sequence[str]) -> None:
+def change_runtime(run: "Run", chosen: str, reasons: Sequence[str]) -> None:
     """Change the runtime, and report why others were rejected."""
     if chosen != run.backend:
         before = _seven_bits_notes(run.backend, run.config)

@@ -3,19 +3,22 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ...core.layer_quant import LayerQuant
-from ...model.layers import Layer
 from ...simulation.fake_quant import quantize_input
 from ...simulation.observers import valid_frames
 from ...simulation.prefix_cache import Replay, StopForward
 from ...utils.patching import hooked
-from ..session import Session
 from .conv_hessian import LagSum, signals, slides
 from .hessian import Moments, MomentSum, unfolded
+
+if TYPE_CHECKING:
+    from ...core.layer_quant import LayerQuant
+    from ...model.layers import Layer
+    from ..session import Session
 
 
 class PrefixWalk:
@@ -26,7 +29,7 @@ class PrefixWalk:
     their units.
     """
 
-    def __init__(self, session: Session, in_order: bool):
+    def __init__(self, session: "Session", in_order: bool):
         self.session = session
         self.simulator = session.simulator
         self.forward = partial(session.recognizer.forward, "calibration")
@@ -40,7 +43,7 @@ class PrefixWalk:
             for _ in range(2)
         )
 
-    def groups(self) -> list[list[Layer]]:
+    def groups(self) -> list[list["Layer"]]:
         """Layers in call order; those that read the same tensor together.
 
         Query, key and value are one group. Raises a ValueError for a layer
@@ -50,7 +53,7 @@ class PrefixWalk:
         seen: set[str] = set()
         last: torch.Tensor | None = None
 
-        def note(layer: Layer, module: nn.Module, args: tuple) -> None:
+        def note(layer: "Layer", module: nn.Module, args: tuple) -> None:
             nonlocal last
             if layer.name in seen:
                 raise ValueError(
@@ -70,9 +73,9 @@ class PrefixWalk:
 
     def moments(
         self,
-        layer: Layer,
-        quant: LayerQuant,
-        decided: Mapping[str, LayerQuant],
+        layer: "Layer",
+        quant: "LayerQuant",
+        decided: Mapping[str, "LayerQuant"],
         second: bool = True,
         cross: bool = True,
         groups: slice = slice(None),
@@ -131,7 +134,7 @@ class PrefixWalk:
             raise ValueError(f"{layer.name}: {error}") from error
 
     def _frames(
-        self, layer: Layer, x: torch.Tensor, batch: int
+        self, layer: "Layer", x: torch.Tensor, batch: int
     ) -> list[int] | None:
         """Real frames of each utterance; None if there is no padding."""
         total, lengths = self.session.recognizer.lengths("calibration", batch)

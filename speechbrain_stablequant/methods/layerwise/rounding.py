@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from ...core.layer_quant import LayerQuant, LayerTensors
-from ...model.layers import Layer
 from ...utils import distributed
 from ...utils.files import identity
-from ..session import Session
 from .prefix_walk import PrefixWalk
 from .reconstruct import LayerStore, Solve, refine
+
+if TYPE_CHECKING:
+    from ...core.layer_quant import LayerQuant, LayerTensors
+    from ...model.layers import Layer
+    from ..session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +20,14 @@ LAYER_FOLDER = "finished_layers"
 
 
 def rounded_layers(
-    session: Session,
+    session: "Session",
     weights: str,
     in_order: bool,
-    quants: Mapping[str, LayerQuant],
+    quants: Mapping[str, "LayerQuant"],
     what: str,
-    solve: Callable[[Layer], Solve | None],
-    corrects_bias: Callable[[Layer], bool] = lambda _: False,
-) -> dict[str, LayerTensors]:
+    solve: Callable[["Layer"], Solve | None],
+    corrects_bias: Callable[["Layer"], bool] = lambda _: False,
+) -> dict[str, "LayerTensors"]:
     """Decides integers and biases layer by layer, cached on disk.
 
     ``weights``: fingerprint of the float model; ``in_order``: whether layers

@@ -1,22 +1,25 @@
 """The range of each layer's input below a clipping percentile."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ...core.affine import GELU_MIN
 from ...core.calibrators import clipped_mse
 from ...core.layer_quant import LayerQuant
-from ...model.layers import Layer
-from .work import FloatModel, Work
 from .zero_point import asymmetric_range
+
+if TYPE_CHECKING:
+    from ...model.layers import Layer
+    from .work import FloatModel, Work
 
 #: Of a unit that stays float.
 FLOAT_BITS = 16
 
 
 def layer_quant(
-    work: Work,
-    model: FloatModel,
-    layer: Layer,
+    work: "Work",
+    model: "FloatModel",
+    layer: "Layer",
     percentile: float,
     bits: int | None = None,
     least_error: bool = True,
@@ -48,8 +51,8 @@ def layer_quant(
 
 
 def layer_quants(
-    work: Work,
-    model: FloatModel,
+    work: "Work",
+    model: "FloatModel",
     percentiles: Mapping[str, float],
     bits: Mapping[str, int],
 ) -> dict[str, LayerQuant]:

@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ...config import CommonConfig
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
 from ...model.layers import Cut, find_encoders, find_layers, group_units
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
-from ...utils.store import Store
-from ..search import Divergence
 from .recognizer import Recognizer, fingerprint_modules
+
+if TYPE_CHECKING:
+    from ...config import CommonConfig
+    from ...utils.store import Store
+    from ..search import Divergence
 
 
 class Session:
@@ -27,8 +29,8 @@ class Session:
     def __init__(
         self,
         recognizer: Recognizer,
-        config: CommonConfig,
-        store: Store,
+        config: "CommonConfig",
+        store: "Store",
         runtimes: Iterable[str],
     ):
         self.recognizer = recognizer
