@@ -283,7 +283,7 @@ def test_head_in_integers(make_tiny_modules, tmp_path):
         x = (
             apply_layer(part, x)
             if isinstance(part, IntegerLayer)
-            else F.leaky_relu(x, part.slope)
+            else F.leaky_relu(x, part.attributes["alpha"])
         )
     assert_same(spec, run(path, waves(), LENGTHS), x, 0.02)
 
