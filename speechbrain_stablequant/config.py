@@ -153,12 +153,12 @@ class MethodConfig:
 
     @property
     def sets(self) -> dict[str, bool]:
-        """Data sets besides the calibration set, ``search`` and ``train``:
-        whether their transcripts decide something."""
+        """Data sets that the method reads besides the calibration set
+        (``search``, ``train``), and whether it uses their transcripts."""
         return {}
 
     def check(self) -> None:
-        """Raise a ValueError that opens with a key if another excludes it."""
+        """Raise a ValueError that opens with the key if two exclude each other."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import speechbrain_stablequant
 PACKAGE = "speechbrain_stablequant"
 ROOT = Path(speechbrain_stablequant.__file__).parent
 
-#: Everything may import utils; utils and config import nothing of ours.
+#: Every folder may also import utils.
 ALLOWED = {
     "utils": set(),
     "config": set(),

@@ -199,9 +199,9 @@ class StableQuant:
             return
         if train_set is None or len(dataset_of(train_set)) == 0:
             raise ConfigError(
-                "quantize.method: qat trains, and the recipe's training set "
-                "is empty; name training data (such as train_splits) or "
-                "choose another method"
+                f"quantize.method: {self.config.method} trains, and the "
+                "recipe's training set is empty; name training data (such as "
+                "train_splits) or choose another method"
             )
         self._evaluator.trainer = BrainTrainer(
             self.brain, train_set, options, self.config.signal, self.config.seed

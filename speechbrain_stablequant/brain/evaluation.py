@@ -31,7 +31,6 @@ from ..utils.files import write_atomic
 from ..utils.outputs import Outputs
 from ..utils.patching import restored, shadowed
 from ..utils.store import Store
-from .before_search import BeforeSearch
 from .block import run_configs
 from .clock import ForwardClock
 from .data import TestSet
@@ -47,9 +46,10 @@ from .metrics import (
 )
 from .passes import evaluation_steps
 from .preflight import check_checkpoint
+from .recipe_checks import RecipeChecks
 from .recognizer import BrainRecognizer
 from .run import Run, comparison
-from .runtime import choose_runtime, executed, make_probe
+from .run_runtime import choose_runtime, executed, make_probe
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Evaluator:
             logger.warning("quantize: %s", warning)
         #: The trainer of methods that train.
         self.trainer: BrainTrainer | None = None
-        self.before = BeforeSearch(brain, config, self.runs)
+        self.checks = RecipeChecks(brain, config, self.runs)
         self._recovered: tuple | None = None
         # The recipe's own, which ours replaces on the instance.
         self._recipe_evaluate = brain.evaluate
@@ -116,10 +116,10 @@ class Evaluator:
 
         def on_evaluate_start(max_key=None, min_key=None) -> None:
             if self._recover_once(recover, max_key, min_key):
-                self.before.try_out(test)
+                self.checks.try_out(test)
             # Trials are not part of the float model's time.
             stack.enter_context(clock.running())
-            texts.append(stack.enter_context(self.before.listening()))
+            texts.append(stack.enter_context(self.checks.listening()))
 
         with (
             shadowed(self.brain, "on_evaluate_start", on_evaluate_start),
@@ -132,7 +132,7 @@ class Evaluator:
                 **options,
             )
         metric = metric_of(self.brain, config.metric_attribute)
-        heard = self.before.check_baseline(metric, texts[-1], test.name)
+        heard = self.checks.check_baseline(metric, texts[-1], test.name)
         return loss, evaluation_of(metric, clock, heard)
 
     def _recover_once(
@@ -217,7 +217,7 @@ class Evaluator:
             run.as_stored(),
             executed(run),
             clock.running(),
-            self.before.listening() as texts,
+            self.checks.listening() as texts,
         ):
             # Another runtime than expected may execute the plan.
             key, known = look_up()
@@ -228,7 +228,7 @@ class Evaluator:
         texts = join_rows(texts, counts)
         join_metric(metric, counts)
         self._write_errors(run, metric, test.name)
-        heard = self.before.compare(metric, texts, [run])
+        heard = self.checks.compare(metric, texts, [run])
         evaluation = evaluation_of(metric, clock, heard)
         evaluation.write(run.store, file, key)
         return evaluation

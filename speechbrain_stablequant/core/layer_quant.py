@@ -1,4 +1,4 @@
-"""How one layer is quantized: its numbers, and tensors that replace them."""
+"""How one layer is quantized: bits and ranges, or tensors that were decided."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from ..core.integer_layer import IntegerLayer
 from ..model.skeleton import empty_skeleton, folded_norms, has_skeleton
 from ..runtimes.build import build_forwards
-from ..runtimes.choice import candidates, first_right, prove
+from ..runtimes.choice import candidates, first_right
 from ..runtimes.probe import Probe
 from ..runtimes.probe_networks import chain
+from ..runtimes.prove import prove
 from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils import forks
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config

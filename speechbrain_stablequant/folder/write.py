@@ -15,7 +15,7 @@ from ..core.integer_layer import IntegerLayer
 from ..core.plan import QuantizationPlan
 from ..model.wrapper import StoredEncoder
 from ..runtimes.probe import Probe
-from ..runtimes.probe_measure import simulated_probe
+from ..runtimes.probe_make import simulated_probe
 from ..utils.files import write_atomic, write_json
 from ..utils.typed import one_line
 from ..utils.yaml_tree import parse_yaml

@@ -80,7 +80,7 @@ class QuantizeConfig(
 
     @property
     def options(self) -> MethodConfig:
-        """Options of the method; those of no method for a given plan."""
+        """Options of the method; none for a given plan."""
         if self.plan is not None:
             return MethodConfig()
         kind = METHODS[self.method].config

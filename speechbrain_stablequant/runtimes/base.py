@@ -82,13 +82,13 @@ class Runtime:
     encoder: str | None = None
     #: Makes a LayerExecutor of an IntegerLayer outside of an encoder.
     layer: str = "torch_int8.layer:make_layer"
-    #: Makes a LayerRunner of options, by which layers are compared with exact
-    #: arithmetic; None for a runtime that is tried otherwise.
-    trial: str | None = None
+    #: Makes a LayerRunner of options, by which single layers are compared with
+    #: exact arithmetic; None if ``why_not`` does this, or nothing needs to.
+    layer_runner: str | None = None
     #: Why it cannot run on a torch.device, or None if it can.
     why_not: str | None = None
-    #: Type of the device that it runs on; None for any. On a CPU without VNNI
-    #: the kernels of "cpu" saturate sums of two products.
+    #: Type of the device that it runs on; None for any. Runtimes for "cpu"
+    #: execute 7 bits on CPUs without VNNI, where sums of two products saturate.
     device: str | None = None
     #: Python packages that it needs, and what to install for them.
     needs: tuple[str, ...] = ()

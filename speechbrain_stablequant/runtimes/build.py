@@ -81,15 +81,15 @@ def build_forwards(
         make_executor = load_function(runtime.encoder)
         for encoder in _encoders(modules, integers):
             spec = describe_encoder(encoder.model, encoder.path, integers)
-            if runtime.trial is not None:
-                runner = load_function(runtime.trial)(**options)
+            if runtime.layer_runner is not None:
+                runner = load_function(runtime.layer_runner)(**options)
                 spec = with_algorithms(spec, runner)
             executor = make_executor(spec, **options)
             forwards[encoder.model] = encoder_forward(executor)
             for layer in spec.layers():
                 heads.pop(layer.name, None)
     if runtime.layer == Runtime.layer:
-        runner = load_function(RUNTIMES["torch_int8"].trial)()
+        runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
         heads = heads_with_algorithms(heads, runner)
     make_layer = load_function(runtime.layer)
     for name, layer in heads.items():

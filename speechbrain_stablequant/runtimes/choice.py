@@ -1,4 +1,4 @@
-"""Chooses the runtime for a device, and lets it prove itself by a probe."""
+"""Chooses the runtime for a device."""
 
 import importlib.util
 import logging
@@ -10,9 +10,6 @@ import torch
 from ..utils import forks
 from ..utils.typed import one_line
 from . import layer_check
-from .cpu import CpuClass, cpu_class
-from .probe import Probe, ProbeError
-from .probe_networks import OWN, SEVEN_BITS, Compute
 from .registry import AUTO, RUNTIMES, load_function
 
 logger = logging.getLogger(__name__)
@@ -40,10 +37,10 @@ def _why_not(name: str, device: torch.device) -> str | None:
             f"it runs on {runtime.device}, and the device is {device}; "
             "write backend: auto"
         )
-    if runtime.trial is None:
+    if runtime.layer_runner is None:
         return None
     try:
-        reason = layer_check.why_not(load_function(runtime.trial)())
+        reason = layer_check.why_not(load_function(runtime.layer_runner)())
     # An installed package that does not load may raise anything.
     except Exception as error:
         reason = f"it does not load ({one_line(error)})"
@@ -117,29 +114,11 @@ def _bare_reason(name: str, error: Exception) -> str:
     return text.partition(";")[0]
 
 
-def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
-    """Which weights a runtime executes: ``OWN`` or ``SEVEN_BITS``."""
-    exact = (cpu or cpu_class()).exact
-    return OWN if exact or RUNTIMES[backend].device != "cpu" else SEVEN_BITS
-
-
-def prove(
-    backend: str, probe: Probe, compute: Compute, device: torch.device
-) -> None:
-    """Raise :class:`ProbeError` unless a runtime answers a probe correctly."""
-    difference = probe.difference(compute, executed_form(backend), device)
-    if difference is not None:
-        raise ProbeError(
-            f"backend: {backend} computes something else on this machine: "
-            f"{difference}; write backend: auto"
-        )
-
-
 def choose_backend(
     backend: str, device: str | torch.device
 ) -> tuple[str, list[str]]:
-    """The first of :func:`candidates` that can run, and if that is the
-    simulation for want of a runtime, what is wrong with the others.
+    """The first of :func:`candidates` that can run. If only the simulation
+    can, also why each of the others cannot.
 
     Example
     -------

@@ -22,7 +22,13 @@ from ..utils.typed import one_line, typed
 from .algorithms import NATIVE
 from .cpu import machine_identity
 from .geometry import Geometry, encoder_geometries, geometry_of
-from .trial import Results, Trial, difference, expected_results, make_trial
+from .trial_layer import (
+    Results,
+    Trial,
+    difference,
+    expected_results,
+    make_trial,
+)
 
 logger = logging.getLogger(__name__)
 

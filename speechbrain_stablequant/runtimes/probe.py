@@ -93,8 +93,8 @@ class Answer:
         return cls(values, largest, mean(0), mean(1))
 
     def compare(self, found: torch.Tensor) -> Distance:
-        """Distance of another result [rows, channels] relative to what is
-        allowed: of the whole if that fails, else of the worst part."""
+        """Distance of another result [rows, channels], relative to the allowed
+        one: that of the whole where it is too large, else the worst part's."""
         shape = list(self.values.shape)
         if list(found.shape) != shape:
             return Distance(

@@ -9,7 +9,7 @@ from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.dry_run import check_descriptions
-from speechbrain_stablequant.brain.runtime import try_descriptions
+from speechbrain_stablequant.brain.run_runtime import try_descriptions
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 

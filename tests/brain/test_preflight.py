@@ -10,7 +10,7 @@ from torch import nn
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.coverage import check_references
 from speechbrain_stablequant.brain.metrics import Row
-from speechbrain_stablequant.brain.runtime import choose_runtime
+from speechbrain_stablequant.brain.run_runtime import choose_runtime
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.methods.search import check_float_wer
 from speechbrain_stablequant.runtimes import choice

@@ -373,7 +373,7 @@ def test_a_layer_without_a_right_way(
     """By ``auto`` the next runtime computes, after one line; a backend that
     was named is an error."""
     trial = pytest.importorskip(
-        "speechbrain_stablequant.runtimes.openvino_.trial"
+        "speechbrain_stablequant.runtimes.openvino_.layer_runner"
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = trial.OpenVINORunner.run

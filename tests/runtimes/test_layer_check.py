@@ -47,7 +47,7 @@ from speechbrain_stablequant.runtimes.reference import (
 )
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.runtimes.torch_int8 import linear as torch_linear
-from speechbrain_stablequant.runtimes.trial import (
+from speechbrain_stablequant.runtimes.trial_layer import (
     Results,
     difference,
     expected_results,
@@ -58,7 +58,7 @@ DEMO = (
     Path(__file__).resolve().parents[2]
     / "recipes/LibriSpeech/ASR/CTC/demo/checkpoint"
 )
-BACKENDS = [name for name, row in RUNTIMES.items() if row.trial]
+BACKENDS = [name for name, row in RUNTIMES.items() if row.layer_runner]
 
 #: Widest weights that this CPU executes.
 WIDE = 8 if cpu_class().exact else 7
@@ -67,7 +67,7 @@ WIDE = 8 if cpu_class().exact else 7
 def runner_of(backend: str, **options):
     for package in RUNTIMES[backend].needs:
         pytest.importorskip(package, reason="needs an extra")
-    module, _, function = RUNTIMES[backend].trial.partition(":")
+    module, _, function = RUNTIMES[backend].layer_runner.partition(":")
     module = f"speechbrain_stablequant.runtimes.{module}"
     return getattr(importlib.import_module(module), function)(**options)
 
@@ -544,7 +544,7 @@ def test_a_home_that_cannot_be_written(asked, tmp_path, monkeypatch, caplog):
 def amx(monkeypatch):
     """A CPU with AMX, as far as its class says so."""
     kind = CpuClass("amx", True)
-    for module in ("openvino_.trial", "torch_int8.trial"):
+    for module in ("openvino_.layer_runner", "torch_int8.layer_runner"):
         name = f"speechbrain_stablequant.runtimes.{module}"
         module = pytest.importorskip(name)
         monkeypatch.setattr(module, "cpu_class", lambda: kind)

@@ -29,7 +29,9 @@ from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,
 )
-from speechbrain_stablequant.runtimes.torch_int8.trial import TorchInt8Runner
+from speechbrain_stablequant.runtimes.torch_int8.layer_runner import (
+    TorchInt8Runner,
+)
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(

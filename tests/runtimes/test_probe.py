@@ -11,7 +11,6 @@ from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.runtimes.build import build_forwards
-from speechbrain_stablequant.runtimes.choice import executed_form, prove
 from speechbrain_stablequant.runtimes.cpu import CpuClass
 from speechbrain_stablequant.runtimes.probe import (
     PREFIX,
@@ -21,7 +20,7 @@ from speechbrain_stablequant.runtimes.probe import (
     check_size,
 )
 from speechbrain_stablequant.runtimes.probe_input import speech_like, utterances
-from speechbrain_stablequant.runtimes.probe_measure import (
+from speechbrain_stablequant.runtimes.probe_make import (
     encoder_probe,
     make_probe,
     simulated_probe,
@@ -35,6 +34,7 @@ from speechbrain_stablequant.runtimes.probe_networks import (
     quick_integers,
     weight_forms,
 )
+from speechbrain_stablequant.runtimes.prove import executed_form, prove
 
 CPU = torch.device("cpu")
 RATE = 16000

@@ -53,8 +53,8 @@ def search_cutoffs(
     In network order, with earlier decisions in place and later units float.
 
     ``quantize_unit`` gives the layers of a unit, clipped at a percentile. Rule
-    ``threshold`` takes :func:`best_cutoff`, ``interval`` :func:`surest_cutoff`,
-    and then no evaluation gives up.
+    ``threshold`` chooses by :func:`best_cutoff`; ``interval`` chooses by
+    :func:`surest_cutoff`, which needs every evaluation to be complete.
 
     Example
     -------

@@ -19,7 +19,7 @@ class OnnxOptions(Options):
 RUNTIME = Runtime(
     OnnxOptions,
     encoder="onnx_.executor:OnnxExecutor",
-    trial="onnx_.trial:OnnxRunner",
+    layer_runner="onnx_.layer_runner:OnnxRunner",
     device="cpu",
     needs=("onnx", "onnxruntime"),
     install="speechbrain_stablequant[onnx]",

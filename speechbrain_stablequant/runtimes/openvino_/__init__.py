@@ -23,7 +23,7 @@ class OpenVinoOptions(Options):
 RUNTIME = Runtime(
     OpenVinoOptions,
     encoder="openvino_.executor:OpenVINOExecutor",
-    trial="openvino_.trial:OpenVINORunner",
+    layer_runner="openvino_.layer_runner:OpenVINORunner",
     device="cpu",
     needs=("openvino",),
     install="speechbrain_stablequant[cpu]",

@@ -16,7 +16,7 @@ class TorchInt8Options(Options):
 RUNTIME = Runtime(
     TorchInt8Options,
     encoder="torch_int8.executor:TorchInt8Executor",
-    trial="torch_int8.trial:TorchInt8Runner",
+    layer_runner="torch_int8.layer_runner:TorchInt8Runner",
     device="cpu",
     streams=True,
     fork_safe=True,

@@ -5,7 +5,7 @@ import torch
 from ...core.encoder_spec import AnyLayer
 from ..algorithms import CONVOLUTION, FLOAT, NATIVE
 from ..geometry import Geometry
-from ..trial import Results, Trial
+from ..trial_layer import Results, Trial
 from .encoder import conv_as_product, position
 from .executor import open_session, require_onnxruntime
 from .graph import Graph

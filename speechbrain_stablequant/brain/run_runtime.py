@@ -21,12 +21,10 @@ from ..runtimes.build import build_forwards
 from ..runtimes.choice import (
     candidates,
     choose_backend,
-    executed_form,
     first_right,
-    prove,
 )
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.probe_measure import encoder_probe
+from ..runtimes.probe_make import encoder_probe
 from ..runtimes.probe_networks import (
     Compute,
     chain,
@@ -34,6 +32,7 @@ from ..runtimes.probe_networks import (
     evaluating,
     quick_integers,
 )
+from ..runtimes.prove import executed_form, prove
 from ..runtimes.registry import RUNTIMES, select_options
 from ..utils import distributed
 from .dry_run import check_descriptions

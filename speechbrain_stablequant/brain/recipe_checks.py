@@ -1,4 +1,4 @@
-"""Trials and comparisons, most of them before a search.
+"""Checks of what the recipe computes, most of them before a search.
 
 On one batch with the recovered checkpoint: the runtime, the inference folder
 and the recipe's decoding. On the test set, after its float evaluation: the
@@ -26,7 +26,7 @@ from .describe import describe_recognizer
 from .metrics import Row, rows_of, transcripts_of
 from .passes import evaluation_steps
 from .run import Run
-from .runtime import change_runtime, try_descriptions, try_probe
+from .run_runtime import change_runtime, try_descriptions, try_probe
 from .tokenizer import describe_tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 _Text = tuple[str, ...]
 
 
-class BeforeSearch:
-    """Tries and compares, and reports findings at once."""
+class RecipeChecks:
+    """Checks the recipe, and reports findings at once."""
 
     def __init__(
         self, brain: sb.Brain, config: QuantizeConfig, runs: Sequence[Run]

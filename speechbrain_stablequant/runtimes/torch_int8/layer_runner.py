@@ -10,7 +10,7 @@ from ...core.integer_layer import FloatLayer
 from ..algorithms import FLOAT, NATIVE, narrow_groups
 from ..cpu import cpu_class
 from ..geometry import Geometry
-from ..trial import Results, Trial
+from ..trial_layer import Results, Trial
 from .conv import conv_algorithms, make_conv
 from .forms import ZERO, Floats, Form, Grid
 from .front import Stage

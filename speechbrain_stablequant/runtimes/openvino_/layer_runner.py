@@ -18,7 +18,7 @@ from ..algorithms import (
 )
 from ..cpu import cpu_class
 from ..geometry import Geometry
-from ..trial import Results, Trial
+from ..trial_layer import Results, Trial
 from .core import core, output
 from .graph import GraphBuilder, flat_windows
 
