@@ -158,7 +158,8 @@ class MethodConfig:
         return {}
 
     def check(self) -> None:
-        """Raise a ValueError that opens with the key if two exclude each other."""
+        """Raise a ValueError that opens with the key, if keys exclude each
+        other."""
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def remove_stale(folder: str | Path) -> None:
-    """Removes temporary files that killed processes left in a folder."""
+def remove_stale(folder: str | Path, age: float = _STALE_AFTER) -> None:
+    """Removes temporary files below a folder that killed processes left there
+    at least ``age`` seconds ago."""
     # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
-        for path in Path(folder).iterdir():
+        for path in Path(folder).rglob(".*.tmp"):
             if _TEMPORARY.fullmatch(path.name):
                 with contextlib.suppress(OSError):
-                    if time.time() - path.stat().st_mtime > _STALE_AFTER:
+                    if time.time() - path.stat().st_mtime >= age:
                         path.unlink()
 
 
