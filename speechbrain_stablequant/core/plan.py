@@ -166,7 +166,7 @@ class QuantizationPlan:
             )
         try:
             beside = typed(raw.pop("tensors", None), _Beside | None, "tensors")
-            plan = typed(raw, cls, "the plan")
+            plan = typed(raw, cls, "plan")
             plan._check()
             if beside is None or not with_tensors:
                 return plan

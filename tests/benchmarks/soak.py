@@ -113,6 +113,11 @@ def recognizer(args: argparse.Namespace, **options: Any) -> Recognizer:
     return load(args.folder, args.runtime, backend_options=options)
 
 
+def encoder_of(asr: Recognizer) -> torch.nn.Module:
+    """The encoder that computes, once there was a call."""
+    return asr.model.parts[asr.spec.encoder.key]
+
+
 def answer(asr: Recognizer, wave: torch.Tensor) -> Answer:
     """Transcript and log probabilities of audio."""
     whole = torch.ones(1)
@@ -311,7 +316,9 @@ def check_repeat(args: argparse.Namespace) -> Checks:
     asr = recognizer(args)
     answer(asr, waves[0])  # the encoder is replaced by the first call
     encoded: list[torch.Tensor] = []
-    asr.encoder.register_forward_hook(lambda *call: encoded.append(call[-1]))
+    encoder_of(asr).register_forward_hook(
+        lambda *call: encoded.append(call[-1])
+    )
 
     def outputs(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = answer(asr, waves[i]).log_probs
@@ -444,7 +451,8 @@ def check_padding(args: argparse.Namespace) -> Checks:
         for wave in waves_of(args.split)[: args.utterances]
     ]
     answer(asr, waves[-1])  # the encoder is replaced by the first call
-    asr.encoder.normalize_wav = asr.encoder.output_norm = False
+    encoder = encoder_of(asr)
+    encoder.normalize_wav = encoder.output_norm = False
     expected = [x.text for x in answers(asr, waves, "padding, alone")]
     if args.runtime == "openvino":
         with no_buckets():

@@ -482,7 +482,7 @@ def test_plan_with_an_impossible_layer(name, make_brain, tmp_path):
         brain,
         lambda: StableQuant.attach(brain, plan=str(path)),
         str(path),
-        "enc",
+        "plan.layers[1]" if name == "text" else "enc",
         key,
     )
 

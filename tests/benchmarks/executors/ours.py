@@ -1,13 +1,11 @@
 """This project's runtimes, from a checkpoint of integers."""
 
-from dataclasses import replace
 from functools import partial
 
 from models import Encoder, Recognizer
 from torch import nn
 from workload import Executor, Prepared, Workload, size_of
 
-from speechbrain_stablequant.core.integer_layer import IntegerLayer
 from speechbrain_stablequant.folder.encoder_config import (
     CONFIG_FILE,
     empty_encoder,
@@ -41,7 +39,7 @@ def _load(backend: str, workload: Workload, **options) -> Prepared:
     forwards = build_forwards(
         choose_backend(backend, device)[0],
         modules,
-        {k: layer_on(v, device) for k, v in checkpoint.integers.items()},
+        {k: v.to(device) for k, v in checkpoint.integers.items()},
         **options,
     )
     for module, forward in forwards.items():
@@ -49,14 +47,6 @@ def _load(backend: str, workload: Workload, **options) -> Prepared:
     return Prepared(
         Recognizer(modules).eval(), size_of([folder / WEIGHTS_FILE])
     )
-
-
-def layer_on(layer: IntegerLayer, device: str) -> IntegerLayer:
-    """An integer layer on a device."""
-    parts = ("weight", "weight_scale", "activation_scale", "bias")
-    tensors = {part: getattr(layer, part) for part in parts}
-    moved = {k: None if t is None else t.to(device) for k, t in tensors.items()}
-    return replace(layer, **moved)
 
 
 CPU = {

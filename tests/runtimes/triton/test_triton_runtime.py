@@ -28,7 +28,10 @@ from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
-from speechbrain_stablequant.runtimes.triton import make_executor, make_layer
+from speechbrain_stablequant.runtimes.triton.build import (
+    make_executor,
+    make_layer,
+)
 from speechbrain_stablequant.runtimes.triton.executor import check_device
 from speechbrain_stablequant.utils.precision import full_float32
 
