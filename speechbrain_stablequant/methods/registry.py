@@ -1,7 +1,7 @@
 """The registry of methods, and the block that offers them.
 
-A method is a config class and a function, both in its module, and one line in
-``METHODS``.
+A method is a config class and a function, both in its module, one line in
+``METHODS``, and a preset in ``hparams/``.
 """
 
 from collections.abc import Callable
