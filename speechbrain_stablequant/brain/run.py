@@ -19,6 +19,7 @@ from ..report import summary_table, write_report
 from ..report.build import build_report, float_size
 from ..report.comparison import variant_rows
 from ..report.results import Effort, Execution, SetResult
+from ..runtimes.registry import RUNTIMES
 from ..utils.files import identity
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class Run:
             self.config.float_dtype,
             (self.folder / WEIGHTS_FILE).stat().st_size,
             None if self.source is None else self.source.keys,
+            RUNTIMES[self.backend].simulates,
         )
 
     def write_report(

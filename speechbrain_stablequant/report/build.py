@@ -94,9 +94,7 @@ def build_report(
             "weight": plan.weight_bits,
             "activation": plan.activation_bits,
         },
-        "backend": (
-            "simulated" if execution.backend == "torch" else execution.backend
-        ),
+        "backend": "simulated" if execution.simulated else execution.backend,
         "environment": dict(environment),
         "test": {name: result.to_dict() for name, result in results.items()},
         "size_mb": {

@@ -52,6 +52,7 @@ def variant_rows(
             **result.to_dict(),
             "size_mb": execution.size / 1e6,
             "backend": execution.backend,
+            "simulated": execution.simulated,
             "rtf": real_time_factors([result]),
         }
         if operations is not None:
@@ -102,7 +103,7 @@ def _line(cells: list[str]) -> str:
 def _figures(row: Mapping) -> list[str]:
     rates, (low, high) = row["quantized"], row["delta_wer_ci"]
     # The speed of a simulation says nothing about integers.
-    simulated = row["backend"] == "torch"
+    simulated = row["simulated"]
     return [
         row["set"],
         row["variant"],

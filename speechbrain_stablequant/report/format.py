@@ -55,8 +55,7 @@ def gain(pair: dict) -> float | None:
 
 def is_simulated(report: dict) -> bool:
     """Whether the quantized model was simulated in floating point."""
-    backend = report["backend"].lower()
-    return backend == "torch" or "simulat" in backend
+    return report["backend"] == "simulated"
 
 
 def precision(report: dict) -> str:

@@ -159,7 +159,7 @@ class Effort:
 class Execution:
     """What was evaluated as the quantized model."""
 
-    #: The runtime; ``torch`` is the simulation.
+    #: The runtime.
     backend: str
     #: Storage type of everything that is not quantized.
     float_dtype: str
@@ -167,6 +167,8 @@ class Execution:
     size: int
     #: Keys of the stored modules; None: all.
     keys: Sequence[str] | None = None
+    #: Whether the runtime imitates integers in floating point.
+    simulated: bool = False
 
     def list_files(self) -> dict[str, str]:
         """Files by description, for the report."""

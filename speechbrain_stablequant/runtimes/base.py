@@ -90,6 +90,8 @@ class Runtime:
     #: Type of the device that it runs on; None for any. Runtimes for "cpu"
     #: execute 7 bits on CPUs without VNNI, where sums of two products saturate.
     device: str | None = None
+    #: Whether it imitates integers in floating point: no claim of speed.
+    simulates: bool = False
     #: Python packages that it needs, and what to install for them.
     needs: tuple[str, ...] = ()
     install: str = ""

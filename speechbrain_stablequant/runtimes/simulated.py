@@ -8,7 +8,7 @@ from torch import nn
 from ..core.integer_layer import IntegerLayer, simulate
 from .base import Runtime, modules_by_name
 
-RUNTIME = Runtime(layer="simulated:make_layer", fork_safe=True)
+RUNTIME = Runtime(layer="simulated:make_layer", simulates=True, fork_safe=True)
 
 
 def make_layer(

@@ -282,8 +282,6 @@ def test_plots_of_an_earlier_report_do_not_stay(report, tmp_path):
     "backend, simulated",
     [
         ("simulated", True),
-        ("torch (simulated)", True),
-        ("torch", True),
         ("torch_int8", False),
         ("openvino", False),
         ("triton", False),

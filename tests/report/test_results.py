@@ -263,7 +263,7 @@ def test_built_report(tmp_path):
         {"enc": nn.Linear(3, 2), "lin": nn.Linear(2, 2), "other": nn.ReLU()},
         {"enc": histogram, "lin": histogram},
         {"python": "3.11"},
-        Execution("torch", "float16", 5_000_000, ["enc", "lin"]),
+        Execution("torch", "float16", 5_000_000, ["enc", "lin"], True),
         ["said"],
     )
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
@@ -302,7 +302,7 @@ def table_of(*rows):
 
 def test_comparison():
     same = SetResult.pair(evaluation(FLOAT), evaluation(FLOAT))
-    simulated = Execution("torch", "float16", 6_040_000)
+    simulated = Execution("torch", "float16", 6_040_000, simulated=True)
     table = table_of(
         variant_rows("w8", W8, {"clean": same, "other": RESULT}, CPU),
         variant_rows("w6", W6, {"clean": RESULT}, simulated),
