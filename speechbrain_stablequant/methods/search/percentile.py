@@ -55,18 +55,6 @@ def search_cutoffs(
     ``quantize_unit`` gives the layers of a unit, clipped at a percentile. Rule
     ``threshold`` chooses by :func:`best_cutoff`; ``interval`` chooses by
     :func:`surest_cutoff`, which needs every evaluation to be complete.
-
-    Example
-    -------
-    >>> def quantize(unit, ratio):
-    ...     return {unit: LayerQuant(8, 8, ratio)}
-    >>> def measure(quants, start=None, give_up_above=None, label=""):
-    ...     amax = quants[start].activation_amax
-    ...     return Score(errors=int(abs(amax - 99.9) * 99), words=9, loss=0)
-    >>> found = search_cutoffs([UnitPlan("u", selected=True)], quantize,
-    ...     measure, SearchConfig(cutoffs=(100, 99.9, 99)))
-    >>> found[0].cutoff
-    99.9
     """
     decided: dict[str, LayerQuant] = {}
     by_interval = search.selection == "interval"
