@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import socket
 import stat
 import time
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,10 +21,15 @@ from .typed import one_line, short
 _MAX_DEPTH = 64
 _NUMBERS = (int, float)
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-#: Seconds after which a temporary file is of a killed process: no file takes
-#: so long to write.
-_STALE_AFTER = 3600
+# Owner in the names of temporary files: host, process id, and a token that
+# distinguishes earlier processes with the same id.
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_TOKEN = secrets.token_hex(3)
+_TEMPORARY = re.compile(
+    r"\..+?\.(?:([0-9a-f]{6})-([0-9]+)-([0-9a-f]{6})\.)?[0-9a-f]{8}\.tmp"
+)
+#: Seconds after which any temporary file is stale.
+_STALE_AFTER = 24 * 3600
 
 
 def write_atomic(
@@ -58,20 +64,33 @@ def write_atomic(
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a new hidden name beside a file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Returns a new hidden name beside a file, which tells the process."""
+    owner = f"{_HOST}-{os.getpid()}-{_TOKEN}"
+    return path.with_name(f".{path.name}.{owner}.{secrets.token_hex(4)}.tmp")
 
 
-def remove_stale(folder: str | Path, age: float = _STALE_AFTER) -> None:
-    """Removes temporary files below a folder that killed processes left there
-    at least ``age`` seconds ago."""
+def remove_stale(folder: str | Path) -> None:
+    """Removes temporary files that killed processes left in a folder; those
+    of other machines after a day."""
     # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
-        for path in Path(folder).rglob(".*.tmp"):
-            if _TEMPORARY.fullmatch(path.name):
-                with contextlib.suppress(OSError):
-                    if time.time() - path.stat().st_mtime >= age:
-                        path.unlink()
+        for path in Path(folder).iterdir():
+            match = _TEMPORARY.fullmatch(path.name)
+            with contextlib.suppress(OSError):
+                if match and _is_stale(path, *match.groups()):
+                    path.unlink()
+
+
+def _is_stale(
+    path: Path, host: str | None, pid: str | None, token: str | None
+) -> bool:
+    if time.time() - path.stat().st_mtime > _STALE_AFTER:
+        return True
+    if host != _HOST:
+        return False
+    if int(pid) == os.getpid():
+        return token != _TOKEN
+    return not process_is_alive(int(pid))
 
 
 def process_is_alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from .files import process_is_alive, remove_stale, write_json
+from .files import process_is_alive, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,6 @@ class FolderLock:
         }
         try:
             self._wait(lock)
-            # Nobody else writes here now.
-            remove_stale(self.folder, age=0)
             with contextlib.suppress(OSError):
                 write_json(self.folder / _OWNER, owner)
         except (OSError, NotImplementedError) as error:

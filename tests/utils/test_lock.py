@@ -56,32 +56,6 @@ def test_another_run_is_named(tmp_path):
     mine.release()
 
 
-def test_temporary_files_of_killed_runs(tmp_path):
-    """They go when the folder is taken, and only then."""
-    (tmp_path / "variant").mkdir()
-    left = [
-        tmp_path / ".plan.json.0123abcd.tmp",
-        tmp_path / "variant" / ".model.safetensors.0123abcd.tmp",
-    ]
-    own = tmp_path / "variant" / ".notes.tmp"
-
-    def write():
-        for path in (*left, own):
-            path.write_text("half")
-
-    pid = child_that_holds(tmp_path, write)
-    lock = FolderLock(tmp_path, KEY)
-    try:
-        with pytest.raises(FolderInUse):
-            lock.acquire()
-        assert all(path.exists() for path in left)
-    finally:
-        killed(pid)
-    lock.acquire()
-    lock.release()
-    assert not any(path.exists() for path in left) and own.exists()
-
-
 def test_workers_that_outlive_a_killed_run(tmp_path):
     """They hold what it held, for some seconds."""
     ready, told = os.pipe()

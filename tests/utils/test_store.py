@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from speechbrain_stablequant.utils import files, store
+from speechbrain_stablequant.utils.files import remove_stale
 from speechbrain_stablequant.utils.store import Store, machine_store
 from speechbrain_stablequant.utils.tensor_bytes import (
     bytes_to_tensors,
@@ -292,16 +295,23 @@ def test_where_a_machine_is_remembered(tmp_path, monkeypatch):
 
 
 def test_files_of_a_killed_process_are_removed(tmp_path):
-    old, new = (files._temporary(tmp_path / name) for name in "ab")
-    earlier = tmp_path / ".c.aaaaaa-1-bbbbbb.12345678.tmp"
-    for path in (old, new, earlier, tmp_path / ".d.tmp"):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    owner = f"{files._HOST}-{process.pid}-{files._TOKEN}"
+    (tmp_path / f".plan.json.{owner}.12345678.tmp").write_text("{")
+    # That of a live process, of another machine, of no process at all.
+    alive = files._temporary(tmp_path / "a")
+    other = alive.with_name(".b.aaaaaa-1-bbbbbb.12345678.tmp")
+    mine_before = alive.with_name(
+        f".c.{files._HOST}-{os.getpid()}-aaaaaa.12345678.tmp"
+    )
+    for path in (alive, other, mine_before, tmp_path / ".d.tmp"):
         path.write_text("")
     Store(tmp_path)
-    assert len(names(tmp_path)) == 4
-    for path in (old, earlier, tmp_path / ".d.tmp"):
-        os.utime(path, (0, 0))
-    Store(tmp_path)
-    assert names(tmp_path) == sorted([new.name, ".d.tmp"])
+    assert names(tmp_path) == sorted([alive.name, other.name, ".d.tmp"])
+    os.utime(other, (0, 0))
+    remove_stale(tmp_path)
+    assert names(tmp_path) == sorted([alive.name, ".d.tmp"])
 
 
 def test_the_bytes_of_tensors_do_not_depend_on_the_order(tmp_path):
