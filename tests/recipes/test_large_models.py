@@ -6,9 +6,6 @@ same vocabulary, some thousand times smaller and untrained.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -29,8 +26,7 @@ from transformers import (
 
 from speechbrain_stablequant.runtimes.cpu import cpu_class
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "LibriSpeech/ASR/CTC"
 
 # The vocabulary of the LibriSpeech checkpoints.
 LABELS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
@@ -103,34 +99,19 @@ def make_corpus(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
-def ran(request, tmp_path_factory):
+def ran(request, run, tmp_path_factory):
     """The recipe of one model, run as its user runs it."""
     name = request.param
     root = tmp_path_factory.mktemp(name)
     torch.manual_seed(11)
     make_checkpoint(name, root / "checkpoint")
     make_corpus(root / "LibriSpeech")
-    command = [
-        *(sys.executable, "train.py", f"hparams/quant_{name}.yaml"),
+    done = run(
+        root / "output",
         *("--data_folder", root / "LibriSpeech"),
         *("--wav2vec2_hub", root / "checkpoint"),
-        *("--output_folder", root / "output"),
-        *("--device", "cpu", "--method", "max"),
-        *("--quantize", BLOCK),
-    ]
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=RECIPE,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+        *("--method", "max", "--quantize", BLOCK),
+        hparams=f"hparams/quant_{name}.yaml",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return name, root

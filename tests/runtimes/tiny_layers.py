@@ -39,14 +39,17 @@ def describe(model, bits=(8, 8), keep_float=()):
     return describe_encoder(model, "w", integers)
 
 
-def describe_lopsided(model, quants):
-    """With activation offsets, and a rotation where there may be one."""
+def lopsided_integers(model, quants):
+    """Integers with activation offsets; rotates the model where it can."""
     if model.config.do_stable_layer_norm:
         attach_rotation(model.encoder, random_rotation(32))
-    integers = {
-        x.name: integer_layer(x, quants[x.name])
-        for x in find_layers({"w": model}, ["w"])
-    }
+    layers = find_layers({"w": model}, ["w"])
+    return {x.name: integer_layer(x, quants[x.name]) for x in layers}
+
+
+def describe_lopsided(model, quants):
+    """An encoder with these as this CPU executes it."""
+    integers = lopsided_integers(model, quants)
     spec = describe_encoder(
         model, "w", executed_integers(integers, cpu_class())
     )

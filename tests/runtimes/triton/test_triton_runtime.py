@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_layers import lopsided_integers
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.core.integer_layer import (
@@ -20,10 +21,6 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.model.rotation import (
-    attach_rotation,
-    random_rotation,
-)
 from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
@@ -122,14 +119,8 @@ def test_agrees_with_the_reference(tiny_model, bits):
 
 
 def describe_lopsided(model, quants):
-    """With activation offsets, and a rotation where there may be one."""
-    if model.config.do_stable_layer_norm:
-        attach_rotation(model.encoder, random_rotation(32))
-    integers = {
-        x.name: integer_layer(x, quants[x.name])
-        for x in find_layers({"w": model}, ["w"])
-    }
-    return describe_encoder(model, "w", integers)
+    """An encoder with activation offsets and, where it can be, rotated."""
+    return describe_encoder(model, "w", lopsided_integers(model, quants))
 
 
 @pytest.mark.parametrize(
