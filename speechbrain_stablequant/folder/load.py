@@ -39,7 +39,8 @@ def load_folder(
     spec, name = read_spec(folder)
     try:
         heads = spec.build_heads()
-        check_options(spec.backend, spec.backend_options)
+        if backend == "auto":
+            check_options(spec.backend, spec.backend_options)
     except ValueError as error:
         reason = one_line(error, 400)
         raise CheckpointError(f"{folder / name}: {reason}") from error

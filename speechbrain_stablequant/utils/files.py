@@ -11,11 +11,12 @@ import secrets
 import socket
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .private_files import only_own
-from .typed import one_line, short
+from .typed import inside, one_line, short
 
 # Levels of lists and objects in a JSON file.
 _MAX_DEPTH = 64
@@ -110,8 +111,20 @@ def json_text(obj: Any, name: str) -> str:
     try:
         text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: cannot be JSON ({error})") from error
+        reason = next(_not_finite(obj, ""), error)
+        raise ValueError(f"{name}: cannot be JSON ({reason})") from error
     return text + "\n"
+
+
+def _not_finite(obj: Any, place: str) -> Iterator[str]:
+    """Yields the numbers that JSON does not have, with their places."""
+    if isinstance(obj, float) and not math.isfinite(obj):
+        yield f"{obj} at '{place}'"
+    items = obj.items() if isinstance(obj, dict) else ()
+    if isinstance(obj, list | tuple):
+        items = enumerate(obj)
+    for key, value in items:
+        yield from _not_finite(value, inside(place, key))
 
 
 def write_json(path: str | Path, obj: Any) -> Path:
@@ -176,6 +189,10 @@ def check_writable_folder(path: str | Path, key: str) -> Path:
     except (OSError, ValueError) as error:
         # A ValueError: such as a null byte in the name.
         reason = getattr(error, "strerror", None) or error
+        for part in (*reversed(folder.parents), folder):
+            # A link that leads nowhere is in the way as well.
+            if os.path.lexists(part) and not os.path.isdir(part):
+                reason = f"'{part}' is a file"
         raise ValueError(
             f"{key}: cannot write into the folder {str(folder)!r} ({reason}); "
             "give another folder"

@@ -243,15 +243,16 @@ class Store:
 
     def _write_files(self) -> None:
         """Writes the newest file, and then what there was no room for."""
-        for name in reversed(list(self._unwritten)):
-            if not self._try(name, self._write_file, name):
+        for name, data in reversed(list(self._unwritten.items())):
+            if not self._try(name, self._write_file, name, data):
                 break
-            del self._unwritten[name]
+            # Another thread may have written it meanwhile.
+            self._unwritten.pop(name, None)
 
-    def _write_file(self, name: str) -> None:
+    def _write_file(self, name: str, data: bytes) -> None:
         self._make_folder()
         mode = 0o600 if self.private else 0o666
-        write_atomic(self.folder / name, self._unwritten[name], mode)
+        write_atomic(self.folder / name, data, mode)
 
     def _write_rows(self, name: str) -> None:
         lines = self._unwritten_rows[name]

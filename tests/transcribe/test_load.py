@@ -255,6 +255,14 @@ def test_yaml_that_is_more_than_data(folder, old, new, message):
     assert message in one_line(folder)
 
 
+def test_a_backend_of_a_later_version(folder):
+    forget_spec(folder)
+    yaml = folder / "hyperparams.yaml"
+    text = yaml.read_text(encoding="utf-8")
+    yaml.write_text(text.replace("backend: auto", "backend: tpu"), "utf-8")
+    assert load(folder, "torch").model.backend == "torch"
+
+
 def test_a_head_of_another_kind(folder):
     """The folder can be loaded as before, by who trusts it."""
     edit(

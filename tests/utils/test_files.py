@@ -77,12 +77,18 @@ def test_json_round_trip_keeps_the_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "obj", [{"a": [float("nan")]}, {"a": (1, float("-inf"))}, {"a": {1, 2}}]
+    "obj, reason",
+    [
+        ({"units": [{"wer": float("nan")}]}, "nan at 'units.0.wer'"),
+        ({"a": (1, float("-inf"))}, "-inf at 'a.1'"),
+        ({"a": {1, 2}}, "Object of type set is not JSON serializable"),
+    ],
 )
-def test_write_json_is_strict(tmp_path, obj):
+def test_write_json_names_the_value(tmp_path, obj, reason):
     path = write_atomic(tmp_path / "x.json", "old")
-    with pytest.raises(ValueError, match=r"^x\.json: cannot be JSON \("):
+    with pytest.raises(ValueError) as error:
         write_json(path, obj)
+    assert str(error.value) == f"x.json: cannot be JSON ({reason})"
     assert path.read_text() == "old"
 
 
@@ -121,15 +127,14 @@ def test_check_writable_folder_creates_it_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "sub", "sub/deeper"])
-def test_check_writable_folder_below_a_file(tmp_path, below):
+def test_check_writable_folder_names_the_file_on_the_way(tmp_path, below):
     file = write_atomic(tmp_path / "results", "x")
     with pytest.raises(ValueError) as error:
         check_writable_folder(file / below, "output_folder")
-    text = str(error.value)
-    assert text.startswith(
-        f"output_folder: cannot write into the folder '{file / below}' ("
+    assert str(error.value) == (
+        f"output_folder: cannot write into the folder '{file / below}' "
+        f"('{file}' is a file); give another folder"
     )
-    assert text.endswith("); give another folder")
     assert file.read_text() == "x"
 
 

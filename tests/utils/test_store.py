@@ -200,6 +200,22 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     assert names(tmp_path) == ["a.json", "b.json", "j", "t"]
 
 
+def test_two_threads_write_at_once(tmp_path, monkeypatch):
+    """The second finds the first one's file among those not yet written."""
+    one, original = Store(tmp_path), store.write_atomic
+
+    def write(path, data, mode):
+        if path.name == "a.json":
+            monkeypatch.setattr(store, "write_atomic", original)
+            one.write("b.json", "k", 2)
+        return original(path, data, mode)
+
+    monkeypatch.setattr(store, "write_atomic", write)
+    one.write("a.json", "k", 1)
+    again = Store(tmp_path)
+    assert [again.read(f"{n}.json", "k", n) for n in "ab"] == [1, 2]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     one = Store(tmp_path / "file" / "new")
