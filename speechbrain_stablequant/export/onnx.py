@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from ..core.encoder_spec import describe_encoder
-from ..folder.load import load_folder
+from ..folder.recognizer import load_folder
 from ..folder.tokenizer_file import labels_of
 from ..model.layers import find_encoders
 from ..runtimes.cpu import narrowed

@@ -9,12 +9,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import sentencepiece
 import torch
 from speechbrain.dataio.dataio import length_to_mask
+from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,9 +29,12 @@ from ..runtimes.probe_networks import chain
 from ..runtimes.prove import prove
 from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils import forks
+from ..utils.typed import one_line
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
 from .errors import CheckpointError
 from .fill_modules import fill_modules
+from .recognizer_spec import RecognizerSpec, read_spec
+from .tokenizer_file import Tokenizer, read_tokenizer
 from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -328,3 +333,55 @@ def check_finite(wavs: torch.Tensor) -> None:
         f"sample {sample}; look for a broken file or a division by zero "
         "before the recognizer"
     )
+
+
+# -- loading from data alone ------------------------------------------------
+
+
+class LoadedFolder(NamedTuple):
+    """The model of a folder, its description and its filled tokenizer."""
+
+    model: QuantizedRecognizer
+    spec: RecognizerSpec
+    tokenizer: Tokenizer
+
+
+def load_folder(
+    folder: str | Path,
+    backend: str = "auto",
+    backend_options: Mapping[str, Any] | None = None,
+) -> LoadedFolder:
+    """Loads a folder on the CPU, as :func:`speechbrain_stablequant.load`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: there is no such folder; download it first, or give "
+            "another"
+        )
+    spec, name = read_spec(folder)
+    try:
+        heads = spec.build_heads()
+        if backend == "auto":
+            check_options(spec.backend, spec.backend_options)
+    except ValueError as error:
+        reason = one_line(error, 400)
+        raise CheckpointError(f"{folder / name}: {reason}") from error
+    if backend != "auto":
+        spec = replace(spec, backend=backend)
+    if backend_options is not None:
+        spec = replace(spec, backend_options=dict(backend_options))
+    model = QuantizedRecognizer(
+        spec.checksum,
+        asdict(spec.encoder),
+        heads,
+        spec.backend,
+        spec.backend_options,
+    )
+    # The YAML is not signed; it names the checksum of the weights.
+    signed = [name] if spec.checksum is None else []
+    model.load(folder, needs=[spec.tokenizer_file, *signed])
+    labels = spec.tokenizer == "labels"
+    kind = CTCTextEncoder if labels else sentencepiece.SentencePieceProcessor
+    tokenizer = kind()
+    read_tokenizer(tokenizer, folder / spec.tokenizer_file)
+    return LoadedFolder(model, spec, tokenizer)

@@ -1,7 +1,8 @@
 """The description of a recognizer apart from its weights: ``recognizer.json``.
 
-``hyperparams.yaml`` says the same to SpeechBrain, in tags that are executed.
-Folders of earlier versions have it alone; it is read as text.
+``hyperparams.yaml`` says the same to SpeechBrain, in tags that it executes.
+Here it is read as text: to write ``recognizer.json``, and in folders of earlier
+versions, which have it alone.
 """
 
 from collections.abc import Mapping
@@ -21,10 +22,10 @@ RECOGNIZER_FILE = "recognizer.json"
 HYPERPARAMS_FILE = "hyperparams.yaml"
 SPEC_FORMAT = 1
 
-#: Tokenizer classes by their names in files.
-TOKENIZERS = {
-    "labels": "speechbrain.dataio.encoder.CTCTextEncoder",
-    "sentencepiece": "sentencepiece.SentencePieceProcessor",
+# Names of tokenizers by their tags.
+_TOKENIZERS = {
+    "new:speechbrain.dataio.encoder.CTCTextEncoder": "labels",
+    "new:sentencepiece.SentencePieceProcessor": "sentencepiece",
 }
 _RECOGNIZER = "new:speechbrain_stablequant.inference.QuantizedRecogniser"
 _LOADER = "new:speechbrain_stablequant.inference.FolderLoader"
@@ -83,22 +84,21 @@ class RecognizerSpec:
 
 def read_spec(folder: Path) -> tuple[RecognizerSpec, str]:
     """Reads a folder's description and returns it with the name of its file."""
-    path = folder / RECOGNIZER_FILE
-    read = _read_json
-    if not path.exists():
-        path, read = folder / HYPERPARAMS_FILE, _read_yaml
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: there is no such file; the run that wrote the folder "
-            "says in its report why it has no recognizer"
-        )
-    wrong = "describes no recognizer that is made from data alone"
-    with reading(path, wrong, "copy or make the folder again"):
-        return read(read_file(path)), path.name
+    readers = {RECOGNIZER_FILE: _spec_of_json, HYPERPARAMS_FILE: spec_of_yaml}
+    for name, read in readers.items():
+        path = folder / name
+        if path.exists():
+            wrong = "describes no recognizer that is made from data alone"
+            with reading(path, wrong, "copy or make the folder again"):
+                return read(read_file(path).decode("utf-8")), name
+    raise CheckpointError(
+        f"{path}: there is no such file; the run that wrote the folder says "
+        "in its report why it has no recognizer"
+    )
 
 
-def _read_json(data: bytes) -> RecognizerSpec:
-    raw = typed(parse_json(data), dict, "recognizer")
+def _spec_of_json(text: str) -> RecognizerSpec:
+    raw = typed(parse_json(text), dict, "recognizer")
     if raw.pop("format", None) != SPEC_FORMAT:
         raise ValueError(f"its format is not {SPEC_FORMAT}")
     heads: dict[str, Node] = {}
@@ -109,9 +109,9 @@ def _read_json(data: bytes) -> RecognizerSpec:
     return _checked({**raw, "checksum": None}, heads)
 
 
-def _read_yaml(data: bytes) -> RecognizerSpec:
+def spec_of_yaml(text: str) -> RecognizerSpec:
     """Reads our own ``hyperparams.yaml`` and refuses everything else."""
-    raw = typed(parse_yaml(data.decode("utf-8")), dict, "it")
+    raw = typed(parse_yaml(text), dict, "it")
     encoder = _tagged(raw, "encoder", _RECOGNIZER)
     loader = _tagged(raw, "pretrainer", _LOADER)
     for key, tag, name, target in (
@@ -129,9 +129,8 @@ def _read_yaml(data: bytes) -> RecognizerSpec:
         key = _check_key(name, heads)
         heads[key] = node_of_yaml(value, f"heads.{key}")
     tokenizer = raw.get("tokenizer")
-    names = {f"new:{kind}": name for name, kind in TOKENIZERS.items()}
     tag = getattr(tokenizer, "tag", None)
-    if tag not in names:
+    if tag not in _TOKENIZERS:
         raise ValueError(f"tokenizer: cannot be {short(tokenizer)}")
     rows = {
         key: raw[key]
@@ -140,7 +139,7 @@ def _read_yaml(data: bytes) -> RecognizerSpec:
     }
     rows |= {
         "encoder": encoder.get("encoder"),
-        "tokenizer": names[tag],
+        "tokenizer": _TOKENIZERS[tag],
         "tokenizer_file": loader.get("tokenizer_file"),
         "checksum": typed(encoder.get("checksum"), str, "checksum"),
     }

@@ -18,17 +18,9 @@ from ..runtimes.probe import Probe
 from ..runtimes.probe_make import simulated_probe
 from ..utils.files import write_atomic, write_json
 from ..utils.typed import one_line
-from ..utils.yaml_tree import parse_yaml
 from .encoder_config import CONFIG_FILE, empty_encoder
 from .fill_modules import fill_modules
-from .module_tree import node_of_yaml
-from .recognizer_spec import (
-    HYPERPARAMS_FILE,
-    RECOGNIZER_FILE,
-    TOKENIZERS,
-    EncoderSettings,
-    RecognizerSpec,
-)
+from .recognizer_spec import HYPERPARAMS_FILE, RECOGNIZER_FILE, spec_of_yaml
 from .stored_floats import float_state, stored_floats, widened
 from .weights_file import save_checkpoint
 
@@ -91,28 +83,7 @@ class RecognizerSource:
     blank_index: int
     sample_rate: int
 
-    def spec(self, backend: str = "auto") -> RecognizerSpec:
-        """Returns the description of the recognizer."""
-        heads = {
-            key: node_of_yaml(parse_yaml(text)[key], f"heads.{key}")
-            for key, text in self.heads.items()
-        }
-        (tokenizer,) = (
-            name
-            for name, kind in TOKENIZERS.items()
-            if kind == self.tokenizer_class
-        )
-        return RecognizerSpec(
-            encoder=EncoderSettings(**self.encoder),
-            heads=heads,
-            tokenizer=tokenizer,
-            tokenizer_file=self.tokenizer_file,
-            blank_index=self.blank_index,
-            sample_rate=self.sample_rate,
-            backend=backend,
-        )
-
-    def hyperparams(self, checksum: str, backend: str = "auto") -> str:
+    def hyperparams(self, checksum: str, backend: str) -> str:
         """Returns the text of ``hyperparams.yaml``."""
         heads = [
             f"\n        {line}"
@@ -139,28 +110,10 @@ def write_folder(
     float_dtype: str,
     source: RecognizerSource | None,
 ) -> Probe | None:
-    """Writes a quantized model, and what loads it if that is known.
+    """Writes a quantized model into an existing folder, and what loads it.
 
-    Arguments
-    ---------
-    folder : str or Path
-        Where to. Must exist.
-    modules : Mapping
-        Modules of the Brain by key.
-    plan : QuantizationPlan
-        What was decided.
-    integers : Mapping
-        Integer layers by name.
-    float_dtype : str
-        How everything else is stored.
-    source : RecognizerSource or None
-        None: only the weights and the plan.
-
-    Returns
-    -------
-    Probe or None
-        What runtimes prove themselves by, stored with the weights; None
-        without a source.
+    Returns the probe by which runtimes prove themselves. Without a source only
+    the weights and the plan are written.
     """
     folder = Path(folder)
     # Files of an earlier run would describe another model.
@@ -175,10 +128,9 @@ def write_folder(
     backend = _backend(modules)
     write_atomic(folder / CONFIG_FILE, source.config)
     write_atomic(folder / source.tokenizer_file, source.tokenizer)
-    companions = [
-        *(CONFIG_FILE, source.tokenizer_file),
-        *_write_spec(folder, source, backend),
-    ]
+    companions = [CONFIG_FILE, source.tokenizer_file]
+    if _write_spec(folder, source.hyperparams("", backend)):
+        companions.append(RECOGNIZER_FILE)
     probe = _make_probe(source, integers, floats, float_dtype)
     checksum = save_checkpoint(
         folder, plan, integers, floats, float_dtype, companions, probe
@@ -212,12 +164,10 @@ def _make_probe(
     return simulated_probe(parts, integers, use_lengths, source.sample_rate)
 
 
-def _write_spec(
-    folder: Path, source: RecognizerSource, backend: str
-) -> list[str]:
+def _write_spec(folder: Path, hyperparams: str) -> bool:
     """Writes ``recognizer.json`` if the heads can be described as data."""
     try:
-        spec = source.spec(backend)
+        spec = spec_of_yaml(hyperparams)
         spec.build_heads()
     except ValueError as error:
         logger.warning(
@@ -225,9 +175,9 @@ def _write_spec(
             "EncoderASR does: %s",
             one_line(error, 400),
         )
-        return []
+        return False
     write_json(folder / RECOGNIZER_FILE, spec.to_dict())
-    return [RECOGNIZER_FILE]
+    return True
 
 
 def _backend(modules: Mapping[str, nn.Module]) -> str:

@@ -12,8 +12,7 @@ from speechbrain.dataio.preprocess import AudioNormalizer
 from speechbrain.decoders import ctc_greedy_decode
 
 from ..core.plan import QuantizationPlan
-from ..folder.load import load_folder
-from ..folder.recognizer import QuantizedRecognizer
+from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import Tokenizer, labels_of
 from ..model.layers import min_samples
