@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer
+from ..utils.patching import restored_values
 from .errors import CheckpointError
 
 # Relative to a tensor's largest value: the rounding error of half precision.
@@ -63,18 +64,13 @@ def rounded_floats(
     modules: Mapping[str, nn.Module], names: Collection[str], float_dtype: str
 ) -> Iterator[None]:
     """Context in which modules have the values that are loaded later."""
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        for tensor in float_state(modules, names).values():
-            stored = stored_float(tensor, float_dtype)
-            if stored.dtype == torch.float16:
-                kept.append((tensor, tensor.clone()))
-                tensor.copy_(stored)
+    tensors = float_state(modules, names).values()
+    stored = [(tensor, stored_float(tensor, float_dtype)) for tensor in tensors]
+    rounded = [(x, y) for x, y in stored if y.dtype == torch.float16]
+    with restored_values(x for x, _ in rounded):
+        for tensor, value in rounded:
+            tensor.copy_(value)
         yield
-    finally:
-        # Reversed: the first copy of a shared tensor is the original.
-        for tensor, original in reversed(kept):
-            tensor.copy_(original)
 
 
 def stored_floats(

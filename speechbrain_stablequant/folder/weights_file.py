@@ -73,33 +73,9 @@ def save_checkpoint(
 ) -> str:
     """Writes a quantized model and its plan into an existing folder.
 
-    Arguments
-    ---------
-    folder : str or Path
-        The folder.
-    plan : QuantizationPlan
-        What was decided.
-    integers : Mapping
-        Exactly the layers that the plan quantizes, by name.
-    floats : Mapping
-        Everything else, from :func:`float_state`; the biases of the integer
-        layers are taken from ``integers``.
-    float_dtype : str
-        ``"float16"`` or ``"float32"``.
-    companions : iterable of str
-        Files of the folder whose content is checked on loading.
-    probe : Probe or None
-        A short input with its answer, for runtimes to prove themselves.
-
-    Returns
-    -------
-    str
-        The checksum.
-
-    Raises
-    ------
-    CheckpointError
-        The layers are not those of the plan.
+    ``floats`` is what :func:`float_state` returns; biases of integer layers are
+    taken from ``integers``. The checksums of ``companions``, other files of the
+    folder, are stored. Returns the checksum of the weights.
     """
     folder = Path(folder)
     _check_layers(integers, plan, "the model to save")
@@ -186,22 +162,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Reads a quantized model and checks all of it.
 
-    Arguments
-    ---------
-    folder : str or Path
-        Holds ``model.safetensors`` and ``plan.json``.
-    needs : iterable of str
-        Files that must be among those whose content is checked, beside the
-        plan.
-
-    Returns
-    -------
-    Checkpoint
-
-    Raises
-    ------
-    CheckpointError
-        A file is missing, damaged, mixed up, of another version or foreign.
+    Files in ``needs`` must be among those whose checksums it has. Raises
+    CheckpointError for what is missing, damaged, mixed up or foreign.
     """
     path = Path(folder) / WEIGHTS_FILE
     file, description = _open(path)

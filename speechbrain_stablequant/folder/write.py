@@ -147,7 +147,6 @@ def _make_probe(
     float_dtype: str,
 ) -> Probe:
     """Computes a folder's probe on the CPU from what its file holds."""
-    integers = {name: layer.to("cpu") for name, layer in integers.items()}
     stored = stored_floats(integers, floats, float_dtype)
     state = {name: widened(tensor) for name, tensor in stored.items()}
     settings = dict(source.encoder)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .private_files import only_own
 from .typed import inside, one_line, short
 
 # Levels of lists and objects in a JSON file.
@@ -31,6 +30,8 @@ _TEMPORARY = re.compile(
 )
 #: Seconds after which any temporary file is stale.
 _STALE_AFTER = 24 * 3600
+# Write permissions of other users.
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def write_atomic(
@@ -133,10 +134,15 @@ def write_json(path: str | Path, obj: Any) -> Path:
     return write_atomic(path, json_text(obj, path.name))
 
 
-def identity(content: Any) -> str:
-    """Identifies JSON data, whose keys have any order, in 32 digits."""
+def json_digest(content: Any) -> str:
+    """Returns the SHA-256 of JSON data, whose keys have any order."""
     text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(content: Any) -> str:
+    """Identifies JSON data in 32 digits."""
+    return json_digest(content)[:32]
 
 
 def file_digest(path: str | Path) -> str:
@@ -211,10 +217,42 @@ def read_file(path: str | Path, private: bool = False) -> bytes:
         raise OSError(errno.EINVAL, kind, str(path))
     with open(path, "rb") as file:
         # The file that is read, not its name.
-        if private and not only_own(os.fstat(file.fileno())):
+        if private and not _only_own(os.fstat(file.fileno())):
             reason = "another user owns it or may write it"
             raise OSError(errno.EACCES, reason, str(path))
         return file.read()
+
+
+def _owned(state: os.stat_result) -> bool:
+    """Whether this user owns a file, where the system tells."""
+    return os.name != "posix" or state.st_uid == os.geteuid()
+
+
+def _only_own(state: os.stat_result) -> bool:
+    """Whether no other user can have written a file."""
+    writable = os.name == "posix" and state.st_mode & _OTHERS
+    return _owned(state) and not writable
+
+
+def why_not_private(folder: Path) -> str | None:
+    """Makes a folder private; returns why others may have written in it."""
+    try:
+        state = os.stat(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    if not stat.S_ISDIR(state.st_mode):
+        return "it is no folder"
+    if not _owned(state):
+        return "another user owns it"
+    if os.name == "posix" and state.st_mode & 0o077:
+        try:
+            os.chmod(folder, 0o700)
+        except OSError as error:
+            if state.st_mode & _OTHERS:
+                return f"others may write it: {error.strerror}"
+    return None
 
 
 def plain_name(name: Any) -> str:

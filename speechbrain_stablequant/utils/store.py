@@ -5,7 +5,6 @@ What cannot be written stays in memory, and one line says so.
 """
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -15,8 +14,15 @@ from typing import Any
 
 import torch
 
-from .files import json_text, parse_json, read_file, remove_stale, write_atomic
-from .private_files import why_not_private
+from .files import (
+    json_digest,
+    json_text,
+    parse_json,
+    read_file,
+    remove_stale,
+    why_not_private,
+    write_atomic,
+)
 from .tensor_bytes import (
     bytes_to_tensors,
     metadata_of,
@@ -78,7 +84,7 @@ class Store:
         """Stores a JSON value under a key, replacing the file."""
         # As it is read again: with text for the keys of dictionaries.
         record = json.loads(json_text({"key": key, "content": content}, name))
-        record["sha256"] = _digest([key, record["content"]])
+        record["sha256"] = json_digest([key, record["content"]])
         self._put(name, json_text(record, name).encode())
 
     def read(
@@ -117,7 +123,7 @@ class Store:
         if not isinstance(record, dict) or "sha256" not in record:
             return None, None
         key, content = record.get("key"), record.get("content")
-        if record["sha256"] != _digest([key, content]):
+        if record["sha256"] != json_digest([key, content]):
             return None, self._damaged(name, what, "its digest is another")
         return key, content
 
@@ -141,7 +147,7 @@ class Store:
         """Stores tensors, and a value that belongs to them."""
         data = tensors_to_bytes(tensors, {})
         metadata = {"key": key, "content": json.dumps(content)}
-        digest = _digest([metadata, tensors_digest(data)])
+        digest = json_digest([metadata, tensors_digest(data)])
         self._put(name, with_metadata(data, {**metadata, "sha256": digest}))
 
     def read_tensors(
@@ -156,7 +162,7 @@ class Store:
             if metadata.get("key") != key:
                 return None
             digest = metadata.pop("sha256")
-            if digest != _digest([metadata, tensors_digest(data)]):
+            if digest != json_digest([metadata, tensors_digest(data)]):
                 return self._damaged(name, what, "its digest is another")
             tensors, _ = bytes_to_tensors(data)
             return tensors, json.loads(metadata["content"])
@@ -168,7 +174,7 @@ class Store:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds a line to a journal."""
         row = json.loads(json.dumps(row, allow_nan=False))
-        line = json.dumps({**row, "check": _digest(row)[:8]}) + "\n"
+        line = json.dumps({**row, "check": json_digest(row)[:8]}) + "\n"
         self._unwritten_rows.setdefault(name, []).append(line.encode())
         self._write_rows(name)
 
@@ -184,7 +190,7 @@ class Store:
             try:
                 row = parse_json(line)
                 check = row.pop("check", None)
-                good = check in (None, _digest(row)[:8])
+                good = check in (None, json_digest(row)[:8])
             except (ValueError, AttributeError, RecursionError, TypeError):
                 good = False
             if not good:
@@ -327,8 +333,3 @@ def cache_folder() -> Path | None:
         return Path.home() / ".cache" / _PACKAGE
     except RuntimeError:
         return None
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

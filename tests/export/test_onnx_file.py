@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from speechbrain.dataio.encoder import CTCTextEncoder
+from quantized_folder import write
 from speechbrain.inference.ASR import EncoderASR
 from speechbrain.nnet.linear import Linear
 from torch import nn
@@ -22,10 +22,8 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_layer,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.export import export_folder
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
-from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
@@ -335,49 +333,13 @@ def quantized_folder(make_tiny_model, tmp_path):
         ),
         "ctc_lin": Linear(input_size=32, n_neurons=12),
     }
-    layers = find_layers(modules, list(modules))
-    quants = {x.name: LayerQuant(8, 8, 3.0) for x in layers}
-    labels = CTCTextEncoder()
-    labels.insert_blank("<blank>", 0)
-    for label in " ABCDEFGHIJ":
-        labels.add_label(label)
-    folder = tmp_path / "quantized"
-    folder.mkdir()
-    labels.save(str(tmp_path / "labels.txt"))
-    rows = [
-        LayerPlan(x.name, x.unit, x.kind, quants[x.name], 3.0, 100.0, "test")
-        for x in layers
-    ]
-    source = RecognizerSource(
-        keys=tuple(modules),
-        encoder={
-            "key": "wav2vec2",
-            "use_lengths": True,
-            "normalize_wav": True,
-            "output_norm": False,
-            "output_all_hiddens": False,
-        },
-        config=json.dumps(modules["wav2vec2"].model.config.to_dict()),
-        heads={
-            "ctc_lin": "ctc_lin: !new:speechbrain.nnet.linear.Linear\n"
-            "  input_size: 32\n"
-            "  n_neurons: 12\n"
-        },
-        tokenizer_class="speechbrain.dataio.encoder.CTCTextEncoder",
-        tokenizer_file="labels.txt",
-        tokenizer=(tmp_path / "labels.txt").read_bytes(),
-        blank_index=0,
-        sample_rate=16000,
+    head = (
+        "ctc_lin: !new:speechbrain.nnet.linear.Linear\n"
+        "  input_size: 32\n"
+        "  n_neurons: 12\n"
     )
-    write_folder(
-        folder,
-        modules,
-        QuantizationPlan("max", 8, 8, "", {}, {}, [], rows),
-        {x.name: integer_layer(x, quants[x.name]) for x in layers},
-        "float16",
-        source,
-    )
-    return folder
+    write(tmp_path / "quantized", modules, heads={"ctc_lin": head})
+    return tmp_path / "quantized"
 
 
 def test_quantized_folder(quantized_folder, tmp_path):
