@@ -18,11 +18,18 @@ from tiny_layers import (
     worst_case,
 )
 
-from speechbrain_stablequant.core.encoder_spec import describe_encoder
+from speechbrain_stablequant.core.encoder_spec import (
+    EncoderSpec,
+    describe_encoder,
+)
 from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
     integer_product,
+)
+from speechbrain_stablequant.runtimes.algorithms import (
+    CONVOLUTION,
+    NATIVE,
 )
 from speechbrain_stablequant.runtimes.base import (
     encoder_forward,
@@ -75,6 +82,14 @@ def assert_same(found: list[float]):
     assert found[len(found) // 4] < 1e-5 and found[-1] < 0.5, found
 
 
+def with_front(spec: EncoderSpec, algorithm: str) -> EncoderSpec:
+    """The encoder with the algorithm of its feature extractor."""
+    names = {stage.conv.name for stage in spec.convs}
+    return spec.with_layers(
+        lambda x: replace(x, algorithm=algorithm) if x.name in names else x
+    )
+
+
 def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
     """What the plugin says of the executed nodes of a kind."""
     found = []
@@ -86,8 +101,9 @@ def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6)])
-def test_executor_is_the_reference(tiny_model, bits):
-    spec = describe(tiny_model, bits=bits)
+@pytest.mark.parametrize("front", [NATIVE, CONVOLUTION])
+def test_executor_is_the_reference(tiny_model, bits, front):
+    spec = with_front(describe(tiny_model, bits=bits), front)
     execute = make_executor(spec, **EXACT)
     reference = ReferenceExecutor(spec)
     batches, alone = [], []
@@ -121,8 +137,9 @@ def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     [("conv_layers",), ("attention", "pos_conv"), ("projection", "dense")],
     ids=lambda parts: parts[0],
 )
-def test_layers_left_float(tiny_model, keep_float):
-    spec = describe(tiny_model, keep_float=keep_float)
+@pytest.mark.parametrize("front", [NATIVE, CONVOLUTION])
+def test_layers_left_float(tiny_model, keep_float, front):
+    spec = with_front(describe(tiny_model, keep_float=keep_float), front)
     kept = [x.name for x in spec.layers() if isinstance(x, FloatLayer)]
     assert kept and len(kept) < len(list(spec.layers()))
     execute = make_executor(spec, **EXACT)

@@ -19,7 +19,7 @@ from ..group_norm import gain_and_shift
 from ..lengths import round_frames
 from ..reference import valid_frame_mask
 from .core import core, output
-from .graph import GraphBuilder, first_windows
+from .graph import GraphBuilder, channels_first, first_windows
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ def batch_parts(batch: int) -> Iterator[slice]:
 def first_inputs(
     spec: EncoderSpec, wavs: torch.Tensor, frames: int
 ) -> np.ndarray:
-    """Windows of the first convolution, float32 [batch, windows, kernel],
-    zero-padded at the end to give ``frames`` frames."""
+    """Windows of the first convolution, float32 [batch, windows, kernel], or
+    [batch, kernel, windows] if :func:`channels_first`, zero-padded at the end
+    to give ``frames`` frames."""
     conv = spec.convs[0].conv
     batch, samples = wavs.shape
     kernel = conv.weight.shape[2]
@@ -64,7 +65,10 @@ def first_inputs(
     padded = np.zeros((batch, needed), np.float32)
     padded[:, : min(samples, needed)] = wavs.numpy()[:, :needed]
     views = np.lib.stride_tricks.sliding_window_view(padded, kernel, 1)
-    return np.ascontiguousarray(views[:, :: conv.stride])
+    views = views[:, :: conv.stride]
+    if channels_first(spec):
+        views = views.swapaxes(1, 2)
+    return np.ascontiguousarray(views)
 
 
 class OpenVINOExecutor:
@@ -159,7 +163,11 @@ class OpenVINOExecutor:
         if first.norm is not None and first.norm.over_time:
             # The norm sees the padding of the batch, not that to a length.
             gain, shift = gain_and_shift(first, wavs)
-            norms = {"gain": gain[:, None], "shift": shift[:, None]}
+            axis = 2 if channels_first(spec) else 1
+            norms = {
+                "gain": gain.unsqueeze(axis),
+                "shift": shift.unsqueeze(axis),
+            }
         width = spec.norm.weight.numel()
         hidden = torch.zeros(batch, frames, width)
         for part in batch_parts(batch):

@@ -71,6 +71,16 @@ def _strides(layer: AnyLayer) -> int:
     return -(-layer.weight.shape[2] // layer.stride)
 
 
+def channels_first(spec: EncoderSpec) -> bool:
+    """Whether the feature extractor computes [batch, channels, time]: its
+    convolutions by those of the library, without a transposition between."""
+    return all(
+        stage.conv.algorithm == CONVOLUTION
+        and (stage.norm is None or stage.norm.over_time)
+        for stage in spec.convs
+    )
+
+
 def first_windows(spec: EncoderSpec, frames: int) -> int:
     """Windows of the first convolution that give ``frames`` frames: later
     convolutions take whole strides."""
@@ -85,9 +95,10 @@ class GraphBuilder:
     Inputs: ``windows`` [batch, windows, kernel] of the first convolution, see
     :func:`first_windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at
     padded frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
-    GroupNorm over time. Output: ``hidden`` [batch, frames, channels], bfloat16
-    if ``half``: with a float32 output OpenVINO keeps the whole residual stream
-    in float32 and converts it for each layer.
+    GroupNorm over time. If :func:`channels_first`, the last two axes of all
+    but ``keep`` are exchanged. Output: ``hidden`` [batch, frames, channels],
+    bfloat16 if ``half``: with a float32 output OpenVINO keeps the whole
+    residual stream in float32 and converts it for each layer.
     """
 
     def __init__(self, spec: EncoderSpec, half: bool = False):
@@ -247,6 +258,20 @@ class GraphBuilder:
             outs.append(self.product(windows, flat_windows(group)))
         return self.turn(outs[0] if len(outs) == 1 else op.concat(outs, 2))
 
+    def first(
+        self, windows: ov.Node, layer: AnyLayer, turned: bool = False
+    ) -> ov.Node:
+        """The first convolution, [batch, windows, kernel] to [batch, windows,
+        out]; ``turned``: [batch, kernel, windows] to [batch, out, windows],
+        by a convolution."""
+        layer = flat_windows(layer.loaded())
+        if layer.algorithm != CONVOLUTION:
+            return self.linear(windows, layer)
+        layer = replace(layer, weight=layer.weight[..., None], stride=1)
+        if turned:
+            return self.conv(windows, layer)
+        return self.turn(self.conv(self.turn(windows), layer))
+
     def strided(
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
@@ -323,18 +348,24 @@ class GraphBuilder:
     def features(self, windows: ov.Node) -> ov.Node:
         """The convolutions: [batch, windows, kernel] to [batch, frames, C]."""
         first, *others = self.spec.convs
-        y = self.linear(windows, flat_windows(first.conv.loaded()))
-        x = self.activate(y, first)
+        turned = channels_first(self.spec)
+        compute = self.conv if turned else self.strided
+        x = self.activate(
+            self.first(windows, first.conv, turned), first, turned
+        )
         for stage in others:
-            x = self.activate(self.strided(x, stage.conv, GELU_MIN), stage)
-        return x
+            y = compute(x, stage.conv, GELU_MIN)
+            x = self.activate(y, stage, turned)
+        return self.turn(x) if turned else x
 
-    def activate(self, x: ov.Node, stage: ConvSpec) -> ov.Node:
-        """The norm and GELU after a convolution of the feature extractor."""
+    def activate(self, x: ov.Node, stage: ConvSpec, turned: bool) -> ov.Node:
+        """The norm and GELU after a convolution of the feature extractor;
+        ``turned``: of [batch, channels, time]."""
         if stage.norm is None:
             return self.gelu(x)
         if stage.norm.over_time:
-            shape = [-1, 1, stage.conv.weight.shape[0]]
+            width = stage.conv.weight.shape[0]
+            shape = [-1, width, 1] if turned else [-1, 1, width]
             gain = self.input("gain", shape)
             shift = self.input("shift", shape)
             return self.gelu(op.add(op.multiply(x, gain), shift))
@@ -346,7 +377,8 @@ class GraphBuilder:
         for stage in spec.convs:
             check_front(stage.conv)
         kernel = spec.convs[0].conv.weight.shape[2]
-        windows = self.input("windows", [-1, -1, kernel])
+        shape = [-1, kernel, -1] if channels_first(spec) else [-1, -1, kernel]
+        windows = self.input("windows", shape)
         keep = self.input("keep", [-1, -1, 1])
         x = self.features(windows)
         least = GELU_MIN
