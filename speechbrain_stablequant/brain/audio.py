@@ -151,7 +151,8 @@ def _header(path: str) -> Any:
             last, _ = soundfile.read(path, frames=1, start=header.frames - 1)
             if len(last) != 1:
                 raise soundfile.LibsndfileError(0, "it ends too early: ")
-    except (soundfile.LibsndfileError, OSError) as error:
+    # ValueError: a format that cannot be read from its end.
+    except (soundfile.LibsndfileError, OSError, ValueError) as error:
         return kind(f"cannot be read as audio ({error})")
     return header
 

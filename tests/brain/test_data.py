@@ -388,6 +388,14 @@ def test_truncated_file(write):
     assert text.startswith("cannot be read as audio")
 
 
+def test_a_file_that_cannot_be_read_from_its_end(tmp_path):
+    path = tmp_path / "telephone.au"
+    noise = np.random.default_rng(0).normal(0, 0.1, 16000)
+    soundfile.write(path, noise, 16000, subtype="G721_32")
+    text = audio_error(audio_set(str(path)), path, name="u0")
+    assert text.startswith("cannot be read as audio")
+
+
 def test_text_is_not_made_to_check_audio(write):
     """A transcript may be what the tokenizer does not know."""
     data = audio_set(write("stereo.wav", channels=2), pipeline=averaging)
