@@ -15,12 +15,12 @@ from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import RecognizerSource, write_folder
 from ..model.layers import Layer, find_layers
-from ..report import summary_table, write_report
 from ..report.build import build_report, float_size
 from ..report.comparison import variant_rows
-from ..report.results import Effort, Execution, SetResult
+from ..report.render import write_report
+from ..report.results import Effort, Execution, SetResult, plan_key
+from ..report.tables import summary_table
 from ..runtimes.registry import RUNTIMES
-from ..utils.files import identity
 
 if TYPE_CHECKING:
     from ..core.histogram import Histogram
@@ -122,18 +122,12 @@ class Run:
     def remember_effort(self, seconds: float, trained: Sequence[str]) -> None:
         """Keep what the plan took when it was first made; ``trained``:
         utterances that it was trained on."""
-        plan = self.plan
         utterances = {name: len(x.ids) for name, x in self.subsets.items()}
         if trained:
             utterances["train"] = len(trained)
-        quants = {name: q.to_dict() for name, q in plan.quants().items()}
-        content = [plan.fingerprint, plan.settings, plan.search, quants]
-        if plan.tensors:
-            content.append(plan.tensors.digest())
+        key = plan_key(self.plan, self.plan.settings, self.plan.search)
         effort = Effort(seconds, utterances, self.config.transcribed)
-        self.effort = effort.remembered(
-            self.store, EFFORT_FILE, identity(content)
-        )
+        self.effort = effort.remembered(self.store, EFFORT_FILE, key)
 
     def execution(self) -> Execution:
         """What was evaluated, for the report."""

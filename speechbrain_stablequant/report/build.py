@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ..core.histogram import Histogram
-from ..core.plan import QuantizationPlan
+from ..core.plan import PLAN_FILE, QuantizationPlan
+from ..folder.weights_file import WEIGHTS_FILE
+from ..folder.write import HYPERPARAMS_FILE
 from .results import Execution, SetResult, real_time_factors
 
 FORMAT = 1
@@ -38,50 +40,31 @@ def build_report(
 ) -> dict:
     """Assemble the content of ``report.json``.
 
-    Arguments
-    ---------
-    plan : QuantizationPlan
-        What was decided.
-    results : Mapping
-        Both evaluations by test set.
-    modules : Mapping
-        All modules of the recognizer by key.
-    histograms : Mapping
-        Histograms by layer name; empty for a plan that was given.
-    environment : Mapping
-        Machine, libraries and precision of the measurements.
-    execution : Execution
-        What was evaluated, and its size on disk.
-    warnings : sequence of str
-        One line each.
+    ``modules`` are all modules of the recognizer; ``histograms`` are empty for
+    a plan that was given. Rates and clipping percentiles (``cutoff``) are in
+    percent, differences in points; what was not measured is null::
 
-    Returns
-    -------
-    dict
-        Rates and clipping percentiles (``cutoff``) in percent, differences in
-        points; what was not measured is null::
+        {"format": 1, "created": ISO time, "title", "method", "backend",
+         "bits": {"weight": 8, "activation": 8},
+         "environment": {"python": "3.11.7", ...},
+         "test": {SET: {"float": RATES, "quantized": RATES,
+                        "delta_wer", "delta_wer_ci": [low, high],
+                        "delta_cer", "delta_cer_ci": [low, high],
+                        "folder": {"float": RATES, "quantized": RATES}}},
+         "size_mb": {"float", "quantized", "quantized_floats": "float16"},
+         "rtf": {"float", "quantized"},
+         "search": {"num_utterances", "baseline_wer", "threshold",
+                    "evaluations", "seconds", "metric", ...},
+         "units": [{"name", "layers", "parameters", "wer", "delta_wer",
+                    "delta_wer_ci", "selected", "cutoff",
+                    "curve": [{"cutoff", "wer", "secondary"}]}],
+         "histograms": {LAYER: {"unit", "range", "counts", "max",
+                                "cutoff_amax", "amax"}},
+         "warnings": [str], "files": {"plan": "plan.json"}}
 
-            {"format": 1, "created": ISO time, "title", "method", "backend",
-             "bits": {"weight": 8, "activation": 8},
-             "environment": {"python": "3.11.7", ...},
-             "test": {SET: {"float": RATES, "quantized": RATES,
-                            "delta_wer", "delta_wer_ci": [low, high],
-                            "delta_cer", "delta_cer_ci": [low, high],
-                            "folder": {"float": RATES, "quantized": RATES}}},
-             "size_mb": {"float", "quantized", "quantized_floats": "float16"},
-             "rtf": {"float", "quantized"},
-             "search": {"num_utterances", "baseline_wer", "threshold",
-                        "evaluations", "seconds", "metric", ...},
-             "units": [{"name", "layers", "parameters", "wer", "delta_wer",
-                        "delta_wer_ci", "selected", "cutoff",
-                        "curve": [{"cutoff", "wer", "secondary"}]}],
-             "histograms": {LAYER: {"unit", "range", "counts", "max",
-                                    "cutoff_amax", "amax"}},
-             "warnings": [str], "files": {"plan": "plan.json"}}
-
-        RATES are those of ``ErrorRates.to_dict``. ``folder`` is present where
-        the inference folder's decoder differs from the recipe's, ``search``
-        where there was one.
+    RATES are those of ``ErrorRates.to_dict``. ``folder`` is present where
+    the inference folder's decoder differs from the recipe's, ``search``
+    where there was one.
     """
     keys = modules if execution.keys is None else execution.keys
     stored = {key: modules[key] for key in keys}
@@ -106,8 +89,10 @@ def build_report(
         "units": _units(plan, modules),
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
-        "files": execution.list_files(),
+        "files": {"plan": PLAN_FILE, "quantized model": WEIGHTS_FILE},
     }
+    if execution.keys is not None:
+        report["files"]["recognizer, for EncoderASR"] = HYPERPARAMS_FILE
     if plan.search:
         report["search"] = plan.search
     return report

@@ -1,12 +1,34 @@
 """The comparison of variants: ``comparison.json``, its table and its plots."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..utils.files import write_atomic, write_json
-from .comparison_plot import comparison_figures
+from .drawing import GREY, new_figure, shorten, to_png, use_log_rates
+from .format import number
 from .results import Effort, Execution, SetResult, real_time_factors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colors that color-blind readers can tell apart.
+_COLORS = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8a6d3b",
+    "#1c2733",
+    "#b3001e",
+    "#7a5195",
+]
+_MARKERS = "osD^vPX*hp"
+# Sizes closer than this ratio differ only in the bits of activations.
+_SAME_SIZE = 1.02
 
 
 def variant_rows(
@@ -19,26 +41,8 @@ def variant_rows(
 ) -> list[dict]:
     """Rows of ``comparison.json`` for one variant, one for each test set.
 
-    Arguments
-    ---------
-    name : str
-        The variant's name.
-    how : tuple
-        Method, bits of weights and bits of activations.
-    results : Mapping
-        Both evaluations by test set.
-    execution : Execution
-        What was evaluated, and its size on disk.
-    effort : Effort, optional
-        What the plan took.
-    operations : Mapping, optional
-        Counts of ``integer`` and ``float`` matrix products, where no plan says
-        them.
-
-    Returns
-    -------
-    list of dict
-        Rates in percent.
+    ``how``: method, bits of weights and of activations; ``operations``: counts
+    of ``integer`` and ``float`` matrix products, where no plan says them.
     """
     method, weight_bits, activation_bits = how
     rows = []
@@ -76,23 +80,26 @@ def write_comparison(table: dict, folder: Path) -> None:
 
 def comparison_markdown(table: Mapping) -> str:
     """Render the comparison as a Markdown table."""
+    rows = table["rows"]
+    optional: dict[str, Callable[[Mapping], str]] = {}
+    if any("operations" in row for row in rows):
+        optional["float products"] = _products
+    if any("effort" in row for row in rows):
+        optional["made in"] = _seconds
+        optional["utterances used"] = _data
     columns = ["set", "variant", "WER %", "change", "95 % interval"]
-    columns += ["CER %", "change", "MB", "RTF"]
-    if any("operations" in row for row in table["rows"]):
-        columns.append("float products")
-    if any("effort" in row for row in table["rows"]):
-        columns += ["made in", "utterances used"]
-    lines = [_line(columns), "|" + "---|" * len(columns)]
-    seen = set()
-    for row in table["rows"]:
+    columns += ["CER %", "change", "MB", "RTF", *optional]
+    lines, seen = [_line(columns), "|" + "---|" * len(columns)], set()
+    for row in rows:
         if row["set"] not in seen:
             seen.add(row["set"])
             rates = row["float"]
             cells = [row["set"], "float", f"{rates['WER']:.2f}", "", ""]
             cells += [f"{rates['CER']:.2f}", "", f"{table['float_mb']:.1f}"]
             cells.append(f"{row['rtf']['float']:.3f}")
-            lines.append(_line([*cells, *[""] * (len(columns) - len(cells))]))
-        lines.append(_line([*_figures(row), *_optional(row, columns)]))
+            lines.append(_line([*cells, *[""] * len(optional)]))
+        cells = [cell(row) for cell in optional.values()]
+        lines.append(_line([*_figures(row), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -117,16 +124,94 @@ def _figures(row: Mapping) -> list[str]:
     ]
 
 
-def _optional(row: Mapping, columns: list[str]) -> list[str]:
-    cells = []
-    if "float products" in columns:
-        count = row.get("operations")
-        cells.append(
-            f"{count['float']} of {sum(count.values())}" if count else ""
+def _products(row: Mapping) -> str:
+    count = row.get("operations")
+    return f"{count['float']} of {sum(count.values())}" if count else ""
+
+
+def _seconds(row: Mapping) -> str:
+    return f"{row['effort']['seconds']:.0f} s" if "effort" in row else ""
+
+
+def _data(row: Mapping) -> str:
+    """The data used, in words: ``search 12 with transcripts``."""
+    effort = row.get("effort", {"utterances": {}})
+    return ", ".join(
+        f"{name} {count}"
+        + (" with transcripts" if name in effort["transcribed"] else "")
+        for name, count in effort["utterances"].items()
+    )
+
+
+def comparison_figures(table: dict) -> dict[str, bytes]:
+    """PNG data of WER against size, one plot per test set, by file name."""
+    images = {}
+    for name in dict.fromkeys(row["set"] for row in table["rows"]):
+        rows = [row for row in table["rows"] if row["set"] == name]
+        images[f"comparison_{name}.png"] = to_png(
+            draw_comparison, {**table, "rows": rows}
         )
-    if "made in" in columns:
-        effort = Effort(**row["effort"]) if "effort" in row else None
-        cells += (
-            [f"{effort.seconds:.0f} s", effort.data()] if effort else ["", ""]
+    return images
+
+
+def draw_comparison(table: dict) -> "Figure":
+    """One point per variant, one line per method through its best points."""
+    rows = table["rows"]
+    figure = new_figure(10, 5)
+    axes = figure.add_subplot()
+    rates = [row["quantized"]["WER"] for row in rows]
+    floor = rows[0]["float"]["WER"]
+    label = f"float model, {number(floor)} %"
+    axes.axhline(floor, color=GREY, lw=1, ls="--", label=label)
+    for index, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
+        points = sorted(_point(row) for row in rows if row["method"] == method)
+        style = {
+            "color": _COLORS[index % len(_COLORS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markersize": 5,
+        }
+        axes.plot(*zip(*points, strict=True), lw=0, **style)
+        line = zip(*_best_by_size(points), strict=True)
+        axes.plot(*line, lw=1, label=shorten(method), **style)
+    # Points of the same bits lie close together: label the best one.
+    for bits in dict.fromkeys(_bits_of(row) for row in rows):
+        same = [row for row in rows if _bits_of(row) == bits]
+        axes.annotate(
+            bits,
+            _point(min(same, key=lambda row: row["quantized"]["WER"])),
+            xytext=(0, -12),
+            textcoords="offset points",
+            ha="center",
+            color=GREY,
         )
-    return cells
+    if floor > 0 and max(rates) > 3 * floor:
+        use_log_rates(axes)
+    axes.margins(x=0.08, y=0.12)
+    float_mb = number(table["float_mb"], 1)
+    axes.set_xlabel(f"size on disk, MB (float32: {float_mb})")
+    axes.set_ylabel("WER, %")
+    axes.set_title(shorten(rows[0]["set"], 60), loc="left")
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+def _point(row: dict) -> tuple[float, float]:
+    return row["size_mb"], row["quantized"]["WER"]
+
+
+def _best_by_size(
+    points: list[tuple[float, float]],
+) -> list[tuple[float, float]]:
+    """The lowest rate at each size; ``points`` are sorted by size."""
+    best: list[tuple[float, float]] = []
+    for size, rate in points:
+        if best and size < best[-1][0] * _SAME_SIZE:
+            if rate < best[-1][1]:
+                best[-1] = (size, rate)
+        else:
+            best.append((size, rate))
+    return best
+
+
+def _bits_of(row: dict) -> str:
+    return f"W{row['weight_bits']}A{row['activation_bits']}"

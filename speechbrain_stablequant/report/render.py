@@ -1,4 +1,5 @@
-"""Render ``report.json`` as Markdown and as one self-contained HTML file."""
+"""Writes a report: ``report.json``, the plots, Markdown, and one self-contained
+HTML file."""
 
 import base64
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..utils.files import write_atomic, write_json
 from . import tables
 from .format import (
     NOT_A_SPEED_CLAIM,
@@ -16,23 +18,39 @@ from .format import (
     precision,
     signed,
 )
+from .plots import FIGURES, draw_figures
 
 # Characters that Markdown or HTML would take for markup. Underscores inside
 # words are not markup, and most names have one.
 _MARKUP = re.compile(r"[\\`*<>|\[\]#~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
-def render_report(report: dict, figures: Mapping[str, bytes]) -> dict[str, str]:
-    """Both forms of a report by file name; ``figures``: PNG data by name."""
+def write_report(report: dict, folder: Path) -> list[Path]:
+    """Write all files of a report; return them, ``report.json`` first.
+
+    Plots of an earlier run that this report has no data for are removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # The numbers come first: if a plot fails, they are safe.
+    written = [write_json(folder / "report.json", report)]
+    figures = draw_figures(report)
+    for name, image in figures.items():
+        written.append(write_atomic(folder / name, image))
+    for name in FIGURES:
+        if name not in figures:
+            (folder / name).unlink(missing_ok=True)
     images = {
         name: base64.b64encode(data).decode("ascii")
         for name, data in figures.items()
     }
     markdown = _render("markdown", report, images)
-    return {
-        "report.md": re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n",
-        "report.html": _render("html", report, images).strip() + "\n",
+    texts = {
+        "report.md": re.sub(r"\n{3,}", "\n\n", markdown),
+        "report.html": _render("html", report, images),
     }
+    for name, text in texts.items():
+        written.append(write_atomic(folder / name, text.strip() + "\n"))
+    return written
 
 
 def _render(form: str, report: dict, figures: Mapping[str, str]) -> str:
@@ -59,10 +77,8 @@ def _render(form: str, report: dict, figures: Mapping[str, str]) -> str:
     )
 
 
-def tone(ends: Sequence[float] | None) -> str:
+def tone(ends: Sequence[float]) -> str:
     """What a confidence interval of the WER's change supports."""
-    if ends is None:
-        return ""
     low, high = ends
     return "bad" if low > 0 else "good" if high < 0 else "same"
 

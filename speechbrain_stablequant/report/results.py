@@ -9,12 +9,20 @@ from ..core.error_rates import (
     bootstrap_delta_wer,
     score,
 )
-from ..core.plan import PLAN_FILE, QuantizationPlan
-from ..folder.weights_file import WEIGHTS_FILE
-from ..folder.write import HYPERPARAMS_FILE
+from ..core.plan import QuantizationPlan
 from ..utils.files import identity
 from ..utils.store import Store
 from ..utils.typed import typed
+
+
+def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
+    """Key of what was measured with a plan; ``measured``: any JSON content
+    that tells such measurements apart."""
+    quants = {name: q.to_dict() for name, q in plan.quants().items()}
+    content = [plan.fingerprint, *measured, quants]
+    if plan.tensors:
+        content.append(plan.tensors.digest())
+    return identity(content)
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,7 @@ class Evaluation:
         nothing else does.
         """
         heard = [asdict(transcript) for transcript in self.transcripts]
-        quants = {n: q.to_dict() for n, q in plan.quants().items()}
-        content = [plan.fingerprint, quants, self.audio, heard, execution]
-        if plan.tensors:
-            content.append(plan.tensors.digest())
-        return identity(content)
+        return plan_key(plan, self.audio, heard, execution)
 
     def write(self, store: Store, file: str, key: str) -> None:
         """Store the evaluation for a restarted run."""
@@ -133,14 +137,6 @@ class Effort:
     #: The sets whose transcripts were used.
     transcribed: Sequence[str] = ()
 
-    def data(self) -> str:
-        """The data used, in words: ``search 12 with transcripts``."""
-        return ", ".join(
-            f"{name} {count}"
-            + (" with transcripts" if name in self.transcribed else "")
-            for name, count in self.utterances.items()
-        )
-
     def remembered(self, store: Store, file: str, key: str) -> "Effort":
         """The stored effort of the same plan; else store and return this."""
         known = store.read(
@@ -149,10 +145,9 @@ class Effort:
             "effort of a plan",
             lambda raw: typed(raw, Effort, "content"),
         )
-        if known is not None:
-            return known
-        store.write(file, key, asdict(self))
-        return self
+        if known is None:
+            store.write(file, key, asdict(self))
+        return known or self
 
 
 @dataclass(frozen=True)
@@ -169,10 +164,3 @@ class Execution:
     keys: Sequence[str] | None = None
     #: Whether the runtime imitates integers in floating point.
     simulated: bool = False
-
-    def list_files(self) -> dict[str, str]:
-        """Files by description, for the report."""
-        files = {"plan": PLAN_FILE, "quantized model": WEIGHTS_FILE}
-        if self.keys is not None:
-            files["recognizer, for EncoderASR"] = HYPERPARAMS_FILE
-        return files

@@ -1,4 +1,4 @@
-"""The rows of a report's tables, as text."""
+"""A report's tables as text: their rows, and the summary that a run prints."""
 
 from .format import (
     NOT_A_SPEED_CLAIM,
@@ -7,12 +7,18 @@ from .format import (
     count,
     delta,
     gain,
+    interval,
     is_simulated,
     number,
     percent,
+    precision,
+    signed,
     times,
     word_errors,
 )
+
+# Columns of the terminal.
+_WIDTH = 80
 
 
 def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
@@ -128,3 +134,45 @@ def environment(report: dict) -> list[list[str]]:
         [key, NOT_MEASURED if value is None else str(value)]
         for key, value in report["environment"].items()
     ]
+
+
+def summary_table(report: dict) -> str:
+    """Float against quantized as plain text, at most 80 columns wide."""
+    lines = [
+        _shorten(precision(report), _WIDTH),
+        _line("", "float", "quantized", "difference", "95 % interval"),
+    ]
+    for name, entry in report["test"].items():
+        utterances = f" ({entry['float']['utterances']} utterances)"
+        lines.append(_shorten(name, _WIDTH - len(utterances)) + utterances)
+        for rate in ("WER", "CER"):
+            key = f"delta_{rate.lower()}"
+            change = signed(entry.get(key)), interval(entry.get(f"{key}_ci"))
+            lines.append(_line(f"  {rate} %", *_rates(entry, rate), *change))
+        if entry.get("folder"):
+            rates = _rates(entry["folder"], "WER")
+            said = "(it decodes greedily, unlike the recipe)"
+            lines.append(_line("  folder's WER %", *rates, said))
+    labels = ("size, MB", "real-time factor")
+    for label, (_, *cells) in zip(labels, size(report), strict=True):
+        lines.append(_line(label, *cells))
+    return "\n".join(lines)
+
+
+def _rates(entry: dict, rate: str) -> tuple[str, str]:
+    return both({name: entry[name][rate] for name in ("float", "quantized")}, 2)
+
+
+def _line(
+    label: str, before: str, after: str, change: str, ci: str = ""
+) -> str:
+    numbers = f"{label:<16}{before:>8}{after:>11}"
+    # Without an interval the change is text, which may be long.
+    if not ci:
+        return f"{numbers}  {change}".rstrip()
+    return f"{numbers}{change:>12}{ci:>20}"
+
+
+def _shorten(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."

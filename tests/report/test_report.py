@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from speechbrain_stablequant.report import plots, summary_table, write_report
-from speechbrain_stablequant.report.comparison_plot import _best_by_size
+from speechbrain_stablequant.report import plots
+from speechbrain_stablequant.report.comparison import _best_by_size
 from speechbrain_stablequant.report.format import (
     interval,
     number,
@@ -20,7 +20,8 @@ from speechbrain_stablequant.report.format import (
     signed,
     times,
 )
-from speechbrain_stablequant.report.render import escape_markdown
+from speechbrain_stablequant.report.render import escape_markdown, write_report
+from speechbrain_stablequant.report.tables import summary_table
 from speechbrain_stablequant.utils.files import read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -428,7 +429,7 @@ def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
     (tmp_path / "in.json").write_text(json.dumps(report))
     code = (
         "import json, sys\n"
-        "from speechbrain_stablequant.report import write_report\n"
+        "from speechbrain_stablequant.report.render import write_report\n"
         "assert 'matplotlib' not in sys.modules\n"
         "write_report(json.load(open('in.json')), 'out')\n"
         "assert 'matplotlib' in sys.modules\n"
