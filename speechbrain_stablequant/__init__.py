@@ -4,8 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .brain.attach import StableQuant
-    from .brain.register import register
+    from .brain.attach import StableQuant, register
     from .config import ConfigError
     from .core.plan import QuantizationPlan
     from .methods.registry import QuantizeConfig
@@ -30,7 +29,7 @@ _PLACES = {
     "Recognizer": "transcribe.load",
     "StableQuant": "brain.attach",
     "load": "transcribe.load",
-    "register": "brain.register",
+    "register": "brain.attach",
 }
 
 

@@ -22,8 +22,6 @@ from .utils.typed import (
 
 logger = logging.getLogger(__name__)
 
-#: Decision rules of the search, see ``methods.search.paired``.
-RULES = ("threshold", "interval")
 #: Formats of parameters that are not quantized.
 FLOAT_DTYPES = ("float16", "float32")
 
@@ -126,7 +124,7 @@ class SearchConfig:
     batch_size: int = count(1)
     metric: str = choice("WER", "WER")
     threshold: float = not_negative(0.25)
-    selection: str = choice("threshold", *RULES)
+    selection: str = choice("threshold", "threshold", "interval")
     level: float = option(
         0.8, lambda x: 0 < x < 1, "a coverage between 0 and 1, such as 0.8"
     )
@@ -175,10 +173,7 @@ class CommonConfig:
     weight_bits, activation_bits : int
         2 to 8.
     method : str
-        ``stablequant``; one calibrator for all layers: ``max``,
-        ``percentile``, ``entropy``, ``mse``; ``adaround``;
-        ``stablequant_plus``, StableQuant with more parts; ``qat``,
-        quantization-aware training.
+        One of :data:`.methods.registry.METHODS`.
     weight_method : str or None
         Calibrator of weights, ``max`` or ``mse``; None for the method's own.
     calibration : CalibrationConfig

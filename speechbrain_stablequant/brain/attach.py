@@ -1,5 +1,10 @@
-"""StableQuant attached to a Brain, in place of its fit and evaluate."""
+"""StableQuant attached to a Brain, in place of its fit and evaluate.
 
+By a line of Python, or by the ``quantize:`` block of a recipe, which needs no
+change of its script.
+"""
+
+import functools
 import inspect
 import logging
 from collections.abc import Mapping
@@ -15,11 +20,11 @@ from ..methods.registry import QuantizeConfig
 from ..utils import distributed
 from ..utils.interrupts import explained
 from ..utils.lock import FolderLock
-from .block import read_block
+from .block import read_block, run_configs
+from .checks import check_setting
 from .data import TestSet, check_set_audio, dataset_of, draw_subsets
 from .evaluation import Evaluator
 from .metrics import metric_of
-from .preflight import check_setting
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,7 +62,8 @@ class StableQuant:
         #: Of this process; the folder of the first process is the one kept.
         self.folder = distributed.own_folder(check_setting(brain, config))
         self._lock = FolderLock(self.folder, "quantize.output_folder")
-        self._evaluator = Evaluator(brain, config, self.folder)
+        variants = run_configs(config, brain.debug)
+        self._evaluator = Evaluator(brain, config, variants, self.folder)
         self.runs = self._evaluator.runs
         #: Whether a recipe's block made it; then errors may end the process.
         self.by_block = False
@@ -195,11 +201,13 @@ class StableQuant:
         self, train_set: Dataset | DataLoader | None, options: Mapping[str, Any]
     ) -> None:
         """Make a trainer on the training set, if any run's method trains."""
-        if not any(run.config.needs_training for run in self.runs):
+        configs = [run.config for run in self.runs]
+        methods = [c.method for c in configs if c.needs_training]
+        if not methods:
             return
         if train_set is None or len(dataset_of(train_set)) == 0:
             raise ConfigError(
-                f"quantize.method: {self.config.method} trains, and the "
+                f"quantize.method: {methods[0]} trains, and the "
                 "recipe's training set is empty; name training data (such as "
                 "train_splits) or choose another method"
             )
@@ -268,3 +276,55 @@ class StableQuant:
             logger.debug("quantize: metric not checked yet: %s", error)
             return
         metric_of(self.brain, self.config.metric_attribute)
+
+
+def register(**block: Any) -> QuantizeConfig:
+    """Validate a ``quantize:`` block and attach it to the recipe's Brain.
+
+    Used as ``quantize: !apply:speechbrain_stablequant.register``. Brains that
+    are made later with the returned value in their ``hparams`` are attached;
+    all others stay as they are.
+
+    Arguments
+    ---------
+    **block
+        Keys of :class:`~speechbrain_stablequant.QuantizeConfig`.
+
+    Returns
+    -------
+    QuantizeConfig
+        The value of the key ``quantize``.
+
+    Raises
+    ------
+    ConfigError
+        Names the first wrong key.
+
+    Example
+    -------
+    >>> register(weight_bits=6, activation_bits=6).method
+    'stablequant'
+    """
+    _hook_brain_init()
+    return read_block(block)
+
+
+def _hook_brain_init() -> None:
+    """Make every new Brain look for a block in its hparams; hooks once."""
+    original = sb.Brain.__init__
+    if getattr(original, "looks_for_quantize_block", False):
+        return
+
+    @functools.wraps(original)
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # A Brain without hparams has no such attribute.
+        hparams = vars(self.hparams) if hasattr(self, "hparams") else {}
+        blocks = [v for v in hparams.values() if isinstance(v, QuantizeConfig)]
+        if len(blocks) > 1:
+            raise ValueError("quantize: the recipe has two quantize blocks")
+        if blocks:
+            StableQuant(self, blocks[0]).by_block = True
+
+    init.looks_for_quantize_block = True
+    sb.Brain.__init__ = init

@@ -1,11 +1,16 @@
 """Describes what a recipe computes, for its inference folder.
 
-A recipe's computation is code, so it is verified, not guessed: the modules are
-rebuilt from their description and compared with their outputs on one batch.
+A recipe's computation is code, so it is verified, not guessed: its modules are
+observed on one batch, rebuilt from their description, and compared with their
+outputs.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
@@ -17,12 +22,52 @@ from torch import nn
 from ..folder.encoder_config import check_config, empty_encoder
 from ..folder.write import RecognizerSource
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
-from .chain import Call, NoFolderError, find_chain, keyed_modules
+from .data import audio_of
 from .head_yaml import node_text, plain_node, recipe_nodes
+from .passes import recognize
 from .tokenizer import describe_tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
+
+
+class NoFolderError(ValueError):
+    """A recipe that cannot be rebuilt from a folder, and why, in one line."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module of the Brain."""
+
+    key: str
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def inputs(self) -> tuple:
+        """Positional arguments, then the values of keyword arguments."""
+        return *self.args, *self.kwargs.values()
+
+
+def observe(
+    brain: sb.Brain, batch: Any, modules: Mapping[str, nn.Module]
+) -> list[Call]:
+    """The calls of modules while the Brain recognizes a batch."""
+    calls: list[Call] = []
+
+    def record(key: str, _, args: tuple, kwargs: dict, output: Any) -> None:
+        calls.append(Call(key, args, kwargs, output))
+
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(
+                module.register_forward_hook(
+                    partial(record, key), with_kwargs=True
+                )
+            )
+        recognize(brain, batch)
+    return calls
 
 
 def describe_recognizer(
@@ -30,8 +75,11 @@ def describe_recognizer(
 ) -> RecognizerSource:
     """Describe a Brain's recognizer from any batch; ``names``: its quantized
     layers. Raises a NoFolderError that says what cannot be rebuilt."""
-    modules = keyed_modules(brain, config.target)
-    first, *rest = calls = find_chain(brain, batch, config)
+    modules = _keyed_modules(brain, config.target)
+    calls = observe(brain, batch, modules)
+    wavs, _ = audio_of(batch, config.signal)
+    _check_chain(calls, wavs.to(brain.device))
+    first, *rest = calls
     keys = tuple(call.key for call in calls)
     for name in names:
         if name.partition(".")[0] not in keys:
@@ -63,6 +111,46 @@ def describe_recognizer(
         tokenizer=content,
         blank_index=_blank_index(brain, tokenizer),
         sample_rate=config.sample_rate,
+    )
+
+
+def _keyed_modules(
+    brain: sb.Brain, target: Iterable[str]
+) -> dict[str, nn.Module]:
+    """The Brain's modules, each once, by the key that names its layers."""
+    every = dict(brain.modules.items())
+    keyed: dict[nn.Module, str] = {}
+    for key in (*target, *every):
+        keyed.setdefault(every[key], key)
+    return {key: module for module, key in keyed.items()}
+
+
+def _check_chain(calls: list[Call], wavs: torch.Tensor) -> None:
+    """Raise unless each module is called once, on the previous output."""
+    if not calls:
+        raise NoFolderError("the recipe calls none of its `modules`")
+    for call in calls:
+        if sum(other.key == call.key for other in calls) > 1:
+            raise NoFolderError(f"the recipe calls '{call.key}' repeatedly")
+    if not _same(calls[0].inputs[:1], (wavs,)):
+        raise NoFolderError(
+            f"'{calls[0].key}' gets something other than the audio: the "
+            "recipe changes it first"
+        )
+    for before, after in itertools.pairwise(calls):
+        if not _same(after.inputs, (before.output,)):
+            raise NoFolderError(
+                f"'{after.key}' gets something other than the output of "
+                f"'{before.key}'"
+            )
+
+
+def _same(one: tuple, two: tuple) -> bool:
+    return len(one) == len(two) and all(
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and torch.equal(a, b)
+        for a, b in zip(one, two, strict=True)
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
+import torch
 from tqdm import tqdm
 
 from ..core.plan import PLAN_FILE
@@ -31,7 +32,7 @@ from ..utils.files import write_atomic
 from ..utils.outputs import Outputs
 from ..utils.patching import restored, shadowed
 from ..utils.store import Store
-from .block import run_configs
+from .checks import RecipeChecks, check_checkpoint
 from .clock import ForwardClock
 from .data import TestSet
 from .decoding import as_scored, same_text
@@ -45,11 +46,16 @@ from .metrics import (
     transcripts_of,
 )
 from .passes import evaluation_steps
-from .preflight import check_checkpoint
-from .recipe_checks import RecipeChecks
 from .recognizer import BrainRecognizer
 from .run import Run, comparison
-from .run_runtime import choose_runtime, executed, make_probe
+from .run_runtime import (
+    change_runtime,
+    choose_runtime,
+    executed,
+    make_probe,
+    try_descriptions,
+    try_probes,
+)
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -58,7 +64,13 @@ logger = logging.getLogger(__name__)
 class Evaluator:
     """Evaluates test sets with the float model and with each variant."""
 
-    def __init__(self, brain: sb.Brain, config: QuantizeConfig, folder: Path):
+    def __init__(
+        self,
+        brain: sb.Brain,
+        config: QuantizeConfig,
+        variants: Mapping[str, QuantizeConfig],
+        folder: Path,
+    ):
         self.brain = brain
         self.config = config
         self.folder = folder
@@ -73,7 +85,7 @@ class Evaluator:
                 self.store.below(name),
                 *choose_runtime(brain, variant),
             )
-            for name, variant in run_configs(config, brain.debug).items()
+            for name, variant in variants.items()
         ]
         for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
             logger.warning("quantize: %s", warning)
@@ -116,7 +128,7 @@ class Evaluator:
 
         def on_evaluate_start(max_key=None, min_key=None) -> None:
             if self._recover_once(recover, max_key, min_key):
-                self.checks.try_out(test)
+                self._try_out(test)
             # Trials are not part of the float model's time.
             stack.enter_context(clock.running())
             texts.append(stack.enter_context(self.checks.listening()))
@@ -153,6 +165,21 @@ class Evaluator:
                 "one checkpoint, so evaluate others in a run of their own"
             )
         return False
+
+    def _try_out(self, test: TestSet) -> None:
+        """Try runtimes, folders and decoding on a batch of a test set."""
+        # The recipe's own evaluation must not see other random numbers.
+        with torch.random.fork_rng():
+            batch = test.first_batch()
+            for run in self.runs:
+                backend, said = try_descriptions(
+                    self.brain, batch, run.config, run.backend
+                )
+                change_runtime(run, backend, [])
+                for warning in said:
+                    self.checks.warn([run], warning)
+            self.checks.try_out(batch)
+            try_probes(self.runs)
 
     def _quantize(self, run: Run) -> None:
         """Make the run's plan, its integers and its folder."""

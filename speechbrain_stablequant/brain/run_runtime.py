@@ -1,11 +1,14 @@
 """The runtime of a run: chosen, tried before the search, and executed.
 
+Integer runtimes compute an encoder from its description. Before long work the
+description is computed in float, on one batch, and compared with the encoder;
+then the runtime is checked on an encoder that is quantized without a search.
 With ``backend: auto`` a runtime that fails a check is replaced by the next one,
 at last by the simulation, and the report says why. A runtime that the block
 names raises instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +17,11 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..core.encoder_spec import check_encoders
-from ..model.layers import find_encoders
-from ..runtimes.base import shadowed_forwards
+from ..core.encoder_spec import check_encoders, describe_encoder
+from ..model.layers import Encoder, find_encoders
+from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
 from ..runtimes.build import build_forwards
-from ..runtimes.choice import (
-    candidates,
-    choose_backend,
-    first_right,
-)
+from ..runtimes.choice import candidates, choose_backend, first_right
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
 from ..runtimes.probe_make import encoder_probe
 from ..runtimes.probe_networks import (
@@ -33,15 +32,23 @@ from ..runtimes.probe_networks import (
     quick_integers,
 )
 from ..runtimes.prove import executed_form, prove
+from ..runtimes.reference import ReferenceExecutor
 from ..runtimes.registry import RUNTIMES, select_options
 from ..utils import distributed
-from .dry_run import check_descriptions
+from ..utils.precision import plain_float32
+from ..utils.typed import one_line
+from .describe import Call, observe
+from .passes import recognize
 
 if TYPE_CHECKING:
     from ..core.integer_layer import IntegerLayer
     from ..methods.registry import QuantizeConfig
     from ..runtimes.probe import Probe
     from .run import Run
+
+# Largest difference of a description, relative to the largest value: far above
+# float rounding, far below the effect of another activation or norm.
+_TOLERANCE = 1e-3
 
 
 def choose_runtime(
@@ -96,11 +103,100 @@ def try_descriptions(
     return backend, []
 
 
-def try_probe(run: "Run") -> list[str]:
-    """Check the runtime before there is a plan, on a MAX-quantized encoder.
+def check_descriptions(
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig"
+) -> None:
+    """Raise unless the descriptions of encoders compute what they do."""
+    modules = dict(brain.modules.items())
+    encoders = find_encoders({key: modules[key] for key in config.target})
+    if not encoders:
+        return
+    try:
+        calls = observe(brain, batch, {e.path: e.model for e in encoders})
+    except Exception as error:
+        raise ValueError(
+            "the recipe cannot recognize a batch in its VALID stage "
+            f"({one_line(error)})"
+        ) from error
+    first = {call.key: call for call in reversed(calls)}
+    forwards = {}
+    for encoder in encoders:
+        spec = describe_encoder(encoder.model, encoder.path, {})
+        execute = in_own_precision(encoder_forward(ReferenceExecutor(spec)))
+        if encoder.path in first:
+            _check_same(encoder, first[encoder.path], execute)
+        forwards[encoder.model] = execute
+    # The recipe may use more of an encoder's output than its last state.
+    with shadowed_forwards(forwards):
+        try:
+            recognize(brain, batch)
+        except Exception as error:
+            raise ValueError(
+                f"{encoders[0].path}: what the recipe computes from the last "
+                f"hidden state fails ({one_line(error)})"
+            ) from error
 
-    Returns why earlier runtimes were rejected.
-    """
+
+@torch.no_grad()
+def _check_same(encoder: Encoder, call: Call, execute: Callable) -> None:
+    """Compare a model with its description, on one utterance."""
+    args, kwargs = _longest(call)
+    wavs, *_ = *args, *kwargs.values()
+    with plain_float32(wavs):
+        expected = encoder.model(*args, **kwargs).last_hidden_state
+        found = execute(*args, **kwargs).last_hidden_state
+    if expected.shape != found.shape:
+        off, size = "its shape", tuple(expected.shape)
+    else:
+        difference = float((expected.float() - found).abs().max())
+        largest = float(expected.abs().max())
+        # False for NaN, too.
+        if difference <= _TOLERANCE * largest:
+            return
+        off, size = f"{difference:.2g}", f"{largest:.2g}"
+    raise ValueError(
+        f"{encoder.path}: computes something other than its layers in the "
+        f"order of wav2vec 2.0 or HuBERT (difference {off} of {size}), which "
+        "is not supported by the integer runtimes; use backend: torch"
+    )
+
+
+def _longest(call: Call) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of the longest utterance alone: padding is not compared."""
+    wavs, *others = (x for x in call.inputs if isinstance(x, torch.Tensor))
+    masks = [m for m in others if m.shape == wavs.shape]
+    index = int(masks[0].long().sum(1).argmax()) if masks else 0
+
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and len(value) == len(wavs):
+            return value[index : index + 1]
+        return value
+
+    kwargs = {name: one(value) for name, value in call.kwargs.items()}
+    return tuple(map(one, call.args)), kwargs
+
+
+def try_probes(runs: "Iterable[Run]") -> None:
+    """Check each distinct runtime before there is a plan."""
+    tried: dict[tuple, tuple[str, list[str]]] = {}
+    for run in runs:
+        key = (
+            run.backend,
+            repr(run.config.backend_options),
+            run.config.weight_bits,
+            run.config.activation_bits,
+            *(layer.name for layer in run.layers),
+        )
+        if key in tried:
+            change_runtime(run, *tried[key])
+        else:
+            reasons = _try_probe(run)
+            tried[key] = (run.backend, reasons)
+
+
+def _try_probe(run: "Run") -> list[str]:
+    """Check a runtime on a MAX-quantized encoder; return why earlier runtimes
+    were rejected."""
     encoders = find_encoders(run.modules)
     if RUNTIMES[run.backend].encoder is None or not encoders:
         return []

@@ -8,7 +8,7 @@ import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 
-from speechbrain_stablequant.brain.coverage import find_uncovered
+from speechbrain_stablequant.brain.checks import check_references
 from speechbrain_stablequant.brain.decoding import (
     FolderDecoder,
     as_scored,
@@ -236,47 +236,50 @@ def test_the_file_of_a_respelled_encoder(tmp_path):
 # -- what labels can write -----------------------------------------------------
 
 
+def uncovered(rows, tokenizer):
+    """The warning about words that labels cannot write."""
+    return check_references(rows, tokenizer, "dev", 100.0)
+
+
 def test_transcripts_in_another_case():
-    found = find_uncovered(
-        words("ab c", "AB", "C a", "C"), label_encoder("ABC ")
-    )
-    assert (found.words, found.total, found.percent) == (3, 4, 75)
-    assert (found.id, found.characters) == ("u0", "abc")
+    rows = words("ab c", "AB", "C a", "C")
+    said = uncovered(rows, label_encoder("ABC "))
+    assert said.startswith("Of the words of dev 3 of 4 cannot be recognized: ")
+    assert "utterance u0 has 'abc', which no label" in said
 
 
 def test_covered_transcripts():
     encoder = label_encoder("AB_")
-    assert find_uncovered(words("AB A", "A"), encoder) is None
+    assert uncovered(words("AB A", "A"), encoder) is None
     labels = [Row("u", ("A", "_", "B"), ("A",))]
-    assert find_uncovered(labels, encoder) is None
+    assert uncovered(labels, encoder) is None
 
 
 def test_what_a_special_label_is_written_with_covers_nothing():
     encoder = label_encoder("AB ")
     encoder.add_unk()
     assert encoder.blank_label == "<blank>"
-    found = find_uncovered(words("<ab> A", "A"), encoder)
-    assert found.characters == "<>ab"
+    assert "has '<>ab'" in uncovered(words("<ab> A", "A"), encoder)
 
 
 def test_a_recipe_that_changes_what_it_decodes():
     """Its labels say nothing about its transcripts."""
-    assert find_uncovered(words("ab", "ab"), label_encoder("AB ")) is None
+    assert uncovered(words("ab", "ab"), label_encoder("AB ")) is None
 
 
 def test_nothing_recognized_says_nothing():
-    assert find_uncovered(words("ab", ""), label_encoder("AB ")) is None
+    assert uncovered(words("ab", ""), label_encoder("AB ")) is None
 
 
 def test_coverage_of_pieces(tmp_path):
     processor = pieces(tmp_path)
-    assert find_uncovered(words("AB IJ", "AB"), processor) is None
-    found = find_uncovered(words("AB xJ", "AB"), processor)
-    assert (found.words, found.characters) == (1, "x")
+    assert uncovered(words("AB IJ", "AB"), processor) is None
+    said = uncovered(words("AB xJ", "AB"), processor)
+    assert "1 of 2 cannot be recognized: utterance u0 has 'x'" in said
     spelled = pieces(
         tmp_path, byte_fallback=True, vocab_size=300, model_type="unigram"
     )
-    assert find_uncovered(words("AB xJ", "AB"), spelled) is None
+    assert uncovered(words("AB xJ", "AB"), spelled) is None
 
 
 # -- the tokenizer -------------------------------------------------------------

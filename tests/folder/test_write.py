@@ -15,8 +15,10 @@ from speechbrain.utils.autocast import TorchAutocast
 from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
-from speechbrain_stablequant.brain.chain import NoFolderError
-from speechbrain_stablequant.brain.describe import describe_recognizer
+from speechbrain_stablequant.brain.describe import (
+    NoFolderError,
+    describe_recognizer,
+)
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan

@@ -1,4 +1,4 @@
-"""Descriptions of encoders, computed beside their modules on one batch."""
+"""The runtime that a variant gets: chosen, and tried on one batch."""
 
 from types import SimpleNamespace
 
@@ -8,12 +8,61 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant import QuantizeConfig
-from speechbrain_stablequant.brain.dry_run import check_descriptions
-from speechbrain_stablequant.brain.run_runtime import try_descriptions
+from speechbrain_stablequant.brain.run_runtime import (
+    check_descriptions,
+    choose_runtime,
+    try_descriptions,
+)
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.model.wrapper import StoredEncoder
+from speechbrain_stablequant.runtimes import choice
 
 CONFIG = QuantizeConfig.from_dict({"target": ["wav2vec2", "ctc_lin"]})
+FAILURE = "operator linear fails: no (tried on a card); use backend: torch"
+
+# -- chosen --------------------------------------------------------------------
+
+
+def choose(device: str, **block):
+    """The runtime of a Brain on a device, and what is to be said."""
+    modules = nn.ModuleDict({"enc": nn.Linear(2, 2)})
+    brain = SimpleNamespace(device=device, modules=modules)
+    config = QuantizeConfig.from_dict({"target": ["enc"], **block})
+    return choose_runtime(brain, config)
+
+
+@pytest.fixture
+def failing_card(monkeypatch):
+    """A GPU whose kernels failed their trial."""
+    monkeypatch.setattr(choice, "_why_not", lambda *_: FAILURE)
+
+
+def test_a_card_that_fails_is_in_the_report(failing_card):
+    said = "operator linear fails: no (tried on a card)."
+    assert choose("cuda:0") == (
+        "torch",
+        [f"Evaluated by simulation: triton: {said}"],
+    )
+
+
+def test_a_card_that_fails_is_an_error_where_it_was_asked_for(failing_card):
+    with pytest.raises(ConfigError, match=r"quantize\.backend: triton cannot"):
+        choose("cuda:0", backend="triton")
+
+
+def test_a_device_without_an_integer_runtime():
+    name, warnings = choose(str(torch.device("meta")))
+    assert name == "torch"
+    assert warnings == [
+        "Evaluated by simulation: no integer runtime for device meta."
+    ]
+
+
+def test_a_simulation_that_was_asked_for_needs_no_word():
+    assert choose("cpu", backend="torch") == ("torch", [])
+
+
+# -- descriptions of encoders, computed beside their modules -------------------
 
 
 class Recognizer(sb.Brain):

@@ -1,0 +1,300 @@
+"""What is checked before a search, from the first to the last.
+
+When a Brain is made: its options, the block, the folder. In its evaluation: the
+checkpoint; on one batch the inference folder and the recipe's decoding; on the
+test set, after its float evaluation, the decoding, the characters that the
+labels can write, and the WER.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import speechbrain as sb
+from speechbrain.dataio.encoder import CTCTextEncoder
+
+from ..config import ConfigError
+from ..core.error_rates import score
+from ..core.plan import QuantizationPlan
+from ..folder.write import RecognizerSource
+from ..methods.search import check_float_wer
+from ..methods.session import check_earlier_run
+from ..model.layers import find_layers
+from ..utils import distributed
+from ..utils.files import check_writable_folder
+from ..utils.typed import one_line
+from .decoding import FolderDecoder, difference
+from .describe import describe_recognizer
+from .metrics import Row, rows_of, transcripts_of
+from .passes import evaluation_steps
+from .tokenizer import SPACE, Tokenizer, describe_tokenizer, find_tokenizer
+
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+    from .run import Run
+
+logger = logging.getLogger(__name__)
+
+# Brain options that replace the modules to be quantized.
+_REPLACING = (
+    "jit",
+    "jit_module_keys",
+    "compile",
+    "compile_module_keys",
+    "data_parallel_backend",
+)
+
+# Maximum percentage of reference words that labels cannot write.
+_MOST_UNCOVERED = 50.0
+
+_Text = tuple[str, ...]
+
+
+def check_setting(brain: sb.Brain, config: "QuantizeConfig") -> Path:
+    """Check what is known when a Brain is made; create the output folder.
+
+    Rejects a Brain that is attached already or compiled, methods that need one
+    process, plans that do not fit, and damaged files of an earlier run.
+    """
+    if hasattr(brain, "stablequant"):
+        raise ValueError(
+            "quantize: StableQuant is attached to this Brain already; "
+            "attach it once, or use a YAML block without attach()"
+        )
+    for option in _REPLACING:
+        if getattr(brain, option, None):
+            raise ValueError(
+                f"quantize: --{option} replaces modules that have to be "
+                "quantized; run without it"
+            )
+    for variant in config.variant_configs().values():
+        _check_variant(brain, variant)
+    folder = check_writable_folder(
+        _output_folder(brain, config), "quantize.output_folder"
+    )
+    check_earlier_run(folder)
+    return folder
+
+
+def _check_variant(brain: sb.Brain, config: "QuantizeConfig") -> None:
+    if config.needs_training and distributed.size() > 1:
+        raise ConfigError(
+            f"quantize.method: {config.method} runs in one process; start it "
+            "with python instead of torchrun"
+        )
+    modules = dict(brain.modules.items())
+    layers = find_layers(modules, config.target, config.include, config.exclude)
+    if config.plan is not None:
+        plan = QuantizationPlan.load(config.plan)
+        plan.check_fits(layers, modules, config.plan)
+
+
+def _output_folder(brain: sb.Brain, config: "QuantizeConfig") -> Path:
+    if config.output_folder is not None:
+        return Path(config.output_folder)
+    base = getattr(brain.hparams, "output_folder", None)
+    if base is None:
+        raise ValueError(
+            "quantize.output_folder: the recipe has no `output_folder`; "
+            "name a folder here"
+        )
+    return Path(base) / "quantized"
+
+
+def check_checkpoint(
+    brain: sb.Brain, max_key: str | None, min_key: str | None
+) -> None:
+    """Raise if a Brain's checkpointer finds no checkpoint."""
+    checkpointer = brain.checkpointer
+    if checkpointer is None or brain.debug:
+        return
+    found = checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
+    if found is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {checkpointer.checkpoints_dir}: train "
+            "first, or set quantize.require_checkpoint to false if the "
+            "weights come from elsewhere"
+        )
+
+
+class RecipeChecks:
+    """Checks what the recipe computes, and reports findings at once."""
+
+    def __init__(
+        self, brain: sb.Brain, config: "QuantizeConfig", runs: "Sequence[Run]"
+    ):
+        self.brain = brain
+        self.config = config
+        self.runs = runs
+        self._decoder: FolderDecoder | None = None
+
+    def try_out(self, batch: Any) -> None:
+        """Describe the inference folders and try the decoding on a batch."""
+        for run in self.runs:
+            names = [layer.name for layer in run.layers]
+            try:
+                run.source = describe_recognizer(
+                    self.brain, batch, run.config, names
+                )
+            except Exception as error:
+                # A recipe without an inference folder is still evaluated.
+                self.warn(
+                    [run],
+                    "No inference folder (EncoderASR cannot load it): "
+                    f"{one_line(error)}.",
+                )
+        sources = [run.source for run in self.runs if run.source]
+        if sources:
+            self._try_decoder(batch, sources[0])
+
+    def _try_decoder(self, batch: Any, source: RecognizerSource) -> None:
+        decoder = FolderDecoder(
+            self.brain.modules[source.keys[-1]],
+            find_tokenizer(self.brain),
+            source.blank_index,
+            self.config.signal,
+        )
+        self._decoder = decoder
+        attribute = self.config.metric_attribute
+        try:
+            with decoder.listening(self.brain) as texts:
+                ((_, metric, _),) = evaluation_steps(
+                    self.brain, [batch], sb.Stage.TEST, attribute
+                )
+        except Exception as error:
+            # The recipe's own evaluation comes next, and raises the same.
+            logger.debug("quantize: no batch in the TEST stage: %s", error)
+            return
+        self.compare(metric, texts, self.runs)
+        # Checked again on the whole set, which has more words.
+        self._check_references(rows_of(metric), "the test set")
+
+    def listening(self) -> AbstractContextManager[list[_Text]]:
+        """Transcribe batches with the folder's decoder, if there is one."""
+        if self._decoder is None:
+            return nullcontext([])
+        return self._decoder.listening(self.brain)
+
+    def compare(
+        self, metric: Any, texts: Sequence[_Text], runs: "Sequence[Run]"
+    ) -> list[_Text]:
+        """Warn if recipe and folder decode differently; return the folder's
+        transcripts, with spaces where the recipe has them."""
+        if self._decoder is None or len(texts) != len(metric.scores):
+            return []
+        rows = rows_of(metric)
+        texts = self._decoder.respelled(rows, texts)
+        *_, content = describe_tokenizer(self._decoder.tokenizer)
+        for run in self.runs:
+            if run.source is not None:
+                run.source = replace(run.source, tokenizer=content)
+        said = difference(rows, texts)
+        if said is not None:
+            described = [run for run in runs if run.source is not None]
+            self.warn(described, said, once=said.partition(":")[0])
+        return texts
+
+    def check_baseline(
+        self, metric: Any, texts: Sequence[_Text], name: str
+    ) -> list[_Text]:
+        """Check the float evaluation of a test set; return the folder's texts.
+
+        Refuses references that the labels cannot write and a WER that is too
+        high, but only while a search is still ahead.
+        """
+        texts = self.compare(metric, texts, self.runs)
+        where = f"test set '{name}'"
+        try:
+            wer = score(transcripts_of(metric)).wer
+        except ValueError as error:
+            raise ValueError(f"quantize: {where}: {error}") from error
+        first = all(run.plan is None for run in self.runs)
+        self._check_references(rows_of(metric), where, first)
+        if first:
+            check_float_wer(wer, where, self._limit)
+        return texts
+
+    @property
+    def _limit(self) -> float:
+        return max(run.config.search.max_float_wer for run in self.runs)
+
+    def _check_references(
+        self, rows: Sequence[Row], where: str, refuse: bool = True
+    ) -> None:
+        limit = self._limit if refuse else 100.0
+        tokenizer = find_tokenizer(self.brain)
+        warning = check_references(rows, tokenizer, where, limit)
+        if warning is not None:
+            self.warn(self.runs, warning, once="Of the words of")
+
+    def warn(
+        self, runs: "Iterable[Run]", warning: str, once: str | None = None
+    ) -> None:
+        """Log a warning, and add it to the reports of runs that have none
+        which begins with ``once``."""
+        for run in runs:
+            if once and any(w.startswith(once) for w in run.warnings):
+                continue
+            if not any(warning in other.warnings for other in self.runs):
+                logger.warning("quantize: %s", warning)
+            run.warnings.append(warning)
+
+
+def check_references(
+    rows: Sequence[Row], tokenizer: Tokenizer | None, name: str, limit: float
+) -> str | None:
+    """A warning about reference words that the labels cannot write, or None.
+
+    Raises if most words are such, unless ``limit``, the maximum float WER, is
+    100 or more.
+    """
+    known = None if tokenizer is None else _written(tokenizer)
+    heard = {c for row in rows for token in row.hypothesis for c in token}
+    heard -= {SPACE, " "}
+    # If no label yields what was recognized, the recipe postprocesses.
+    if known is None or not heard or not heard <= known:
+        return None
+    known |= {SPACE, " "}
+    words = [(row.id, token) for row in rows for token in row.reference]
+    bad = [(who, set(word) - known) for who, word in words if set(word) - known]
+    if not bad:
+        return None
+    first = bad[0][0]
+    characters = set().union(*(unknown for who, unknown in bad if who == first))
+    example = (
+        f"utterance {first} has {''.join(sorted(characters))!r}, which no "
+        "label of the recipe's tokenizer yields"
+    )
+    if 100 * len(bad) / len(words) > _MOST_UNCOVERED and limit < 100:
+        raise ValueError(
+            f"quantize: {name}: {example}, as {len(bad)} of {len(words)} words "
+            "do; write the transcripts as the labels are written (case, "
+            "punctuation), or set quantize.search.max_float_wer to 100 or more"
+        )
+    return (
+        f"Of the words of {name} {len(bad)} of {len(words)} cannot be "
+        f"recognized: {example}."
+    )
+
+
+def _written(tokenizer: Tokenizer) -> set[str] | None:
+    """Characters of all labels; None if byte pieces can spell anything."""
+    if isinstance(tokenizer, CTCTextEncoder):
+        special = {
+            getattr(tokenizer, f"{name}_label", None)
+            for name in ("blank", "unk", "bos", "eos")
+        }
+        labels = [x for x in tokenizer.lab2ind if x not in special]
+        return {c for label in labels for c in str(label)}
+    ids = range(tokenizer.get_piece_size())
+    if any(map(tokenizer.is_byte, ids)):
+        return None
+    pieces = [
+        tokenizer.id_to_piece(i)
+        for i in ids
+        if not (tokenizer.is_control(i) or tokenizer.is_unknown(i))
+    ]
+    return {c for piece in pieces for c in piece.replace("\u2581", " ")}
