@@ -429,9 +429,10 @@ def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
     (tmp_path / "in.json").write_text(json.dumps(report))
     code = (
         "import json, sys\n"
+        "from pathlib import Path\n"
         "from speechbrain_stablequant.report.render import write_report\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "write_report(json.load(open('in.json')), 'out')\n"
+        "write_report(json.load(open('in.json')), Path('out'))\n"
         "assert 'matplotlib' in sys.modules\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
