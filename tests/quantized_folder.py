@@ -73,7 +73,6 @@ def write(
     ]
     config = json.loads(modules["wav2vec2"].model.config.to_json_string(False))
     source = {
-        "keys": tuple(modules),
         "encoder": SETTINGS,
         "config": json.dumps(config),
         "heads": dict(heads),

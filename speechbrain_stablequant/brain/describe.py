@@ -99,7 +99,6 @@ def describe_recognizer(
     )
     tokenizer_class, tokenizer_file, content = describe_tokenizer(tokenizer)
     return RecognizerSource(
-        keys=keys,
         encoder=encoder,
         config=encoder_config,
         heads={

@@ -67,7 +67,7 @@ def _check_row(row: LayerRow) -> None:
     sizes = row.shape
     plain = [getattr(row, key) == getattr(LayerRow, key) for key in _GEOMETRY]
     conv = row.kind == "conv1d"
-    # The check of groups needs a shape; without one it is named instead.
+    # Of a wrong shape the error names the shape, not the groups.
     shaped = len(sizes) == (3 if conv else 2) and min(sizes) > 0
     checks = {
         "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,

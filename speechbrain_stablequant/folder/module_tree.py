@@ -189,7 +189,7 @@ def _kind(name: str, where: str) -> type[nn.Module]:
 def _check_settings(settings: Mapping[str, Any], where: str) -> None:
     for name, value in settings.items():
         if name in _REFUSED:
-            raise ValueError(f"{inside(where, name)}: is not the file's to say")
+            raise ValueError(f"{inside(where, name)}: a file may not set it")
         if name in _COUNTS and not (
             isinstance(value, int) and 0 <= value <= _MAX_COUNT
         ):

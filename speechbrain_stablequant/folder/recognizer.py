@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sentencepiece
 import torch
@@ -338,19 +338,11 @@ def check_finite(wavs: torch.Tensor) -> None:
 # -- loading from data alone ------------------------------------------------
 
 
-class LoadedFolder(NamedTuple):
-    """The model of a folder, its description and its filled tokenizer."""
-
-    model: QuantizedRecognizer
-    spec: RecognizerSpec
-    tokenizer: Tokenizer
-
-
 def load_folder(
     folder: str | Path,
     backend: str = "auto",
     backend_options: Mapping[str, Any] | None = None,
-) -> LoadedFolder:
+) -> tuple[QuantizedRecognizer, RecognizerSpec, Tokenizer]:
     """Loads a folder on the CPU, as :func:`speechbrain_stablequant.load`."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -384,4 +376,4 @@ def load_folder(
     kind = CTCTextEncoder if labels else sentencepiece.SentencePieceProcessor
     tokenizer = kind()
     read_tokenizer(tokenizer, folder / spec.tokenizer_file)
-    return LoadedFolder(model, spec, tokenizer)
+    return model, spec, tokenizer

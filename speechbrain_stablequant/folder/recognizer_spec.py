@@ -38,7 +38,7 @@ _MAX_KEY = 100
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How the encoder is called, with lengths or not, and wrapped."""
+    """The encoder's key and wrapper, and whether it is given lengths."""
 
     key: str
     use_lengths: bool

@@ -90,7 +90,7 @@ class TensorFile:
         while len(view):
             count = self._read_at(view, place)
             if not count:
-                raise OSError(f"{self._file.name}: ends before its time")
+                raise OSError(f"{self._file.name}: became shorter")
             view, place = view[count:], place + count
 
     def _read_at(self, view: memoryview, place: int) -> int:

@@ -69,11 +69,10 @@ pretrainer: !new:speechbrain_stablequant.inference.FolderLoader
 class RecognizerSource:
     """What a folder needs beside the weights.
 
-    ``keys`` are modules in the order of their use, the encoder first;
-    ``encoder`` has the settings of its wrapper; ``heads`` are YAML.
+    ``encoder`` has the encoder's key and the settings of its wrapper; ``heads``
+    are the YAML of the modules behind it, by key, in the order of their use.
     """
 
-    keys: tuple[str, ...]
     encoder: dict
     config: str = field(repr=False)
     heads: dict[str, str]
@@ -82,6 +81,11 @@ class RecognizerSource:
     tokenizer: bytes = field(repr=False)
     blank_index: int
     sample_rate: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the modules, the encoder first."""
+        return (self.encoder["key"], *self.heads)
 
     def hyperparams(self, checksum: str, backend: str) -> str:
         """Returns the text of ``hyperparams.yaml``."""

@@ -207,7 +207,6 @@ def load(
     speechbrain_stablequant...CheckpointError: no/such/folder: there \
 is no such folder; download it first, or give another
     """
-    loaded = load_folder(folder, backend, backend_options)
+    model, spec, tokenizer = load_folder(folder, backend, backend_options)
     device = torch.device(device)
-    loaded.model.to(device)
-    return Recognizer(*loaded, device)
+    return Recognizer(model.to(device), spec, tokenizer, device)

@@ -94,11 +94,8 @@ class Code:
         self.names: set[str] = set()
         for function in functions:
             self._add(function)
-
-    @property
-    def digest(self) -> str:
-        """32 hexadecimal digits."""
-        return identity(self._rows)
+        #: 32 hexadecimal digits.
+        self.digest = identity(self._rows)
 
     def _add(self, function: Any) -> None:
         function = getattr(function, "__func__", function)

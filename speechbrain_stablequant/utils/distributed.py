@@ -237,7 +237,7 @@ def own_folder(folder: Path) -> Path:
     """Returns the folder; a temporary one in all processes but the first."""
     if size() == 1:
         return folder
-    # all have looked at what an earlier run left before anybody writes
+    # Nobody writes before all have read what an earlier run left.
     gathered(None)
     if is_main():
         return folder

@@ -35,6 +35,7 @@ from .typed import one_line
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "speechbrain_stablequant"
+_DAMAGED = "its content does not have its digest"
 
 
 class Store:
@@ -124,7 +125,7 @@ class Store:
             return None, None
         key, content = record.get("key"), record.get("content")
         if record["sha256"] != json_digest([key, content]):
-            return None, self._damaged(name, what, "its digest is another")
+            return None, self._damaged(name, what, _DAMAGED)
         return key, content
 
     def update(
@@ -163,7 +164,7 @@ class Store:
                 return None
             digest = metadata.pop("sha256")
             if digest != json_digest([metadata, tensors_digest(data)]):
-                return self._damaged(name, what, "its digest is another")
+                return self._damaged(name, what, _DAMAGED)
             tensors, _ = bytes_to_tensors(data)
             return tensors, json.loads(metadata["content"])
         except (ValueError, KeyError, RecursionError) as error:

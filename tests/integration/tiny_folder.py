@@ -99,7 +99,6 @@ def write(
     folder.mkdir()
     config = modules["wav2vec2"].model.config.to_dict()
     source = RecognizerSource(
-        keys=tuple(modules),
         encoder=ENCODER,
         config=json.dumps(config),
         heads=HEADS,

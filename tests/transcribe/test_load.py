@@ -229,7 +229,7 @@ def test_no_tag_is_executed(described, tmp_path):
             "!new:my.Tokenizer",
             "tokenizer: cannot be Tagged(tag='new:my.Tokenizer'",
         ),
-        ("input_size: 24", "device: cuda", "device: is not the file's to say"),
+        ("input_size: 24", "device: cuda", "device: a file may not set it"),
         ("dnn_blocks: 2", "dnn_blocks: 100000", "dnn_blocks: cannot be 100000"),
         ("n_neurons: 12", "n_neurons: 99999999", "n_neurons: cannot be"),
         ("n_neurons: 12", "n_neurons: [1, 2]", "does not take its settings"),
