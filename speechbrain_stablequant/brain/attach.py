@@ -71,7 +71,7 @@ class StableQuant:
             self._draw_subsets(valid_set, {})
         if train_set is not None:
             self._make_trainer(train_set, {})
-        # Shadowed on the instance: also right for a Brain that overrides them.
+        # On the instance, which takes precedence over the recipe's class.
         self._fit = brain.fit
         brain.fit = self.fit
         brain.evaluate = self.evaluate

@@ -15,9 +15,8 @@ from ..utils.distributed import from_main, gathered
 from ..utils.files import identity
 from ..utils.store import Store
 from .data import Batches, dataset_of
-from .dependencies import Dependencies, dataset_digest
+from .dependencies import Dependencies, Kind, dataset_digest
 from .passes import evaluation_steps, first_tensor, recognize
-from .trace import Kind
 
 # Processes sum their word errors after this many batches.
 _TOGETHER = 8

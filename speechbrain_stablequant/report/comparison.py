@@ -94,9 +94,9 @@ def comparison_markdown(table: Mapping) -> str:
         if row["set"] not in seen:
             seen.add(row["set"])
             rates = row["float"]
-            cells = [row["set"], "float", f"{rates['WER']:.2f}", "", ""]
-            cells += [f"{rates['CER']:.2f}", "", f"{table['float_mb']:.1f}"]
-            cells.append(f"{row['rtf']['float']:.3f}")
+            cells = [row["set"], "float", number(rates["WER"]), "", ""]
+            cells += [number(rates["CER"]), "", number(table["float_mb"], 1)]
+            cells.append(number(row["rtf"]["float"], 3))
             lines.append(_line([*cells, *[""] * len(optional)]))
         cells = [cell(row) for cell in optional.values()]
         lines.append(_line([*_figures(row), *cells]))
@@ -114,13 +114,13 @@ def _figures(row: Mapping) -> list[str]:
     return [
         row["set"],
         row["variant"],
-        f"{rates['WER']:.2f}",
+        number(rates["WER"]),
         f"{row['delta_wer']:+.2f}",
         f"{low:+.2f} to {high:+.2f}",
-        f"{rates['CER']:.2f}",
+        number(rates["CER"]),
         f"{row['delta_cer']:+.2f}",
-        f"{row['size_mb']:.1f}",
-        "" if simulated else f"{row['rtf']['quantized']:.3f}",
+        number(row["size_mb"], 1),
+        "" if simulated else number(row["rtf"]["quantized"], 3),
     ]
 
 

@@ -56,17 +56,10 @@ def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
 
 def folder(tests: dict) -> list[list[str]]:
     """Error rates of inference folders that decode unlike the recipe."""
+    found = {n: e["folder"] for n, e in tests.items() if e.get("folder")}
     return [
-        [
-            name,
-            *(
-                number(entry["folder"][model][rate])
-                for rate in ("WER", "CER")
-                for model in ("float", "quantized")
-            ),
-        ]
-        for name, entry in tests.items()
-        if entry.get("folder")
+        [name, *_rates(rates, "WER"), *_rates(rates, "CER")]
+        for name, rates in found.items()
     ]
 
 
@@ -160,6 +153,7 @@ def summary_table(report: dict) -> str:
 
 
 def _rates(entry: dict, rate: str) -> tuple[str, str]:
+    """One error rate of the float and of the quantized model."""
     return both({name: entry[name][rate] for name in ("float", "quantized")}, 2)
 
 

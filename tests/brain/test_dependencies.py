@@ -30,9 +30,9 @@ from speechbrain_stablequant.brain.dependencies import (
     Dependencies,
     dataset_digest,
     hparams_of,
+    trace,
 )
 from speechbrain_stablequant.brain.run import Run
-from speechbrain_stablequant.brain.trace import trace
 from speechbrain_stablequant.utils.lock import FolderInUse, FolderLock
 from speechbrain_stablequant.utils.store import Store
 
