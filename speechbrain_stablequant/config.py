@@ -298,12 +298,6 @@ unknown key; did you mean 'weight_bits'?
         """
         said: dict[str, None] = {}
         block = cls._with_new_keys(block, said)
-        if isinstance(block, dict):
-            variants = block.get("variants")
-            if isinstance(variants, list | tuple):
-                block["variants"] = [
-                    cls._with_new_keys(variant, said) for variant in variants
-                ]
         for message in said:
             logger.warning("%s", message)
         config = cls._built(block, "quantize")
@@ -326,8 +320,8 @@ unknown key; did you mean 'weight_bits'?
 
     @classmethod
     def _with_new_keys(cls, block: Any, said: dict[str, None]) -> Any:
-        """A copy with paths as text and without old keys; adds what to warn of
-        to ``said``."""
+        """A copy of a block and its variants with paths as text and without
+        old keys; adds what to warn of to ``said``."""
         if not isinstance(block, Mapping):
             return block
         result = {key: _plain(value) for key, value in block.items()}
@@ -337,6 +331,9 @@ unknown key; did you mean 'weight_bits'?
             for old in old_keys if isinstance(keys, dict) else ():
                 if old in keys:
                     said[_rename(keys, part.name, old, old_keys[old])] = None
+        variants = result.get("variants")
+        if isinstance(variants, list | tuple):
+            result["variants"] = [cls._with_new_keys(v, said) for v in variants]
         return result
 
 

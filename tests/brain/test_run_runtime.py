@@ -112,7 +112,7 @@ def test_plain_models(tiny_model):
     )
     # Nothing is left behind.
     assert "forward" not in vars(tiny_model)
-    assert not tiny_model._forward_pre_hooks
+    assert not tiny_model._forward_hooks
 
 
 def test_without_a_mask(make_tiny_model):
