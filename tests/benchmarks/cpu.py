@@ -22,20 +22,8 @@ def describe() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[harness.Row]:
-    """Runs the benchmark from the command line.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of Row
-    """
-    return harness.main(
-        EXECUTORS, list(EXECUTORS), "cpu", __file__, describe, argv
-    )
+    """Runs the benchmark from the command line."""
+    return harness.main(EXECUTORS, "cpu", __file__, describe, argv)
 
 
 if __name__ == "__main__":

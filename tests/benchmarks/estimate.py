@@ -6,7 +6,8 @@ kernel's instructions take if each scheduler issues one in every cycle, and how
 much of a multiprocessor its registers and shared memory let it use.
 
     python tests/benchmarks/estimate.py --seconds 10 --batch 1 8 32
-    python tests/benchmarks/estimate.py --bandwidth 1008 --tops 660 --arch 86
+
+Another card is one more row of ``CARDS``.
 
 Nothing here is measured. No kernel reaches its floor: launches and waiting come
 on top, and where one block has a multiprocessor for itself its instructions
@@ -14,12 +15,17 @@ come after its products instead of beside them.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
 
-from resources import Launch, Resources, compile_launch, launches_of
+from resources import (
+    Launch,
+    Resources,
+    compile_launch,
+    launches_of,
+    specialize,
+)
 from shapes import MODELS, Op, operators
 
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import (
@@ -144,44 +150,29 @@ _compiled: dict[tuple, Resources] = {}
 
 def compile_once(launch: Launch, arch: int) -> Resources:
     """Compiles a kernel once for all the shapes that it serves."""
-    values = {
-        name: (str(value.dtype) if hasattr(value, "dtype") else value)
-        for name, value in launch.arguments.items()
-    }
-    for parameter in launch.kernel.params:
-        value = values[parameter.name]
-        if not parameter.is_constexpr and isinstance(value, int):
-            values[parameter.name] = (value == 1, value % 16 == 0)
-        elif isinstance(value, float):
-            values[parameter.name] = "float"
-    key = (
-        launch.kernel.__name__,
-        arch,
-        *map(str, values.items()),
-        *launch.options.items(),
-    )
+    source = specialize(launch)
+    parts = (source.name, source.signature, source.constants, source.attrs)
+    key = (arch, *map(str, parts), *launch.options.items())
     if key not in _compiled:
         _compiled[key] = compile_launch(launch, arch)
     return _compiled[key]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Floors of an operator on a card, of all its launches."""
-
-    op: Op
-    int8_us: float
-    bf16_us: float  # with 16 bit in the place of int8
-
-
-def estimate(op: Op, card: Card) -> Estimate:
-    """The floors of an operator on a card."""
+def floors(op: Op, card: Card) -> tuple[float, float]:
+    """Microseconds of all launches of an operator: as it is, and with 16 bit in
+    the place of int8."""
     int8 = card.microseconds(op.moved_bytes(), op.integer_ops, op.float_ops)
-    bf16 = 0.0
+    half = 0.0
     if not op.only_int8:
         every = op.integer_ops + op.float_ops
-        bf16 = card.microseconds(op.moved_bytes(integer_size=2), 0.0, every)
-    return Estimate(op, int8 * op.count, bf16 * op.count)
+        half = card.microseconds(op.moved_bytes(integer_size=2), 0.0, every)
+    return int8 * op.count, half * op.count
+
+
+def totals(ops: Sequence[Op], card: Card) -> tuple[float, float]:
+    """Sums of the floors of operators."""
+    int8, half = zip(*(floors(op, card) for op in ops), strict=True)
+    return sum(int8), sum(half)
 
 
 def _tile(launch: Launch) -> str:
@@ -193,9 +184,7 @@ def _table(
     title: str, ops: Sequence[Op], name: str, card: Card, compiled: bool
 ) -> Iterator[str]:
     """The lines for one card, each as soon as its kernel is compiled."""
-    rows = [estimate(op, card) for op in ops]
-    total = sum(row.int8_us for row in rows)
-    float_total = sum(row.bf16_us for row in rows)
+    total, half_total = totals(ops, card)
     yield (
         f"{title}, {name}: estimate from {card.bandwidth:g} GB/s, "
         f"{card.tops:g} int8 TOPS, {card.tflops:g} bf16 TFLOPS"
@@ -211,21 +200,20 @@ def _table(
         )
     yield head
     longer = 0.0
-    for row in rows:
-        op = row.op
+    for op in ops:
+        int8_us, half_us = floors(op, card)
         gop = (op.integer_ops + op.float_ops) * op.count * 1e-9
         line = (
             f"{op.name:26} {'x'.join(map(str, op.shape)):>18} {op.count:3} "
             f"{op.moved_bytes() * op.count * 1e-6:8.1f} {gop:8.1f} "
-            f"{row.int8_us:8.1f} {row.int8_us / total:6.1%} "
-            f"{row.bf16_us:8.1f}"
+            f"{int8_us:8.1f} {int8_us / total:6.1%} {half_us:8.1f}"
         )
         if compiled:
             launch = choose(op, card)
             found = compile_once(launch, card.arch)
             fit = occupancy(found, launch, card)
             issue = issue_microseconds(found, launch, card) * op.count
-            longer += max(issue, row.int8_us)
+            longer += max(issue, int8_us)
             line += (
                 f" {issue:8.1f}  {_tile(launch):>12} {found.registers:4} "
                 f"{found.shared_bytes // 1024:4} {fit.blocks:6} "
@@ -233,43 +221,34 @@ def _table(
             )
         yield line
     yield (
-        f"{'estimated floor':26} {'':>18} {'':>3} {'':>8} {'':>8} "
-        f"{total:8.1f} {'100.0%':>6} {float_total:8.1f}  ideal ratio "
-        f"{float_total / total:.2f}"
+        f"{'estimated floor':67} {total:8.1f} {'100.0%':>6} {half_total:8.1f}"
+        f"  ideal ratio {half_total / total:.2f}"
     )
     if compiled:
-        yield (
-            f"{'the longer of it and issue':26} {'':>18} {'':>3} {'':>8} "
-            f"{'':>8} {longer:8.1f}"
+        yield f"{'the longer of it and issue':67} {longer:8.1f}"
+
+
+def _summary(
+    sizes: Sequence[tuple[str, float, int]], cards: Sequence[str]
+) -> Iterator[str]:
+    """Totals of all models and shapes."""
+    yield "estimated floors, milliseconds: int8 / bf16 / ideal ratio"
+    yield f"{'model':14} {'seconds':>7} {'batch':>5} " + " ".join(
+        f"{name:>22}" for name in cards
+    )
+    for model, seconds, batch in sizes:
+        ops = operators(model, seconds, batch)
+        cells = []
+        for name in cards:
+            int8, half = (us * 1e-3 for us in totals(ops, CARDS[name]))
+            cells.append(f"{int8:7.2f} {half:8.2f} {half / int8:5.2f}")
+        yield f"{model:14} {seconds:7g} {batch:5} " + " ".join(
+            f"{cell:>22}" for cell in cells
         )
 
 
-def _summary(models, seconds, batches, cards) -> str:
-    """Totals of all models and shapes."""
-    lines = [
-        "estimated floors, milliseconds: int8 / bf16 / ideal ratio",
-        f"{'model':14} {'seconds':>7} {'batch':>5} "
-        + " ".join(f"{name:>22}" for name in cards),
-    ]
-    for model in models:
-        for length in seconds:
-            for batch in batches:
-                ops = operators(model, length, batch)
-                cells = []
-                for card in cards.values():
-                    rows = [estimate(op, card) for op in ops]
-                    int8 = sum(row.int8_us for row in rows) * 1e-3
-                    bf16 = sum(row.bf16_us for row in rows) * 1e-3
-                    cells.append(f"{int8:7.2f} {bf16:8.2f} {bf16 / int8:5.2f}")
-                lines.append(
-                    f"{model:14} {length:7g} {batch:5} "
-                    + " ".join(f"{cell:>22}" for cell in cells)
-                )
-    return "\n".join(lines)
-
-
-@cache
-def _parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the estimates."""
     parser = argparse.ArgumentParser(
         description="Estimated floors of the triton runtime; nothing is "
         "measured and no GPU is needed."
@@ -278,65 +257,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", nargs="+", choices=MODELS, default=list(MODELS))
     add("--seconds", nargs="+", type=float, default=[5.0, 10.0, 20.0, 30.0])
     add("--batch", nargs="+", type=int, default=[1, 8, 32])
-    add("--cards", nargs="*", choices=CARDS, default=list(CARDS))
-    add("--bandwidth", type=float, help="of another card, GB/s")
-    add("--tops", type=float, help="of another card, int8 without sparsity")
-    add("--tflops", type=float, help="of it in bf16; default half of --tops")
-    add("--arch", type=int, choices=ARCHITECTURES, default=90)
-    add("--processors", type=int, default=132, help="of the other card")
+    add("--cards", nargs="+", choices=CARDS, default=list(CARDS))
+    add("--summary", action="store_true", help="totals only")
     add(
-        "--summary",
-        action="store_true",
-        help="totals only; nothing is compiled",
+        "--no-compile", action="store_true", help="without registers, occupancy"
     )
-    add(
-        "--no-compile",
-        action="store_true",
-        help="floors only, without registers and occupancy",
-    )
-    return parser
-
-
-def cards_of(options: argparse.Namespace) -> dict[str, Card]:
-    """The cards that were asked for; raises for figures that cannot be."""
-    if options.bandwidth is None and options.tops is None:
-        if options.tflops is not None:
-            raise ValueError("--tflops: give --bandwidth and --tops as well")
-        return {name: CARDS[name] for name in options.cards}
-    if options.bandwidth is None or options.tops is None:
-        raise ValueError("--bandwidth and --tops: give both or none")
-    tflops = options.tops / 2 if options.tflops is None else options.tflops
-    figures = (options.processors, options.bandwidth, options.tops, tflops)
-    if min(figures) <= 0:
-        raise ValueError("the figures of a card must be positive")
-    return {"this card": Card(options.arch, *figures)}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the estimates; 0, or 2 for options that cannot be."""
-    options = _parser().parse_args(argv)
-    try:
-        cards = cards_of(options)
-        if min(*options.seconds, *options.batch) <= 0:
-            raise ValueError("--seconds and --batch must be positive")
-    except ValueError as error:
-        print(f"estimate.py: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    sizes = list(product(options.model, options.seconds, options.batch))
     print("Estimates from data sheets; nothing below was measured.\n")
-    if not options.summary:
-        for model in options.model:
-            for seconds in options.seconds:
-                for batch in options.batch:
-                    title = f"{model}, {seconds:g} s x {batch}"
-                    ops = operators(model, seconds, batch)
-                    for name, card in cards.items():
-                        compiled = not options.no_compile
-                        for line in _table(title, ops, name, card, compiled):
-                            print(line, flush=True)
-                        print()
-    print(_summary(options.model, options.seconds, options.batch, cards))
-    return 0
+    for size, name in product(() if options.summary else sizes, options.cards):
+        title = "{}, {:g} s x {}".format(*size)
+        compiled = not options.no_compile
+        for line in _table(
+            title, operators(*size), name, CARDS[name], compiled
+        ):
+            print(line, flush=True)
+        print()
+    print(*_summary(sizes, options.cards), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -104,18 +104,7 @@ def distances(
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """Measures, and prints a line for each load or fault.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of dict
-        The rows.
-    """
+    """Measures, and prints a line for each load or fault; returns the rows."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="+", help="that a run has written")
     parser.add_argument("--backends", nargs="+", default=["torch_int8"])

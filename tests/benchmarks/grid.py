@@ -36,22 +36,7 @@ FIRST: tuple[Size, ...] = (
 def sizes(
     models: Sequence[str], seconds: Sequence[float], batches: Sequence[int]
 ) -> list[Size]:
-    """All sizes, in the order in which they are run.
-
-    Arguments
-    ---------
-    models : sequence of str
-        Names or folders.
-    seconds : sequence of float
-        Lengths of the audio.
-    batches : sequence of int
-        Utterances in a batch.
-
-    Returns
-    -------
-    list of tuple
-        Model, seconds, utterances.
-    """
+    """All sizes, in the order in which they are run."""
     every = list(product(models, seconds, batches))
     return [s for s in FIRST if s in every] + [
         s for s in every if s not in FIRST
@@ -71,26 +56,8 @@ def measure(
     options: Sequence[str],
     minutes: float | None = None,
 ) -> bool:
-    """Runs the benchmark at one size.
-
-    Arguments
-    ---------
-    script : str
-        ``"gpu"`` or ``"cpu"``.
-    size : tuple
-        Model, seconds, utterances.
-    folder : Path
-        Where the rows are written.
-    options : sequence of str
-        More of the script's options.
-    minutes : float, optional
-        Left for it.
-
-    Returns
-    -------
-    bool
-        Whether it ran to its end.
-    """
+    """Runs a script at one size, with more of its options and the ``minutes``
+    that are left; whether it ran to its end."""
     model, seconds, batch = size
     unfinished = folder / "unfinished.json"
     limit = [] if minutes is None else ["--minutes", f"{minutes:.3f}"]
@@ -123,18 +90,8 @@ def _cell(row: Mapping | None, base: float | None) -> str:
 
 
 def table(found: Mapping[Size, Mapping]) -> str:
-    """Markdown: an executor in each row, a size in each column.
-
-    Arguments
-    ---------
-    found : Mapping
-        By size, what the script has written.
-
-    Returns
-    -------
-    str
-        Median milliseconds; in brackets, times of the first executor's.
-    """
+    """Markdown: an executor in each row, a size in each column; median
+    milliseconds and, in brackets, times of the first executor's."""
     rows = {
         size: {row["executor"]: row for row in content["rows"]}
         for size, content in found.items()
@@ -163,18 +120,7 @@ def _machines(found: Mapping[Size, Mapping]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Runs what is missing and prints the table.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    str
-        The table.
-    """
+    """Runs what is missing, prints the table and returns it."""
     parser = argparse.ArgumentParser(
         epilog="Other options are those of the script."
     )

@@ -68,27 +68,10 @@ class Row:
 
 def parse(
     executors: Mapping[str, Executor],
-    default: Sequence[str],
     device: str,
     argv: Sequence[str] | None = None,
 ) -> Options:
-    """Reads the command line.
-
-    Arguments
-    ---------
-    executors : Mapping
-        All that there are, by name.
-    default : sequence of str
-        Those that run if none are named.
-    device : str
-        Where they run.
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    Options
-    """
+    """Reads the command line of a script with ``executors`` by name."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--model", default="hubert-large", help=f"{', '.join(NAMES)}, FOLDER"
@@ -112,7 +95,7 @@ def parse(
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument(
         "--executors",
-        default=",".join(default),
+        default=",".join(executors),
         help=f"comma-separated, of {', '.join(executors)}",
     )
     parser.add_argument(
@@ -138,6 +121,13 @@ def parse(
             "folder"
         )
     return Options(executors=names, device=device, **args)
+
+
+def require_device(script: str, device: str) -> None:
+    """Ends the process if a script needs a CUDA device and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        name = Path(script).name
+        sys.exit(f"{name}: needs a CUDA device, and torch finds none here")
 
 
 # -- measuring -------------------------------------------------------------
@@ -171,25 +161,8 @@ def interleave(
     rounds: int,
     fail: Callable[[str, Exception], None],
 ) -> dict[str, list[Call]]:
-    """Times executors in turns.
-
-    Arguments
-    ---------
-    prepared : Mapping
-        Executors by name, warmed up.
-    wavs : torch.Tensor
-        The input.
-    rounds : int
-        Calls of each.
-    fail : callable
-        Called with the name of one that fails, which is left out from then
-        on, and its error.
-
-    Returns
-    -------
-    dict
-        Calls by name, of those that did not fail.
-    """
+    """Times each executor ``rounds`` times, in turns. One that fails is given
+    to ``fail`` with its error, and left out from then on."""
     times: dict[str, list[Call]] = {name: [] for name in prepared}
     names = list(prepared)
     for turn in range(rounds):
@@ -294,30 +267,32 @@ def machine(device: str) -> dict[str, str]:
     return out
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _line(row: Row, base: float) -> str:
+    """A row of the table; speed is relative to ``base`` milliseconds."""
+    cells = (
+        (row.median_ms, "10.1f"),
+        (row.min_ms, "9.1f"),
+        (row.cpu_ms, "9.1f"),
+        (row.median_ms and base / row.median_ms, "6.2f"),
+        (row.rtf, "7.4f"),
+        (row.peak_mb, "8.0f"),
+        (row.load_s, "7.1f"),
+        (row.size_mb, "7.0f"),
+        (row.cosine, "8.5f"),
+    )
+    texts = (
+        "-".rjust(int(form.partition(".")[0])) if x is None else format(x, form)
+        for x, form in cells
+    )
+    return f"{row.executor:22} {' '.join(texts)}"
 
 
 def table(rows: Sequence[Row], about: Mapping[str, object]) -> str:
-    """The rows as text, the fastest first.
-
-    Arguments
-    ---------
-    rows : sequence of Row
-        Of one run.
-    about : Mapping
-        The machine.
-
-    Returns
-    -------
-    str
-        Speed is relative to ``torch_fp32``, or else to the slowest.
-    """
+    """The rows of a run as text, the fastest first; speed is relative to
+    ``torch_fp32``, or else to the slowest."""
     timed = [row for row in rows if row.median_ms is not None]
-    base = max((row.median_ms for row in timed), default=0.0)
-    base = next(
-        (r.median_ms for r in timed if r.executor == "torch_fp32"), base
-    )
+    bases = [r.median_ms for r in timed if r.executor == "torch_fp32"]
+    base = max(bases or [r.median_ms for r in timed], default=0.0)
     one = rows[0]
     lines = [
         ", ".join(f"{key}: {value}" for key, value in about.items()),
@@ -326,21 +301,11 @@ def table(rows: Sequence[Row], about: Mapping[str, object]) -> str:
         f"{'speed':>6} {'rtf':>7} {'peak MB':>8} {'load s':>7} {'MB':>7} "
         f"{'cosine':>8}",
     ]
-    for row in sorted(timed, key=lambda r: r.median_ms):
-        lines.append(
-            f"{row.executor:22} {row.median_ms:10.1f} {row.min_ms:9.1f} "
-            f"{row.cpu_ms:9.1f} {base / row.median_ms:6.2f} {row.rtf:7.4f} "
-            f"{_number(row.peak_mb, 0):>8} {_number(row.load_s, 1):>7} "
-            f"{_number(row.size_mb, 0):>7} {_number(row.cosine, 5):>8}"
-        )
+    timed.sort(key=lambda row: row.median_ms)
+    lines += [_line(row, base) for row in timed]
     for row in rows:
         if row.median_ms is None and row.peak_mb is not None:
-            lines.append(
-                f"{row.executor:22} {'-':>10} {'-':>9} {'-':>9} {'-':>6} "
-                f"{'-':>7} "
-                f"{_number(row.peak_mb, 0):>8} {_number(row.load_s, 1):>7} "
-                f"{_number(row.size_mb, 0):>7} {'-':>8}"
-            )
+            lines.append(_line(row, base))
         if row.error is not None:
             lines.append(f"{row.executor:22} FAILED: {row.error}")
     return "\n".join(lines)
@@ -351,35 +316,16 @@ def table(rows: Sequence[Row], about: Mapping[str, object]) -> str:
 
 def main(
     executors: Mapping[str, Executor],
-    default: Sequence[str],
     device: str,
     script: str,
     describe: Callable[[], Mapping[str, str]] = dict,
     argv: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Runs a benchmark from the command line.
-
-    Arguments
-    ---------
-    executors : Mapping
-        All that there are, by name.
-    default : sequence of str
-        Those that run if none are named.
-    device : str
-        Where they run.
-    script : str
-        The file that calls this, for the processes of their own.
-    describe : callable
-        More about the machine, for the JSON file.
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of Row
-    """
+    """Runs a benchmark from the command line: ``script`` is the file that calls
+    this, ``describe`` says more about the machine."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = parse(executors, default, device, argv)
+    options = parse(executors, device, argv)
+    require_device(script, device)
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     if options.step is not None:

@@ -33,17 +33,8 @@ FILES = ("plan.json", "plan.safetensors", "model.safetensors")
 
 
 def make_corpus(split: Path, folder: Path, count: int) -> None:
-    """Two splits of the shortest utterances, in LibriSpeech's layout.
-
-    Arguments
-    ---------
-    split : Path
-        Split to take them from.
-    folder : Path
-        Where to.
-    count : int
-        Utterances of ``dev``; ``test`` has two of them.
-    """
+    """Two splits of the shortest utterances, in LibriSpeech's layout: ``count``
+    in ``dev``, two of them in ``test``."""
     rows = []
     for file in sorted(split.rglob("*.trans.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -96,20 +87,7 @@ def is_over(process: Process) -> bool:
 
 
 def killed_after(process: Process, seconds: float) -> bool:
-    """Kills a process after a time, unless it has finished.
-
-    Arguments
-    ---------
-    process : Process
-        The run.
-    seconds : float
-        The time.
-
-    Returns
-    -------
-    bool
-        Whether it was killed.
-    """
+    """Kills a process after some seconds; whether it was still running."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if is_over(process):
@@ -123,18 +101,7 @@ def killed_after(process: Process, seconds: float) -> bool:
 
 
 def compare(folder: Path, expected: Path) -> list[str]:
-    """What differs from the undisturbed run.
-
-    Arguments
-    ---------
-    folder, expected : Path
-        Output folders.
-
-    Returns
-    -------
-    list of str
-        Names of files.
-    """
+    """Files that differ from the undisturbed run, and temporary ones."""
     wrong = []
     for name in FILES:
         both = [x / "quantized" / name for x in (folder, expected)]

@@ -54,13 +54,7 @@ class Encoder(nn.Module):
 
 
 class Recognizer(nn.Module):
-    """Encoder and head in one module: wave to logits.
-
-    Arguments
-    ---------
-    modules : Mapping
-        ``wav2vec2`` and ``ctc_lin``.
-    """
+    """Encoder and head in one module: wave to logits."""
 
     def __init__(self, modules: Mapping[str, nn.Module]):
         super().__init__()
@@ -73,15 +67,7 @@ class Recognizer(nn.Module):
 
 
 def save_random(name: str, folder: str | Path) -> None:
-    """Writes a model with random weights, always the same ones.
-
-    Arguments
-    ---------
-    name : str
-        One of ``NAMES``.
-    folder : str or Path
-        Where to.
-    """
+    """Writes one of ``NAMES`` with random weights, always the same ones."""
     torch.manual_seed(0)
     family, shape = name.split("-")
     config, kind = FAMILIES[family]
@@ -90,18 +76,8 @@ def save_random(name: str, folder: str | Path) -> None:
 
 
 def load_modules(folder: str | Path) -> dict[str, nn.Module]:
-    """``modules`` of a recipe, as float.
-
-    Arguments
-    ---------
-    folder : str or Path
-        Holds a HuggingFace CTC model.
-
-    Returns
-    -------
-    dict
-        ``wav2vec2`` and ``ctc_lin``.
-    """
+    """``wav2vec2`` and ``ctc_lin`` of a folder with a HuggingFace CTC model, as
+    float."""
     ctc = AutoModelForCTC.from_pretrained(folder, dtype=torch.float32)
     ctc.eval().requires_grad_(False)
     encoder = getattr(ctc, ctc.base_model_prefix)
@@ -132,19 +108,8 @@ def save_quantized(
     bits: int,
     folder: Path,
 ) -> None:
-    """Writes integers of every layer by the ranges of one pass.
-
-    Arguments
-    ---------
-    modules : Mapping
-        ``wav2vec2`` and ``ctc_lin``.
-    wavs : torch.Tensor
-        [batch, samples].
-    bits : int
-        Of weights and activations.
-    folder : Path
-        Where to.
-    """
+    """Writes integers of every layer by the ranges of one pass over ``wavs``
+    [batch, samples]; ``bits`` of weights and activations."""
     layers = find_layers(modules, list(modules))
     ranges = {layer.name: _Range() for layer in layers}
     hooks = [

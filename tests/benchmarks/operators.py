@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import describe, require_device
-from harness import first_line, machine
+from gpu import describe
+from harness import first_line, machine, require_device
 from shapes import MODELS, PRODUCT, Op, operators
 
-from speechbrain_stablequant.runtimes.triton.executor import make_tuner
+from speechbrain_stablequant.runtimes.triton.build import make_tuner
 from speechbrain_stablequant.runtimes.triton.kernels.tuning import (
     Tuner,
     time_on_device,
@@ -183,7 +183,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the benchmark from the command line."""
     options = _parse(argv)
-    require_device("operators.py")
+    require_device("operators.py", "cuda")
     about = {**machine("cuda"), **describe()}
     ceilings = measure_ceilings(options.rounds)
     print(", ".join(f"{key}: {value}" for key, value in about.items()))

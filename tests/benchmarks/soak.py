@@ -170,22 +170,9 @@ def together(
     tally: Tally,
     bar: tqdm,
 ) -> None:
-    """Calls of threads that begin at once, each with an order of its own.
-
-    Arguments
-    ---------
-    pairs : sequence of tuple
-        Recognizers, which take turns in each thread, and what they answer
-        when they are alone.
-    waves : sequence of torch.Tensor
-        The audio.
-    threads, calls : int
-        How many threads, and calls of each.
-    tally : Tally
-        Is added to.
-    bar : tqdm
-        Of calls.
-    """
+    """``calls`` of each of some threads that begin at once, each with an order
+    of its own. ``pairs``: recognizers, which take turns in each thread, and
+    what they answer when they are alone. Counts in ``tally``, moves ``bar``."""
     start, lock = threading.Barrier(threads), threading.Lock()
 
     def work(number: int) -> None:
@@ -568,18 +555,7 @@ def line_of(row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Runs the checks, and prints a line for each case.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of dict
-        The rows.
-    """
+    """Runs the checks, prints a line for each case and returns the rows."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
     if args.check:

@@ -33,17 +33,7 @@ SAMPLE_RATE = 16000
 
 
 def utterances(split: Path) -> list[tuple[Path, str]]:
-    """Audio and words of a split in LibriSpeech's layout, the longest first.
-
-    Arguments
-    ---------
-    split : Path
-        The split's folder.
-
-    Returns
-    -------
-    list of tuple
-    """
+    """Audio and words of a split in LibriSpeech's layout, the longest first."""
     found = []
     for file in sorted(split.rglob("*.trans.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -74,26 +64,9 @@ def batches(
 def transcribe(
     asr: Recognizer, items: Sequence[tuple[Path, str]], size: int, what: str
 ) -> tuple[list[Transcript], float]:
-    """Transcribes everything.
-
-    Arguments
-    ---------
-    asr : Recognizer
-        The recognizer.
-    items : sequence of tuple
-        Audio and words.
-    size : int
-        Utterances in a batch.
-    what : str
-        For the progress bar.
-
-    Returns
-    -------
-    list of Transcript
-        In the order of the utterances.
-    float
-        Seconds, without the first batch and what is compiled for new lengths.
-    """
+    """Transcripts in the order of the utterances, and seconds, without the
+    first batch and what is compiled for new lengths; ``what`` names the
+    progress bar."""
     made, times = [], BatchTimes()
     total = -(-len(items) // size)
     bar = tqdm(batches(items, size), what, total, dynamic_ncols=True)
@@ -109,18 +82,7 @@ def transcribe(
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """Measures and prints a line for each way.
-
-    Arguments
-    ---------
-    argv : sequence of str, optional
-        Instead of the command line.
-
-    Returns
-    -------
-    list of dict
-        The rows.
-    """
+    """Measures and prints a line for each way; returns the rows."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", help="that a run has written")
     parser.add_argument("--split", type=Path, required=True)

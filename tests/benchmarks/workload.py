@@ -45,15 +45,7 @@ class Options:
 
 
 class Workload:
-    """The files and the input of a run.
-
-    Arguments
-    ---------
-    options : Options
-        The run.
-    folder : Path
-        Where the files of all runs are.
-    """
+    """The files and the input of a run, below a folder for all runs."""
 
     def __init__(self, options: Options, folder: Path):
         self.options = options
@@ -133,36 +125,22 @@ class Workload:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An executor that is ready.
+    """An executor that is ready."""
 
-    Arguments
-    ---------
-    run : callable
-        wavs [batch, samples] to logits [batch, frames, labels].
-    size_mb : float
-        What its weights take on disk, in 10^6 bytes.
-    """
-
+    # wavs [batch, samples] to logits [batch, frames, labels]
     run: Callable[[torch.Tensor], torch.Tensor]
-    size_mb: float
+    size_mb: float  # what its weights take on disk, in 10^6 bytes
 
 
 @dataclass(frozen=True)
 class Executor:
-    """A way to compute the model.
+    """A way to compute the model."""
 
-    Arguments
-    ---------
-    load : callable
-        Reads its files and gets ready.
-    make : callable or None
-        Writes these files, in a process of its own.
-    made : callable or None
-        The last of them that ``make`` writes; if it exists, they all do.
-    """
-
+    # Reads its files and gets ready.
     load: Callable[[Workload], Prepared]
+    # Writes these files, in a process of its own.
     make: Callable[[Workload], None] | None = None
+    # The last of them that ``make`` writes; if it exists, they all do.
     made: Callable[[Workload], Path] | None = None
 
     def is_made(self, workload: Workload) -> bool:
@@ -185,18 +163,10 @@ def size_of_tensors(tensors: Sequence[torch.Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Call:
-    """What a call took.
+    """Milliseconds that a call took."""
 
-    Arguments
-    ---------
-    ms : float
-        Milliseconds by the clock, or on the device.
-    cpu_ms : float
-        Milliseconds of all threads of this process together.
-    """
-
-    ms: float
-    cpu_ms: float
+    ms: float  # by the clock, or on the device
+    cpu_ms: float  # of all threads of this process together
 
 
 def time_once(

@@ -26,7 +26,7 @@ from workload import Workload
 
 folder, model = sys.argv[1:]
 argv = ["--model", model, "--seconds", "0.3", "--executors", "ours_triton"]
-options = harness.parse(gpu.EXECUTORS, list(gpu.EXECUTORS), "cpu", argv)
+options = harness.parse(gpu.EXECUTORS, "cpu", argv)
 workload = Workload(options, harness.Path(folder))
 workload.make()
 prepared = gpu.EXECUTORS["ours_triton"].load(workload)
@@ -129,7 +129,6 @@ def test_failed_executor_is_a_row(benchmarks, ctc_folder):
     arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
     rows = harness.main(
         executors,
-        list(executors),
         "cpu",
         "none.py",
         argv=[*arguments, "--rounds", "1", "--threads", "1"],
@@ -153,7 +152,6 @@ def test_what_takes_too_long_is_left_out(benchmarks, ctc_folder):
     arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
     rows = harness.main(
         executors,
-        list(executors),
         "cpu",
         "none.py",
         argv=[*arguments, "--minutes", "1e-6", "--threads", "1"],

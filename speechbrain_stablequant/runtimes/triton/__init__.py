@@ -1,7 +1,9 @@
 """The triton runtime: int8 kernels on CUDA, the rest in 16 bit.
 
-Supports every wav2vec 2.0 and HuBERT encoder that `describe_encoder` describes,
-with any of its layers in floating point. The operators are in ``kernels``.
+Supports the wav2vec 2.0 and HuBERT encoders that `describe_encoder` describes,
+with any of their layers in floating point. A layer that no kernel computes,
+such as a first convolution of more than 128 taps, is refused by name. The
+operators are in ``kernels``.
 """
 
 import os
@@ -10,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ...utils.typed import one_line
 from ..base import Options, Runtime, option
 
 
@@ -45,7 +48,9 @@ def why_not(device: torch.device) -> str | None:
     """Why a device cannot run the kernels, or None if it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    # The package triton is needed from here on.
-    from . import executor
-
-    return executor.why_not(device)
+    try:
+        from . import build
+    # An installed package that does not load may raise anything.
+    except Exception as error:
+        return f"it does not load ({one_line(error)}); use backend: torch"
+    return build.why_not(device)

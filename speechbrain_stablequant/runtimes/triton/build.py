@@ -1,16 +1,38 @@
-"""Packs an encoder, or a layer outside of it, for the kernels."""
+"""Whether a device runs the kernels; packs an encoder or a layer for them."""
 
-from collections.abc import Callable
+import functools
 from pathlib import Path
 
 import torch
+import triton
 
 from ...core.encoder_spec import EncoderSpec
 from ...core.integer_layer import IntegerLayer
-from ..base import LayerExecutor
-from .executor import TritonExecutor, check_device, make_tuner
+from ...utils.store import Store, machine_store
+from .executor import TritonExecutor
 from .kernels import library
+from .kernels.trial import card_file, failure_on_card, kernels_digest
+from .kernels.tuning import Tuner
 from .layers import Head, check_plain_conv
+
+#: Lowest compute capability with the integer instructions of the kernels.
+MIN_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why a CUDA device cannot run the kernels, or None if it can."""
+    card = torch.cuda.get_device_name(device)
+    found = torch.cuda.get_device_capability(device)
+    if found < MIN_CAPABILITY:
+        return (
+            f"{card} has compute capability {found[0]}.{found[1]}, 8.0 or "
+            "more is needed; use backend: torch"
+        )
+    failure = failure_on_card(device, card, machine_store("triton"))
+    return failure and (
+        f"{failure} (tried on {card}); use backend: torch, and report it"
+    )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -23,11 +45,29 @@ def _device(device: str | torch.device | None) -> torch.device:
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    if device.type == "cuda":
-        check_device(device)
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda":
+        return device
+    reason = why_not(device)
+    if reason is not None:
+        raise ValueError(f"backend triton: {reason}")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def make_tuner(
+    device: torch.device, tune: bool, cache: str | Path | None
+) -> Tuner | None:
+    """The tuner of a device, which remembers tiles in the file ``cache``, by
+    default the user's; None without tuning or CUDA."""
+    if not tune or device.type != "cuda":
+        return None
+    card = torch.cuda.get_device_name(device)
+    if cache is not None:
+        return Tuner(Store(Path(cache).parent), Path(cache).name, card)
+    # the best tiles change with the kernels
+    version = f"{triton.__version__}-{kernels_digest()[:8]}"
+    return Tuner(machine_store("triton"), card_file(card, version), card)
 
 
 def make_executor(
@@ -37,50 +77,24 @@ def make_executor(
     max_graphs: int = 48,
     tune: bool = True,
     cache: str | Path | None = None,
-) -> Callable[..., torch.Tensor]:
-    """Packs an encoder for the kernels.
-
-    Arguments
-    ---------
-    spec : EncoderSpec
-        The encoder; its first convolution has at most 128 taps.
-    device : str, torch.device or None
-        By default the model's CUDA device, else the current one. On ``"cpu"``
-        the operators run in plain torch, or in Triton's interpreter with
-        ``TRITON_INTERPRET=1``: slow, for tests.
-    dtype, max_graphs, tune, cache
-        As in :class:`..options.TritonOptions`. The default number of graphs
-        holds all lengths from 0.5 s to 32 s at one batch size.
-
-    Returns
-    -------
-    TritonExecutor
-
-    Raises
-    ------
-    ValueError
-        No CUDA device or one that is too old, or a layer without a kernel.
-    """
+) -> TritonExecutor:
+    """Packs an encoder, by default on its own CUDA device; raises ValueError
+    for a device or a layer without a kernel. Options: `TritonOptions`. On
+    ``"cpu"`` the operators run in plain torch or, interpreted, in Triton."""
     if device is None and spec.norm.weight.is_cuda:
         device = spec.norm.weight.device
     device = _device(device)
+    tuner = make_tuner(device, tune, cache)
     return TritonExecutor(
-        spec,
-        device,
-        getattr(torch, dtype),
-        max_graphs,
-        make_tuner(device, tune, cache),
+        spec, device, getattr(torch, dtype), max_graphs, tuner
     )
 
 
 def make_layer(
     layer: IntegerLayer, device: str | torch.device | None = None
-) -> LayerExecutor:
-    """Packs a layer outside the encoder, such as the head.
-
-    It is a Linear, or a Conv1d without padding, dilation or groups; another one
-    is refused. Takes the float layer's input, returns float32.
-    """
+) -> Head:
+    """Packs a layer outside the encoder, such as the head: a Linear, or a
+    Conv1d without padding, dilation or groups; another one is refused."""
     if layer.kind != "linear":
         check_plain_conv(layer)
     return Head(layer, _device(device))

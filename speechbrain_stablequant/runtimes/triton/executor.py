@@ -1,27 +1,57 @@
 """Executes an encoder on CUDA, with one CUDA graph per bucket of lengths."""
 
 import contextlib
-import functools
 import threading
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from ...core.encoder_spec import EncoderSpec
-from ...utils.store import Store, machine_store
 from ...utils.timing import PREPARATION
 from ..base import require_frame
-from .buckets import LeastRecent, bucket_samples
-from .kernels.trial import card_file, failure_on_card, kernels_digest
+from ..lengths import round_frames
 from .kernels.tuning import Tuner
 from .network import Network
 
-#: Lowest compute capability with the integer instructions of the kernels.
-MIN_CAPABILITY = (8, 0)
+
+def samples_for(spec: EncoderSpec, frames: int) -> int:
+    """Smallest number of samples that gives ``frames`` frames."""
+    for stage in reversed(spec.convs):
+        kernel = stage.conv.weight.shape[-1]
+        frames = (frames - 1) * stage.conv.stride + kernel
+    return frames
+
+
+def bucket_samples(spec: EncoderSpec, samples: int) -> int:
+    """Length to pad to: at most 12.5 % or 7 frames more than needed."""
+    # samples behind the last frame may need one more frame
+    frames = round_frames(spec.frames(samples))
+    while samples_for(spec, frames) < samples:
+        frames = round_frames(frames + 1)
+    return samples_for(spec, frames)
+
+
+class LeastRecent:
+    """LRU cache that discards an item before it makes the next one."""
+
+    def __init__(self, limit: int, discard: Callable[[Any], None]):
+        self.limit = limit
+        self.discard = discard
+        self.items: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[Any], Any]) -> Any:
+        """The item of a key, made if it is missing."""
+        if key in self.items:
+            self.items.move_to_end(key)
+            return self.items[key]
+        while len(self.items) >= self.limit:
+            # not in a variable: its memory is free before the next one's
+            self.discard(self.items.popitem(last=False)[1])
+        self.items[key] = make(key)
+        return self.items[key]
 
 
 class Inputs(NamedTuple):
@@ -125,7 +155,7 @@ class Graphs:
 
 
 class TritonExecutor:
-    """Executes an encoder with int8 kernels in Triton; see `make_executor`.
+    """Executes an encoder with int8 kernels in Triton.
 
     An input is padded to its bucket; the padding is not attended to, so the
     result does not depend on the bucket. On CUDA a bucket is captured as a
@@ -198,41 +228,3 @@ class TritonExecutor:
                 out = self._run(inputs)
             # a copy: the next replay overwrites the graph's output
             return out[:, :frames].to(torch.float32, copy=True)
-
-
-@functools.cache
-def why_not(device: torch.device) -> str | None:
-    """Why a CUDA device cannot run the kernels, or None if it can."""
-    card = torch.cuda.get_device_name(device)
-    found = torch.cuda.get_device_capability(device)
-    if found < MIN_CAPABILITY:
-        return (
-            f"{card} has compute capability {found[0]}.{found[1]}, 8.0 or "
-            "more is needed; use backend: torch"
-        )
-    failure = failure_on_card(device, card, machine_store("triton"))
-    return failure and (
-        f"{failure} (tried on {card}); use backend: torch, and report it"
-    )
-
-
-def check_device(device: torch.device) -> None:
-    """Raises if a CUDA device cannot run the kernels."""
-    reason = why_not(device)
-    if reason is not None:
-        raise ValueError(f"backend triton: {reason}")
-
-
-def make_tuner(
-    device: torch.device, tune: bool, cache: str | Path | None
-) -> Tuner | None:
-    """The tuner of a device, which remembers tiles in the file ``cache``, by
-    default the user's; None without tuning or CUDA."""
-    if not tune or device.type != "cuda":
-        return None
-    card = torch.cuda.get_device_name(device)
-    if cache is not None:
-        return Tuner(Store(Path(cache).parent), Path(cache).name, card)
-    # the best tiles change with the kernels
-    version = f"{triton.__version__}-{kernels_digest()[:8]}"
-    return Tuner(machine_store("triton"), card_file(card, version), card)

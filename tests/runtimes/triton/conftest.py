@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechbrain_stablequant.runtimes.triton import executor
+from speechbrain_stablequant.runtimes.triton import build
 from speechbrain_stablequant.runtimes.triton.kernels.plain import difference
 
 # For ``resources``; appended, as its other names are common ones.
@@ -125,7 +125,7 @@ def pretended_card(monkeypatch):
         monkeypatch.setattr(cuda, "is_available", lambda: True)
         monkeypatch.setattr(cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(cuda, "get_device_name", lambda _: name)
-        executor.why_not.cache_clear()
+        build.why_not.cache_clear()
 
     yield pretend
-    executor.why_not.cache_clear()
+    build.why_not.cache_clear()

@@ -1,10 +1,13 @@
 """What is remembered of a trial, and what is told to the user."""
 
+import sys
+
 import pytest
 import torch
 
+from speechbrain_stablequant.runtimes import triton
 from speechbrain_stablequant.runtimes.choice import choose_backend
-from speechbrain_stablequant.runtimes.triton import executor
+from speechbrain_stablequant.runtimes.triton import build
 from speechbrain_stablequant.runtimes.triton.kernels import trial
 from speechbrain_stablequant.runtimes.triton.kernels.plain import difference
 from speechbrain_stablequant.utils.store import Store
@@ -97,7 +100,7 @@ def test_a_card_that_fails_is_not_used(
 ):
     """Explicitly: an error. By ``auto``: simulation, and why."""
     pretended_card("a new card", (9, 0))
-    monkeypatch.setattr(executor, "machine_store", lambda _: store(tmp_path))
+    monkeypatch.setattr(build, "machine_store", lambda _: store(tmp_path))
     asked["answer"] = "operator linear: the result is not finite"
     reason = r"linear: the result is not finite \(tried on a new card\); use"
     with pytest.raises(ValueError, match=reason):
@@ -106,3 +109,15 @@ def test_a_card_that_fails_is_not_used(
     assert "quantization is simulated" in caplog.text
     assert "result is not finite" in caplog.text
     assert asked["count"] == 1
+
+
+def test_a_triton_that_does_not_load_is_not_used(
+    pretended_card, monkeypatch, caplog
+):
+    pretended_card("a card", (9, 0))
+    monkeypatch.delattr(triton, "build")
+    monkeypatch.setitem(sys.modules, f"{triton.__name__}.build", None)
+    assert choose_backend("auto", "cuda")[0] == "torch"
+    assert "triton: it does not load (" in caplog.text
+    with pytest.raises(ValueError, match="triton cannot run: it does not load"):
+        choose_backend("triton", "cuda")

@@ -29,7 +29,6 @@ from speechbrain_stablequant.runtimes.triton.build import (
     make_executor,
     make_layer,
 )
-from speechbrain_stablequant.runtimes.triton.executor import check_device
 from speechbrain_stablequant.utils.precision import full_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -343,7 +342,7 @@ def test_a_card_that_is_too_old_is_named(pretended_card, caplog):
     with pytest.raises(ValueError, match=old):
         choose_backend("triton", "cuda")
     with pytest.raises(ValueError, match=old):
-        check_device(torch.device("cuda"))
+        make_layer(_layer(), "cuda")
     assert choose_backend("auto", "cuda")[0] == "torch"
     assert "quantization is simulated" in caplog.text
     assert old in caplog.text

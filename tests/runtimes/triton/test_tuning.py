@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.runtimes.triton.buckets import (
+from speechbrain_stablequant.runtimes.triton.executor import (
     LeastRecent,
     bucket_samples,
     round_frames,

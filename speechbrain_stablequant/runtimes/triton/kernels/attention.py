@@ -43,52 +43,31 @@ def _check(qkv: torch.Tensor, heads: int) -> int:
 
 
 def reference(
-    qkv: torch.Tensor,
-    heads: int,
-    real: torch.Tensor | None,
-    dtype: torch.dtype,
-    inverse: float = 1.0,
-    limit: int = 127,
-    zero: int = 0,
-) -> torch.Tensor:
+    qkv: torch.Tensor, heads: int, real: torch.Tensor, dtype: torch.dtype,
+    inverse: float = 1.0, limit: int = 127, zero: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Scaled dot-product attention of each head to [batch, time, channels].
 
     ``qkv`` [batch, time, 3 * channels] holds query, key and value, each with
     its heads side by side. Only the first ``real`` (int64 [batch], at least 1)
-    keys are attended to, None: all. Frames that are not real hold anything
-    finite.
+    keys are attended to. Frames that are not real hold anything finite.
     """
     _check(qkv, heads)
     batch, frames, columns = qkv.shape
     parts = qkv.float().view(batch, frames, 3, heads, -1)
     parts = parts.permute(2, 0, 3, 1, 4)
-    mask = None
-    if real is not None:
-        mask = torch.arange(frames, device=qkv.device) < real[:, None]
-        mask = mask[:, None, None, :]
-    y = F.scaled_dot_product_attention(*parts.unbind(0), mask)
+    mask = torch.arange(frames, device=qkv.device) < real[:, None]
+    y = F.scaled_dot_product_attention(*parts.unbind(0), mask[:, None, None, :])
     y = y.transpose(1, 2).reshape(batch, frames, columns // 3)
     return finish(y, False, dtype, inverse, limit, zero)
 
 
 @triton.jit
 def _attend(
-    acc,
-    total,
-    largest,
-    q,
-    keys,
-    values,
-    start,
-    count,
-    stride,
-    scale,
-    inside,
-    FULL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    acc, total, largest, q, keys, values, start, count, stride, scale, inside,
+    FULL: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Adds one step of keys and values to the sums of a tile of queries."""
     column = start + tl.arange(0, BLOCK_N)
     offsets = tl.minimum(column, count - 1)[:, None] * stride
@@ -114,23 +93,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=["frames"])
 def attention_kernel(
-    qkv,
-    out,
-    real,
-    frames,
-    scale,
-    inverse,
-    limit,
-    zero,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    HAS_REAL: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qkv, out, real, frames, scale, inverse, limit, zero,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, QUANTIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     utterance = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     stride: tl.constexpr = 3 * HEADS * SIZE
@@ -139,9 +106,7 @@ def attention_kernel(
     inside = (channel < SIZE)[None, :]
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     base = qkv + utterance * frames * stride + head * SIZE + channel[None, :]
-    count = frames
-    if HAS_REAL:
-        count = tl.minimum(tl.load(real + utterance).to(tl.int32), frames)
+    count = tl.minimum(tl.load(real + utterance).to(tl.int32), frames)
     # Queries that are all padding attend to nothing and give zeros.
     end = tl.where(tl.program_id(0) * BLOCK_M < count, count, 0)
 
@@ -210,20 +175,17 @@ def launch(
     def run(tile: Config) -> None:
         grid = (triton.cdiv(frames, tile.block_m), batch * heads)
         attention_kernel[grid](
-            qkv, out, qkv if real is None else real, frames,
+            qkv, out, real, frames,
             size**-0.5 * _LOG2_E, inverse, float(limit), float(zero),
-            HEADS=heads, SIZE=size, HAS_REAL=real is not None,
-            QUANTIZE=dtype == torch.int8,
+            HEADS=heads, SIZE=size, QUANTIZE=dtype == torch.int8,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=width,
             # float32 is for comparisons, not for speed
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    key = tuning_key(
-        "attention", (batch * heads, shape_bucket(frames), size),
-        (real is not None,), qkv.dtype, dtype,
-    )  # fmt: skip
+    sizes = (batch * heads, shape_bucket(frames), size)
+    key = tuning_key("attention", sizes, (), qkv.dtype, dtype)
     tiles = _candidates(
         frames, batch * heads, width, qkv.element_size(),
         device_limits(qkv.device),
@@ -231,7 +193,7 @@ def launch(
 
     def result() -> torch.Tensor:
         # values behind the real frames depend on the tile
-        return out if real is None else out[:, : int(real.min())]
+        return out[:, : int(real.min())]
 
     run(config or select(key, tiles, run, result))
     return out

@@ -28,21 +28,12 @@ def _checked_frames(
 
 
 def reference(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    kernel: int,
-    stride: int,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    gelu: bool,
-    dtype: torch.dtype,
-    inverse: float = 1.0,
-    limit: int = 127,
-    zero: int = 0,
-) -> torch.Tensor:
+    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, kernel: int, stride: int,
+    norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None,
+    eps: float, gelu: bool, dtype: torch.dtype, inverse: float = 1.0,
+    limit: int = 127, zero: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Convolution without padding, LayerNorm, GELU: int8 ``q`` [batch, time,
     in], contiguous, and ``weight`` from `pack_weight` to [batch, frames, out].
     """

@@ -45,21 +45,15 @@ def _checked_frames(
     """Number of output frames; raises for an input that has no kernel."""
     check_dtype("group_conv1d", torch.int8, q=q, weight=weight)
     check_contiguous("group_conv1d", "q", q)
-    padded = q.shape[1] + 2 * padding
-    return output_frames("group_conv1d", padded, weight.shape[2], 1) - trim
+    padded = q.shape[1] + 2 * padding - trim
+    return output_frames("group_conv1d", padded, weight.shape[2], 1)
 
 
 def reference(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    padding: int,
-    trim: int,
-    gelu: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, padding: int,
+    trim: int, gelu: bool, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
     """Grouped convolution of stride 1, GELU, then ``residual``: int8 ``q``
     [batch, time, in], contiguous, and ``weight`` from `pack_weight` to float
     [batch, frames, out]. Drops the last ``trim`` frames."""
@@ -80,28 +74,12 @@ def reference(
 
 @triton.jit(do_not_specialize=["rows", "frames", "frames_in"])
 def group_conv_kernel(
-    x,
-    weight,
-    out,
-    scale,
-    bias,
-    residual,
-    rows,
-    frames,
-    frames_in,
-    GROUPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TAPS: tl.constexpr,
-    PADDING: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    GELU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, weight, out, scale, bias, residual, rows, frames, frames_in,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, TAPS: tl.constexpr, PADDING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # COLUMNS and CHANNELS are those of one group.
     step: tl.constexpr = BLOCK_K // WIDTH
     across: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N

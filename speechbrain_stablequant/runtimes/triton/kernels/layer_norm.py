@@ -16,31 +16,19 @@ from .tuning import select, tuning_key
 
 
 def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    gelu: bool,
-    dtype: torch.dtype,
-    inverse: float = 1.0,
-    limit: int = 127,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    gelu: bool, dtype: torch.dtype, inverse: float = 1.0, limit: int = 127,
     zero: int = 0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """LayerNorm over the last axis of float ``x``, GELU, then int8 or float."""
     norm = (weight, bias, eps)
     return finish(x.float(), gelu, dtype, inverse, limit, zero, norm)
 
 
 def reference_both(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    inverse: float,
-    limit: int,
-    zero: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    dtype: torch.dtype, inverse: float, limit: int, zero: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """LayerNorm as float of ``dtype`` and as int8, in one pass."""
     norm = (x, weight, bias, eps, False)
     end = (torch.int8, inverse, limit, zero)
@@ -49,24 +37,10 @@ def reference_both(
 
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
-    x,
-    out,
-    out_int8,
-    weight,
-    bias,
-    rows,
-    x_stride,
-    eps,
-    inverse,
-    limit,
-    zero,
-    COLUMNS: tl.constexpr,
-    GELU: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    BOTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, out, out_int8, weight, bias, rows, x_stride, eps, inverse, limit, zero,
+    COLUMNS: tl.constexpr, GELU: tl.constexpr, QUANTIZE: tl.constexpr,
+    BOTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     inside = column < COLUMNS

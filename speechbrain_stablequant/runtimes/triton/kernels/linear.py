@@ -9,17 +9,10 @@ from .tiles import Config
 
 
 def reference(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    gelu: bool,
-    dtype: torch.dtype,
-    inverse: float = 1.0,
-    limit: int = 127,
-    zero: int = 0,
-) -> torch.Tensor:
+    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
+    dtype: torch.dtype, inverse: float = 1.0, limit: int = 127, zero: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """``gelu(q @ weight.T * scale + bias) + residual``: int8 ``q`` [..., in]
     and ``weight`` [out, in] to [..., out]."""
     check_dtype("linear", torch.int8, q=q, weight=weight)

@@ -70,37 +70,13 @@ class Rows(NamedTuple):
 
 @triton.jit
 def _tile(
-    tile,
-    x,
-    weight,
-    out,
-    scale,
-    bias,
-    residual,
-    norm_weight,
-    norm_bias,
-    rows,
-    period,
-    x_outer,
-    x_inner,
-    residual_stride,
-    eps,
-    inverse,
-    limit,
-    zero,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
-    GELU: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    tile, x, weight, out, scale, bias, residual, norm_weight, norm_bias, rows,
+    period, x_outer, x_inner, residual_stride, eps, inverse, limit, zero,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """One tile of the result."""
     # In groups of GROUP rows: neighbors share operands in the cache.
     down = tl.cdiv(rows, BLOCK_M)
@@ -169,37 +145,14 @@ def _tile(
 # Sizes that change from input to input must not ask for a compilation.
 @triton.jit(do_not_specialize=["rows", "period"])
 def matmul_kernel(
-    x,
-    weight,
-    out,
-    scale,
-    bias,
-    residual,
-    norm_weight,
-    norm_bias,
-    rows,
-    period,
-    x_outer,
-    x_inner,
-    residual_stride,
-    eps,
-    inverse,
-    limit,
-    zero,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
-    GELU: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    x, weight, out, scale, bias, residual, norm_weight, norm_bias, rows, period,
+    x_outer, x_inner, residual_stride, eps, inverse, limit, zero,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr,
-):
+):  # fmt: skip
     if PERSISTENT:
         # Every so many tiles. Both loops become one, so that the first steps
         # of the next tile are loaded while the end of this one is computed.

@@ -41,15 +41,6 @@ def scaled(
     return y if bias is None else y + bias
 
 
-def wave_input(
-    wave: torch.Tensor, inverse: float, limit: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The waveform as input for weights of ``dtype``: integers, or a cast."""
-    if dtype == torch.int8:
-        return torch.round(wave * inverse).clamp_(-limit, limit)
-    return wave.to(dtype)
-
-
 def difference(
     found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5
 ) -> str | None:

@@ -22,18 +22,10 @@ def reference(
 
 @triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
-    x,
-    out,
-    rows,
-    x_stride,
-    inverse,
-    limit,
-    zero,
-    COLUMNS: tl.constexpr,
-    GELU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    x, out, rows, x_stride, inverse, limit, zero,
+    COLUMNS: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row[:, None] < rows) & (column[None, :] < COLUMNS)

@@ -188,7 +188,7 @@ def tuning_key(
     size = "x".join(map(str, sizes))
     switched = "".join(str(int(switch)) for switch in switches)
     parts = (kernel, size, switched, *map(str, dtypes))
-    return "/".join(parts).replace("torch.", "")
+    return "/".join(filter(None, parts)).replace("torch.", "")
 
 
 def select(

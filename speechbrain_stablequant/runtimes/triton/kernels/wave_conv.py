@@ -20,7 +20,7 @@ from .device import (
     store_tile,
 )
 from .library import check_contiguous, check_dtype, declare, output_frames
-from .plain import finish, scaled, wave_input
+from .plain import finish, scaled
 from .tiles import Config, device_limits, rank, shape_bucket
 from .tuning import select, tuning_key
 
@@ -41,23 +41,22 @@ def wave_frames(
     return output_frames(operator, wave.shape[1], taps, stride)
 
 
-def reference(
-    wave: torch.Tensor,
-    wave_inverse: float,
-    wave_limit: int,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: int,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    gelu: bool,
-    dtype: torch.dtype,
-    inverse: float = 1.0,
-    limit: int = 127,
-    zero: int = 0,
+def wave_input(
+    wave: torch.Tensor, inverse: float, limit: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    """The waveform as input for weights of ``dtype``: integers, or a cast."""
+    if dtype == torch.int8:
+        return torch.round(wave * inverse).clamp_(-limit, limit)
+    return wave.to(dtype)
+
+
+def reference(
+    wave: torch.Tensor, wave_inverse: float, wave_limit: int,
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+    stride: int, norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None, eps: float, gelu: bool, dtype: torch.dtype,
+    inverse: float = 1.0, limit: int = 127, zero: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Convolution without padding, LayerNorm, GELU: float32 ``wave`` [batch,
     samples], contiguous, to [batch, frames, out].
 
@@ -79,34 +78,13 @@ def reference(
 
 @triton.jit(do_not_specialize=["rows", "frames", "samples"])
 def wave_conv_kernel(
-    wave,
-    weight,
-    out,
-    scale,
-    bias,
-    norm_weight,
-    norm_bias,
-    rows,
-    frames,
-    samples,
-    wave_inverse,
-    wave_limit,
-    eps,
-    inverse,
-    limit,
-    zero,
-    COLUMNS: tl.constexpr,
-    TAPS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BY_UTTERANCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
-    GELU: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    wave, weight, out, scale, bias, norm_weight, norm_bias, rows, frames,
+    samples, wave_inverse, wave_limit, eps, inverse, limit, zero,
+    COLUMNS: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
+    BY_UTTERANCE: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr,
+    GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # Axis 2 is the utterance where the scale is its own, else rows run on.
     utterance = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

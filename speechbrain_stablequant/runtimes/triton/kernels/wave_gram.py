@@ -11,22 +11,16 @@ import triton.language as tl
 
 from .device import round_to_int8
 from .library import declare
-from .plain import wave_input
-from .wave_conv import wave_frames
+from .wave_conv import wave_frames, wave_input
 
 #: Frames of a block: float32 sums of so many products of int8 are exact.
 BLOCK = 256
 
 
 def reference(
-    wave: torch.Tensor,
-    wave_inverse: float,
-    wave_limit: int,
-    dtype: torch.dtype,
-    taps: int,
-    stride: int,
-    frames: torch.Tensor,
-) -> torch.Tensor:
+    wave: torch.Tensor, wave_inverse: float, wave_limit: int,
+    dtype: torch.dtype, taps: int, stride: int, frames: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Sums over time of a waveform's windows, and of their products.
 
     float32 ``wave`` [batch, samples] to float64 [batch, taps + 1, taps]:
@@ -78,18 +72,10 @@ def _entry(place, real, inverse, limit, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["frames", "samples"])
 def wave_gram_kernel(
-    wave,
-    grams,
-    real_frames,
-    frames,
-    samples,
-    inverse,
-    limit,
-    KIND: tl.constexpr,
-    TAPS: tl.constexpr,
-    STRIDE: tl.constexpr,
+    wave, grams, real_frames, frames, samples, inverse, limit,
+    KIND: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     utterance = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = tl.minimum(tl.load(real_frames).to(tl.int32), frames)

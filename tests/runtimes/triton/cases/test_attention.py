@@ -27,9 +27,11 @@ CASES = [
 ]
 
 
-def _real(shape):
-    """Lengths from one frame to all of them."""
+def _real(shape, masked):
+    """All frames, or lengths from one frame on."""
     batch, frames = shape[:2]
+    if not masked:
+        return torch.full((batch,), frames)
     return torch.tensor([1 + (frames - 1) * i // batch for i in range(batch)])
 
 
@@ -39,25 +41,22 @@ def test_equals_sdpa(shape, masked, dtype, out, surrounded, check_close):
     batch, frames, heads, size = shape
     # scores far from zero: a softmax without its maximum would overflow
     qkv = (torch.randn(batch, frames, 3 * heads * size) * 3).to(dtype)
-    real = _real(shape) if masked else None
-    if masked:
-        # what lies behind the real frames must not matter, however large
-        behind = torch.arange(frames) >= real[:, None]
-        qkv[behind] *= 100
+    real = _real(shape, masked)
+    # what lies behind the real frames must not matter, however large
+    qkv[torch.arange(frames) >= real[:, None]] *= 100
     expected = attention.reference(qkv.float(), heads, real, out, 20.0, 31)
     found = attention.launch(
         surrounded(qkv),
         heads,
-        real if real is None else surrounded(real),
+        surrounded(real),
         *(out, 20.0, 31),
         config=Config(32, 32, max(16, 1 << (size - 1).bit_length()), 4, 2),
     )
     assert found.shape == expected.shape
     if out.is_floating_point:
         assert found.isfinite().all()
-    rows = real.tolist() if masked else [frames] * batch
     tolerance = 1e-5 if dtype == FLOAT else torch.finfo(dtype).eps
-    for i, count in enumerate(rows):
+    for i, count in enumerate(real.tolist()):
         check_close(
             found[i, :count].contiguous(),
             expected[i, :count].contiguous(),
@@ -80,8 +79,9 @@ def test_every_tile(m, n, warps, stages, surrounded, check_close):
 
 def test_refuses_what_it_cannot_compute(device):
     qkv = torch.zeros(1, 4, 96, device=device)
+    real = torch.tensor([4], device=device)
     with pytest.raises(ValueError, match="96 columns are not those of query"):
-        attention.launch(qkv, 5, None, FLOAT)
+        attention.launch(qkv, 5, real, FLOAT)
     with pytest.raises(ValueError, match="qkv must be contiguous"):
-        attention.launch(qkv[:, :, :48], 2, None, FLOAT)
+        attention.launch(qkv[:, :, :48], 2, real, FLOAT)
     torch.empty(1)  # nothing was allocated on the way

@@ -85,6 +85,8 @@ def test_refuses_what_it_cannot_compute(device):
         ValueError, match="5 frames are fewer than the kernel's 9"
     ):
         group_conv.launch(q, weight, one, None, None, 1, 0, *tail)
+    with pytest.raises(ValueError, match="8 frames are fewer than"):
+        group_conv.launch(q, weight, one, None, None, 3, 1, *tail)
     residual = torch.zeros(1, 4, 8, device=device)
     with pytest.raises(ValueError, match="residual must be contiguous"):
         group_conv.launch(q, weight, one, None, residual, 4, 0, *tail)

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_stablequant.runtimes.triton.kernels import wave_conv, wave_gram
-from speechbrain_stablequant.runtimes.triton.kernels.plain import wave_input
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -63,7 +62,7 @@ def test_group_norm(geometry, kind, loud, surrounded, check_close, device):
     quantized = (WAVE[0] / (1 + loud), 127)
     gain, shift = torch.randn(columns), torch.randn(columns)
     tail = (stride, None, None, 0.0, False, torch.float32)
-    x = wave_input(wave, *quantized, kind)
+    x = wave_conv.wave_input(wave, *quantized, kind)
     sums = x.unfold(1, taps, stride).double() @ weight.double().T
     frames = torch.tensor(sums.shape[1] - 3)
     real = (sums * scale)[:, : int(frames)].transpose(1, 2)
