@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from unittest import mock
 
 from resources import (
     Launch,
@@ -28,10 +29,7 @@ from resources import (
 )
 from shapes import MODELS, Op, operators
 
-from speechbrain_stablequant.runtimes.triton.kernels.tiles import (
-    Limits,
-    assume_limits,
-)
+from speechbrain_stablequant.runtimes.triton.kernels import tiles
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,10 @@ def issue_microseconds(found: Resources, launch: Launch, card: Card) -> float:
 def choose(op: Op, card: Card) -> Launch:
     """The launch with the tile that the rule chooses for a card."""
     arch = ARCHITECTURES[card.arch]
-    limits = Limits(card.processors, (arch.shared_kb - 1) * 1024, arch.products)
-    with assume_limits(limits):
+    limits = tiles.Limits(
+        card.processors, (arch.shared_kb - 1) * 1024, arch.products
+    )
+    with mock.patch.object(tiles, "ASSUMED", limits):
         (launch,) = launches_of(op.launch, *op.arguments)
     return launch
 

@@ -13,11 +13,13 @@ import torch
 from transformers import HubertForCTC
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+HELPERS = (BENCHMARKS, BENCHMARKS.parent, os.environ.get("PYTHONPATH", ""))
 
 #: Loads the triton runtime's executor as gpu.py does, in the interpreter.
 INTERPRETED = """
 import sys
 import torch
+import triton_interpreter
 import gpu
 import harness
 import operators
@@ -46,7 +48,11 @@ def run_script(*arguments: object, **environment: str):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=BENCHMARKS,
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, HELPERS)),
+            **environment,
+        },
         capture_output=True,
         text=True,
         check=False,

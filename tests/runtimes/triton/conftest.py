@@ -16,7 +16,7 @@ import torch
 from speechbrain_stablequant.runtimes.triton import build
 from speechbrain_stablequant.runtimes.triton.kernels.plain import difference
 
-# For ``resources``; appended, as its other names are common ones.
+# For ``resources`` and others; appended, as some names there are common ones.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 HAS_DEVICE = torch.cuda.is_available()
@@ -25,24 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [] if HAS_DEVICE or INTERPRETED else ["cases"]
 
 
-def _let_the_interpreter_loop() -> None:
-    """Triton 3.6's interpreter has one-element arrays as loop bounds, which
-    NumPy no longer accepts as integers since 2.4."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, *scope):
-        patch(tensor, *scope)
-        # earlier versions of Triton have no scope
-        put = scope[0].set_attr if scope else setattr
-        put(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
 if INTERPRETED:
-    _let_the_interpreter_loop()
+    import triton_interpreter  # noqa: F401
 
 #: Elements around a tensor that nobody may touch.
 MARGIN = 256

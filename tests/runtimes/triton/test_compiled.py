@@ -12,6 +12,7 @@ from inspect import signature as signature_of
 import pytest
 import torch
 from resources import compile_launch, launches_of, specialize
+from shapes import meta
 
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
@@ -38,11 +39,6 @@ INT8, HALF = torch.int8, torch.float16
 FRAMES = 499
 #: After a product: bias and GELU, quantized.
 ACTIVATED = (True, INT8, 2.0, 127, -113)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compiled(arch: int, function, *args, **kwargs):

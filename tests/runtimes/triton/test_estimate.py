@@ -1,29 +1,23 @@
 """The estimates of ``tests/benchmarks/estimate.py``."""
 
-import importlib
 import os
-from pathlib import Path
 
+import estimate
 import pytest
+import shapes
 import torch
+from resources import Launch, Resources, count_instructions
+
+from speechbrain_stablequant.runtimes.triton.kernels import matmul
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1",
     reason="interpreted kernels are not compiled",
 )
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """The script and its table of shapes."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    names = ("estimate", "shapes")
-    return [importlib.import_module(name) for name in names]
 
 
 @pytest.mark.parametrize("name", ["hubert-large", "wav2vec2-base"])
-def test_operations_are_those_of_the_model(scripts, name):
+def test_operations_are_those_of_the_model(name):
     """Products of every weight, counted from the shapes of the real model."""
     from transformers import (
         HubertConfig,
@@ -32,7 +26,6 @@ def test_operations_are_those_of_the_model(scripts, name):
         Wav2Vec2Model,
     )
 
-    _, shapes = scripts
     model = shapes.MODELS[name]
     kind, config = (
         (HubertModel, HubertConfig)
@@ -70,8 +63,7 @@ def test_operations_are_those_of_the_model(scripts, name):
     )
 
 
-def test_bytes_are_each_tensor_once(scripts):
-    _, shapes = scripts
+def test_bytes_are_each_tensor_once():
     ops = {op.name: op for op in shapes.operators("hubert-large", 10.0, 1)}
     up = ops["up + GELU"]
     assert up.shape == (499, 4096, 1024)
@@ -82,8 +74,7 @@ def test_bytes_are_each_tensor_once(scripts):
     assert up.moved_bytes(integer_size=2) == wide
 
 
-def test_the_floor_is_the_longer_of_moving_and_computing(scripts):
-    estimate, _ = scripts
+def test_the_floor_is_the_longer_of_moving_and_computing():
     card = estimate.Card(90, 132, 1000.0, 100.0, 50.0)
     assert card.microseconds(1e6, 1e6, 0) == pytest.approx(1.0)
     assert card.microseconds(1e3, 1e9, 1e9) == pytest.approx(30.0)
@@ -97,10 +88,7 @@ def test_the_floor_is_the_longer_of_moving_and_computing(scripts):
         (40, 98304, 4, 2),  # shared memory
     ],
 )
-def test_occupancy(scripts, registers, shared, warps, blocks):
-    estimate, _ = scripts
-    from resources import Launch, Resources
-
+def test_occupancy(registers, shared, warps, blocks):
     found = Resources(registers, 0, 0, shared, warps, (), 0, 0, "")
     launch = Launch(None, (264, 2), {}, {})
     fit = estimate.occupancy(found, launch, estimate.CARDS["H100"])
@@ -109,9 +97,7 @@ def test_occupancy(scripts, registers, shared, warps, blocks):
     assert fit.waves == pytest.approx(528 / 132 / blocks)
 
 
-def test_instructions_in_and_out_of_loops(scripts):
-    from resources import count_instructions
-
+def test_instructions_in_and_out_of_loops():
     listing = (
         " /*00*/ MOV R1, R2 ;\n.L_x_1:\n /*10*/ FADD R1, R1, R2 ;\n"
         " /*20*/ @P0 BRA `(.L_x_1) ;\n /*30*/ EXIT ;\n"
@@ -119,8 +105,7 @@ def test_instructions_in_and_out_of_loops(scripts):
     assert count_instructions(listing) == (2, 2)
 
 
-def test_the_card_decides_the_tile(scripts):
-    estimate, shapes = scripts
+def test_the_card_decides_the_tile():
     ops = {op.name: op for op in shapes.operators("hubert-large", 10.0, 1)}
     tiles = {
         name: estimate._tile(estimate.choose(ops["conv 2"], card))
@@ -130,8 +115,7 @@ def test_the_card_decides_the_tile(scripts):
     assert tiles["RTX3090"] != tiles["H100"]
 
 
-def test_prints_every_operator_as_an_estimate(scripts, capsys):
-    estimate, shapes = scripts
+def test_prints_every_operator_as_an_estimate(capsys):
     options = ["--model", "wav2vec2-base", "--seconds", "5", "--batch", "1"]
     estimate.main([*options, "--cards", "H100", "--no-compile"])
     text = capsys.readouterr().out
@@ -145,9 +129,8 @@ def test_prints_every_operator_as_an_estimate(scripts, capsys):
     assert total == pytest.approx(100, abs=1)
 
 
-def test_compiles_what_it_prints(scripts, capsys):
+def test_compiles_what_it_prints(capsys):
     """One kernel on one card: registers and blocks stand in its line."""
-    estimate, shapes = scripts
     ops = [
         op
         for op in shapes.operators("wav2vec2-base", 5.0, 1)
@@ -164,13 +147,8 @@ def test_compiles_what_it_prints(scripts, capsys):
     assert longer == pytest.approx(max(floor, issue), abs=0.11)
 
 
-def test_time_of_instructions(scripts):
+def test_time_of_instructions():
     """100 once and 10 in each of 8 passes, by 4 warps of 66 blocks."""
-    estimate, _ = scripts
-    from resources import Launch, Resources
-
-    from speechbrain_stablequant.runtimes.triton.kernels import matmul
-
     sizes = {"DEPTH": 1000, "BLOCK_K": 128}
     launch = Launch(matmul.matmul_kernel, (66,), sizes, {})
     found = Resources(32, 0, 0, 0, 4, (), 100, 10, "")

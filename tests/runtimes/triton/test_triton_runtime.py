@@ -53,38 +53,18 @@ def no_tf32():
         yield
 
 
-@torch.no_grad()
-def quantized_layers(modules, keys, run, bits=8):
-    """Integers of every layer, from the ranges of one pass."""
+def quantized_layers(modules, keys, bits=8):
+    """Integers of every layer; inputs are cut off at 3."""
     layers = find_layers(modules, keys)
-    amax = {}
-
-    def note(name):
-        def hook(_, inputs):
-            amax[name] = float(inputs[0].abs().max())
-
-        return hook
-
-    hooks = [
-        la.module.register_forward_pre_hook(note(la.name)) for la in layers
-    ]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return {
-        la.name: integer_layer(la, LayerQuant(bits, bits, amax[la.name]))
-        for la in layers
-    }
+    quant = LayerQuant(bits, bits, 3.0)
+    return {layer.name: integer_layer(layer, quant) for layer in layers}
 
 
 def describe(model, keep=lambda name: True, bits=8):
     """The spec of a model with the layers that ``keep`` wants as integers."""
-    modules = {"enc": torch.nn.ModuleDict({"model": model})}
-    integers = quantized_layers(
-        modules, ["enc"], lambda: model(torch.randn(2, SAMPLES)), bits
-    )
+    integers = quantized_layers({"enc": model}, ["enc"], bits)
     kept = {n: layer for n, layer in integers.items() if keep(n)}
-    return describe_encoder(model, "enc.model", kept)
+    return describe_encoder(model, "enc", kept)
 
 
 def relative_error(found, expected):
@@ -361,13 +341,8 @@ def test_in_the_place_of_a_brains_modules(make_tiny_modules, variant):
     mask[1, 900:] = 0
     wavs = wavs * mask
 
-    def logits(device="cpu"):
-        model = modules["wav2vec2"].model
-        hidden = model(wavs.to(device), attention_mask=mask.to(device))
-        return modules["ctc_lin"](modules["enc"](hidden.last_hidden_state))
-
     keys = ["wav2vec2", "enc", "ctc_lin"]
-    integers = quantized_layers(modules, keys, lambda: logits())
+    integers = quantized_layers(modules, keys)
     spec = describe_encoder(
         modules["wav2vec2"].model, "wav2vec2.model", integers
     )
@@ -382,7 +357,9 @@ def test_in_the_place_of_a_brains_modules(make_tiny_modules, variant):
         "triton", modules, integers, dtype="float32", tune=False
     )
     with shadowed_forwards(forwards), torch.no_grad():
-        found = logits(DEVICE)
+        model = modules["wav2vec2"].model
+        hidden = model(wavs.to(DEVICE), attention_mask=mask.to(DEVICE))
+        found = modules["ctc_lin"](modules["enc"](hidden.last_hidden_state))
     for i, count in enumerate(frames):
         error = relative_error(found[i, :count], expected[i, :count])
         assert error < TIES

@@ -186,13 +186,6 @@ def test_shapes_that_share_a_tile():
     assert buckets == [64, 64, 96, 128, 256]
 
 
-def test_limits_are_those_assumed_without_a_card():
-    cpu = torch.device("cpu")
-    assert tiles.device_limits(cpu).processors == 108
-    with tiles.assume_limits(HOPPER):
-        assert tiles.device_limits(cpu) == HOPPER
-
-
 def test_blocks_go_on_where_not_all_fit_at_once():
     def lasting(*product):
         found = matmul._candidates(*product, HOPPER)

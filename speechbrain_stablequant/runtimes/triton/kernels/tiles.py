@@ -5,9 +5,7 @@ other, and each takes as long as its products or its loads, whichever is longer.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,19 +53,8 @@ class Limits:
     products: int  # of int8, that a multiprocessor finishes per cycle
 
 
-#: An A100: assumed where there is no card to ask.
-_A100 = Limits(108, 163 * 1024, 2048)
-_assumed: ContextVar[Limits] = ContextVar("limits", default=_A100)
-
-
-@contextmanager
-def assume_limits(limits: Limits) -> Iterator[None]:
-    """Context in which tiles are chosen for a card that is not present."""
-    token = _assumed.set(limits)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
+#: Assumed where there is no card to ask: an A100's.
+ASSUMED = Limits(108, 163 * 1024, 2048)
 
 
 @functools.cache
@@ -82,8 +69,8 @@ def _card_limits(device: torch.device) -> Limits:
 
 
 def device_limits(device: torch.device) -> Limits:
-    """Limits of a tensor's device; on CPU those of `assume_limits`."""
-    return _card_limits(device) if device.type == "cuda" else _assumed.get()
+    """Limits of a tensor's device."""
+    return _card_limits(device) if device.type == "cuda" else ASSUMED
 
 
 def shape_bucket(size: int) -> int:

@@ -21,7 +21,6 @@ from .plain import HALF_TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 OPS = torch.ops.stablequant
 
 
@@ -112,7 +111,6 @@ def kernels_digest() -> str:
 def _version() -> dict[str, str | int]:
     """Versions for which a passed trial holds."""
     return {
-        "format": FORMAT,
         "kernels": kernels_digest(),
         "triton": triton.__version__,
         "torch": torch.__version__,
