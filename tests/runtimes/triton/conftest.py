@@ -89,6 +89,23 @@ def poisoned_outputs(monkeypatch):
                 assert (margin == _poison(buffer.dtype)).all()
 
 
+@pytest.fixture
+def launched(surrounded):
+    """The result of a launch on tensors in poisoned memory; those with gaps are
+    there already."""
+
+    def run(launch, *arguments, **options):
+        placed = [
+            surrounded(a)
+            if isinstance(a, torch.Tensor) and a.is_contiguous()
+            else a
+            for a in arguments
+        ]
+        return launch(*placed, **options)
+
+    return run
+
+
 def _check_close(found, expected, tolerance=1e-5):
     reason = difference(found, expected, tolerance)
     assert reason is None, reason
@@ -96,8 +113,24 @@ def _check_close(found, expected, tolerance=1e-5):
 
 @pytest.fixture
 def check_close():
-    """Compares a kernel with its reference."""
+    """Compares a kernel's result with another one."""
     return _check_close
+
+
+@pytest.fixture
+def equals_reference(launched):
+    """Compares the kernel of an operator's module with its reference, whose
+    result it returns."""
+
+    def check(operator, *arguments, **options):
+        expected = operator.reference(
+            *(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)
+        )
+        found = launched(operator.launch, *arguments, **options)
+        _check_close(found, expected)
+        return expected
+
+    return check
 
 
 @pytest.fixture

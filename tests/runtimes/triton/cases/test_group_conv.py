@@ -31,20 +31,14 @@ def _inputs(geometry):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_sums_are_exact(geometry, surrounded):
+def test_sums_are_exact(geometry, launched):
     groups, taps, trim = geometry[4:]
     q, weight = _inputs(geometry)
-    found = group_conv.launch(
-        surrounded(q),
-        surrounded(group_conv.pack_weight(weight, groups)),
-        surrounded(torch.ones(weight.shape[0])),
-        None,
-        None,
-        taps // 2,
-        trim,
-        False,
+    found = launched(
+        group_conv.launch, q, group_conv.pack_weight(weight, groups),
+        torch.ones(weight.shape[0]), None, None, taps // 2, trim, False,
         torch.float32,
-    )
+    )  # fmt: skip
     expected = F.conv1d(
         q.transpose(1, 2).double(),
         weight.double(),
@@ -57,23 +51,17 @@ def test_sums_are_exact(geometry, surrounded):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("taps_a_step", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gelu_and_residual(
-    geometry, taps_a_step, dtype, surrounded, check_close
-):
+def test_gelu_and_residual(geometry, taps_a_step, dtype, equals_reference):
     groups, taps, trim = geometry[4:]
     q, weight = _inputs(geometry)
     count = weight.shape[0]
     weight = group_conv.pack_weight(weight, groups)
-    scale, bias = torch.rand(count) * 1e-4, torch.randn(count)
     residual = torch.randn(*q.shape[:2], count).to(dtype)
-    tail = (taps // 2, trim, True, dtype)
-    expected = group_conv.reference(q, weight, scale, bias, residual, *tail)
-    found = group_conv.launch(
-        *map(surrounded, (q, weight, scale, bias, residual)),
-        *tail,
+    equals_reference(
+        group_conv, q, weight, torch.rand(count) * 1e-4, torch.randn(count),
+        residual, taps // 2, trim, True, dtype,
         config=Config(16, 16, taps_a_step * weight.shape[3], 4, 2),
-    )
-    check_close(found, expected)
+    )  # fmt: skip
 
 
 def test_refuses_what_it_cannot_compute(device):

@@ -12,6 +12,8 @@ from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 SMALL = Config(32, 32, 64, 4, 2)
+#: After a product: no bias, no residual, no GELU, all digits.
+PLAIN = (None, None, False, torch.float32)
 
 #: rows, in, out, gap after each row
 SHAPES = [
@@ -28,34 +30,19 @@ def _int8(*shape):
 
 
 @pytest.mark.parametrize(("rows", "depth", "columns", "gap"), SHAPES)
-def test_sums_are_exact(rows, depth, columns, gap, surrounded):
+def test_sums_are_exact(rows, depth, columns, gap, surrounded, launched):
     q, weight = _int8(rows, depth), _int8(columns, depth)
-    one = torch.ones(columns)
-    found = linear.launch(
-        surrounded(q, gap),
-        surrounded(weight),
-        surrounded(one),
-        None,
-        None,
-        False,
-        torch.float32,
+    found = launched(
+        linear.launch, surrounded(q, gap), weight, torch.ones(columns), *PLAIN,
         config=SMALL,
-    )
+    )  # fmt: skip
     assert torch.equal(found.cpu().long(), q.long() @ weight.long().T)
 
 
-def test_worst_case_operands_are_exact(surrounded):
+def test_worst_case_operands_are_exact(launched):
     q = torch.full((33, 1000), -127, dtype=torch.int8)
     weight = torch.full((40, 1000), 127, dtype=torch.int8)
-    found = linear.launch(
-        surrounded(q),
-        surrounded(weight),
-        surrounded(torch.ones(40)),
-        None,
-        None,
-        False,
-        torch.float32,
-    )
+    found = launched(linear.launch, q, weight, torch.ones(40), *PLAIN)
     assert torch.equal(found.cpu().long(), q.long() @ weight.long().T)
 
 
@@ -65,78 +52,58 @@ def test_worst_case_operands_are_exact(surrounded):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 def test_ends(
-    rows, has_bias, has_residual, gelu, dtype, surrounded, check_close
+    rows, has_bias, has_residual, gelu, dtype, surrounded, equals_reference
 ):
     depth, columns = 96, 50
-    q, weight = _int8(rows, depth), _int8(columns, depth)
     scale = torch.rand(columns) * 2e-4
     bias = torch.randn(columns) if has_bias else None
     residual = torch.randn(rows, columns).half() if has_residual else None
-    end = (gelu, dtype, 21.5, 31)
-    expected = linear.reference(q, weight, scale, bias, residual, *end)
-    found = linear.launch(
-        surrounded(q),
-        surrounded(weight),
-        surrounded(scale),
-        bias if bias is None else surrounded(bias),
-        residual if residual is None else surrounded(residual, gap=6),
-        *end,
-        config=SMALL,
-    )
-    check_close(found, expected)
+    if has_residual:
+        residual = surrounded(residual, gap=6)
+    equals_reference(
+        linear, _int8(rows, depth), _int8(columns, depth), scale, bias,
+        residual, gelu, dtype, 21.5, 31, config=SMALL,
+    )  # fmt: skip
+
+
+def _linear(*shape: int):
+    """Arguments of a linear layer from a shape to 70 columns."""
+    scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
+    end = (None, True, torch.int8, 30.0, 127, -113)
+    return _int8(*shape), _int8(70, shape[-1]), scale, bias, *end
 
 
 @pytest.mark.parametrize("tile", matmul.TILES, ids=str)
-def test_every_tile(tile, surrounded, check_close):
-    q, weight = _int8(3, 90, 272), _int8(70, 272)
-    scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
-    end = (True, torch.int8, 30.0, 127, -113)
-    found = linear.launch(
-        *(surrounded(t) for t in (q, weight, scale, bias)),
-        None,
-        *end,
-        config=tile,
-    )
-    expected = linear.reference(q, weight, scale, bias, None, *end)
-    check_close(found, expected)
+def test_every_tile(tile, equals_reference):
+    equals_reference(linear, *_linear(3, 90, 272), config=tile)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 7])
 @pytest.mark.parametrize("rows", [40, 100])
-def test_blocks_that_go_on(rows, blocks, surrounded, check_close, monkeypatch):
+def test_blocks_that_go_on(rows, blocks, equals_reference, monkeypatch):
     """Fewer blocks than tiles, also such that some have one tile more."""
     monkeypatch.setattr(matmul, "_at_once", lambda tile, device: blocks)
-    q, weight = _int8(rows, 192), _int8(70, 192)
-    scale, bias = torch.rand(70) * 1e-4, torch.randn(70)
-    end = (True, torch.int8, 30.0, 127, -113)
-    expected = linear.reference(q, weight, scale, bias, None, *end)
-    found = linear.launch(
-        *(surrounded(t) for t in (q, weight, scale, bias)),
-        None,
-        *end,
-        config=replace(SMALL, persistent=True),
-    )
-    check_close(found, expected)
+    tile = replace(SMALL, persistent=True)
+    equals_reference(linear, *_linear(rows, 192), config=tile)
+
+
+def _norm(columns: int, has_norm: bool = True):
+    """Weight and bias of a LayerNorm, or what stands for none."""
+    if not has_norm:
+        return None, None
+    return torch.randn(columns), torch.randn(columns)
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_blocks_of_a_convolution_that_go_on(
-    has_norm, surrounded, check_close, monkeypatch
+    has_norm, equals_reference, monkeypatch
 ):
     monkeypatch.setattr(matmul, "_at_once", lambda tile, device: 2)
-    q, weight = _int8(3, 80, 32), _int8(60, 96)
-    tensors = [q, weight, torch.rand(60) * 1e-3, torch.randn(60)]
-    norm = (torch.randn(60), torch.randn(60)) if has_norm else (None, None)
-    tail = (3, 2, *norm, 1e-5, True, torch.int8, 40.0, 127)
-    expected = conv.reference(*tensors, *tail)
-    if has_norm:
-        tail = (3, 2, *map(surrounded, norm), *tail[4:])
-    found = conv.launch(
-        *map(surrounded, tensors),
-        *tail,
-        config=Config(16, 64, 32, 4, 2, persistent=True),
-    )
-    check_close(found, expected)
+    equals_reference(
+        conv, _int8(3, 80, 32), _int8(60, 96), torch.rand(60) * 1e-3,
+        torch.randn(60), 3, 2, *_norm(60, has_norm), 1e-5, True, torch.int8,
+        40.0, 127, config=Config(16, 64, 32, 4, 2, persistent=True),
+    )  # fmt: skip
 
 
 #: batch, frames, in, out, kernel, stride
@@ -150,23 +117,13 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
-def test_convolution_sums_are_exact(geometry, surrounded):
+def test_convolution_sums_are_exact(geometry, launched):
     batch, frames, channels, columns, kernel, stride = geometry
     q, weight = _int8(batch, frames, channels), _int8(columns, channels, kernel)
-    found = conv.launch(
-        surrounded(q),
-        surrounded(conv.pack_weight(weight)),
-        surrounded(torch.ones(columns)),
-        None,
-        kernel,
-        stride,
-        None,
-        None,
-        0.0,
-        False,
-        torch.float32,
-        config=SMALL,
-    )
+    found = launched(
+        conv.launch, q, conv.pack_weight(weight), torch.ones(columns), None,
+        kernel, stride, None, None, 0.0, False, torch.float32, config=SMALL,
+    )  # fmt: skip
     expected = F.conv1d(
         q.transpose(1, 2).double(), weight.double(), None, stride
     )
@@ -176,48 +133,24 @@ def test_convolution_sums_are_exact(geometry, surrounded):
 @pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-def test_convolution(geometry, has_norm, dtype, surrounded, check_close):
+def test_convolution(geometry, has_norm, dtype, equals_reference):
     batch, frames, channels, columns, kernel, stride = geometry
-    q, weight = _int8(batch, frames, channels), _int8(columns, channels, kernel)
-    tensors = [
-        q,
-        conv.pack_weight(weight),
-        torch.rand(columns) * 1e-3,
-        torch.randn(columns),
-    ]
-    norm = (torch.randn(columns), torch.randn(columns)) if has_norm else None
-    tail = (1e-5, True, dtype, 40.0, 127, -113)
-    expected = conv.reference(
-        *tensors, kernel, stride, *(norm or (None, None)), *tail
-    )
-    found = conv.launch(
-        *map(surrounded, tensors),
-        kernel,
-        stride,
-        *(map(surrounded, norm) if norm else (None, None)),
-        *tail,
+    weight = conv.pack_weight(_int8(columns, channels, kernel))
+    equals_reference(
+        conv, _int8(batch, frames, channels), weight,
+        torch.rand(columns) * 1e-3, torch.randn(columns), kernel, stride,
+        *_norm(columns, has_norm), 1e-5, True, dtype, 40.0, 127, -113,
         config=None if has_norm else SMALL,
-    )
-    check_close(found, expected)
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("m, k, warps, stages", matmul.ROW_TILES)
-def test_every_tile_of_whole_rows(m, k, warps, stages, surrounded, check_close):
-    q, weight = _int8(2, 80, 40), _int8(96, 120)
-    vectors = [torch.rand(96) * 1e-3, *(torch.randn(96) for _ in range(3))]
-    scale, bias, norm_weight, norm_bias = vectors
-    expected = conv.reference(
-        q, weight, scale, bias, 3, 2, norm_weight, norm_bias, 1e-5, True,
-        torch.int8, 40.0, 127,
+def test_every_tile_of_whole_rows(m, k, warps, stages, equals_reference):
+    equals_reference(
+        conv, _int8(2, 80, 40), _int8(96, 120), torch.rand(96) * 1e-3,
+        torch.randn(96), 3, 2, *_norm(96), 1e-5, True, torch.int8, 40.0, 127,
+        config=Config(m, 128, k, warps, stages),
     )  # fmt: skip
-    q, weight, scale, bias, norm_weight, norm_bias = map(
-        surrounded, (q, weight, *vectors)
-    )
-    found = conv.launch(
-        q, weight, scale, bias, 3, 2, norm_weight, norm_bias, 1e-5, True,
-        torch.int8, 40.0, 127, config=Config(m, 128, k, warps, stages),
-    )  # fmt: skip
-    check_close(found, expected)
 
 
 def test_refuses_what_it_cannot_compute(device):

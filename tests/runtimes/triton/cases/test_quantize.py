@@ -10,12 +10,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_ties_and_saturation(bits, surrounded):
+def test_ties_and_saturation(bits, launched):
     scale = torch.tensor(0.37)
     steps = torch.arange(-300, 300) * 0.25  # every fourth or second is a tie
     x = torch.cat([steps * scale, torch.tensor([0.0, -0.0, 1e30, -1e30])])
-    found = quantize.launch(
-        surrounded(x), float(1.0 / scale), numerics.qmax(bits)
+    found = launched(
+        quantize.launch, x, float(1.0 / scale), numerics.qmax(bits)
     )
     assert torch.equal(found.cpu(), numerics.quantize(x, scale, bits))
 
@@ -33,19 +33,16 @@ def test_shapes_and_strides(dtype, shape, gap, surrounded):
 
 
 @pytest.mark.parametrize("zero", [0, -113])
-def test_gelu(zero, surrounded, check_close):
-    x = torch.randn(9, 130) * 3
-    end = (31.7, 127, True, zero)
-    found = quantize.launch(surrounded(x), *end)
-    check_close(found, quantize.reference(x, *end))
+def test_gelu(zero, equals_reference):
+    equals_reference(quantize, torch.randn(9, 130) * 3, 31.7, 127, True, zero)
 
 
 @pytest.mark.parametrize("steps", [26, -31])
-def test_offset(steps, surrounded):
+def test_offset(steps, launched):
     """Both ends of the range, and ties, which a power of two keeps."""
     scale = torch.tensor(0.25)
     x = torch.arange(-300, 300) * 0.25 * scale + steps * scale
-    found = quantize.launch(surrounded(x), 4.0, 31, zero=-steps)
+    found = launched(quantize.launch, x, 4.0, 31, zero=-steps)
     expected = numerics.quantize(x - steps * scale, scale, 6)
     assert torch.equal(found.cpu(), expected)
     assert found.min() == -31 and found.max() == 31

@@ -17,46 +17,27 @@ GEOMETRIES = [
 WAVE = (float(1.0 / torch.tensor(3.0 / 127)), 127)
 
 
-KINDS = [torch.int8, torch.float16, torch.float32]
-
-
-def _inputs(geometry, kind=torch.int8):
-    batch, samples, columns, kernel, _ = geometry
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@pytest.mark.parametrize(
+    "kind", [torch.int8, torch.float16, torch.float32], ids=str
+)
+def test_convolution(geometry, has_norm, dtype, kind, equals_reference):
+    batch, samples, columns, kernel, stride = geometry
     wave = torch.randn(batch, samples)
     if kind == torch.int8:
         weight = torch.randint(-127, 128, (columns, kernel), dtype=kind)
         scale = torch.rand(columns) * 1e-3
     else:
-        weight, scale = (
-            torch.randn(columns, kernel).to(kind),
-            torch.ones(columns),
-        )
-    return wave, weight, scale, torch.randn(columns)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_convolution(geometry, has_norm, dtype, kind, surrounded, check_close):
-    stride, columns = geometry[4], geometry[2]
-    wave, weight, scale, bias = _inputs(geometry, kind)
-    norm = (torch.randn(columns), torch.randn(columns))
-    norm = norm if has_norm else (None, None)
-    tail = (1e-5, True, dtype, 40.0, 31, -28)
-    expected = wave_conv.reference(
-        wave, *WAVE, weight, scale, bias, stride, *norm, *tail
-    )
-    norm = tuple(map(surrounded, norm)) if has_norm else norm
-    found = wave_conv.launch(
-        surrounded(wave),
-        *WAVE,
-        *map(surrounded, (weight, scale, bias)),
-        stride,
-        *norm,
-        *tail,
-    )
-    check_close(found, expected)
+        weight = torch.randn(columns, kernel).to(kind)
+        scale = torch.ones(columns)
+    bias = torch.randn(columns)
+    norm = (None, None)
+    if has_norm:
+        norm = (torch.randn(columns), torch.randn(columns))
+    end = (*norm, 1e-5, True, dtype, 40.0, 31, -28)
+    equals_reference(wave_conv, wave, *WAVE, weight, scale, bias, stride, *end)
 
 
 def test_refuses_what_it_cannot_compute(device):
