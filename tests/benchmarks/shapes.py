@@ -14,13 +14,11 @@ from resources import record_launches
 
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
-    conv,
     group_conv,
     layer_norm,
-    linear,
+    matmul,
     quantize,
     wave_conv,
-    wave_gram,
 )
 from speechbrain_stablequant.runtimes.triton.kernels.library import (
     output_frames,
@@ -112,7 +110,7 @@ def _linear(
         name,
         (rows, columns, depth),
         count,
-        linear.launch,
+        matmul.launch_linear,
         arguments,
         integer_ops=2.0 * rows * columns * depth,
     )
@@ -141,7 +139,7 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
             "conv 1, sums for its norm",
             (rows, KERNELS[0] + 1, KERNELS[0]),
             1,
-            wave_gram.launch,
+            wave_conv.launch_gram,
             (*wave[:3], INT8, KERNELS[0], STRIDES[0], count),
             only_int8=True,
         )
@@ -162,7 +160,7 @@ def _front(model: Model, batch: int, samples: int) -> Iterator[Op]:
             f"conv {index + 1}",
             (rows, wide, depth),
             1,
-            conv.launch,
+            matmul.launch_conv,
             (
                 *(q, meta(wide, depth, dtype=INT8), *vectors),
                 *(kernel, stride, *norm, 1e-5, True, HALF if last else INT8),

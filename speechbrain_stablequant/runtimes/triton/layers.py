@@ -10,11 +10,9 @@ from torch.nn import functional as F
 from ...core.encoder_spec import AnyLayer, ConvSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
 from .forms import OPS, Form, convert, input_form, move_norm, normalize
-from .kernels.conv import pack_weight
 from .kernels.group_conv import pack_weight as pack_groups
-from .kernels.matmul import MAX_NORM_CHANNELS
-from .kernels.wave_conv import MAX_TAPS
-from .kernels.wave_gram import normalized_over_time
+from .kernels.matmul import MAX_NORM_CHANNELS, pack_conv_weight
+from .kernels.wave_conv import MAX_TAPS, normalized_over_time
 
 
 def _scale(layers: tuple[AnyLayer, ...], device: torch.device) -> torch.Tensor:
@@ -187,7 +185,7 @@ class ConvStage:
             )
         if isinstance(conv, IntegerLayer):
             check_plain_conv(conv)
-            self.weight = pack_weight(conv.weight).to(device)
+            self.weight = pack_conv_weight(conv.weight).to(device)
             self.scale = _scale((conv,), device)
         elif is_first:
             # audio needs more than bfloat16's 8 bits of mantissa
@@ -290,7 +288,7 @@ class Head:
     def _place(self, device: torch.device) -> None:
         layer = self.layer
         linear = layer.kind == "linear"
-        weight = layer.weight if linear else pack_weight(layer.weight)
+        weight = layer.weight if linear else pack_conv_weight(layer.weight)
         self.packed = (
             weight.contiguous().to(device),
             _scale((layer,), device),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from speechbrain_stablequant.runtimes.triton import build
+from speechbrain_stablequant.runtimes.triton.kernels.library import OPERATORS
 from speechbrain_stablequant.runtimes.triton.kernels.plain import difference
 
 # For ``resources`` and others; appended, as some names there are common ones.
@@ -91,17 +92,17 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.fixture
 def launched(surrounded):
-    """The result of a launch on tensors in poisoned memory; those with gaps are
-    there already."""
+    """The result of an operator's kernel on tensors in poisoned memory; those
+    with gaps are there already."""
 
-    def run(launch, *arguments, **options):
+    def run(name, *arguments, **options):
         placed = [
             surrounded(a)
             if isinstance(a, torch.Tensor) and a.is_contiguous()
             else a
             for a in arguments
         ]
-        return launch(*placed, **options)
+        return OPERATORS[name].launch(*placed, **options)
 
     return run
 
@@ -119,14 +120,14 @@ def check_close():
 
 @pytest.fixture
 def equals_reference(launched):
-    """Compares the kernel of an operator's module with its reference, whose
-    result it returns."""
+    """Compares an operator's kernel with its reference; returns the latter's
+    result."""
 
-    def check(operator, *arguments, **options):
-        expected = operator.reference(
+    def check(name, *arguments, **options):
+        expected = OPERATORS[name].reference(
             *(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)
         )
-        found = launched(operator.launch, *arguments, **options)
+        found = launched(name, *arguments, **options)
         _check_close(found, expected)
         return expected
 

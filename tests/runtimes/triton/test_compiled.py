@@ -16,14 +16,11 @@ from shapes import meta
 
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
-    conv,
     group_conv,
     layer_norm,
-    linear,
     matmul,
     quantize,
     wave_conv,
-    wave_gram,
 )
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
@@ -69,7 +66,7 @@ def product(columns: int, depth: int, has_residual: bool, end, tile=None):
     """Arguments of a linear layer on a batch of 8 utterances."""
     rows = 8 * FRAMES
     residual = meta(rows, columns, dtype=HALF) if has_residual else None
-    return linear.launch, (
+    return matmul.launch_linear, (
         meta(rows, depth, dtype=INT8),
         meta(columns, depth, dtype=INT8),
         meta(columns),
@@ -136,7 +133,7 @@ def test_fits_onto_cards_with_little_shared_memory():
             continue
         found = compiled(
             86,
-            conv.launch,
+            matmul.launch_conv,
             meta(1, 31999, 512, dtype=INT8),
             meta(512, 1536, dtype=INT8),
             *vectors[:2],
@@ -159,7 +156,7 @@ def test_convolution_with_layer_norm(arch, m, k, warps, stages, persistent):
     vectors = [meta(512) for _ in range(4)]
     found = compiled(
         arch,
-        conv.launch,
+        matmul.launch_conv,
         meta(1, 31999, 512, dtype=INT8),
         meta(512, 1536, dtype=INT8),
         *vectors[:2],
@@ -222,7 +219,7 @@ def test_first_convolution_with_a_scale_of_its_own(arch, kind, m, n, warps):
 def test_sums_for_group_norm(arch, kind):
     window = (kind, 10, 5, meta(dtype=torch.int64))
     found = compiled(
-        arch, wave_gram.launch, *(meta(1, 160000), 3.0, 127), *window
+        arch, wave_conv.launch_gram, *(meta(1, 160000), 3.0, 127), *window
     )
     check(arch, found, kind=None)
 
@@ -295,14 +292,14 @@ def _launches(batch: int, frames: int):
     tile = Config(64, 64, 64, 4, 2)
     grid = (1.0, 127)
     for function, arguments in (
-        (linear.launch, (q, square, vector, vector, x, *ends)),
-        (conv.launch, (q, kernel, vector, None, 3, 2, *norm, *ends)),
+        (matmul.launch_linear, (q, square, vector, vector, x, *ends)),
+        (matmul.launch_conv, (q, kernel, vector, None, 3, 2, *norm, *ends)),
         (group_conv.launch, (q, grouped, vector, None, x, 8, 1, *ends)),
         (attention.launch, (meta(batch, frames, 192, dtype=HALF), 1, real)),
         (layer_norm.launch, (x, *norm, *ends)),
         (quantize.launch, (x, 1.0, 127)),
-        (wave_gram.launch, (wave, *grid, INT8, 10, 5, count)),
-        (wave_gram.launch, (wave, *grid, HALF, 10, 5, count)),
+        (wave_conv.launch_gram, (wave, *grid, INT8, 10, 5, count)),
+        (wave_conv.launch_gram, (wave, *grid, HALF, 10, 5, count)),
         (
             wave_conv.launch,
             (wave, *grid, taps, own, own, 5, None, None, 0.0, *ends),

@@ -5,7 +5,7 @@ import torch
 
 import speechbrain_stablequant.runtimes.triton.kernels  # noqa: F401
 from speechbrain_stablequant.core import affine as numerics
-from speechbrain_stablequant.runtimes.triton.kernels import conv, group_conv
+from speechbrain_stablequant.runtimes.triton.kernels import group_conv, matmul
 
 OPS = torch.ops.stablequant
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ def _calls():
     """Name and arguments of a call of each operator."""
     x, vector = torch.randn(2, 9, 32), torch.rand(32)
     q, weight = _int8(2, 9, 32), _int8(32, 32)
-    conv_weight = conv.pack_weight(_int8(32, 32, 3))
+    conv_weight = matmul.pack_conv_weight(_int8(32, 32, 3))
     grouped = group_conv.pack_weight(_int8(32, 16, 4), 2)
     wave, taps = torch.randn(2, 100), _int8(32, 10)
     frames = torch.tensor(15)

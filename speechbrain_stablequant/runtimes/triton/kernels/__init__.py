@@ -6,11 +6,10 @@ kernel computes it. One file per operator family:
 
 - ``quantize``: a float tensor to int8, after a GELU if asked;
 - ``layer_norm``: LayerNorm to int8, to 16 bit or to both;
-- ``linear`` and ``conv``: a linear layer and a strided convolution, both on
-  the kernel in ``matmul``;
+- ``matmul``: a linear layer and a strided convolution;
 - ``attention``: over the real frames of each utterance;
-- ``wave_conv``: the first convolution, from the waveform;
-- ``wave_gram``: the statistics that a GroupNorm after it needs;
+- ``wave_conv``: the first convolution, from the waveform, and the statistics
+  that a GroupNorm after it needs;
 - ``group_conv``: the positional convolution.
 
 Activations are channels-last ([batch, time, channels]), weights have their
@@ -34,11 +33,9 @@ environment the kernels run on CPU in Triton's interpreter.
 
 from . import (  # noqa: F401
     attention,
-    conv,
     group_conv,
     layer_norm,
-    linear,
+    matmul,
     quantize,
     wave_conv,
-    wave_gram,
 )

@@ -1,4 +1,8 @@
-"""int8 products: the kernel behind ``linear`` and ``conv``.
+"""int8 products: a linear layer, and a strided convolution, on one kernel.
+
+With channels innermost, the window of a convolution is contiguous: row t of
+the implicit matrix starts ``stride`` frames after row t - 1 and is
+``kernel * channels`` long. The convolution is a product with overlapping rows.
 
 The epilogue scales the int32 sums, adds the bias, normalizes each row if the
 tile holds whole rows, applies GELU, adds the residual, and stores 16 bit or
@@ -20,6 +24,14 @@ from .device import (
     standardize_rows,
     store_tile,
 )
+from .library import (
+    check_contiguous,
+    check_dtype,
+    check_rows,
+    declare,
+    output_frames,
+)
+from .plain import finish, scaled
 from .tiles import Config, Limits, device_limits, rank, shape_bucket
 from .tuning import select, tuning_key
 
@@ -219,7 +231,7 @@ def _at_once(tile: Config, limits: Limits) -> int:
     return limits.processors * max(min(8 // tile.num_warps, fit), 1)
 
 
-def launch_matmul(
+def _launch(
     name: str,
     left: Rows,
     weight: torch.Tensor,
@@ -267,3 +279,95 @@ def launch_matmul(
     )  # fmt: skip
     tiles = _candidates(*sizes, has_norm, has_residual, limits)
     run(config or select(key, tiles, run, lambda: out))
+
+
+def linear_reference(
+    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool,
+    dtype: torch.dtype, inverse: float = 1.0, limit: int = 127, zero: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """``gelu(q @ weight.T * scale + bias) + residual``: int8 ``q`` [..., in]
+    and ``weight`` [out, in] to [..., out]."""
+    check_dtype("linear", torch.int8, q=q, weight=weight)
+    # float64 holds every such sum exactly and is fast on CPU
+    y = scaled(q.double() @ weight.double().T, scale, bias)
+    return finish(y, gelu, dtype, inverse, limit, zero, residual=residual)
+
+
+def launch_linear(
+    q, weight, scale, bias, residual, gelu, dtype,
+    inverse=1.0, limit=127, zero=0, config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`linear_reference` in Triton; rows of ``q`` and ``residual`` may be
+    strided. ``config`` overrides the tile."""
+    check_dtype("linear", torch.int8, q=q, weight=weight)
+    rows = check_rows("linear", q)
+    columns = weight.shape[0]
+    out = torch.empty((*q.shape[:-1], columns), dtype=dtype, device=q.device)
+    _launch(
+        "linear", Rows(rows, rows.stride(0)), weight,
+        out.view(-1, columns), scale, bias,
+        None if residual is None else check_rows("linear", residual),
+        (None, None, 0.0), gelu, (inverse, limit, zero), config,
+    )  # fmt: skip
+    return out
+
+
+declare("linear", linear_reference, launch_linear)
+
+
+def pack_conv_weight(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in, kernel] to [out, kernel * in], the layout of the product."""
+    return weight.transpose(1, 2).reshape(weight.shape[0], -1).contiguous()
+
+
+def _checked_frames(
+    q: torch.Tensor, weight: torch.Tensor, kernel: int, stride: int
+) -> int:
+    """Number of output frames; raises for an input that has no kernel."""
+    check_dtype("conv1d", torch.int8, q=q, weight=weight)
+    check_contiguous("conv1d", "q", q)
+    return output_frames("conv1d", q.shape[1], kernel, stride)
+
+
+def conv_reference(
+    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, kernel: int, stride: int,
+    norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None,
+    eps: float, gelu: bool, dtype: torch.dtype, inverse: float = 1.0,
+    limit: int = 127, zero: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Convolution without padding, LayerNorm, GELU: int8 ``q`` [batch, time,
+    in], contiguous, and ``weight`` from `pack_conv_weight` to [batch, frames,
+    out]."""
+    frames = _checked_frames(q, weight, kernel, stride)
+    batch, _, channels = q.shape
+    windows = q.as_strided(
+        (batch, frames, kernel * channels),
+        (q.stride(0), stride * channels, 1),
+    )
+    y = scaled(windows.double() @ weight.double().T, scale, bias)
+    norm = (norm_weight, norm_bias, eps)
+    return finish(y, gelu, dtype, inverse, limit, zero, norm)
+
+
+def launch_conv(
+    q, weight, scale, bias, kernel, stride, norm_weight, norm_bias, eps,
+    gelu, dtype, inverse=1.0, limit=127, zero=0,
+    config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`conv_reference` in Triton. ``config`` overrides the tile; with a norm
+    its ``block_n`` must hold all channels."""
+    frames = _checked_frames(q, weight, kernel, stride)
+    columns = weight.shape[0]
+    out_shape = (q.shape[0], frames, columns)
+    out = torch.empty(out_shape, dtype=dtype, device=q.device)
+    _launch(
+        "conv1d", Rows(q, stride * q.shape[2], frames, q.stride(0)), weight,
+        out.view(-1, columns), scale, bias, None,
+        (norm_weight, norm_bias, eps), gelu, (inverse, limit, zero), config,
+    )  # fmt: skip
+    return out
+
+
+declare("conv1d", conv_reference, launch_conv)

@@ -15,7 +15,7 @@ import triton
 
 from ....utils.files import code_identity, identity
 from ....utils.store import Store
-from . import conv, group_conv
+from . import group_conv, matmul
 from .library import OPERATORS
 from .plain import HALF_TOLERANCE, difference
 
@@ -51,7 +51,7 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
     yield "linear", (q, square, scale, bias, None, True, *rounded), exact
     residual = (q, square, scale, bias, x.half(), False, torch.float16)
     yield "linear", residual, exact
-    kernel = conv.pack_weight(int8(128, 128, 3))
+    kernel = matmul.pack_conv_weight(int8(128, 128, 3))
     end = (True, *rounded)
     yield "conv1d", (q, kernel, scale, None, 3, 2, *norm, *end), exact
     plain = (None, None, 0.0)

@@ -35,7 +35,7 @@ def test_sums_are_exact(geometry, launched):
     groups, taps, trim = geometry[4:]
     q, weight = _inputs(geometry)
     found = launched(
-        group_conv.launch, q, group_conv.pack_weight(weight, groups),
+        "group_conv1d", q, group_conv.pack_weight(weight, groups),
         torch.ones(weight.shape[0]), None, None, taps // 2, trim, False,
         torch.float32,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_gelu_and_residual(geometry, taps_a_step, dtype, equals_reference):
     weight = group_conv.pack_weight(weight, groups)
     residual = torch.randn(*q.shape[:2], count).to(dtype)
     equals_reference(
-        group_conv, q, weight, torch.rand(count) * 1e-4, torch.randn(count),
+        "group_conv1d", q, weight, torch.rand(count) * 1e-4, torch.randn(count),
         residual, taps // 2, trim, True, dtype,
         config=Config(16, 16, taps_a_step * weight.shape[3], 4, 2),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechbrain_stablequant.runtimes.triton.kernels import conv, linear, matmul
+from speechbrain_stablequant.runtimes.triton.kernels import matmul
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -33,7 +33,7 @@ def _int8(*shape):
 def test_sums_are_exact(rows, depth, columns, gap, surrounded, launched):
     q, weight = _int8(rows, depth), _int8(columns, depth)
     found = launched(
-        linear.launch, surrounded(q, gap), weight, torch.ones(columns), *PLAIN,
+        "linear", surrounded(q, gap), weight, torch.ones(columns), *PLAIN,
         config=SMALL,
     )  # fmt: skip
     assert torch.equal(found.cpu().long(), q.long() @ weight.long().T)
@@ -42,7 +42,7 @@ def test_sums_are_exact(rows, depth, columns, gap, surrounded, launched):
 def test_worst_case_operands_are_exact(launched):
     q = torch.full((33, 1000), -127, dtype=torch.int8)
     weight = torch.full((40, 1000), 127, dtype=torch.int8)
-    found = launched(linear.launch, q, weight, torch.ones(40), *PLAIN)
+    found = launched("linear", q, weight, torch.ones(40), *PLAIN)
     assert torch.equal(found.cpu().long(), q.long() @ weight.long().T)
 
 
@@ -61,7 +61,7 @@ def test_ends(
     if has_residual:
         residual = surrounded(residual, gap=6)
     equals_reference(
-        linear, _int8(rows, depth), _int8(columns, depth), scale, bias,
+        "linear", _int8(rows, depth), _int8(columns, depth), scale, bias,
         residual, gelu, dtype, 21.5, 31, config=SMALL,
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def _linear(*shape: int):
 
 @pytest.mark.parametrize("tile", matmul.TILES, ids=str)
 def test_every_tile(tile, equals_reference):
-    equals_reference(linear, *_linear(3, 90, 272), config=tile)
+    equals_reference("linear", *_linear(3, 90, 272), config=tile)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 7])
@@ -84,7 +84,7 @@ def test_blocks_that_go_on(rows, blocks, equals_reference, monkeypatch):
     """Fewer blocks than tiles, also such that some have one tile more."""
     monkeypatch.setattr(matmul, "_at_once", lambda tile, device: blocks)
     tile = replace(SMALL, persistent=True)
-    equals_reference(linear, *_linear(rows, 192), config=tile)
+    equals_reference("linear", *_linear(rows, 192), config=tile)
 
 
 def _norm(columns: int, has_norm: bool = True):
@@ -100,7 +100,7 @@ def test_blocks_of_a_convolution_that_go_on(
 ):
     monkeypatch.setattr(matmul, "_at_once", lambda tile, device: 2)
     equals_reference(
-        conv, _int8(3, 80, 32), _int8(60, 96), torch.rand(60) * 1e-3,
+        "conv1d", _int8(3, 80, 32), _int8(60, 96), torch.rand(60) * 1e-3,
         torch.randn(60), 3, 2, *_norm(60, has_norm), 1e-5, True, torch.int8,
         40.0, 127, config=Config(16, 64, 32, 4, 2, persistent=True),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def test_convolution_sums_are_exact(geometry, launched):
     batch, frames, channels, columns, kernel, stride = geometry
     q, weight = _int8(batch, frames, channels), _int8(columns, channels, kernel)
     found = launched(
-        conv.launch, q, conv.pack_weight(weight), torch.ones(columns), None,
+        "conv1d", q, matmul.pack_conv_weight(weight), torch.ones(columns), None,
         kernel, stride, None, None, 0.0, False, torch.float32, config=SMALL,
     )  # fmt: skip
     expected = F.conv1d(
@@ -135,9 +135,9 @@ def test_convolution_sums_are_exact(geometry, launched):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 def test_convolution(geometry, has_norm, dtype, equals_reference):
     batch, frames, channels, columns, kernel, stride = geometry
-    weight = conv.pack_weight(_int8(columns, channels, kernel))
+    weight = matmul.pack_conv_weight(_int8(columns, channels, kernel))
     equals_reference(
-        conv, _int8(batch, frames, channels), weight,
+        "conv1d", _int8(batch, frames, channels), weight,
         torch.rand(columns) * 1e-3, torch.randn(columns), kernel, stride,
         *_norm(columns, has_norm), 1e-5, True, dtype, 40.0, 127, -113,
         config=None if has_norm else SMALL,
@@ -147,7 +147,7 @@ def test_convolution(geometry, has_norm, dtype, equals_reference):
 @pytest.mark.parametrize("m, k, warps, stages", matmul.ROW_TILES)
 def test_every_tile_of_whole_rows(m, k, warps, stages, equals_reference):
     equals_reference(
-        conv, _int8(2, 80, 40), _int8(96, 120), torch.rand(96) * 1e-3,
+        "conv1d", _int8(2, 80, 40), _int8(96, 120), torch.rand(96) * 1e-3,
         torch.randn(96), 3, 2, *_norm(96), 1e-5, True, torch.int8, 40.0, 127,
         config=Config(m, 128, k, warps, stages),
     )  # fmt: skip
@@ -159,8 +159,8 @@ def test_refuses_what_it_cannot_compute(device):
     one = torch.ones(8, device=device)
     rest = (None, None, 0.0, False, torch.int8)
     with pytest.raises(ValueError, match="2 frames are fewer than the ker"):
-        conv.launch(q, weight, one, None, 3, 2, *rest)
+        matmul.launch_conv(q, weight, one, None, 3, 2, *rest)
     with pytest.raises(TypeError, match="q must be int8, got torch"):
-        conv.launch(q.float(), weight, one, None, 2, 2, *rest)
+        matmul.launch_conv(q.float(), weight, one, None, 2, 2, *rest)
     with pytest.raises(ValueError, match="q must be contiguous"):
-        conv.launch(q.transpose(1, 2), weight, one, None, 2, 2, *rest)
+        matmul.launch_conv(q.transpose(1, 2), weight, one, None, 2, 2, *rest)

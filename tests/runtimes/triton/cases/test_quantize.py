@@ -14,9 +14,7 @@ def test_ties_and_saturation(bits, launched):
     scale = torch.tensor(0.37)
     steps = torch.arange(-300, 300) * 0.25  # every fourth or second is a tie
     x = torch.cat([steps * scale, torch.tensor([0.0, -0.0, 1e30, -1e30])])
-    found = launched(
-        quantize.launch, x, float(1.0 / scale), numerics.qmax(bits)
-    )
+    found = launched("quantize", x, float(1.0 / scale), numerics.qmax(bits))
     assert torch.equal(found.cpu(), numerics.quantize(x, scale, bits))
 
 
@@ -34,7 +32,7 @@ def test_shapes_and_strides(dtype, shape, gap, surrounded):
 
 @pytest.mark.parametrize("zero", [0, -113])
 def test_gelu(zero, equals_reference):
-    equals_reference(quantize, torch.randn(9, 130) * 3, 31.7, 127, True, zero)
+    equals_reference("quantize", torch.randn(9, 130) * 3, 31.7, 127, True, zero)
 
 
 @pytest.mark.parametrize("steps", [26, -31])
@@ -42,7 +40,7 @@ def test_offset(steps, launched):
     """Both ends of the range, and ties, which a power of two keeps."""
     scale = torch.tensor(0.25)
     x = torch.arange(-300, 300) * 0.25 * scale + steps * scale
-    found = launched(quantize.launch, x, 4.0, 31, zero=-steps)
+    found = launched("quantize", x, 4.0, 31, zero=-steps)
     expected = numerics.quantize(x - steps * scale, scale, 6)
     assert torch.equal(found.cpu(), expected)
     assert found.min() == -31 and found.max() == 31

@@ -36,8 +36,10 @@ def test_convolution(geometry, has_norm, dtype, kind, equals_reference):
     norm = (None, None)
     if has_norm:
         norm = (torch.randn(columns), torch.randn(columns))
-    end = (*norm, 1e-5, True, dtype, 40.0, 31, -28)
-    equals_reference(wave_conv, wave, *WAVE, weight, scale, bias, stride, *end)
+    equals_reference(
+        "wave_conv", wave, *WAVE, weight, scale, bias, stride, *norm, 1e-5,
+        True, dtype, 40.0, 31, -28,
+    )  # fmt: skip
 
 
 def test_refuses_what_it_cannot_compute(device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechbrain_stablequant.runtimes.triton.kernels import wave_conv, wave_gram
+from speechbrain_stablequant.runtimes.triton.kernels import wave_conv
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -26,8 +26,8 @@ def test_sums(geometry, kind, surrounded, device):
     wave = torch.randn(batch, samples) + 3
     frames = torch.tensor(max(samples // stride - taps, 1))
     window = (*WAVE, kind, taps, stride)
-    expected = wave_gram.reference(wave, *window, frames)
-    found = wave_gram.launch(surrounded(wave), *window, frames.to(device))
+    expected = wave_conv.gram_reference(wave, *window, frames)
+    found = wave_conv.launch_gram(surrounded(wave), *window, frames.to(device))
     assert found.dtype == torch.float64
     # float64 of integers is exact, of others but for the order of the sums
     rtol = 0 if kind == torch.int8 else 1e-13
@@ -37,7 +37,7 @@ def test_sums(geometry, kind, surrounded, device):
 def test_sums_of_the_worst_case_are_exact(surrounded, device):
     wave, frames = torch.full((1, 50000), 9.0), torch.tensor(9000)
     window = (*WAVE, torch.int8, 10, 5, frames.to(device))
-    found = wave_gram.launch(surrounded(wave), *window).cpu()
+    found = wave_conv.launch_gram(surrounded(wave), *window).cpu()
     assert found[:, :10].unique().tolist() == [9000 * 127 * 127]
     assert found[:, 10].unique().tolist() == [9000 * 127]
 
@@ -70,8 +70,8 @@ def test_group_norm(geometry, kind, loud, surrounded, check_close, device):
 
     placed = surrounded(wave)
     count, taken = frames.to(device), surrounded(weight)
-    gram = wave_gram.launch(placed, *quantized, kind, taps, stride, count)
-    own = wave_gram.normalized_over_time(
+    gram = wave_conv.launch_gram(placed, *quantized, kind, taps, stride, count)
+    own = wave_conv.normalized_over_time(
         gram, count, taken, *map(surrounded, (scale, gain, shift)), 1e-5
     )
     assert own[0].shape == (batch, columns)
@@ -93,9 +93,9 @@ def test_refuses_what_it_cannot_compute(device):
     frames = torch.tensor(1, device=device)
     wave = torch.zeros(1, 9, device=device)
     with pytest.raises(ValueError, match="9 frames are fewer than the ker"):
-        wave_gram.launch(wave, *WAVE, torch.int8, 10, 5, frames)
+        wave_conv.launch_gram(wave, *WAVE, torch.int8, 10, 5, frames)
     with pytest.raises(TypeError, match="wave must be float32, got"):
-        wave_gram.launch(wave.half(), *WAVE, torch.int8, 5, 5, frames)
+        wave_conv.launch_gram(wave.half(), *WAVE, torch.int8, 5, 5, frames)
     with pytest.raises(ValueError, match="wave must be contiguous"):
-        wave_gram.launch(wave[:, ::2], *WAVE, torch.int8, 5, 5, frames)
+        wave_conv.launch_gram(wave[:, ::2], *WAVE, torch.int8, 5, 5, frames)
     torch.empty(1)  # nothing is allocated before a refusal
