@@ -34,8 +34,8 @@ ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 65536
 INT8, HALF = torch.int8, torch.float16
 FRAMES = 499
-#: After a product: bias and GELU, quantized.
-ACTIVATED = (True, INT8, 2.0, 127, -113)
+#: After a product: GELU, quantized; or 16 bit.
+ACTIVATED, FLOAT = (True, INT8, 2.0, 127, -113), (False, HALF)
 
 
 def compiled(arch: int, function, *args, **kwargs):
@@ -62,19 +62,21 @@ def is_wgmma(found) -> bool:
     return all(name.startswith("wgmma") for name in found.tensor_core)
 
 
-def product(columns: int, depth: int, has_residual: bool, end, tile=None):
-    """Arguments of a linear layer on a batch of 8 utterances."""
+def linear(arch, columns, depth, has_residual, end, tile=None):
+    """Resources of a linear layer on a batch of 8 utterances."""
     rows = 8 * FRAMES
+    q, weight = meta(rows, depth, dtype=INT8), meta(columns, depth, dtype=INT8)
     residual = meta(rows, columns, dtype=HALF) if has_residual else None
-    return matmul.launch_linear, (
-        meta(rows, depth, dtype=INT8),
-        meta(columns, depth, dtype=INT8),
-        meta(columns),
-        meta(columns),
-        residual,
-        *end,
-        tile,
-    )
+    rest = (meta(columns), meta(columns), residual, *end)
+    return compiled(arch, matmul.launch_linear, q, weight, *rest, config=tile)
+
+
+def convolution(arch, tile):
+    """Resources of a convolution with a LayerNorm."""
+    q, weight = meta(1, 31999, 512, dtype=INT8), meta(512, 1536, dtype=INT8)
+    two = (meta(512), meta(512))
+    rest = (*two, 3, 2, *two, 1e-5, *ACTIVATED)
+    return compiled(arch, matmul.launch_conv, q, weight, *rest, config=tile)
 
 
 def lasting(tiles):
@@ -87,8 +89,7 @@ def lasting(tiles):
     "tile", [*matmul.TILES, *lasting(matmul.TILES[:3])], ids=str
 )
 def test_gelu_and_quantize(arch, tile):
-    function, arguments = product(4096, 1024, False, ACTIVATED, tile)
-    found = compiled(arch, function, *arguments)
+    found = linear(arch, 4096, 1024, False, ACTIVATED, tile)
     check(arch, found)
     assert is_wgmma(found) == (arch == 90)
 
@@ -100,9 +101,7 @@ def test_gelu_and_quantize(arch, tile):
     ids=str,
 )
 def test_residual(arch, tile):
-    end = (False, HALF, 1.0, 127, 0)
-    function, arguments = product(1024, 4096, True, end, tile)
-    found = compiled(arch, function, *arguments)
+    found = linear(arch, 1024, 4096, True, FLOAT, tile)
     check(arch, found)
     assert is_wgmma(found) == (arch == 90)
 
@@ -110,36 +109,22 @@ def test_residual(arch, tile):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("channels", [768, 1024])
 def test_projections(arch, channels):
-    end = (False, HALF, 1.0, 127, 0)
-    function, arguments = product(3 * channels, channels, False, end)
-    check(arch, compiled(arch, function, *arguments))
+    check(arch, linear(arch, 3 * channels, channels, False, FLOAT))
 
 
 @pytest.mark.parametrize("tile", matmul.RAGGED_TILES, ids=str)
 def test_depth_that_is_no_multiple_of_the_tile(tile):
-    end = (False, HALF, 1.0, 127, 0)
-    function, arguments = product(32, 1000, False, end, tile)
     for arch in ARCHITECTURES:
-        check(arch, compiled(arch, function, *arguments))
+        check(arch, linear(arch, 32, 1000, False, FLOAT, tile))
 
 
 def test_fits_onto_cards_with_little_shared_memory():
     """What the candidates are chosen by is an upper bound of what they need."""
-    little = 99 * 1024
-    vectors = [meta(512) for _ in range(4)]
     for m, k, warps, stages in matmul.ROW_TILES:
         tile = Config(m, 512, k, warps, stages)
-        if tile.shared_bytes() > little:
+        if tile.shared_bytes() > 99 * 1024:
             continue
-        found = compiled(
-            86,
-            matmul.launch_conv,
-            meta(1, 31999, 512, dtype=INT8),
-            meta(512, 1536, dtype=INT8),
-            *vectors[:2],
-            *(3, 2, *vectors[2:], 1e-5, *ACTIVATED),
-            config=tile,
-        )
+        found = convolution(86, tile)
         assert found.spill_bytes == 0
         assert found.shared_bytes <= tile.shared_bytes()
 
@@ -153,35 +138,20 @@ def test_fits_onto_cards_with_little_shared_memory():
     ],
 )
 def test_convolution_with_layer_norm(arch, m, k, warps, stages, persistent):
-    vectors = [meta(512) for _ in range(4)]
-    found = compiled(
-        arch,
-        matmul.launch_conv,
-        meta(1, 31999, 512, dtype=INT8),
-        meta(512, 1536, dtype=INT8),
-        *vectors[:2],
-        3,
-        2,
-        *vectors[2:],
-        1e-5,
-        *ACTIVATED,
-        config=Config(m, 512, k, warps, stages, persistent),
-    )
+    found = convolution(arch, Config(m, 512, k, warps, stages, persistent))
     check(arch, found)
     # an instruction of a warp group multiplies 64 rows
     assert is_wgmma(found) == (arch == 90 and m >= 64)
 
 
-def wave_arguments(by_utterance: bool, has_norm: bool, kind=INT8):
-    """Arguments of the first convolution on 10 s."""
-    shape = (1, 512) if by_utterance else (512,)
-    norm = (meta(512), meta(512)) if has_norm else (None, None)
-    weight = meta(512, 10, dtype=kind)
-    scale, bias = meta(*shape), meta(*shape)
-    return (
-        *(meta(1, 160000), 3.0, 127, weight, scale, bias, 5),
-        *(*norm, 1e-5, *ACTIVATED),
-    )
+def first_convolution(arch, kind, by_utterance: bool, tile):
+    """Resources of the first convolution on 10 s, with a scale of each
+    utterance or else with a LayerNorm."""
+    one = meta(1, 512) if by_utterance else meta(512)
+    norm = (None, None) if by_utterance else (meta(512), meta(512))
+    rest = (meta(512, 10, dtype=kind), one, one, 5, *norm, 1e-5, *ACTIVATED)
+    wave = (meta(1, 160000), 3.0, 127)
+    return compiled(arch, wave_conv.launch, *wave, *rest, config=tile)
 
 
 #: Of the weights of the first convolution -> what multiplies them.
@@ -192,12 +162,8 @@ WAVE_PRODUCTS = {INT8: ".s32.s8.s8", HALF: ".f32.f16.f16"}
 @pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
 @pytest.mark.parametrize("m, warps", wave_conv.ROW_TILES)
 def test_first_convolution_with_layer_norm(arch, kind, m, warps):
-    found = compiled(
-        arch,
-        wave_conv.launch,
-        *wave_arguments(False, True, kind),
-        config=Config(m, 512, 32, warps, 1),
-    )
+    tile = Config(m, 512, 32, warps, 1)
+    found = first_convolution(arch, kind, False, tile)
     check(arch, found, WAVE_PRODUCTS[kind])
 
 
@@ -205,12 +171,8 @@ def test_first_convolution_with_layer_norm(arch, kind, m, warps):
 @pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
 @pytest.mark.parametrize("m, n, warps", wave_conv.TILES)
 def test_first_convolution_with_a_scale_of_its_own(arch, kind, m, n, warps):
-    found = compiled(
-        arch,
-        wave_conv.launch,
-        *wave_arguments(True, False, kind),
-        config=Config(m, n, 32, warps, 1),
-    )
+    tile = Config(m, n, 32, warps, 1)
+    found = first_convolution(arch, kind, True, tile)
     check(arch, found, WAVE_PRODUCTS[kind])
 
 
@@ -289,13 +251,13 @@ def _launches(batch: int, frames: int):
     real = meta(batch, dtype=torch.int64)
     count = meta(dtype=torch.int64)
     own = meta(batch, 64)
-    tile = Config(64, 64, 64, 4, 2)
     grid = (1.0, 127)
+    qkv = meta(batch, frames, 192, dtype=HALF)
     for function, arguments in (
         (matmul.launch_linear, (q, square, vector, vector, x, *ends)),
         (matmul.launch_conv, (q, kernel, vector, None, 3, 2, *norm, *ends)),
         (group_conv.launch, (q, grouped, vector, None, x, 8, 1, *ends)),
-        (attention.launch, (meta(batch, frames, 192, dtype=HALF), 1, real)),
+        (attention.launch, (qkv, 1, real, HALF)),
         (layer_norm.launch, (x, *norm, *ends)),
         (quantize.launch, (x, 1.0, 127)),
         (wave_conv.launch_gram, (wave, *grid, INT8, 10, 5, count)),
@@ -305,13 +267,9 @@ def _launches(batch: int, frames: int):
             (wave, *grid, taps, own, own, 5, None, None, 0.0, *ends),
         ),
     ):
-        options = (
-            {}
-            if "config" not in signature_of(function).parameters
-            else {"config": tile}
-        )
-        if function is attention.launch:
-            arguments = (*arguments, HALF)
+        options = {}
+        if "config" in signature_of(function).parameters:
+            options["config"] = Config(64, 64, 64, 4, 2)
         yield from launches_of(function, *arguments, **options)
 
 
