@@ -77,12 +77,24 @@ def relative_error(found, expected):
     return float((found - expected).norm() / spread)
 
 
-def rounding_noise(spec, wavs, lengths=None):
-    """How far the exact reference moves when its input moves by a rounding
-    of 16 bit: what a runtime that rounds to 16 bit can be asked for."""
-    expected = ReferenceExecutor(spec)(wavs, lengths)
-    moved = ReferenceExecutor(spec)(wavs * (1 + 2**-9), lengths)
-    return expected, relative_error(moved, expected)
+def check_float32(spec, wavs):
+    """Compares the runtime in float32 with the reference; returns the network."""
+    execute = make_executor(spec, DEVICE, dtype="float32")
+    expected = ReferenceExecutor(spec)(wavs)
+    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    return execute.network
+
+
+def check_16_bit(spec, dtype):
+    """The runtime differs from the reference by no more than a few times what
+    the reference does when its input moves by a rounding of 16 bit."""
+    wavs = torch.randn(2, SAMPLES)
+    expected = ReferenceExecutor(spec)(wavs)
+    moved = ReferenceExecutor(spec)(wavs * (1 + 2**-9))
+    found = make_executor(spec, DEVICE, dtype=dtype)(wavs.to(DEVICE), None)
+    # bfloat16 rounds the residual stream to 2^-9 some ten times
+    limit = max(4 * relative_error(moved, expected), 0.03)
+    assert relative_error(found, expected) < limit
 
 
 @pytest.mark.parametrize(
@@ -90,11 +102,7 @@ def rounding_noise(spec, wavs, lengths=None):
     [8, pytest.param(6, marks=host_only), pytest.param(4, marks=host_only)],
 )
 def test_agrees_with_the_reference(tiny_model, bits):
-    spec = describe(tiny_model, bits=bits)
-    wavs = torch.randn(2, SAMPLES)
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    check_float32(describe(tiny_model, bits=bits), torch.randn(2, SAMPLES))
 
 
 def describe_lopsided(model, quants):
@@ -112,32 +120,21 @@ def describe_lopsided(model, quants):
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
     assert {x.zero_point() for x in spec.blocks[0].layers()} > {0}
-    wavs = torch.randn(1, 1200)
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    check_float32(spec, torch.randn(1, 1200))
 
 
 @host_only
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("variant", ["wav2vec2-base", "hubert-large"])
 def test_offsets_and_rotation_in_16_bit(tiny_model, lopsided_quants, dtype):
-    spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model))
-    wavs = torch.randn(2, SAMPLES)
-    expected, noise = rounding_noise(spec, wavs)
-    found = make_executor(spec, DEVICE, dtype=dtype)(wavs.to(DEVICE), None)
-    assert relative_error(found, expected) < max(4 * noise, 0.03)
+    quants = lopsided_quants(tiny_model)
+    check_16_bit(describe_lopsided(tiny_model, quants), dtype)
 
 
 @host_only
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_agrees_within_16_bit(tiny_model, dtype):
-    spec = describe(tiny_model)
-    wavs = torch.randn(2, SAMPLES)
-    expected, noise = rounding_noise(spec, wavs)
-    found = make_executor(spec, DEVICE, dtype=dtype)(wavs.to(DEVICE), None)
-    # bfloat16 rounds the residual stream to 2^-9 some ten times
-    assert relative_error(found, expected) < max(4 * noise, 0.03)
+    check_16_bit(describe(tiny_model), dtype)
 
 
 def test_masks_the_padding(tiny_model):
@@ -172,10 +169,7 @@ def test_the_bucket_does_not_matter(tiny_model, samples):
     """Every length, also those that a GroupNorm over the padding would get
     wrong, equals the reference, which pads nothing."""
     spec = describe(tiny_model)
-    wavs = torch.randn(1, samples)
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    check_float32(spec, torch.randn(1, samples))
 
 
 MIXED = {
@@ -200,10 +194,7 @@ def test_any_layer_may_stay_float(make_tiny_model, variant, keep):
     spec = describe(make_tiny_model(variant), keep)
     kinds = {type(layer) for layer in spec.layers()}
     assert FloatLayer in kinds
-    wavs = torch.randn(2, 1500)
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    check_float32(spec, torch.randn(2, 1500))
 
 
 @host_only
@@ -213,12 +204,8 @@ def test_projections_on_scales_of_their_own(make_tiny_model):
     block = spec.blocks[0]
     key = replace(block.key, activation_scale=block.key.activation_scale * 0.9)
     spec = replace(spec, blocks=(replace(block, key=key), *spec.blocks[1:]))
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    counts = [len(b.qkv.parts) for b in execute.network.blocks]
-    assert counts == [3, 1]
-    wavs = torch.randn(1, 1500)
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    network = check_float32(spec, torch.randn(1, 1500))
+    assert [len(block.qkv.parts) for block in network.blocks] == [3, 1]
 
 
 @host_only
@@ -228,12 +215,8 @@ def test_wide_norms_are_computed_apart(make_tiny_model):
         "hubert-large", conv_dim=(16, 520), conv_kernel=(10, 3),
         conv_stride=(5, 2),
     )  # fmt: skip
-    spec = describe(model)
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    assert [s.fused for s in execute.network.stages] == [True, False]
-    wavs = torch.randn(1, 300)
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    network = check_float32(describe(model), torch.randn(1, 300))
+    assert [stage.fused for stage in network.stages] == [True, False]
 
 
 @host_only
@@ -245,10 +228,7 @@ def test_wide_norms_before_an_offset(make_tiny_model, lopsided_quants):
     )  # fmt: skip
     spec = describe_lopsided(model, lopsided_quants(model))
     assert spec.convs[2].conv.zero_point() < 0
-    execute = make_executor(spec, DEVICE, dtype="float32")
-    wavs = torch.randn(1, 300)
-    expected = ReferenceExecutor(spec)(wavs)
-    assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES
+    check_float32(spec, torch.randn(1, 300))
 
 
 def _layer(kind="linear", **changes) -> IntegerLayer:

@@ -24,7 +24,7 @@ TAIL = tl.constexpr(
 
 @triton.jit
 def round_to_int8(x, inverse, limit, zero):
-    """``clamp(round(x * inverse + zero))`` as ``numerics.quantize`` does it
+    """``clamp(round(x * inverse + zero))`` as ``affine.quantize`` does it
     with ``x - offset``, where ``zero`` is ``-offset * inverse``, an integer.
 
     The limits are integers, so clamping before rounding gives the same; it
