@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import speechbrain_stablequant.runtimes.triton.kernels  # noqa: F401
-from speechbrain_stablequant.core import affine as numerics
+from speechbrain_stablequant.core import affine
 from speechbrain_stablequant.runtimes.triton.kernels import group_conv, matmul
 
 OPS = torch.ops.stablequant
@@ -71,12 +71,12 @@ def test_compiles_whole(call):
     torch.testing.assert_close(found, expected)
 
 
-def test_quantize_equals_numerics():
+def test_quantize_equals_affine():
     x, scale = torch.randn(5, 7), torch.tensor(0.037)
     found = OPS.quantize(x.to(DEVICE), float(1 / scale), 31)
-    assert torch.equal(found.cpu(), numerics.quantize(x, scale, 6))
+    assert torch.equal(found.cpu(), affine.quantize(x, scale, 6))
     moved = OPS.quantize(x.to(DEVICE), float(1 / scale), 31, False, -28)
-    expected = numerics.quantize(x - 28 * scale, scale, 6)
+    expected = affine.quantize(x - 28 * scale, scale, 6)
     assert torch.equal(moved.cpu(), expected)
 
 

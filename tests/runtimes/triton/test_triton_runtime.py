@@ -78,7 +78,7 @@ def relative_error(found, expected):
 
 
 def check_float32(spec, wavs):
-    """Compares the runtime in float32 with the reference; returns the network."""
+    """Compares the runtime in float32 with the reference; its network."""
     execute = make_executor(spec, DEVICE, dtype="float32")
     expected = ReferenceExecutor(spec)(wavs)
     assert relative_error(execute(wavs.to(DEVICE), None), expected) < TIES

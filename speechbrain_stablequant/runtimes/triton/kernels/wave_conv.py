@@ -33,6 +33,8 @@ MAX_TAPS = 128
 TILES = ((128, 64, 4), (128, 128, 8), (64, 64, 4))
 #: (block_m, warps) where a tile holds whole rows, for a norm.
 ROW_TILES = ((64, 16), (64, 8), (32, 8), (16, 4))
+#: Frames of a block of sums: so many products of int8 are exact in float32.
+SUMMED_FRAMES = 256
 
 
 def wave_frames(
@@ -195,10 +197,6 @@ def launch(
 declare("wave_conv", reference, launch)
 
 
-#: Frames of a block: float32 sums of so many products of int8 are exact.
-BLOCK = 256
-
-
 def gram_reference(
     wave: torch.Tensor, wave_inverse: float, wave_limit: int,
     dtype: torch.dtype, taps: int, stride: int, frames: torch.Tensor,
@@ -281,13 +279,14 @@ def launch_gram(
     """`gram_reference` in Triton."""
     count = wave_frames("wave_gram", wave, taps, stride)
     batch, samples = wave.shape
-    pieces = triton.cdiv(count, BLOCK)
+    pieces = triton.cdiv(count, SUMMED_FRAMES)
     shape = (batch, pieces, taps + 1, taps)
     grams = torch.empty(shape, dtype=torch.float64, device=wave.device)
     kind = getattr(tl, str(dtype).removeprefix("torch."))
     wave_gram_kernel[(pieces, batch, taps)](
         wave, grams, frames, count, samples, wave_inverse, float(wave_limit),
-        KIND=kind, TAPS=taps, STRIDE=stride, BLOCK=BLOCK, num_warps=1,
+        KIND=kind, TAPS=taps, STRIDE=stride, BLOCK=SUMMED_FRAMES,
+        num_warps=1,
     )  # fmt: skip
     return grams.sum(1)
 

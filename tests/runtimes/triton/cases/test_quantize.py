@@ -1,9 +1,9 @@
-"""The quantize kernel equals ``numerics.quantize`` bit for bit."""
+"""The quantize kernel equals ``affine.quantize`` bit for bit."""
 
 import pytest
 import torch
 
-from speechbrain_stablequant.core import affine as numerics
+from speechbrain_stablequant.core import affine
 from speechbrain_stablequant.runtimes.triton.kernels import quantize
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -14,8 +14,8 @@ def test_ties_and_saturation(bits, launched):
     scale = torch.tensor(0.37)
     steps = torch.arange(-300, 300) * 0.25  # every fourth or second is a tie
     x = torch.cat([steps * scale, torch.tensor([0.0, -0.0, 1e30, -1e30])])
-    found = launched("quantize", x, float(1.0 / scale), numerics.qmax(bits))
-    assert torch.equal(found.cpu(), numerics.quantize(x, scale, bits))
+    found = launched("quantize", x, float(1.0 / scale), affine.qmax(bits))
+    assert torch.equal(found.cpu(), affine.quantize(x, scale, bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float])
@@ -27,7 +27,7 @@ def test_shapes_and_strides(dtype, shape, gap, surrounded):
     x = torch.randn(shape).to(dtype)
     scale = torch.tensor(0.0213)
     found = quantize.launch(surrounded(x, gap), float(1.0 / scale), 127)
-    assert torch.equal(found.cpu(), numerics.quantize(x, scale, 8))
+    assert torch.equal(found.cpu(), affine.quantize(x, scale, 8))
 
 
 @pytest.mark.parametrize("zero", [0, -113])
@@ -41,7 +41,7 @@ def test_offset(steps, launched):
     scale = torch.tensor(0.25)
     x = torch.arange(-300, 300) * 0.25 * scale + steps * scale
     found = launched("quantize", x, 4.0, 31, zero=-steps)
-    expected = numerics.quantize(x - steps * scale, scale, 6)
+    expected = affine.quantize(x - steps * scale, scale, 6)
     assert torch.equal(found.cpu(), expected)
     assert found.min() == -31 and found.max() == 31
 
