@@ -13,7 +13,7 @@ GEOMETRIES = [
     (1, 10, 8, 10, 5),
     (2, 333, 24, 10, 5),
     (3, 1170, 48, 3, 2),  # more than one block
-    (1, 700, 17, 40, 20),
+    (1, 700, 17, 24, 20),
 ]
 WAVE = (float(1.0 / torch.tensor(3.0 / 127)), 127)
 KINDS = [torch.int8, torch.float16, torch.float32]
@@ -35,11 +35,11 @@ def test_sums(geometry, kind, surrounded, device):
 
 
 def test_sums_of_the_worst_case_are_exact(surrounded, device):
-    wave, frames = torch.full((1, 50000), 9.0), torch.tensor(9000)
+    wave, frames = torch.full((1, 8000), 9.0), torch.tensor(1300)
     window = (*WAVE, torch.int8, 10, 5, frames.to(device))
     found = wave_conv.launch_gram(surrounded(wave), *window).cpu()
-    assert found[:, :10].unique().tolist() == [9000 * 127 * 127]
-    assert found[:, 10].unique().tolist() == [9000 * 127]
+    assert found[:, :10].unique().tolist() == [1300 * 127 * 127]
+    assert found[:, 10].unique().tolist() == [1300 * 127]
 
 
 @pytest.mark.parametrize("loud", [0.0, 300.0])
