@@ -5,7 +5,9 @@ For ``b`` bits, ``qmax = 2^(b-1) - 1``, ``scale = amax / qmax`` and
     q = clamp(round(x * (1 / scale)), -qmax, qmax)
 
 in float32, with ties rounded to even. Multiplying by the reciprocal gives the
-bits of ``torch.fake_quantize_per_tensor_affine``; a division does not.
+bits of ``torch.fake_quantize_per_tensor_affine``; a division does not. A scale
+has one float32 element, or one per slice of the first axis, which is a weight's
+output channels.
 """
 
 import torch
@@ -18,6 +20,15 @@ MIN_BITS, MAX_BITS = 2, 8
 
 #: Lower bound of GELU (its minimum is -0.16997).
 GELU_MIN = -0.17
+
+# Weights searched at once. On a CPU a chunk and its error stay in the cache;
+# on a GPU few large chunks mean few kernel launches.
+_CHUNK_CPU = 1 << 17
+_CHUNK_GPU = 1 << 24
+
+# Candidates of the search for a weight's ranges, and of its refinement.
+_GRID = 100
+_REFINE = 10
 
 
 def qmax(bits: int) -> int:
@@ -41,43 +52,86 @@ def scale_from_amax(amax: torch.Tensor, bits: int) -> torch.Tensor:
     return amax.clamp(min=MIN_AMAX) / qmax(bits)
 
 
-def quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    bits: int,
-    axis: int | None = None,
-) -> torch.Tensor:
-    """Quantizes a tensor to int8; ``scale`` has one float32 element, or one
-    per slice along ``axis``."""
+def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Quantizes a tensor to int8."""
     limit = qmax(bits)
-    q = torch.round(x.to(torch.float32) * (1.0 / _spread(scale, x, axis)))
+    q = torch.round(x.detach().to(torch.float32) * (1.0 / _spread(scale, x)))
     return q.clamp_(-limit, limit).to(torch.int8)
 
 
-def dequantize(
-    q: torch.Tensor, scale: torch.Tensor, axis: int | None = None
-) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns ``q * scale`` in float32."""
-    return q.to(torch.float32) * _spread(scale, q, axis)
+    return q.to(torch.float32) * _spread(scale, q)
 
 
 def fake_quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    bits: int,
-    axis: int | None = None,
+    x: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """Returns ``dequantize(quantize(x))`` of a float32 tensor, four times as
     fast as torch's operators."""
-    limit, scale = qmax(bits), _spread(scale, x, axis)
+    limit, scale = qmax(bits), _spread(scale, x)
     return (x * (1.0 / scale)).round_().clamp_(-limit, limit).mul_(scale)
 
 
-def _spread(
-    scale: torch.Tensor, x: torch.Tensor, axis: int | None
-) -> torch.Tensor:
+def _spread(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Reshapes scales to broadcast against a tensor."""
-    shape = [] if axis is None else [1] * x.dim()
-    if axis is not None:
-        shape[axis] = -1
-    return scale.reshape(shape)
+    return scale.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def weight_scale(weight: torch.Tensor, bits: int, method: str) -> torch.Tensor:
+    """Returns the float32 scales [out] of a weight, see :func:`weight_amax`."""
+    return scale_from_amax(weight_amax(weight, bits, method), bits)
+
+
+@torch.no_grad()
+def weight_amax(weight: torch.Tensor, bits: int, method: str) -> torch.Tensor:
+    """Returns the float32 amax of each output channel, by ``"max"`` or
+    ``"mse"``.
+
+    ``mse`` tries 100 fractions of the channel's maximum on the raw values and
+    refines around the best, so it is never worse than ``max``.
+    """
+    limit = qmax(bits)
+    rows = weight.detach().to(torch.float32).flatten(1)
+    amax = rows.abs().amax(1)
+    if not bool(torch.isfinite(amax).all()):
+        raise ValueError("a weight holds NaN or Inf; load another checkpoint")
+    amax = amax.clamp(min=MIN_AMAX)
+    if method == "max":
+        return amax
+    chunk = _CHUNK_CPU if rows.device.type == "cpu" else _CHUNK_GPU
+    step = max(1, chunk // rows.shape[1])
+    parts = zip(rows.split(step), amax.split(step), strict=True)
+    return torch.cat(
+        [_search_channels(part.abs(), top, limit) for part, top in parts]
+    )
+
+
+def _search_channels(
+    rows: torch.Tensor, top: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """Returns the best amax of each row of magnitudes; `top` is its max."""
+    work = torch.empty_like(rows)
+
+    def better(amax, best, least):
+        amax = amax.clamp(min=MIN_AMAX).minimum(top)
+        error = _row_errors(rows, amax, limit, work)
+        return torch.where(error < least, amax, best), error.minimum(least)
+
+    best, least = top, _row_errors(rows, top, limit, work)
+    for i in range(1, _GRID):
+        best, least = better(top * (i / _GRID), best, least)
+    center, spacing = best, top / (_GRID * _REFINE)
+    for i in range(1 - _REFINE, _REFINE):
+        best, least = better(center + i * spacing, best, least)
+    return best
+
+
+def _row_errors(
+    rows: torch.Tensor, amax: torch.Tensor, limit: int, work: torch.Tensor
+) -> torch.Tensor:
+    """Returns the root of the squared error of each row; `work` is scratch."""
+    scale = (amax / limit)[:, None]
+    torch.mul(rows, 1.0 / scale, out=work)
+    work.round_().clamp_(max=limit).mul_(scale).sub_(rows)
+    return torch.linalg.vector_norm(work, dim=1)

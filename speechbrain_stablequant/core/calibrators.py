@@ -58,7 +58,7 @@ def entropy_calibrator(hist: Histogram, bits: int) -> float:
         counts[0] = counts[1]
     if counts.numel() <= _ENTROPY_START or not bool(counts.any()):
         return max(largest, MIN_AMAX)
-    divergence = _kl_divergences(counts, qmax(bits) + 1, _ENTROPY_START)
+    divergence = _kl_divergences(counts, qmax(bits) + 1)
     ties = (divergence <= divergence.min() + _KL_TIE).nonzero()
     kept = _ENTROPY_START + int(ties[-1])
     return max(min(kept * width, largest), MIN_AMAX)
@@ -125,10 +125,8 @@ def _occupied_bins(hist: Histogram) -> tuple[torch.Tensor, float]:
     return counts[:used], width
 
 
-def _kl_divergences(
-    counts: torch.Tensor, levels: int, start: int
-) -> torch.Tensor:
-    """Returns KL(P || Q) of every candidate i = start .. len(counts).
+def _kl_divergences(counts: torch.Tensor, levels: int) -> torch.Tensor:
+    """Returns KL(P || Q) of every candidate number of bins.
 
     With p the counts of P, N their sum, and level k of Q holding the count
     S_k in Z_k bins that are not empty, each bin of it is S_k / Z_k, and M is
@@ -143,7 +141,7 @@ def _kl_divergences(
     zero = counts.new_zeros(1)
     mass = torch.cat([zero, counts.cumsum(0)])  # exact: int64
     filled = torch.cat([zero, (counts > 0).cumsum(0)])
-    candidates = torch.arange(start, counts.numel() + 1)
+    candidates = torch.arange(_ENTROPY_START, counts.numel() + 1)
     total = mass[-1].double()
     kept = mass[candidates].double()
     last = counts[candidates - 1].double()

@@ -72,10 +72,8 @@ def score(transcripts: Sequence[Transcript]) -> ErrorRates:
 def bootstrap_delta_wer(
     baseline: Sequence[Transcript],
     other: Sequence[Transcript],
-    num_resamples: int = 10000,
-    level: float = 0.95,
-    seed: int = 0,
     unit: Unit = "word",
+    num_resamples: int = 10000,
 ) -> DeltaInterval:
     """Returns the difference of two systems' error rates with the interval of
     a paired bootstrap over utterances (Bisani and Ney, ICASSP 2004)."""
@@ -91,7 +89,7 @@ def bootstrap_delta_wer(
     # The references are the same, so the difference of the rates is the rate
     # of the differences, and one sum serves both systems.
     extra = after[:, 1:].sum(axis=1) - before[:, 1:].sum(axis=1)
-    return paired_interval(extra, before[:, 0], num_resamples, level, seed)
+    return paired_interval(extra, before[:, 0], num_resamples)
 
 
 def paired_interval(
@@ -99,11 +97,20 @@ def paired_interval(
     lengths: np.ndarray,
     num_resamples: int = 10000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> DeltaInterval:
     """Returns 100 * sum(extra) / sum(lengths) with its bootstrap interval."""
     delta = 100 * extra.sum() / lengths.sum()
-    deltas = _resampled_ratios(extra, lengths, num_resamples, seed)
+    generator = np.random.default_rng(0)
+    size = len(lengths)
+    deltas = np.empty(num_resamples)
+    # The stream is consumed row by row: the chunk does not change the result.
+    rows = max(1, _MAX_DRAWS // size)
+    for start in range(0, num_resamples, rows):
+        part = deltas[start : start + rows]
+        drawn = generator.integers(size, size=(len(part), size))
+        sums = extra[drawn].sum(axis=1), lengths[drawn].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part[:] = 100 * sums[0] / sums[1]
     # A resample of empty references alone has no rate.
     deltas = deltas[np.isfinite(deltas)]
     tail = 100 * (1 - level) / 2
@@ -143,22 +150,3 @@ def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
             "what the recipe's metric gets as its references"
         )
     return np.array(rows, dtype=np.int64)
-
-
-def _resampled_ratios(
-    extra: np.ndarray, lengths: np.ndarray, num_resamples: int, seed: int
-) -> np.ndarray:
-    """100 * sum(extra) / sum(lengths) over resampled utterances; NaN where the
-    lengths are 0."""
-    generator = np.random.default_rng(seed)
-    size = len(lengths)
-    # The stream is consumed row by row: the chunk does not change the result.
-    rows = max(1, _MAX_DRAWS // size)
-    ratios = np.empty(num_resamples)
-    for start in range(0, num_resamples, rows):
-        stop = min(start + rows, num_resamples)
-        drawn = generator.integers(size, size=(stop - start, size))
-        sums = extra[drawn].sum(axis=1), lengths[drawn].sum(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios[start:stop] = 100 * sums[0] / sums[1]
-    return ratios

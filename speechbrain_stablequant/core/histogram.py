@@ -7,6 +7,7 @@ one utterance of 16 s exceeds at the first convolution.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,11 @@ class Histogram:
     @property
     def max(self) -> float:
         """Largest magnitude, exact. Raises ValueError if empty."""
-        self._require_values()
+        if not bool(self._counts.any()):
+            raise ValueError(
+                "no values were collected; give the calibration set at "
+                "least one utterance that reaches this layer"
+            )
         return self._max
 
     def quantile(self, p: float) -> float:
@@ -120,44 +125,29 @@ class Histogram:
         lies, with the values of a bin spread evenly."""
         if not 0 < p <= 1:
             raise ValueError(f"a quantile needs 0 < p <= 1, got {p!r}")
-        self._require_values()
+        largest = self.max
         if p == 1:
-            return self._max
+            return largest
         cdf = self._counts.cumsum(0)
         target = p * int(cdf[-1])
         index = int(torch.searchsorted(cdf.double(), target))
         inside = int(self._counts[index])
         fraction = (target - (int(cdf[index]) - inside)) / inside
         left = index * self.bin_width
-        right = max(left, min(left + self.bin_width, self._max))
+        right = max(left, min(left + self.bin_width, largest))
         return left + fraction * (right - left)
 
     def clip(self, edge: float) -> "Histogram":
         """Returns the histogram of the data clamped to ``edge``, exact in every
         count."""
-        result = self.copy()
+        result = copy(self)
         if edge < self._max:
             index = int(edge / self.bin_width)
+            result._counts = self.counts
             result._counts[index] = self._counts[index:].sum()
             result._counts[index + 1 :] = 0
             result._max = edge
         return result
-
-    def copy(self) -> "Histogram":
-        """Returns an independent copy."""
-        result = Histogram(self.num_bins)
-        result._counts = self._counts.clone()
-        result._exponent = self._exponent
-        result._max = self._max
-        return result
-
-    def _require_values(self) -> None:
-        """Raises if the histogram is empty."""
-        if not bool(self._counts.any()):
-            raise ValueError(
-                "no values were collected; give the calibration set at "
-                "least one utterance that reaches this layer"
-            )
 
     # -- JSON --------------------------------------------------------------
 

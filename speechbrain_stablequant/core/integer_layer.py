@@ -12,9 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..model.layers import Layer
-from .affine import fake_quantize, qmax, quantize, scale_from_amax
+from .affine import (
+    dequantize,
+    fake_quantize,
+    qmax,
+    quantize,
+    scale_from_amax,
+    weight_scale,
+)
 from .layer_quant import LayerQuant, LayerTensors
-from .weights import restore_weight, round_weight, weight_scale
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class IntegerLayer:
 
     def float_weight(self) -> torch.Tensor:
         """Returns the dequantized weight, float32."""
-        return restore_weight(self.weight, self.weight_scale)
+        return dequantize(self.weight, self.weight_scale)
 
     def full_bias(self) -> torch.Tensor | None:
         """Returns the bias including the share of the activation offset."""
@@ -149,7 +155,7 @@ def integer_layer(
     own = layer.module.weight.detach().float()
     if weight is None:
         scale = weight_scale(own, quant.weight_bits, quant.weight_method)
-        weight = round_weight(own, scale, quant.weight_bits)
+        weight = quantize(own, scale, quant.weight_bits)
     if quant.activation_offset:
         check_offset(layer.module)
     bias = _bias(layer.module) if tensors.bias is None else tensors.bias

@@ -5,10 +5,6 @@ from typing import Any
 
 import torch
 
-from .affine import MAX_BITS, MIN_BITS
-
-_LARGEST = 3.4028234663852886e38  # float32
-
 
 @dataclass(frozen=True)
 class LayerQuant:
@@ -29,17 +25,6 @@ class LayerQuant:
         if not self.activation_offset:
             del raw["activation_offset"]
         return raw
-
-    def checks(self) -> dict[str, bool]:
-        """Whether the value of each field is possible."""
-        widths = range(MIN_BITS, MAX_BITS + 1)
-        return {
-            "weight_bits": self.weight_bits in widths,
-            "activation_bits": self.activation_bits in widths,
-            "activation_amax": 0 <= self.activation_amax <= _LARGEST,
-            "weight_method": self.weight_method in ("max", "mse"),
-            "activation_offset": abs(self.activation_offset) <= _LARGEST,
-        }
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,37 @@
-"""The decisions of a quantization run for each layer, with reasons."""
+"""The decisions of a quantization run for each layer, with reasons: plan.json,
+and a file beside it with the tensors that a method chose."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ..model.layers import Layer
-from ..utils.files import plain_name, read_json, write_json
+from ..utils.files import (
+    parse_json,
+    plain_name,
+    read_file,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
 from ..utils.typed import one_line, short, typed
+from .affine import MAX_BITS, MIN_BITS
 from .layer_quant import LayerQuant
+from .packing import pack, unpack
 from .plan_tensors import AdjustedTensors
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1
+TENSORS_FORMAT = "speechbrain_stablequant.plan"
 
 _MAX_NAME = 500
+_LARGEST = 3.4028234663852886e38  # float32
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,14 @@ class _Beside:
 
     file: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Description:
+    """Header of that file: bits and shape of each packed weight."""
+
+    format: Literal["speechbrain_stablequant.plan"]
+    weights: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,7 @@ class QuantizationPlan:
             bits = {n: q.weight_bits for n, q in self.quants().items()}
             file = path.with_suffix(".safetensors")
             # Tensors first, so that a plan never names a missing file.
-            sha256 = self.tensors.save(file, bits)
+            sha256 = write_tensors(file, self.tensors, bits)
             raw["tensors"] = {"file": file.name, "sha256": sha256}
         write_json(path, raw)
 
@@ -175,8 +198,7 @@ class QuantizationPlan:
             raise ValueError(
                 f"{path}: damaged plan ({one_line(error)}); make it again"
             ) from error
-        file = Path(path).with_name(name)
-        tensors = AdjustedTensors.load(file, beside.sha256)
+        tensors = read_tensors(Path(path).with_name(name), beside.sha256)
         return replace(plan, tensors=tensors)
 
     def _check(self) -> None:
@@ -246,7 +268,16 @@ class QuantizationPlan:
 
 def check_quant(quant: LayerQuant, where: str) -> None:
     """Raises for values that no quantization has."""
-    _require(quant, where, **quant.checks())
+    widths = range(MIN_BITS, MAX_BITS + 1)
+    _require(
+        quant,
+        where,
+        weight_bits=quant.weight_bits in widths,
+        activation_bits=quant.activation_bits in widths,
+        activation_amax=0 <= quant.activation_amax <= _LARGEST,
+        weight_method=quant.weight_method in ("max", "mse"),
+        activation_offset=abs(quant.activation_offset) <= _LARGEST,
+    )
 
 
 def _require(row: Any, where: str, **checks: bool) -> None:
@@ -255,3 +286,52 @@ def _require(row: Any, where: str, **checks: bool) -> None:
         if not good:
             value = short(getattr(row, key))
             raise ValueError(f"{where}: {key} cannot be {value}")
+
+
+def write_tensors(
+    path: str | Path, adjusted: AdjustedTensors, bits: Mapping[str, int]
+) -> str:
+    """Writes tensors atomically, weights packed to ``bits``; returns the file's
+    SHA-256."""
+    tensors, weights = adjusted.flat(), {}
+    for name, layer in adjusted.layers.items():
+        if layer.weight is not None:
+            weights[name] = [bits[name], *layer.weight.shape]
+            packed = pack(layer.weight.detach().cpu(), bits[name])
+            tensors[f"layers/{name}/weight"] = packed
+    description = {"format": TENSORS_FORMAT, "weights": weights}
+    header = {"description": json.dumps(description, sort_keys=True)}
+    data = tensors_to_bytes(tensors, header)
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> AdjustedTensors:
+    """Reads and checks what :func:`write_tensors` wrote."""
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot read the tensors of the plan beside it "
+            f"({error.strerror}); copy it together with its plan"
+        ) from error
+    if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError(
+            f"{path}: is not the file that the plan beside it was written "
+            "with: it is damaged or of another run; copy both again"
+        )
+    try:
+        tensors, header = bytes_to_tensors(data)
+        text = typed(header.get("description"), str, "description")
+        description = typed(parse_json(text), _Description, "description")
+        for layer, (bits, *shape) in description.weights.items():
+            name = f"layers/{layer}/weight"
+            if name not in tensors or min(shape, default=0) < 1:
+                raise ValueError(f"{short(name)} cannot be {shape}")
+            tensors[name] = unpack(tensors[name], bits, shape)
+        return AdjustedTensors.from_flat(tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: holds no tensors of a plan ({one_line(error)}); "
+            "make it again"
+        ) from error

@@ -1,40 +1,25 @@
-"""Tensors of a plan, in a file beside it: integers, biases and float parameters
-that a method chose, such as adaptive rounding."""
+"""Tensors of a plan: integers, biases and float parameters that a method chose,
+such as adaptive rounding."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from ..model.layers import Layer
 from ..model.rotation import attached_rotations, is_rotation, rotated_encoder
-from ..utils.files import parse_json, read_file, write_atomic
 from ..utils.patching import restored_values
-from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
-from ..utils.typed import one_line, short, typed
+from ..utils.typed import short
 from .layer_quant import LayerTensors
-from .packing import pack, unpack
 
-TENSORS_FORMAT = "speechbrain_stablequant.plan"
 _PARTS = {
     "weight": torch.int8,
     "weight_scale": torch.float32,
     "bias": torch.float32,
 }
-
-
-@dataclass(frozen=True)
-class _Description:
-    """Header of the file: bits and shape of each packed weight."""
-
-    format: Literal["speechbrain_stablequant.plan"]
-    weights: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -96,57 +81,6 @@ class AdjustedTensors:
             {name: LayerTensors(**parts) for name, parts in layers.items()},
             floats,
         )
-
-    # -- on disk -----------------------------------------------------------
-
-    def save(self, path: str | Path, bits: Mapping[str, int]) -> str:
-        """Writes the tensors atomically, weights packed to ``bits``; returns
-        the file's SHA-256."""
-        tensors, weights = self.flat(), {}
-        for name, layer in self.layers.items():
-            if layer.weight is not None:
-                weights[name] = [bits[name], *layer.weight.shape]
-                packed = pack(layer.weight.detach().cpu(), bits[name])
-                tensors[f"layers/{name}/weight"] = packed
-        description = {"format": TENSORS_FORMAT, "weights": weights}
-        header = {"description": json.dumps(description, sort_keys=True)}
-        data = tensors_to_bytes(tensors, header)
-        write_atomic(path, data)
-        return hashlib.sha256(data).hexdigest()
-
-    @classmethod
-    def load(
-        cls, path: str | Path, sha256: str | None = None
-    ) -> "AdjustedTensors":
-        """Reads and checks what :meth:`save` wrote."""
-        path = Path(path)
-        try:
-            data = read_file(path)
-        except OSError as error:
-            raise ValueError(
-                f"{path}: cannot read the tensors of the plan beside it "
-                f"({error.strerror}); copy it together with its plan"
-            ) from error
-        if sha256 not in (None, hashlib.sha256(data).hexdigest()):
-            raise ValueError(
-                f"{path}: is not the file that the plan beside it was written "
-                "with: it is damaged or of another run; copy both again"
-            )
-        try:
-            tensors, header = bytes_to_tensors(data)
-            text = typed(header.get("description"), str, "description")
-            description = typed(parse_json(text), _Description, "description")
-            for layer, (bits, *shape) in description.weights.items():
-                name = f"layers/{layer}/weight"
-                if name not in tensors or min(shape, default=0) < 1:
-                    raise ValueError(f"{short(name)} cannot be {shape}")
-                tensors[name] = unpack(tensors[name], bits, shape)
-            return cls.from_flat(tensors)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: holds no tensors of a plan ({one_line(error)}); "
-                "make it again"
-            ) from error
 
     def check_fits(
         self,

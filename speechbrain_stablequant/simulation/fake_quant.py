@@ -11,10 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core.affine import fake_quantize, scale_from_amax
+from ..core.affine import (
+    dequantize,
+    fake_quantize,
+    scale_from_amax,
+    weight_scale,
+)
 from ..core.integer_layer import check_offset, offset_bias, simulate
 from ..core.layer_quant import LayerQuant, LayerTensors
-from ..core.weights import restore_weight, weight_scale
 from ..model.layers import Layer
 from ..utils.patching import shadowed
 from ..utils.precision import plain_float32
@@ -22,15 +26,6 @@ from ..utils.precision import plain_float32
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _NOTHING = LayerTensors()
-
-
-def quantize_weight(
-    weight: torch.Tensor, bits: int, method: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the fake-quantized weight and its float32 scales."""
-    weight = weight.detach().float()
-    scale = weight_scale(weight, bits, method)
-    return fake_quantize(weight, scale, bits, axis=0), scale
 
 
 def _input_scale(quant: LayerQuant, device: torch.device) -> torch.Tensor:
@@ -78,6 +73,18 @@ def quantized_forward(
     return forward
 
 
+@contextmanager
+def replaced_forward(
+    name: str, module: nn.Module, forward: Forward
+) -> Iterator[None]:
+    """Context in which a layer computes by another forward; refuses one whose
+    own is replaced already, by a simulation or by the user."""
+    if "forward" in vars(module):
+        raise RuntimeError(f"{name}: its forward is replaced already")
+    with shadowed(module, "forward", forward):
+        yield
+
+
 class _Kept(NamedTuple):
     """What a layer last computed with, and what it was made from."""
 
@@ -121,12 +128,13 @@ class Simulator:
         if kept and kept.same_weight(quant, tensors):
             weight = kept.weight
         elif tensors.weight is None:
-            bits, method = quant.weight_bits, quant.weight_method
-            weight, _ = quantize_weight(module.weight, bits, method)
+            own, bits = module.weight.detach().float(), quant.weight_bits
+            scale = weight_scale(own, bits, quant.weight_method)
+            weight = fake_quantize(own, scale, bits)
         else:
             device = module.weight.device
             scale = tensors.weight_scale.to(device)
-            weight = restore_weight(tensors.weight.to(device), scale)
+            weight = dequantize(tensors.weight.to(device), scale)
         forward = quantized_forward(module, quant, weight, tensors.bias)
         self._kept[name] = _Kept(quant, tensors, weight, forward)
         return forward
@@ -139,5 +147,5 @@ class Simulator:
             for name, quant in quants.items():
                 forward = self._forward(name, quant)
                 module = self.layers[name].module
-                stack.enter_context(shadowed(module, "forward", forward))
+                stack.enter_context(replaced_forward(name, module, forward))
             yield

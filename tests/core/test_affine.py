@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from speechbrain_stablequant.core import affine
 from speechbrain_stablequant.core.affine import (
     MIN_AMAX,
     dequantize,
@@ -10,6 +11,7 @@ from speechbrain_stablequant.core.affine import (
     qmax,
     quantize,
     scale_from_amax,
+    weight_amax,
 )
 
 ALL_BITS = range(2, 9)
@@ -89,25 +91,18 @@ def test_per_tensor_equals_torch_bit_for_bit(bits):
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("axis", [0, 1, 2, -1])
-def test_per_channel_equals_torch_bit_for_bit(bits, axis):
+def test_per_channel_equals_torch_bit_for_bit(bits):
     generator = torch.Generator().manual_seed(bits)
     scale = random_scales(generator, 40)
     rows = [awkward_values(s, generator, 15 * 31) for s in scale]
-    x = torch.stack(rows).reshape(40, 15, 31).movedim(0, axis)
-    expected = torch.stack(
-        [
-            torch.fake_quantize_per_tensor_affine(
-                row, s.item(), 0, -qmax(bits), qmax(bits)
-            )
-            for row, s in zip(rows, scale, strict=True)
-        ]
+    x = torch.stack(rows).reshape(40, 15, 31)
+    expected = torch.fake_quantize_per_channel_affine(
+        x, scale, torch.zeros(40).int(), 0, -qmax(bits), qmax(bits)
     )
-    expected = expected.reshape(40, 15, 31).movedim(0, axis)
-    q = quantize(x, scale, bits, axis=axis)
+    q = quantize(x, scale, bits)
     assert q.shape == x.shape
-    assert torch.equal(dequantize(q, scale, axis=axis), expected)
-    assert torch.equal(fake_quantize(x, scale, bits, axis=axis), expected)
+    assert torch.equal(dequantize(q, scale), expected)
+    assert torch.equal(fake_quantize(x, scale, bits), expected)
 
 
 def test_reciprocal_matters():
@@ -120,13 +115,12 @@ def test_reciprocal_matters():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("axis", [None, 0])
-def test_half_precision_computes_in_float32(dtype, axis):
+@pytest.mark.parametrize("scale", [0.03, [0.03, 0.11]])
+def test_half_precision_computes_in_float32(dtype, scale):
     generator = torch.Generator().manual_seed(0)
-    scale = torch.tensor([0.03, 0.11]) if axis == 0 else torch.tensor(0.03)
+    scale = torch.tensor(scale)
     x = torch.randn(2, 999, generator=generator).to(dtype)
-    q = quantize(x, scale, 8, axis=axis)
-    assert torch.equal(q, quantize(x.float(), scale, 8, axis=axis))
+    assert torch.equal(quantize(x, scale, 8), quantize(x.float(), scale, 8))
 
 
 def test_fake_quantize_error_is_at_most_half_a_step():
@@ -135,3 +129,89 @@ def test_fake_quantize_error_is_at_most_half_a_step():
         scale = scale_from_amax(torch.tensor(1.0), bits)
         error = (fake_quantize(x, scale, bits) - x).abs().max()
         assert error <= scale / 2 * (1 + 1e-5)
+
+
+# -- weights -----------------------------------------------------------------
+
+
+def weight_like(shape, seed=0):
+    """Gaussian rows of different sizes, some with outliers, one dead."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(*shape, generator=generator)
+    flat = w.view(shape[0], -1)
+    flat *= 10 ** (torch.rand(shape[0], 1, generator=generator) * 4 - 3)
+    flat[::5, 0] *= 20
+    flat[3] = 0
+    return w
+
+
+def row_errors(w, amax, bits):
+    """Squared error of each output channel."""
+    scale = scale_from_amax(amax, bits)
+    difference = fake_quantize(w, scale, bits) - w
+    return difference.double().square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("shape", [(12, 64), (12, 4, 3)])
+def test_weight_max(shape):
+    w = weight_like(shape)
+    amax = weight_amax(w, 8, "max")
+    expected = [max(MIN_AMAX, float(row.abs().max())) for row in w]
+    assert amax.dtype == torch.float32
+    assert amax.tolist() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("shape", [(24, 1024), (24, 16, 8), (24, 1, 10)])
+def test_weight_mse_against_brute_force(shape, bits):
+    w = weight_like(shape)
+    amax = weight_amax(w, bits, "mse")
+    top = weight_amax(w, bits, "max")
+    assert amax.shape == (24,) and (amax <= top).all()
+    errors = row_errors(w, amax, bits)
+    brute = torch.full((24,), float("inf"), dtype=torch.float64)
+    for fraction in torch.linspace(0.001, 1, 1000):
+        brute = brute.minimum(row_errors(w, top * fraction, bits))
+    live = torch.arange(24) != 3
+    assert amax[3] == pytest.approx(MIN_AMAX) and errors[3] == 0
+    ratio = errors[live] / brute[live]
+    assert ratio.max() < 1.01
+    # Never worse than max, whatever the channel.
+    assert (errors <= row_errors(w, top, bits) * (1 + 1e-5)).all()
+
+
+def test_weight_mse_beats_max_where_there_are_outliers():
+    w = weight_like((24, 1024))
+    better = row_errors(w, weight_amax(w, 4, "mse"), 4)
+    worse = row_errors(w, weight_amax(w, 4, "max"), 4)
+    assert better[5] < 0.5 * worse[5]
+
+
+def test_weight_chunks_do_not_show(monkeypatch):
+    w = weight_like((37, 50))
+    whole = weight_amax(w, 6, "mse")
+    monkeypatch.setattr(affine, "_CHUNK_CPU", 50 * 4)
+    assert torch.equal(weight_amax(w, 6, "mse"), whole)
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_weight_of_half_precision(method):
+    w = weight_like((12, 4, 3)).half()
+    expected = weight_amax(w.float(), 6, method)
+    assert torch.equal(weight_amax(w, 6, method), expected)
+
+
+def test_weight_leaves_its_input_alone():
+    w = weight_like((12, 64)).requires_grad_()
+    before = w.detach().clone()
+    amax = weight_amax(w, 4, "mse")
+    assert torch.equal(w, before) and not amax.requires_grad
+
+
+def test_weight_refuses():
+    w = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="bits must be"):
+        weight_amax(w, 1, "max")
+    w[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        weight_amax(w, 8, "max")

@@ -111,7 +111,8 @@ def test_bootstrap_with_empty_references():
     delta, low, high = bootstrap_delta_wer(baseline, other)
     # One draw in four has no word; the others have 2 errors in 4 or 2 words.
     assert (delta, low, high) == (100, 50, 100)
-    single = bootstrap_delta_wer(baseline, other, num_resamples=1, seed=4)
+    # The first draw has none.
+    single = bootstrap_delta_wer(baseline, other, num_resamples=1)
     assert tuple(single) == (100, 100, 100)
 
 
@@ -135,7 +136,7 @@ def test_bootstrap_equals_a_direct_loop(unit):
             [item.hypothesis for item in transcripts],
         )
 
-    generator = np.random.default_rng(3)
+    generator = np.random.default_rng(0)
     deltas = []
     for _ in range(200):
         drawn = generator.integers(len(baseline), size=len(baseline))
@@ -143,10 +144,8 @@ def test_bootstrap_equals_a_direct_loop(unit):
             percent([other[i] for i in drawn])
             - percent([baseline[i] for i in drawn])
         )
-    expected = np.percentile(deltas, [5, 95])
-    result = bootstrap_delta_wer(
-        baseline, other, num_resamples=200, level=0.9, seed=3, unit=unit
-    )
+    expected = np.percentile(deltas, [2.5, 97.5])
+    result = bootstrap_delta_wer(baseline, other, unit, num_resamples=200)
     assert result.delta == pytest.approx(percent(other) - percent(baseline))
     assert (result.low, result.high) == pytest.approx(tuple(expected))
     assert result.low < result.delta < result.high
@@ -199,14 +198,14 @@ def test_bootstrap_of_a_system_with_itself_and_its_mirror():
     there = bootstrap_delta_wer(one, two, num_resamples=999)
     back = bootstrap_delta_wer(two, one, num_resamples=999)
     assert back == pytest.approx((-there.delta, -there.high, -there.low))
-    assert there != bootstrap_delta_wer(one, two, num_resamples=999, seed=1)
     assert there == bootstrap_delta_wer(one, two, num_resamples=999)
 
 
 def test_a_higher_level_is_wider():
-    one, two = corpus(1), corpus(2)
-    narrow = bootstrap_delta_wer(one, two, num_resamples=999, level=0.5)
-    wide = bootstrap_delta_wer(one, two, num_resamples=999, level=0.99)
+    extra, lengths = np.arange(-5, 6), np.arange(1, 12)
+    narrow, wide = (
+        paired_interval(extra, lengths, 999, level) for level in (0.5, 0.99)
+    )
     assert wide.low < narrow.low < narrow.high < wide.high
 
 

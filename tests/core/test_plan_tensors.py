@@ -7,17 +7,21 @@ import pytest
 import torch
 from torch import nn
 
+from speechbrain_stablequant.core.affine import dequantize, weight_scale
 from speechbrain_stablequant.core.integer_layer import (
     integer_layer,
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
-from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.plan import (
+    LayerPlan,
+    QuantizationPlan,
+    write_tensors,
+)
 from speechbrain_stablequant.core.plan_tensors import (
     AdjustedTensors,
     adjusted_floats,
 )
-from speechbrain_stablequant.core.weights import restore_weight, weight_scale
 from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.stored_floats import (
     float_state,
@@ -118,7 +122,7 @@ def test_four_bits_take_four_bits(modules, tmp_path):
     integers = torch.zeros(64, 64, dtype=torch.int8)
     tensors = LayerTensors(integers, torch.ones(64))
     path = tmp_path / "t.safetensors"
-    AdjustedTensors({"a": tensors}).save(path, {"a": 4})
+    write_tensors(path, AdjustedTensors({"a": tensors}), {"a": 4})
     assert path.stat().st_size < 64 * 64 // 2 + 64 * 4 + 1000
 
 
@@ -243,11 +247,11 @@ def test_simulation_integers_and_folder_agree(saved, modules, tmp_path):
         x, (8,), tensors.floats["enc.0.weight"], modules["enc"][0].bias
     )
     quant = plan.layers[0].quant
-    weight = restore_weight(linear.weight, linear.weight_scale)
+    weight = dequantize(linear.weight, linear.weight_scale)
     hidden = quantize_input(norm, quant) @ weight.T + linear.bias
     expected = nn.functional.conv1d(
         quantize_input(hidden.transpose(1, 2), quant),
-        restore_weight(conv.weight, conv.weight_scale),
+        dequantize(conv.weight, conv.weight_scale),
         conv.bias,
     )
     with adjusted_floats(modules, tensors.floats):
@@ -309,7 +313,7 @@ def test_activation_offset(kind, offset):
     # By hand: the input on its grid, and the weight on its own.
     scale = weight_scale(module.weight, 8, "max")
     integers = integer_layer(layer, quant)
-    weight = restore_weight(integers.weight, scale)
+    weight = dequantize(integers.weight, scale)
     grid = ((x - offset) * 127).round().clamp(-127, 127) / 127 + offset
     by_hand = (
         nn.functional.linear(grid, weight, module.bias)
@@ -357,7 +361,7 @@ def test_keys_of_other_layers_stay_as_they_were():
 def test_the_file_format_keeps_its_name(tmp_path):
     """Files that were written once must load for ever."""
     file = tmp_path / "plan.safetensors"
-    AdjustedTensors(floats={"a": torch.ones(1)}).save(file, {})
+    write_tensors(file, AdjustedTensors(floats={"a": torch.ones(1)}), {})
     _, header = bytes_to_tensors(file.read_bytes())
     description = json.loads(header["description"])
     assert description["format"] == "speechbrain_stablequant.plan"

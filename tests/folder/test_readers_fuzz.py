@@ -34,7 +34,11 @@ from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.core.error_rates import Transcript
 from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.layer_quant import LayerTensors
-from speechbrain_stablequant.core.plan import QuantizationPlan
+from speechbrain_stablequant.core.plan import (
+    QuantizationPlan,
+    read_tensors,
+    write_tensors,
+)
 from speechbrain_stablequant.core.plan_tensors import AdjustedTensors
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
@@ -272,7 +276,7 @@ def base(make_tiny_modules, tmp_path_factory) -> Path:
         torch.zeros(2),
     )
     tensors = AdjustedTensors({"enc": layer}, {"norm.weight": torch.ones(3)})
-    tensors.save(other / "plan.safetensors", {"enc": 4})
+    write_tensors(other / "plan.safetensors", tensors, {"enc": 4})
     histogram = Histogram(num_bins=128)
     histogram.add(torch.linspace(0, 3, 50))
     histograms = Calibration({"enc": histogram}, True).to_dict()
@@ -404,7 +408,7 @@ def plan_safetensors(rng, folder):
         path.write_bytes(data)
     else:
         path.write_bytes(spoiled(rng, data))
-    return lambda: AdjustedTensors.load(path)
+    return lambda: read_tensors(path)
 
 
 def remembered(rng, folder):

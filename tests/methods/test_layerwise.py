@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
-from speechbrain_stablequant.core.weights import (
-    restore_weight,
-    round_weight,
+from speechbrain_stablequant.core.affine import (
+    dequantize,
+    quantize,
     weight_scale,
 )
+from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.methods.layerwise import (
     AdaRound,
     Compensate,
@@ -22,13 +22,11 @@ from speechbrain_stablequant.methods.layerwise import (
     reconstruct,
     refine,
 )
-from speechbrain_stablequant.methods.layerwise.conv_hessian import (
+from speechbrain_stablequant.methods.layerwise.hessian import (
     LagSum,
+    MomentSum,
     signals,
     slides,
-)
-from speechbrain_stablequant.methods.layerwise.hessian import (
-    MomentSum,
     unfolded,
 )
 from speechbrain_stablequant.methods.registry import QuantizeConfig
@@ -56,7 +54,7 @@ def gram_of(x, q=None):
 def error(weight, integers, scale, x, q=None):
     """Mean squared output error against the float weight on float input."""
     q = x if q is None else q
-    difference = x @ weight.T - q @ restore_weight(integers, scale).T
+    difference = x @ weight.T - q @ dequantize(integers, scale).T
     return difference.square().sum(1).mean()
 
 
@@ -111,7 +109,7 @@ def test_better_than_nearest(solve, bits):
     q, scale = solve(weight, bits, "mse", gram, gram)
     assert torch.equal(scale, weight_scale(weight, bits, "mse"))
     assert q.abs().max() <= 2 ** (bits - 1) - 1
-    nearest = round_weight(weight, scale, bits)
+    nearest = quantize(weight, scale, bits)
     before = error(weight, nearest, scale, x)
     assert error(weight, q, scale, x) < 0.7 * before
 
@@ -140,7 +138,7 @@ def test_dead_inputs(solve):
     x[:, 2] = 0
     gram = gram_of(x)
     q, scale = solve(weight, 8, "max", gram, gram)
-    dead = round_weight(weight, scale, 8)[:, 2]
+    dead = quantize(weight, scale, 8)[:, 2]
     assert torch.isfinite(scale).all()
     assert (q[:, 2] - dead).abs().max() <= 1
 
@@ -430,9 +428,9 @@ def test_a_decided_weight_is_restored_once(modules, tmp_path, monkeypatch):
 
     def restore(q, scale):
         restored.append(q)
-        return restore_weight(q, scale)
+        return dequantize(q, scale)
 
-    monkeypatch.setattr(simulate, "restore_weight", restore)
+    monkeypatch.setattr(simulate, "dequantize", restore)
     _, quants, _, data = refined(modules, tmp_path, Compensate())
     assert len(data.batches) > 1
     assert 0 < len(restored) < len(quants)

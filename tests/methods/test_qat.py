@@ -23,7 +23,6 @@ from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods.qat import loop
 from speechbrain_stablequant.methods.qat.config import QatConfig
-from speechbrain_stablequant.methods.qat.store import EpochStore
 from speechbrain_stablequant.methods.qat.student import (
     Student,
     straight_through,
@@ -121,7 +120,7 @@ def test_gradients_of_a_layer():
         linear(x).backward(upstream)
     grid_x = fake_quantize(x.detach(), torch.tensor(1.5 / 7), 4)
     scale = linear.weight.detach().abs().amax(1) / 7
-    grid_w = fake_quantize(linear.weight.detach(), scale, 4, axis=0)
+    grid_w = fake_quantize(linear.weight.detach(), scale, 4)
     found = student.parameters
     weight, bias = found["layers/a/weight"], found["layers/a/bias"]
     assert torch.allclose(weight.grad, upstream.T @ grid_x, atol=1e-5)
@@ -313,7 +312,7 @@ def train(modules, audio, folder, training, fail_in=None, key="k", **options):
             loss = trainer.loss()
         return Score(errors=int(1e6 * loss), words=1000, loss=loss)
 
-    store = EpochStore(Store(folder), key)
+    store = loop.EpochStore(Store(folder), key)
     result = loop.train(training, student, trainer, measure, store)
     return *result, trainer
 

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_stablequant.core.affine import quantize, scale_from_amax
+from speechbrain_stablequant.core.affine import (
+    quantize,
+    scale_from_amax,
+    weight_scale,
+)
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
-from speechbrain_stablequant.core.weights import weight_amax
 from speechbrain_stablequant.model.layers import Layer, find_layers
 from speechbrain_stablequant.simulation import fake_quant as simulate
-from speechbrain_stablequant.simulation.fake_quant import (
-    Simulator,
-    quantize_weight,
-)
+from speechbrain_stablequant.simulation.fake_quant import Simulator
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
 BITS = [(8, 8), (7, 7), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (8, 4), (3, 7)]
@@ -49,12 +49,11 @@ def integer_conv(q_x, q_w, conv):
 def integer_reference(module, x, quant):
     """What an integer runtime computes for one layer, in float64 at the end."""
     weight = module.weight.detach()
-    amax = weight_amax(weight, quant.weight_bits, quant.weight_method)
-    w_scale = scale_from_amax(amax, quant.weight_bits)
+    w_scale = weight_scale(weight, quant.weight_bits, quant.weight_method)
     x_scale = scale_from_amax(
         torch.tensor(quant.activation_amax), quant.activation_bits
     )
-    q_w = quantize(weight, w_scale, quant.weight_bits, axis=0)
+    q_w = quantize(weight, w_scale, quant.weight_bits)
     q_x = quantize(x, x_scale, quant.activation_bits)
     is_conv = isinstance(module, nn.Conv1d)
     shape = (-1, 1) if is_conv else (-1,)
@@ -168,16 +167,6 @@ def test_silence():
     linear = nn.Linear(4, 3)
     out = simulated(linear, torch.zeros(2, 4), LayerQuant(8, 8, 0.0))
     assert torch.equal(out, linear.bias.expand(2, 3))
-
-
-def test_quantize_weight_is_on_the_grid():
-    weight = torch.randn(6, 5, 3)
-    weight[2] = 0
-    grid, scale = quantize_weight(weight, 4, "max")
-    assert scale.shape == (6,)
-    steps = grid / scale[:, None, None]
-    assert torch.allclose(steps, steps.round(), atol=1e-5)
-    assert steps.abs().amax((1, 2)).round().tolist() == [7, 7, 0, 7, 7, 7]
 
 
 # -- dtypes --------------------------------------------------------------------
@@ -364,14 +353,21 @@ def test_unknown_layer():
 
 
 def test_nested():
-    """An inner simulation of a layer replaces the outer one for a while."""
-    layers = [Layer("b", nn.Linear(2, 2), "linear", "head")]
+    """Neither simulation could be what a layer computes."""
+    layers = [
+        Layer(name, nn.Linear(2, 2), "linear", "head") for name in ("a", "b")
+    ]
     simulator, quant = Simulator(layers), LayerQuant(2, 2, 1.0)
-    x, module = torch.randn(3, 2), layers[0].module
+    x, module = torch.randn(3, 2), layers[1].module
     with simulator.apply({"b": quant}):
         during = module(x)
-        with simulator.apply({"b": LayerQuant(8, 8, 1.0)}):
-            assert not torch.equal(module(x), during)
+        with (
+            pytest.raises(RuntimeError, match=r"^b: its forward is replaced"),
+            simulator.apply({"a": quant, "b": quant}),
+        ):
+            pass
+        # The outer simulation goes on, the inner one left nothing.
+        assert "forward" not in vars(layers[0].module)
         assert torch.equal(module(x), during)
     assert_untouched(None, layers)
 
@@ -414,13 +410,12 @@ def made(monkeypatch):
     def noting(make):
         def make_and_note(*args):
             found = make(*args)
-            weight = found[0] if isinstance(found, tuple) else found
-            made.append(weakref.ref(weight))
+            made.append(weakref.ref(found))
             return found
 
         return make_and_note
 
-    for name in ("quantize_weight", "restore_weight"):
+    for name in ("fake_quantize", "dequantize"):
         monkeypatch.setattr(simulate, name, noting(getattr(simulate, name)))
     return made
 

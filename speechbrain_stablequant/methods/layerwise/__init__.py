@@ -8,8 +8,7 @@ of iterations.
 from .adaround import AdaRound
 from .gptq import Compensate
 from .prefix_walk import PrefixWalk
-from .reconstruct import LayerStore, refine
-from .rounding import rounded_layers
+from .reconstruct import LayerStore, refine, rounded_layers
 
 __all__ = [
     "AdaRound",

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...core.affine import qmax
-from ...core.weights import weight_scale
+from ...core.affine import qmax, weight_scale
 
 _LOW, _HIGH = -0.1, 1.1
 # Of Adam.

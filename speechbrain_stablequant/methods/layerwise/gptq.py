@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...core.affine import qmax
-from ...core.weights import weight_scale
+from ...core.affine import qmax, weight_scale
 
 _BLOCK = 128
 

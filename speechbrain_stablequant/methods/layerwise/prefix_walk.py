@@ -12,8 +12,7 @@ from ...simulation.fake_quant import quantize_input
 from ...simulation.observers import valid_frames
 from ...simulation.prefix_cache import Replay, StopForward
 from ...utils.patching import hooked
-from .conv_hessian import LagSum, signals, slides
-from .hessian import Moments, MomentSum, unfolded
+from .hessian import LagSum, Moments, MomentSum, signals, slides, unfolded
 
 if TYPE_CHECKING:
     from ...core.layer_quant import LayerQuant

@@ -1,22 +1,29 @@
 """Decides integers and biases of all layers, one after the other."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ...core.affine import dequantize, quantize, weight_scale
 from ...core.layer_quant import LayerQuant, LayerTensors
-from ...core.weights import restore_weight, round_weight, weight_scale
 from ...model.layers import Layer
-from ...utils.distributed import from_main
+from ...utils import distributed
 from ...utils.files import identity
 from ...utils.precision import full_float32
 from ...utils.store import Store
-from .conv_hessian import slides
-from .hessian import Moments, conv_groups
+from .hessian import Moments, conv_groups, slides
 from .prefix_walk import PrefixWalk
+
+if TYPE_CHECKING:
+    from ..session import Session
+
+logger = logging.getLogger(__name__)
+
+LAYER_FOLDER = "finished_layers"
 
 # Limit of the second moments in memory: a wide grouped convolution takes a few
 # groups at a time.
@@ -73,13 +80,15 @@ class LayerStore:
         known = self.store.read_tensors(
             self._file(name), self.key, "finished layer"
         )
-        found = from_main(None if known is None else LayerTensors(**known[0]))
+        found = distributed.from_main(
+            None if known is None else LayerTensors(**known[0])
+        )
         self.reused += found is not None
         return found
 
     def write(self, name: str, tensors: LayerTensors) -> None:
         """Stores a finished layer."""
-        parts = {k: v for k, v in vars(tensors).items() if v is not None}
+        parts = tensors.named()
         self.store.write_tensors(self._file(name), self.key, parts, name)
 
 
@@ -98,7 +107,61 @@ class _Problem:
         """Integers and scales without the data."""
         bits = self.quant.weight_bits
         scale = weight_scale(weight, bits, self.quant.weight_method)
-        return round_weight(weight, scale, bits), scale
+        return quantize(weight, scale, bits), scale
+
+
+def rounded_layers(
+    session: "Session",
+    weights: str,
+    in_order: bool,
+    quants: Mapping[str, LayerQuant],
+    what: str,
+    solve: Callable[[Layer], Solve | None],
+    corrects_bias: Callable[[Layer], bool] = lambda _: False,
+) -> dict[str, LayerTensors]:
+    """Decides integers and biases layer by layer, cached on disk.
+
+    ``weights``: fingerprint of the float model; ``in_order``: whether layers
+    are called in the order of their units; ``quants``: other layers stay float;
+    ``what``: name of the method. ``solve`` gives a layer's solver, None for the
+    nearest integers; ``corrects_bias`` says whether its bias compensates the
+    mean error of its output.
+    """
+    content = [
+        "means of what is in the range",
+        weights,
+        session.recognizer.key("calibration", "inputs"),
+        {name: quant.to_dict() for name, quant in quants.items()},
+        [
+            [layer.name, repr(solve(layer)), corrects_bias(layer)]
+            for layer in session.layers
+            if layer.name in quants
+        ],
+    ]
+    store = LayerStore(session.store.below(LAYER_FOLDER), identity(content))
+    # The session's own simulator: weights fake-quantized here are reused
+    # when the result is measured.
+    session.simulator.tensors = {}
+    walk = PrefixWalk(session, in_order)
+    with session.bar(len(quants), what) as bar:
+
+        def on_layer(name: str) -> None:
+            bar.update(1)
+            bar.set_postfix_str(name.rpartition(".")[2])
+
+        found = refine(walk, quants, store, solve, corrects_bias, on_layer)
+    missing = sorted(quants.keys() - found.keys())
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: was not called in the first batch; add it to "
+            "quantize.exclude"
+        )
+    if store.reused:
+        logger.info("%s: %d layers from disk", what, store.reused)
+    if distributed.size() > 1:
+        # Another GPU may round differently: all take the first one's.
+        found = {name: tensors.cpu() for name, tensors in found.items()}
+    return distributed.from_main(found)
 
 
 @full_float32()  # TF32 has too few bits for second moments
@@ -215,7 +278,7 @@ def _solve_rows(
             )
         except ValueError as error:
             raise ValueError(f"{problem.layer.name}: {error}") from error
-    grid = restore_weight(integers, scale)
+    grid = dequantize(integers, scale)
     return integers, scale, weight @ float_mean - grid @ mean
 
 

@@ -13,8 +13,7 @@ from ...utils.files import identity
 from ..calibrator import calibrator_plan
 from ..search import Score
 from ..session import Calibration, Session
-from .loop import kept, train
-from .store import EpochStore
+from .loop import EpochStore, kept, train
 from .student import Student
 
 EPOCH_FOLDER = "finished_epochs"

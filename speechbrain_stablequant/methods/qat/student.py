@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ...core.affine import qmax, scale_from_amax
+from ...core.affine import qmax, quantize, scale_from_amax, weight_scale
 from ...core.integer_layer import multiply
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
-from ...core.weights import round_weight, weight_scale
 from ...model.layers import Layer
-from ...utils.patching import replaced_item, shadowed
+from ...simulation.fake_quant import replaced_forward
+from ...utils.patching import replaced_item
 
 Quants = dict[str, LayerQuant]
 
@@ -144,7 +144,7 @@ class _TrainedLayer:
         scale, inputs = self.scales()
         bits = self.quant.weight_bits
         tensors = LayerTensors(
-            round_weight(self.weight, scale, bits),
+            quantize(self.weight, scale, bits),
             scale.clone(),
             None if self.bias is None else self.bias.detach().clone(),
         )
@@ -232,9 +232,9 @@ class Student:
         }
 
     def _enter(self) -> None:
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             self._replaced.enter_context(
-                shadowed(layer.module, "forward", layer.forward)
+                replaced_forward(name, layer.module, layer.forward)
             )
         for parameter in self.floats.values():
             for owner, name in parameter.places:
