@@ -253,19 +253,15 @@ def describe_encoder(
 def check_encoders(modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if the integer runtimes cannot compute an encoder."""
     for encoder in find_encoders(modules):
-        asks = {
-            "the recipe": (encoder.wrapper, "output_all_hiddens"),
-            type(encoder.wrapper).__name__: (
-                encoder.model.config,
-                "output_hidden_states",
-            ),
-        }
-        for who, (owner, switch) in asks.items():
+        for owner, switch in (
+            (encoder.wrapper, "output_all_hiddens"),
+            (encoder.model.config, "output_hidden_states"),
+        ):
             if getattr(owner, switch, False):
                 raise ValueError(
                     "backend: the integer runtimes give the last hidden state "
-                    f"only, and {who} asks for all ({switch}); write "
-                    "backend: torch"
+                    f"only, and {switch} of '{encoder.key}' asks for all; "
+                    "write backend: torch"
                 )
         try:
             describe_encoder(encoder.model, encoder.path, {})

@@ -29,6 +29,21 @@ def valid_frames(
     return [min(frames, max(n * frames // total, 1)) for n in lengths]
 
 
+def real_frames(
+    x: torch.Tensor,
+    time_axis: int,
+    total: int,
+    lengths: Sequence[int],
+    geometry: Sequence[tuple[int, int]],
+) -> list[int] | None:
+    """Returns the real frames of each utterance in a layer's input; None if it
+    has no padding or no time."""
+    padded = any(n < total for n in lengths)
+    if not padded or x.dim() != 3 or x.shape[0] != len(lengths):
+        return None
+    return valid_frames(x.shape[time_axis], total, lengths, geometry)
+
+
 class Observer:
     """Collects a histogram for each layer while a model runs."""
 
@@ -76,14 +91,12 @@ class Observer:
     def _collect(
         self, histogram: Histogram, x: torch.Tensor, time_axis: int
     ) -> None:
-        padded = any(n < self._total for n in self._lengths)
-        has_time = x.dim() == 3 and x.shape[0] == len(self._lengths)
-        if not padded or not has_time:
+        frames = real_frames(
+            x, time_axis, self._total, self._lengths, self.geometry
+        )
+        if frames is None:
             histogram.add(x)
             return
-        frames = valid_frames(
-            x.shape[time_axis], self._total, self._lengths, self.geometry
-        )
         for row, count in zip(x, frames, strict=True):
             histogram.add(row.narrow(time_axis - 1, 0, count))
 

@@ -100,11 +100,15 @@ def test_conformer():
     assert set(names) <= called
 
 
-def test_a_weighted_sum_of_all_layers(make_tiny_model):
-    """SpeechBrain's WeightedSSLModel asks the model's configuration."""
-    model = make_tiny_model("hubert-large")
-    model.config.output_hidden_states = True
-    assert "output_hidden_states" in reason(wrapped(model))
+@pytest.mark.parametrize(
+    "switch", ["output_hidden_states", "output_all_hiddens"]
+)
+def test_all_hidden_states(switch, make_tiny_model):
+    """A recipe asks the wrapper, WeightedSSLModel the configuration."""
+    encoder = wrapped(make_tiny_model("hubert-large"))
+    config = encoder.model.config
+    setattr(config if hasattr(config, switch) else encoder, switch, True)
+    assert f"and {switch} of 'wav2vec2' asks for all" in reason(encoder)
 
 
 def test_an_approximate_gelu(make_tiny_model):

@@ -17,10 +17,7 @@ from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.methods.layerwise import (
     AdaRound,
     Compensate,
-    LayerStore,
-    PrefixWalk,
     reconstruct,
-    refine,
 )
 from speechbrain_stablequant.methods.layerwise.hessian import (
     LagSum,
@@ -28,6 +25,11 @@ from speechbrain_stablequant.methods.layerwise.hessian import (
     signals,
     slides,
     unfolded,
+)
+from speechbrain_stablequant.methods.layerwise.prefix_walk import PrefixWalk
+from speechbrain_stablequant.methods.layerwise.reconstruct import (
+    LayerStore,
+    refine,
 )
 from speechbrain_stablequant.methods.registry import QuantizeConfig
 from speechbrain_stablequant.methods.session import Session
@@ -195,7 +197,6 @@ def test_moments_by_hand():
     for part in (slice(0, 20), slice(20, 50)):
         total.add(x[:, part], q[:, part])
     moments = total.result()
-    assert moments.rows == 50
     assert torch.allclose(moments.gram[1], gram_of(q[1]), atol=1e-5)
     assert torch.allclose(moments.cross[0], gram_of(x[0], q[0]), atol=1e-5)
     assert torch.allclose(moments.float_mean, x.mean(1), atol=1e-6)
@@ -216,7 +217,6 @@ def test_moments_by_lags(frames, padding, groups):
         rows.add(*(unfolded(conv, v, frames) for v in (x, q)))
         lags.add(*(signals(conv, v, frames) for v in (x, q)))
     expected, found = rows.result(), lags.result()
-    assert found.rows == expected.rows
     assert torch.allclose(found.mean, expected.mean, atol=1e-6)
     assert torch.allclose(found.float_mean, expected.float_mean, atol=1e-6)
     for g in range(groups):
@@ -349,7 +349,6 @@ def test_moments_behind_a_prefix(modules, padded, cached):
         )
         q = quantize_input(q, quants[name])
         moments = walk.moments(layer, quants[name], decided)
-        assert moments.rows == q.shape[1]
         for found, expected in (
             (moments.mean, q.mean(1)),
             (moments.float_mean, x.mean(1)),

@@ -7,14 +7,6 @@ of iterations.
 
 from .adaround import AdaRound
 from .gptq import Compensate
-from .prefix_walk import PrefixWalk
-from .reconstruct import LayerStore, refine, rounded_layers
+from .reconstruct import rounded_layers
 
-__all__ = [
-    "AdaRound",
-    "Compensate",
-    "LayerStore",
-    "PrefixWalk",
-    "refine",
-    "rounded_layers",
-]
+__all__ = ["AdaRound", "Compensate", "rounded_layers"]

@@ -9,7 +9,7 @@ of the set.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,20 +23,17 @@ _LAG_KERNEL = 8
 
 @dataclass
 class Moments:
-    """Means over the real frames of the calibration set, by group.
+    """Means over the real frames of the calibration set, by group of inputs.
 
-    ``x``: input of the float model; ``q``: of the quantized prefix, on the
-    layer's activation grid; both unfolded like a row of the weight. Of inputs
-    clamped to the grid ``float_mean`` is E[x]; ``mean`` is E[q], both [groups,
-    inputs]; ``gram`` is the Hessian E[q q'] and ``cross`` E[x q'], [groups,
-    inputs, inputs] or a :class:`LagMoments`.
+    x is the input in the float model, and q behind the quantized prefix, on the
+    layer's activation grid; both are unfolded like a row of the weight.
     """
 
-    rows: int
-    float_mean: torch.Tensor = field(repr=False)
-    mean: torch.Tensor = field(repr=False)
-    gram: Sequence[torch.Tensor] | None = field(repr=False, default=None)
-    cross: Sequence[torch.Tensor] | None = field(repr=False, default=None)
+    float_mean: torch.Tensor  # E[x] of x clamped to the grid, [groups, inputs]
+    mean: torch.Tensor  # E[q], [groups, inputs]
+    # E[q q'] and E[x q'] by group: [groups, inputs, inputs] or LagMoments
+    gram: Sequence[torch.Tensor] | None = None
+    cross: Sequence[torch.Tensor] | None = None
 
 
 def conv_groups(module: nn.Module) -> int:
@@ -125,8 +122,7 @@ class MomentSum:
 
     def result(self) -> Moments:
         """The moments of all that was added, in all processes."""
-        means = self.means("float_mean", "mean", *self.pairs)
-        return Moments(self.rows, **means)
+        return Moments(**self.means("float_mean", "mean", *self.pairs))
 
 
 # -- by lags -------------------------------------------------------------------
@@ -291,4 +287,4 @@ class LagSum(MomentSum):
                 (heads[name], heads["gram"]),
                 (tails[name], tails["gram"]),
             )
-        return Moments(self.rows, **means, **second)
+        return Moments(**means, **second)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...simulation.fake_quant import quantize_input
-from ...simulation.observers import valid_frames
+from ...simulation.observers import real_frames
 from ...simulation.prefix_cache import Replay, StopForward
 from ...utils.patching import hooked
 from .hessian import LagSum, Moments, MomentSum, signals, slides, unfolded
@@ -137,9 +137,6 @@ class PrefixWalk:
     ) -> list[int] | None:
         """Real frames of each utterance; None if there is no padding."""
         total, lengths = self.session.recognizer.lengths("calibration", batch)
-        if all(n == total for n in lengths):
-            return None
-        if x.dim() != 3 or x.shape[0] != len(lengths):
-            return None
-        frames = x.shape[1 if layer.kind == "linear" else 2]
-        return valid_frames(frames, total, lengths, self.session.geometry())
+        time_axis = 1 if layer.kind == "linear" else 2
+        geometry = self.session.geometry()
+        return real_frames(x, time_axis, total, lengths, geometry)
