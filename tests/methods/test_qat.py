@@ -131,6 +131,18 @@ def test_gradients_of_a_layer():
     assert linear.weight.grad is None
 
 
+def test_a_layer_that_is_simulated_is_not_trained():
+    layer = Layer("a", nn.Linear(6, 3), "linear", "head")
+    quants = {"a": LayerQuant(4, 4, 1.5)}
+    with (
+        Simulator([layer]).apply(quants),
+        pytest.raises(RuntimeError, match="a: its forward is replaced"),
+        Student([layer], quants, {}).active(),
+    ):
+        pass
+    assert "forward" not in vars(layer.module)
+
+
 # -- the model in training -----------------------------------------------------
 
 
