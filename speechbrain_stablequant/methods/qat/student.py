@@ -99,11 +99,9 @@ class _TrainedLayer:
         self.input_start = start.to(self.weight.device)
         # Logarithms of the scales' growth: a step of an optimizer changes
         # large and small scales by the same factor, and none gets negative.
-        self.weight_growth = parameter(
-            torch.zeros_like(self.weight_start), trains and learns
-        )
-        self.input_growth = parameter(
-            torch.zeros_like(self.input_start), trains and learns
+        zeros = map(torch.zeros_like, (self.weight_start, self.input_start))
+        self.weight_growth, self.input_growth = (
+            parameter(zero, trains and learns) for zero in zeros
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -122,7 +120,6 @@ class _TrainedLayer:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight_scales, input_scale = self.scales()
         quant, weight = self.quant, self.weight
-        shape = (-1,) + (1,) * (weight.dim() - 1)
         # In 16 bits the products of grid values would be rounded again.
         with torch.autocast(x.device.type, enabled=False):
             grid = straight_through(
@@ -130,7 +127,7 @@ class _TrainedLayer:
             )
             weight = straight_through(
                 weight,
-                weight_scales.view(shape),
+                weight_scales.view(-1, *(1,) * (weight.dim() - 1)),
                 quant.weight_bits,
                 weight[0].numel(),
             )
@@ -196,10 +193,7 @@ class Student:
             f"layers/{name}/{what}": parameter
             for name, layer in self.layers.items()
             for what, parameter in layer.parameters().items()
-        }
-        self.parameters.update(
-            {f"floats/{name}": f.trained for name, f in self.floats.items()}
-        )
+        } | {f"floats/{name}": f.trained for name, f in self.floats.items()}
 
     def _find_floats(
         self, modules: Mapping[str, nn.Module], frozen: Callable[[str], bool]
