@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from speechbrain_stablequant.core.affine import fake_quantize, weight_scale
 from speechbrain_stablequant.core.integer_layer import (
     float_layer,
     integer_layer,
@@ -16,10 +17,7 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import Layer
-from speechbrain_stablequant.simulation.fake_quant import (
-    Simulator,
-    quantize_weight,
-)
+from speechbrain_stablequant.simulation.fake_quant import Simulator
 
 CASES = {
     "linear": (lambda: nn.Linear(48, 20), (3, 7, 48)),
@@ -51,9 +49,11 @@ def make(name: str, bits: int, method: str = "max"):
 def test_weight_is_that_of_the_simulation(name, bits, method):
     layer, _, quant = make(name, bits, method)
     integers = integer_layer(layer, quant)
-    simulated, scale = quantize_weight(layer.module.weight, bits, method)
+    weight = layer.module.weight.detach()
+    scale = weight_scale(weight, bits, method)
     assert integers.weight.dtype == torch.int8
     assert integers.weight.abs().max() <= 2 ** (bits - 1) - 1
+    simulated = fake_quantize(weight, scale, bits)
     assert torch.equal(integers.float_weight(), simulated)
     assert torch.equal(integers.weight_scale, scale)
 
