@@ -20,18 +20,11 @@ from ..config import ConfigError
 from ..core.encoder_spec import check_encoders, describe_encoder
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
-from ..runtimes.build import build_forwards
+from ..runtimes.build import build_forwards, executed_form, prove
 from ..runtimes.choice import candidates, choose_backend, first_right
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.probe_make import encoder_probe
-from ..runtimes.probe_networks import (
-    Compute,
-    chain,
-    encoder_alone,
-    evaluating,
-    quick_integers,
-)
-from ..runtimes.prove import executed_form, prove
+from ..runtimes.probe import Compute, chain, encoder_alone
+from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
 from ..runtimes.reference import ReferenceExecutor
 from ..runtimes.registry import RUNTIMES, select_options
 from ..utils import distributed

@@ -22,11 +22,9 @@ from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer
 from ..model.skeleton import empty_skeleton, folded_norms, has_skeleton
-from ..runtimes.build import build_forwards
+from ..runtimes.build import build_forwards, prove
 from ..runtimes.choice import candidates, first_right
-from ..runtimes.probe import Probe
-from ..runtimes.probe_networks import chain
-from ..runtimes.prove import prove
+from ..runtimes.probe import Probe, chain
 from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils import forks
 from ..utils.typed import one_line

@@ -8,7 +8,7 @@ are replaced one by one.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,22 +49,8 @@ class LayerExecutor(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
-    """``backend_options`` of a runtime, as a dataclass of this class."""
-
-    def __post_init__(self) -> None:
-        for row in fields(self):
-            value, least = getattr(self, row.name), row.metadata.get("least")
-            if None not in (value, least) and value < least:
-                raise ValueError(
-                    f"backend_options.{row.name}: must be at least {least}, "
-                    f"not {value}"
-                )
-
-
-def option(default: Any, least: int | None = None) -> Any:
-    """A field of :class:`Options`, with its least value."""
-    return field(default=default, metadata={"least": least})
+class NoOptions:
+    """``backend_options`` of a runtime that has none."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +61,8 @@ class Runtime:
     package, and imported on first use: optional packages are not needed before.
     """
 
-    #: Its ``backend_options``.
-    options: type[Options] = Options
+    #: A dataclass of its ``backend_options``.
+    options: type = NoOptions
     #: Makes an EncoderExecutor of an EncoderSpec and options; None: layer by
     #: layer.
     encoder: str | None = None
@@ -119,6 +105,16 @@ def require_frame(frames: int, samples: int) -> None:
             f"an input of {samples} samples is too short for the model; "
             "leave out utterances below 0.03 s"
         )
+
+
+def round_frames(frames: int, unit: int = 8, steps: int = 8) -> int:
+    """Round a length up, so that few shapes are computed: to a multiple of
+    ``unit`` or, from ``2 * unit * steps`` on, to one of ``steps`` lengths
+    before each doubling."""
+    step = unit
+    while step * steps * 2 < frames:
+        step *= 2
+    return -(-frames // step) * step
 
 
 def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:

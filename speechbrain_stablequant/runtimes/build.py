@@ -1,8 +1,10 @@
-"""Builds a runtime: the forwards that replace those of the float model."""
+"""Builds a runtime: the forwards that replace those of the float model. They
+prove themselves by the probe of a folder or of a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.encoder_spec import describe_encoder
@@ -17,6 +19,7 @@ from .base import (
 )
 from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
+from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError
 from .registry import RUNTIMES, load_function
 
 
@@ -95,3 +98,21 @@ def build_forwards(
     for name, layer in heads.items():
         forwards[by_name[name]] = make_layer(layer)
     return {m: in_own_precision(f) for m, f in forwards.items()}
+
+
+def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
+    """Which weights a runtime executes: ``OWN`` or ``SEVEN_BITS``."""
+    exact = (cpu or cpu_class()).exact
+    return OWN if exact or RUNTIMES[backend].device != "cpu" else SEVEN_BITS
+
+
+def prove(
+    backend: str, probe: Probe, compute: Compute, device: torch.device
+) -> None:
+    """Raise :class:`ProbeError` unless a runtime answers a probe correctly."""
+    difference = probe.difference(compute, executed_form(backend), device)
+    if difference is not None:
+        raise ProbeError(
+            f"backend: {backend} computes something else on this machine: "
+            f"{difference}; write backend: auto"
+        )

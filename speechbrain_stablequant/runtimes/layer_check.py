@@ -19,9 +19,8 @@ from ..core.integer_layer import IntegerLayer
 from ..utils.files import code_identity, identity
 from ..utils.store import machine_store
 from ..utils.typed import one_line, typed
-from .algorithms import NATIVE
+from .algorithms import NATIVE, Geometry, encoder_geometries, geometry_of
 from .cpu import machine_identity
-from .geometry import Geometry, encoder_geometries, geometry_of
 from .trial_layer import (
     Results,
     Trial,

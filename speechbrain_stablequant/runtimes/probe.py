@@ -14,14 +14,26 @@ each frame, so that one wrong row of a weight and one wrong frame are seen too.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from .probe_input import float_waves
-from .probe_networks import OWN, SEVEN_BITS, Compute, run_network
+from ..utils.precision import plain_float32
+from .base import shadowed_forwards
+
+#: From float32 [batch, samples] and relative lengths [batch] to the encoder's
+#: last hidden state [batch, frames, channels] and the heads' output [batch,
+#: frames, labels], or None without heads.
+Compute = Callable[
+    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
+]
+
+#: The plan's integers, and those with 7-bit weights of a CPU without VNNI.
+OWN, SEVEN_BITS = "own", "seven"
 
 #: Prefix of the tensors in a file; no module parameter begins with it.
 PREFIX = ".probe."
@@ -55,6 +67,76 @@ _PARTS = {
 
 class ProbeError(ValueError):
     """A runtime's answer differs from the plan's; a one-line message."""
+
+
+def float_waves(wave: torch.Tensor) -> torch.Tensor:
+    return wave.float() / 32768
+
+
+def run_network(
+    compute: Compute,
+    wavs: torch.Tensor,
+    lengths: torch.Tensor,
+    device: str | torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A network's outputs, float32 on the CPU; without gradients, in float32
+    whatever precision the recipe uses, the random state preserved."""
+    wavs = wavs.to(device)
+    relative = (lengths / wavs.shape[1]).to(device)
+    cuda = [wavs.device] if wavs.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(cuda), plain_float32(wavs):
+        hidden, labels = compute(wavs, relative)
+        return (
+            hidden.float().cpu(),
+            None if labels is None else labels.float().cpu(),
+        )
+
+
+def chain(
+    parts: Mapping[str, nn.Module],
+    use_lengths: bool,
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Compute:
+    """A runtime's computation of an encoder's wrapper (its ``model`` is the
+    encoder) and the heads after it."""
+    wrapper, *heads = parts.values()
+
+    def compute(
+        wavs: torch.Tensor, relative: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = []
+        handle = wrapper.model.register_forward_hook(
+            lambda module, args, output: kept.append(output.last_hidden_state)
+        )
+        try:
+            with shadowed_forwards(forwards):
+                x = wrapper(wavs, relative if use_lengths else None)
+                for head in heads:
+                    x = head(x)
+        finally:
+            handle.remove()
+        return kept[-1], x
+
+    return compute
+
+
+def encoder_alone(
+    model: nn.Module, forwards: Mapping[nn.Module, Callable[..., Any]]
+) -> Compute:
+    """A runtime's computation of an encoder without its wrapper."""
+
+    def compute(
+        wavs: torch.Tensor, relative: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        samples = wavs.shape[1]
+        real = (relative * samples).round()
+        place = torch.arange(samples, device=wavs.device)
+        mask = (place < real[:, None]).long()
+        wavs = F.layer_norm(wavs, wavs.shape[1:])
+        with shadowed_forwards(forwards):
+            return model(wavs, attention_mask=mask).last_hidden_state, None
+
+    return compute
 
 
 class Distance(NamedTuple):

@@ -1,24 +1,32 @@
-"""Makes a probe: measures a network's answers and how far they move."""
+"""Makes a probe: generates speech-like sound, and measures what a network
+answers to it and how far the answers move."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from ..core.integer_layer import IntegerLayer
-from ..model.layers import Encoder, find_encoders
-from .probe import PLACES, Answer, Probe
-from .probe_input import float_waves, utterances
-from .probe_networks import (
+from ..core.integer_layer import IntegerLayer, integer_layer
+from ..core.layer_quant import LayerQuant
+from ..model.layers import Encoder, Layer, find_encoders
+from ..utils.patching import hooked, shadowed
+from .cpu import narrowed
+from .probe import (
     OWN,
+    PLACES,
     SEVEN_BITS,
+    Answer,
     Compute,
+    Probe,
     chain,
     encoder_alone,
+    float_waves,
     run_network,
-    weight_forms,
 )
 from .simulated import simulated_forwards
 
@@ -28,6 +36,114 @@ DISTURBED, DISTURBANCE, ROUNDED = 3, 1e-6, 4
 
 #: Maximum bytes in a file of the values of each output.
 _MOST_BYTES = {"encoder": 3 << 14, "head": 1 << 14}
+
+
+#: Range of an input that is all zeros.
+_LEAST_RANGE = 1e-6
+
+#: Length of each utterance; the second one is padded.
+SECONDS = (0.6, 0.36)
+
+# (first, second, third) formant of five vowels in Hz; weights and widths.
+_VOWELS = (
+    (730, 1090, 2440),
+    (270, 2290, 3010),
+    (300, 870, 2240),
+    (530, 1840, 2480),
+    (570, 840, 2410),
+)
+
+_FORMANTS = ((1.0, 60.0), (0.6, 90.0), (0.3, 150.0))
+
+
+def speech_like(samples: int, rate: int, seed: int) -> torch.Tensor:
+    """Generated sound with the pitch, formants and syllables of speech,
+    int16 [samples]."""
+    time = torch.arange(samples, dtype=torch.float64) / rate
+    pitch = 130 + 25 * torch.sin(2 * math.pi * 1.7 * time + seed) - 20 * time
+    phase = 2 * math.pi * torch.cumsum(pitch, 0) / rate
+    place = 5 * time + seed
+    vowel = place.floor().long()
+    blend = 0.5 - 0.5 * torch.cos(math.pi * (place - vowel))
+    table = torch.tensor(_VOWELS, dtype=torch.float64)
+    this, following = (table[(vowel + i) % len(table)] for i in (0, 1))
+    formants = this + (following - this) * blend[:, None]
+    voiced = torch.zeros_like(time)
+    for harmonic in range(1, 31):
+        frequency = harmonic * pitch
+        gain = sum(
+            weight / (1 + ((frequency - formants[:, i]) / width) ** 2)
+            for i, (weight, width) in enumerate(_FORMANTS)
+        )
+        audible = frequency < 0.45 * rate
+        voiced += gain * torch.sin(harmonic * phase) * audible
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(samples, generator=generator, dtype=torch.float64)
+    noise = noise - F.pad(noise, (1, 0))[:-1]
+    syllable = torch.sin(math.pi * place).abs()
+    breath = 0.35 * (1 - syllable) ** 2 + 0.002
+    wave = voiced * syllable + breath * noise
+    return (wave / wave.abs().max() * 16384).round().to(torch.int16)
+
+
+def utterances(rate: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The utterances of a probe, int16 [utterances, samples], and their
+    lengths, int64 [utterances]."""
+    counts = [round(seconds * rate) for seconds in SECONDS]
+    wave = torch.zeros(len(counts), max(counts), dtype=torch.int16)
+    for seed, (row, count) in enumerate(zip(wave, counts, strict=True)):
+        row[:count] = speech_like(count, rate, seed)
+    return wave, torch.tensor(counts)
+
+
+@contextmanager
+def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Context with modules in evaluation mode."""
+    with ExitStack() as stack:
+        for module in modules.values():
+            for part in module.modules():
+                stack.enter_context(shadowed(part, "training", False))
+        yield
+
+
+def quick_integers(
+    encoder: Encoder,
+    layers: Iterable[Layer],
+    bits: tuple[int, int],
+    rate: int,
+    device: str | torch.device,
+) -> dict[str, IntegerLayer]:
+    """Integers of an encoder, calibrated on a probe's utterances: enough to
+    try a runtime before there is a plan. ``bits``: of weights and
+    activations."""
+    inside = [x for x in layers if x.name.startswith(f"{encoder.path}.")]
+    ranges: dict[str, float] = {}
+
+    def observe(name: str, module: nn.Module, args: tuple) -> None:
+        found = float(args[0].abs().max())
+        ranges[name] = max(ranges.get(name, _LEAST_RANGE), found)
+
+    wave, lengths = utterances(rate)
+    alone = encoder_alone(encoder.model, {})
+    with hooked((x.module, partial(observe, x.name)) for x in inside):
+        run_network(alone, float_waves(wave), lengths, device)
+    return {
+        x.name: integer_layer(x, LayerQuant(*bits, ranges[x.name])).to("cpu")
+        for x in inside
+        if x.name in ranges
+    }
+
+
+def weight_forms(
+    integers: Mapping[str, IntegerLayer],
+) -> dict[str, dict[str, IntegerLayer]]:
+    """The integers that runtimes may execute, by form and layer name;
+    ``SEVEN_BITS`` only where it differs from ``OWN``."""
+    seven = {name: narrowed(layer) for name, layer in integers.items()}
+    forms = {OWN: dict(integers)}
+    if any(seven[name] is not layer for name, layer in integers.items()):
+        forms[SEVEN_BITS] = seven
+    return forms
 
 
 def make_probe(

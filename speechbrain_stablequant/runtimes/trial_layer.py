@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.affine import qmax
 from ..core.encoder_spec import AnyLayer
 from ..core.integer_layer import FloatLayer, IntegerLayer
-from .geometry import Geometry
+from .algorithms import Geometry
 
 #: Output frames of each trial.
 ROWS = (50, 500)

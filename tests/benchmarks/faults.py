@@ -28,10 +28,8 @@ from wer import transcribe, utterances
 from speechbrain_stablequant import Recognizer, load
 from speechbrain_stablequant.core.error_rates import score
 from speechbrain_stablequant.core.integer_layer import IntegerLayer
-from speechbrain_stablequant.runtimes.build import build_forwards
-from speechbrain_stablequant.runtimes.probe import Distance
-from speechbrain_stablequant.runtimes.probe_networks import chain
-from speechbrain_stablequant.runtimes.prove import executed_form
+from speechbrain_stablequant.runtimes.build import build_forwards, executed_form
+from speechbrain_stablequant.runtimes.probe import Distance, chain
 from speechbrain_stablequant.runtimes.registry import select_options
 
 Integers = Mapping[str, IntegerLayer]

@@ -23,6 +23,8 @@ from speechbrain_stablequant.runtimes.algorithms import (
     FLOAT,
     JOINED_GROUPS,
     NATIVE,
+    Geometry,
+    encoder_geometries,
     join_groups,
 )
 from speechbrain_stablequant.runtimes.build import build_forwards
@@ -30,10 +32,6 @@ from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
     cpu_class,
     executed_integers,
-)
-from speechbrain_stablequant.runtimes.geometry import (
-    Geometry,
-    encoder_geometries,
 )
 from speechbrain_stablequant.runtimes.layer_check import (
     UnusableRuntime,

@@ -10,31 +10,33 @@ from torch import nn
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
-from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.build import (
+    build_forwards,
+    executed_form,
+    prove,
+)
 from speechbrain_stablequant.runtimes.cpu import CpuClass
 from speechbrain_stablequant.runtimes.probe import (
+    OWN,
     PREFIX,
+    SEVEN_BITS,
     Answer,
     Probe,
     ProbeError,
+    chain,
     check_size,
+    encoder_alone,
 )
-from speechbrain_stablequant.runtimes.probe_input import speech_like, utterances
 from speechbrain_stablequant.runtimes.probe_make import (
     encoder_probe,
-    make_probe,
-    simulated_probe,
-)
-from speechbrain_stablequant.runtimes.probe_networks import (
-    OWN,
-    SEVEN_BITS,
-    chain,
-    encoder_alone,
     evaluating,
+    make_probe,
     quick_integers,
+    simulated_probe,
+    speech_like,
+    utterances,
     weight_forms,
 )
-from speechbrain_stablequant.runtimes.prove import executed_form, prove
 
 CPU = torch.device("cpu")
 RATE = 16000

@@ -32,13 +32,15 @@ from speechbrain_stablequant.runtimes.cpu import (
 )
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.runtimes.torch_int8 import executor
-from speechbrain_stablequant.runtimes.torch_int8.attention import attend
 from speechbrain_stablequant.runtimes.torch_int8.conv import (
     GroupedConv,
     make_conv,
 )
 from speechbrain_stablequant.runtimes.torch_int8.executor import (
     TorchInt8Executor as make_executor,
+)
+from speechbrain_stablequant.runtimes.torch_int8.executor import (
+    attend,
 )
 from speechbrain_stablequant.runtimes.torch_int8.forms import ZERO, Floats, Grid
 from speechbrain_stablequant.runtimes.torch_int8.front import (
@@ -384,7 +386,7 @@ def test_what_follows_a_product(bits):
     floats = product.gelu(rows, Floats(torch.float32))
     assert torch.allclose(floats, F.gelu(y), atol=1e-5)
     gain, shift = torch.randn(48), torch.randn(48)
-    moved = product.gelu(rows, Floats(torch.float32), gain, shift)
+    moved = product.gelu(rows, Floats(torch.float32), (gain, shift))
     centered = (y - layer.bias) * gain + shift
     assert torch.allclose(moved, F.gelu(centered), atol=1e-5)
     # The smallest GELU, -0.17, lies outside of this grid, too.

@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..base import Options, Runtime, option
+from ...utils.typed import count
+from ..base import Runtime
 
 
 @dataclass(frozen=True)
-class OnnxOptions(Options):
+class OnnxOptions:
     """``backend: onnx``."""
 
     #: Of an operator; torch's number by default.
-    threads: int | None = option(None, least=1)
+    threads: int | None = count(None)
     #: What computes.
-    provider: Literal["cpu", "cuda"] = option("cpu")
+    provider: Literal["cpu", "cuda"] = "cpu"
 
 
 RUNTIME = Runtime(

@@ -3,8 +3,7 @@
 import torch
 
 from ...core.encoder_spec import AnyLayer
-from ..algorithms import CONVOLUTION, FLOAT, NATIVE
-from ..geometry import Geometry
+from ..algorithms import CONVOLUTION, FLOAT, NATIVE, Geometry
 from ..trial_layer import Results, Trial
 from .encoder import conv_as_product, position
 from .executor import open_session, require_onnxruntime
@@ -24,16 +23,13 @@ class OnnxRunner:
         }
 
     def half(self, geometry: Geometry) -> bool:
-        """See :class:`..layer_check.LayerRunner`."""
         return False
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """See :class:`..layer_check.LayerRunner`."""
         ways = (NATIVE, CONVOLUTION) if geometry.is_conv else (NATIVE,)
         return (*ways, FLOAT) if geometry.weight_bits else ways
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """See :class:`..layer_check.LayerRunner`."""
         graph = Graph(unsigned=True)
         x, out = graph.name("x"), graph.name("out")
         inputs = {x: [1, "time", geometry.shape[1] * geometry.groups]}

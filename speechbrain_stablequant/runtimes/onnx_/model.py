@@ -7,7 +7,7 @@ from pathlib import Path
 from ...core.encoder_spec import EncoderSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
 from ...utils.files import write_atomic
-from ..geometry import plain_windows
+from ..algorithms import plain_windows
 from .encoder import add_encoder
 from .graph import Graph
 from .head import HeadPart, add_head

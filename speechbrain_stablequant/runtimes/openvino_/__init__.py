@@ -3,21 +3,22 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..base import Options, Runtime, option
+from ...utils.typed import count
+from ..base import Runtime
 
 
 @dataclass(frozen=True)
-class OpenVinoOptions(Options):
+class OpenVinoOptions:
     """``backend: openvino``."""
 
     #: Of one call; torch's number by default.
-    threads: int | None = option(None, least=1)
+    threads: int | None = count(None)
     #: Where compiled graphs are kept.
-    cache_folder: str | None = option(None)
+    cache_folder: str | None = None
     #: Has no effect any more.
-    max_models: int | None = option(None, least=0)
+    max_models: int | None = count(None, 0)
     #: Of everything but the integer products.
-    precision: Literal["auto", "bf16", "f32"] = option("auto")
+    precision: Literal["auto", "bf16", "f32"] = "auto"
 
 
 RUNTIME = Runtime(

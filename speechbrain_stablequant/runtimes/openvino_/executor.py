@@ -13,10 +13,9 @@ import torch
 from ...core.encoder_spec import EncoderSpec
 from ...utils import forks
 from ...utils.timing import PREPARATION
-from ..base import require_frame
+from ..base import require_frame, round_frames
 from ..cpu import cpu_class
 from ..group_norm import gain_and_shift
-from ..lengths import round_frames
 from ..reference import valid_frame_mask
 from .core import core, output
 from .graph import GraphBuilder, channels_first, first_windows

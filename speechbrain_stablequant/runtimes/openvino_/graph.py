@@ -28,11 +28,11 @@ from ..algorithms import (
     FLOAT,
     JOINED_GROUPS,
     WINDOW_PRODUCT,
+    check_front,
     join_groups,
     split_groups,
     window_rows,
 )
-from ..geometry import check_front
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4

@@ -14,10 +14,9 @@ from ..algorithms import (
     JOINED_GROUPS,
     NATIVE,
     WINDOW_PRODUCT,
-    narrow_groups,
+    Geometry,
 )
 from ..cpu import cpu_class
-from ..geometry import Geometry
 from ..trial_layer import Results, Trial
 from .core import core, output
 from .graph import GraphBuilder
@@ -47,13 +46,10 @@ class OpenVINORunner:
         }
 
     def half(self, geometry: Geometry) -> bool:
-        """See :class:`..layer_check.LayerRunner`."""
         return self._half
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """See :class:`..layer_check.LayerRunner`.
-
-        oneDNN's AMX kernels are wrong for convolutions with few channels per
+        """oneDNN's AMX kernels are wrong for convolutions with few channels per
         group and a long window (OpenVINO 2026.4): there the native algorithm is
         skipped. Without VNNI the library's convolutions are 1.5 times as fast
         as products with windows; a LayerNorm takes the channels last.
@@ -67,12 +63,11 @@ class OpenVINORunner:
             ways = (NATIVE, JOINED_GROUPS, WINDOW_PRODUCT)
             if geometry.groups == 1:
                 ways = (NATIVE, WINDOW_PRODUCT)
-            elif self._narrow_groups_fail and narrow_groups(geometry):
+            elif self._narrow_groups_fail and geometry.has_narrow_groups:
                 ways = (JOINED_GROUPS, WINDOW_PRODUCT)
         return (*ways, FLOAT) if geometry.weight_bits else ways
 
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """See :class:`..layer_check.LayerRunner`."""
         request = self._compiled(geometry, trial.layer).create_infer_request()
         found = []
         for x, other in zip(trial.inputs, trial.others, strict=True):

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
-from ..base import Options, Runtime, option
+from ...utils.typed import count
+from ..base import Runtime
 
 
 @dataclass(frozen=True)
-class TorchInt8Options(Options):
+class TorchInt8Options:
     """``backend: torch_int8``."""
 
     #: torch's number by default.
-    threads: int | None = option(None, least=1)
+    threads: int | None = count(None)
 
 
 RUNTIME = Runtime(

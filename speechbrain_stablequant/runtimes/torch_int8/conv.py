@@ -1,4 +1,7 @@
-"""Convolutions of any geometry over [batch, time, channels]."""
+"""Convolutions of any geometry over [batch, time, channels].
+
+All take an input prepared by their ``form`` and give float32 or bfloat16.
+"""
 
 from dataclasses import replace
 
@@ -43,8 +46,6 @@ class IntegerConv:
         )
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Convolve [batch, time, in], prepared by ``form``, to [batch, time,
-        out] of float32 or bfloat16."""
         out = torch.ops.onednn.qconv1d_pointwise.default(
             x.transpose(1, 2),
             self.form.scale,
@@ -108,7 +109,6 @@ class GroupedConv:
                 target.copy_(product(padded, dtype)[: len(target)])
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`IntegerConv`."""
         margin = (0, 0, self._padding, self._padding)
         x = F.pad(x, margin, value=self.form.zero)
         frames = (x.shape[1] - self._kernel) // self._stride + 1
@@ -130,7 +130,6 @@ class FloatConv:
         self._geometry = _geometry(layer)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`IntegerConv`."""
         out = F.conv1d(
             x.transpose(1, 2), self._weight, self._bias, *self._geometry
         )
@@ -146,7 +145,6 @@ class ConvertedConv(FloatConv):
         self._shift = layer.bias
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`IntegerConv`."""
         x = x.float().sub_(self.form.zero)
         y = super().__call__(x, torch.float32) * self._scale
         return (y if self._shift is None else y.add_(self._shift)).to(dtype)

@@ -6,7 +6,7 @@ attention run per utterance, all products between on all frames at once.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,6 @@ from ...core.encoder_spec import BlockSpec, EncoderSpec
 from ...utils import forks
 from ..base import require_frame
 from ..cpu import cpu_class
-from .attention import attend
 from .conv import make_conv
 from .forms import Floats
 from .front import FeatureExtractor, layer_norm
@@ -48,6 +47,32 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         with _lock:
             _calls -= 1
             torch.set_num_threads(_outside)
+
+
+def attend(
+    qkv: torch.Tensor, lengths: Sequence[int], heads: int
+) -> torch.Tensor:
+    """Attention of packed utterances: ``qkv`` [rows, 3 * channels], query
+    already scaled, to [rows, channels]. ``lengths``: frames of each
+    utterance; rows after these are zero."""
+    total, width = qkv.shape
+    out = qkv.new_empty(total, width // 3)
+    columns = qkv.view(total, 3 * heads, -1).unbind(1)
+    targets = out.view(total, heads, -1).unbind(1)
+    # One buffer for all heads: allocation costs more than the computation.
+    scores = qkv.new_empty(max(lengths) ** 2)
+    for head, target in enumerate(targets):
+        query, key, value = (columns[head + i * heads] for i in range(3))
+        start = 0
+        for length in lengths:
+            part = slice(start, start + length)
+            weights = scores[: length**2].view(length, length)
+            torch.mm(query[part], key[part].t(), out=weights)
+            torch.softmax(weights, -1, out=weights)
+            torch.mm(weights, value[part], out=target[part])
+            start += length
+    out[sum(lengths) :] = 0
+    return out
 
 
 class Block:

@@ -72,6 +72,14 @@ class Floats:
 
     dtype: torch.dtype  # float32 or bfloat16
 
+    scale, zero = 1.0, 0
+
+    def clip(
+        self, x: torch.Tensor, out: torch.Tensor | None, least: float
+    ) -> torch.Tensor:
+        """Floats need no clipping."""
+        return x if out is None else out.copy_(x)
+
     def prepare(
         self, x: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 from ...core.encoder_spec import ConvSpec, Norm
 from ...core.integer_layer import FloatLayer
-from ..geometry import check_front
+from ..algorithms import check_front
 from ..group_norm import gain_and_shift
 from .forms import Form
-from .linear import ROWS, make_linear
+from .linear import ROWS, GainShift, make_linear
 
 
 def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -57,12 +57,10 @@ class Stage:
     def __call__(
         self,
         x: torch.Tensor,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
+        norm: GainShift | None = None,
     ) -> torch.Tensor:
         """Run the stage on a stretch of one utterance, contiguous [time, in]
-        in its form. ``gain`` and ``shift``, float32 [out], replace a norm
-        over time."""
+        in its form; ``norm`` is that over time."""
         frames = self.frames(x.shape[0])
         out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
         # Parts of equal size: a short one takes a third of a full one's time.
@@ -72,7 +70,7 @@ class Stage:
             start = min(place * rows, frames - rows)
             windows, part = self.windows(x, start, rows), out[start:][:rows]
             if self.norm is None or self.norm.over_time:
-                self.product.gelu(windows, self.then, gain, shift, part)
+                self.product.gelu(windows, self.then, norm, part)
             else:
                 y = self.product(windows, torch.float32)
                 self.then.prepare(F.gelu(layer_norm(y, self.norm)), part)
@@ -113,8 +111,7 @@ class FeatureExtractor:
     def _utterance(
         self,
         wave: torch.Tensor,
-        gain: torch.Tensor | None,
-        shift: torch.Tensor | None,
+        norm: GainShift | None,
     ) -> torch.Tensor:
         first, *others = self.stages
         frames = self.frames(len(wave))
@@ -125,7 +122,7 @@ class FeatureExtractor:
         parts = []
         for start in range(0, rows, self.stretch):
             needed = self.samples(min(self.stretch, rows - start))
-            part = first(x[start * hop : start * hop + needed], gain, shift)
+            part = first(x[start * hop : start * hop + needed], norm)
             for stage in others:
                 part = stage(part)
             parts.append(part)
@@ -136,9 +133,9 @@ class FeatureExtractor:
     ) -> list[torch.Tensor]:
         """Features [frames, channels] of each utterance of a batch [batch,
         samples]; ``lengths``: samples of each, enough for a frame."""
-        gains = shifts = [None] * len(lengths)
+        norms = [None] * len(lengths)
         if self._over_time is not None:
             # The float model's norm sees the padding, too.
-            gains, shifts = gain_and_shift(self._over_time, wavs)
-        rows = zip(wavs, lengths, gains, shifts, strict=True)
-        return [self._utterance(wav[:n], *norm) for wav, n, *norm in rows]
+            norms = zip(*gain_and_shift(self._over_time, wavs), strict=True)
+        rows = zip(wavs, lengths, norms, strict=True)
+        return [self._utterance(wav[:n], norm) for wav, n, norm in rows]

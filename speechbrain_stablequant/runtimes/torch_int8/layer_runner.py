@@ -7,9 +7,8 @@ import torch
 
 from ...core.encoder_spec import ConvSpec
 from ...core.integer_layer import FloatLayer
-from ..algorithms import FLOAT, NATIVE, narrow_groups
+from ..algorithms import FLOAT, NATIVE, Geometry
 from ..cpu import cpu_class
-from ..geometry import Geometry
 from ..trial_layer import Results, Trial
 from .conv import conv_algorithms, make_conv
 from .forms import ZERO, Floats, Form, Grid
@@ -36,14 +35,11 @@ class TorchInt8Runner:
         }
 
     def half(self, geometry: Geometry) -> bool:
-        """See :class:`..layer_check.LayerRunner`."""
         rounded = not geometry.weight_bits or geometry.then == "shared"
         return rounded and self._dtype == torch.bfloat16
 
     def algorithms(self, geometry: Geometry) -> tuple[str, ...]:
-        """See :class:`..layer_check.LayerRunner`.
-
-        oneDNN's AMX kernels are wrong for bfloat16 convolutions with few
+        """oneDNN's AMX kernels are wrong for bfloat16 convolutions with few
         channels per group and a long window (torch 2.11): there the native
         algorithm is skipped.
         """
@@ -51,12 +47,11 @@ class TorchInt8Runner:
             return (NATIVE, FLOAT)
         integers = geometry.weight_bits > 0
         ways = conv_algorithms(integers, geometry.groups, geometry.dilation)
-        fails = self._narrow_groups_fail and narrow_groups(geometry)
+        fails = self._narrow_groups_fail and geometry.has_narrow_groups
         return ways[1:] if fails and not integers else ways
 
     @torch.no_grad()
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        """See :class:`..layer_check.LayerRunner`."""
         if geometry.place == "head":
             return Results(_head(geometry, trial))
         if geometry.place == "position":

@@ -19,6 +19,10 @@ from .forms import Floats, Form, Grid, form_of
 ROWS = 8
 
 
+#: Float32 [out] each: a norm over time as product * gain + shift.
+GainShift = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Weight rows of layers that share an input form."""
@@ -87,47 +91,43 @@ class IntegerLinear:
     def _run(
         self,
         x: torch.Tensor,
-        target: tuple[float, int, torch.dtype],
-        gelu: bool = False,
-        scale: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        *result: Any,
     ) -> torch.Tensor:
         return torch.ops.onednn.qlinear_pointwise.default(
             x,
             self.form.scale,
             self.form.zero,
             self._weight,
-            self.scale if scale is None else scale,
+            scale,
             self._zeros,
-            self.bias if bias is None else bias,
-            *target,
-            "gelu" if gelu else "none",
-            [],
-            "none" if gelu else "",
+            bias,
+            *result,
         )
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply [rows, in], prepared by ``form``, to [rows, out] of
         float32 or bfloat16."""
-        return self._run(x, (1.0, 0, dtype))
+        result = (1.0, 0, dtype, "none", [], "")
+        return self._run(x, self.scale, self.bias, *result)
 
     def gelu(
         self,
         x: torch.Tensor,
         form: Form,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
+        norm: GainShift | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """GELU of the product, in another form. With ``gain`` and ``shift``,
-        float32 [out], of product * gain + shift without the bias."""
-        scale = None if gain is None else self.scale * gain
-        if isinstance(form, Grid):
-            target = (form.scale, form.zero, torch.uint8)
-            q = self._run(x, target, True, scale, shift)
-            return form.clip(q, out, GELU_MIN)
-        y = self._run(x, (1.0, 0, form.dtype), True, scale, shift)
-        return y if out is None else out.copy_(y)
+        """GELU of the product, in another form; with ``norm`` of product *
+        gain + shift without the bias."""
+        scale, shift = self.scale, self.bias
+        if norm is not None:
+            gain, shift = norm
+            scale = scale * gain
+        result = (form.scale, form.zero, form.dtype, "gelu", [], "none")
+        q = self._run(x, scale, shift, *result)
+        return form.clip(q, out, GELU_MIN)
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """Add the product to ``total`` [rows, out] in place."""
@@ -154,42 +154,35 @@ class IntegerLinear:
 
 
 class FloatLinear:
-    """Products of a layer that the plan leaves in floating point."""
+    """Products of a layer that the plan leaves in floating point; methods as of
+    :class:`IntegerLinear`."""
 
     def __init__(self, rows: Rows):
-        self.form: Floats = rows.form
+        self.form: Form = rows.form
         self._weight, bias = rows.weight, rows.bias
         self._bias = None if bias is None else bias.to(rows.weight.dtype)
 
     def product(
-        self,
-        x: torch.Tensor,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
+        self, x: torch.Tensor, norm: GainShift | None = None
     ) -> torch.Tensor:
-        """The product with its bias; ``gain`` and ``shift`` as of
-        :meth:`IntegerLinear.gelu`."""
-        if gain is None:
+        if norm is None:
             return F.linear(x, self._weight, self._bias)
+        gain, shift = norm
         return F.linear(x, self._weight) * gain + shift
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`IntegerLinear`."""
         return self.product(x).to(dtype)
 
     def gelu(
         self,
         x: torch.Tensor,
         form: Form,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
+        norm: GainShift | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See :class:`IntegerLinear`."""
-        return form.prepare(F.gelu(self.product(x, gain, shift)), out)
+        return form.prepare(F.gelu(self.product(x, norm)), out)
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """See :class:`IntegerLinear`."""
         return total.add_(self.product(x))
 
 
@@ -201,17 +194,13 @@ class ConvertedLinear(FloatLinear):
         self._scale = rows.scale * self.form.scale
 
     def product(
-        self,
-        x: torch.Tensor,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
+        self, x: torch.Tensor, norm: GainShift | None = None
     ) -> torch.Tensor:
-        """See :class:`FloatLinear`."""
+        gain, shift = norm or (1.0, self._bias)
         # Without the zero point, so that sums stay small.
         y = F.linear(x.float().sub_(self.form.zero), self._weight)
-        y.mul_(self._scale if gain is None else self._scale * gain)
-        bias = self._bias if gain is None else shift
-        return y if bias is None else y.add_(bias)
+        y.mul_(self._scale * gain)
+        return y if shift is None else y.add_(shift)
 
 
 Linear = IntegerLinear | FloatLinear

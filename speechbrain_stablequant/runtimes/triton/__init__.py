@@ -12,25 +12,25 @@ from typing import Literal
 
 import torch
 
-from ...utils.typed import one_line
-from ..base import Options, Runtime, option
+from ...utils.typed import count, one_line
+from ..base import Runtime
 
 
 @dataclass(frozen=True)
-class TritonOptions(Options):
+class TritonOptions:
     """``backend: triton``."""
 
     #: Where it runs; by default the device that the model is on.
-    device: str | None = option(None)
+    device: str | None = None
     #: Of the residual stream and of the attention.
-    dtype: Literal["float16", "bfloat16", "float32"] = option("float16")
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     #: CUDA graphs to keep, one for each (batch, length) bucket; 0: none.
-    max_graphs: int = option(48, least=0)
+    max_graphs: int = count(48, 0)
     #: Whether tiles are measured when a shape is first met.
-    tune: bool = option(True)
+    tune: bool = True
     #: JSON file of measured tiles; by default one for each card in the user's
     #: cache folder.
-    cache: str | None = option(None)
+    cache: str | None = None
 
 
 RUNTIME = Runtime(

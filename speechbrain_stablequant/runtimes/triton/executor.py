@@ -11,8 +11,7 @@ import torch
 
 from ...core.encoder_spec import EncoderSpec
 from ...utils.timing import PREPARATION
-from ..base import require_frame
-from ..lengths import round_frames
+from ..base import require_frame, round_frames
 from .kernels.tuning import Tuner
 from .network import Network
 
