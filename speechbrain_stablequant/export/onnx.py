@@ -20,8 +20,7 @@ from ..folder.tokenizer_file import labels_of
 from ..model.layers import find_encoders
 from ..runtimes.cpu import narrowed
 from ..runtimes.onnx_.graph import require_onnx
-from ..runtimes.onnx_.head import describe_head
-from ..runtimes.onnx_.model import export_onnx
+from ..runtimes.onnx_.model import describe_head, export_onnx
 
 
 def export_folder(

@@ -24,22 +24,10 @@ class EncoderExecutor(Protocol):
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None
     ) -> torch.Tensor:
-        """Encodes a batch.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            float32 [batch, samples], normalized as the model wants it.
-        lengths : torch.Tensor or None
-            int64 [batch], real samples of each utterance; None when the
-            model is to see no mask.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 [batch, frames, channels]. Padded frames hold anything
-            finite.
-        """
+        """Encode float32 [batch, samples], normalized as the model wants it, to
+        float32 [batch, frames, channels]; padded frames hold anything finite.
+        ``lengths``: int64 [batch], real samples of each utterance, or None if
+        the model is to see no mask."""
 
 
 class LayerExecutor(Protocol):

@@ -43,33 +43,14 @@ def build_forwards(
     cpu: CpuClass | None = None,
     **options: Any,
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Build a runtime: the functions that replace the float model's forwards.
+    """Build a runtime, with its options: the function that replaces the
+    forward of each module, for :func:`.base.shadowed_forwards`.
 
-    Arguments
-    ---------
-    backend : str
-        A key of ``RUNTIMES``.
-    modules : Mapping
-        The Brain's modules by key. Weights of integer layers are not read;
-        they may be on the ``meta`` device.
-    integers : Mapping
-        Integer layers by name.
-    cpu : CpuClass, optional
-        The CPU whose integers are executed; the present one by default.
-    **options
-        Of the runtime.
-
-    Returns
-    -------
-    dict
-        Forward by module, for :func:`.base.shadowed_forwards`.
-
-    Raises
-    ------
-    ValueError
-        A layer that is not in the model, an encoder that the integer
-        runtimes do not compute, or a layer that this runtime cannot execute;
-        :class:`.layer_check.UnusableRuntime` if it is wrong on this machine.
+    Weights of integer layers in ``modules`` are not read; they may be on the
+    ``meta`` device. ``cpu`` is the one whose integers are executed, by default
+    this one. ValueError for a layer that is not in the model, an encoder or
+    layer that this runtime cannot execute, and :class:`UnusableRuntime` if it
+    is wrong on this machine.
     """
     forks.protect_children()
     runtime = RUNTIMES[backend]

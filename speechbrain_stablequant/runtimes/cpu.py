@@ -24,7 +24,13 @@ from ..utils.memory import transient
 
 logger = logging.getLogger(__name__)
 
-CLASSES = ("other", "avx2", "avx_vnni", "avx512_vnni", "amx")
+# Linux's flag of each class, in ascending order.
+_FLAGS = {
+    "avx2": "",
+    "avx_vnni": "avx_vnni",
+    "avx512_vnni": "avx512_vnni",
+    "amx": "amx_int8",
+}
 
 #: Widest weights whose pair sums with unsigned bytes fit an int16.
 PAIR_SUM_BITS = 7
@@ -52,7 +58,7 @@ _CAPS = {
 class CpuClass:
     """A class of CPU."""
 
-    name: str  # of CLASSES; avx2: also AVX-512 without VNNI
+    name: str  # of _FLAGS, or "other"; avx2: also AVX-512 without VNNI
     bf16: bool = False  # whether it multiplies bfloat16
 
     @property
@@ -63,16 +69,13 @@ class CpuClass:
 
 def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
     """Class of an x86 CPU, from Linux's flags and ``ONEDNN_MAX_CPU_ISA``."""
-    name = "avx2"
-    for kind, flag in (
-        ("avx_vnni", "avx_vnni"),
-        ("avx512_vnni", "avx512_vnni"),
-        ("amx", "amx_int8"),
-    ):
-        name = kind if flag in flags else name
+    names = list(_FLAGS)
+    found = max(
+        n for n, name in enumerate(names) if _FLAGS[name] in {"", *flags}
+    )
     most, bf16 = _CAPS.get(cap.upper(), ("amx", True))
     return CpuClass(
-        min(name, most, key=CLASSES.index),
+        names[min(found, names.index(most))],
         bf16 and bool(flags & {"avx512_bf16", "amx_bf16"}),
     )
 

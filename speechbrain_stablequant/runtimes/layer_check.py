@@ -39,17 +39,10 @@ class UnusableRuntime(ValueError):
 
 
 class LayerRunner(Protocol):
-    """Computes single layers by the code of one runtime, made of its options.
+    """Computes single layers by a runtime's code, made of its options."""
 
-    Arguments
-    ---------
-    name : str
-        Of the runtime.
-    versions : Mapping
-        What its results depend on beside the CPU and our code.
-    """
-
-    name: str
+    name: str  # of the runtime
+    # What its results depend on beside the CPU and our code.
     versions: Mapping[str, str]
 
     def half(self, geometry: Geometry) -> bool:

@@ -35,8 +35,10 @@ from speechbrain_stablequant.runtimes.cpu import cpu_class, executed_integers
 from speechbrain_stablequant.runtimes.onnx_ import model as export_model
 from speechbrain_stablequant.runtimes.onnx_.encoder import unfold
 from speechbrain_stablequant.runtimes.onnx_.graph import Graph
-from speechbrain_stablequant.runtimes.onnx_.head import describe_head
-from speechbrain_stablequant.runtimes.onnx_.model import export_onnx
+from speechbrain_stablequant.runtimes.onnx_.model import (
+    describe_head,
+    export_onnx,
+)
 from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,

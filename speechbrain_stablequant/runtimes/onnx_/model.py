@@ -1,16 +1,19 @@
 """An encoder and the layers after it as one ONNX file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ...core.encoder_spec import EncoderSpec
-from ...core.integer_layer import FloatLayer, IntegerLayer
+from torch import nn
+
+from ...core.encoder_spec import AnyLayer, EncoderSpec, Norm
+from ...core.integer_layer import FloatLayer, IntegerLayer, float_layer
 from ...utils.files import write_atomic
 from ..algorithms import plain_windows
 from .encoder import add_encoder
 from .graph import Graph
-from .head import HeadPart, add_head
 
 EXPORT_FORMAT = 1
 
@@ -19,6 +22,69 @@ MAX_BYTES = 2**31 - 2**20
 
 #: What a file is for.
 TARGETS = ("onnxruntime", "portable")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation in a head: an ONNX operator and its attributes."""
+
+    op: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+HeadPart = AnyLayer | Norm | Activation
+
+
+def describe_head(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> list[HeadPart]:
+    """Describe the modules after the encoder, in order; containers are
+    walked. ValueError for a module without an ONNX form."""
+    parts: list[HeadPart] = []
+    for key, module in modules.items():
+        for name, child in module.named_modules(prefix=key):
+            part = _head_part(name, child, integers)
+            if part is not None:
+                parts.append(part)
+    return parts
+
+
+def _head_part(
+    name: str, module: nn.Module, integers: Mapping[str, IntegerLayer]
+) -> HeadPart | None:
+    if isinstance(module, nn.Linear):
+        return integers.get(name) or float_layer(name, module)
+    if isinstance(module, nn.LayerNorm):
+        return Norm(
+            module.weight.detach().float(),
+            module.bias.detach().float(),
+            module.eps,
+        )
+    if isinstance(module, nn.LeakyReLU):
+        return Activation("LeakyRelu", {"alpha": module.negative_slope})
+    if isinstance(module, nn.ReLU | nn.Tanh):
+        return Activation("Relu" if isinstance(module, nn.ReLU) else "Tanh")
+    if isinstance(module, nn.GELU) and module.approximate == "none":
+        return Activation("Gelu")
+    if isinstance(module, nn.LogSoftmax) and module.dim == -1:
+        return Activation("LogSoftmax", {"axis": -1})
+    if isinstance(module, nn.Identity | nn.Dropout) or any(module.children()):
+        return None
+    raise ValueError(
+        f"{name}: {type(module).__name__} in the head has no ONNX form; "
+        "export the encoder alone (head=[])"
+    )
+
+
+def add_head(graph: Graph, x: str, head: Iterable[HeadPart]) -> str:
+    for part in head:
+        if isinstance(part, Norm):
+            x = graph.norm(x, part)
+        elif isinstance(part, Activation):
+            x = graph.add(part.op, [x], **part.attributes)
+        else:
+            x = graph.linear(x, part)
+    return x
 
 
 def _check(spec: EncoderSpec, head: Sequence[HeadPart]) -> None:
@@ -61,43 +127,20 @@ def export_onnx(
     ``logits`` [batch, frames, symbols], or ``hidden`` without a head; padded
     frames hold arbitrary finite values.
 
-    Arguments
-    ---------
-    path : str or Path
-        The file; it is there whole or not at all. Its folder must exist.
-    spec : EncoderSpec
-        The encoder.
-    head : sequence
-        Layers behind it, see :func:`describe_head`.
-    normalize_wav, output_norm : bool
-        Whether the graph brings each wave, padding included, and the encoder's
-        output to mean 0 and variance 1, as SpeechBrain's wrapper does.
-    use_lengths : bool
-        False for a model that is not told what is padding: there is no input
-        ``lengths`` then.
-    sample_rate : int
-        Written into the file.
-    target : str
-        ``"onnxruntime"``: activations are uint8 with zero point 128 (the same
-        integers, moved) and convolutions are products of unfolded inputs,
-        which is what ONNX Runtime computes in integers on an x86 CPU;
-        ``"portable"``: int8 with zero point 0 and Conv nodes. An offset of
-        the activations moves either zero point.
-    metadata : Mapping, optional
-        More text by key for the file's metadata.
+    ``normalize_wav`` and ``output_norm`` bring each wave, padding included, and
+    the encoder's output to mean 0 and variance 1, as SpeechBrain's wrapper
+    does. Without ``use_lengths`` there is no input ``lengths``, for a model
+    that is not told what is padding. ``sample_rate`` and ``metadata`` are
+    written into the file.
 
-    Returns
-    -------
-    Path
-        The file.
+    ``target`` is ``"onnxruntime"``: activations are uint8 with zero point 128
+    (the same integers, moved) and convolutions are products of unfolded inputs,
+    which is what ONNX Runtime computes in integers on an x86 CPU; or
+    ``"portable"``: int8 with zero point 0 and Conv nodes. An offset of the
+    activations moves either zero point.
 
-    Raises
-    ------
-    ImportError
-        onnx is not installed.
-    ValueError
-        An unknown target, a layer that cannot be exported, or more than 2 GB
-        of weights.
+    The file is there whole or not at all. ValueError for a layer that cannot be
+    exported, or more than 2 GB of weights.
     """
     if target not in TARGETS:
         raise ValueError(f"target: '{target}' is none of {', '.join(TARGETS)}")

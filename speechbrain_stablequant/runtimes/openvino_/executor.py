@@ -82,10 +82,8 @@ class OpenVINOExecutor:
 
     Any number of threads may call it at once: each call has its own request.
     With ``threads``, as many calls run in parallel as the CPU has room for;
-    otherwise one at a time by all threads. ``precision`` is that of everything
-    but the integer products; ``auto`` is bf16 where the CPU supports it.
-    Compiled graphs are kept in ``cache_folder``, each as large as the integer
-    weights. ``max_models`` has no effect; old folders may hold it.
+    otherwise one at a time by all threads. Compiled graphs in ``cache_folder``
+    are as large as the integer weights.
     """
 
     def __init__(

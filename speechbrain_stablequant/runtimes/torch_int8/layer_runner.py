@@ -1,11 +1,12 @@
 """Single layers by torch's oneDNN operators, for comparison with exact
 arithmetic."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ...core.encoder_spec import ConvSpec
+from ...core.encoder_spec import AnyLayer, ConvSpec
 from ...core.integer_layer import FloatLayer
 from ..algorithms import FLOAT, NATIVE, Geometry
 from ..cpu import cpu_class
@@ -52,65 +53,53 @@ class TorchInt8Runner:
 
     @torch.no_grad()
     def run(self, geometry: Geometry, trial: Trial) -> Results:
-        if geometry.place == "head":
-            return Results(_head(geometry, trial))
-        if geometry.place == "position":
-            conv = make_conv(trial.layer, self._dtype)
-            return Results(
-                [
-                    conv(conv.form.prepare(x), torch.float32)[:, : x.shape[1]]
-                    for x in trial.inputs
-                ]
-            )
-        run = self._front if geometry.is_conv else self._linear
-        if geometry.then != "gelu" or not geometry.weight_bits:
-            found = run(geometry, trial, Floats(torch.float32))
-            return Results([x[None] for x in found])
-        found = run(geometry, trial, Grid(_STEP, 8))
-        values = [(x[None].float() - ZERO) * _STEP for x in found]
+        on_grid = geometry.then == "gelu" and geometry.weight_bits > 0
+        then = Grid(_STEP, 8) if on_grid else Floats(torch.float32)
+        compute = self._function(geometry, trial.layer, then)
+        rows = zip(trial.inputs, trial.others, strict=True)
+        found = [y for x, other in rows for y in compute(x, other)]
+        if not on_grid:
+            return Results(found)
+        values = [(y.float() - ZERO) * _STEP for y in found]
         return Results(values, _STEP, 127 * _STEP)
 
-    def _front(
-        self, geometry: Geometry, trial: Trial, then: Form
-    ) -> list[torch.Tensor]:
-        layer = trial.layer
-        first = geometry.place == "first" and isinstance(layer, FloatLayer)
-        dtype = torch.float32 if first else self._dtype
-        stage = Stage(ConvSpec(layer, None), then, dtype)
-        found = []
-        for x in trial.inputs:
-            x = stage.form.prepare(x[0])
+    def _function(
+        self, geometry: Geometry, layer: AnyLayer, then: Form
+    ) -> Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
+        """Results [1, frames, out] from an input and what may be added."""
+        dtype, full = self._dtype, torch.float32
+        if geometry.place == "head":
+            forward = make_layer(layer)
+            if not geometry.is_conv:
+                return lambda x, _: [forward(x)]
+            return lambda x, _: [forward(x.mT).mT]
+        if geometry.place == "position":
+            conv = make_conv(layer, dtype)
+            ready = conv.form.prepare
+            return lambda x, _: [conv(ready(x), full)[:, : x.shape[1]]]
+        if geometry.is_conv:
+            if geometry.place == "first" and isinstance(layer, FloatLayer):
+                dtype = full
+            stage = Stage(ConvSpec(layer, None), then, dtype)
+            ready = stage.form.prepare
             if geometry.then == "gelu":
-                found.append(stage(x))
-            else:
-                windows = stage.windows(x, 0, stage.frames(len(x)))
-                found.append(stage.product(windows, torch.float32))
-        return found
+                return lambda x, _: [stage(ready(x[0]))[None]]
 
-    def _linear(
-        self, geometry: Geometry, trial: Trial, then: Form
-    ) -> list[torch.Tensor]:
-        layer, found = trial.layer, []
+            def multiply(x: torch.Tensor, _: torch.Tensor) -> Any:
+                frames = stage.frames(x.shape[1])
+                windows = stage.windows(ready(x[0]), 0, frames)
+                return [stage.product(windows, full)[None]]
+
+            return multiply
         if geometry.then == "shared":
-            shared = SharedInput([rows_of(layer, self._dtype)] * 3)
-            for x in trial.inputs:
-                found += shared(x[0], self._dtype).chunk(3, 1)
-            return found
-        product = make_linear(layer, self._dtype)
-        for x, other in zip(trial.inputs, trial.others, strict=True):
-            x = product.form.prepare(x[0])
-            if geometry.then == "gelu":
-                found.append(product.gelu(x, then))
-            elif geometry.then == "sum":
-                found.append(product.add_(x, other[0].clone()))
-            else:
-                found.append(product(x, torch.float32))
-        return found
-
-
-def _head(geometry: Geometry, trial: Trial) -> list[torch.Tensor]:
-    """Compute a layer outside of the encoder."""
-    forward = make_layer(trial.layer)
-    if not geometry.is_conv:
-        return [forward(x) for x in trial.inputs]
-    return [forward(x.transpose(1, 2)).transpose(1, 2) for x in trial.inputs]
+            shared = SharedInput([rows_of(layer, dtype)] * 3)
+            return lambda x, _: shared(x[0], dtype)[None].chunk(3, 2)
+        product = make_linear(layer, dtype)
+        ready = product.form.prepare
+        return {
+            "gelu": lambda x, _: [product.gelu(ready(x[0]), then)[None]],
+            "sum": lambda x, other: [
+                product.add_(ready(x[0]), other[0].clone())[None]
+            ],
+            "": lambda x, _: [product(ready(x[0]), full)[None]],
+        }[geometry.then]
