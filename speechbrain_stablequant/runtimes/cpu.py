@@ -163,12 +163,6 @@ def machine_identity() -> dict[str, Any]:
     }
 
 
-def executed_layer(layer: IntegerLayer, cpu: CpuClass) -> IntegerLayer:
-    """The integers a CPU executes for a layer: its own where sums are exact,
-    else with 7-bit weights."""
-    return layer if cpu.exact else narrowed(layer)
-
-
 def narrowed(layer: IntegerLayer) -> IntegerLayer:
     """A layer with weights of at most 7 bits."""
     if layer.weight_bits <= PAIR_SUM_BITS:
@@ -199,8 +193,11 @@ def narrowed(layer: IntegerLayer) -> IntegerLayer:
 def executed_integers(
     integers: Mapping[str, IntegerLayer], cpu: CpuClass
 ) -> dict[str, IntegerLayer]:
-    """:func:`executed_layer` of every layer; warns if any is changed."""
-    out = {n: executed_layer(layer, cpu) for n, layer in integers.items()}
+    """The integers that a CPU executes: with 7-bit weights where sums are not
+    exact. Warns if any is changed."""
+    if cpu.exact:
+        return dict(integers)
+    out = {name: narrowed(layer) for name, layer in integers.items()}
     changed = sum(out[name] is not layer for name, layer in integers.items())
     if changed:
         logger.warning(

@@ -28,7 +28,6 @@ from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
     cpu_class,
     executed_integers,
-    executed_layer,
 )
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.runtimes.torch_int8 import executor
@@ -303,7 +302,7 @@ def random_layer(
     layer = integer_layer(
         layer, LayerQuant(*bits, 2.5, activation_offset=offset)
     )
-    return executed_layer(layer, cpu_class())
+    return executed_integers({"": layer}, cpu_class())[""]
 
 
 @torch.no_grad()

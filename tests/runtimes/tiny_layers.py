@@ -16,7 +16,6 @@ from speechbrain_stablequant.model.rotation import (
 from speechbrain_stablequant.runtimes.cpu import (
     cpu_class,
     executed_integers,
-    executed_layer,
 )
 
 
@@ -74,7 +73,7 @@ def worst_case(shape, kind, **geometry) -> IntegerLayer:
         **geometry,
     )
     # Without VNNI the registry hands the runtime 7-bit weights.
-    return executed_layer(layer, cpu_class())
+    return executed_integers({"": layer}, cpu_class())[""]
 
 
 def extremes(*shape) -> torch.Tensor:

@@ -5,9 +5,11 @@ Activations are uint8 with zero point 128, the form that ONNX Runtime fuses into
 float32.
 """
 
+import importlib
 import os
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,25 +21,18 @@ from .model import export_onnx
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def require_onnxruntime() -> Any:
-    """The onnxruntime package; ImportError names the extra that brings it."""
-    # Its telemetry has threads, for which a forked process waits at its end.
+def onnxruntime() -> ModuleType:
+    """The package, without its telemetry, which has threads: a forked process
+    waits for them at its end."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            "backend: onnx: package 'onnxruntime' is not installed; run "
-            "pip install 'speechbrain_stablequant[onnx]'"
-        ) from error
-    return onnxruntime
+    return importlib.import_module("onnxruntime")
 
 
 def open_session(
     path: str | Path | bytes, threads: int | None = None, provider: str = "cpu"
 ) -> Any:
     """Open an ONNX file, or its bytes, with one of ``PROVIDERS``."""
-    ort = require_onnxruntime()
+    ort = onnxruntime()
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise ValueError(
             f"provider: this build of onnxruntime has no {provider}; install "
@@ -62,7 +57,6 @@ class OnnxExecutor:
         provider: str = "cpu",
     ):
         self._pid, self.session = os.getpid(), None
-        require_onnxruntime()
         # The session keeps its own copy of the weights, not the file.
         with tempfile.TemporaryDirectory(prefix="stablequant-") as folder:
             path = export_onnx(Path(folder) / "encoder.onnx", spec)

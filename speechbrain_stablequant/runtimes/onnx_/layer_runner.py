@@ -6,7 +6,7 @@ from ...core.encoder_spec import AnyLayer
 from ..algorithms import CONVOLUTION, FLOAT, NATIVE, Geometry
 from ..trial_layer import Results, Trial
 from .encoder import conv_as_product, position
-from .executor import open_session, require_onnxruntime
+from .executor import onnxruntime, open_session
 from .graph import Graph
 
 
@@ -18,7 +18,7 @@ class OnnxRunner:
     def __init__(self, threads: int | None = None, provider: str = "cpu"):
         self._threads, self._provider = threads, provider
         self.versions = {
-            "onnxruntime": require_onnxruntime().__version__,
+            "onnxruntime": onnxruntime().__version__,
             "provider": provider,
         }
 
