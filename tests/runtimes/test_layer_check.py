@@ -1,7 +1,6 @@
 """Layers of a CPU runtime against exact arithmetic: what is right passes,
 what is wrong is found, and is computed another way in the same runtime."""
 
-import importlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,
     apply_layer,
 )
-from speechbrain_stablequant.runtimes.registry import RUNTIMES
+from speechbrain_stablequant.runtimes.registry import RUNTIMES, load_function
 from speechbrain_stablequant.runtimes.torch_int8 import linear as torch_linear
 from speechbrain_stablequant.runtimes.trial_layer import (
     Results,
@@ -65,9 +64,7 @@ WIDE = 8 if cpu_class().exact else 7
 def runner_of(backend: str, **options):
     for package in RUNTIMES[backend].needs:
         pytest.importorskip(package, reason="needs an extra")
-    module, _, function = RUNTIMES[backend].layer_runner.partition(":")
-    module = f"speechbrain_stablequant.runtimes.{module}"
-    return getattr(importlib.import_module(module), function)(**options)
+    return load_function(RUNTIMES[backend].layer_runner)(**options)
 
 
 @pytest.fixture(params=BACKENDS)

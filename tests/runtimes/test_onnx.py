@@ -35,9 +35,7 @@ onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 from speechbrain_stablequant.runtimes.onnx_.executor import (
-    OnnxExecutor as make_executor,
-)
-from speechbrain_stablequant.runtimes.onnx_.executor import (
+    OnnxExecutor,
     open_session,
 )
 
@@ -52,7 +50,7 @@ def waves() -> torch.Tensor:
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6)])
 def test_executor_is_the_reference(tiny_model, bits):
     spec = describe(tiny_model, bits)
-    execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
+    execute, reference = OnnxExecutor(spec, threads=1), ReferenceExecutor(spec)
     out, expected = execute(waves(), LENGTHS), reference(waves(), LENGTHS)
     assert out.dtype == torch.float32 and torch.isfinite(out).all()
     for row, other, n in zip(out, expected, LENGTHS, strict=True):
@@ -71,7 +69,7 @@ def test_executor_is_the_reference(tiny_model, bits):
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
-    execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
+    execute, reference = OnnxExecutor(spec, threads=1), ReferenceExecutor(spec)
     out, expected = execute(waves(), None), reference(waves(), None)
     assert out.shape == expected.shape
     assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
@@ -81,7 +79,7 @@ def test_silence_of_no_frame_is_finite(make_tiny_model):
     model = make_tiny_model("hubert-large")
     spec = describe(model)
     wavs = torch.stack([waves()[0], torch.zeros(4000)])
-    out = make_executor(spec, threads=1)(wavs, torch.tensor([4000, 3]))
+    out = OnnxExecutor(spec, threads=1)(wavs, torch.tensor([4000, 3]))
     assert torch.isfinite(out).all()
 
 
@@ -182,7 +180,7 @@ def test_in_the_place_of_the_model(make_tiny_modules):
     integers = executed({"wav2vec2": modules["wav2vec2"]}, ["wav2vec2"])
     spec = describe_encoder(model, "wav2vec2.model", integers)
     expected = ReferenceExecutor(spec)(waves(), LENGTHS)
-    forward = encoder_forward(make_executor(spec, threads=1))
+    forward = encoder_forward(OnnxExecutor(spec, threads=1))
     with shadowed_forwards({model: forward}):
         out = modules["wav2vec2"](waves(), LENGTHS / 4000)
     frames = spec.frames(2500)
@@ -194,7 +192,7 @@ def test_refusals(make_tiny_model, monkeypatch):
     spec = describe_encoder(make_tiny_model("hubert-base"), "w", {})
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         with pytest.raises(ValueError, match=r"has no cuda.*provider: cpu"):
-            make_executor(spec, provider="cuda")
+            OnnxExecutor(spec, provider="cuda")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"speechbrain_stablequant\[onnx\]"):
-        make_executor(spec)
+        OnnxExecutor(spec)

@@ -44,7 +44,7 @@ ov = pytest.importorskip("openvino", reason="needs the extra cpu")
 
 from speechbrain_stablequant.runtimes.openvino_ import executor
 from speechbrain_stablequant.runtimes.openvino_.executor import (
-    OpenVINOExecutor as make_executor,
+    OpenVINOExecutor,
 )
 from speechbrain_stablequant.runtimes.openvino_.graph import GraphBuilder
 
@@ -104,7 +104,7 @@ def executed_nodes(compiled, kind: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("front", [NATIVE, CONVOLUTION])
 def test_executor_is_the_reference(tiny_model, bits, front):
     spec = with_front(describe(tiny_model, bits=bits), front)
-    execute = make_executor(spec, **EXACT)
+    execute = OpenVINOExecutor(spec, **EXACT)
     reference = ReferenceExecutor(spec)
     batches, alone = [], []
     for seed in SEEDS:
@@ -124,7 +124,10 @@ def test_executor_is_the_reference(tiny_model, bits, front):
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
-    execute, reference = make_executor(spec, **EXACT), ReferenceExecutor(spec)
+    execute, reference = (
+        OpenVINOExecutor(spec, **EXACT),
+        ReferenceExecutor(spec),
+    )
     found = []
     for wavs in map(waves, SEEDS[:4]):
         expected = reference(wavs, LENGTHS)
@@ -142,7 +145,7 @@ def test_layers_left_float(tiny_model, keep_float, front):
     spec = with_front(describe(tiny_model, keep_float=keep_float), front)
     kept = [x.name for x in spec.layers() if isinstance(x, FloatLayer)]
     assert kept and len(kept) < len(list(spec.layers()))
-    execute = make_executor(spec, **EXACT)
+    execute = OpenVINOExecutor(spec, **EXACT)
     reference = ReferenceExecutor(spec)
     found = []
     for wavs in map(waves, SEEDS):
@@ -153,7 +156,7 @@ def test_layers_left_float(tiny_model, keep_float, front):
 
 def test_half_precision_is_near(tiny_model):
     spec = describe(tiny_model)
-    out = make_executor(spec, threads=1, precision="bf16")(waves(), LENGTHS)
+    out = OpenVINOExecutor(spec, threads=1, precision="bf16")(waves(), LENGTHS)
     expected = ReferenceExecutor(spec)(waves(), LENGTHS)
     # A rounding to bfloat16 moves some values to the next integer.
     assert max(errors(spec, out, expected)) < 0.4
@@ -165,14 +168,14 @@ def test_half_precision_is_near(tiny_model):
 def test_silence_of_no_frame_is_finite(make_tiny_model):
     spec = describe(make_tiny_model("hubert-large"))
     wavs = torch.stack([waves()[0], torch.zeros(4300)])
-    out = make_executor(spec, threads=1)(wavs, torch.tensor([4300, 3]))
+    out = OpenVINOExecutor(spec, threads=1)(wavs, torch.tensor([4300, 3]))
     assert torch.isfinite(out).all()
 
 
 def test_the_same_input_gives_the_same_output(tiny_model):
     """In whatever order inputs come, and however often in a row."""
     spec = describe(tiny_model)
-    execute = make_executor(spec, **EXACT)
+    execute = OpenVINOExecutor(spec, **EXACT)
     inputs = [torch.randn(1, n) for n in (3000, 9000, 3010, 13000)]
     expected = [execute(wavs) for wavs in inputs]
     order = [0] * 6 + [1, 0, 2, 3, 3, 3, 3, 0, 2, 1]
@@ -183,7 +186,7 @@ def test_the_same_input_gives_the_same_output(tiny_model):
 @pytest.mark.parametrize("unit", [1, 64])
 def test_no_real_frame_depends_on_the_padding(tiny_model, unit, monkeypatch):
     spec = describe(tiny_model)
-    execute = make_executor(spec, **EXACT)
+    execute = OpenVINOExecutor(spec, **EXACT)
     shapes = []
     original = executor.first_inputs
 
@@ -229,7 +232,10 @@ def test_few_shapes():
 
 def test_batches_are_computed_in_parts(tiny_model):
     spec = describe(tiny_model)
-    execute, reference = make_executor(spec, **EXACT), ReferenceExecutor(spec)
+    execute, reference = (
+        OpenVINOExecutor(spec, **EXACT),
+        ReferenceExecutor(spec),
+    )
     lengths = torch.tensor([1500, 4300, 700, 2500, 4100, 3000, 1200])
     mask = torch.arange(4300)[None] < lengths[:, None]
     wavs = torch.randn(7, 4300) * mask
@@ -241,7 +247,9 @@ def test_batches_are_computed_in_parts(tiny_model):
 
 
 def test_requests_are_not_shared(make_tiny_model):
-    execute = make_executor(describe(make_tiny_model("hubert-large")), **EXACT)
+    execute = OpenVINOExecutor(
+        describe(make_tiny_model("hubert-large")), **EXACT
+    )
     with execute._request() as one, execute._request() as two:
         assert one is not two
     assert len(execute._idle) == 2
@@ -256,34 +264,34 @@ def test_calls_side_by_side(make_tiny_model, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(executor, "_cores", lambda: 2)
     spec = describe(make_tiny_model("hubert-large"))
-    settings = make_executor(spec, threads=threads).settings
+    settings = OpenVINOExecutor(spec, threads=threads).settings
     streams = 1 if threads is None else 2
     assert settings["NUM_STREAMS"] == streams
     assert settings["INFERENCE_NUM_THREADS"] == 2
     monkeypatch.setattr(executor, "_cores", lambda: 1)
-    settings = make_executor(spec, threads=3).settings
+    settings = OpenVINOExecutor(spec, threads=3).settings
     assert settings["NUM_STREAMS"] == 1
     assert settings["INFERENCE_NUM_THREADS"] == 3
 
 
 def test_models_of_one_shape_are_no_more(make_tiny_model, caplog):
     spec = describe(make_tiny_model("hubert-large"))
-    make_executor(spec, max_models=2, **EXACT)
+    OpenVINOExecutor(spec, max_models=2, **EXACT)
     (record,) = [r for r in caplog.records if "max_models" in r.message]
     assert "has no effect" in record.message
 
 
 def test_a_compiled_graph_is_found_again(make_tiny_model, tmp_path):
     spec = describe(make_tiny_model("wav2vec2-large"))
-    first = make_executor(spec, cache_folder=tmp_path, **EXACT)
+    first = OpenVINOExecutor(spec, cache_folder=tmp_path, **EXACT)
     out = first(waves(), LENGTHS)
     (blob,) = tmp_path.glob("*.blob")
-    again = make_executor(spec, cache_folder=tmp_path, **EXACT)
+    again = OpenVINOExecutor(spec, cache_folder=tmp_path, **EXACT)
     assert again._compiled.get_property("LOADED_FROM_CACHE")
     assert torch.equal(again(waves(), LENGTHS), out)
     # Other weights are another graph.
     other = describe(make_tiny_model("wav2vec2-large"))
-    fresh = make_executor(other, cache_folder=tmp_path, **EXACT)
+    fresh = OpenVINOExecutor(other, cache_folder=tmp_path, **EXACT)
     assert not fresh._compiled.get_property("LOADED_FROM_CACHE")
     assert len(list(tmp_path.glob("*.blob"))) == 2
     assert blob.is_file()
@@ -297,7 +305,7 @@ def test_every_layer_is_executed_in_integers(tiny_model, precision):
 
 
 def assert_integers(spec, precision):
-    compiled = make_executor(spec, threads=1, precision=precision)._compiled
+    compiled = OpenVINOExecutor(spec, threads=1, precision=precision)._compiled
     linear = executed_nodes(compiled, "FullyConnected")
     convs = executed_nodes(compiled, "Convolution")
     # Windows are multiplied; the positional convolution is one.
@@ -439,7 +447,7 @@ sys.path[:0] = sys.argv[1:]
 import conftest, test_openvino as t
 model = conftest.build_tiny_model("hubert-base")
 spec = t.describe(model)
-made = [t.make_executor(spec, threads=1) for _ in range(3)]
+made = [t.OpenVINOExecutor(spec, threads=1) for _ in range(3)]
 for _ in range(3):
     del made[0]
 try:
@@ -465,7 +473,7 @@ def test_in_the_place_of_the_model(make_tiny_modules):
     integers = executed({"wav2vec2": modules["wav2vec2"]}, ["wav2vec2"])
     spec = describe_encoder(model, "wav2vec2.model", integers)
     reference = ReferenceExecutor(spec)
-    forward = encoder_forward(make_executor(spec, **EXACT))
+    forward = encoder_forward(OpenVINOExecutor(spec, **EXACT))
     found = []
     for wavs in map(waves, SEEDS):
         with shadowed_forwards({model: forward}):
@@ -477,7 +485,7 @@ def test_in_the_place_of_the_model(make_tiny_modules):
 def test_refusals(make_tiny_model):
     spec = describe_encoder(make_tiny_model("hubert-base"), "w", {})
     with pytest.raises(ValueError, match="300 samples is too short"):
-        make_executor(spec, threads=1)(torch.zeros(1, 300))
+        OpenVINOExecutor(spec, threads=1)(torch.zeros(1, 300))
 
 
 def test_one_grid_is_quantized_once(make_tiny_model):

@@ -36,9 +36,7 @@ from speechbrain_stablequant.runtimes.torch_int8.conv import (
     make_conv,
 )
 from speechbrain_stablequant.runtimes.torch_int8.executor import (
-    TorchInt8Executor as make_executor,
-)
-from speechbrain_stablequant.runtimes.torch_int8.executor import (
+    TorchInt8Executor,
     attend,
 )
 from speechbrain_stablequant.runtimes.torch_int8.forms import ZERO, Floats, Grid
@@ -84,7 +82,10 @@ def bf16(request, monkeypatch) -> bool:
 @pytest.mark.parametrize("bits", [(8, 8), (6, 6), (4, 8)])
 def test_executor_is_the_reference(tiny_model, bits, bf16):
     spec = describe(tiny_model, bits)
-    execute, reference = make_executor(spec, threads=1), ReferenceExecutor(spec)
+    execute, reference = (
+        TorchInt8Executor(spec, threads=1),
+        ReferenceExecutor(spec),
+    )
     wavs = waves()
     cases = [
         (wavs, LENGTHS),
@@ -114,7 +115,7 @@ def test_executor_is_the_reference(tiny_model, bits, bf16):
 )
 def test_offsets_and_rotation(tiny_model, lopsided_quants, bits, bf16):
     spec = describe_lopsided(tiny_model, lopsided_quants(tiny_model, bits))
-    execute, reference = make_executor(spec), ReferenceExecutor(spec)
+    execute, reference = TorchInt8Executor(spec), ReferenceExecutor(spec)
     expected = reference(waves(), LENGTHS)
     error = errors(spec, execute(waves(), LENGTHS), expected, LENGTHS)
     assert error.square().mean().sqrt() < SPREAD[bits]
@@ -134,7 +135,7 @@ def test_float_layers(tiny_model, keep_float, bf16):
     spec = describe(tiny_model, (8, 8), keep_float)
     kept = [x.name for x in spec.layers() if isinstance(x, FloatLayer)]
     assert len(kept) >= 2
-    out = make_executor(spec)(waves(), LENGTHS)
+    out = TorchInt8Executor(spec)(waves(), LENGTHS)
     expected = ReferenceExecutor(spec)(waves(), LENGTHS)
     error = errors(spec, out, expected, LENGTHS)
     assert error.square().mean().sqrt() < 0.02
@@ -153,7 +154,7 @@ def test_other_scales_of_query_key_and_value(make_tiny_model):
     spec = describe_encoder(
         model, "w", executed_integers(integers, cpu_class())
     )
-    execute = make_executor(spec)
+    execute = TorchInt8Executor(spec)
     assert len(execute.blocks[0].qkv.products) == 2
     expected = ReferenceExecutor(spec)(waves(), LENGTHS)
     error = errors(spec, execute(waves(), LENGTHS), expected, LENGTHS)
@@ -162,7 +163,7 @@ def test_other_scales_of_query_key_and_value(make_tiny_model):
 
 def test_one_product_for_one_scale(make_tiny_model):
     spec = describe(make_tiny_model("hubert-base"), (8, 8))
-    execute = make_executor(spec)
+    execute = TorchInt8Executor(spec)
     assert all(len(block.qkv.products) == 1 for block in execute.blocks)
 
 
@@ -170,7 +171,7 @@ def test_one_product_for_one_scale(make_tiny_model):
 def test_chunks_leave_no_seam(make_tiny_model, variant, monkeypatch):
     # More than one stretch of frames, and a last one of one frame.
     spec = describe(make_tiny_model(variant), (8, 8))
-    execute = make_executor(spec)
+    execute = TorchInt8Executor(spec)
     samples = 400 + 320 * 12
     wavs = torch.randn(1, samples)
     assert spec.frames(samples) == 13
@@ -183,7 +184,7 @@ def test_chunks_leave_no_seam(make_tiny_model, variant, monkeypatch):
 
 def test_padded_and_silent_rows(make_tiny_model):
     spec = describe(make_tiny_model("hubert-large"), (8, 8))
-    execute = make_executor(spec)
+    execute = TorchInt8Executor(spec)
     wavs = torch.stack([waves()[0], torch.zeros(4000)])
     out = execute(wavs, torch.tensor([4000, 3]))
     assert torch.isfinite(out).all() and not out[1].any()
@@ -205,7 +206,7 @@ def test_threads_of_a_call_only(make_tiny_model):
         seen.append(torch.get_num_threads())
         return x
 
-    execute = make_executor(spec, threads=before + 1)
+    execute = TorchInt8Executor(spec, threads=before + 1)
     execute.blocks = [block]
     execute(waves()[:1])
     assert seen == [before + 1] and torch.get_num_threads() == before
@@ -215,7 +216,7 @@ def test_unsupported_front_end(make_tiny_model):
     model = make_tiny_model("hubert-large")
     model.feature_extractor.conv_layers[2].conv.padding = (1,)
     with pytest.raises(ValueError, match=r"conv_layers.2.*backend: torch"):
-        make_executor(describe_encoder(model, "w", {}))
+        TorchInt8Executor(describe_encoder(model, "w", {}))
 
 
 def exact(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:
@@ -456,7 +457,7 @@ def test_weights_still_in_their_file(tiny_model, backend, cpu):
 def test_weights_are_held_once(make_tiny_model):
     """Packed int8 weights alone: neither floats nor the spec's integers."""
     spec = describe(make_tiny_model("hubert-large"), (8, 8))
-    execute = make_executor(spec)
+    execute = TorchInt8Executor(spec)
     held = set()
 
     def visit(value, depth=0):
