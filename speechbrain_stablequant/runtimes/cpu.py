@@ -24,8 +24,8 @@ from ..utils.memory import transient
 
 logger = logging.getLogger(__name__)
 
-# Linux's flag of each class, in ascending order.
-_FLAGS = {
+# Linux's flag of each class of x86 CPUs, in ascending order.
+_CLASSES = {
     "avx2": "",
     "avx_vnni": "avx_vnni",
     "avx512_vnni": "avx512_vnni",
@@ -58,7 +58,7 @@ _CAPS = {
 class CpuClass:
     """A class of CPU."""
 
-    name: str  # of _FLAGS, or "other"; avx2: also AVX-512 without VNNI
+    name: str  # of _CLASSES, or "other"; avx2: also AVX-512 without VNNI
     bf16: bool = False  # whether it multiplies bfloat16
 
     @property
@@ -69,10 +69,8 @@ class CpuClass:
 
 def class_of_flags(flags: set[str], cap: str = "") -> CpuClass:
     """Class of an x86 CPU, from Linux's flags and ``ONEDNN_MAX_CPU_ISA``."""
-    names = list(_FLAGS)
-    found = max(
-        n for n, name in enumerate(names) if _FLAGS[name] in {"", *flags}
-    )
+    names, known = list(_CLASSES), {"", *flags}
+    found = max(names.index(n) for n, flag in _CLASSES.items() if flag in known)
     most, bf16 = _CAPS.get(cap.upper(), ("amx", True))
     return CpuClass(
         names[min(found, names.index(most))],
