@@ -11,12 +11,7 @@ from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer
 from ..model.layers import Encoder, find_encoders
 from ..utils import forks
-from .base import (
-    Runtime,
-    encoder_forward,
-    in_own_precision,
-    modules_by_name,
-)
+from .base import Runtime, encoder_forward, in_own_precision, modules_by_name
 from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
 from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError

@@ -55,9 +55,7 @@ class Stage:
         ).contiguous()
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        norm: GainShift | None = None,
+        self, x: torch.Tensor, norm: GainShift | None = None
     ) -> torch.Tensor:
         """Run the stage on a stretch of one utterance, contiguous [time, in]
         in its form; ``norm`` is that over time."""
@@ -109,9 +107,7 @@ class FeatureExtractor:
         return frames
 
     def _utterance(
-        self,
-        wave: torch.Tensor,
-        norm: GainShift | None,
+        self, wave: torch.Tensor, norm: GainShift | None
     ) -> torch.Tensor:
         first, *others = self.stages
         frames = self.frames(len(wave))
