@@ -93,9 +93,14 @@ def test_scores_of_a_frozen_encoder(compare, make_tiny_modules):
     }
     left_out = min(layers)
     batches = [(torch.randn(1, n),) for n in (900, 1100)]
+    with torch.no_grad():
+        output = nn.Sequential(*modules.values())(*batches[-1])
+    rest = (layers - {left_out}, [4, 8], 8, 0)
     found = compare.auto_quantize_scores(
-        modules, batches, layers - {left_out}, [4, 8], 8, 0
+        modules, batches, output.log_softmax(-1), *rest
     )
+    with pytest.raises(ValueError, match=r"^quantize\.target: wav2vec2, enc"):
+        compare.auto_quantize_scores(modules, batches, output, *rest)
     assert set(found) == layers - {left_out}
     for name, row in found.items():
         if name.endswith(("k_proj", "v_proj", "q_proj")):

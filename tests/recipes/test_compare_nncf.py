@@ -1,6 +1,7 @@
 """The recipe's comparison with OpenVINO's NNCF."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ ov = pytest.importorskip("openvino", reason="openvino is not installed")
 pytest.importorskip("nncf", reason="nncf is not installed")
 
 from openvino import opset13 as ops  # noqa: E402
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes/LibriSpeech/ASR/CTC"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_graph_in_place_of_modules(compare, make_tiny_modules):
     wave = torch.randn(1, 1700)
     with torch.no_grad():
         wanted = nn.Sequential(*modules)(wave)
-    forward = compare.compile_graph(graph, "f32")
+    forward = compare.compile_graph(graph, {"precision": "f32"})
     with compare.replaced(modules, forward):
         found = nn.Sequential(*modules)(wave)
         with pytest.raises(ValueError, match="not a batch of 2"):
@@ -97,6 +100,52 @@ def test_a_graph_that_differs_is_refused(compare, monkeypatch):
     )
     with pytest.raises(ValueError, match="changes their output"):
         compare.convert([nn.Tanh()], torch.randn(1, 1000))
+
+
+def test_options_of_the_backend(compare, monkeypatch):
+    """NNCF's models and ours are compared with the same ones."""
+
+    class Core:
+        def compile_model(self, model, device, settings):
+            return settings
+
+    monkeypatch.setattr(compare, "core", Core)
+    monkeypatch.setattr(compare, "forward_of", lambda compiled: compiled)
+    options = {"threads": 3, "precision": "bf16", "cache_folder": "unused"}
+    settings = compare.compile_graph(None, options)
+    assert settings["INFERENCE_NUM_THREADS"] == 3
+    assert settings["INFERENCE_PRECISION_HINT"] == "bf16"
+    settings = compare.compile_graph(None, {})
+    assert settings["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    half = compare.cpu_class().bf16
+    assert settings["INFERENCE_PRECISION_HINT"] == ("bf16" if half else "f32")
+
+
+# -- what is refused before anything runs --------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (("--test_batch_size", "2"), "test_batch_size: NNCF's model takes one"),
+        (
+            ("--quantize", "{search: {batch_size: 4}}"),
+            "quantize.search.batch_size: NNCF's model takes one",
+        ),
+        (("--quantize", "null"), "nncf, quantize: compare_nncf.py needs both"),
+    ],
+)
+def test_refused_at_once(
+    compare, few, tmp_path, monkeypatch, options, complaint
+):
+    command = ["compare_nncf.py", "hparams/compare_nncf.yaml", *options]
+    command += ["--output_folder", str(tmp_path), "--data_folder", str(few)]
+    monkeypatch.setattr("sys.argv", [*command, "--device", "cpu"])
+    monkeypatch.chdir(RECIPE)
+    monkeypatch.setattr(compare.train, "run", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code.startswith(complaint)
 
 
 # -- the whole -----------------------------------------------------------------

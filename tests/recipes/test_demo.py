@@ -8,12 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC" / "demo"
+#: Checkpoints and data, beside the project.
+SHARED = ROOT.parent / "shared"
 RATES = {"WER", "CER", "utterances"}
-
-needs_checkpoint = pytest.mark.skipif(
-    not (DEMO / "checkpoint").is_dir(),
-    reason=f"there is no {(DEMO / 'checkpoint').relative_to(ROOT)}",
-)
 
 
 def check_run(
@@ -65,7 +62,6 @@ def check_run(
     return report
 
 
-@needs_checkpoint
 def test_demo(run, tmp_path):
     output = tmp_path / "demo"
     block = (
@@ -85,7 +81,6 @@ def test_demo(run, tmp_path):
     assert report["bits"] == {"weight": 8, "activation": 8}
 
 
-@needs_checkpoint
 @pytest.mark.slow
 def test_demo_shorthands(run, tmp_path, few):
     output = tmp_path / "short"
@@ -104,7 +99,6 @@ def test_demo_shorthands(run, tmp_path, few):
     assert not (output / "quantized" / "search.jsonl").exists()
 
 
-@needs_checkpoint
 def test_demo_with_a_wrong_method(run, tmp_path):
     done = run(tmp_path / "wrong", "--method", "maximum")
     assert done.returncode != 0
@@ -116,13 +110,16 @@ def test_demo_with_a_wrong_method(run, tmp_path):
 
 @pytest.mark.parametrize("model", ["wav2vec2", "hubert"])
 @pytest.mark.slow
-def test_trained_checkpoint(model, run, shared, tmp_path):
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"needs checkpoints and data in {SHARED}"
+)
+def test_trained_checkpoint(model, run, tmp_path):
     output = tmp_path / model
     done = run(
         output,
         "--debug",
-        *("--wav2vec2_hub", shared / "models" / model),
-        *("--data_folder", shared / "data" / "LibriSpeech"),
+        *("--wav2vec2_hub", SHARED / "models" / model),
+        *("--data_folder", SHARED / "data" / "LibriSpeech"),
         *("--dev_splits", "[mini-dev]", "--test_splits", "[mini-test]"),
         *("--quantize", "{search: {cutoffs: [100, 99.9]}}"),
     )

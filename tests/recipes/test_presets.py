@@ -9,6 +9,8 @@ from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.block import read_block, variant_configs
+from speechbrain_stablequant.config import ConfigError
+from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,30 +41,30 @@ def test_preset(path):
     assert config.target == ("wav2vec2", "enc", "ctc_lin")
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (6, 6)])
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_precision_of_a_preset(path, bits, tmp_path):
+def test_precision_of_a_preset(path, tmp_path):
+    """The keys are there to be changed."""
     copy = tmp_path / path.name
     text = path.read_text(encoding="utf-8")
-    for key, value in zip(("weight", "activation"), bits, strict=True):
-        text = text.replace(f"{key}_bits: 8", f"{key}_bits: {value}")
+    text = text.replace("weight_bits: 8", "weight_bits: 4")
+    text = text.replace("activation_bits: 8", "activation_bits: 6")
     copy.write_text(text, encoding="utf-8")
     config = load(copy)["quantize"]
-    assert (config.weight_bits, config.activation_bits) == bits
+    assert (config.weight_bits, config.activation_bits) == (4, 6)
 
 
-@pytest.mark.parametrize("path", PRESETS[:1], ids=lambda path: path.stem)
-def test_preset_with_a_wrong_key_is_refused(path, tmp_path):
-    copy = tmp_path / path.name
-    text = path.read_text(encoding="utf-8")
+def test_preset_with_a_wrong_key_is_refused(tmp_path):
+    copy = tmp_path / "preset.yaml"
+    text = PRESETS[0].read_text(encoding="utf-8")
     copy.write_text(text.rstrip() + "\n    weigth_bits: 8\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"quantize\.weigth_bits"):
         load(copy)
 
 
-# -- blocks of the recipe's studies --------------------------------------------
+# -- blocks of the recipe ------------------------------------------------------
 
-STUDIES = ("compare", "compare_nncf", "study", "study_parts")
+RECIPE = ROOT / "recipes/LibriSpeech/ASR/CTC/hparams"
+REFERENCE = object()
 
 
 def plain(node):
@@ -75,15 +77,26 @@ def plain(node):
     return REFERENCE if isinstance(node, TaggedScalar) else node
 
 
-REFERENCE = object()
+def block_of(name):
+    """The configs of a YAML file of the recipe by variant."""
+    with open(RECIPE / f"{name}.yaml", encoding="utf-8") as stream:
+        values = YAML().load(stream)
+    return variant_configs(read_block(plain(values["quantize"])))
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", ["quant", "quant_hubert_large", "quant_wav2vec2_large", "qat"]
+)
+def test_block(name):
+    (config,) = block_of(name).values()
+    assert config.method == ("qat" if name == "qat" else "stablequant")
+
+
+@pytest.mark.parametrize(
+    "name", ["compare", "compare_nncf", "study", "study_parts"]
+)
 def test_study(name):
-    path = ROOT / f"recipes/LibriSpeech/ASR/CTC/hparams/{name}.yaml"
-    with open(path, encoding="utf-8") as stream:
-        block = plain(YAML().load(stream)["quantize"])
-    configs = variant_configs(read_block(block))
+    configs = block_of(name)
     for variant, config in configs.items():
         bits = f"w{config.weight_bits}a{config.activation_bits}"
         first, _, method = variant.partition("-")
@@ -96,3 +109,12 @@ def test_study(name):
     if name == "study_parts":
         switches = [config.plus for config in configs.values()]
         assert len(set(switches)) == len(switches)
+
+
+def test_block_of_another_score(monkeypatch):
+    """Only compare_modelopt.py has it."""
+    with pytest.raises(ConfigError, match="'modelopt' is not one of"):
+        block_of("compare_modelopt")
+    monkeypatch.setitem(HARMS, "modelopt", None)
+    found = block_of("compare_modelopt").items()
+    assert all(name == config.plus.budget.scores for name, config in found)

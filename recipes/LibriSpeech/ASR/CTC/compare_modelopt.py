@@ -41,6 +41,9 @@ from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.plus.scales import FLOAT_BITS
 from speechbrain_stablequant.methods.plus.work import FloatModel, Work
 
+# Of log probabilities, between the recipe's and those of the copies.
+TOLERANCE = 1e-3
+
 
 class Calls(nn.Module):
     """Copies of modules that the recipe calls one after the other.
@@ -87,6 +90,7 @@ def without_parametrizations(module: nn.Module) -> nn.Module:
 def auto_quantize_scores(
     modules: Mapping[str, nn.Module],
     batches: Sequence[tuple],
+    reference: torch.Tensor,
     names: set[str],
     widths: Sequence[int],
     activation_bits: int,
@@ -94,18 +98,28 @@ def auto_quantize_scores(
 ) -> dict[str, dict[int, float]]:
     """Scores by layer name and bits; layers without a name stay float.
 
-    Inputs have as many bits as weights, at least ``activation_bits``; ``seed``
-    draws the labels. Layers that modelopt groups (query, key and value) have
-    the whole score at the first of them and 0 at the others.
+    ``reference`` is the recipe's output for the last batch. Inputs have as many
+    bits as weights, at least ``activation_bits``; ``seed`` draws the labels.
+    Layers that modelopt groups (query, key and value) have the whole score at
+    the first of them and 0 at the others.
     """
     calls = Calls(modules)
+    with torch.no_grad():
+        found = calls(batches[-1])
+    if found.shape != reference.shape or not torch.allclose(
+        found, reference.to(found), rtol=0, atol=TOLERANCE
+    ):
+        raise ValueError(
+            f"quantize.target: {', '.join(modules)}, called one after the "
+            "other, do not give the recipe's log probabilities, which "
+            "modelopt's scores need"
+        )
     others = [
         name
         for name, module in calls.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d)) and name not in names
     ]
-    device = next(calls.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(found.device).manual_seed(seed)
 
     def loss(output: torch.Tensor, _: tuple) -> torch.Tensor:
         rows = output.flatten(0, -2)
@@ -191,11 +205,12 @@ def modelopt_harm(
     handle = modules[config.target[0]].register_forward_pre_hook(
         lambda module, args: batches.append(args)
     )
-    recognizer.forward("calibration", lambda _: None)
+    reference = recognizer.forward("calibration", lambda _: None)
     handle.remove()
     scores = auto_quantize_scores(
         modules,
         batches,
+        reference,
         {x.name for layers in work.units.values() for x in layers},
         [bits for bits in widths if bits != FLOAT_BITS],
         config.activation_bits,
@@ -213,7 +228,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit("compare_modelopt.py runs in one process: leave out torchrun")
     HARMS["modelopt"] = modelopt_harm
-    train.main()
+    train.run(*train.prepare(sys.argv[1:]))
 
 
 if __name__ == "__main__":

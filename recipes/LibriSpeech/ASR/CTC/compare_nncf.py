@@ -17,9 +17,10 @@ Authors
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import train
 
@@ -72,7 +73,7 @@ def convert(modules: list[nn.Module], wave: torch.Tensor) -> ov.Model:
     model = ov.convert_model(chain, example_input=wave, input=[shape])
     with torch.no_grad():
         wanted = chain(wave)
-    found = compile_graph(model, "f32")(wave)
+    found = compile_graph(model, {"precision": "f32"})(wave)
     limit = TOLERANCE * float(wanted.abs().max())
     if float((found - wanted).abs().max()) > limit:
         raise ValueError(
@@ -83,12 +84,17 @@ def convert(modules: list[nn.Module], wave: torch.Tensor) -> ov.Model:
 
 
 def compile_graph(
-    model: ov.Model | Path, precision: str
+    model: ov.Model | Path, options: Mapping[str, Any]
 ) -> Callable[..., torch.Tensor]:
-    """A forward that computes a graph on this CPU."""
+    """A forward that computes a graph on this CPU, with ``threads`` and
+    ``precision`` of ``backend_options``."""
+    precision = options.get("precision", "auto")
+    if precision == "auto":
+        precision = "bf16" if cpu_class().bf16 else "f32"
+    threads = options.get("threads") or torch.get_num_threads()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": precision,
     }
     return forward_of(core().compile_model(model, "CPU", settings))
@@ -110,9 +116,7 @@ def to_array(wave: torch.Tensor) -> np.ndarray:
     """An utterance [1, samples] as OpenVINO takes it."""
     if len(wave) != 1:
         raise ValueError(
-            f"NNCF's model takes one utterance, not a batch of {len(wave)}: "
-            "set test_batch_size, calibration.batch_size and "
-            "search.batch_size to 1"
+            f"NNCF's model takes one utterance, not a batch of {len(wave)}"
         )
     return wave.detach().float().cpu().contiguous().numpy()
 
@@ -149,6 +153,27 @@ def is_integer(node: ov.Node) -> bool:
         node = node.input_value(0).get_node()
     constant = node.get_type_name() == "Constant"
     return constant and node.get_element_type().is_integral()
+
+
+def check_block(hparams: Any) -> None:
+    """Ends the process, before anything runs, if NNCF cannot join in."""
+    block = getattr(hparams, "quantize", None)
+    if block is None or not hasattr(hparams, "nncf"):
+        sys.exit(
+            "nncf, quantize: compare_nncf.py needs both blocks, as in "
+            "hparams/compare_nncf.yaml"
+        )
+    sizes = {
+        "test_batch_size": hparams.test_dataloader_opts["batch_size"],
+        "quantize.calibration.batch_size": block.calibration.batch_size,
+        "quantize.search.batch_size": block.search.batch_size,
+    }
+    for key, size in sizes.items():
+        if size != 1:
+            sys.exit(
+                f"{key}: NNCF's model takes one utterance at a time; write 1, "
+                f"not {size}"
+            )
 
 
 class Comparison:
@@ -229,8 +254,7 @@ class Comparison:
         size = sum(
             path.stat().st_size for path in (file, file.with_suffix(".bin"))
         )
-        precision = "bf16" if cpu_class().bf16 else "f32"
-        forward = compile_graph(file, precision)
+        forward = compile_graph(file, self.config.backend_options)
         results = {
             test: self.evaluate(test, folder, forward) for test in self.tests
         }
@@ -267,7 +291,10 @@ def main() -> None:
     """Runs the recipe, then NNCF, and writes the joint table."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit("compare_nncf.py runs in one process: leave out torchrun")
-    nncf_models = Comparison(*train.main())
+    brain, *train_sets, test_sets = train.prepare(sys.argv[1:])
+    check_block(brain.hparams)
+    train.run(brain, *train_sets, test_sets)
+    nncf_models = Comparison(brain, test_sets)
     ours = nncf_models.stablequant
     table = comparison(ours.runs)
     table["rows"] += nncf_models.rows("nncf", searched=False)

@@ -366,17 +366,26 @@ def train_loader_options(
     return options
 
 
-def main() -> tuple[ASR, dict]:
-    """Runs the recipe as the command line says.
+def prepare(arguments: list) -> tuple:
+    """Makes the recognizer and its data sets.
+
+    Arguments
+    ---------
+    arguments : list of str
+        The command line: a YAML file and options.
 
     Returns
     -------
     asr_brain : ASR
-        The recognizer after its evaluation.
+        The recognizer.
+    train_data : DynamicItemDataset
+        Empty if there are no training splits.
+    valid_data : DynamicItemDataset
+        The development split.
     test_datasets : dict
         Split name -> DynamicItemDataset.
     """
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
     sb.utils.distributed.ddp_init_group(run_opts)
 
     try:
@@ -442,7 +451,29 @@ def main() -> tuple[ASR, dict]:
             },
             vocab_list=labels,
         )
+    return asr_brain, train_data, valid_data, test_datasets
 
+
+def run(
+    asr_brain: ASR,
+    train_data: sb.dataio.dataset.DynamicItemDataset,
+    valid_data: sb.dataio.dataset.DynamicItemDataset,
+    test_datasets: dict,
+) -> None:
+    """Trains the recognizer, then evaluates each test set.
+
+    Arguments
+    ---------
+    asr_brain : ASR
+        The recognizer.
+    train_data : DynamicItemDataset
+        Empty if there are no training splits.
+    valid_data : DynamicItemDataset
+        The development split.
+    test_datasets : dict
+        Split name -> DynamicItemDataset.
+    """
+    hparams = vars(asr_brain.hparams)
     asr_brain.fit(
         asr_brain.hparams.epoch_counter,
         train_data,
@@ -461,8 +492,7 @@ def main() -> tuple[ASR, dict]:
             test_loader_kwargs=dict(hparams["test_dataloader_opts"]),
             min_key="WER",
         )
-    return asr_brain, test_datasets
 
 
 if __name__ == "__main__":
-    main()
+    run(*prepare(sys.argv[1:]))
