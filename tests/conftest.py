@@ -29,7 +29,6 @@ from transformers import (
     HubertModel,
     PreTrainedModel,
     Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
 )
 
@@ -40,7 +39,7 @@ from speechbrain_stablequant.model.layers import find_encoders, find_layers
 
 # Helpers of several tests.
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
-collect_ignore = ["quantized_folder.py", "triton_interpreter.py"]
+collect_ignore = ["quantized_folder.py"]
 
 FAMILIES = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
@@ -78,19 +77,8 @@ SIZES = {
 
 
 def tiny_config(variant: str, **overrides):
-    """Configuration of a tiny model.
-
-    Arguments
-    ---------
-    variant : str
-        One of ``VARIANTS``.
-    **overrides
-        Entries of the configuration that differ.
-
-    Returns
-    -------
-    transformers.PretrainedConfig
-    """
+    """Configuration of a tiny model, one of ``VARIANTS``; ``overrides`` are
+    entries that differ."""
     family, shape = variant.split("-")
     kind, _ = FAMILIES[family]
     return kind(**{**SIZES, **SHAPES[shape], **overrides})
@@ -100,18 +88,7 @@ def build_tiny_model(variant: str, **overrides) -> PreTrainedModel:
     """A tiny ``Wav2Vec2Model`` or ``HubertModel`` in evaluation mode.
 
     Its weights are random, from torch's seed, and so large that every layer
-    matters to the output.
-
-    Arguments
-    ---------
-    variant : str
-        One of ``VARIANTS``.
-    **overrides
-        Entries of the configuration that differ.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
+    matters to the output. ``overrides`` are entries of the configuration.
     """
     _, kind = FAMILIES[variant.split("-")[0]]
     model = kind(tiny_config(variant, **overrides)).eval()
@@ -148,21 +125,8 @@ class TinyWrapper(nn.Module):
 
 
 def build_tiny_modules(variant: str, **overrides) -> nn.ModuleDict:
-    """The ``modules`` of a SpeechBrain recipe around a tiny encoder.
-
-    Arguments
-    ---------
-    variant : str
-        One of ``VARIANTS``.
-    **overrides
-        Entries of the configuration that differ.
-
-    Returns
-    -------
-    torch.nn.ModuleDict
-        ``wav2vec2`` (:class:`TinyWrapper`), ``enc`` (SpeechBrain's
-        ``VanillaNN``) and ``ctc_lin`` (SpeechBrain's ``Linear``).
-    """
+    """The ``modules`` of a SpeechBrain recipe around a tiny encoder:
+    ``wav2vec2`` (:class:`TinyWrapper`), ``enc`` and ``ctc_lin``."""
     encoder = build_tiny_model(variant, **overrides)
     width = encoder.config.hidden_size
     modules = {
@@ -259,24 +223,3 @@ def tiny_model(variant) -> PreTrainedModel:
 def tiny_modules(variant) -> nn.ModuleDict:
     """The ``modules`` of a recipe around each of the four tiny models."""
     return build_tiny_modules(variant)
-
-
-@pytest.fixture
-def tiny_folder(tiny_model, tmp_path) -> Path:
-    """Each of the four tiny models in turn as a local model folder."""
-    folder = tmp_path / "tiny_model"
-    tiny_model.save_pretrained(folder)
-    normalize = tiny_model.config.do_stable_layer_norm
-    Wav2Vec2FeatureExtractor(
-        do_normalize=normalize, return_attention_mask=normalize
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder beside the project with checkpoints and data."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"needs checkpoints and data in {folder}")
-    return folder

@@ -168,53 +168,15 @@ def refused(brain, action, *words: str) -> str:
     return text
 
 
+#: All others are in tests/test_config.py.
 BAD_BLOCKS = {
     "unknown key": ({"weight_bitz": 8}, ["weight_bitz", "'weight_bits'"]),
     "unknown nested key": (
         {"search": {"treshold": 1}},
         ["quantize.search.treshold", "'threshold'"],
     ),
-    "unknown method": (
-        {"method": "stable"},
-        ["quantize.method", "'stable'", "stablequant"],
-    ),
     "unknown backend": ({"backend": "tpu"}, ["quantize.backend", "'tpu'"]),
-    "text for a number": (
-        {"weight_bits": "8"},
-        ["quantize.weight_bits", "int", "'8'"],
-    ),
-    "fraction of a bit": ({"activation_bits": 7.5}, ["activation_bits", "7.5"]),
-    "true for a number": (
-        {"weight_bits": True},
-        ["quantize.weight_bits", "True"],
-    ),
-    "number for a list": (
-        {"search": {"cutoffs": 99.9}},
-        ["quantize.search.cutoffs", "99.9"],
-    ),
-    "number for a block": (
-        {"calibration": 128},
-        ["quantize.calibration", "128"],
-    ),
     "one bit": ({"weight_bits": 1}, ["quantize.weight_bits", "2 to 8"]),
-    "nine bits": ({"activation_bits": 9}, ["activation_bits", "2 to 8"]),
-    "no utterance": (
-        {"calibration": {"num_utterances": 0}},
-        ["quantize.calibration.num_utterances", "0"],
-    ),
-    "no cut-off": ({"search": {"cutoffs": []}}, ["quantize.search.cutoffs"]),
-    "cut-off above all": (
-        {"search": {"cutoffs": [100.5]}},
-        ["quantize.search.cutoffs"],
-    ),
-    "metric that is not measured": (
-        {"search": {"metric": "PER"}},
-        ["quantize.search.metric", "'PER'"],
-    ),
-    "not-a-number threshold": (
-        {"search": {"threshold": float("nan")}},
-        ["quantize.search.threshold"],
-    ),
 }
 
 
