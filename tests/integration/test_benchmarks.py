@@ -108,6 +108,15 @@ def test_cpu_gives_real_figures(benchmarks, ctc_folder, tmp_path, capsys):
     assert 0.9 < rows["ours_torch"]["cosine"] < 1
 
 
+def measure(executors: dict, folder: Path, *options: str) -> list:
+    """The rows of executors, in this process."""
+    import harness
+
+    arguments = ["--model", str(folder), "--seconds", "0.2", "--no-peak"]
+    arguments += ["--threads", "1", *options]
+    return harness.main(executors, "cpu", "none.py", argv=arguments)
+
+
 def test_failed_executor_is_a_row(benchmarks, ctc_folder):
     import harness
     from executors import torch_
@@ -132,13 +141,7 @@ def test_failed_executor_is_a_row(benchmarks, ctc_folder):
         "good": Executor(torch_.fp32),
         "bad": Executor(fail),
     }
-    arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
-    rows = harness.main(
-        executors,
-        "cpu",
-        "none.py",
-        argv=[*arguments, "--rounds", "1", "--threads", "1"],
-    )
+    rows = measure(executors, ctc_folder, "--rounds", "1")
     assert [row.error for row in rows] == [
         "MemoryError: full",
         None,
@@ -150,18 +153,11 @@ def test_failed_executor_is_a_row(benchmarks, ctc_folder):
 
 
 def test_what_takes_too_long_is_left_out(benchmarks, ctc_folder):
-    import harness
     from executors import torch_
     from workload import Executor
 
     executors = {name: Executor(torch_.fp32) for name in ("first", "second")}
-    arguments = ["--model", str(ctc_folder), "--seconds", "0.2", "--no-peak"]
-    rows = harness.main(
-        executors,
-        "cpu",
-        "none.py",
-        argv=[*arguments, "--minutes", "1e-6", "--threads", "1"],
-    )
+    rows = measure(executors, ctc_folder, "--minutes", "1e-6")
     assert rows[0].median_ms > 0  # the first one is loaded in any case
     assert rows[1].error == "no time left of 1e-06 minutes"
 

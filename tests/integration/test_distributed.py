@@ -6,11 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from trained_recipe import BLOCK
+from trained_recipe import BLOCK, ONE_SET
 
 SCRIPT = Path(__file__).resolve().parent / "distributed_recipe.py"
-# One test set is enough where the plan is what matters.
-ONE_SET = ("--test_sets", "[clean]")
 PLUS = """
 quantize: !apply:speechbrain_stablequant.register
     target: [wav2vec2, enc, ctc_lin]

@@ -33,6 +33,7 @@ def forked(make_tiny_modules, tmp_path_factory) -> tuple[dict, str]:
         torch.save(answers, folder / f"answers-{name}.pt")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *backends],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

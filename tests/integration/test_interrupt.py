@@ -11,19 +11,12 @@ from pathlib import Path
 
 import pytest
 from starter import environment
-from trained_recipe import BLOCK
+from trained_recipe import ATTACHED, BLOCK, ONE_SET
 
 from speechbrain_stablequant.utils.interrupts import Interrupted, explained
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "slow_recipe.py"
-ONE_SET = ("--test_sets", "[clean]")
-ATTACHED = {
-    "weight_bits": 3,
-    "activation_bits": 2,
-    "calibration": {"num_utterances": 4},
-    "search": {"num_utterances": 6, "cutoffs": [100, 99.9, 99]},
-}
 
 
 def lines(output: Path) -> list[bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_folder
 import torch
+from trained_recipe import ONE_SET
 
 from speechbrain_stablequant.folder.encoder_config import CONFIG_FILE
 from speechbrain_stablequant.folder.weights_file import (
@@ -193,9 +194,7 @@ quantize: !apply:speechbrain_stablequant.register
 def run(trained, output: Path, block: str):
     """The recipe where OpenVINO is wrong."""
     pytest.importorskip("openvino")
-    arguments = trained.test_arguments(
-        output, "--test_sets", "[clean]", block=block
-    )
+    arguments = trained.test_arguments(output, *ONE_SET, block=block)
     return trained.starter.run(SCRIPT, *arguments, cwd=output.parent)
 
 

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-import soundfile
-import torch
-from speechbrain.inference.ASR import EncoderASR
+from trained_recipe import (
+    ONE_SET,
+    check_holds_plan,
+    check_integers_near_simulation,
+    contents,
+)
 
 from speechbrain_stablequant import QuantizationPlan
-from speechbrain_stablequant.folder.weights_file import load_checkpoint
 
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register
@@ -33,17 +35,13 @@ VARIANTS = """\
           qat: {epochs: 1, learn_scales: True, distill: 0.5, keep: last}
 """
 # Few steps, and one test set.
-LITTLE = ("--test_sets", "[clean]", "--train_loader", "{batch_size: 12}")
+LITTLE = (*ONE_SET, "--train_loader", "{batch_size: 12}")
 
 
 @pytest.fixture(scope="module")
-def saved(trained) -> dict[str, bytes]:
+def saved(trained) -> dict[str, str]:
     """What the recipe's own training has left."""
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(trained.save.rglob("*"))
-        if path.is_file()
-    }
+    return contents(trained.save)
 
 
 @pytest.fixture(scope="module")
@@ -95,40 +93,16 @@ def test_scales_learn_only_when_asked(written):
 
 @pytest.mark.parametrize("name", ["ste", "lsq"])
 def test_folder_holds_what_was_trained(trained, written, name):
-    folder = written / name
-    plan = QuantizationPlan.load(folder / "plan.json")
-    checkpoint = load_checkpoint(folder)
-    assert set(plan.tensors.layers) == set(checkpoint.integers)
-    for key, tensors in plan.tensors.layers.items():
-        found = checkpoint.integers[key].loaded()
-        assert torch.equal(found.weight, tensors.weight)
-        assert torch.equal(found.weight_scale, tensors.weight_scale)
-        if tensors.bias is not None:
-            assert torch.equal(found.bias, tensors.bias.half().float())
-    for key, value in plan.tensors.floats.items():
-        assert torch.allclose(
-            checkpoint.floats[key], value, rtol=1e-3, atol=1e-6
-        )
+    check_holds_plan(written / name)
+    plan = QuantizationPlan.load(written / name / "plan.json")
+    assert set(plan.tensors.layers) == set(plan.quants())
     audio = min((trained.root / "corpus").glob("clean-*.wav"))
-    wave = torch.from_numpy(soundfile.read(audio, dtype="float32")[0])[None]
-    outputs = [
-        EncoderASR.from_hparams(
-            source=str(folder), overrides={"backend": backend}
-        ).encode_batch(wave, torch.ones(1))
-        for backend in ("torch", "torch_int8")
-    ]
-    difference = (outputs[0] - outputs[1]).abs().mean()
-    assert difference < 0.1 * outputs[0].abs().mean()
+    check_integers_near_simulation(written / name, audio)
 
 
 def test_the_recipe_does_not_notice(trained, saved, written):
     # Nothing was saved, and its float evaluation is what it was.
-    now = {
-        path.name: path.read_bytes()
-        for path in sorted(trained.save.rglob("*"))
-        if path.is_file()
-    }
-    assert now == saved
+    assert contents(trained.save) == saved
     one = (trained.output / "wer_clean.txt").read_text("utf-8")
     two = (written.parent / "wer_clean.txt").read_text("utf-8")
     assert one == two

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from trained_recipe import BLOCK
+from trained_recipe import BLOCK, ONE_SET
 
 from speechbrain_stablequant.utils.store import Store
 
@@ -22,8 +22,6 @@ quantize: !apply:speechbrain_stablequant.register
     calibration: {num_utterances: 4}
     backend: torch_int8
 """
-# One test set is enough where the search is what matters.
-ONE_SET = ("--test_sets", "[clean]")
 
 
 def start(trained, output: Path):

@@ -1,6 +1,5 @@
 """A recipe script that knows nothing of quantization, and a YAML block."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -8,21 +7,10 @@ from pathlib import Path
 
 import pytest
 from starter import environment
-from trained_recipe import BLOCK, RECIPE, probe_size
+from trained_recipe import ATTACHED, BLOCK, RECIPE, contents, probe_size
 
 SETS = ("clean", "noisy")
 RATES = {"WER", "CER", "utterances"}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """A digest of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(
-            path.read_bytes()
-        ).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def read(path: Path) -> dict:
@@ -272,16 +260,10 @@ def test_plan_is_used_again(trained, evaluated, tmp_path):
 
 def test_attach_gives_the_plan_of_the_block(trained, evaluated, tmp_path):
     output = tmp_path / "attached"
-    block = {
-        "weight_bits": 3,
-        "activation_bits": 2,
-        "calibration": {"num_utterances": 4},
-        "search": {"num_utterances": 6, "cutoffs": [100, 99.9, 99]},
-    }
     arguments = trained.test_arguments(output, block="")
     finished = trained.starter.run(
         RECIPE.parent / "attach.py",
-        json.dumps(block),
+        json.dumps(ATTACHED),
         *arguments,
         cwd=tmp_path,
     )
