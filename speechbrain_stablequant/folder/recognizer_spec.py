@@ -6,14 +6,14 @@ versions, which have it alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from ..utils.files import parse_json, plain_name, read_file
-from ..utils.typed import short, typed
+from ..utils.typed import option, short, typed
 from ..utils.yaml_tree import Tagged, parse_yaml
 from .errors import CheckpointError, reading
 from .module_tree import Node, build_module, node_of_json, node_of_yaml
@@ -31,8 +31,6 @@ _RECOGNIZER = "new:speechbrain_stablequant.inference.QuantizedRecogniser"
 _LOADER = "new:speechbrain_stablequant.inference.FolderLoader"
 _DECODER = "name:speechbrain.decoders.ctc_greedy_decode"
 _NORMALIZER = "new:speechbrain.dataio.preprocess.AudioNormalizer"
-_MAX_RATE = 1_000_000
-_MAX_INDEX = 1 << 20
 _MAX_KEY = 100
 
 
@@ -58,8 +56,12 @@ class RecognizerSpec:
     heads: Mapping[str, Node]
     tokenizer: Literal["labels", "sentencepiece"]
     tokenizer_file: str
-    blank_index: int
-    sample_rate: int
+    blank_index: int = option(
+        MISSING, lambda n: abs(n) < 1 << 20, "an output's index"
+    )
+    sample_rate: int = option(
+        MISSING, lambda n: 0 < n <= 1_000_000, "from 1 to 1000000"
+    )
     backend: str = "auto"
     backend_options: dict = field(default_factory=dict)
     checksum: str | None = None
@@ -167,15 +169,7 @@ def _checked(
     raw: Mapping[str, Any], heads: Mapping[str, Node]
 ) -> RecognizerSpec:
     """Returns a description after checking its values."""
-    found = typed({**raw, "heads": {}}, RecognizerSpec, "the recognizer")
-    spec = replace(found, heads=heads)
+    spec = typed({**raw, "heads": {}}, RecognizerSpec, "the recognizer")
     plain_name(spec.tokenizer_file)
-    checks = {
-        "blank_index": abs(spec.blank_index) < _MAX_INDEX,
-        "sample_rate": 0 < spec.sample_rate <= _MAX_RATE,
-    }
-    for key, good in checks.items():
-        if not good:
-            raise ValueError(f"{key}: cannot be {short(getattr(spec, key))}")
     _check_key(spec.encoder.key, heads)
-    return spec
+    return replace(spec, heads=heads)
