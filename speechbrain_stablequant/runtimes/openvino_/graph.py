@@ -31,8 +31,8 @@ from ..algorithms import (
     check_front,
     join_groups,
     split_groups,
-    window_rows,
 )
+from .front import channels_first, flat_windows, strides_of
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
@@ -60,45 +60,16 @@ def _as_floats(layer: AnyLayer) -> bool:
     return isinstance(layer, IntegerLayer) and layer.algorithm == FLOAT
 
 
-def flat_windows(layer: AnyLayer) -> AnyLayer:
-    """A convolution as a product with flattened windows."""
-    rows = window_rows(layer.weight)
-    return replace(layer, kind="linear", weight=rows, groups=1)
-
-
-def _strides(layer: AnyLayer) -> int:
-    """Number of strides that a convolution's window spans."""
-    return -(-layer.weight.shape[2] // layer.stride)
-
-
-def channels_first(spec: EncoderSpec) -> bool:
-    """Whether the feature extractor computes [batch, channels, time]: its
-    convolutions by those of the library, without a transposition between."""
-    return all(
-        stage.conv.algorithm == CONVOLUTION
-        and (stage.norm is None or stage.norm.over_time)
-        for stage in spec.convs
-    )
-
-
-def first_windows(spec: EncoderSpec, frames: int) -> int:
-    """Windows of the first convolution that give ``frames`` frames: later
-    convolutions take whole strides."""
-    for stage in reversed(spec.convs[1:]):
-        frames = (frames + _strides(stage.conv) - 1) * stage.conv.stride
-    return frames
-
-
 class GraphBuilder:
     """Builds the graph of one encoder.
 
     Inputs: ``windows`` [batch, windows, kernel] of the first convolution, see
-    :func:`first_windows`; ``keep`` [batch, frames, 1], 1 at real and 0 at
-    padded frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a
-    GroupNorm over time. If :func:`channels_first`, the last two axes of all
-    but ``keep`` are exchanged. Output: ``hidden`` [batch, frames, channels],
-    bfloat16 if ``half``: with a float32 output OpenVINO keeps the whole
-    residual stream in float32 and converts it for each layer.
+    :mod:`.front`; ``keep`` [batch, frames, 1], 1 at real and 0 at padded
+    frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a GroupNorm
+    over time. If :func:`channels_first`, the last two axes of all but ``keep``
+    are exchanged. Output: ``hidden`` [batch, frames, channels], bfloat16 if
+    ``half``: with a float32 output OpenVINO keeps the whole residual stream in
+    float32 and converts it for each layer.
     """
 
     def __init__(self, spec: EncoderSpec, half: bool = False):
@@ -282,7 +253,7 @@ class GraphBuilder:
         # With a dynamic length OpenVINO would really transpose, which takes
         # as long as the convolution; so the windows are concatenated.
         inputs = layer.weight.shape[1]
-        step, steps = layer.stride * inputs, _strides(layer)
+        step, steps = layer.stride * inputs, strides_of(layer)
         rows = op.reshape(
             self.quantize(x, layer, least), _i64(0, -1, step), True
         )
