@@ -20,8 +20,8 @@ from ..config import ConfigError
 from ..core.error_rates import score
 from ..core.plan import QuantizationPlan
 from ..folder.write import RecognizerSource
-from ..methods.search import check_float_wer
-from ..methods.session import check_earlier_run
+from ..methods.search.score import check_float_wer
+from ..methods.session.search_set import check_earlier_run
 from ..model.layers import find_layers
 from ..utils import distributed
 from ..utils.files import check_writable_folder

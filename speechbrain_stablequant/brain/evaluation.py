@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..core.plan import PLAN_FILE
 from ..methods.registry import QuantizeConfig, make_plan
-from ..methods.session import Session
+from ..methods.session.session import Session
 from ..report.comparison import write_comparison
 from ..report.results import Evaluation, SetResult
 from ..runtimes.registry import RUNTIMES, code_digest

@@ -7,8 +7,8 @@ import speechbrain as sb
 import torch
 from torch import nn
 
-from ..methods.search import Score
-from ..methods.session import Trainer
+from ..methods.search.score import Score
+from ..methods.session.recognizer import Trainer
 from ..simulation.prefix_cache import StopForward
 from ..utils import distributed
 from ..utils.distributed import from_main, gathered
@@ -26,7 +26,7 @@ _TOGETHER = 8
 class BrainRecognizer:
     """A Brain with its ``calibration`` and ``search`` sets.
 
-    Implements :class:`~speechbrain_stablequant.methods.session.Recognizer`.
+    Implements the protocol of ``methods.session.recognizer``.
     """
 
     brain: sb.Brain

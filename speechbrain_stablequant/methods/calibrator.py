@@ -4,8 +4,9 @@ from tqdm import tqdm
 
 from ..core.calibrators import calibrate
 from ..core.histogram import Histogram
-from ..core.plan import LayerPlan, QuantizationPlan, UnitPlan
-from .session import Calibration, Session
+from ..core.plan import QuantizationPlan, UnitPlan
+from .session.calibration import Calibration
+from .session.session import Session
 
 
 def calibrator_plan(
@@ -24,7 +25,7 @@ def calibrator_plan(
     weight_method = config.weight_method or (
         "mse" if method == "mse" else "max"
     )
-    layers = []
+    quants = {}
     for layer in tqdm(
         session.layers,
         "calibrators",
@@ -32,17 +33,14 @@ def calibrator_plan(
     ):
         histogram = calibration.histograms[layer.name]
         amax = calibrate(method, histogram, config.activation_bits, **options)
-        layers.append(
-            LayerPlan(
-                name=layer.name,
-                unit=layer.unit,
-                kind=layer.kind,
-                quant=session.quant(amax, weight_method),
-                observed_max=histogram.max,
-                cutoff=options.get("percentile", 100.0),
-                reason=f"{method} calibration of every layer",
-            )
-        )
-    units = [UnitPlan(name) for name in session.units]
-    plan = session.assemble(weights, units, layers, {})
+        quants[layer.name] = session.quant(amax, weight_method)
+    plan = session.assemble(
+        weights,
+        units=[UnitPlan(name) for name in session.units],
+        quants=quants,
+        histograms=calibration.histograms,
+        cutoffs=dict.fromkeys(quants, options.get("percentile", 100.0)),
+        reason=lambda _: f"{method} calibration of every layer",
+        search={},
+    )
     return plan, calibration.histograms

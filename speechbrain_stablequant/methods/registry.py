@@ -1,9 +1,10 @@
 """The registry of methods, and the block that offers them.
 
-A method is a config class and a function, both in its module, one line in
+A method is a config class and a function, one line in
 ``METHODS``, and a preset in ``hparams/``.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from typing import Any
@@ -13,15 +14,18 @@ from ..core.calibrators import CALIBRATORS
 from ..core.histogram import Histogram
 from ..core.plan import QuantizationPlan
 from ..utils.typed import choice
-from .adaround import AdaRoundConfig, adaround_plan
+from .adaround import adaround_plan
 from .calibrator import calibrator_plan
-from .given import given_plan
+from .layerwise import AdaRound
 from .plus.config import PlusConfig
 from .plus.plan import plus_plan
 from .qat.config import QatConfig
 from .qat.plan import qat_plan
-from .session import Calibration, Session, calibrate
+from .session.calibration import Calibration, calibrate
+from .session.session import Session
 from .stablequant import StableQuantConfig, stablequant_plan
+
+logger = logging.getLogger(__name__)
 
 #: A plan, and histograms of its layers' inputs for the report.
 Planned = tuple[QuantizationPlan, dict[str, Histogram]]
@@ -42,7 +46,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "stablequant": Method(StableQuantConfig, stablequant_plan),
     **dict.fromkeys(CALIBRATORS, Method(MethodConfig, calibrator_plan)),
-    "adaround": Method(AdaRoundConfig, adaround_plan),
+    "adaround": Method(AdaRound, adaround_plan),
     "stablequant_plus": Method(PlusConfig, plus_plan),
     "qat": Method(QatConfig, qat_plan),
 }
@@ -117,28 +121,14 @@ class QuantizeConfig(
 
 
 def make_plan(session: Session) -> Planned:
-    """Makes the plan of a block: calibrates and searches, or reads one.
+    """Makes the plan of a block, or reads one; a given plan has no histograms.
 
-    Arguments
-    ---------
-    session : Session
-        The recognizer, its layers and its config.
-
-    Returns
-    -------
-    QuantizationPlan
-        The plan.
-    dict
-        Histograms of the layers' inputs; empty for a given plan.
-
-    Raises
-    ------
-    ValueError
-        A plan of another model, a layer that is never called, NaN.
+    Raises a ValueError for a plan of another model, a layer that is never
+    called, or NaN.
     """
     weights = session.fingerprint()
     if session.config.plan is not None:
-        plan, histograms = given_plan(session, weights), {}
+        plan, histograms = _given_plan(session, weights), {}
     else:
         method = METHODS[session.config.method]
         calibration = calibrate(session, weights)
@@ -146,3 +136,17 @@ def make_plan(session: Session) -> Planned:
     # All runs keep their tensors to the end: not on the device.
     tensors = plan.tensors and plan.tensors.cpu()
     return replace(plan, tensors=tensors), histograms
+
+
+def _given_plan(session: Session, weights: str) -> QuantizationPlan:
+    """Reads ``plan:`` of the block, and warns of other weights."""
+    path = session.config.plan
+    plan = QuantizationPlan.load(path)
+    plan.check_fits(session.layers, session.recognizer.modules, path)
+    if plan.fingerprint != weights:
+        logger.warning(
+            "quantize.plan: %s was made for other weights of the same "
+            "architecture; its scales may not fit",
+            path,
+        )
+    return plan

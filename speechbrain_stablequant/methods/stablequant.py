@@ -19,10 +19,15 @@ from ..config import MethodConfig
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
-from ..core.plan import LayerPlan, QuantizationPlan, UnitPlan
+from ..core.plan import QuantizationPlan, UnitPlan
 from ..model.layers import Layer
-from .search import Evaluate, Score, search_cutoffs, select_units
-from .session import Calibration, Session, search_evaluate
+from .search.journal import JOURNAL_FILE
+from .search.percentile import search_cutoffs
+from .search.score import Evaluate, Score
+from .search.sensitivity import select_units
+from .session.calibration import Calibration
+from .session.search_set import search_evaluate
+from .session.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +43,6 @@ def stablequant_plan(
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
     """Makes the plan of ``method: stablequant``; its ``search`` has the word
     error rates before and after."""
-    config = session.config
     histograms = calibration.histograms
     evaluate, journal, bar = search_evaluate(session, weights, calibration)
     started = time.monotonic()
@@ -50,29 +54,42 @@ def stablequant_plan(
             histograms[layer.name].quantile(ratio / 100), "max"
         ),
     )
-    layers = _final_layers(session, units, histograms)
-    final = evaluate(
-        {layer.name: layer.quant for layer in layers}, label="final"
-    )
+    cutoffs = layer_cutoffs(session, units)
+    quants = _final_quants(session, cutoffs, histograms)
+    final = evaluate(quants, label="final")
     logger.info(
         "search: %d evaluations, %d of them from %s, %.0f s",
-        journal.measured + journal.reused,
+        session.evaluations,
         journal.reused,
-        journal.file,
+        JOURNAL_FILE,
         time.monotonic() - started,
     )
-    search = {
+    reasons = {unit.name: _reason(unit) for unit in units}
+    plan = session.assemble(
+        weights,
+        units=units,
+        quants=quants,
+        histograms=histograms,
+        cutoffs=cutoffs,
+        reason=lambda layer: reasons[layer.unit],
+        search=search_record(session, baseline, final),
+    )
+    return plan, histograms
+
+
+def search_record(session: Session, baseline: Score, final: Score) -> dict:
+    """What a plan says of its search: rules, effort, float and final WER."""
+    search = session.config.search
+    return {
         "num_utterances": len(session.recognizer.ids("search")),
-        "metric": config.search.metric,
-        "selection": config.search.selection,
-        "level": config.search.level,
-        "threshold": config.search.threshold,
-        "evaluations": journal.measured + journal.reused,
+        "metric": search.metric,
+        "selection": search.selection,
+        "level": search.level,
+        "threshold": search.threshold,
+        "evaluations": session.evaluations,
         "baseline_wer": baseline.wer,
         "final_wer": final.wer,
     }
-    plan = session.assemble(weights, units, layers, search)
-    return plan, histograms
 
 
 def search_units(
@@ -106,40 +123,37 @@ def search_units(
         return baseline, search_cutoffs(units, cut_unit, evaluate, search)
 
 
-def _final_layers(
+def layer_cutoffs(
+    session: Session, units: Iterable[UnitPlan]
+) -> dict[str, float]:
+    """The clipping percentile of each layer's unit, by layer."""
+    by_unit = {unit.name: unit.cutoff for unit in units}
+    return {layer.name: by_unit[layer.unit] for layer in session.layers}
+
+
+def _final_quants(
     session: Session,
-    units: Iterable[UnitPlan],
+    cutoffs: Mapping[str, float],
     histograms: Mapping[str, Histogram],
-) -> list[LayerPlan]:
+) -> dict[str, LayerQuant]:
     """Step 3: scales of least squared error below the clipping percentiles."""
     bits = session.config.activation_bits
     weight_method = session.config.weight_method or "mse"
-    by_name = {unit.name: unit for unit in units}
-    layers = []
-    for layer in session.layers:
-        unit = by_name[layer.unit]
-        histogram = histograms[layer.name]
-        edge = histogram.quantile(unit.cutoff / 100)
-        amax = clipped_mse(histogram, edge, bits)
-        if unit.selected:
-            reason = (
-                f"unit selected (WER +{unit.delta_wer:.2f} alone), cut "
-                f"at {unit.cutoff:g} %, then smallest squared error"
-            )
-        else:
-            reason = (
-                f"unit not selected (WER {unit.delta_wer:+.2f} alone), "
-                "smallest squared error"
-            )
-        layers.append(
-            LayerPlan(
-                name=layer.name,
-                unit=layer.unit,
-                kind=layer.kind,
-                quant=session.quant(amax, weight_method),
-                observed_max=histogram.max,
-                cutoff=unit.cutoff,
-                reason=reason,
-            )
+    quants = {}
+    for name, cutoff in cutoffs.items():
+        histogram = histograms[name]
+        amax = clipped_mse(histogram, histogram.quantile(cutoff / 100), bits)
+        quants[name] = session.quant(amax, weight_method)
+    return quants
+
+
+def _reason(unit: UnitPlan) -> str:
+    if not unit.selected:
+        return (
+            f"unit not selected (WER {unit.delta_wer:+.2f} alone), "
+            "smallest squared error"
         )
-    return layers
+    return (
+        f"unit selected (WER +{unit.delta_wer:.2f} alone), cut "
+        f"at {unit.cutoff:g} %, then smallest squared error"
+    )

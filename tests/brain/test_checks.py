@@ -9,7 +9,7 @@ from speechbrain_stablequant import StableQuant
 from speechbrain_stablequant.brain.checks import check_references
 from speechbrain_stablequant.brain.metrics import Row
 from speechbrain_stablequant.config import ConfigError
-from speechbrain_stablequant.methods.search import check_float_wer
+from speechbrain_stablequant.methods.search.score import check_float_wer
 
 
 def test_the_variant_that_trains_is_named(tmp_path):

@@ -42,8 +42,9 @@ from speechbrain_stablequant.core.plan import (
 from speechbrain_stablequant.core.plan_tensors import AdjustedTensors
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
-from speechbrain_stablequant.methods.search import Journal, Score
-from speechbrain_stablequant.methods.session import Calibration
+from speechbrain_stablequant.methods.search.journal import Journal
+from speechbrain_stablequant.methods.search.score import Score
+from speechbrain_stablequant.methods.session.calibration import Calibration
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.report.results import Effort, Evaluation
 from speechbrain_stablequant.transcribe.load import load
@@ -288,7 +289,7 @@ def base(make_tiny_modules, tmp_path_factory) -> Path:
         score = Score(errors, 9, 0.5, True, (errors,), (9,), (0.5,))
         row = {"key": str(errors), "label": "a", "score": score.to_dict()}
         Store(other).append("search.jsonl", row)
-    assert len(Journal(Store(other), "search.jsonl", "k")._scores) == 3
+    assert len(Journal(Store(other), "k")._scores) == 3
     return root
 
 
@@ -461,7 +462,7 @@ def journal(rng, folder):
     else:
         rows[place] = spoiled(rng, rows[place])
     path.write_bytes(b"\n".join(rows) + rng.choice([b"", b"\n"]))
-    return lambda: Journal(Store(folder / "other"), "search.jsonl", "k")
+    return lambda: Journal(Store(folder / "other"), "k")
 
 
 def plain_json(rng, folder):

@@ -18,7 +18,7 @@ from torch import nn
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan
-from speechbrain_stablequant.methods.search import Score
+from speechbrain_stablequant.methods.search.score import Score
 
 RATE = 16000
 OLD = {

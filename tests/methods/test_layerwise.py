@@ -32,7 +32,7 @@ from speechbrain_stablequant.methods.layerwise.reconstruct import (
     refine,
 )
 from speechbrain_stablequant.methods.registry import QuantizeConfig
-from speechbrain_stablequant.methods.session import Session
+from speechbrain_stablequant.methods.session.session import Session
 from speechbrain_stablequant.simulation import fake_quant as simulate
 from speechbrain_stablequant.simulation.fake_quant import quantize_input
 from speechbrain_stablequant.simulation.prefix_cache import StopForward

@@ -31,8 +31,8 @@ from speechbrain_stablequant.methods.plus.zero_point import (
     behind_gelu,
 )
 from speechbrain_stablequant.methods.registry import make_plan
-from speechbrain_stablequant.methods.search import Score
-from speechbrain_stablequant.methods.session import Session
+from speechbrain_stablequant.methods.search.score import Score
+from speechbrain_stablequant.methods.session.session import Session
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
@@ -225,12 +225,6 @@ def test_the_plan_can_be_used_again(large, tmp_path):
 # -- equalization --------------------------------------------------------------
 
 
-def maxima_of(recognizer, sites):
-    return channel_maxima(
-        sites, lambda: recognizer.forward("calibration", lambda _: None)
-    )
-
-
 @torch.no_grad()
 def test_equalized_float_model_is_the_same(tiny_modules, variant):
     recognizer = Recognizer(tiny_modules)
@@ -239,7 +233,7 @@ def test_equalized_float_model_is_the_same(tiny_modules, variant):
     # The residual of a post-norm block reads the normalization as well.
     assert len(sites) == 1 + 2 * (3 if variant.endswith("large") else 1)
     before = state(tiny_modules)
-    maxima = maxima_of(recognizer, sites)
+    maxima = channel_maxima(sites, recognizer)
     by_site = {site: factors(site, maxima[site], 0.5) for site in sites}
     assert all(f.max() / f.min() > 1.5 for f in by_site.values())
     quantized = [layer.name for layer in layers[:-2]]
@@ -264,10 +258,10 @@ def test_strength_one_makes_channels_equal(large):
     recognizer = Recognizer(large)
     layers = find_layers(recognizer.modules, TARGET)
     sites = find_sites(find_encoders(recognizer.modules), layers)
-    before = maxima_of(recognizer, sites)
+    before = channel_maxima(sites, recognizer)
     by_site = {site: factors(site, before[site], 1.0) for site in sites}
     with equalized(by_site):
-        after = maxima_of(recognizer, sites)
+        after = channel_maxima(sites, recognizer)
     for values in after.values():
         assert torch.allclose(values, torch.ones_like(values), rtol=1e-3)
 
@@ -531,7 +525,7 @@ def test_budget_counts_the_rotation(large, tmp_path):
 
 
 def test_budget_by_another_estimate(large, tmp_path, monkeypatch):
-    def harm(work, model, percentiles, widths):
+    def harm(work, widths):
         return {(u, b): 1 / b for u in work.session.units for b in widths}
 
     monkeypatch.setitem(HARMS, "inverse", harm)

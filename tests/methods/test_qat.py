@@ -27,8 +27,10 @@ from speechbrain_stablequant.methods.qat.student import (
     Student,
     straight_through,
 )
-from speechbrain_stablequant.methods.search import Score
-from speechbrain_stablequant.methods.session import fingerprint_modules
+from speechbrain_stablequant.methods.search.score import Score
+from speechbrain_stablequant.methods.session.recognizer import (
+    fingerprint_modules,
+)
 from speechbrain_stablequant.model.layers import Layer, find_layers
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.utils.store import Store

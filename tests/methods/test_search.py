@@ -9,17 +9,17 @@ import pytest
 from speechbrain_stablequant.config import SearchConfig
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import UnitPlan
-from speechbrain_stablequant.methods.search import (
+from speechbrain_stablequant.methods.search.journal import (
     Journal,
-    Score,
-    search_cutoffs,
-    select_units,
+    evaluation_key,
 )
-from speechbrain_stablequant.methods.search.journal import evaluation_key
 from speechbrain_stablequant.methods.search.percentile import (
     best_cutoff,
+    search_cutoffs,
     surest_cutoff,
 )
+from speechbrain_stablequant.methods.search.score import Score
+from speechbrain_stablequant.methods.search.sensitivity import select_units
 from speechbrain_stablequant.utils.store import Store
 
 GRID = (100.0, 99.9, 99.5, 99.0, 98.0)
@@ -48,16 +48,8 @@ def cut(units, evaluate, grid=GRID, rule="threshold"):
 class Fake:
     """Evaluates by a function of the quantized layers, and notes the calls.
 
-    Arguments
-    ---------
-    landscape : callable
-        Of the quantized layers, giving (errors of each batch, loss).
-    words : int
-        Reference words of the set.
-    pruned : bool
-        Whether ``give_up_above`` is heeded.
-    dies_after : int or None
-        Evaluations after which the run is killed.
+    ``landscape`` gives errors of each batch and a loss, ``pruned`` heeds
+    ``give_up_above``, and ``dies_after`` so many calls the run is killed.
     """
 
     def __init__(self, landscape, words=400, pruned=True, dies_after=None):
@@ -262,14 +254,14 @@ def test_curve_says_what_was_given_up():
 # -- journal -------------------------------------------------------------------
 
 
-def place(path):
-    """Store and name of a journal."""
-    return Store(path.parent), path.name
+def journal_of(path, key, **options):
+    """A journal in the folder of a file."""
+    return Journal(Store(path.parent), key, **options)
 
 
 def whole_search(path, fake, fingerprint="m"):
     """A run of both steps; its decisions and how much was measured."""
-    journal = Journal(*place(path), fingerprint)
+    journal = journal_of(path, fingerprint)
     evaluate = journal.wrap(fake)
     baseline, found = select(evaluate, 0.5)
     search = SearchConfig(cutoffs=GRID)
@@ -290,11 +282,11 @@ def path(tmp_path):
 def test_second_run_measures_nothing(path):
     fake = Fake(damp(random_landscape(1)))
     first, journal = whole_search(path, fake)
-    assert journal.measured == len(fake.calls) > 10
+    assert journal.reused == 0 and len(fake.calls) > 10
     again = Fake(constant(0))
     second, journal = whole_search(path, again)
     assert again.calls == []
-    assert journal.measured == 0
+    assert journal.reused == len(fake.calls)
     assert second == first
 
 
@@ -313,17 +305,17 @@ def test_lines_can_be_read(path):
 def test_killed_at_any_point(tmp_path, seed):
     landscape = damp(random_landscape(seed))
     fake = Fake(landscape)
-    expected, _ = whole_search(tmp_path / "whole.jsonl", fake)
+    expected, _ = whole_search(tmp_path / "search.jsonl", fake)
     total = len(fake.calls)
     assert sum(unit.selected for unit in expected[2]) > 1
     for killed in range(0, total, 3):
-        path = tmp_path / f"{killed}.jsonl"
+        path = tmp_path / str(killed) / "search.jsonl"
         with pytest.raises(KeyboardInterrupt):
             whole_search(path, Fake(landscape, dies_after=killed))
         rest = Fake(landscape)
-        found, journal = whole_search(path, rest)
+        found, _ = whole_search(path, rest)
         assert found == expected
-        assert len(rest.calls) == journal.measured == total - killed
+        assert len(rest.calls) == total - killed
         assert rest.calls == fake.calls[killed:]
 
 
@@ -374,7 +366,7 @@ def test_damaged_line(path, damage):
     path.write_bytes(b"\n".join(lines) + b"\n")
     before = path.read_bytes()
     with pytest.raises(ValueError) as error:
-        Journal(*place(path), "m")
+        journal_of(path, "m")
     text = str(error.value)
     assert text.startswith(f"{path}: line 3 is damaged; ")
     assert "\n" not in text
@@ -388,7 +380,7 @@ def test_other_fingerprints_are_ignored_and_kept(path):
     (baseline, _, _), journal = whole_search(path, fake, "two")
     assert baseline.errors == 2
     assert journal.reused == 0
-    assert len(fake.calls) == journal.measured > 0
+    assert len(fake.calls) > 0
     assert path.read_bytes().startswith(kept)
     again = Fake(constant(3))
     (baseline, _, _), _ = whole_search(path, again, "one")
@@ -424,8 +416,8 @@ def test_key_does_not_depend_on_the_order():
 @pytest.mark.parametrize("complete", [True, False])
 def test_scores_come_back_exactly(path, loss, complete):
     score = Score(3, 7, loss, complete)
-    Journal(*place(path), "m").wrap(lambda *_: score)({})
-    assert Journal(*place(path), "m").wrap(None)({}) == score
+    journal_of(path, "m").wrap(lambda *_: score)({})
+    assert journal_of(path, "m").wrap(None)({}) == score
     json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
@@ -439,7 +431,7 @@ def test_broken_loss_decides_the_same_after_a_restart(path):
 
     choices = []
     for _ in range(2):
-        evaluate = Journal(*place(path), "m").wrap(Fake(landscape))
+        evaluate = journal_of(path, "m").wrap(Fake(landscape))
         (found,) = cut(["head"], evaluate)
         choices.append(found.cutoff)
     assert choices[0] == choices[1]
@@ -558,30 +550,30 @@ def test_cutoffs_by_interval_give_up_nothing():
 
 def test_counts_by_utterance_come_back(path):
     score = paired([1, 2, 0, 3], [0.1 + 0.2, 1e-9, 2.0, 3.0])
-    Journal(*place(path), "m").wrap(lambda *_: score)({})
-    assert Journal(*place(path), "m", by_utterance=True).wrap(None)({}) == score
+    journal_of(path, "m").wrap(lambda *_: score)({})
+    assert journal_of(path, "m", by_utterance=True).wrap(None)({}) == score
 
 
 def test_a_loss_that_is_not_finite_leaves_none_by_batch(path):
     score = paired([1, 2, 0, 3], [1.0, math.nan, 2.0, 3.0])
     assert score.batch_losses == ()
-    Journal(*place(path), "m").wrap(lambda *_: score)({})
-    assert Journal(*place(path), "m").wrap(None)({}) == score
+    journal_of(path, "m").wrap(lambda *_: score)({})
+    assert journal_of(path, "m").wrap(None)({}) == score
 
 
 def test_lines_of_earlier_versions(path):
     """They have no counts by utterance: read where these are not needed."""
     old = Score(2, 100, 1.0)
-    Journal(*place(path), "m").wrap(lambda *_: old)({}, label="float")
+    journal_of(path, "m").wrap(lambda *_: old)({}, label="float")
     assert "utterance" not in path.read_text()
-    assert Journal(*place(path), "m").wrap(None)({}) == old
+    assert journal_of(path, "m").wrap(None)({}) == old
     new = paired([1, 1, 0, 0])
-    journal = Journal(*place(path), "m", by_utterance=True)
+    journal = journal_of(path, "m", by_utterance=True)
     assert journal.wrap(lambda *_: new)({}) == new
-    assert (journal.measured, journal.reused) == (1, 0)
-    assert Journal(*place(path), "m", by_utterance=True).wrap(None)({}) == new
+    assert journal.reused == 0
+    assert journal_of(path, "m", by_utterance=True).wrap(None)({}) == new
     # What was given up has none either, and needs none.
     given_up = Score(9, 50, 1.0, complete=False)
-    Journal(*place(path), "n").wrap(lambda *_: given_up)({}, give_up_above=8)
-    again = Journal(*place(path), "n", by_utterance=True).wrap(None)
+    journal_of(path, "n").wrap(lambda *_: given_up)({}, give_up_above=8)
+    again = journal_of(path, "n", by_utterance=True).wrap(None)
     assert again({}, give_up_above=8) == given_up

@@ -11,11 +11,14 @@ iterations follow with ever larger regularizers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ...config import MethodConfig
 from ...core.affine import qmax, weight_scale
+from ...core.calibrators import CALIBRATORS
+from ...utils.typed import count, fraction, positive
 
 _LOW, _HIGH = -0.1, 1.1
 # Of Adam.
@@ -25,8 +28,24 @@ _HARDENINGS = 12
 
 
 @dataclass(frozen=True)
-class AdaRound:
-    """Finds integers by adaptive rounding; options as in ``quantize.adaround``.
+class AdaRound(MethodConfig):
+    """``quantize.adaround``: finds integers by adaptive rounding.
+
+    Arguments
+    ---------
+    iterations : int
+        Steps for each layer.
+    lr : float
+        Learning rate.
+    weight : float
+        Weight of the regularizer that drives each rounding to 0 or 1.
+    beta_start, beta_end : float
+        First and last exponent of the regularizer.
+    warm_start : float
+        Fraction of the steps without the regularizer.
+    calibrator : str
+        Calibrator of the activations: ``max``, ``percentile``, ``entropy`` or
+        ``mse``.
 
     Example
     -------
@@ -38,14 +57,19 @@ class AdaRound:
     2
     """
 
-    iterations: int = 10000
-    lr: float = 0.01
-    weight: float = 0.01
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    warm_start: float = 0.2
-
+    block = "adaround"
     cross = True
+
+    iterations: int = count(10000)
+    lr: float = positive(0.01)
+    weight: float = positive(0.01)
+    beta_start: float = positive(20.0)
+    beta_end: float = positive(2.0)
+    warm_start: float = fraction(0.2)
+    # Not in the repr, which identifies finished layers.
+    calibrator: str = field(
+        default="mse", repr=False, metadata={"choices": tuple(CALIBRATORS)}
+    )
 
     @torch.no_grad()
     def __call__(

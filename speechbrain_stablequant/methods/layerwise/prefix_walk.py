@@ -17,7 +17,7 @@ from .hessian import LagSum, Moments, MomentSum, signals, slides, unfolded
 if TYPE_CHECKING:
     from ...core.layer_quant import LayerQuant
     from ...model.layers import Layer
-    from ..session import Session
+    from ..session.session import Session
 
 
 class PrefixWalk:

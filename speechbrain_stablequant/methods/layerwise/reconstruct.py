@@ -19,7 +19,7 @@ from .hessian import Moments, conv_groups, slides
 from .prefix_walk import PrefixWalk
 
 if TYPE_CHECKING:
-    from ..session import Session
+    from ..session.session import Session
 
 logger = logging.getLogger(__name__)
 

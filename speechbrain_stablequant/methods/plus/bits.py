@@ -1,6 +1,6 @@
 """Mixed precision: bits for each unit under a budget of bytes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 
 from torch import nn
@@ -9,27 +9,21 @@ from ...core.packing import packed_size
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
 from ..search.bit_allocation import Option, choose_bits, monotone
-from .scales import FLOAT_BITS, layer_quant
-from .work import FloatModel, Work
+from .work import FLOAT_BITS, Work
 
-Harm = Callable[
-    [Work, FloatModel, Mapping[str, float], list[int]],
-    dict[tuple[str, int], float],
-]
+Harm = Callable[[Work, list[int]], dict[tuple[str, int], float]]
 
 # Of a layer in the file: its description and the names of its tensors.
 _HEADER_BYTES = 700
 
 
-def choose_unit_bits(
-    work: Work, model: FloatModel, percentiles: Mapping[str, float]
-) -> dict[str, int]:
-    """Bits by unit under ``plus.budget``; empty without a budget."""
+def choose_unit_bits(work: Work) -> None:
+    """Decides the bits by unit under ``plus.budget``, if there is one."""
     budget = work.session.config.plus.budget
     if budget.size is None:
-        return {}
+        return
     widths = sorted(set(budget.bits))
-    harm = HARMS[budget.scores](work, model, percentiles, widths)
+    harm = HARMS[budget.scores](work, widths)
     options = {
         unit: [
             Option(bits, _size(work, layers, bits), harm[unit, bits])
@@ -39,38 +33,30 @@ def choose_unit_bits(
     }
     counted = {unit: monotone(row) for unit, row in options.items()}
     room = _room(work, budget.size)
-    chosen = choose_bits(counted, room)
+    work.bits = choose_bits(counted, room)
+    units = {}
+    for unit, row in options.items():
+        rows = [
+            {**asdict(option), "counted": other.harm}
+            for option, other in zip(row, counted[unit], strict=True)
+        ]
+        units[unit] = {"bits": work.bits[unit], "options": rows}
     work.parts.append(
         {
             "part": "budget",
             "scores": budget.scores,
             "size": budget.size,
             "bytes": room,
-            "units": {
-                unit: {
-                    "bits": chosen[unit],
-                    "options": [
-                        {**asdict(option), "counted": other.harm}
-                        for option, other in zip(
-                            row, counted[unit], strict=True
-                        )
-                    ],
-                }
-                for unit, row in options.items()
-            },
+            "units": units,
         }
     )
-    return chosen
 
 
 def _measured_harm(
-    work: Work,
-    model: FloatModel,
-    percentiles: Mapping[str, float],
-    widths: list[int],
+    work: Work, widths: list[int]
 ) -> dict[tuple[str, int], float]:
     """The divergence of each unit quantized alone, by unit and bits."""
-    evaluate, bar = work.evaluator(model, "divergence")
+    evaluate, bar = work.evaluator("divergence")
     found = {}
     with bar:
         bar.total = len(work.units) * len(widths)
@@ -80,9 +66,7 @@ def _measured_harm(
                 if bits == FLOAT_BITS or not layers:
                     continue
                 quants = {
-                    x.name: layer_quant(
-                        work, model, x, percentiles.get(x.name, 100.0), bits
-                    )
+                    x.name: work.quant(x, work.percentiles[x.name], bits)
                     for x in layers
                 }
                 label = f"{unit} at {bits} bits"

@@ -6,46 +6,44 @@ from functools import partial
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
 from ...model.layers import Layer
-from ..search import Evaluate
-from ..stablequant import search_units
-from .scales import layer_quant
-from .work import FloatModel, Work
+from ..search.score import Evaluate
+from ..stablequant import layer_cutoffs, search_units
+from .work import Work
 
 
-def clipping_percentiles(
-    work: Work, model: FloatModel
-) -> tuple[list[UnitPlan], dict[str, float]]:
-    """Units, and the clipping percentile by layer, as ``plus.cutoffs`` says."""
+def choose_percentiles(work: Work) -> list[UnitPlan]:
+    """Decides the percentiles as ``plus.cutoffs`` says; returns the units."""
     session = work.session
     cutoffs = session.config.plus.cutoffs
-    if cutoffs == "units":
+    units = [UnitPlan(name) for name in session.units]
+    if cutoffs == "layers":
+        _by_layer(work)
+    elif cutoffs == "units":
         _, units = search_units(
             session,
-            *work.evaluator(model),
-            partial(layer_quant, work, model, least_error=False),
+            *work.evaluator(),
+            partial(work.quant, least_error=False),
         )
-        by_unit = {unit.name: unit.cutoff for unit in units}
-        return units, {x.name: by_unit[x.unit] for x in session.layers}
-    units = [UnitPlan(name) for name in session.units]
-    return units, _by_layer(work, model) if cutoffs == "layers" else {}
+        work.percentiles = layer_cutoffs(session, units)
+    return units
 
 
-def _by_layer(work: Work, model: FloatModel) -> dict[str, float]:
+def _by_layer(work: Work) -> None:
     """By the divergence that each layer causes, everything else float."""
-    evaluate, bar = work.evaluator(model, "divergence")
+    evaluate, bar = work.evaluator("divergence")
     grid = sorted(work.session.config.search.cutoffs, reverse=True)
     layers = [layer for unit in work.units.values() for layer in unit]
-    curves, found = {}, {}
+    curves = {}
     with bar:
         # Most layers need the first percentile and a worse one only.
         bar.total = 2 * len(layers)
         for layer in layers:
-            quants = ((x, layer_quant(work, model, layer, x)) for x in grid)
+            quants = ((x, work.quant(layer, x)) for x in grid)
             curve = curves[layer.name] = _curve(layer, quants, evaluate)
             # Ties go to the larger percentile.
-            found[layer.name], _ = min(curve, key=lambda row: (row[1], -row[0]))
+            best, _ = min(curve, key=lambda row: (row[1], -row[0]))
+            work.percentiles[layer.name] = best
     work.parts.append({"part": "cutoffs", "layers": curves})
-    return found
 
 
 def _curve(

@@ -18,15 +18,17 @@ from torch import nn
 
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
-from ...core.plan import LayerPlan, QuantizationPlan
+from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer
 from ..layerwise import AdaRound, Compensate, rounded_layers
-from ..session import Calibration, Session, keep_float_outputs
+from ..session.calibration import Calibration
+from ..session.search_set import keep_float_outputs
+from ..session.session import Session
+from ..stablequant import search_record
 from .bits import choose_unit_bits
-from .clipping import clipping_percentiles
+from .clipping import choose_percentiles
 from .quarot import is_rotated, rotated, rotated_floats
-from .scales import layer_quants
 from .smoothquant import (
     Site,
     changed_floats,
@@ -35,7 +37,7 @@ from .smoothquant import (
     factors,
     find_sites,
 )
-from .work import FloatModel, Work
+from .work import Work
 
 
 def plus_plan(
@@ -53,24 +55,31 @@ def plus_plan(
         stack.enter_context(rotated(work.rotated, session.config.seed))
         strength, by_site = _best_equalization(work)
         stack.enter_context(equalized(by_site))
-        model = work.model_now(strength)
-        units, percentiles = clipping_percentiles(work, model)
-        bits = choose_unit_bits(work, model, percentiles)
-        quants = layer_quants(work, model, percentiles, bits)
-        work.divergence(model, quants, "scales")
+        work.calibrate(strength)
+        units = choose_percentiles(work)
+        choose_unit_bits(work)
+        quants = work.quants()
+        work.divergence(quants, "scales")
         selected = {unit.name for unit in units if unit.selected}
-        tensors = _rounded(work, model, quants, selected, bool(by_site))
+        tensors = _rounded(work, quants, selected, bool(by_site))
         floats = changed_floats(by_site, quants)
         # A parameter that both changed has its present value in both.
         floats |= rotated_floats(work.rotated, quants)
-        record = _record(work, model, quants, tensors)
-        layers = [
-            _layer_plan(work, layer, model, percentiles, quants)
-            for layer in session.layers
-        ]
-    plan = session.assemble(weights, units, layers, record)
+        scores = work.word_errors(quants, tensors)
+    record = search_record(session, *scores)
+    record |= {"parts": work.parts, "runtimes": list(session.runtimes)}
+    histograms = work.calibration.histograms
+    plan = session.assemble(
+        weights,
+        units=units,
+        quants=quants,
+        histograms=histograms,
+        cutoffs=work.percentiles,
+        reason=lambda layer: _reason(work, layer, quants.get(layer.name)),
+        search=record,
+    )
     adjusted = AdjustedTensors(tensors, floats)
-    return replace(plan, tensors=adjusted or None), model.histograms
+    return replace(plan, tensors=adjusted or None), histograms
 
 
 def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
@@ -83,9 +92,7 @@ def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
     ]
     if not sites:
         return 0.0, {}
-    maxima = channel_maxima(
-        sites, lambda: session.recognizer.forward("calibration", lambda _: None)
-    )
+    maxima = channel_maxima(sites, session.recognizer)
     found = []
     for strength in sorted({0.0, *plus.strengths}):
         by_site = {
@@ -94,9 +101,8 @@ def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
             if strength
         }
         with equalized(by_site):
-            model = work.model_now(strength)
-            quants = layer_quants(work, model, {}, {})
-            harm = work.divergence(model, quants, "equalize", strength=strength)
+            work.calibrate(strength)
+            harm = work.divergence(work.quants(), "equalize", strength=strength)
         found.append((harm, strength, by_site))
     _, best, by_site = min(found, key=lambda row: row[:2])
     return best, by_site
@@ -104,7 +110,6 @@ def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
 
 def _rounded(
     work: Work,
-    model: FloatModel,
     quants: Mapping[str, LayerQuant],
     selected: Container[str],
     equalized: bool,
@@ -118,19 +123,18 @@ def _rounded(
     rounds = plus.compensate or plus.adaround
     if not (equalized or work.rotated or rounds or plus.bias_correction):
         return {}
-    learned = session.config.adaround.solver()
     compensated = Compensate(plus.damping, plus.earlier_errors)
     without_effect = _convs_before_group_norm(session)
 
     def solve(layer: Layer) -> AdaRound | Compensate | None:
         if plus.adaround and layer.unit in selected:
-            return learned
+            return session.config.adaround
         return compensated if plus.compensate else None
 
     tensors = rounded_layers(
         session,
-        model.weights,
-        model.calibration.in_order,
+        work.weights,
+        work.calibration.in_order,
         quants,
         "plus",
         solve,
@@ -138,11 +142,11 @@ def _rounded(
     )
     if plus.bias_correction:
         without = {name: replace(t, bias=None) for name, t in tensors.items()}
-        plain = work.divergence(model, quants, "rounding", without)
-        harm = work.divergence(model, quants, "rounding and biases", tensors)
+        plain = work.divergence(quants, "rounding", without)
+        harm = work.divergence(quants, "rounding and biases", tensors)
         return tensors if harm < plain else without
     if rounds:
-        work.divergence(model, quants, "rounding", tensors)
+        work.divergence(quants, "rounding", tensors)
     return tensors
 
 
@@ -157,52 +161,13 @@ def _convs_before_group_norm(session: Session) -> set[str]:
     return {x.name for x in session.layers if id(x.module) in modules}
 
 
-def _record(
-    work: Work,
-    model: FloatModel,
-    quants: Mapping[str, LayerQuant],
-    tensors: Mapping[str, LayerTensors],
-) -> dict:
-    """What the plan says of the search."""
-    baseline, final = work.word_errors(model, quants, tensors)
-    session, search = work.session, work.session.config.search
-    return {
-        "num_utterances": len(session.recognizer.ids("search")),
-        "metric": search.metric,
-        "selection": search.selection,
-        "level": search.level,
-        "threshold": search.threshold,
-        "evaluations": work.evaluations,
-        "baseline_wer": baseline.wer,
-        "final_wer": final.wer,
-        "parts": work.parts,
-        "runtimes": list(session.runtimes),
-    }
-
-
-def _layer_plan(
-    work: Work,
-    layer: Layer,
-    model: FloatModel,
-    percentiles: Mapping[str, float],
-    quants: Mapping[str, LayerQuant],
-) -> LayerPlan:
-    percentile = percentiles.get(layer.name, 100.0)
-    quant = quants.get(layer.name)
+def _reason(work: Work, layer: Layer, quant: LayerQuant | None) -> str:
     if layer.name in work.float_layers:
-        reason = "stays float: it takes in the audio itself"
-    elif quant is None:
-        reason = "stays float: its unit suffers more than its size is worth"
-    else:
-        reason = f"cut at {percentile:g} %, then smallest squared error"
-        if quant.activation_offset:
-            reason += "; offset for an input behind a GELU"
-    return LayerPlan(
-        name=layer.name,
-        unit=layer.unit,
-        kind=layer.kind,
-        quant=quant,
-        observed_max=model.histograms[layer.name].max,
-        cutoff=percentile,
-        reason=reason,
-    )
+        return "stays float: it takes in the audio itself"
+    if quant is None:
+        return "stays float: its unit suffers more than its size is worth"
+    percentile = work.percentiles[layer.name]
+    reason = f"cut at {percentile:g} %, then smallest squared error"
+    if quant.activation_offset:
+        reason += "; offset for an input behind a GELU"
+    return reason

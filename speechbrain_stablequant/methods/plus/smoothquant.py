@@ -8,11 +8,10 @@ projection, in which attention is linear. A post-norm model's residual reads
 the normalization as well, so its sites are fewer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from torch import nn
 from ...model.layers import Encoder, Layer
 from ...utils.distributed import gathered_tensors
 from ...utils.patching import hooked, restored_values
+from ..session.recognizer import Recognizer
 
 # Larger factors only move rounding noise.
 _MAX_FACTOR = 1e4
@@ -78,9 +78,9 @@ def _places(
 
 
 def channel_maxima(
-    sites: Iterable[Site], run: Callable[[], Any]
+    sites: Iterable[Site], recognizer: Recognizer
 ) -> dict[Site, torch.Tensor]:
-    """Largest |activation| of each channel at each site while a model runs."""
+    """Largest |activation| of each channel at each site, in calibration."""
     found: dict[Site, torch.Tensor] = {}
 
     def note(site: Site, module: nn.Module, args: tuple) -> None:
@@ -89,7 +89,7 @@ def channel_maxima(
         found[site] = torch.maximum(largest, found.get(site, largest))
 
     with hooked((s.consumers[0].module, partial(note, s)) for s in sites):
-        run()
+        recognizer.forward("calibration", lambda _: None)
     return {
         site: torch.stack(gathered_tensors(value)).amax(0)
         for site, value in found.items()

@@ -1,45 +1,42 @@
-"""What all parts of StableQuant-plus share, and how they are measured."""
+"""What the parts of StableQuant-plus share: decisions so far, measurements."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from ...core.affine import GELU_MIN
+from ...core.calibrators import clipped_mse
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
+from ...model.layers import Layer
 from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
-from ..search import Evaluate, Score
-from ..session import Calibration, Session, calibrations, search_evaluate
+from ..search.score import Evaluate, Score
+from ..session.calibration import Calibration, calibrations
+from ..session.search_set import search_evaluate
+from ..session.session import Session
 from .quarot import can_rotate
-from .zero_point import ShiftedObserver, behind_gelu
+from .zero_point import ShiftedObserver, asymmetric_range, behind_gelu
 
-
-@dataclass
-class FloatModel:
-    """The float model in one form (rotated or not, equalized or not)."""
-
-    weights: str
-    calibration: Calibration
-    #: Of ``input - GELU_MIN``, for layers behind a GELU.
-    shifted: Mapping[str, Histogram] = field(default_factory=dict)
-
-    @property
-    def histograms(self) -> dict[str, Histogram]:
-        """Histogram of |input| by layer name."""
-        return self.calibration.histograms
+#: Of a unit that stays float.
+FLOAT_BITS = 16
 
 
 class Work:
-    """One run of StableQuant-plus: its layers and the effect of each part."""
+    """One run of StableQuant-plus: what was decided, and what it brought."""
 
     def __init__(
         self, session: Session, weights: str, calibration: Calibration
     ):
         plus = session.config.plus
         self.session = session
-        self.original = FloatModel(weights, calibration)
+        #: Of the model before rotation and equalization.
+        self.original = (weights, calibration)
+        #: Of its present form, see :meth:`calibrate`.
+        self.weights, self.calibration = weights, calibration
+        #: Histograms of ``input - GELU_MIN``, for layers behind a GELU.
+        self.shifted: dict[str, Histogram] = {}
         self.rotated = [
             e for e in session.encoders if plus.rotate and can_rotate(e)
         ]
@@ -54,56 +51,91 @@ class Work:
             unit: [x for x in layers if x.name not in self.float_layers]
             for unit, layers in session.units.items()
         }
+        #: Clipping percentile by layer.
+        self.percentiles = {layer.name: 100.0 for layer in session.layers}
+        #: Bits by unit, of a mixed precision.
+        self.bits: dict[str, int] = {}
         #: What each part brought, for the plan.
         self.parts: list[dict] = []
-        self.evaluations = 0
 
     def reset_simulator(self) -> None:
         """Drops the fake-quantized weights of another form of the model."""
         self.session.simulator = Simulator(self.session.layers)
 
-    def model_now(self, strength: float) -> FloatModel:
-        """The float model in its present form, equalized by a strength."""
+    def calibrate(self, strength: float) -> None:
+        """Calibrates the model as it is now, equalized by a strength."""
         self.reset_simulator()
         session = self.session
         suffix = "_rotated" if self.rotated else ""
         if strength:
             suffix += f"_equalized_{strength:g}"
-        weights = session.fingerprint() if suffix else self.original.weights
+        self.weights = session.fingerprint() if suffix else self.original[0]
         wanted = {f"histograms{suffix}.json": (session.layers, Observer)}
         if self.behind_gelu:
             layers = [x for x in session.layers if x.name in self.behind_gelu]
             file = f"histograms{suffix}_shifted.json"
             wanted[file] = (layers, ShiftedObserver)
-        calibration, *shifted = calibrations(session, weights, wanted)
-        return FloatModel(
-            weights, calibration, shifted[0].histograms if shifted else {}
+        self.calibration, *shifted = calibrations(session, self.weights, wanted)
+        self.shifted = shifted[0].histograms if shifted else {}
+
+    def quant(
+        self,
+        layer: Layer,
+        percentile: float,
+        bits: int | None = None,
+        least_error: bool = True,
+    ) -> LayerQuant:
+        """Scales below a percentile: of least squared error, or of the whole
+        range, as StableQuant's search tries them."""
+        config, ratio = self.session.config, percentile / 100
+        activation_bits = max(bits or 0, config.activation_bits)
+        zero_point, shifted = 0.0, self.shifted.get(layer.name)
+        if shifted is not None:
+            upper = shifted.quantile(ratio) + GELU_MIN
+            amax, zero_point = asymmetric_range(
+                shifted, activation_bits, upper, least_error
+            )
+        else:
+            histogram = self.calibration.histograms[layer.name]
+            amax = histogram.quantile(ratio)
+            if least_error:
+                amax = clipped_mse(histogram, amax, activation_bits)
+        return LayerQuant(
+            bits or config.weight_bits,
+            activation_bits,
+            float(amax),
+            (config.weight_method or "mse") if least_error else "max",
+            float(zero_point),
         )
+
+    def quants(self) -> dict[str, LayerQuant]:
+        """All quantized layers, as decided so far."""
+        return {
+            x.name: self.quant(
+                x, self.percentiles[x.name], self.bits.get(x.unit)
+            )
+            for x in self.session.layers
+            if x.name not in self.float_layers
+            and self.bits.get(x.unit) != FLOAT_BITS
+        }
 
     def evaluator(
         self,
-        model: FloatModel,
         metric: str | None = None,
         tensors: Mapping[str, LayerTensors] | None = None,
     ) -> tuple[Evaluate, tqdm]:
-        """Measures a model with decided tensors; counts the evaluations."""
+        """Measures the model with decided tensors."""
         self.session.simulator.tensors = dict(tensors or {})
-        weights = model.weights
+        weights = self.weights
         if tensors:
             weights += AdjustedTensors(dict(tensors)).digest()
         evaluate, _, bar = search_evaluate(
-            self.session, weights, model.calibration, metric
+            self.session, weights, self.calibration, metric
         )
-
-        def counted(*args, **options) -> Score:
-            self.evaluations += 1
-            return evaluate(*args, **options)
-
-        return counted, bar
+        return evaluate, bar
 
     def divergence(
         self,
-        model: FloatModel,
         quants: Mapping[str, LayerQuant],
         part: str,
         tensors: Mapping[str, LayerTensors] | None = None,
@@ -111,7 +143,7 @@ class Work:
     ) -> float:
         """Divergence of the quantized model, recorded under a part's name."""
         words = " ".join([part, *(f"{value:g}" for value in values.values())])
-        evaluate, bar = self.evaluator(model, "divergence", tensors)
+        evaluate, bar = self.evaluator("divergence", tensors)
         with bar:
             found = evaluate(quants, label=words).loss
         self.parts.append({"part": part, **values, "divergence": found})
@@ -119,16 +151,15 @@ class Work:
 
     def word_errors(
         self,
-        model: FloatModel,
         quants: Mapping[str, LayerQuant],
         tensors: Mapping[str, LayerTensors],
     ) -> tuple[Score, Score]:
         """Scores of the float model and of the quantized one."""
         # Rotation and equalization do not change the float model's output.
-        evaluate, bar = self.evaluator(self.original)
+        evaluate, _, bar = search_evaluate(self.session, *self.original)
         with bar:
             baseline = evaluate({}, label="float")
-        evaluate, bar = self.evaluator(model, None, tensors)
+        evaluate, bar = self.evaluator(tensors=tensors)
         with bar:
             return baseline, evaluate(quants, label="final")
 

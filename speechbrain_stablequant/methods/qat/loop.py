@@ -15,7 +15,7 @@ from ...core.plan import check_quant
 from ...core.plan_tensors import AdjustedTensors
 from ...utils.store import Store
 from ...utils.typed import one_line, typed
-from ..search import Score
+from ..search.score import Score
 from ..session.recognizer import Optimizers, Trainer
 from .config import QatConfig
 from .student import Quants, Student

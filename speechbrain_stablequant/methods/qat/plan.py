@@ -11,8 +11,9 @@ from ...core.plan_tensors import AdjustedTensors, adjusted_floats
 from ...simulation.fake_quant import Simulator
 from ...utils.files import identity
 from ..calibrator import calibrator_plan
-from ..search import Score
-from ..session import Calibration, Session
+from ..search.score import Score
+from ..session.calibration import Calibration
+from ..session.session import Session
 from .loop import EpochStore, kept, train
 from .student import Student
 

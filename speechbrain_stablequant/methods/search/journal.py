@@ -8,6 +8,8 @@ from ...utils.files import identity
 from ...utils.store import Store
 from .score import Evaluate, Score
 
+JOURNAL_FILE = "search.jsonl"
+
 
 def evaluation_key(
     fingerprint: str,
@@ -30,22 +32,19 @@ class Journal:
     def __init__(
         self,
         store: Store,
-        file: str,
         fingerprint: str,
         by_utterance: bool = False,
     ):
         self.store = store
-        self.file = file
         self.fingerprint = fingerprint
         self.by_utterance = by_utterance
-        self.measured = 0
         self.reused = 0
         self._scores: dict[str, Score] = {}
-        for number, row in enumerate(store.rows(file), start=1):
+        for number, row in enumerate(store.rows(JOURNAL_FILE), start=1):
             try:
                 self._scores[row["key"]] = Score.from_dict(row["score"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise store.damaged_row(file, number) from error
+                raise store.damaged_row(JOURNAL_FILE, number) from error
 
     def _serves(self, score: Score | None) -> bool:
         if score is None:
@@ -69,9 +68,8 @@ class Journal:
                 return known
             score = evaluate(quants, start, give_up_above, label)
             self._scores[key] = score
-            self.measured += 1
             row = {"key": key, "label": label, "wer": round(score.wer, 4)}
-            self.store.append(self.file, {**row, "score": score.to_dict()})
+            self.store.append(JOURNAL_FILE, {**row, "score": score.to_dict()})
             return score
 
         return remembered

@@ -6,22 +6,17 @@ for words: it decides where the WER is inconclusive.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...core.error_rates import DeltaInterval, paired_interval
-
-if TYPE_CHECKING:
-    from .score import Score
+from .score import Score
 
 # Enough for the levels in use, and below 10 ms: the search compares often.
 RESAMPLES = 2000
 
 
-def wer_rise(
-    before: "Score", after: "Score", level: float
-) -> DeltaInterval | None:
+def wer_rise(before: Score, after: Score, level: float) -> DeltaInterval | None:
     """Rise of the WER in points; None without counts by utterance."""
     return _rise(
         before.utterance_errors,
@@ -32,7 +27,7 @@ def wer_rise(
 
 
 def loss_rise(
-    before: "Score", after: "Score", level: float
+    before: Score, after: Score, level: float
 ) -> DeltaInterval | None:
     """Rise of the loss; None without a finite loss for each batch."""
     losses = before.batch_losses
@@ -52,7 +47,7 @@ def _rise(
     return paired_interval(extra, np.asarray(lengths), RESAMPLES, level)
 
 
-def better(one: "Score", two: "Score", level: float) -> bool:
+def better(one: Score, two: Score, level: float) -> bool:
     """Whether a score is better than another beyond noise.
 
     By the WER if its interval excludes zero, else by the loss.

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from ...config import SearchConfig
+from ...core.layer_quant import LayerQuant
+from ...core.plan import UnitPlan
 from .paired import better
 from .score import Evaluate, Score
-
-if TYPE_CHECKING:
-    from ...config import SearchConfig
-    from ...core.layer_quant import LayerQuant
-    from ...core.plan import UnitPlan
 
 #: Percentiles that were tried.
 Curve = Sequence[tuple[float, Score]]
@@ -43,11 +40,11 @@ def surest_cutoff(curve: Curve, level: float) -> float:
 
 
 def search_cutoffs(
-    units: Iterable["UnitPlan"],
-    quantize_unit: Callable[[str, float], Mapping[str, "LayerQuant"]],
+    units: Iterable[UnitPlan],
+    quantize_unit: Callable[[str, float], Mapping[str, LayerQuant]],
     evaluate: Evaluate,
-    search: "SearchConfig",
-) -> list["UnitPlan"]:
+    search: SearchConfig,
+) -> list[UnitPlan]:
     """Searches the clipping percentile of each selected unit.
 
     In network order, with earlier decisions in place and later units float.

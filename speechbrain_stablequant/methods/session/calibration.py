@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ...core.histogram import Histogram
 from ...model.layers import Layer
@@ -11,7 +12,9 @@ from ...simulation.observers import Observer
 from ...utils.distributed import from_main, share
 from ...utils.files import identity
 from ...utils.typed import typed
-from .session import Session
+
+if TYPE_CHECKING:
+    from .session import Session
 
 HISTOGRAM_FILE = "histograms.json"
 #: What error messages call such a file.
@@ -52,7 +55,7 @@ class Calibration:
         )
 
 
-def calibrate(session: Session, weights: str) -> Calibration:
+def calibrate(session: "Session", weights: str) -> Calibration:
     """Histograms of all layers from one pass, cached on disk."""
     wanted = {HISTOGRAM_FILE: (session.layers, Observer)}
     (found,) = calibrations(session, weights, wanted)
@@ -60,7 +63,7 @@ def calibrate(session: Session, weights: str) -> Calibration:
 
 
 def calibrations(
-    session: Session,
+    session: "Session",
     weights: str,
     wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
 ) -> list[Calibration]:
@@ -77,16 +80,9 @@ def calibrations(
     for file, (layers, kind) in wanted.items():
         names = [layer.name for layer in layers]
         keys[file] = identity([weights, data, num_bins, names])
-        known[file] = from_main(
-            session.store.read(
-                file,
-                keys[file],
-                WHAT,
-                lambda raw, names=names: Calibration.from_dict(
-                    raw, names, num_bins
-                ),
-            )
-        )
+        parse = partial(Calibration.from_dict, names=names, num_bins=num_bins)
+        found = session.store.read(file, keys[file], WHAT, parse)
+        known[file] = from_main(found)
         if known[file] is None:
             missing[file] = kind(layers, session.geometry(), num_bins)
     if missing:
@@ -100,7 +96,7 @@ def calibrations(
     return [known[file] for file in wanted]
 
 
-def _observe(session: Session, observers: Sequence[Observer]) -> None:
+def _observe(session: "Session", observers: Sequence[Observer]) -> None:
     recognizer = session.recognizer
     size = session.config.calibration.batch_size
     batches = -(-len(recognizer.ids("calibration")) // size)

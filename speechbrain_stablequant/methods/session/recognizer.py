@@ -3,15 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from ...utils.store import Store
-    from ..search import Score
-    from ..search.divergence import BeforeBatch
+from ...utils.store import Store
+from ..search.divergence import BeforeBatch
+from ..search.score import Score
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
@@ -30,7 +29,7 @@ class Trainer(Protocol):
         self,
         number: int,
         optimizers: Optimizers,
-        before_batch: "BeforeBatch",
+        before_batch: BeforeBatch,
         distill: float,
         resting: Callable[[], AbstractContextManager[None]],
     ) -> float:
@@ -72,7 +71,7 @@ class Recognizer(Protocol):
         ``kind``: ``inputs`` of layers, ``outputs`` of the model, or ``scores``.
         """
 
-    def training_key(self, store: "Store") -> str:
+    def training_key(self, store: Store) -> str:
         """Identifies all that training depends on, except the weights.
 
         The store caches digests of audio files.
@@ -84,7 +83,7 @@ class Recognizer(Protocol):
     def forward(
         self,
         subset: str,
-        before_batch: "BeforeBatch",
+        before_batch: BeforeBatch,
         first_only: bool = False,
         turns: int = 1,
     ) -> torch.Tensor:
@@ -95,17 +94,17 @@ class Recognizer(Protocol):
 
     def score(
         self,
-        before_batch: "BeforeBatch",
+        before_batch: BeforeBatch,
         give_up_above: int | None,
         only: Sequence[int] | None = None,
-    ) -> "Score":
+    ) -> Score:
         """Scores the search subset, or the batches named by ``only``.
 
         Stops early once there are more than ``give_up_above`` errors.
         """
 
     def outputs(
-        self, subset: str, before_batch: "BeforeBatch"
+        self, subset: str, before_batch: BeforeBatch
     ) -> Iterator[torch.Tensor | None]:
         """Runs the model over a subset and yields each batch's output."""
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -14,14 +15,15 @@ from ...model.layers import Cut
 from ...simulation.prefix_cache import Replay
 from ...utils.files import identity
 from ...utils.store import Store
-from ..search import Divergence, Evaluate, Journal, Score, check_float_wer
-from ..search.divergence import BeforeBatch
+from ..search.divergence import BeforeBatch, Divergence
+from ..search.journal import Journal
+from ..search.score import Evaluate, Score, check_float_wer
 from .calibration import HISTOGRAM_FILE, WHAT, Calibration
-from .session import Session
+
+if TYPE_CHECKING:
+    from .session import Session
 
 logger = logging.getLogger(__name__)
-
-JOURNAL_FILE = "search.jsonl"
 
 
 def check_earlier_run(folder: Path) -> None:
@@ -29,11 +31,11 @@ def check_earlier_run(folder: Path) -> None:
     store = Store(folder)
     for file in store.names(f"{Path(HISTOGRAM_FILE).stem}*.json"):
         store.check(file, WHAT)
-    Journal(store, JOURNAL_FILE, "")
+    Journal(store, "")
 
 
 def search_evaluate(
-    session: Session,
+    session: "Session",
     weights: str,
     calibration: Calibration,
     metric: str | None = None,
@@ -54,7 +56,6 @@ def search_evaluate(
         score_of = recognizer.score
     journal = Journal(
         session.store,
-        JOURNAL_FILE,
         identity(key),
         metric is None and search.selection == "interval",
     )
@@ -83,6 +84,7 @@ def search_evaluate(
 
     def counted(quants: Mapping[str, LayerQuant], **options) -> Score:
         score = remembered(quants, **options)
+        session.evaluations += 1
         bar.update(1)
         if not quants:
             if metric != "divergence":
@@ -97,7 +99,7 @@ def search_evaluate(
     return counted, journal, bar
 
 
-def keep_float_outputs(session: Session) -> None:
+def keep_float_outputs(session: "Session") -> None:
     """Runs the unchanged float model over the search set, for divergences.
 
     Before rotation and equalization: a resumed run must compare with the same
@@ -109,13 +111,13 @@ def keep_float_outputs(session: Session) -> None:
     session.reference = session.fingerprint()
 
 
-def _replay(session: Session, in_order: bool) -> Replay:
+def _replay(session: "Session", in_order: bool) -> Replay:
     if session.exact_cuts is None:
         session.exact_cuts = _exact_cuts(session, session.cuts(in_order))
     return Replay(session.exact_cuts, list(session.units), session.cache_bytes)
 
 
-def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
+def _exact_cuts(session: "Session", cuts: list[Cut]) -> list[Cut]:
     """Drops the cuts from which a replay is not exact.
 
     A model that reads more than the cut's output (all hidden states, for
@@ -133,8 +135,8 @@ def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
         trial = Replay([cut], list(session.units), session.cache_bytes)
         if trial.prepare(cut.unit, {}, first):
             with trial.active():
-                same = torch.equal(first(trial.start_batch), expected)
-            if not same:
+                again = first(trial.start_batch)
+            if not torch.equal(again, expected):
                 logger.warning(
                     "search: activations before %s cannot be reused exactly "
                     "and are computed each time",

@@ -1,22 +1,21 @@
 """One recognizer that is being quantized."""
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
+from ...config import CommonConfig
+from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
-from ...model.layers import Cut, find_encoders, find_layers, group_units
+from ...model.layers import Cut, Layer, find_encoders, find_layers, group_units
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
+from ...utils.store import Store
+from ..search.divergence import Divergence
 from .recognizer import Recognizer, fingerprint_modules
-
-if TYPE_CHECKING:
-    from ...config import CommonConfig
-    from ...utils.store import Store
-    from ..search import Divergence
 
 
 class Session:
@@ -29,8 +28,8 @@ class Session:
     def __init__(
         self,
         recognizer: Recognizer,
-        config: "CommonConfig",
-        store: "Store",
+        config: CommonConfig,
+        store: Store,
         runtimes: Iterable[str],
     ):
         self.recognizer = recognizer
@@ -45,6 +44,8 @@ class Session:
             {key: recognizer.modules[key] for key in config.target}
         )
         self.simulator = Simulator(self.layers)
+        #: Evaluations on the search set, those from the journal included.
+        self.evaluations = 0
         #: Cuts where resuming is exact, see :mod:`.search_set`.
         self.exact_cuts: list[Cut] | None = None
         self.divergence: Divergence | None = None
@@ -59,10 +60,29 @@ class Session:
         self,
         weights: str,
         units: list[UnitPlan],
-        layers: list[LayerPlan],
+        quants: Mapping[str, LayerQuant],
+        histograms: Mapping[str, Histogram],
+        cutoffs: Mapping[str, float],
+        reason: Callable[[Layer], str],
         search: dict,
     ) -> QuantizationPlan:
-        """A plan with this session's precision and settings."""
+        """A plan with this session's precision and settings.
+
+        ``histograms`` and ``cutoffs``: of the input of each layer; ``reason``
+        says in a sentence why it is quantized so.
+        """
+        layers = [
+            LayerPlan(
+                name=layer.name,
+                unit=layer.unit,
+                kind=layer.kind,
+                quant=quants.get(layer.name),
+                observed_max=histograms[layer.name].max,
+                cutoff=cutoffs[layer.name],
+                reason=reason(layer),
+            )
+            for layer in self.layers
+        ]
         return QuantizationPlan(
             method=self.config.method,
             weight_bits=self.config.weight_bits,

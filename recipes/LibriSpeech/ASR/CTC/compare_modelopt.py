@@ -38,8 +38,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from speechbrain_stablequant.methods.plus.bits import HARMS
-from speechbrain_stablequant.methods.plus.scales import FLOAT_BITS
-from speechbrain_stablequant.methods.plus.work import FloatModel, Work
+from speechbrain_stablequant.methods.plus.work import FLOAT_BITS, Work
 
 # Of log probabilities, between the recipe's and those of the copies.
 TOLERANCE = 1e-3
@@ -192,10 +191,7 @@ def by_layer(
 
 
 def modelopt_harm(
-    work: Work,
-    model: FloatModel,
-    percentiles: Mapping[str, float],
-    widths: list[int],
+    work: Work, widths: list[int]
 ) -> dict[tuple[str, int], float]:
     """Scores of AutoQuantize by unit and bits; float harms nothing."""
     session = work.session
