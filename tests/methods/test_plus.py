@@ -202,6 +202,11 @@ def test_finished_layers_are_not_done_again(large, tmp_path):
     assert files == {
         f: f.stat().st_mtime_ns for f in tmp_path.glob("finished_layers/*")
     }
+    # It is in their key: with another text earlier ones are not found.
+    assert repr(session.config.adaround) == (
+        "AdaRound(iterations=40, lr=0.1, weight=0.01, beta_start=20.0, "
+        "beta_end=2.0, warm_start=0.2)"
+    )
     other = {**block, "adaround": {**ADAROUND, "weight": 0.1}}
     session, _ = run(large, tmp_path, **other)
     assert session.recognizer.runs > 10
