@@ -171,7 +171,8 @@ class Run:
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
-    """The table that compares runs, see ``report.write_comparison``."""
+    """The table that compares runs, see
+    ``report.comparison.write_comparison``."""
     rows, stored = [], None
     for run in runs:
         plan, execution = run.plan, run.execution()

@@ -20,8 +20,8 @@ from ..config import ConfigError
 from ..core.encoder_spec import check_encoders, describe_encoder
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
-from ..runtimes.build import build_forwards, executed_form, prove
-from ..runtimes.choice import candidates, choose_backend, first_right
+from ..runtimes.build import build_forwards, check_probe, executed_form
+from ..runtimes.choice import candidates, choose_backend, first_passing
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
 from ..runtimes.probe import Compute, chain, encoder_alone
 from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
@@ -211,7 +211,7 @@ def _try_probe(run: "Run") -> list[str]:
     def network(forwards: Mapping[nn.Module, Callable]) -> Compute:
         return encoder_alone(encoder.model, forwards)
 
-    _, reasons = _first_right(run, alone, integers, probe, network)
+    _, reasons = _first_passing(run, alone, integers, probe, network)
     return reasons
 
 
@@ -235,11 +235,11 @@ def executed(run: "Run") -> AbstractContextManager[None]:
         parts = {key: modules[key] for key in run.source.keys}
         return chain(parts, run.source.encoder["use_lengths"], forwards)
 
-    forwards, _ = _first_right(run, modules, run.integers, run.probe, network)
+    forwards, _ = _first_passing(run, modules, run.integers, run.probe, network)
     return shadowed_forwards(forwards)
 
 
-def _first_right(
+def _first_passing(
     run: "Run",
     modules: Mapping[str, nn.Module],
     integers: Mapping[str, "IntegerLayer"],
@@ -259,13 +259,13 @@ def _first_right(
         if probe is not None:
             with evaluating(modules):
                 place = torch.device(run.device)
-                prove(name, probe, network(forwards), place)
+                check_probe(name, probe, network(forwards), place)
         return name, forwards
 
     names = candidates(run.config.backend, run.device)
     # Processes on other machines may have rejected more runtimes.
     start = max(distributed.gathered(names.index(run.backend)))
-    (chosen, forwards), reasons = first_right(
+    (chosen, forwards), reasons = first_passing(
         names[start:], distributed.together(attempt), run.device
     )
     change_runtime(run, chosen, reasons)

@@ -91,9 +91,9 @@ class IntegerLayer:
         if not whole or abs(zero) > qmax(self.activation_bits) or self.padding:
             raise ValueError(
                 f"{self.name}: an activation offset of "
-                f"{self.activation_offset:g} is executed as whole scales of "
-                f"{float(self.activation_scale):g} within the range and "
-                "without padding only; use backend: torch"
+                f"{self.activation_offset:g} can only be executed if it is a "
+                f"whole multiple of {float(self.activation_scale):g} within "
+                "the range and the layer has no padding; use backend: torch"
             )
         return zero
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer
 from ..model.skeleton import empty_skeleton, folded_norms, has_skeleton
-from ..runtimes.build import build_forwards, prove
-from ..runtimes.choice import candidates, first_right
+from ..runtimes.build import build_forwards, check_probe
+from ..runtimes.choice import candidates, first_passing
 from ..runtimes.probe import Probe, chain
 from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils import forks
@@ -112,9 +112,9 @@ class QuantizedRecognizer(nn.Module):
     heads : dict
         The modules behind the encoder, by key, in order.
     backend : str
-        What computes: ``auto`` chooses by device; see
-        :func:`~speechbrain_stablequant.runtimes.choice`. Of several the
-        first that answers the folder's probe as it should.
+        The runtime; ``auto`` chooses by device, see
+        :func:`~speechbrain_stablequant.runtimes.choice.candidates`. Of
+        several, the first that passes the folder's probe is used.
     options : dict, optional
         Of the runtime, such as its number of threads.
     """
@@ -284,12 +284,12 @@ class QuantizedRecognizer(nn.Module):
             )
             if self._probe is not None:
                 compute = chain(parts, self._use_lengths, forwards)
-                prove(name, self._probe, compute, device)
+                check_probe(name, self._probe, compute, device)
             encoder = parts[self._key]
             return BuiltRuntime(name, device, os.getpid(), encoder, forwards)
 
         names = candidates(self.backend, device)
-        built, _ = first_right(names, build, device)
+        built, _ = first_passing(names, build, device)
         return built
 
     def _install(self, built: BuiltRuntime) -> None:

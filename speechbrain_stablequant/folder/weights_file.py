@@ -169,8 +169,8 @@ def load_checkpoint(
     file, description = _open(path)
     for name in sorted({PLAN_FILE, *needs} - set(description.files)):
         raise CheckpointError(
-            f"{path}: does not name {name} as one of its files, so that it "
-            "may be of another model; copy or make the folder again"
+            f"{path}: does not list {name} among its files, so {name} may "
+            "belong to another model; copy or make the folder again"
         )
     outlines = file.outlines()
     text, checksum = file.metadata["description"], file.metadata["checksum"]

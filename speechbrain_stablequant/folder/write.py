@@ -116,8 +116,8 @@ def write_folder(
 ) -> Probe | None:
     """Writes a quantized model into an existing folder, and what loads it.
 
-    Returns the probe by which runtimes prove themselves. Without a source only
-    the weights and the plan are written.
+    Returns the probe that runtimes have to pass. Without a source only the
+    weights and the plan are written.
     """
     folder = Path(folder)
     # Files of an earlier run would describe another model.

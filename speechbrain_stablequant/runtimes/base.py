@@ -55,11 +55,13 @@ class Runtime:
     #: layer.
     encoder: str | None = None
     #: Makes a LayerExecutor of an IntegerLayer outside of an encoder.
-    layer: str = "torch_int8.layer:make_layer"
-    #: Makes a LayerRunner of options, by which single layers are compared with
-    #: exact arithmetic; None if ``why_not`` does this, or nothing needs to.
+    layer: str = "torch_int8.head_layer:make_layer"
+    #: Makes a LayerRunner of the options, which computes single layers for the
+    #: comparison with exact arithmetic. None if ``why_not`` compares them, or
+    #: if no check is needed.
     layer_runner: str | None = None
-    #: Why it cannot run on a torch.device, or None if it can.
+    #: Function that tells why it cannot run on a torch.device, or None if it
+    #: can.
     why_not: str | None = None
     #: Type of the device that it runs on; None for any. Runtimes for "cpu"
     #: execute 7 bits on CPUs without VNNI, where sums of two products saturate.
@@ -97,8 +99,8 @@ def require_frame(frames: int, samples: int) -> None:
 
 def round_frames(frames: int, unit: int = 8, steps: int = 8) -> int:
     """Round a length up, so that few shapes are computed: to a multiple of
-    ``unit`` or, from ``2 * unit * steps`` on, to one of ``steps`` lengths
-    before each doubling."""
+    ``unit``; from ``2 * unit * steps`` on, to one of ``steps`` evenly spaced
+    lengths between one doubling and the next."""
     step = unit
     while step * steps * 2 < frames:
         step *= 2

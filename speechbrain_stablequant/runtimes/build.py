@@ -82,7 +82,7 @@ def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
     return OWN if exact or RUNTIMES[backend].device != "cpu" else SEVEN_BITS
 
 
-def prove(
+def check_probe(
     backend: str, probe: Probe, compute: Compute, device: torch.device
 ) -> None:
     """Raise :class:`ProbeError` unless a runtime answers a probe correctly."""

@@ -67,7 +67,7 @@ def candidates(backend: str, device: str | torch.device) -> list[str]:
     return [backend]
 
 
-def first_right(
+def first_passing(
     names: Sequence[str],
     attempt: Callable[[str], Value],
     device: str | torch.device,

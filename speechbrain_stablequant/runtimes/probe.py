@@ -176,7 +176,8 @@ class Answer:
 
     def compare(self, found: torch.Tensor) -> Distance:
         """Distance of another result [rows, channels], relative to the allowed
-        one: that of the whole where it is too large, else the worst part's."""
+        one: of the whole if it is too large, else of the worst row or
+        channel."""
         shape = list(self.values.shape)
         if list(found.shape) != shape:
             return Distance(

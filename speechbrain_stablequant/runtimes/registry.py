@@ -1,6 +1,10 @@
 """The registry of runtimes, and the check of their options.
 
-A runtime is a module with a ``RUNTIME``, and one line in ``RUNTIMES``.
+To add a runtime, write a package with a ``RUNTIME`` (see :class:`.base.Runtime`
+for what it names: a dataclass of options, an executor, a runner of single
+layers that are checked on each machine) and a line in ``RUNTIMES``, and one in
+``AUTO`` if ``backend: auto`` may choose it. The executor's arguments are the
+options. A runtime that needs a package gets an extra in setup.cfg.
 """
 
 import functools

@@ -512,7 +512,7 @@ def test_checksum_of_hyperparams(folder):
         (
             '"label_encoder.txt"',
             '"../label_encoder.txt"',
-            r"does not name \.\./label_enc",
+            r"does not list \.\./label_enc",
         ),
     ],
 )

@@ -144,7 +144,7 @@ def test_nothing_answers_where_nothing_is_right(
 
 
 def test_a_wrong_head_is_found(folder, monkeypatch):
-    from speechbrain_stablequant.runtimes.torch_int8 import layer
+    from speechbrain_stablequant.runtimes.torch_int8 import head_layer as layer
 
     make_layer = layer.make_layer
 

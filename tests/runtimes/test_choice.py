@@ -6,7 +6,7 @@ from torch import nn
 
 from speechbrain_stablequant.runtimes.algorithms import FLOAT, NATIVE
 from speechbrain_stablequant.runtimes.base import in_own_precision
-from speechbrain_stablequant.runtimes.choice import candidates, first_right
+from speechbrain_stablequant.runtimes.choice import candidates, first_passing
 from speechbrain_stablequant.runtimes.cpu import CpuClass, class_of_flags
 from speechbrain_stablequant.runtimes.probe_make import rounded_outputs
 from speechbrain_stablequant.runtimes.torch_int8.conv import conv_algorithms
@@ -25,10 +25,10 @@ def test_the_first_runtime_that_is_right():
             raise ValueError("backend: torch_int8 is wrong; report it")
         return name
 
-    found = first_right(["torch_int8", "torch"], attempt, "cpu")
+    found = first_passing(["torch_int8", "torch"], attempt, "cpu")
     assert found == ("torch", ["torch_int8: is wrong"])
     with pytest.raises(ValueError, match="torch_int8 is wrong; report it"):
-        first_right(["torch_int8"], attempt, "cpu")
+        first_passing(["torch_int8"], attempt, "cpu")
 
 
 def test_classes_of_cpus():

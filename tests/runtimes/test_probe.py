@@ -12,8 +12,8 @@ from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.runtimes.build import (
     build_forwards,
+    check_probe,
     executed_form,
-    prove,
 )
 from speechbrain_stablequant.runtimes.cpu import CpuClass
 from speechbrain_stablequant.runtimes.probe import (
@@ -231,7 +231,7 @@ def test_a_runtime_that_is_wrong_raises_one_line(tiny_modules):
     forwards = build_forwards("torch", tiny_modules, wrong)
     compute = chain(tiny_modules, True, forwards)
     with pytest.raises(ProbeError) as caught:
-        prove("torch", probe, compute, CPU)
+        check_probe("torch", probe, compute, CPU)
     text = str(caught.value)
     assert text.startswith("backend: torch computes something else on this")
     assert "is allowed" in text and "\n" not in text

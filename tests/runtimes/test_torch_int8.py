@@ -39,12 +39,16 @@ from speechbrain_stablequant.runtimes.torch_int8.executor import (
     TorchInt8Executor,
     attend,
 )
-from speechbrain_stablequant.runtimes.torch_int8.forms import ZERO, Floats, Grid
 from speechbrain_stablequant.runtimes.torch_int8.front import (
     FeatureExtractor,
     Stage,
 )
-from speechbrain_stablequant.runtimes.torch_int8.layer import make_layer
+from speechbrain_stablequant.runtimes.torch_int8.head_layer import make_layer
+from speechbrain_stablequant.runtimes.torch_int8.input_forms import (
+    ZERO,
+    Floats,
+    Grid,
+)
 from speechbrain_stablequant.runtimes.torch_int8.linear import (
     SharedInput,
     make_linear,

@@ -322,9 +322,9 @@ def test_impossible_descriptions(folder, change, message):
 def test_files_must_be_signed(folder, name):
     """Who leaves a file out of the list could exchange it."""
     sign(folder, lambda about, _: about["files"].pop(name))
-    assert f"does not name {name} as one of its files" in one_line(folder)
+    assert f"does not list {name} among its files" in one_line(folder)
     if name != "recognizer.json":
-        with pytest.raises(CheckpointError, match="does not name"):
+        with pytest.raises(CheckpointError, match="does not list"):
             EncoderASR.from_hparams(str(folder), **SIMULATED)
 
 

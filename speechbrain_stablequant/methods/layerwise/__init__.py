@@ -1,8 +1,8 @@
 """Methods that decide the integers, layer by layer.
 
-Each layer is solved behind the already quantized layers before it, from the
-Hessian of its inputs: one short pass over the calibration set for any number
-of iterations.
+Each layer is solved after the layers before it are quantized, from the Hessian
+of its inputs. This takes one short pass over the calibration set, however many
+iterations follow.
 """
 
 from .adaround import AdaRound

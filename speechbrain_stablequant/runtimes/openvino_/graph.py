@@ -91,10 +91,11 @@ class GraphBuilder:
     def quantize(
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
-        """A layer's input; if the layer is quantized on the plan's grid plus
-        ``ZERO_POINT`` scales, less the zero point. OpenVINO knows 256 levels
-        only. Integers that are multiplied as floats stay integers, which
-        bfloat16 holds exactly. ``least``: known lower bound of ``x``."""
+        """A layer's input. If the layer is quantized, it is rounded to the
+        plan's grid and shifted by ``ZERO_POINT`` scales minus the zero point.
+        OpenVINO knows 256 levels only. Integers that are multiplied as floats
+        stay integers, which bfloat16 holds exactly. ``least``: known lower
+        bound of ``x``."""
         if isinstance(layer, FloatLayer):
             return x
         scale, bits = float(layer.activation_scale), layer.activation_bits

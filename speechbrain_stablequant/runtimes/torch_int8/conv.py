@@ -19,7 +19,7 @@ from ..algorithms import (
     join_groups,
     split_groups,
 )
-from .forms import Grid, form_of
+from .input_forms import Grid, form_of
 from .linear import ROWS, make_linear, onednn_operators
 
 

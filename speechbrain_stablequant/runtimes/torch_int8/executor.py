@@ -17,8 +17,8 @@ from ...utils import forks
 from ..base import require_frame
 from ..cpu import cpu_class
 from .conv import make_conv
-from .forms import Floats
 from .front import FeatureExtractor, layer_norm
+from .input_forms import Floats
 from .linear import ROWS, SharedInput, make_linear, rows_of
 
 _lock = threading.Lock()

@@ -9,7 +9,7 @@ from ...core.encoder_spec import ConvSpec, Norm
 from ...core.integer_layer import FloatLayer
 from ..algorithms import check_front
 from ..group_norm import gain_and_shift
-from .forms import Form
+from .input_forms import Form
 from .linear import ROWS, GainShift, make_linear
 
 

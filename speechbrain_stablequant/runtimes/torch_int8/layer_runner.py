@@ -12,9 +12,9 @@ from ..algorithms import FLOAT, NATIVE, Geometry
 from ..cpu import cpu_class
 from ..trial_layer import Results, Trial
 from .conv import conv_algorithms, make_conv
-from .forms import ZERO, Floats, Form, Grid
 from .front import Stage
-from .layer import make_layer
+from .head_layer import make_layer
+from .input_forms import ZERO, Floats, Form, Grid
 from .linear import SharedInput, make_linear, rows_of
 
 #: Step of the grid of GELU results.

@@ -12,7 +12,7 @@ from ...core.affine import GELU_MIN
 from ...core.encoder_spec import AnyLayer
 from ...utils.memory import transient
 from ..algorithms import FLOAT, NATIVE, window_rows
-from .forms import Floats, Form, Grid, form_of
+from .input_forms import Floats, Form, Grid, form_of
 
 #: Products have a multiple of this number of rows: oneDNN keeps a primitive of
 #: 0.1 MB for each number of rows, up to 1,024 of them.

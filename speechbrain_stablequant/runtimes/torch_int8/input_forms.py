@@ -39,9 +39,9 @@ class Grid:
         out: torch.Tensor | None = None,
         least: float = -math.inf,
     ) -> torch.Tensor:
-        """Clip bytes to the narrow range, in place by default. Kernels fill
-        all 256 values; with ``least``, a lower bound of the float values, on
-        the grid, no 8-bit value needs it."""
+        """Clip bytes to the narrow range, in place by default: kernels may
+        produce all 256 values. If ``least``, a lower bound of the float
+        values, is inside the grid, 8-bit results need no clipping."""
         limit, out = qmax(self.bits), q if out is None else out
         lowest = ZERO - limit
         if self.bits == 8 and least > (lowest - self.zero) * self.scale:
