@@ -5,7 +5,9 @@ the user's backend and open figures alone.
 """
 
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +37,19 @@ _STYLE = {
 }
 
 
+@contextmanager
+def _few_log_lines() -> Iterator[None]:
+    """Keep matplotlib's hundreds of DEBUG lines about fonts out of a recipe's
+    log.txt."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(max(level, logging.INFO))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def to_png(
     draw: Callable[[dict], "Figure | None"], report: dict
 ) -> bytes | None:
@@ -43,7 +58,8 @@ def to_png(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # after_reset: the user's matplotlibrc must not change the report.
-    with matplotlib.style.context(_STYLE, after_reset=True):
+    style = matplotlib.style.context(_STYLE, after_reset=True)
+    with _few_log_lines(), style:
         figure = draw(report)
         if figure is None:
             return None

@@ -426,9 +426,11 @@ def test_histogram_plot_shows_the_six_most_clipped(report):
 
 
 def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
+    """And its hundreds of lines about fonts are in no recipe's log."""
     (tmp_path / "in.json").write_text(json.dumps(report))
     code = (
-        "import json, sys\n"
+        "import json, logging, sys\n"
+        "logging.basicConfig(filename='log.txt', level=logging.DEBUG)\n"
         "from pathlib import Path\n"
         "from speechbrain_stablequant.report.render import write_report\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -439,6 +441,7 @@ def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
     # a user's style must not reach the report
     (tmp_path / "matplotlibrc").write_text("axes.facecolor: black\n")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert "findfont" not in (tmp_path / "log.txt").read_text()
     write_report(report, tmp_path / "here")
     for name in ("sensitivity.png", "cutoffs.png", "histograms.png"):
         one, two = tmp_path / "out" / name, tmp_path / "here" / name
