@@ -32,6 +32,8 @@ from .trial_layer import (
 logger = logging.getLogger(__name__)
 
 _WHAT = "layers tried on this CPU"
+# How the reason begins where a library raised an error.
+_FAILED = "it fails: "
 
 
 class UnusableRuntime(ValueError):
@@ -74,7 +76,7 @@ def exact_algorithm(
             reason = f"the result {reason}"
         # A library may raise anything.
         except Exception as error:
-            reason = f"it fails: {one_line(error)}"
+            reason = f"{_FAILED}{one_line(error)}"
         first = first or reason
     return None, first
 
@@ -138,7 +140,10 @@ def find_algorithms(
                 raise UnusableRuntime(
                     f"backend: {wrong}{reason}); write backend: auto"
                 )
-            known[key] = fresh[key] = [algorithm, reason]
+            known[key] = [algorithm, reason]
+            # What raised an error, such as a lack of memory, is tried again.
+            if not reason.startswith(_FAILED):
+                fresh[key] = known[key]
         algorithm, reason = known[key]
         if reason:
             _say_once(

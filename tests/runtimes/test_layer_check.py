@@ -537,6 +537,21 @@ def test_another_way_is_said_by_each_process(
     assert first.endswith("this layer is computed as float instead")
 
 
+def test_an_error_is_not_remembered(asked, empty_memory, monkeypatch):
+    """Such as a lack of memory, which passes."""
+    layers, runner = {"w": KINDS["linear"]}, runner_of("torch_int8")
+
+    def fails(*_):
+        raise RuntimeError("not enough memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_linear.IntegerLinear, "__init__", fails)
+        assert find_algorithms(layers, runner) == {"w": FLOAT}
+    assert find_algorithms(layers, runner) == {"w": NATIVE}
+    assert find_algorithms(layers, runner) == {"w": NATIVE}
+    assert len(asked) == 2
+
+
 def test_a_home_that_cannot_be_written(asked, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

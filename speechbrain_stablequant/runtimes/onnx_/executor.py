@@ -16,6 +16,7 @@ import torch
 
 from ...core.encoder_spec import EncoderSpec
 from ...utils import forks
+from ..base import require_frame
 from .model import export_onnx
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -57,6 +58,7 @@ class OnnxExecutor:
         provider: str = "cpu",
     ):
         self._pid, self.session = os.getpid(), None
+        self._frames = spec.frames
         # The session keeps its own copy of the weights, not the file.
         with tempfile.TemporaryDirectory(prefix="stablequant-") as folder:
             path = export_onnx(Path(folder) / "encoder.onnx", spec)
@@ -70,6 +72,7 @@ class OnnxExecutor:
     ) -> torch.Tensor:
         """Encode a batch, see :class:`..base.EncoderExecutor`."""
         batch, samples = wavs.shape
+        require_frame(self._frames(samples), samples)
         if lengths is None:
             lengths = torch.full((batch,), samples)
         real = lengths.cpu().to(torch.int64).numpy()
