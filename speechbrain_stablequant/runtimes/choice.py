@@ -29,7 +29,11 @@ def _why_not(name: str, device: torch.device) -> str | None:
     if forks.used_before_fork(name):
         return f"it {forks.REASON}"
     if runtime.why_not is not None:
-        reason = load_function(runtime.why_not)(device)
+        try:
+            reason = load_function(runtime.why_not)(device)
+        # An installed package that does not load may raise anything.
+        except Exception as error:
+            reason = f"it does not load ({one_line(error)}); use backend: torch"
         if reason is not None:
             return reason
     if runtime.device not in (None, device.type):

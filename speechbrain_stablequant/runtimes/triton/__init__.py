@@ -10,9 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from ...utils.typed import count, one_line
+from ...utils.typed import count
 from ..base import Runtime
 
 
@@ -37,20 +35,8 @@ RUNTIME = Runtime(
     TritonOptions,
     encoder="triton.build:make_executor",
     layer="triton.build:make_layer",
-    why_not="triton:why_not",
+    why_not="triton.build:why_not",
     device=None if os.environ.get("TRITON_INTERPRET") else "cuda",
     needs=("triton",),
     install="triton",
 )
-
-
-def why_not(device: torch.device) -> str | None:
-    """Why a device cannot run the kernels, or None if it can."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    try:
-        from . import build
-    # An installed package that does not load may raise anything.
-    except Exception as error:
-        return f"it does not load ({one_line(error)}); use backend: torch"
-    return build.why_not(device)

@@ -21,7 +21,9 @@ MIN_CAPABILITY = (8, 0)
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why a CUDA device cannot run the kernels, or None if it can."""
+    """Why a device cannot run the kernels, or None if it can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
     card = torch.cuda.get_device_name(device)
     found = torch.cuda.get_device_capability(device)
     if found < MIN_CAPABILITY:
