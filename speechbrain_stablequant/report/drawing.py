@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#8a96a3", "#1c2733"
@@ -87,13 +88,20 @@ def panels(count: int, columns: int, base: float, height: float) -> list:
     return [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
+def no_minor_ticks(axis: "Axis") -> None:
+    """``axis.minorticks_off()``, which matplotlib has from 3.9 on."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_minor_locator(NullLocator())
+
+
 def use_log_rates(axes: "Axes") -> None:
     """Make the y axis logarithmic, with plain numbers as labels."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator
 
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
+    no_minor_ticks(axes.yaxis)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 

@@ -9,6 +9,7 @@ from .drawing import (
     INK,
     ORANGE,
     new_figure,
+    no_minor_ticks,
     panels,
     shorten,
     to_png,
@@ -53,7 +54,7 @@ def draw_sensitivity(report: dict) -> "Figure | None":
     if max(measured) > 15 * linear:
         axes.set_xscale("symlog", linthresh=linear, linscale=0.8)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.minorticks_off()
+        no_minor_ticks(axes.xaxis)
     axes.axvline(0, color=GREY, linewidth=0.8)
     low, high = min(0, *bars), max(0, threshold or 0, *bars)
     # If all values are zero the axis still needs a width.
@@ -187,7 +188,7 @@ def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
     heights = [max(count, 0.5) for count in counts]
     axes.stairs(heights, edges, baseline=0.5, fill=True, color="#a9cce3")
     axes.set_yscale("log")
-    axes.yaxis.minorticks_off()
+    no_minor_ticks(axes.yaxis)
     axes.yaxis.set_major_formatter(
         lambda value, _: f"{value:g}" if value < 1e4 else f"{value:.0e}"
     )

@@ -82,13 +82,12 @@ def test_it_is_what_encoder_asr_loads(described, tmp_path, backend):
     )
     found = speechbrain_stablequant.load(described, backend)
     wavs, lengths = torch.randn(3, 9000), torch.tensor([1.0, 0.5, 0.8])
-    assert torch.equal(
-        found.encode_batch(wavs, lengths), expected.encode_batch(wavs, lengths)
-    )
+    encoded = found.encode_batch(wavs, lengths)
+    assert torch.equal(encoded, expected.encode_batch(wavs, lengths))
+    assert not torch.equal(encoded[0], encoded[1])
     assert found.runtime == expected.mods.encoder.runtime == backend
     words, tokens = found.transcribe_batch(wavs, lengths)
     assert (words, tokens) == expected.transcribe_batch(wavs, lengths)
-    assert len(set(words)) == 3
     # Stereo of another rate, as a file.
     audio = tmp_path / "speech.flac"
     soundfile.write(audio, 0.1 * torch.randn(30000, 2).numpy(), 44100)

@@ -11,9 +11,11 @@ from inspect import signature as signature_of
 
 import pytest
 import torch
+import triton
 from resources import compile_launch, launches_of, specialize
 from shapes import meta
 
+from speechbrain_stablequant.runtimes.triton.build import MIN_TRITON
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
     group_conv,
@@ -24,10 +26,17 @@ from speechbrain_stablequant.runtimes.triton.kernels import (
 )
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1",
-    reason="interpreted kernels are not compiled",
-)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1",
+        reason="interpreted kernels are not compiled",
+    ),
+    pytest.mark.skipif(
+        VERSION < MIN_TRITON, reason="this version of Triton is refused"
+    ),
+]
 
 #: Architecture -> bytes of shared memory that a block may have.
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
