@@ -28,22 +28,16 @@ def _why_not(name: str, device: torch.device) -> str | None:
             )
     if forks.used_before_fork(name):
         return f"it {forks.REASON}"
-    if runtime.why_not is not None:
-        try:
-            reason = load_function(runtime.why_not)(device)
-        # An installed package that does not load may raise anything.
-        except Exception as error:
-            reason = f"it does not load ({one_line(error)}); use backend: torch"
-        if reason is not None:
-            return reason
     if runtime.device not in (None, device.type):
         return (
             f"it runs on {runtime.device}, and the device is {device}; "
             "write backend: auto"
         )
-    if runtime.layer_runner is None:
-        return None
     try:
+        if runtime.why_not is not None:
+            return load_function(runtime.why_not)(device)
+        if runtime.layer_runner is None:
+            return None
         reason = layer_check.why_not(load_function(runtime.layer_runner)())
     # An installed package that does not load may raise anything.
     except Exception as error:
