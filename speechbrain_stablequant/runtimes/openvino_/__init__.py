@@ -1,4 +1,4 @@
-"""OpenVINO on a CPU: the fastest integers there (extra ``cpu``)."""
+"""OpenVINO on a CPU (extra ``cpu``)."""
 
 from dataclasses import dataclass
 from typing import Literal
