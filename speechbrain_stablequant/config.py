@@ -173,7 +173,10 @@ class CommonConfig:
     weight_bits, activation_bits : int
         2 to 8.
     method : str
-        One of :data:`.methods.registry.METHODS`.
+        ``stablequant``; one calibrator for all layers: ``max``,
+        ``percentile``, ``entropy``, ``mse``; ``adaround``;
+        ``stablequant_plus``, StableQuant with more parts; ``qat``,
+        quantization-aware training.
     weight_method : str or None
         Calibrator of weights, ``max`` or ``mse``; None for the method's own.
     calibration : CalibrationConfig

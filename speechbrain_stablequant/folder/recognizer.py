@@ -357,7 +357,9 @@ def load_folder(
         reason = one_line(error, 400)
         raise CheckpointError(f"{folder / name}: {reason}") from error
     if backend != "auto":
-        spec = replace(spec, backend=backend)
+        # The folder's options may be those of its own runtime.
+        own = select_options(backend, spec.backend_options)
+        spec = replace(spec, backend=backend, backend_options=own)
     if backend_options is not None:
         spec = replace(spec, backend_options=dict(backend_options))
     model = QuantizedRecognizer(

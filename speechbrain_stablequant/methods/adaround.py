@@ -1,4 +1,5 @@
-"""``method: adaround``: adaptive rounding on the scales of a calibrator."""
+"""``method: adaround``: adaptive rounding on the scales of a calibrator; its
+options are in ``layerwise/adaround.py``."""
 
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
 """The registry of methods, and the block that offers them.
 
-A method is a config class and a function, one line in
-``METHODS``, and a preset in ``hparams/``.
+A method is a config class and a function, one line in ``METHODS``, and a preset
+in ``hparams/``.
 """
 
 import logging

@@ -44,7 +44,7 @@ def _few_log_lines() -> Iterator[None]:
     log.txt."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    logger.setLevel(max(level, logging.INFO))
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.INFO))
     try:
         yield
     finally:

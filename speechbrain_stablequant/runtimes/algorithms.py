@@ -12,7 +12,7 @@ import torch
 from ..core.encoder_spec import AnyLayer, EncoderSpec
 from ..core.integer_layer import IntegerLayer
 
-#: As the runtime computes it everywhere else.
+#: As the runtime usually computes it.
 NATIVE = "native"
 #: A grouped convolution with several groups in one, zeros between them.
 JOINED_GROUPS = "joined groups"

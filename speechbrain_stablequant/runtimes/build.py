@@ -1,5 +1,5 @@
-"""Builds a runtime: the forwards that replace those of the float model. They
-prove themselves by the probe of a folder or of a run."""
+"""Builds a runtime, the forwards that replace those of the float model, and
+checks it by a probe."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -198,7 +198,7 @@ def check_writable_folder(path: str | Path, key: str) -> Path:
         for part in (*reversed(folder.parents), folder):
             # A link that leads nowhere is in the way as well.
             if os.path.lexists(part) and not os.path.isdir(part):
-                reason = f"'{part}' is a file"
+                reason = f"'{part}' is no folder"
         raise ValueError(
             f"{key}: cannot write into the folder {str(folder)!r} ({reason}); "
             "give another folder"

@@ -253,8 +253,9 @@ class Store:
         for name, data in reversed(list(self._unwritten.items())):
             if not self._try(name, self._write_file, name, data):
                 break
-            # Another thread may have written it meanwhile.
-            self._unwritten.pop(name, None)
+            # Another thread may have written it, or a newer one, meanwhile.
+            if self._unwritten.get(name) is data:
+                self._unwritten.pop(name, None)
 
     def _write_file(self, name: str, data: bytes) -> None:
         self._make_folder()

@@ -87,6 +87,7 @@ def test_it_is_what_encoder_asr_loads(described, tmp_path, backend):
     assert not torch.equal(encoded[0], encoded[1])
     assert found.runtime == expected.mods.encoder.runtime == backend
     words, tokens = found.transcribe_batch(wavs, lengths)
+    assert any(words)
     assert (words, tokens) == expected.transcribe_batch(wavs, lengths)
     # Stereo of another rate, as a file.
     audio = tmp_path / "speech.flac"
@@ -260,6 +261,18 @@ def test_a_backend_of_a_later_version(folder):
     text = yaml.read_text(encoding="utf-8")
     yaml.write_text(text.replace("backend: auto", "backend: tpu"), "utf-8")
     assert load(folder, "torch").model.backend == "torch"
+
+
+def test_options_of_the_folder_s_own_backend(folder):
+    edit(
+        folder / "recognizer.json",
+        lambda raw: raw.update(
+            backend="torch_int8", backend_options={"threads": 1}
+        ),
+    )
+    sign(folder)
+    assert load(folder, "torch").model.options == {}
+    assert load(folder, "openvino").model.options == {"threads": 1}
 
 
 def test_a_head_of_another_kind(folder):

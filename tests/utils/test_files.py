@@ -133,7 +133,7 @@ def test_check_writable_folder_names_the_file_on_the_way(tmp_path, below):
         check_writable_folder(file / below, "output_folder")
     assert str(error.value) == (
         f"output_folder: cannot write into the folder '{file / below}' "
-        f"('{file}' is a file); give another folder"
+        f"('{file}' is no folder); give another folder"
     )
     assert file.read_text() == "x"
 

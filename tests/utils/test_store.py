@@ -216,6 +216,25 @@ def test_two_threads_write_at_once(tmp_path, monkeypatch):
     assert [again.read(f"{n}.json", "k", n) for n in "ab"] == [1, 2]
 
 
+def test_a_newer_value_is_not_lost(tmp_path, monkeypatch):
+    """Another thread gives it while the older one is written."""
+    one, original = Store(tmp_path), store.write_atomic
+
+    def write(path, data, mode):
+        monkeypatch.setattr(store, "write_atomic", original)
+        original(path, data, mode)
+        monkeypatch.setattr(one, "_write_files", lambda: None)
+        one.write("a.json", "k", 2)
+        monkeypatch.undo()
+        return path
+
+    monkeypatch.setattr(store, "write_atomic", write)
+    one.write("a.json", "k", 1)
+    assert one.read("a.json", "k", "a") == 2
+    one.flush()
+    assert Store(tmp_path).read("a.json", "k", "a") == 2
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     one = Store(tmp_path / "file" / "new")

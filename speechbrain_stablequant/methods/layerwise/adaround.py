@@ -31,6 +31,9 @@ _HARDENINGS = 12
 class AdaRound(MethodConfig):
     """``quantize.adaround``: finds integers by adaptive rounding.
 
+    The loss is a quadratic form in the Hessian of the whole calibration set,
+    so there is no batch size.
+
     Arguments
     ---------
     iterations : int

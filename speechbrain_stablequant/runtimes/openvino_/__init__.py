@@ -17,7 +17,8 @@ class OpenVinoOptions:
     cache_folder: str | None = None
     #: Has no effect any more.
     max_models: int | None = count(None, 0)
-    #: Of everything but the integer products.
+    #: Of everything but the integer products; auto is bf16 where the CPU
+    #: multiplies it.
     precision: Literal["auto", "bf16", "f32"] = "auto"
 
 

@@ -73,6 +73,8 @@ class OpenVINORunner:
         for x, other in zip(trial.inputs, trial.others, strict=True):
             if geometry.place == "first":
                 x = x[:, :, 0].unfold(1, geometry.shape[2], geometry.stride)
+            if _turned(geometry, trial.layer):
+                x = x.mT
             given = {"x": x.contiguous().numpy()}
             if geometry.then == "sum":
                 given["other"] = other.numpy()
@@ -87,9 +89,13 @@ class OpenVINORunner:
         builder = GraphBuilder(None, self._half)
         first = geometry.place == "first"
         width = geometry.shape[1] * geometry.groups
-        x = builder.input("x", [-1, -1, geometry.shape[2] if first else width])
+        width = geometry.shape[2] if first else width
+        turned = _turned(geometry, layer)
+        x = builder.input("x", [-1, width, -1] if turned else [-1, -1, width])
         if first:
-            y = builder.first(x, layer)
+            y = builder.first(x, layer, turned)
+        elif turned:
+            y = builder.conv(x, layer)
         elif geometry.place == "front":
             y = builder.strided(x, layer)
         elif geometry.place == "position":
@@ -101,9 +107,22 @@ class OpenVINORunner:
         elif geometry.then == "sum":
             other = builder.input("other", [-1, -1, geometry.shape[0]])
             y = op.add(other, y)
+        if turned:
+            y = builder.turn(y)
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
             "INFERENCE_PRECISION_HINT": self.versions["precision"],
         }
         return core().compile_model(builder.model(y, "layer"), "CPU", settings)
+
+
+def _turned(geometry: Geometry, layer: AnyLayer) -> bool:
+    """Whether a convolution of the feature extractor is computed with the
+    channels first, as where all of them are, see :func:`.graph.channels_first`.
+    """
+    return (
+        geometry.place in ("first", "front")
+        and geometry.then == "gelu"
+        and layer.algorithm == CONVOLUTION
+    )

@@ -15,7 +15,7 @@ from .kernels.trial import card_file, failure_on_card, kernels_digest
 from .kernels.tuning import Tuner
 from .layers import Head, check_plain_conv
 
-#: Earlier versions compile kernels that need more than a card has.
+#: Kernels of earlier versions need more shared memory than a card has.
 MIN_TRITON = (3, 6)
 #: Lowest compute capability with the integer instructions of the kernels.
 MIN_CAPABILITY = (8, 0)
@@ -28,9 +28,9 @@ def why_not(device: torch.device) -> str | None:
         return None
     if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
         return (
-            f"triton {triton.__version__} compiles kernels that do not fit "
-            "onto a card; install a later torch, which brings its triton (3.6 "
-            "or more), or use backend: torch"
+            f"triton {triton.__version__} is too old: its kernels need more "
+            "shared memory than a card has; install a later torch, which "
+            "brings triton 3.6 or more, or use backend: torch"
         )
     card = torch.cuda.get_device_name(device)
     found = torch.cuda.get_device_capability(device)
