@@ -20,7 +20,7 @@ from ..methods.registry import QuantizeConfig
 from ..utils import distributed
 from ..utils.interrupts import explained
 from ..utils.lock import FolderLock
-from .block import read_block, run_configs
+from .block import read_block
 from .checks import check_setting
 from .data import TestSet, check_set_audio, dataset_of, draw_subsets
 from .evaluation import Evaluator
@@ -62,8 +62,7 @@ class StableQuant:
         #: Of this process; the folder of the first process is the one kept.
         self.folder = distributed.own_folder(check_setting(brain, config))
         self._lock = FolderLock(self.folder, "quantize.output_folder")
-        variants = run_configs(config, brain.debug)
-        self._evaluator = Evaluator(brain, config, variants, self.folder)
+        self._evaluator = Evaluator(brain, config, self.folder)
         self.runs = self._evaluator.runs
         #: Whether a recipe's block made it; then errors may end the process.
         self.by_block = False

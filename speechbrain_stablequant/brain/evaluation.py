@@ -32,6 +32,7 @@ from ..utils.files import write_atomic
 from ..utils.outputs import Outputs
 from ..utils.patching import restored, shadowed
 from ..utils.store import Store
+from .block import run_configs
 from .checks import RecipeChecks, check_checkpoint
 from .clock import ForwardClock
 from .data import TestSet
@@ -68,7 +69,6 @@ class Evaluator:
         self,
         brain: sb.Brain,
         config: QuantizeConfig,
-        variants: Mapping[str, QuantizeConfig],
         folder: Path,
     ):
         self.brain = brain
@@ -85,7 +85,7 @@ class Evaluator:
                 self.store.below(name),
                 *choose_runtime(brain, variant),
             )
-            for name, variant in variants.items()
+            for name, variant in run_configs(config, brain.debug).items()
         ]
         for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
             logger.warning("quantize: %s", warning)

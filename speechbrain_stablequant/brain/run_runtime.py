@@ -19,7 +19,7 @@ from torch import nn
 from ..config import ConfigError
 from ..core.encoder_spec import check_encoders, describe_encoder
 from ..model.layers import Encoder, find_encoders
-from ..runtimes.base import encoder_forward, in_own_precision, shadowed_forwards
+from ..runtimes.base import encoder_forward, in_own_precision
 from ..runtimes.build import build_forwards, check_probe, executed_form
 from ..runtimes.choice import candidates, choose_backend, first_passing
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
@@ -28,6 +28,7 @@ from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
 from ..runtimes.reference import ReferenceExecutor
 from ..runtimes.registry import RUNTIMES, select_options
 from ..utils import distributed
+from ..utils.patching import shadowed_forwards
 from ..utils.precision import plain_float32
 from ..utils.typed import one_line
 from .describe import Call, observe

@@ -232,7 +232,8 @@ def _refuse_functional(
     functional: Mapping[str, nn.Module], kept: Mapping[str, nn.Module]
 ) -> None:
     for name, module in kept.items():
-        if type(module).forward not in (nn.Linear.forward, nn.Conv1d.forward):
+        plain = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward)
+        if not plain or "forward" in vars(module):
             raise ValueError(
                 f"{name}: {type(module).__name__} has a forward of its own "
                 "and cannot be quantized; put it in quantize.exclude"

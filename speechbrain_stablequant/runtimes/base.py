@@ -1,20 +1,18 @@
 """What a runtime is, and how it replaces the forward of a float model.
 
-A runtime executes an encoder from its description. :func:`shadowed_forwards`
-replaces ``forward`` on the instance of the HuggingFace model: the Brain, its
-wrapper and its checkpoints are unchanged. Layers outside the encoder (heads)
-are replaced one by one.
+A runtime executes an encoder from its description. ``forward`` is replaced on
+the instance of the HuggingFace model, by ``utils.patching.shadowed_forwards``:
+the Brain, its wrapper and its checkpoints are unchanged. Layers outside the
+encoder (heads) are replaced one by one.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from ..utils.patching import shadowed
 from ..utils.precision import plain_float32
 
 
@@ -160,18 +158,3 @@ def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
 
     return plain
-
-
-@contextmanager
-def shadowed_forwards(
-    forwards: Mapping[nn.Module, Callable[..., Any]],
-) -> Iterator[None]:
-    """Context in which modules compute by other functions."""
-    with ExitStack() as stack:
-        for module, forward in forwards.items():
-            if "forward" in vars(module):
-                raise RuntimeError(
-                    f"{type(module).__name__}: is shadowed already"
-                )
-            stack.enter_context(shadowed(module, "forward", forward))
-        yield

@@ -39,7 +39,7 @@ def build_forwards(
     **options: Any,
 ) -> dict[nn.Module, Callable[..., Any]]:
     """Build a runtime, with its options: the function that replaces the
-    forward of each module, for :func:`.base.shadowed_forwards`.
+    forward of each module, for ``shadowed_forwards``.
 
     Weights of integer layers in ``modules`` are not read; they may be on the
     ``meta`` device. ``cpu`` is the one whose integers are executed, by default

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..utils.patching import shadowed_forwards
 from ..utils.precision import plain_float32
-from .base import shadowed_forwards
 
 #: From float32 [batch, samples] and relative lengths [batch] to the encoder's
 #: last hidden state [batch, frames, channels] and the heads' output [batch,

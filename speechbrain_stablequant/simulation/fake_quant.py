@@ -4,8 +4,8 @@ Each layer's ``forward`` is shadowed on the instance. Parameters, state dict,
 hooks and parametrizations stay, so that checkpoints load and save meanwhile.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from ..core.affine import (
 from ..core.integer_layer import check_offset, offset_bias, simulate
 from ..core.layer_quant import LayerQuant, LayerTensors
 from ..model.layers import Layer
-from ..utils.patching import shadowed
+from ..utils.patching import shadowed_forwards
 from ..utils.precision import plain_float32
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -71,18 +71,6 @@ def quantized_forward(
         return out.to(x.dtype)
 
     return forward
-
-
-@contextmanager
-def replaced_forward(
-    name: str, module: nn.Module, forward: Forward
-) -> Iterator[None]:
-    """Context in which a layer computes by another forward; refuses one whose
-    own is replaced already, by a simulation or by the user."""
-    if "forward" in vars(module):
-        raise RuntimeError(f"{name}: its forward is replaced already")
-    with shadowed(module, "forward", forward):
-        yield
 
 
 class _Kept(NamedTuple):
@@ -139,13 +127,14 @@ class Simulator:
         self._kept[name] = _Kept(quant, tensors, weight, forward)
         return forward
 
-    @contextmanager
-    def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
+    def apply(
+        self, quants: Mapping[str, LayerQuant]
+    ) -> AbstractContextManager[None]:
         """Context in which the named layers compute quantized; others stay
         float."""
-        with ExitStack() as stack:
-            for name, quant in quants.items():
-                forward = self._forward(name, quant)
-                module = self.layers[name].module
-                stack.enter_context(replaced_forward(name, module, forward))
-            yield
+        return shadowed_forwards(
+            {
+                self.layers[name].module: self._forward(name, quant)
+                for name, quant in quants.items()
+            }
+        )

@@ -13,22 +13,6 @@ from ..utils.distributed import gathered
 from ..utils.patching import hooked
 
 
-def valid_frames(
-    frames: int,
-    total: int,
-    lengths: Sequence[int],
-    geometry: Sequence[tuple[int, int]] = (),
-) -> list[int]:
-    """Returns the real frames of each utterance at a layer with ``frames``
-    frames: behind the first convolutions of ``geometry`` that give as many, or
-    as a plain fraction of the samples."""
-    for depth in range(len(geometry) + 1):
-        before = geometry[:depth]
-        if conv_frames(total, before) == frames:
-            return [conv_frames(n, before) for n in lengths]
-    return [min(frames, max(n * frames // total, 1)) for n in lengths]
-
-
 def real_frames(
     x: torch.Tensor,
     time_axis: int,
@@ -36,12 +20,18 @@ def real_frames(
     lengths: Sequence[int],
     geometry: Sequence[tuple[int, int]],
 ) -> list[int] | None:
-    """Returns the real frames of each utterance in a layer's input; None if it
-    has no padding or no time."""
+    """Returns the real frames of each utterance in a layer's input: behind the
+    first convolutions of ``geometry`` that give as many, or as a plain fraction
+    of the samples; None if it has no padding or no time."""
     padded = any(n < total for n in lengths)
     if not padded or x.dim() != 3 or x.shape[0] != len(lengths):
         return None
-    return valid_frames(x.shape[time_axis], total, lengths, geometry)
+    frames = x.shape[time_axis]
+    for depth in range(len(geometry) + 1):
+        before = geometry[:depth]
+        if conv_frames(total, before) == frames:
+            return [conv_frames(n, before) for n in lengths]
+    return [min(frames, max(n * frames // total, 1)) for n in lengths]
 
 
 class Observer:

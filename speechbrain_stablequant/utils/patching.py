@@ -1,7 +1,7 @@
 """Temporary changes of modules: attributes, values and hooks."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,23 @@ def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+@contextmanager
+def shadowed_forwards(
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Iterator[None]:
+    """Lets modules compute by other functions; refuses one whose forward is
+    replaced already, by such a context or by the user."""
+    with ExitStack() as stack:
+        for module, forward in forwards.items():
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"{type(module).__name__}: its forward is replaced "
+                    "already; delete the attribute of the instance first"
+                )
+            stack.enter_context(shadowed(module, "forward", forward))
+        yield
 
 
 @contextmanager

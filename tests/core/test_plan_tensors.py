@@ -33,12 +33,12 @@ from speechbrain_stablequant.folder.weights_file import (
 )
 from speechbrain_stablequant.methods.search.journal import evaluation_key
 from speechbrain_stablequant.model.layers import Layer, find_layers
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.simulation.fake_quant import (
     Simulator,
     quantize_input,
 )
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 from speechbrain_stablequant.utils.tensor_bytes import bytes_to_tensors
 
 

@@ -22,9 +22,9 @@ from speechbrain_stablequant.folder import recognizer as recognizer_module
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.stored_floats import rounded_floats
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 BLOCK = """
 quantize: !apply:speechbrain_stablequant.register

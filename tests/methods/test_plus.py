@@ -40,11 +40,11 @@ from speechbrain_stablequant.model.rotation import (
     is_rotation,
     random_rotation,
 )
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.simulation.prefix_cache import StopForward
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 from speechbrain_stablequant.utils.store import Store
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]

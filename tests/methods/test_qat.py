@@ -138,7 +138,7 @@ def test_a_layer_that_is_simulated_is_not_trained():
     quants = {"a": LayerQuant(4, 4, 1.5)}
     with (
         Simulator([layer]).apply(quants),
-        pytest.raises(RuntimeError, match="a: its forward is replaced"),
+        pytest.raises(ValueError, match="Linear: its forward is replaced"),
         Student([layer], quants, {}).active(),
     ):
         pass

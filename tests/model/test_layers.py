@@ -267,6 +267,16 @@ def test_forward_of_its_own_is_refused():
     assert [layer.name for layer in layers] == ["enc.b"]
 
 
+def test_a_forward_replaced_on_the_instance_is_refused():
+    """A simulation would replace it once more, and change what it computes."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model["a"].forward = torch.relu
+    with pytest.raises(ValueError, match=r"^enc\.a: Linear has a forward of"):
+        find_layers({"enc": model}, ["enc"])
+    layers = find_layers({"enc": model}, ["enc"], exclude=["enc.a"])
+    assert [layer.name for layer in layers] == ["enc.b"]
+
+
 class Renamed(nn.Linear):
     """A Linear under another name."""
 

@@ -18,10 +18,7 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_product,
 )
 from speechbrain_stablequant.runtimes.algorithms import window_rows
-from speechbrain_stablequant.runtimes.base import (
-    encoder_forward,
-    shadowed_forwards,
-)
+from speechbrain_stablequant.runtimes.base import encoder_forward
 from speechbrain_stablequant.runtimes.onnx_.encoder import (
     position,
     unfold,
@@ -37,6 +34,7 @@ from speechbrain_stablequant.runtimes.onnx_.executor import (
     OnnxExecutor,
     open_session,
 )
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 LENGTHS = torch.tensor([4000, 2500])
 

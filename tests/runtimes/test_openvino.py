@@ -31,10 +31,7 @@ from speechbrain_stablequant.runtimes.algorithms import (
     CONVOLUTION,
     NATIVE,
 )
-from speechbrain_stablequant.runtimes.base import (
-    encoder_forward,
-    shadowed_forwards,
-)
+from speechbrain_stablequant.runtimes.base import encoder_forward
 from speechbrain_stablequant.runtimes.cpu import (
     cpu_class,
 )
@@ -47,6 +44,7 @@ from speechbrain_stablequant.runtimes.openvino_.executor import (
     OpenVINOExecutor,
 )
 from speechbrain_stablequant.runtimes.openvino_.graph import GraphBuilder
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 LENGTHS = torch.tensor([4300, 2500, 3000])
 

@@ -11,12 +11,10 @@ from speechbrain_stablequant.model.rotation import (
     attach_rotation,
     random_rotation,
 )
-from speechbrain_stablequant.runtimes.base import (
-    encoder_forward,
-    shadowed_forwards,
-)
+from speechbrain_stablequant.runtimes.base import encoder_forward
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.simulation.fake_quant import Simulator
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 LENGTHS = torch.tensor([4000, 2500])
 

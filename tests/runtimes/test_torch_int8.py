@@ -22,7 +22,6 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
@@ -54,6 +53,7 @@ from speechbrain_stablequant.runtimes.torch_int8.linear import (
     make_linear,
     rows_of,
 )
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 LENGTHS = torch.tensor([4000, 2500, 3001])
 SPREAD = {(8, 8): 0.02, (6, 6): 0.06, (4, 8): 0.06}

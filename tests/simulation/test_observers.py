@@ -13,7 +13,7 @@ from speechbrain_stablequant.model.layers import (
 )
 from speechbrain_stablequant.simulation.observers import (
     Observer,
-    valid_frames,
+    real_frames,
 )
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
@@ -166,25 +166,28 @@ def test_batches_add_up(make_tiny_modules):
 
 
 @pytest.mark.parametrize("length", [400, 401, 719, 720, 5003, 16000])
-def test_valid_frames_at_every_resolution(make_tiny_modules, length):
+def test_real_frames_at_every_resolution(make_tiny_modules, length):
     modules = make_tiny_modules("hubert-base")
     (encoder,) = find_encoders(modules)
     geometry = encoder.conv_geometry()
     alone = frames_alone(modules, length)
     padded = frames_alone(modules, 16000)
     for name, frames in padded.items():
-        found = valid_frames(frames, 16000, [16000, length], geometry)
-        assert found == [frames, alone[name]]
+        x, lengths = torch.zeros(2, frames, 1), [16000, length]
+        found = real_frames(x, 1, 16000, lengths, geometry)
+        assert found == (None if length == 16000 else [frames, alone[name]])
 
 
 def test_too_short_an_utterance_has_no_frame():
     assert conv_frames(9, [(10, 5)]) == 0
     assert conv_frames(10, [(10, 5)]) == 1
-    assert valid_frames(79, 400, [400, 9], [(10, 5)]) == [79, 0]
+    x = torch.zeros(2, 79, 1)
+    assert real_frames(x, 1, 400, [400, 9], [(10, 5)]) == [79, 0]
 
 
 def test_unknown_resolution_is_a_fraction():
-    assert valid_frames(10, 400, [400, 200, 1], [(10, 5)]) == [10, 5, 1]
+    x, lengths = torch.zeros(3, 2, 10), [400, 200, 1]
+    assert real_frames(x, 2, 400, lengths, [(10, 5)]) == [10, 5, 1]
 
 
 # -- what is told to the user --------------------------------------------------

@@ -19,8 +19,7 @@ from ...core.integer_layer import multiply
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer
-from ...simulation.fake_quant import replaced_forward
-from ...utils.patching import replaced_item
+from ...utils.patching import replaced_item, shadowed_forwards
 
 Quants = dict[str, LayerQuant]
 
@@ -226,10 +225,8 @@ class Student:
         }
 
     def _enter(self) -> None:
-        for name, layer in self.layers.items():
-            self._replaced.enter_context(
-                replaced_forward(name, layer.module, layer.forward)
-            )
+        forwards = {x.module: x.forward for x in self.layers.values()}
+        self._replaced.enter_context(shadowed_forwards(forwards))
         for parameter in self.floats.values():
             for owner, name in parameter.places:
                 self._replaced.enter_context(

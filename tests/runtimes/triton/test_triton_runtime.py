@@ -21,7 +21,6 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
@@ -29,6 +28,7 @@ from speechbrain_stablequant.runtimes.triton.build import (
     make_executor,
     make_layer,
 )
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 from speechbrain_stablequant.utils.precision import full_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

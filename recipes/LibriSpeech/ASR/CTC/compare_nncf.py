@@ -48,9 +48,9 @@ from speechbrain_stablequant.report.results import (
     Execution,
     SetResult,
 )
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.cpu import cpu_class
 from speechbrain_stablequant.runtimes.openvino_.core import core
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 # Operations that quantization targets, and their number of factors.
 PRODUCTS = {
