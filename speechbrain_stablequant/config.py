@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 #: Formats of parameters that are not quantized.
 FLOAT_DTYPES = ("float16", "float32")
 
+#: The metric that decides, where a Brain has one of that name.
+DEFAULT_METRIC = "wer_metric"
+
 # Keys that a variant cannot change.
 _SHARED_KEYS = (
     "variants",
@@ -201,7 +204,8 @@ class CommonConfig:
     seed : int
         Seed of the drawn utterances.
     metric_attribute : str
-        Attribute of the Brain that holds the word error statistics.
+        Attribute of the Brain with the ErrorRateStats that decides. A Brain
+        without the default's: the first of words, phonemes, characters.
     signal : str
         Attribute of a batch that holds the audio and its lengths.
     audio : str
@@ -232,7 +236,7 @@ class CommonConfig:
     float_dtype: str = choice("float16", *FLOAT_DTYPES)
     output_folder: str | None = None
     seed: int = 0
-    metric_attribute: str = "wer_metric"
+    metric_attribute: str = DEFAULT_METRIC
     signal: str = "sig"
     audio: str = "wav"
     sample_rate: int = count(16000)

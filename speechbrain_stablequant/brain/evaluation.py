@@ -40,9 +40,12 @@ from .decoding import as_scored, same_text
 from .dependencies import Dependencies
 from .environment import environment
 from .metrics import (
+    counts_of,
+    error_metrics,
     join_metric,
     join_rows,
     metric_of,
+    rate_of,
     rows_of,
     transcripts_of,
 )
@@ -145,7 +148,7 @@ class Evaluator:
             )
         metric = metric_of(self.brain, config.metric_attribute)
         heard = self.checks.check_baseline(metric, texts[-1], test.name)
-        return loss, evaluation_of(metric, clock, heard)
+        return loss, self._evaluation(metric, clock, heard)
 
     def _recover_once(
         self, recover: Callable, max_key: str | None, min_key: str | None
@@ -253,12 +256,23 @@ class Evaluator:
             counts = self._recognize(run, test)
         metric = metric_of(self.brain, config.metric_attribute)
         texts = join_rows(texts, counts)
-        join_metric(metric, counts)
+        for each in error_metrics(self.brain).values():
+            join_metric(each, counts)
         self._write_errors(run, metric, test.name)
         heard = self.checks.compare(metric, texts, [run])
-        evaluation = evaluation_of(metric, clock, heard)
+        evaluation = self._evaluation(metric, clock, heard)
         evaluation.write(run.store, file, key)
         return evaluation
+
+    def _evaluation(
+        self, metric: Any, clock: ForwardClock, heard: Sequence[tuple[str, ...]]
+    ) -> Evaluation:
+        """What was just evaluated, with all metrics of the Brain."""
+        return replace(
+            evaluation_of(metric, clock, heard),
+            counts=counts_of(self.brain),
+            rate=rate_of(self.brain, self.config.metric_attribute),
+        )
 
     def _key(self, run: Run, baseline: Evaluation, decoding: str) -> str:
         """Key of the transcripts and times of an evaluation."""

@@ -164,7 +164,7 @@ class Run:
         for name, result in self.results.items():
             rates = result.to_dict()
             print(
-                f"{name}: WER {rates['float']['WER']:.2f} % float, "
+                f"{name}: {rates['rate']} {rates['float']['WER']:.2f} % float, "
                 f"{rates['quantized']['WER']:.2f} % quantized",
                 flush=True,
             )

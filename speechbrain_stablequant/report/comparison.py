@@ -87,9 +87,10 @@ def comparison_markdown(table: Mapping) -> str:
     if any("effort" in row for row in rows):
         optional["made in"] = _seconds
         optional["utterances used"] = _data
-    columns = ["set", "variant", "WER %", "change", "95 % interval"]
+    rate = rows[0].get("rate", "WER")
+    columns = ["set", "variant", f"{rate} %", "change", "95 % interval"]
     columns += ["CER %", "change", "MB", "RTF", *optional]
-    lines, seen = [_line(columns), "|" + "---|" * len(columns)], set()
+    lines, seen = [columns, ["---"] * len(columns)], set()
     for row in rows:
         if row["set"] not in seen:
             seen.add(row["set"])
@@ -97,10 +98,13 @@ def comparison_markdown(table: Mapping) -> str:
             cells = [row["set"], "float", number(rates["WER"]), "", ""]
             cells += [number(rates["CER"]), "", number(table["float_mb"], 1)]
             cells.append(number(row["rtf"]["float"], 3))
-            lines.append(_line([*cells, *[""] * len(optional)]))
+            lines.append([*cells, *[""] * len(optional)])
         cells = [cell(row) for cell in optional.values()]
-        lines.append(_line([*_figures(row), *cells]))
-    return "\n".join(lines) + "\n"
+        lines.append([*_figures(row), *cells])
+    if rate != "WER":
+        # Characters of phonemes have no meaning.
+        lines = [line[:5] + line[7:] for line in lines]
+    return "".join(f"{_line(line)}\n" for line in lines)
 
 
 def _line(cells: list[str]) -> str:
@@ -189,7 +193,7 @@ def draw_comparison(table: dict) -> "Figure":
     axes.margins(x=0.08, y=0.12)
     float_mb = number(table["float_mb"], 1)
     axes.set_xlabel(f"size on disk, MB (float32: {float_mb})")
-    axes.set_ylabel("WER, %")
+    axes.set_ylabel(f"{rows[0].get('rate', 'WER')}, %")
     axes.set_title(shorten(rows[0]["set"], 60), loc="left")
     figure.legend(loc="outside upper center", ncols=4)
     return figure

@@ -58,6 +58,12 @@ def is_simulated(report: dict) -> bool:
     return report["backend"] == "simulated"
 
 
+def decisive_rate(report: dict) -> str:
+    """What the metric that decides counts: WER, PER, CER."""
+    entries = report["test"].values()
+    return next((e["rate"] for e in entries if e.get("rate")), "WER")
+
+
 def precision(report: dict) -> str:
     """Method, bits and backend in a few words."""
     bits = report["bits"]

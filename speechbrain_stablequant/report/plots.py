@@ -15,7 +15,7 @@ from .drawing import (
     to_png,
     use_log_rates,
 )
-from .format import number, percent, signed
+from .format import decisive_rate, number, percent, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,10 @@ def draw_sensitivity(report: dict) -> "Figure | None":
             va="center",
             color=GREY if delta is None else color,
         )
-    axes.set_xlabel("rise of the WER in points, this unit alone quantized")
+    axes.set_xlabel(
+        f"rise of the {decisive_rate(report)} in points, "
+        "this unit alone quantized"
+    )
     handles = [Patch(color=ORANGE, label="selected")]
     handles.append(Patch(color=BLUE, label="not selected"))
     if threshold is not None:
@@ -103,7 +106,7 @@ def draw_cutoffs(report: dict) -> "Figure | None":
         axes.tick_params(axis="x", labelbottom=False)
     figure = grid[0].figure
     figure.supxlabel("clipping percentile, %")
-    figure.supylabel("WER on the search set, %")
+    figure.supylabel(f"{decisive_rate(report)} on the search set, %")
     if baseline is not None:
         handle = grid[0].get_lines()[0]
         figure.legend(handles=[handle], loc="outside upper center")

@@ -12,6 +12,7 @@ from ..utils.files import write_atomic, write_json
 from . import tables
 from .format import (
     NOT_A_SPEED_CLAIM,
+    decisive_rate,
     interval,
     is_simulated,
     number,
@@ -64,6 +65,7 @@ def _render(form: str, report: dict, figures: Mapping[str, str]) -> str:
     environment.filters["markdown"] = escape_markdown
     environment.globals.update(
         NOT_A_SPEED_CLAIM=NOT_A_SPEED_CLAIM,
+        decisive_rate=decisive_rate,
         interval=interval,
         is_simulated=is_simulated,
         number=number,

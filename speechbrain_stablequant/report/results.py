@@ -1,12 +1,15 @@
 """What a run measured, as data: evaluations, test sets, effort, execution."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from ..core.error_rates import (
     Transcript,
     bootstrap_delta_wer,
+    paired_interval,
     score,
 )
 from ..core.plan import QuantizationPlan
@@ -26,6 +29,42 @@ def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a metric of the recipe counted, by utterance."""
+
+    #: Such as WER, CER or PER.
+    rate: str
+    ids: Sequence[str]
+    #: Substituted, deleted and inserted tokens.
+    errors: Sequence[int]
+    #: Tokens of the reference.
+    tokens: Sequence[int]
+
+    @property
+    def percent(self) -> float | None:
+        """The error rate; None without a reference."""
+        total = sum(self.tokens)
+        return 100 * sum(self.errors) / total if total else None
+
+    def compared(self, other: "Counts") -> dict:
+        """The rates of this (float) and another (quantized) evaluation of the
+        same utterances, with the interval of the difference."""
+        row = {
+            "rate": self.rate,
+            "float": self.percent,
+            "quantized": other.percent,
+        }
+        errors = dict(zip(other.ids, other.errors, strict=True))
+        if row["float"] is None or sorted(self.ids) != sorted(errors):
+            return row
+        extra = np.array([errors[name] for name in self.ids])
+        extra -= np.array(self.errors)
+        found = paired_interval(extra, np.array(self.tokens))
+        row |= {"delta": found.delta, "delta_ci": [found.low, found.high]}
+        return row
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One evaluation of one test set."""
 
@@ -40,6 +79,10 @@ class Evaluation:
     folder: tuple[Transcript, ...] = ()
     #: Digest of the audio and of its batching.
     audio: str = ""
+    #: All metrics of the recipe, by attribute.
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    #: What the metric counts that the transcripts are from.
+    rate: str = "WER"
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
         """Key of the quantized evaluation of the same batches.
@@ -103,6 +146,13 @@ class SetResult:
             "delta_cer": cer.delta,
             "delta_cer_ci": [cer.low, cer.high],
         }
+        row["rate"] = self.baseline.rate
+        if self.baseline.counts:
+            row["metrics"] = {
+                name: counts.compared(self.quantized.counts[name])
+                for name, counts in self.baseline.counts.items()
+                if name in self.quantized.counts
+            }
         if self.baseline.folder or self.quantized.folder:
             # An evaluation without folder transcripts has the recipe's.
             row["folder"] = {

@@ -21,6 +21,29 @@ from .format import (
 _WIDTH = 80
 
 
+def rates(entry: dict) -> dict[str, str]:
+    """The error rates of a test set: keys of its figures, by name. Words may
+    be phonemes or characters; then characters have no meaning."""
+    name = entry.get("rate", "WER")
+    return {"WER": "WER", "CER": "CER"} if name == "WER" else {name: "WER"}
+
+
+def others(tests: dict) -> list[list[str]]:
+    """Metrics of the recipe beside those of :func:`verdict`."""
+    return [
+        [
+            name,
+            metric,
+            row["rate"],
+            *both(row, 2),
+            delta(row.get("delta"), row.get("delta_ci")),
+        ]
+        for name, entry in tests.items()
+        for metric, row in entry.get("metrics", {}).items()
+        if row["rate"] not in rates(entry)
+    ]
+
+
 def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of both models' error rates."""
     columns = {
@@ -29,14 +52,14 @@ def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
             for name, entry in tests.items()
         ]
     }
-    entries = tests.values()
-    for rate in ("WER", "CER"):
+    entries = list(tests.values())
+    for name, rate in rates(entries[0]).items():
         for label, model in (("Float", "float"), ("Quantized", "quantized")):
-            columns[f"{label} {rate} %"] = [
+            columns[f"{label} {name} %"] = [
                 number(entry[model][rate]) for entry in entries
             ]
         key = f"delta_{rate.lower()}"
-        columns[f"\u0394 {rate}, 95 % interval"] = [
+        columns[f"\u0394 {name}, 95 % interval"] = [
             delta(entry.get(key), entry.get(f"{key}_ci")) for entry in entries
         ]
     for label, model in (("Float", "float"), ("Quantized", "quantized")):
@@ -58,8 +81,8 @@ def folder(tests: dict) -> list[list[str]]:
     """Error rates of inference folders that decode unlike the recipe."""
     found = {n: e["folder"] for n, e in tests.items() if e.get("folder")}
     return [
-        [name, *_rates(rates, "WER"), *_rates(rates, "CER")]
-        for name, rates in found.items()
+        [name, *_rates(entry, "WER"), *_rates(entry, "CER")]
+        for name, entry in found.items()
     ]
 
 
@@ -103,7 +126,10 @@ def search(found: dict) -> list[list[str]]:
     rows = [
         ["Utterances", count(found.get("num_utterances"))],
         ["Metric", str(found.get("metric") or NOT_MEASURED)],
-        ["WER of the float model, %", number(found.get("baseline_wer"))],
+        [
+            f"{found.get('metric') or 'WER'} of the float model, %",
+            number(found.get("baseline_wer")),
+        ],
         ["Selection threshold, points", percent(found.get("threshold"))],
         ["Selected by", str(found.get("selection") or NOT_MEASURED)],
         ["Coverage of the units' intervals", number(found.get("level"))],
@@ -138,14 +164,16 @@ def summary_table(report: dict) -> str:
     for name, entry in report["test"].items():
         utterances = f" ({entry['float']['utterances']} utterances)"
         lines.append(_shorten(name, _WIDTH - len(utterances)) + utterances)
-        for rate in ("WER", "CER"):
+        for label, rate in rates(entry).items():
             key = f"delta_{rate.lower()}"
             change = signed(entry.get(key)), interval(entry.get(f"{key}_ci"))
-            lines.append(_line(f"  {rate} %", *_rates(entry, rate), *change))
+            lines.append(_line(f"  {label} %", *_rates(entry, rate), *change))
+        for _, _, label, *cells, _ in others({name: entry}):
+            lines.append(_line(f"  {label} %", *cells, ""))
         if entry.get("folder"):
-            rates = _rates(entry["folder"], "WER")
+            cells = _rates(entry["folder"], "WER")
             said = "(it decodes greedily, unlike the recipe)"
-            lines.append(_line("  folder's WER %", *rates, said))
+            lines.append(_line("  folder's WER %", *cells, said))
     labels = ("size, MB", "real-time factor")
     for label, (_, *cells) in zip(labels, size(report), strict=True):
         lines.append(_line(label, *cells))

@@ -5,15 +5,20 @@ from types import SimpleNamespace
 import pytest
 import speechbrain as sb
 import torch
-from speechbrain.utils.metric_stats import ErrorRateStats
+from speechbrain.utils.metric_stats import ErrorRateStats, MetricStats
 
 from speechbrain_stablequant.brain import environment as module
 from speechbrain_stablequant.brain.environment import environment
 from speechbrain_stablequant.brain.evaluation import evaluation_of
 from speechbrain_stablequant.brain.metrics import (
+    counts_of,
+    error_metrics,
     join_metric,
     join_rows,
+    metric_name,
     metric_of,
+    rate_name,
+    rate_of,
 )
 from speechbrain_stablequant.brain.passes import first_tensor
 
@@ -59,9 +64,70 @@ def test_a_wrong_metric_attribute_names_the_others():
     brain = sb.Brain()
     brain.cer, brain.steps = ErrorRateStats(), 3
     assert metric_of(brain, "cer") is brain.cer
-    for name in ("wer", "steps"):
+    for name in ("word", "steps"):
         with pytest.raises(ValueError, match=f"'{name}'; it has cer"):
             metric_of(brain, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("wer_metric", "WER"),
+        ("per_metrics", "PER"),
+        ("hparams.cer_stats", "CER"),
+        ("metrics.ter", "TER"),
+        ("coer_metric", "COER"),
+        ("err_rate_metrics", "WER"),
+        ("tracker", "WER"),
+    ],
+)
+def test_what_a_metric_counts(name, rate):
+    assert rate_name(name, ErrorRateStats()) == rate
+    assert rate_name(name, ErrorRateStats(split_tokens=True)) == "CER"
+
+
+def test_metrics_are_found_wherever_a_brain_keeps_them():
+    brain = sb.Brain(hparams={"ter_stats": ErrorRateStats(), "rate": 3})
+    brain.seq_metrics = MetricStats(lambda x: x)
+    brain.stats = {"cer": ErrorRateStats(split_tokens=True), "loss": 1.0}
+    brain.rows = [ErrorRateStats()]
+    brain.per_metrics = ErrorRateStats()
+    found = ["rows.0", "per_metrics", "stats.cer", "hparams.ter_stats"]
+    assert list(error_metrics(brain)) == found
+    assert metric_name(brain, "stats.cer") == "stats.cer"
+    assert rate_of(brain, "stats.cer") == "CER"
+    del brain.rows
+    assert metric_name(brain, "wer_metric") == "per_metrics"
+    assert rate_of(brain, "wer_metric") == "PER"
+    brain.wer_metric = ErrorRateStats()
+    assert metric_of(brain, "wer_metric") is brain.wer_metric
+
+
+def test_nothing_but_losses_is_refused():
+    brain = sb.Brain()
+    brain.error_metrics = MetricStats(lambda x: x)
+    with pytest.raises(ValueError, match=r"error_metrics \(MetricStats\)"):
+        metric_of(brain, "wer_metric")
+
+
+def test_counts_of_all_metrics():
+    def brain(heard):
+        made = sb.Brain()
+        made.wer_metric = ErrorRateStats()
+        made.cer_metric = ErrorRateStats(split_tokens=True)
+        for metric in (made.wer_metric, made.cer_metric):
+            metric.append(["u1", "u2"], heard, [["AB"], ["CD", "EF"]])
+        return counts_of(made)
+
+    before = brain([["AB"], ["CD", "EF"]])
+    after = brain([["AX"], ["CD"]])
+    assert before["wer_metric"].tokens == (1, 2)
+    assert before["cer_metric"].tokens == (2, 5)
+    row = before["cer_metric"].compared(after["cer_metric"])
+    assert (row["rate"], row["float"]) == ("CER", 0)
+    assert row["quantized"] == row["delta"] == pytest.approx(400 / 7)
+    low, high = row["delta_ci"]
+    assert low <= row["delta"] <= high
 
 
 def test_first_tensor():

@@ -12,7 +12,7 @@ from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.data_pipeline import provides, takes
-from speechbrain.utils.metric_stats import ErrorRateStats
+from speechbrain.utils.metric_stats import ErrorRateStats, MetricStats
 from torch import nn
 
 from speechbrain_stablequant import QuantizationPlan, StableQuant, register
@@ -340,6 +340,22 @@ def test_wrong_metric_attribute(make_brain, corpus):
         "quantize.metric_attribute",
         "'word_error_rate'",
         "wer_metric",
+    )
+
+
+def test_metrics_without_an_error_rate(make_brain, corpus):
+    """As in classification: losses and accuracies."""
+    brain = make_brain()
+
+    def on_stage_start(stage, epoch=None):
+        brain.error_metrics = MetricStats(lambda x: x)
+
+    brain.on_stage_start = on_stage_start
+    StableQuant.attach(brain, data_set(corpus))
+    refused(
+        brain,
+        lambda: brain.evaluate(data_set(corpus)),
+        "error_metrics (MetricStats)",
     )
 
 

@@ -21,7 +21,7 @@ from speechbrain_stablequant.report.format import (
     times,
 )
 from speechbrain_stablequant.report.render import escape_markdown, write_report
-from speechbrain_stablequant.report.tables import summary_table
+from speechbrain_stablequant.report.tables import summary_table, verdict
 from speechbrain_stablequant.utils.files import read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -500,3 +500,27 @@ def test_markdown_escape():
 def test_best_point_of_each_size():
     points = [(10.0, 90.0), (10.1, 36.0), (17.0, 35.0), (17.1, 36.0)]
     assert _best_by_size(points) == [(10.1, 36.0), (17.0, 35.0)]
+
+
+def test_phonemes(report, tmp_path):
+    """A recipe that counts phonemes, and characters beside them."""
+    entry = report["test"]["test-clean"]
+    entry["rate"] = report["search"]["metric"] = "PER"
+    other = {"float": 1.5, "quantized": 1.75, "delta": 0.25}
+    entry["metrics"] = {
+        "per_metrics": {"rate": "PER", "float": 2.17, "quantized": 2.19},
+        "cer_metric": {"rate": "CER", "delta_ci": [0.1, 0.4], **other},
+    }
+    text = summary_table(report)
+    assert "PER %" in text
+    assert "WER" not in text
+    assert "CER %             1.50       1.75" in text
+    columns, rows = verdict(report["test"])
+    assert columns[1:3] == ["Float PER %", "Quantized PER %"]
+    assert rows[0][1] == "2.17"
+    assert not any("CER" in name for name in columns)
+    write_report(report, tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "WER" not in html
+    assert "cer_metric" in html
+    assert "0.25 (+0.10 to +0.40)" in html
