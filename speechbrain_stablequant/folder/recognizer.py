@@ -7,9 +7,8 @@ as floats.
 import copy
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,14 @@ from torch.nn import functional as F
 from ..core.integer_layer import IntegerLayer
 from ..model.skeleton import empty_skeleton, folded_norms, has_skeleton
 from ..runtimes.build import build_forwards, check_probe
-from ..runtimes.choice import candidates, first_passing
 from ..runtimes.probe import Probe, chain
 from ..runtimes.registry import RUNTIMES, check_options, select_options
-from ..utils import forks
 from ..utils.typed import one_line
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
 from .errors import CheckpointError
 from .fill_modules import fill_modules
 from .recognizer_spec import RecognizerSpec, read_spec
+from .runtime_slot import BuiltRuntime, RuntimeSlot
 from .tokenizer_file import Tokenizer, read_tokenizer
 from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
 
@@ -73,23 +71,6 @@ class RuntimeEncoder(nn.Module):
             output_hidden_states=self.output_all_hiddens,
         ).last_hidden_state
         return F.layer_norm(out, out.shape[1:]) if self.output_norm else out
-
-
-@dataclass(frozen=True)
-class BuiltRuntime:
-    """A runtime that was built, and the encoder that it needs."""
-
-    name: str
-    device: torch.device
-    pid: int
-    encoder: nn.Module
-    forwards: Mapping[nn.Module, Callable[..., Any]]
-
-    def serves(self, device: torch.device) -> bool:
-        """Whether it computes on a device, in this process."""
-        return device == self.device and (
-            self.pid == os.getpid() or RUNTIMES[self.name].fork_safe
-        )
 
 
 class QuantizedRecognizer(nn.Module):
@@ -138,25 +119,25 @@ class QuantizedRecognizer(nn.Module):
         self.folder: Path | None = None
         self._integers: dict[str, IntegerLayer] | None = None
         self._probe: Probe | None = None
-        self._built: BuiltRuntime | None = None
-        self._locks: dict[int, threading.Lock] = {}
-        self._pid = os.getpid()
+        self._slot = RuntimeSlot(backend, self._build_runtime, self._install)
 
     @property
     def runtime(self) -> str | None:
         """The runtime in use; None before the first batch."""
-        built = self._built
-        return None if built is None else built.name
+        return self._slot.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedRecognizer":
         """Returns a copy that builds its own runtime from the folder."""
-        derived = {"_integers": None, "_built": None, "_locks": {}}
+        derived = {"_integers": None, "_slot": None}
         twin = memo[id(self)] = type(self).__new__(type(self))
         for module in self.parts.modules():
             # Share the forwards: the original may be computing.
             if "forward" in vars(module):
                 memo[id(module.forward)] = module.forward
         vars(twin).update(copy.deepcopy({**vars(self), **derived}, memo))
+        twin._slot = RuntimeSlot(
+            twin.backend, twin._build_runtime, twin._install
+        )
         twin._remove_forwards()
         return twin
 
@@ -189,8 +170,9 @@ class QuantizedRecognizer(nn.Module):
                 "checked with it on this machine; quantize again to have one",
                 path,
             )
-        self._pid = os.getpid()
-        forks.protect_children()
+        self._slot = RuntimeSlot(
+            self.backend, self._build_runtime, self._install
+        )
         self.eval()
 
     def integers(self) -> dict[str, IntegerLayer]:
@@ -237,69 +219,33 @@ class QuantizedRecognizer(nn.Module):
         """Stays in evaluation mode: integers are not trained."""
         return super().train(False)
 
-    def _prepare(self) -> None:
-        """Builds the runtime for the modules' device, unless there is one."""
-        if self.folder is None:
-            raise RuntimeError("the recognizer is empty; call load() first")
-        device = next(self.parameters()).device
-        if device.type == "cuda" and self._pid != os.getpid():
-            raise RuntimeError(
-                f"the model was on {device} before this process was forked; "
-                "load the recognizer after the fork"
-            )
-        forks.keep_to_one_thread()
-        built = self._built
-        if built is not None and built.serves(device):
-            return
-        # One lock for each process: in a child, another thread of the parent
-        # may have held the parent's lock for ever.
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
-            built = self._built
-            if built is not None and built.serves(device):
-                return
-            self._built = None
-            self._remove_forwards()
-            self._install(self._build_runtime(device))
-            if built is not None and forks.used_before_fork(built.name):
-                logger.warning(
-                    "backend %s: %s %s; %s computes here",
-                    self.backend,
-                    built.name,
-                    forks.REASON,
-                    self.runtime,
-                )
+    def _build_runtime(self, name: str, device: torch.device) -> BuiltRuntime:
+        """Builds a runtime that answers the probe."""
+        parts = dict(self.parts.items())
+        if RUNTIMES[name].encoder is None:
+            parts[self._key] = self._encoder_with_code(device)
+        forwards = build_forwards(
+            name,
+            parts,
+            {n: layer.to(device) for n, layer in self.integers().items()},
+            **select_options(name, self.options),
+        )
+        if self._probe is not None:
+            compute = chain(parts, self._use_lengths, forwards)
+            check_probe(name, self._probe, compute, device)
+        encoder = parts[self._key]
+        return BuiltRuntime(name, device, os.getpid(), forwards, encoder)
 
-    def _build_runtime(self, device: torch.device) -> BuiltRuntime:
-        """Builds the first runtime that answers the probe."""
-
-        def build(name: str) -> BuiltRuntime:
-            parts = dict(self.parts.items())
-            if RUNTIMES[name].encoder is None:
-                parts[self._key] = self._encoder_with_code(device)
-            forwards = build_forwards(
-                name,
-                parts,
-                {n: layer.to(device) for n, layer in self.integers().items()},
-                **select_options(name, self.options),
-            )
-            if self._probe is not None:
-                compute = chain(parts, self._use_lengths, forwards)
-                check_probe(name, self._probe, compute, device)
-            encoder = parts[self._key]
-            return BuiltRuntime(name, device, os.getpid(), encoder, forwards)
-
-        names = candidates(self.backend, device)
-        built, _ = first_passing(names, build, device)
-        return built
-
-    def _install(self, built: BuiltRuntime) -> None:
+    def _install(self, built: BuiltRuntime | None) -> None:
         """Replaces the forwards of the modules by those of a runtime."""
+        if built is None:
+            self._remove_forwards()
+            return
         self.parts[self._key] = built.encoder
         for module, forward in built.forwards.items():
             module.forward = forward
         # The runtime keeps what it needs; release the second copy.
         self._integers = None
-        self._built = built
 
     def _remove_forwards(self) -> None:
         """Restores the modules' own forwards."""
@@ -312,7 +258,9 @@ class QuantizedRecognizer(nn.Module):
     ) -> torch.Tensor:
         """Returns float32 log probabilities, [batch, frames, labels]."""
         check_finite(wavs)
-        self._prepare()
+        if self.folder is None:
+            raise RuntimeError("the recognizer is empty; call load() first")
+        self._slot.ready(next(self.parameters()).device)
         encoder, *heads = self.parts.values()
         x = encoder(wavs, wav_lens if self._use_lengths else None)
         for head in heads:
