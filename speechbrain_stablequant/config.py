@@ -37,6 +37,7 @@ _SHARED_KEYS = (
     "audio",
     "sample_rate",
     "require_checkpoint",
+    "inference",
 )
 _MAX_MESSAGE = 1000
 # A variant's name is a folder's name.
@@ -214,6 +215,10 @@ class CommonConfig:
         Sample rate of the model in Hz.
     require_checkpoint : bool
         Whether a Brain with a checkpointer must find a checkpoint.
+    inference : str or None
+        A YAML for SpeechBrain's ``EncoderASR``, ``EncoderDecoderASR`` or
+        ``WhisperASR`` with the recipe's modules, to be the folder's; None to
+        generate one.
     variants : tuple of dict
         Changes to this block, each with a ``name``: each is evaluated in a
         folder of its own, and one table compares them.
@@ -241,6 +246,7 @@ class CommonConfig:
     audio: str = "wav"
     sample_rate: int = count(16000)
     require_checkpoint: bool = True
+    inference: str | None = None
     variants: tuple[dict, ...] = ()
 
     def variant_configs(self) -> dict[str, "CommonConfig"]:

@@ -20,6 +20,7 @@ from ..config import ConfigError
 from ..core.error_rates import score
 from ..core.plan import QuantizationPlan
 from ..folder.write import RecognizerSource
+from ..folder.write_modules import ModulesSource
 from ..methods.search.score import check_float_wer
 from ..methods.session.search_set import check_earlier_run
 from ..model.layers import find_layers
@@ -28,8 +29,10 @@ from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
+from .inference_yaml import given_source
 from .metrics import Row, rows_of, transcripts_of
 from .passes import evaluation_steps
+from .rebuilt import check_rebuilt
 from .tokenizer import SPACE, Tokenizer, describe_tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -134,11 +137,8 @@ class RecipeChecks:
     def try_out(self, batch: Any) -> None:
         """Describe the inference folders and try the decoding on a batch."""
         for run in self.runs:
-            names = [layer.name for layer in run.layers]
             try:
-                run.source = describe_recognizer(
-                    self.brain, batch, run.config, names
-                )
+                run.source = self._describe(run, batch)
             except Exception as error:
                 # A recipe without an inference folder is still evaluated.
                 self.warn(
@@ -146,9 +146,23 @@ class RecipeChecks:
                     "No inference folder (EncoderASR cannot load it): "
                     f"{one_line(error)}.",
                 )
-        sources = [run.source for run in self.runs if run.source]
+        sources = [run.source for run in self.runs]
+        sources = [x for x in sources if isinstance(x, RecognizerSource)]
         if sources:
             self._try_decoder(batch, sources[0])
+
+    def _describe(
+        self, run: "Run", batch: Any
+    ) -> RecognizerSource | ModulesSource:
+        """Describe a run's folder; raise why there is none."""
+        names = [layer.name for layer in run.layers]
+        if run.config.inference is None:
+            return describe_recognizer(self.brain, batch, run.config, names)
+        source, modules = given_source(self.brain, run.config, names)
+        check_rebuilt(self.brain, batch, run.config, source, modules)
+        own = run.modules
+        run.extras = {k: m for k, m in modules.items() if k not in own}
+        return source
 
     def _try_decoder(self, batch: Any, source: RecognizerSource) -> None:
         decoder = FolderDecoder(
@@ -189,11 +203,13 @@ class RecipeChecks:
         texts = self._decoder.respelled(rows, texts)
         *_, content = describe_tokenizer(self._decoder.tokenizer)
         for run in self.runs:
-            if run.source is not None:
+            if isinstance(run.source, RecognizerSource):
                 run.source = replace(run.source, tokenizer=content)
         said = difference(rows, texts)
         if said is not None:
-            described = [run for run in runs if run.source is not None]
+            described = [
+                run for run in runs if isinstance(run.source, RecognizerSource)
+            ]
             self.warn(described, said, once=said.partition(":")[0])
         return texts
 

@@ -23,16 +23,13 @@ from ..folder.encoder_config import check_config, empty_encoder
 from ..folder.write import RecognizerSource
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
 from .data import audio_of
+from .errors import NoFolderError
 from .head_yaml import node_text, plain_node, recipe_nodes
 from .passes import recognize
 from .tokenizer import describe_tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
-
-
-class NoFolderError(ValueError):
-    """A recipe that cannot be rebuilt from a folder, and why, in one line."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..core.plan_tensors import adjusted_floats
 from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import RecognizerSource, write_folder
+from ..folder.write_modules import ModulesSource
 from ..model.layers import Layer, find_layers
 from ..report.build import build_report, float_size
 from ..report.comparison import variant_rows
@@ -54,7 +55,9 @@ class Run:
     subsets: dict[str, "Batches"] = field(default_factory=dict)
     plan: "QuantizationPlan | None" = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
-    source: RecognizerSource | None = None
+    source: RecognizerSource | ModulesSource | None = None
+    #: Modules of the folder that are not the Brain's, such as a language model.
+    extras: dict[str, nn.Module] = field(default_factory=dict)
     probe: "Probe | None" = None
     histograms: Mapping[str, "Histogram"] = field(default_factory=dict)
     results: dict[str, SetResult] = field(default_factory=dict)
@@ -64,6 +67,11 @@ class Run:
     def modules(self) -> dict[str, nn.Module]:
         """The Brain's modules by key."""
         return dict(self.brain.modules.items())
+
+    @property
+    def stored_modules(self) -> dict[str, nn.Module]:
+        """The Brain's modules, and others that the folder holds, by name."""
+        return {**self.modules, **self.extras}
 
     @property
     def device(self) -> str:
@@ -88,7 +96,10 @@ class Run:
     def as_stored(self) -> Iterator[None]:
         """Round the parameters that stay float, as the file stores them."""
         quants, dtype = self.plan.quants(), self.config.float_dtype
-        with self.adjusted(), rounded_floats(self.modules, quants, dtype):
+        with (
+            self.adjusted(),
+            rounded_floats(self.stored_modules, quants, dtype),
+        ):
             yield
 
     def convert(self, layers: Iterable[Layer]) -> None:
@@ -112,7 +123,7 @@ class Run:
         with self.adjusted():
             self.probe = write_folder(
                 self.folder,
-                self.modules,
+                self.stored_modules,
                 self.plan,
                 self.integers,
                 self.config.float_dtype,
@@ -147,7 +158,7 @@ class Run:
             report = build_report(
                 self.plan,
                 self.results,
-                self.modules,
+                self.stored_modules,
                 self.histograms,
                 environment,
                 execution=self.execution(),
@@ -179,7 +190,7 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         stored = stored or execution.keys
         how = (plan.method, plan.weight_bits, plan.activation_bits)
         rows += variant_rows(run.name, how, run.results, execution, run.effort)
-    modules = runs[0].modules
+    modules = runs[0].stored_modules
     if stored is not None:
         modules = {key: modules[key] for key in stored}
     return {"rows": rows, "float_mb": float_size(modules) / 1e6}

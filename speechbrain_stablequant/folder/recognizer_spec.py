@@ -29,6 +29,7 @@ _TOKENIZERS = {
 }
 _RECOGNIZER = "new:speechbrain_stablequant.inference.QuantizedRecogniser"
 _LOADER = "new:speechbrain_stablequant.inference.FolderLoader"
+_MODULES_LOADER = "new:speechbrain_stablequant.inference.ModulesLoader"
 _DECODER = "name:speechbrain.decoders.ctc_greedy_decode"
 _NORMALIZER = "new:speechbrain.dataio.preprocess.AudioNormalizer"
 _MAX_KEY = 100
@@ -114,6 +115,11 @@ def _spec_of_json(text: str) -> RecognizerSpec:
 def spec_of_yaml(text: str) -> RecognizerSpec:
     """Reads our own ``hyperparams.yaml`` and refuses everything else."""
     raw = typed(parse_yaml(text), dict, "it")
+    if getattr(raw.get("pretrainer"), "tag", None) == _MODULES_LOADER:
+        raise ValueError(
+            "its decoder is code; load it with the class of SpeechBrain that "
+            f"{HYPERPARAMS_FILE} names in its first lines"
+        )
     encoder = _tagged(raw, "encoder", _RECOGNIZER)
     loader = _tagged(raw, "pretrainer", _LOADER)
     for key, tag, name, target in (

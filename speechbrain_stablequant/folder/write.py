@@ -23,6 +23,7 @@ from .fill_modules import fill_modules
 from .recognizer_spec import HYPERPARAMS_FILE, RECOGNIZER_FILE, spec_of_yaml
 from .stored_floats import float_state, stored_floats, widened
 from .weights_file import save_checkpoint
+from .write_modules import ModulesSource, write_modules
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def write_folder(
     plan: QuantizationPlan,
     integers: Mapping[str, IntegerLayer],
     float_dtype: str,
-    source: RecognizerSource | None,
+    source: RecognizerSource | ModulesSource | None,
 ) -> Probe | None:
     """Writes a quantized model into an existing folder, and what loads it.
 
@@ -128,8 +129,12 @@ def write_folder(
         save_checkpoint(folder, plan, integers, floats, float_dtype)
         return None
     modules = {key: modules[key] for key in source.keys}
-    floats = float_state(modules, integers)
     backend = _backend(modules)
+    if isinstance(source, ModulesSource):
+        return write_modules(
+            folder, modules, plan, integers, float_dtype, source, backend
+        )
+    floats = float_state(modules, integers)
     write_atomic(folder / CONFIG_FILE, source.config)
     write_atomic(folder / source.tokenizer_file, source.tokenizer)
     companions = [CONFIG_FILE, source.tokenizer_file]

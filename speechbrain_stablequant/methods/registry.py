@@ -109,7 +109,7 @@ class QuantizeConfig(
     def settings(self) -> dict[str, Any]:
         """The keys that decide a plan, for its record."""
         settings = asdict(self)
-        for key in ("output_folder", "plan", "variants"):
+        for key in ("output_folder", "plan", "variants", "inference"):
             del settings[key]
         # These do not change the outcome.
         del settings["search"]["cache_gb"], settings["search"]["max_float_wer"]

@@ -278,6 +278,8 @@ class Probe:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
         named = {key: getattr(self, key) for key in _PARTS}
+        if "head" not in self.answers[OWN]:
+            del named["labels"]
         for form, places in self.answers.items():
             for place, answer in places.items():
                 for part in fields(Answer):
@@ -295,7 +297,10 @@ class Probe:
         parts = {
             key: _take(left, key, shape, dtype)
             for key, (shape, dtype) in _PARTS.items()
+            # A network without heads has no labels.
+            if key in left or key != "labels"
         }
+        parts.setdefault("labels", torch.arange(0))
         probe = cls(**parts)
         rows = {"encoder": len(probe.frames), "head": len(probe.labels)}
         for form, place in itertools.product((OWN, SEVEN_BITS), PLACES):

@@ -149,29 +149,33 @@ def weight_forms(
 def make_probe(
     forms: Mapping[str, Compute],
     modules: Mapping[str, nn.Module],
-    frames: Callable[[int], int],
+    frames: Callable[[int], int] | None,
     rate: int,
     device: str | torch.device = "cpu",
 ) -> Probe:
     """Measure the answers of a network.
 
     ``forms`` holds the float32 simulation by form of its weights; outputs of
-    ``modules`` are rounded to measure the tolerance. Raises ValueError if an
-    output is not finite.
+    ``modules`` are rounded to measure the tolerance. Without ``frames``, an
+    utterance has its share of the output's. Raises ValueError if an output is
+    not finite.
     """
     wave, lengths = utterances(rate)
-    every = torch.tensor(
-        [
-            (i, t)
-            for i, count in enumerate(lengths.tolist())
-            for t in range(frames(count))
-        ]
-    )
     probe = None
     for form, compute in forms.items():
         outputs = run_network(compute, float_waves(wave), lengths, device)
         if probe is None:
             hidden, labels = outputs
+            share = hidden.shape[1] / wave.shape[1]
+            every = torch.tensor(
+                [
+                    (i, t)
+                    for i, count in enumerate(lengths.tolist())
+                    for t in range(
+                        frames(count) if frames else max(int(count * share), 1)
+                    )
+                ]
+            )
             rows = every[_spread(len(every), hidden.shape[2], "encoder")]
             picked = torch.arange(0)
             if labels is not None:

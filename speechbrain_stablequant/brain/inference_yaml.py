@@ -1,0 +1,304 @@
+"""An inference YAML in SpeechBrain's layout, rewritten for a quantized folder.
+
+The YAML's objects are made once, in memory: its modules are found in the recipe
+by their keys, or by the shapes of their tensors.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ruamel.yaml
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from torch import nn
+
+from ..folder.module_state import hooked_modules
+from ..folder.write_modules import ModulesSource
+from .errors import NoFolderError
+from .head_yaml import _calls, _tag
+from .tokenizer import describe_tokenizer, find_tokenizer
+
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+
+#: Keys of what SpeechBrain's classes compute with.
+_ROOTS = ("modules", "decoding_function", "tokenizer", "encoder", "decoder")
+_REFERENCE = re.compile(r"<([^<>\[\].]+)[^<>]*>")
+_OURS = ("backend", "backend_options")
+
+
+def given_source(
+    brain: sb.Brain, config: "QuantizeConfig", names: Iterable[str]
+) -> tuple[ModulesSource, dict[str, nn.Module]]:
+    """The folder that an inference YAML describes, and the modules that fill
+    it; ``names``: the quantized layers."""
+    file = Path(config.inference)
+    if not file.is_file():
+        raise NoFolderError(f"quantize.inference: there is no file {file}")
+    tree = ruamel.yaml.YAML().load(file) or {}
+    kept = _kept(tree)
+    loaded = _reached(tree, ["pretrainer"])
+    with torch.random.fork_rng([]):
+        every = load_hyperpyyaml(
+            dumped({k: v for k, v in tree.items() if k in kept | loaded})
+        )
+    pretrainer = every.get("pretrainer")
+    hparams = {key: every[key] for key in tree if key in kept}
+    live = live_modules(brain)
+    made = {k: v for k, v in hparams.items() if isinstance(v, nn.Module)}
+    places = _places(live, made)
+    _check_layers(names, places)
+    filled = {name: live[name] for name in places}
+    for key in _uncovered(hparams, made, places):
+        _load_rest(pretrainer, made[key], key, file.parent)
+        places[key] = (key, "")
+        filled[key] = made[key]
+    text = dumped({key: tree[key] for key in tree if key in kept})
+    rate = config.sample_rate
+    return modules_source(brain, text, hparams, places, rate), filled
+
+
+def live_modules(brain: sb.Brain) -> dict[str, nn.Module]:
+    """The recipe's modules with something to store, by key: the Brain's, then
+    others of its hparams."""
+    found = {**vars(brain.hparams), **dict(brain.modules.items())}
+    keys = dict.fromkeys([*brain.modules, *found])
+    containers = (nn.ModuleList, nn.ModuleDict)
+    return {
+        key: found[key]
+        for key in keys
+        if isinstance(found[key], nn.Module)
+        and type(found[key]) not in containers
+        and _contents(found[key])
+    }
+
+
+def _contents(module: nn.Module) -> set[int]:
+    """Parameters, and modules that keep something else."""
+    owners = [x for _, x in hooked_modules({"": module})]
+    return {id(x) for x in (*module.parameters(), *owners)}
+
+
+def modules_source(
+    brain: sb.Brain,
+    text: str,
+    hparams: Mapping[str, Any],
+    places: dict[str, tuple[str, str]],
+    sample_rate: int,
+    **files: bytes,
+) -> ModulesSource:
+    """The folder of a YAML, whose objects are ``hparams``."""
+    interface, encoder = _interface(hparams)
+    tokenizer_file = None
+    if interface != "WhisperASR":
+        tokenizer = find_tokenizer(brain)
+        if tokenizer is None:
+            raise NoFolderError(
+                "neither the Brain nor its hparams hold a CTCTextEncoder or a "
+                "SentencePiece tokenizer; set brain.tokenizer"
+            )
+        kind, tokenizer_file, content = describe_tokenizer(tokenizer)
+        if type(hparams["tokenizer"]) is not type(tokenizer):
+            raise NoFolderError(
+                "quantize.inference: its tokenizer is a "
+                f"{type(hparams['tokenizer']).__name__}, the recipe's a {kind}"
+            )
+        files[tokenizer_file] = content
+    return ModulesSource(
+        text=text,
+        interface=interface,
+        places=places,
+        encoder=encoder,
+        late=(),
+        tokenizer_file=tokenizer_file,
+        files=files,
+        sample_rate=sample_rate,
+    )
+
+
+def _interface(hparams: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """SpeechBrain's class for a YAML, and the keys of its encoder."""
+    keys = hparams.get("modules") or {}
+    for name, modules, others in (
+        ("WhisperASR", ("whisper", "decoder"), ("language", "sample_rate")),
+        ("EncoderASR", ("encoder",), ("tokenizer", "decoding_function")),
+        ("EncoderDecoderASR", ("encoder", "decoder"), ("tokenizer",)),
+    ):
+        if all(k in keys for k in modules) and all(
+            k in hparams for k in others
+        ):
+            first = "whisper" if name == "WhisperASR" else "encoder"
+            found = [key_of(hparams, keys[first], first)]
+            if hparams.get("transformer_beam_search"):
+                key = key_of(hparams, keys["transformer"], "transformer")
+                found.append(key)
+            return name, tuple(found)
+    raise NoFolderError(
+        "quantize.inference: is none of EncoderASR's (modules: encoder; "
+        "decoding_function, tokenizer), EncoderDecoderASR's (modules: encoder, "
+        "decoder; tokenizer) or WhisperASR's (modules: whisper, decoder; "
+        "language, sample_rate)"
+    )
+
+
+def key_of(hparams: Mapping[str, Any], value: Any, name: str) -> str:
+    """The top-level key of an object, which a reference needs."""
+    for key, other in hparams.items():
+        if other is value:
+            return key
+    raise NoFolderError(
+        f"quantize.inference: write its module '{name}' under a key of its "
+        "own, and a !ref to it in `modules`"
+    )
+
+
+# -- the tree -----------------------------------------------------------------
+
+
+def dumped(tree: Mapping[str, Any]) -> str:
+    """The text of a tree."""
+    out = io.StringIO()
+    ruamel.yaml.YAML().dump(dict(tree), out)
+    return out.getvalue()
+
+
+def _kept(tree: Any) -> set[str]:
+    """Keys that a folder's YAML keeps: all but those that only the pretrainer
+    reads, or that call something and that nothing reads."""
+    if "modules" not in tree:
+        raise NoFolderError("quantize.inference: has no key `modules`")
+    for key in _OURS:
+        if key in tree:
+            raise NoFolderError(f"quantize.inference.{key}: is a key of ours")
+    used = _reached(tree, _ROOTS)
+    for key in used:
+        if _calls(tree[key]):
+            raise NoFolderError(
+                f"quantize.inference.{key}: calls something (!apply), which a "
+                "folder must not do"
+            )
+    loaded = _reached(tree, ["pretrainer"])
+    others = {
+        key
+        for key in set(tree) - loaded
+        if not (_calls(tree[key]) or str(key).startswith("__"))
+    }
+    return used | _reached(tree, others)
+
+
+def _reached(tree: Any, keys: Iterable[str]) -> set[str]:
+    """Keys that some keys refer to, these included."""
+    found: set[str] = set()
+    left = list(keys)
+    while left:
+        key = left.pop()
+        if key not in found and key in tree:
+            found.add(key)
+            left += _references(tree[key])
+    return found
+
+
+def _references(node: Any) -> Iterator[str]:
+    if _tag(node) in ("!ref", "!copy"):
+        yield from _REFERENCE.findall(str(node.value))
+    elif isinstance(node, dict):
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+# -- the modules ---------------------------------------------------------------
+
+
+def _places(
+    live: Mapping[str, nn.Module], made: Mapping[str, nn.Module]
+) -> dict[str, tuple[str, str]]:
+    """Where each module of a recipe is among those of a YAML."""
+    paths = [
+        (key, path, child)
+        for key, module in made.items()
+        for path, child in module.named_modules()
+    ]
+    places = {}
+    for name, module in live.items():
+        fits = [(k, p, x) for k, p, x in paths if _alike(module, x)]
+        if name in made and _alike(module, made[name]):
+            places[name] = (name, "")
+        elif len({id(x) for *_, x in fits}) == 1:
+            places[name] = fits[0][:2]
+    return places
+
+
+def _alike(one: nn.Module, two: nn.Module) -> bool:
+    """Whether two modules store the same things."""
+    kinds = [[type(x) for _, x in hooked_modules({"": m})] for m in (one, two)]
+    return kinds[0] == kinds[1] and _shapes(one) == _shapes(two)
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: getattr(x, "shape", None)
+        for name, x in module.state_dict().items()
+    }
+
+
+def _check_layers(
+    names: Iterable[str], places: Mapping[str, tuple[str, str]]
+) -> None:
+    for name in names:
+        key = name.partition(".")[0]
+        if key not in places:
+            raise NoFolderError(
+                f"quantize.inference: no module of it has the tensors of "
+                f"'{key}', whose layer '{name}' is quantized; name it "
+                f"'{key}', or leave it out of quantize.target"
+            )
+
+
+def _uncovered(
+    hparams: Mapping[str, Any],
+    made: Mapping[str, nn.Module],
+    places: Mapping[str, tuple[str, str]],
+) -> list[str]:
+    """Keys of modules with parameters that no module of the recipe fills."""
+    filled: set[int] = set()
+    for key, path in places.values():
+        filled |= _contents(made[key].get_submodule(path))
+    # Containers last: what they hold may have a key of its own.
+    keys = sorted(made, key=lambda key: len(list(made[key].modules())))
+    left = []
+    for key in keys:
+        if _contents(made[key]) - filled:
+            left.append(key)
+            filled |= _contents(made[key])
+    for key, module in hparams["modules"].items():
+        if _contents(module) - filled:
+            key_of(hparams, module, key)
+    return left
+
+
+def _load_rest(
+    pretrainer: Any, module: nn.Module, key: str, folder: Path
+) -> None:
+    """Loads a module that the recipe does not hold by the YAML's own
+    pretrainer, such as a language model."""
+    loadables = getattr(pretrainer, "loadables", {})
+    names = [name for name, value in loadables.items() if value is module]
+    try:
+        if not names:
+            raise ValueError("its pretrainer does not load it")
+        for name in set(loadables) - set(names):
+            del loadables[name]
+        pretrainer.collect_files(default_source=str(folder))
+        pretrainer.load_collected()
+    except Exception as error:
+        raise NoFolderError(
+            f"quantize.inference: the recipe has no module with the tensors of "
+            f"'{key}', and it cannot be loaded ({error})"
+        ) from error

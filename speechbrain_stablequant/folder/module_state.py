@@ -1,0 +1,116 @@
+"""What modules keep outside of their state dict, as tensors of a file.
+
+SpeechBrain's ``InputNormalization`` has its statistics in attributes, and hooks
+that save and load them.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.utils import checkpoints
+from torch import nn
+
+from .errors import CheckpointError
+
+#: Prefix of the tensors in a file; no module parameter begins with it.
+PREFIX = ".state."
+
+
+def hidden_state(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Tensors that modules save by hooks of their own, by prefixed name.
+
+    Bits of floats are stored as integers: nothing rounds them.
+    """
+    found = {}
+    hooks = checkpoints.DEFAULT_SAVE_HOOKS
+    for name, module in hooked_modules(modules):
+        save = checkpoints.get_default_hook(module, hooks)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state"
+            save(module, path)
+            rows = torch.load(path, map_location="cpu", weights_only=True)
+        for key, value in _rows(name, rows).items():
+            x = torch.as_tensor(value)
+            if x.is_floating_point():
+                x = x.float().contiguous().view(torch.int32)
+            found[f"{PREFIX}{name}.{key}.{_kind(value)}"] = x.contiguous()
+    return found
+
+
+def split_state(
+    floats: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters of a file, and its :func:`hidden_state`."""
+    state = {n: x for n, x in floats.items() if n.startswith(PREFIX)}
+    return {n: x for n, x in floats.items() if n not in state}, state
+
+
+def set_hidden_state(
+    modules: Mapping[str, nn.Module],
+    state: Mapping[str, torch.Tensor],
+    where: str | Path,
+) -> None:
+    """Gives modules what :func:`hidden_state` has read."""
+    left, hooks = dict(state), checkpoints.DEFAULT_LOAD_HOOKS
+    for name, module in hooked_modules(modules):
+        rows = {}
+        for full in list(left):
+            if full.startswith(f"{PREFIX}{name}."):
+                key, kind = full.removeprefix(f"{PREFIX}{name}.").split(".")
+                rows[key] = _value(left.pop(full), kind)
+        if not rows:
+            raise CheckpointError(
+                f"{where}: has no statistics of '{name}'; make it again"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state"
+            torch.save(rows, path)
+            load = checkpoints.get_default_hook(module, hooks)
+            load(module, path, False)
+    if left:
+        raise CheckpointError(
+            f"{where}: has statistics '{next(iter(left))}' that the model "
+            "does not take; the folder's files belong to different models"
+        )
+
+
+def hooked_modules(
+    modules: Mapping[str, nn.Module],
+) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that save by a hook that is not that of every module, by name."""
+    hooks, seen = checkpoints.DEFAULT_SAVE_HOOKS, set()
+    for key, module in modules.items():
+        for name, child in module.named_modules(prefix=key):
+            hook = checkpoints.get_default_hook(child, hooks)
+            if hook is not hooks[nn.Module] and id(child) not in seen:
+                seen.add(id(child))
+                yield name, child
+
+
+def _rows(name: str, rows: Any) -> dict[str, Any]:
+    plain = isinstance(rows, dict) and all(
+        isinstance(key, str)
+        and "." not in key
+        and isinstance(value, torch.Tensor | int | float)
+        for key, value in rows.items()
+    )
+    if not plain:
+        raise CheckpointError(
+            f"{name}: saves something other than named tensors and numbers, "
+            "which cannot be stored without pickle"
+        )
+    return rows
+
+
+def _kind(value: Any) -> str:
+    kind = "float" if torch.as_tensor(value).is_floating_point() else "int"
+    return kind if isinstance(value, torch.Tensor) else f"{kind}_number"
+
+
+def _value(x: torch.Tensor, kind: str) -> Any:
+    if kind.startswith("float"):
+        x = x.view(torch.float32)
+    return x.item() if kind.endswith("_number") else x
