@@ -21,9 +21,9 @@ from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.stored_floats import rounded_floats
 from speechbrain_stablequant.folder.write import write_folder
 from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.runtimes.base import shadowed_forwards
 from speechbrain_stablequant.runtimes.probe import ProbeError
 from speechbrain_stablequant.runtimes.simulated import simulated_forwards
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 
 def quantized(brain, config, folder):
