@@ -50,8 +50,10 @@ def imported(name: str, path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             # Registries name modules as "module:function".
-            module = node.value.partition(":")[0]
-            yield from (module, f"{package}.{module}")
+            module, function, _ = node.value.partition(":")
+            yield module
+            if function:
+                yield f"{package}.{module}"
 
 
 def folder_of(module: str) -> str:
