@@ -73,7 +73,6 @@ def bootstrap_delta_wer(
     baseline: Sequence[Transcript],
     other: Sequence[Transcript],
     unit: Unit = "word",
-    num_resamples: int = 10000,
 ) -> DeltaInterval:
     """Returns the difference of two systems' error rates with the interval of
     a paired bootstrap over utterances (Bisani and Ney, ICASSP 2004)."""
@@ -89,7 +88,7 @@ def bootstrap_delta_wer(
     # The references are the same, so the difference of the rates is the rate
     # of the differences, and one sum serves both systems.
     extra = after[:, 1:].sum(axis=1) - before[:, 1:].sum(axis=1)
-    return paired_interval(extra, before[:, 0], num_resamples)
+    return paired_interval(extra, before[:, 0])
 
 
 def paired_interval(

@@ -17,7 +17,6 @@ from .affine import (
     fake_quantize,
     qmax,
     quantize,
-    scale_from_amax,
     weight_scale,
 )
 from .layer_quant import LayerQuant, LayerTensors
@@ -165,9 +164,7 @@ def integer_layer(
         weight=weight.to(own.device),
         weight_scale=scale.to(own.device),
         weight_bits=quant.weight_bits,
-        activation_scale=scale_from_amax(
-            torch.tensor(quant.activation_amax), quant.activation_bits
-        ),
+        activation_scale=quant.input_scale(own.device),
         activation_bits=quant.activation_bits,
         bias=None if bias is None else bias.float().to(own.device),
         activation_offset=quant.activation_offset,

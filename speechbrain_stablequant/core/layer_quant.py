@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .affine import scale_from_amax
+
 
 @dataclass(frozen=True)
 class LayerQuant:
@@ -25,6 +27,11 @@ class LayerQuant:
         if not self.activation_offset:
             del raw["activation_offset"]
         return raw
+
+    def input_scale(self, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Returns the float32 scale of the input."""
+        amax = torch.tensor(self.activation_amax)
+        return scale_from_amax(amax, self.activation_bits).to(device)
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,7 @@ def write_tensors(
     return hashlib.sha256(data).hexdigest()
 
 
-def read_tensors(path: Path, sha256: str | None = None) -> AdjustedTensors:
+def read_tensors(path: Path, sha256: str) -> AdjustedTensors:
     """Reads and checks what :func:`write_tensors` wrote."""
     try:
         data = read_file(path)
@@ -315,7 +315,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> AdjustedTensors:
             f"{path}: cannot read the tensors of the plan beside it "
             f"({error.strerror}); copy it together with its plan"
         ) from error
-    if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(
             f"{path}: is not the file that the plan beside it was written "
             "with: it is damaged or of another run; copy both again"

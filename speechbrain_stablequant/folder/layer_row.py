@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.affine import MAX_BITS, MIN_BITS, qmax, scale_from_amax
+from ..core.affine import MAX_BITS, MIN_BITS, qmax
 from ..core.integer_layer import IntegerLayer
 from ..core.layer_quant import LayerQuant
 from ..core.packing import check_packed, unpack
@@ -128,8 +128,7 @@ def _check_scales(layer: IntegerLayer, quant: LayerQuant) -> None:
     scale = layer.weight_scale
     if not (scale.isfinite().all() and (scale > 0).all()):
         raise ValueError("weight_scale has a value that is not positive")
-    amax = torch.tensor(quant.activation_amax)
-    planned = scale_from_amax(amax, quant.activation_bits)
+    planned = quant.input_scale()
     found = layer.activation_scale.reshape(())
     if not torch.allclose(found, planned, rtol=1e-5, atol=0):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.files import write_atomic, write_json
 from .drawing import GREY, new_figure, shorten, to_png, use_log_rates
-from .format import number
+from .format import interval, number, signed
 from .results import Effort, Execution, SetResult, real_time_factors
 
 if TYPE_CHECKING:
@@ -112,17 +112,17 @@ def _line(cells: list[str]) -> str:
 
 
 def _figures(row: Mapping) -> list[str]:
-    rates, (low, high) = row["quantized"], row["delta_wer_ci"]
+    rates = row["quantized"]
     # The speed of a simulation says nothing about integers.
     simulated = row["simulated"]
     return [
         row["set"],
         row["variant"],
         number(rates["WER"]),
-        f"{row['delta_wer']:+.2f}",
-        f"{low:+.2f} to {high:+.2f}",
+        signed(row["delta_wer"]),
+        interval(row["delta_wer_ci"]),
         number(rates["CER"]),
-        f"{row['delta_cer']:+.2f}",
+        signed(row["delta_cer"]),
         number(row["size_mb"], 1),
         "" if simulated else number(row["rtf"]["quantized"], 3),
     ]

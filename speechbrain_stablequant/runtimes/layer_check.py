@@ -32,8 +32,6 @@ from .trial_layer import (
 logger = logging.getLogger(__name__)
 
 _WHAT = "layers tried on this CPU"
-# How the reason begins where a library raised an error.
-_FAILED = "it fails: "
 
 
 class UnusableRuntime(ValueError):
@@ -59,31 +57,31 @@ class LayerRunner(Protocol):
 
 def exact_algorithm(
     geometry: Geometry, runner: LayerRunner
-) -> tuple[str | None, str]:
-    """The first algorithm that computes a geometry correctly, if any, and
-    what was wrong with the first one (empty: nothing)."""
+) -> tuple[str | None, str, bool]:
+    """The first algorithm that computes a geometry correctly, if any; what was
+    wrong with the first one tried (empty: nothing); and whether any raised."""
     half = runner.half(geometry)
     trial = make_trial(geometry, half)
     expected = expected_results(geometry, trial, half)
-    first = ""
+    first, raised = "", False
     for algorithm in runner.algorithms(geometry):
         layer = replace(trial.layer, algorithm=algorithm)
         try:
             found = runner.run(geometry, trial._replace(layer=layer))
             reason = difference(found, expected)
             if reason is None:
-                return algorithm, first
+                return algorithm, first, raised
             reason = f"the result {reason}"
         # A library may raise anything.
         except Exception as error:
-            reason = f"{_FAILED}{one_line(error)}"
+            reason, raised = f"it fails: {one_line(error)}", True
         first = first or reason
-    return None, first
+    return None, first, raised
 
 
 class _Memory:
     """Results of earlier checks of a runtime, stored on this machine:
-    [algorithm, fault of the native one] by geometry."""
+    [algorithm, fault of the first one tried] by geometry."""
 
     def __init__(self, runner: LayerRunner):
         self._key = identity(
@@ -135,14 +133,14 @@ def find_algorithms(
         key = str(geometry)
         wrong = f"{runner.name} computes {layer} wrongly on this CPU ({key}: "
         if key not in known:
-            algorithm, reason = exact_algorithm(geometry, runner)
+            algorithm, reason, raised = exact_algorithm(geometry, runner)
             if algorithm is None:
                 raise UnusableRuntime(
                     f"backend: {wrong}{reason}); write backend: auto"
                 )
             known[key] = [algorithm, reason]
-            # What raised an error, such as a lack of memory, is tried again.
-            if not reason.startswith(_FAILED):
+            # An error, such as a lack of memory, may pass: try again.
+            if not raised:
                 fresh[key] = known[key]
         algorithm, reason = known[key]
         if reason:
@@ -189,7 +187,7 @@ def why_not(runner: LayerRunner) -> str | None:
     memory = _Memory(runner)
     if memory.known().get(_TRIED):
         return None
-    algorithm, reason = exact_algorithm(_SMALL, runner)
+    algorithm, reason, _ = exact_algorithm(_SMALL, runner)
     if algorithm != NATIVE:
         return f"it was tried on this CPU with a small layer: {reason}"
     memory.add({_TRIED: [NATIVE, ""]})

@@ -14,7 +14,6 @@ from torch import nn
 from ..core.affine import (
     dequantize,
     fake_quantize,
-    scale_from_amax,
     weight_scale,
 )
 from ..core.integer_layer import check_offset, offset_bias, simulate
@@ -28,14 +27,9 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 _NOTHING = LayerTensors()
 
 
-def _input_scale(quant: LayerQuant, device: torch.device) -> torch.Tensor:
-    amax = torch.tensor(quant.activation_amax)
-    return scale_from_amax(amax, quant.activation_bits).to(device)
-
-
 def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
     """Returns a layer's float32 input on its quantization grid."""
-    scale = _input_scale(quant, x.device)
+    scale = quant.input_scale(x.device)
     if not quant.activation_offset:
         return fake_quantize(x, scale, quant.activation_bits)
     offset = quant.activation_offset
@@ -50,7 +44,7 @@ def quantized_forward(
 ) -> Forward:
     """Returns the simulated forward of a Linear or Conv1d, whose output has the
     input's dtype."""
-    scale = _input_scale(quant, weight.device)
+    scale = quant.input_scale(weight.device)
     offset, shift = quant.activation_offset, None
     if offset:
         check_offset(module)

@@ -10,7 +10,6 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import distributed
 
-from .files import process_is_alive
+from .files import process_is_alive, process_place
 from .typed import one_line
 
 Value = TypeVar("Value")
@@ -38,22 +37,18 @@ class LostProcessError(SystemExit):
 
 
 class _Peer(NamedTuple):
-    """A process of the group; ``place`` is its host and pid namespace."""
+    """A process of the group."""
 
     rank: int
-    place: tuple[str, str]
+    place: str
     pid: int
     launcher: int
 
     @classmethod
     def this(cls) -> "_Peer":
         """The calling process."""
-        try:
-            namespace = os.readlink("/proc/self/ns/pid")
-        except OSError:
-            namespace = ""
-        place = (socket.gethostname(), namespace)
-        return cls(distributed.get_rank(), place, os.getpid(), os.getppid())
+        parts = process_place(), os.getpid(), os.getppid()
+        return cls(distributed.get_rank(), *parts)
 
     def has_ended(self) -> bool:
         """Whether this process of the same machine is gone or a zombie."""

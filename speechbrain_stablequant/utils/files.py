@@ -21,9 +21,8 @@ from .typed import inside, one_line, short
 _MAX_DEPTH = 64
 _NUMBERS = (int, float)
 
-# Owner in the names of temporary files: host, process id, and a token that
+# Owner in the names of temporary files: place, process id, and a token that
 # distinguishes earlier processes with the same id.
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _TOKEN = secrets.token_hex(3)
 _TEMPORARY = re.compile(
     r"\..+?\.(?:([0-9a-f]{6})-([0-9]+)-([0-9a-f]{6})\.)?[0-9a-f]{8}\.tmp"
@@ -65,15 +64,28 @@ def write_atomic(
     return path
 
 
+def process_place() -> str:
+    """Returns the host and the namespace that a process id belongs to: two
+    containers may have the same of either."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {namespace}"
+
+
+def _place() -> str:
+    return hashlib.sha256(process_place().encode()).hexdigest()[:6]
+
+
 def _temporary(path: Path) -> Path:
     """Returns a new hidden name beside a file, which tells the process."""
-    owner = f"{_HOST}-{os.getpid()}-{_TOKEN}"
+    owner = f"{_place()}-{os.getpid()}-{_TOKEN}"
     return path.with_name(f".{path.name}.{owner}.{secrets.token_hex(4)}.tmp")
 
 
 def remove_stale(folder: str | Path) -> None:
     """Removes temporary files that killed processes left in a folder; those
-    of other machines after a day."""
+    of other machines and containers after a day."""
     # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
         for path in Path(folder).iterdir():
@@ -84,11 +96,11 @@ def remove_stale(folder: str | Path) -> None:
 
 
 def _is_stale(
-    path: Path, host: str | None, pid: str | None, token: str | None
+    path: Path, place: str | None, pid: str | None, token: str | None
 ) -> bool:
     if time.time() - path.stat().st_mtime > _STALE_AFTER:
         return True
-    if host != _HOST:
+    if place != _place():
         return False
     if int(pid) == os.getpid():
         return token != _TOKEN
@@ -120,7 +132,7 @@ def json_text(obj: Any, name: str) -> str:
 def _not_finite(obj: Any, place: str) -> Iterator[str]:
     """Yields the numbers that JSON does not have, with their places."""
     if isinstance(obj, float) and not math.isfinite(obj):
-        yield f"{obj} at '{place}'"
+        yield f"{obj} at '{place}'" if place else str(obj)
     items = obj.items() if isinstance(obj, dict) else ()
     if isinstance(obj, list | tuple):
         items = enumerate(obj)

@@ -47,9 +47,9 @@ def option(default: Any, good: Callable[[Any], bool], rule: str) -> Any:
     return field(default=default, metadata={"good": good, "rule": rule})
 
 
-def choice(default: str | None, *names: str) -> Any:
+def choice(default: str | None, *names: str, repr: bool = True) -> Any:
     """A field whose value must be one of some names."""
-    return field(default=default, metadata={"choices": names})
+    return field(default=default, repr=repr, metadata={"choices": names})
 
 
 def positive(default: float) -> Any:

@@ -15,7 +15,7 @@ from speechbrain_stablequant.core.integer_layer import (
     layer_geometry,
     reference_forward,
 )
-from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.model.layers import Layer
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 
@@ -101,6 +101,17 @@ def test_conv_geometry_is_kept():
 def test_other_padding_is_refused(conv):
     with pytest.raises(ValueError, match=r"quantize\.exclude"):
         layer_geometry(conv)
+
+
+def test_on_the_device_of_its_module():
+    layer, _, quant = make("linear", 8)
+    own = integer_layer(layer, quant)
+    layer.module.to("meta")
+    made = integer_layer(
+        layer, quant, LayerTensors(own.weight, own.weight_scale)
+    )
+    for part in ("weight", "weight_scale", "activation_scale", "bias"):
+        assert getattr(made, part).is_meta
 
 
 def test_on_another_device():

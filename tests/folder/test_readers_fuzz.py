@@ -48,7 +48,7 @@ from speechbrain_stablequant.methods.session.calibration import Calibration
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.report.results import Effort, Evaluation
 from speechbrain_stablequant.transcribe.load import load
-from speechbrain_stablequant.utils.files import read_json
+from speechbrain_stablequant.utils.files import file_digest, read_json
 from speechbrain_stablequant.utils.store import Store
 from speechbrain_stablequant.utils.tensor_bytes import (
     bytes_to_tensors,
@@ -409,7 +409,7 @@ def plan_safetensors(rng, folder):
         path.write_bytes(data)
     else:
         path.write_bytes(spoiled(rng, data))
-    return lambda: read_tensors(path)
+    return lambda: read_tensors(path, file_digest(path))
 
 
 def remembered(rng, folder):

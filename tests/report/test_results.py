@@ -25,6 +25,7 @@ from speechbrain_stablequant.report.comparison import (
     variant_rows,
     write_comparison,
 )
+from speechbrain_stablequant.report.format import interval
 from speechbrain_stablequant.report.render import write_report
 from speechbrain_stablequant.report.results import (
     Effort,
@@ -324,6 +325,10 @@ def test_comparison():
         [" other ", " float ", " 28.57 "],
         [" other ", " w8 ", " 42.86 "],
         [" clean ", " w6 ", " 42.86 "],
+    ]
+    assert [line.split("|")[4:6] for line in (lines[3], lines[5])] == [
+        [" 0.00 ", " 0.00 to 0.00 "],
+        [" +14.29 ", f" {interval(RESULT.to_dict()['delta_wer_ci'])} "],
     ]
     # A simulation's speed is none.
     assert [line.split("|")[8:10] for line in lines] == [

@@ -180,7 +180,7 @@ LARGE = [
 @pytest.mark.parametrize("one", LARGE, ids=str)
 def test_geometries_of_real_models(backend, one):
     first = preferred(backend, one)
-    assert exact_algorithm(one, runner_of(backend)) == (first, "")
+    assert exact_algorithm(one, runner_of(backend)) == (first, "", False)
 
 
 def test_reference_of_the_check_is_that_of_the_package():
@@ -312,7 +312,7 @@ def break_algorithm(
 def test_a_wrong_kernel_is_found(backend, kind, fault, monkeypatch):
     first = preferred(backend, KINDS[kind])
     break_algorithm(monkeypatch, backend, fault, first)
-    algorithm, reason = exact_algorithm(KINDS[kind], runner_of(backend))
+    algorithm, reason, _ = exact_algorithm(KINDS[kind], runner_of(backend))
     assert algorithm not in (None, first)
     rows = 49 if kind == "position" else 50
     assert reason.startswith(f"the result of {rows} rows is off by ")
@@ -458,11 +458,9 @@ def test_a_kernel_that_is_not_there(monkeypatch, empty_memory):
         raise AttributeError("no attribute 'qlinear_prepack'\nmore")
 
     monkeypatch.setattr(torch_linear.IntegerLinear, "__init__", missing)
-    algorithm, reason = exact_algorithm(
-        KINDS["linear"], runner_of("torch_int8")
-    )
-    assert algorithm == FLOAT
-    assert reason == "it fails: no attribute 'qlinear_prepack' more"
+    runner = runner_of("torch_int8")
+    reason = "it fails: no attribute 'qlinear_prepack' more"
+    assert exact_algorithm(KINDS["linear"], runner) == (FLOAT, reason, True)
 
 
 # -- what is remembered ----------------------------------------------------
@@ -549,6 +547,32 @@ def test_an_error_is_not_remembered(asked, empty_memory, monkeypatch):
         assert find_algorithms(layers, runner) == {"w": FLOAT}
     assert find_algorithms(layers, runner) == {"w": NATIVE}
     assert find_algorithms(layers, runner) == {"w": NATIVE}
+    assert len(asked) == 2
+
+
+def test_an_error_of_a_later_algorithm_is_not_remembered(asked, empty_memory):
+    """Another time it may be the right one, and faster than the last."""
+
+    class Runner:
+        name, versions = "torch_int8", {}
+
+        def half(self, geometry):
+            return False
+
+        def algorithms(self, geometry):
+            return NATIVE, JOINED_GROUPS, FLOAT
+
+        def run(self, geometry, trial):
+            if trial.layer.algorithm == JOINED_GROUPS:
+                raise RuntimeError("not enough memory")
+            right = [apply_layer(trial.layer, x) for x in trial.inputs]
+            if trial.layer.algorithm == NATIVE:
+                return Results([2 * x for x in right])
+            return Results(right)
+
+    for _ in range(2):
+        found = find_algorithms({"w": KINDS["linear"]}, Runner())
+        assert found == {"w": FLOAT}
     assert len(asked) == 2
 
 

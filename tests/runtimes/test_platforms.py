@@ -203,11 +203,12 @@ def test_a_cpu_that_is_less_than_it_says(another_machine):
     computed as floats."""
     another_machine("aarch64", "Linux", ARM)
     one = replace(layer_check._SMALL, weight_bits=8)
-    algorithm, reason = exact_algorithm(one, TorchInt8Runner())
+    algorithm, reason, _ = exact_algorithm(one, TorchInt8Runner())
     assert algorithm == FLOAT and reason.startswith("the result of 50 rows")
     assert exact_algorithm(layer_check._SMALL, TorchInt8Runner()) == (
         NATIVE,
         "",
+        False,
     )
 
 

@@ -81,6 +81,7 @@ def test_json_round_trip_keeps_the_order(tmp_path):
     [
         ({"units": [{"wer": float("nan")}]}, "nan at 'units.0.wer'"),
         ({"a": (1, float("-inf"))}, "-inf at 'a.1'"),
+        (float("inf"), "inf"),
         ({"a": {1, 2}}, "Object of type set is not JSON serializable"),
     ],
 )

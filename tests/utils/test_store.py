@@ -332,13 +332,13 @@ def test_where_a_machine_is_remembered(tmp_path, monkeypatch):
 def test_files_of_a_killed_process_are_removed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    owner = f"{files._HOST}-{process.pid}-{files._TOKEN}"
+    owner = f"{files._place()}-{process.pid}-{files._TOKEN}"
     (tmp_path / f".plan.json.{owner}.12345678.tmp").write_text("{")
     # That of a live process, of another machine, of no process at all.
     alive = files._temporary(tmp_path / "a")
     other = alive.with_name(".b.aaaaaa-1-bbbbbb.12345678.tmp")
     mine_before = alive.with_name(
-        f".c.{files._HOST}-{os.getpid()}-aaaaaa.12345678.tmp"
+        f".c.{files._place()}-{os.getpid()}-aaaaaa.12345678.tmp"
     )
     for path in (alive, other, mine_before, tmp_path / ".d.tmp"):
         path.write_text("")
@@ -347,6 +347,19 @@ def test_files_of_a_killed_process_are_removed(tmp_path):
     os.utime(other, (0, 0))
     remove_stale(tmp_path)
     assert names(tmp_path) == sorted([alive.name, ".d.tmp"])
+
+
+def test_files_of_another_container_are_kept(tmp_path, monkeypatch):
+    """It may have the same host name, and has other processes."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for namespace in ("pid:[1]", "pid:[2]"):
+        monkeypatch.setattr(os, "readlink", lambda _, name=namespace: name)
+        owner = f"{files._place()}-{process.pid}-{files._TOKEN}"
+        (tmp_path / f".{namespace}.{owner}.12345678.tmp").write_text("")
+    remove_stale(tmp_path)
+    (left,) = names(tmp_path)
+    assert left.startswith(".pid:[1].")
 
 
 def test_the_bytes_of_tensors_do_not_depend_on_the_order(tmp_path):

@@ -11,14 +11,14 @@ iterations follow with ever larger regularizers.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ...config import MethodConfig
 from ...core.affine import qmax, weight_scale
 from ...core.calibrators import CALIBRATORS
-from ...utils.typed import count, fraction, positive
+from ...utils.typed import choice, count, fraction, positive
 
 _LOW, _HIGH = -0.1, 1.1
 # Of Adam.
@@ -70,9 +70,7 @@ class AdaRound(MethodConfig):
     beta_end: float = positive(2.0)
     warm_start: float = fraction(0.2)
     # Not in the repr, which identifies finished layers.
-    calibrator: str = field(
-        default="mse", repr=False, metadata={"choices": tuple(CALIBRATORS)}
-    )
+    calibrator: str = choice("mse", *CALIBRATORS, repr=False)
 
     @torch.no_grad()
     def __call__(

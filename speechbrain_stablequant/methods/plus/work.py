@@ -32,7 +32,7 @@ class Work:
         plus = session.config.plus
         self.session = session
         #: Of the model before rotation and equalization.
-        self.original = (weights, calibration)
+        self.first_weights, self.first_calibration = weights, calibration
         #: Of its present form, see :meth:`calibrate`.
         self.weights, self.calibration = weights, calibration
         #: Histograms of ``input - GELU_MIN``, for layers behind a GELU.
@@ -69,7 +69,7 @@ class Work:
         suffix = "_rotated" if self.rotated else ""
         if strength:
             suffix += f"_equalized_{strength:g}"
-        self.weights = session.fingerprint() if suffix else self.original[0]
+        self.weights = session.fingerprint() if suffix else self.first_weights
         wanted = {f"histograms{suffix}.json": (session.layers, Observer)}
         if self.behind_gelu:
             layers = [x for x in session.layers if x.name in self.behind_gelu]
@@ -156,7 +156,9 @@ class Work:
     ) -> tuple[Score, Score]:
         """Scores of the float model and of the quantized one."""
         # Rotation and equalization do not change the float model's output.
-        evaluate, _, bar = search_evaluate(self.session, *self.original)
+        evaluate, _, bar = search_evaluate(
+            self.session, self.first_weights, self.first_calibration
+        )
         with bar:
             baseline = evaluate({}, label="float")
         evaluate, bar = self.evaluator(tensors=tensors)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ...core.affine import qmax, quantize, scale_from_amax, weight_scale
+from ...core.affine import qmax, quantize, weight_scale
 from ...core.integer_layer import multiply
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
@@ -93,9 +93,7 @@ class _TrainedLayer:
             self.bias = parameter(module.bias, trains)
         weight_bits, method = quant.weight_bits, quant.weight_method
         self.weight_start = weight_scale(self.weight, weight_bits, method)
-        amax = torch.tensor(quant.activation_amax)
-        start = scale_from_amax(amax, quant.activation_bits)
-        self.input_start = start.to(self.weight.device)
+        self.input_start = quant.input_scale(self.weight.device)
         # Logarithms of the scales' growth: a step of an optimizer changes
         # large and small scales by the same factor, and none gets negative.
         zeros = map(torch.zeros_like, (self.weight_start, self.input_start))
