@@ -27,7 +27,7 @@ from resources import (
     launches_of,
     specialize,
 )
-from shapes import MODELS, Op, operators
+from shapes import MODELS, SAMPLE_RATE, Op, operators
 
 from speechbrain_stablequant.runtimes.triton.kernels import tiles
 
@@ -263,6 +263,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--no-compile", action="store_true", help="without registers, occupancy"
     )
     options = parser.parse_args(argv)
+    if min(options.batch) < 1:
+        parser.error("argument --batch: must be at least 1")
+    if min(options.seconds) * SAMPLE_RATE < 400:
+        parser.error("argument --seconds: must be at least 0.025, one frame")
     sizes = list(product(options.model, options.seconds, options.batch))
     print("Estimates from data sheets; nothing below was measured.\n")
     for size, name in product(() if options.summary else sizes, options.cards):

@@ -28,8 +28,13 @@ def modules(make_tiny_modules):
     """A recognizer's modules."""
     torch.manual_seed(7)
     made = make_tiny_modules("wav2vec2-large")
-    encoder = StoredEncoder(made["wav2vec2"].model, True, False)
-    return {**dict(made.items()), "wav2vec2": encoder.eval()}
+    encoder = StoredEncoder(made["wav2vec2"].model, True, False).eval()
+    with torch.no_grad():
+        x = encoder(torch.randn(4, 9000), torch.ones(4))
+        # So that no label is the likeliest of all frames of any noise.
+        head = made["ctc_lin"]
+        head.w.bias -= head(made["enc"](x)).mean((0, 1))
+    return {**dict(made.items()), "wav2vec2": encoder}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def test_it_is_what_encoder_asr_loads(described, tmp_path, backend):
     assert not torch.equal(encoded[0], encoded[1])
     assert found.runtime == expected.mods.encoder.runtime == backend
     words, tokens = found.transcribe_batch(wavs, lengths)
-    assert any(words)
+    assert len(set(words)) == 3
     assert (words, tokens) == expected.transcribe_batch(wavs, lengths)
     # Stereo of another rate, as a file.
     audio = tmp_path / "speech.flac"

@@ -22,7 +22,8 @@ class TritonOptions:
     device: str | None = None
     #: Of the residual stream and of the attention.
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    #: CUDA graphs to keep, one for each (batch, length) bucket; 0: none.
+    #: CUDA graphs to keep, one for each (batch, length) bucket; 0: none. The
+    #: default holds all lengths up to 40 s at one batch size.
     max_graphs: int = count(48, 0)
     #: Whether tiles are measured when a shape is first met.
     tune: bool = True

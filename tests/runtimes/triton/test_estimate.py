@@ -129,6 +129,13 @@ def test_prints_every_operator_as_an_estimate(capsys):
     assert total == pytest.approx(100, abs=1)
 
 
+@pytest.mark.parametrize("option", ["--batch", "--seconds"])
+def test_sizes_without_a_frame_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        estimate.main([option, "0"])
+    assert f"argument {option}: must be at least" in capsys.readouterr().err
+
+
 def test_compiles_what_it_prints(capsys):
     """One kernel on one card: registers and blocks stand in its line."""
     ops = [

@@ -20,9 +20,10 @@ from speechbrain_stablequant.core.integer_layer import (
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import find_layers
+from speechbrain_stablequant.model.layers import find_encoders, find_layers
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
+from speechbrain_stablequant.runtimes.probe_make import quick_integers
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.runtimes.triton.build import (
     make_executor,
@@ -54,10 +55,14 @@ def no_tf32():
 
 
 def quantized_layers(modules, keys, bits=8):
-    """Integers of every layer; inputs are cut off at 3."""
+    """Integers of every layer: ranges of encoders are measured, inputs of
+    heads are cut off at 3."""
     layers = find_layers(modules, keys)
     quant = LayerQuant(bits, bits, 3.0)
-    return {layer.name: integer_layer(layer, quant) for layer in layers}
+    found = {layer.name: integer_layer(layer, quant) for layer in layers}
+    for encoder in find_encoders(modules):
+        found |= quick_integers(encoder, layers, (bits, bits), 16000, "cpu")
+    return found
 
 
 def describe(model, keep=lambda name: True, bits=8):
