@@ -333,7 +333,7 @@ def test_comparison():
     # A simulation's speed is none.
     assert [line.split("|")[8:10] for line in lines] == [
         [" MB ", " RTF "],
-        ["---", "---"],
+        [" --- ", " --- "],
         [" 32.0 ", " 0.200 "],
         [" 8.0 ", " 0.200 "],
         [" 32.0 ", " 0.200 "],
@@ -373,7 +373,7 @@ def test_comparison_with_efforts(tmp_path):
     lines = comparison_markdown(table).splitlines()
     assert [line.split("|")[-3:-1] for line in lines] == [
         [" made in ", " utterances used "],
-        ["---", "---"],
+        [" --- ", " --- "],
         [" ", " "],
         [" 61 s ", " calibration 40, train 9 with transcripts "],
         [" ", " "],
@@ -391,7 +391,7 @@ def test_comparison_with_counted_products():
     lines = comparison_markdown(table).splitlines()
     assert [line.split("|")[-2] for line in lines] == [
         " float products ",
-        "---",
+        " --- ",
         " ",
         " 4 of 34 ",
         " ",
