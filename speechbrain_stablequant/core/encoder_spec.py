@@ -193,6 +193,9 @@ class _Reader:
         if getattr(block, "adapter_layer", None) is not None:
             where = f"{self.path}.encoder.layers"
             raise _unsupported(where, "an attention adapter")
+        if hasattr(block.attention, "gru_rel_pos_linear"):
+            where = f"{self.path}.encoder.layers"
+            raise _unsupported(where, "WavLM's relative position")
         activation = block.feed_forward.intermediate_act_fn
         _check_gelu(activation, f"{self.path}.feed_forward")
         layers = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..model.layers import Layer
+from ..model.layers import Layer, layer_kind
 from .affine import (
     dequantize,
     fake_quantize,
@@ -21,23 +21,26 @@ from .affine import (
 )
 from .layer_quant import LayerQuant, LayerTensors
 
+Sizes = int | tuple[int, int]
+
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A Linear or Conv1d in integers."""
+    """A layer in integers."""
 
     name: str  # path of the layer, as in the plan
-    kind: str  # "linear" or "conv1d"
-    # int8 in [-qmax, qmax]; [out, in] or [out, in / groups, kernel]
+    kind: str  # "linear", "conv1d" or "conv2d"
+    # int8 in [-qmax, qmax]; [out, in] or [out, in / groups, *kernel]
     weight: torch.Tensor = field(repr=False)
     weight_scale: torch.Tensor = field(repr=False)  # float32 [out]
     weight_bits: int
     activation_scale: torch.Tensor = field(repr=False)  # float32, one element
     activation_bits: int
     bias: torch.Tensor | None = field(repr=False)  # float32 [out]
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
+    # Pairs of a conv2d.
+    stride: Sizes = 1
+    padding: Sizes = 0
+    dilation: Sizes = 1
     groups: int = 1
     # Subtracted from the input before it is quantized; not part of the bias,
     # see full_bias.
@@ -87,7 +90,8 @@ class IntegerLayer:
         steps = self.activation_offset / float(self.activation_scale)
         zero = -round(steps)
         whole = abs(steps + zero) < 1e-3
-        if not whole or abs(zero) > qmax(self.activation_bits) or self.padding:
+        padded = self.padding not in (0, (0, 0))
+        if not whole or abs(zero) > qmax(self.activation_bits) or padded:
             raise ValueError(
                 f"{self.name}: an activation offset of "
                 f"{self.activation_offset:g} can only be executed if it is a "
@@ -99,16 +103,16 @@ class IntegerLayer:
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """A Linear or Conv1d that a plan leaves in floating point; fields as in
+    """A layer that a plan leaves in floating point; fields as in
     :class:`IntegerLayer`."""
 
     name: str
     kind: str
     weight: torch.Tensor = field(repr=False)
     bias: torch.Tensor | None = field(repr=False)
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
+    stride: Sizes = 1
+    padding: Sizes = 0
+    dilation: Sizes = 1
     groups: int = 1
     algorithm: str = "native"
 
@@ -121,23 +125,24 @@ class FloatLayer:
         return self.bias
 
 
-def layer_geometry(module: nn.Module) -> dict[str, int]:
-    """Returns stride, padding, dilation and groups of a Conv1d; empty for a
-    Linear."""
-    if not isinstance(module, nn.Conv1d):
+def layer_geometry(module: nn.Module) -> dict[str, Sizes]:
+    """Returns stride, padding, dilation and groups of a convolution; empty for
+    a Linear."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return {}
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise ValueError(
-            f"a Conv1d with padding {module.padding!r}, mode "
+            f"a {type(module).__name__} with padding {module.padding!r}, mode "
             f"{module.padding_mode!r} has no integer form; put it in "
             "quantize.exclude"
         )
-    return {
-        "stride": module.stride[0],
-        "padding": module.padding[0],
-        "dilation": module.dilation[0],
-        "groups": module.groups,
+    sizes = {
+        key: tuple(getattr(module, key))
+        for key in ("stride", "padding", "dilation")
     }
+    if isinstance(module, nn.Conv1d):
+        sizes = {key: size for key, (size,) in sizes.items()}
+    return {**sizes, "groups": module.groups}
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:
@@ -176,7 +181,7 @@ def float_layer(name: str, module: nn.Module) -> FloatLayer:
     """Returns a float layer as data."""
     return FloatLayer(
         name=name,
-        kind="conv1d" if isinstance(module, nn.Conv1d) else "linear",
+        kind=layer_kind(module),
         weight=module.weight.detach().float(),
         bias=_bias(module),
         **layer_geometry(module),
@@ -189,15 +194,15 @@ def multiply(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs a Linear or Conv1d, a module or its data, with another weight and
-    bias."""
+    """Runs a layer, a module or its data, with another weight and bias."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    if isinstance(layer, nn.Conv1d):
+    if isinstance(layer, nn.Module):
         # Knows its padding mode.
         return layer._conv_forward(x, weight, bias)
     geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-    return F.conv1d(x, weight, bias, *geometry)
+    conv = F.conv1d if weight.dim() == 3 else F.conv2d
+    return conv(x, weight, bias, *geometry)
 
 
 def simulate(
@@ -227,7 +232,7 @@ def reference_forward(layer: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
     if layer.activation_offset:
         x = x - layer.activation_offset
     q = quantize(x, layer.activation_scale, layer.activation_bits)
-    shape = (-1, 1) if layer.kind == "conv1d" else (-1,)
+    shape = (-1, *(1,) * (layer.weight.dim() - 2))
     scale = layer.activation_scale * layer.weight_scale
     out = integer_product(layer, q).float() * scale.view(shape)
     bias = layer.full_bias()
@@ -242,7 +247,7 @@ def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
 def check_offset(module: nn.Module) -> None:
     """Raises for a convolution with zero padding, where an activation offset is
     not exact."""
-    if isinstance(module, nn.Conv1d) and module.padding not in (0, (0,)):
+    if layer_kind(module) != "linear" and set(module.padding) != {0}:
         raise ValueError(
             f"{type(module).__name__} with padding {module.padding}: an "
             "activation offset is not exact where zeros are padded"

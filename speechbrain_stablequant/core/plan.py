@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..model.layers import Layer
+from ..model.layers import KINDS, Layer
 from ..utils.files import (
     parse_json,
     plain_name,
@@ -228,7 +228,7 @@ class QuantizationPlan:
             _require(
                 layer,
                 where,
-                kind=layer.kind in ("linear", "conv1d"),
+                kind=layer.kind in KINDS.values(),
                 observed_max=layer.observed_max >= 0,
                 cutoff=0 < layer.cutoff <= 100,
             )

@@ -1,21 +1,25 @@
 """Finds the quantizable layers of a model and groups them into units.
 
-A *layer* is a Conv1d or a Linear with its weight and its input. A *unit* is
-what the search treats as one: each feature-extractor convolution, the feature
-projection, the positional convolution, each transformer block, the head.
+A *layer* is a weight and its input, whatever module holds them: a Linear, a
+Conv1d, a Conv2d or rows of an attention's weight (see :mod:`.products`). A
+*unit* is what the search treats as one: each feature-extractor convolution,
+the feature projection, the positional convolution, each transformer block, the
+head.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-# Modules that multiply by their children's raw weights and never call the
-# children's forward, so that hooks would miss them.
-FUNCTIONAL_ATTENTION = ("MultiheadAttention", "WavLMAttention")
+from . import products
 
 HEAD = "head"
+
+#: Kinds of layers by the class of their module.
+KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,11 @@ class Layer:
     """One quantizable layer."""
 
     name: str  # path in the Brain's modules' state dict
-    module: nn.Module = field(repr=False)  # the Linear or Conv1d
-    kind: str  # "linear" or "conv1d"
+    module: nn.Module = field(repr=False)  # the Linear or convolution
+    kind: str  # "linear", "conv1d" or "conv2d"
     unit: str  # name of its unit
+    # Modules that call it only inside of products.visible.
+    owners: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def numel(self) -> int:
@@ -131,11 +137,10 @@ def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
     return list(encoders.values())
 
 
-def _kind(module: nn.Module) -> str | None:
-    """``linear``, ``conv1d`` or None, by base class: a convolution parametrized
-    by weight norm has a class of its own."""
-    kinds = {nn.Linear: "linear", nn.Conv1d: "conv1d"}
-    return next((v for k, v in kinds.items() if isinstance(module, k)), None)
+def layer_kind(module: nn.Module) -> str | None:
+    """By base class: a convolution parametrized by weight norm has a class of
+    its own."""
+    return next((v for k, v in KINDS.items() if isinstance(module, k)), None)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -174,8 +179,8 @@ def find_layers(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> list[Layer]:
-    """Finds every Linear and Conv1d below the target keys, in network order;
-    raises ValueError for one that hooks cannot see.
+    """Finds every layer below the target keys, in network order; raises
+    ValueError for one that cannot be quantized.
 
     Example
     -------
@@ -191,27 +196,29 @@ def find_layers(
             )
     # A model behind two keys (hf_ctc.lm_head and ctc_lin) is listed once.
     found: dict[nn.Module, str] = {}
-    functional: dict[str, nn.Module] = {}
     encoders = find_encoders({key: modules[key] for key in target})
     idle = _idle(encoders)
     for key in target:
-        for name, module in modules[key].named_modules(prefix=key):
-            if module in idle:
-                continue
-            if type(module).__name__ in FUNCTIONAL_ATTENTION:
-                functional[name] = module
-            if _kind(module) is not None:
+        for name, module in products.named_modules(modules[key], key):
+            if module not in idle and layer_kind(module) is not None:
                 found.setdefault(module, name)
     if not found:
         raise ValueError(
-            f"quantize.target: no Linear or Conv1d below {list(target)}; "
+            f"quantize.target: no layer to quantize below {list(target)}; "
             "name the keys of `modules` that hold the recognizer"
         )
     named = {name: module for module, name in found.items()}
     kept = _selected(named, include, exclude)
-    _refuse_functional(functional, kept)
+    _refuse_own_forwards(kept)
+    by_name = products.modules_by_name({key: modules[key] for key in target})
     layers = [
-        Layer(name, module, _kind(module), _unit(name, encoders))
+        Layer(
+            name,
+            module,
+            layer_kind(module),
+            _unit(name, encoders),
+            products.owners_of(name, by_name),
+        )
         for name, module in kept.items()
     ]
     return _network_order(layers, encoders)
@@ -228,23 +235,14 @@ def _idle(encoders: Iterable[Encoder]) -> set[nn.Module]:
     }
 
 
-def _refuse_functional(
-    functional: Mapping[str, nn.Module], kept: Mapping[str, nn.Module]
-) -> None:
-    for name, module in kept.items():
-        plain = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward)
-        if not plain or "forward" in vars(module):
+def _refuse_own_forwards(layers: Mapping[str, nn.Module]) -> None:
+    known = {kind.forward for kind in KINDS}
+    for name, module in layers.items():
+        if type(module).forward not in known or "forward" in vars(module):
             raise ValueError(
                 f"{name}: {type(module).__name__} has a forward of its own "
                 "and cannot be quantized; put it in quantize.exclude"
             )
-        for owner, attention in functional.items():
-            if name.startswith(owner + "."):
-                raise ValueError(
-                    f"{owner}: {type(attention).__name__} multiplies by raw "
-                    "weights that cannot be quantized yet; add "
-                    f"'{owner}.*' to quantize.exclude"
-                )
 
 
 def _unit(name: str, encoders: Sequence[Encoder]) -> str:
@@ -271,6 +269,12 @@ def _network_order(
         return order.get(stem, 4), int(index) if known else 0
 
     return sorted(layers, key=rank)
+
+
+def visible_layers(layers: Iterable[Layer]) -> AbstractContextManager[None]:
+    """Context in which the modules of layers are called, see
+    :func:`.products.visible`."""
+    return products.visible(x for layer in layers for x in layer.owners)
 
 
 def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:

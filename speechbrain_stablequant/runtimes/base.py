@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from ..model import products
 from ..utils.precision import plain_float32
 
 
@@ -131,21 +132,29 @@ def modules_by_name(
     modules: Mapping[str, nn.Module], names: Collection[str]
 ) -> dict[str, nn.Module]:
     """Module by layer name; ValueError for a layer that is not in the model."""
-    found = {
-        path: child
-        for key, module in modules.items()
-        for path, child in module.named_modules(
-            prefix=key, remove_duplicate=False
-        )
-        if path in names
-    }
+    found = products.modules_by_name(modules)
     for name in names:
         if name not in found:
             raise ValueError(
                 f"layer '{name}' of the plan is not in the model; use the "
                 "plan of this model"
             )
-    return found
+    return {name: found[name] for name in names}
+
+
+def layer_forwards(
+    modules: Mapping[str, nn.Module],
+    forwards: Mapping[str, Callable[..., Any]],
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of layers by module instead of by name, with those of the
+    modules around them that make them :func:`.products.visible`."""
+    layers = modules_by_name(modules, forwards)
+    by_name = products.modules_by_name(modules)
+    owners = [x for name in forwards for x in products.owners_of(name, by_name)]
+    return {
+        **products.visible_forwards(owners),
+        **{layers[name]: forward for name, forward in forwards.items()},
+    }
 
 
 def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:

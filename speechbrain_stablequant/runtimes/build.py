@@ -11,7 +11,13 @@ from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer
 from ..model.layers import Encoder, find_encoders
 from ..utils import forks
-from .base import Runtime, encoder_forward, in_own_precision, modules_by_name
+from .base import (
+    Runtime,
+    encoder_forward,
+    in_own_precision,
+    layer_forwards,
+    modules_by_name,
+)
 from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
 from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError
@@ -53,7 +59,7 @@ def build_forwards(
         integers = executed_integers(integers, cpu or cpu_class())
     if not runtime.streams:
         integers = {name: x.loaded() for name, x in integers.items()}
-    by_name = modules_by_name(modules, integers)
+    modules_by_name(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     heads = dict(integers)
     if runtime.encoder is not None:
@@ -64,16 +70,16 @@ def build_forwards(
                 runner = load_function(runtime.layer_runner)(**options)
                 spec = with_algorithms(spec, runner)
             executor = make_executor(spec, **options)
-            forwards[encoder.model] = encoder_forward(executor)
+            execute = encoder_forward(executor)
+            forwards[encoder.model] = in_own_precision(execute)
             for layer in spec.layers():
                 heads.pop(layer.name, None)
     if runtime.layer == Runtime.layer:
         runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
         heads = heads_with_algorithms(heads, runner)
     make_layer = load_function(runtime.layer)
-    for name, layer in heads.items():
-        forwards[by_name[name]] = make_layer(layer)
-    return {m: in_own_precision(f) for m, f in forwards.items()}
+    rest = {n: in_own_precision(make_layer(x)) for n, x in heads.items()}
+    return {**forwards, **layer_forwards(modules, rest)}
 
 
 def executed_form(backend: str, cpu: CpuClass | None = None) -> str:

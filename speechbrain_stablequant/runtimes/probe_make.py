@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.layer_quant import LayerQuant
-from ..model.layers import Encoder, Layer, find_encoders
+from ..model.layers import Encoder, Layer, find_encoders, visible_layers
 from ..utils.patching import hooked, shadowed
 from .cpu import narrowed
 from .probe import (
@@ -125,7 +125,8 @@ def quick_integers(
 
     wave, lengths = utterances(rate)
     alone = encoder_alone(encoder.model, {})
-    with hooked((x.module, partial(observe, x.name)) for x in inside):
+    hooks = ((x.module, partial(observe, x.name)) for x in inside)
+    with visible_layers(inside), hooked(hooks):
         run_network(alone, float_waves(wave), lengths, device)
     return {
         x.name: integer_layer(x, LayerQuant(*bits, ranges[x.name])).to("cpu")

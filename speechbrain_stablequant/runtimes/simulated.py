@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer, simulate
-from .base import Runtime, modules_by_name
+from .base import Runtime, layer_forwards
 
 RUNTIME = Runtime(layer="simulated:make_layer", simulates=True, fork_safe=True)
 
@@ -52,8 +52,5 @@ def simulated_forwards(
 ) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """Forward by module of a simulation that holds one float weight at a
     time."""
-    by_name = modules_by_name(modules, integers)
-    return {
-        by_name[name]: make_layer(layer, keep=False)
-        for name, layer in integers.items()
-    }
+    forwards = {n: make_layer(x, keep=False) for n, x in integers.items()}
+    return layer_forwards(modules, forwards)

@@ -4,8 +4,8 @@ Each layer's ``forward`` is shadowed on the instance. Parameters, state dict,
 hooks and parametrizations stay, so that checkpoints load and save meanwhile.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ..core.affine import (
 )
 from ..core.integer_layer import check_offset, offset_bias, simulate
 from ..core.layer_quant import LayerQuant, LayerTensors
-from ..model.layers import Layer
+from ..model.layers import Layer, visible_layers
 from ..utils.patching import shadowed_forwards
 from ..utils.precision import plain_float32
 
@@ -42,7 +42,7 @@ def quantized_forward(
     weight: torch.Tensor,
     new_bias: torch.Tensor | None = None,
 ) -> Forward:
-    """Returns the simulated forward of a Linear or Conv1d, whose output has the
+    """Returns the simulated forward of a layer's module, whose output has the
     input's dtype."""
     scale = quant.input_scale(weight.device)
     offset, shift = quant.activation_offset, None
@@ -121,14 +121,14 @@ class Simulator:
         self._kept[name] = _Kept(quant, tensors, weight, forward)
         return forward
 
-    def apply(
-        self, quants: Mapping[str, LayerQuant]
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
         """Context in which the named layers compute quantized; others stay
         float."""
-        return shadowed_forwards(
-            {
-                self.layers[name].module: self._forward(name, quant)
-                for name, quant in quants.items()
-            }
-        )
+        forwards = {
+            self.layers[name].module: self._forward(name, quant)
+            for name, quant in quants.items()
+        }
+        layers = [self.layers[name] for name in quants]
+        with visible_layers(layers), shadowed_forwards(forwards):
+            yield

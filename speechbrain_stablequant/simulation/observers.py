@@ -1,5 +1,5 @@
-"""Collects a histogram of |input| for each layer in one pass over the data;
-padding is never counted."""
+"""Collects a histogram of |input| for each layer in one pass over the data,
+without the padding of [batch, time, channels] and [batch, channels, time]."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..core.histogram import Histogram
-from ..model.layers import Layer, conv_frames
+from ..model.layers import Layer, conv_frames, visible_layers
 from ..utils.distributed import gathered
 from ..utils.patching import hooked
 
@@ -60,7 +60,7 @@ class Observer:
     def watch(self) -> Iterator["Observer"]:
         """Context in which forward passes are observed."""
         hooks = ((layer.module, self._hook(layer)) for layer in self.layers)
-        with hooked(hooks):
+        with visible_layers(self.layers), hooked(hooks):
             yield self
 
     def _hook(self, layer: Layer):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...model.layers import visible_layers
 from ...simulation.fake_quant import quantize_input
 from ...simulation.observers import real_frames
 from ...simulation.prefix_cache import Replay, StopForward
@@ -66,7 +67,9 @@ class PrefixWalk:
                 groups.append([layer])
             last = args[0]
 
-        with hooked((x.module, partial(note, x)) for x in self.session.layers):
+        layers = self.session.layers
+        hooks = ((layer.module, partial(note, layer)) for layer in layers)
+        with visible_layers(layers), hooked(hooks):
             self.forward(lambda _: None, first_only=True)
         return groups
 
@@ -125,7 +128,7 @@ class PrefixWalk:
                 replay.start_batch(index)
                 stack.enter_context(replay.active())
 
-        with hooked([(layer.module, hook)]), stack:
+        with visible_layers([layer]), hooked([(layer.module, hook)]), stack:
             self.forward(before_batch, turns=2)
         try:
             return total.result()

@@ -21,12 +21,14 @@ from ...utils.patching import restored_values
 
 
 def can_rotate(encoder: Encoder) -> bool:
-    """Whether an encoder normalizes before each sublayer."""
+    """Whether an encoder normalizes before each sublayer, for nothing but
+    the linears of :func:`_readers`."""
     blocks = encoder.model.encoder.layers
     return (
         bool(getattr(encoder.model.config, "do_stable_layer_norm", False))
         and len(blocks) > 0
         and getattr(blocks[0], "adapter_layer", None) is None
+        and not hasattr(blocks[0].attention, "gru_rel_pos_linear")
     )
 
 

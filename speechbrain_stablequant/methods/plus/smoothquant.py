@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...model.layers import Encoder, Layer
+from ...model.layers import Encoder, Layer, visible_layers
 from ...utils.distributed import gathered_tensors
 from ...utils.patching import hooked, restored_values
 from ..session.recognizer import Recognizer
@@ -70,7 +70,9 @@ def _places(
     for block in model.encoder.layers:
         attention, forward = block.attention, block.feed_forward
         heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-        if model.config.do_stable_layer_norm:
+        # WavLM's gate also reads the normalized input.
+        gated = hasattr(attention, "gru_rel_pos_linear")
+        if model.config.do_stable_layer_norm and not gated:
             yield block.layer_norm, heads
         yield attention.v_proj, (attention.out_proj,)
         if model.config.do_stable_layer_norm:
@@ -88,7 +90,10 @@ def channel_maxima(
         largest = x.reshape(-1, x.shape[-1]).amax(0)
         found[site] = torch.maximum(largest, found.get(site, largest))
 
-    with hooked((s.consumers[0].module, partial(note, s)) for s in sites):
+    sites = list(sites)
+    firsts = [site.consumers[0] for site in sites]
+    hooks = ((s.consumers[0].module, partial(note, s)) for s in sites)
+    with visible_layers(firsts), hooked(hooks):
         recognizer.forward("calibration", lambda _: None)
     return {
         site: torch.stack(gathered_tensors(value)).amax(0)

@@ -19,6 +19,7 @@ from ...core.integer_layer import multiply
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer
+from ...model.products import visible
 from ...utils.patching import replaced_item, shadowed_forwards
 
 Quants = dict[str, LayerQuant]
@@ -81,7 +82,7 @@ class _TrainedLayer:
         bfloat16: bool,
     ):
         module = layer.module
-        self.module, self.quant = module, quant
+        self.module, self.owners, self.quant = module, layer.owners, quant
         self.bfloat16 = bfloat16
 
         def parameter(value: torch.Tensor, wanted: bool) -> nn.Parameter:
@@ -223,7 +224,10 @@ class Student:
         }
 
     def _enter(self) -> None:
-        forwards = {x.module: x.forward for x in self.layers.values()}
+        layers = self.layers.values()
+        owners = (owner for layer in layers for owner in layer.owners)
+        self._replaced.enter_context(visible(owners))
+        forwards = {layer.module: layer.forward for layer in layers}
         self._replaced.enter_context(shadowed_forwards(forwards))
         for parameter in self.floats.values():
             for owner, name in parameter.places:
