@@ -1,6 +1,7 @@
 """Builds a runtime, the forwards that replace those of the float model, and
 checks it by a probe."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer
 from ..model.layers import Encoder, find_encoders
 from ..utils import forks
+from . import simulated
 from .base import (
     Runtime,
     encoder_forward,
@@ -22,6 +24,8 @@ from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
 from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError
 from .registry import RUNTIMES, load_function
+
+logger = logging.getLogger(__name__)
 
 
 def _encoders(
@@ -74,12 +78,31 @@ def build_forwards(
             forwards[encoder.model] = in_own_precision(execute)
             for layer in spec.layers():
                 heads.pop(layer.name, None)
+    planes = _take_planes(heads)
     if runtime.layer == Runtime.layer:
         runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
         heads = heads_with_algorithms(heads, runner)
     make_layer = load_function(runtime.layer)
-    rest = {n: in_own_precision(make_layer(x)) for n, x in heads.items()}
+    made = {name: make_layer(layer) for name, layer in heads.items()}
+    made |= {n: simulated.make_layer(layer) for n, layer in planes.items()}
+    rest = {name: in_own_precision(forward) for name, forward in made.items()}
     return {**forwards, **layer_forwards(modules, rest)}
+
+
+def _take_planes(layers: dict[str, IntegerLayer]) -> dict[str, IntegerLayer]:
+    """Removes and returns the two-dimensional convolutions, which no runtime
+    multiplies in integers."""
+    planes = {n: x for n, x in layers.items() if x.kind == "conv2d"}
+    for name in planes:
+        del layers[name]
+    if planes:
+        logger.warning(
+            "%s (%d layers): two-dimensional convolutions are computed in "
+            "float32 from their integers",
+            next(iter(planes)),
+            len(planes),
+        )
+    return planes
 
 
 def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
