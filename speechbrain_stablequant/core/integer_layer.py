@@ -21,7 +21,7 @@ from .affine import (
 )
 from .layer_quant import LayerQuant, LayerTensors
 
-Sizes = int | tuple[int, int]
+Sizes = tuple[int, int] | int
 
 
 @dataclass(frozen=True)

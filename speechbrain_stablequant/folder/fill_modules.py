@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..core.integer_layer import IntegerLayer, layer_geometry
+from ..model import products
+from ..model.layers import layer_kind
 from ..model.rotation import attach_rotations, rotation_of
 from ..utils.typed import one_line
 from .errors import CheckpointError, reading
@@ -25,20 +27,26 @@ def fill_modules(
 
     Modules may be on ``meta``. Raises CheckpointError, which names ``where``.
     """
-    by_name = {
-        name: child
-        for key, module in modules.items()
-        for name, child in module.named_modules(prefix=key)
-    }
+    by_name = products.modules_by_name(modules)
+    floats = dict(floats)
     advice = "the folder's files belong to different models"
     with reading(where, "does not fit the model", advice):
         for name, layer in integers.items():
             module = by_name.get(name)
             _check_fit(module, layer)
-            _free_weight(module)
+            if isinstance(module, products.RowsLinear):
+                # Its owner's bias is stored, too.
+                floats.pop(f"{name}.bias", None)
+                continue
+            if products.owners_of(name, by_name):
+                products.free_parameter(module, "weight")
+            else:
+                _free_weight(module)
             if module.bias is None and layer.bias is not None:
                 # A bias correction for a layer without a bias.
                 module.bias = nn.Parameter(torch.empty_like(layer.bias))
+        for place in products.covered_parameters(modules, integers).values():
+            products.free_parameter(*place)
         _rotate(modules, floats)
         _check_floats(float_state(modules, integers), floats)
     for key, module in modules.items():
@@ -58,8 +66,7 @@ def fill_modules(
 
 
 def _check_fit(module: nn.Module | None, layer: IntegerLayer) -> None:
-    kinds = {"linear": nn.Linear, "conv1d": nn.Conv1d}
-    if not isinstance(module, kinds[layer.kind]):
+    if module is None or layer_kind(module) != layer.kind:
         raise ValueError(f"the model has no {layer.kind} layer '{layer.name}'")
     geometry = {key: getattr(layer, key) for key in layer_geometry(module)}
     if (

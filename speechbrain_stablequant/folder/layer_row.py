@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ..core.affine import MAX_BITS, MIN_BITS, qmax
-from ..core.integer_layer import IntegerLayer
+from ..core.integer_layer import IntegerLayer, Sizes
 from ..core.layer_quant import LayerQuant
 from ..core.packing import check_packed, unpack
 from ..core.plan import PLAN_FILE
@@ -23,21 +23,21 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups")
 class LayerRow:
     """A layer in the description of the file."""
 
-    kind: Literal["linear", "conv1d"]
+    kind: Literal["linear", "conv1d", "conv2d"]
     weight_bits: int
     activation_bits: int
     shape: list[int]
     bias: bool
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
+    stride: Sizes = 1
+    padding: Sizes = 0
+    dilation: Sizes = 1
     groups: int = 1
     activation_offset: float = 0.0
 
 
 def describe_layer(layer: IntegerLayer) -> dict[str, Any]:
     """Returns the row of a layer, as JSON."""
-    geometry = _GEOMETRY if layer.kind == "conv1d" else ()
+    geometry = () if layer.kind == "linear" else _GEOMETRY
     # Absent where a layer does not use it.
     extras = ("activation_offset",) if layer.activation_offset else ()
     row = {key: getattr(layer, key) for key in (*_KEYS, *geometry, *extras)}
@@ -66,18 +66,24 @@ def _check_row(row: LayerRow) -> None:
     """Checks that a layer's description is possible."""
     sizes = row.shape
     plain = [getattr(row, key) == getattr(LayerRow, key) for key in _GEOMETRY]
-    conv = row.kind == "conv1d"
+    dimensions = {"linear": 2, "conv1d": 3, "conv2d": 4}[row.kind]
     # Of a wrong shape the error names the shape, not the groups.
-    shaped = len(sizes) == (3 if conv else 2) and min(sizes) > 0
+    shaped = len(sizes) == dimensions and min(sizes) > 0
+
+    def at_least(size: Sizes, least: int) -> bool:
+        pair = isinstance(size, tuple) and len(size) == 2
+        one = pair if row.kind == "conv2d" else isinstance(size, int)
+        return one and min(size if pair else (size,)) >= least
+
     checks = {
         "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
         "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS,
         "shape": shaped,
-        "stride": row.stride > 0,
-        "padding": row.padding >= 0,
-        "dilation": row.dilation > 0,
+        "stride": at_least(row.stride, 1),
+        "padding": at_least(row.padding, 0),
+        "dilation": at_least(row.dilation, 1),
         "groups": row.groups > 0 and (not shaped or sizes[0] % row.groups == 0),
-        "kind": conv or all(plain),
+        "kind": dimensions > 2 or all(plain),
     }
     for key, good in checks.items():
         if not good:

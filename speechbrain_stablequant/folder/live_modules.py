@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer
+from ..model import products
 from ..model.layers import find_encoders
 from ..runtimes.base import modules_by_name
 from ..runtimes.build import build_forwards, check_probe
@@ -108,6 +109,11 @@ class LiveModules:
         encoders = [x.model for x in find_encoders(self.modules)]
         for module in (*layers, *encoders):
             module.forward = _Dispatch(self, module)
+        by_name = products.modules_by_name(self.modules)
+        for name in checkpoint.integers:
+            owners = products.owners_of(name, by_name)
+            for owner, forward in products.visible_forwards(owners).items():
+                owner.forward = forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveModules":
         """Returns a copy that builds its own runtime from the folder."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer
+from ..model.products import covered_parameters
 from ..utils.patching import restored_values
 from .errors import CheckpointError
 
@@ -20,6 +21,7 @@ def float_state(
 ) -> dict[str, torch.Tensor]:
     """Returns parameters and buffers but the weights of quantized layers."""
     weights = {f"{name}.weight" for name in names}
+    weights |= covered_parameters(modules, names).keys()
     # The integer weight replaces both parts of a weight norm.
     parts = tuple(f"{name}.parametrizations.weight." for name in names)
     state = {}

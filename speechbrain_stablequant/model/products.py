@@ -6,7 +6,7 @@ child would never be reached. Rows of such a parameter are a *virtual* linear,
 module of each product: ``F.linear`` is intercepted while the owner runs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType
@@ -181,6 +181,27 @@ def owners_of(
     around = (".".join(parts[:i]) for i in range(1, len(parts)))
     found = (by_name.get(path) for path in around)
     return tuple(x for x in found if x is not None and _kind(x) is not None)
+
+
+def covered_parameters(
+    modules: Mapping[str, nn.Module], names: Collection[str]
+) -> dict[str, tuple[nn.Module, str]]:
+    """Owner and attribute of each parameter, by its name in the state dict,
+    all of whose rows are virtual linears among ``names``."""
+    covered: dict[str, tuple[nn.Module, str]] = {}
+    for path, owner in modules_by_name(modules).items():
+        linears = virtual_linears(owner).items()
+        left = {x.weight_name for n, x in linears if f"{path}.{n}" not in names}
+        for weight in {x.weight_name for _, x in linears} - left:
+            covered[f"{path}.{weight}"] = owner, weight
+    return covered
+
+
+def free_parameter(module: nn.Module, name: str) -> None:
+    """Replaces a parameter that an owner reads by a tensor of its shape that
+    holds one number a row: enough to tell rows apart, and no use as weights."""
+    shape = module._parameters.pop(name).shape
+    vars(module)[name] = torch.full((shape[0], 1), torch.nan).expand(shape)
 
 
 # -- execution -----------------------------------------------------------------

@@ -544,8 +544,8 @@ def test_state_that_is_no_tensor():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind": "lstm"}, "kind: must be one of linear, conv1d, not 'lstm'"),
-        ({"kind": []}, "kind: must be one of linear, conv1d, not []"),
+        ({"kind": "lstm"}, "kind: must be one of linear, conv1d, conv2d, not"),
+        ({"kind": []}, "kind: must be one of linear, conv1d, conv2d, not []"),
         ({"shape": [5, 16, 1]}, "shape cannot be [5, 16, 1]"),
         ({"shape": [0, 10**18]}, "shape cannot be"),
         ({"shape": "516"}, "shape: must be a list"),
