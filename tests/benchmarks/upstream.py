@@ -18,24 +18,34 @@ python tests/benchmarks/upstream.py --checkout ../speechbrain \
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from upstream_recipes import corpora, models
-from upstream_recipes.rows import COMMON, ROWS, Row
+from upstream_recipes import check, corpora, models
+from upstream_recipes.rows import COMMON, ROWS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SPEECH = ROOT / "recipes/LibriSpeech/ASR/CTC/demo/LibriSpeech"
+# What each recipe imports: once, before the processes of the rows are forked.
+_IMPORTS = (
+    "speechbrain.inference.ASR",
+    "speechbrain.integrations.huggingface.wav2vec2",
+    "speechbrain.integrations.huggingface.whisper",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
+    "transformers.models.whisper.modeling_whisper",
+)
 _LIMIT = 900  # Seconds of a recipe or a check.
 _BLOCK = {
     "method": "mse",
@@ -109,7 +119,7 @@ class RowRun:
         overrides = {"data_folder": str(self.folder / "data")}
         overrides["output_folder"] = str(self.output)
         data = Path(overrides["data_folder"])
-        overrides |= self.row.corpus(data, splits, str(self.output))
+        overrides |= self.row.imitate(data, splits, str(self.output))
         texts = [
             self.row.texts(r.text) for rows in splits.values() for r in rows
         ]
@@ -163,7 +173,7 @@ class RowRun:
 
     def _write_yaml(self) -> None:
         """A copy of the recipe's YAML with the block at its end."""
-        block = {"target": list(self.row.target), **_BLOCK, **self.row.block}
+        block = {"target": self.row.target, **_BLOCK}
         block |= yaml.safe_load(self.args.block)
         backends = self.args.backends.split(",")
         if len(backends) == 1:
@@ -183,45 +193,45 @@ class RowRun:
             for key, value in self.overrides.items()
         }
         return [
-            sys.executable,
             str(self.script),
             str(self.folder / "train.yaml"),
             "--device=cpu",
             *(f"--{key}={value}" for key, value in values.items()),
         ]
 
-    def start(self, command: list[str], log: str) -> tuple[int, str]:
-        """Run a command; returns its exit status and what it wrote."""
-        parts = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
-        if not self.args.installed:
-            parts.insert(0, str(self.args.checkout.resolve()))
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, parts)),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        try:
-            process = subprocess.run(
-                command,
-                cwd=self.folder,
-                env=env,
-                timeout=_LIMIT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            status, text = process.returncode, process.stdout
-        except subprocess.TimeoutExpired as error:
-            status, text = 124, (error.stdout or b"").decode(errors="replace")
+    def start(self, target: Callable, log: str) -> tuple[int, str]:
+        """Call something in a process of its own, which has all imports;
+        returns its exit status and what it wrote."""
+        file = self.folder / log
+
+        def call() -> None:
+            with open(file, "wb", buffering=0) as out:
+                for stream in (1, 2):
+                    os.dup2(out.fileno(), stream)
+            os.chdir(self.folder)
+            target()
+
+        process = multiprocessing.get_context("fork").Process(target=call)
+        process.start()
+        process.join(_LIMIT)
+        text = file.read_text(errors="replace")
+        if process.is_alive():
+            process.kill()
             text += f"\nTimeoutExpired: longer than {_LIMIT} s"
-        (self.folder / log).write_text(text)
-        return status, text
+        process.join()
+        return process.exitcode, text
+
+    def recipe(self) -> None:
+        """Run the recipe's script, as a command line does."""
+        sys.argv = self.command()
+        sys.path[:0] = [str(self.script.parent), str(ROOT)]
+        runpy.run_path(str(self.script), run_name="__main__")
 
     def run(self) -> dict[str, Any]:
         """Run the row; returns what the table says of it."""
         self.prepare()
         started = time.monotonic()
-        status, text = self.start(self.command(), "log.txt")
+        status, text = self.start(self.recipe, "log.txt")
         row = {
             "evaluated": False,
             "folder": False,
@@ -263,11 +273,13 @@ class RowRun:
         """Load the folder in SpeechBrain's class and compare transcripts."""
         manifest = self.output / self.row.manifest
         results = folder / "checked.json"
-        script = HERE / "upstream_recipes" / "check.py"
-        data = self.folder / "data"
-        files = [str(p) for p in (folder, manifest, results, data)]
-        command = [sys.executable, str(script), self.row.loads, *files]
-        status, text = self.start(command, f"check_{folder.name}.txt")
+        paths = (folder, manifest, results, self.folder / "data")
+
+        def compare() -> None:
+            sys.path.insert(0, str(ROOT))
+            check.main(self.row.loads, *paths)
+
+        status, text = self.start(compare, f"check_{folder.name}.txt")
         if status:
             return {"equal": False, "check_said": last_line(text)}
         return json.loads(results.read_text())
@@ -311,8 +323,11 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     """Runs the rows one after the other."""
     args = parse_arguments()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not args.installed:
         sys.path.insert(0, str(args.checkout.resolve()))
+    for name in _IMPORTS:
+        importlib.import_module(name)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "rows.json"
     rows = json.loads(file.read_text()) if file.exists() else {}

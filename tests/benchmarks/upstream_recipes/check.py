@@ -1,10 +1,9 @@
 """Loads a folder in SpeechBrain's class and compares its transcripts with
-those of its report: ``check.py CLASS FOLDER MANIFEST RESULTS DATA``."""
+those of its report."""
 
 import csv
 import importlib
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -70,7 +69,3 @@ def main(
         "check_said": said,
     }
     results.write_text(json.dumps(row, indent=1, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
