@@ -26,7 +26,6 @@ import re
 import runpy
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +207,7 @@ class RowRun:
             with open(file, "wb", buffering=0) as out:
                 for stream in (1, 2):
                     os.dup2(out.fileno(), stream)
+            sys.stdout.reconfigure(line_buffering=True)
             os.chdir(self.folder)
             target()
 
@@ -230,13 +230,15 @@ class RowRun:
     def run(self) -> dict[str, Any]:
         """Run the row; returns what the table says of it."""
         self.prepare()
-        started = time.monotonic()
+        before = os.times()
         status, text = self.start(self.recipe, "log.txt")
+        after = os.times()
         row = {
             "evaluated": False,
             "folder": False,
             "said": last_line(text) if status else "",
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(after.elapsed - before.elapsed, 1),
+            "cpu_seconds": round(after.children_user - before.children_user, 1),
             "note": self.row.note,
             "backends": {},
         }
