@@ -106,7 +106,9 @@ def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
         assert found == expected
     # one of them speaks and writes
     assert "report: " in done[0].out
-    assert done[1].out == ""
+    said = done[1].out.splitlines()
+    # torch 2.8 itself tells of each connection
+    assert not [line for line in said if not line.startswith("[Gloo] ")]
     reports = list(tmp_path.rglob("report.json"))
     assert reports == [output / "quantized" / "report.json"]
 
