@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .brain.attach import StableQuant, register
+    from .brain.pretrained import QuantizedSource, quantize_pretrained
     from .config import ConfigError
     from .core.plan import QuantizationPlan
     from .methods.registry import QuantizeConfig
@@ -16,9 +17,11 @@ __all__ = [
     "ConfigError",
     "QuantizationPlan",
     "QuantizeConfig",
+    "QuantizedSource",
     "Recognizer",
     "StableQuant",
     "load",
+    "quantize_pretrained",
     "register",
 ]
 
@@ -26,9 +29,11 @@ _PLACES = {
     "ConfigError": "config",
     "QuantizationPlan": "core.plan",
     "QuantizeConfig": "methods.registry",
+    "QuantizedSource": "brain.pretrained",
     "Recognizer": "transcribe.load",
     "StableQuant": "brain.attach",
     "load": "transcribe.load",
+    "quantize_pretrained": "brain.pretrained",
     "register": "brain.attach",
 }
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..model.layers import KINDS, Layer
+from ..model import products
+from ..model.layers import KINDS, Layer, layer_kind
 from ..utils.files import (
     parse_json,
     plain_name,
@@ -286,6 +287,15 @@ def _require(row: Any, where: str, **checks: bool) -> None:
         if not good:
             value = short(getattr(row, key))
             raise ValueError(f"{where}: {key} cannot be {value}")
+
+
+def layer_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Returns the number of weights of each layer of a model, by name."""
+    return {
+        name: module.weight.numel()
+        for name, module in products.modules_by_name(modules).items()
+        if layer_kind(module) is not None
+    }
 
 
 def write_tensors(

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.patching import on_meta
-
 _KINDS = ("wav2vec2", "hubert")
 
 _DEFAULTS = {
@@ -145,7 +143,7 @@ def has_skeleton(config: Mapping[str, Any]) -> bool:
 
 def empty_skeleton(config: Mapping[str, Any]) -> EncoderSkeleton:
     """A skeleton without storage, on the ``meta`` device."""
-    with on_meta():
+    with torch.device("meta"):
         return EncoderSkeleton(config).eval()
 
 

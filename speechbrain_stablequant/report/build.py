@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core.histogram import Histogram
-from ..core.plan import PLAN_FILE, QuantizationPlan
+from ..core.plan import PLAN_FILE, QuantizationPlan, layer_sizes
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import HYPERPARAMS_FILE
 from .results import Execution, SetResult, real_time_factors
@@ -101,12 +101,7 @@ def build_report(
 def _units(
     plan: QuantizationPlan, modules: Mapping[str, nn.Module]
 ) -> list[dict]:
-    numels = {
-        f"{key}.{name}" if name else key: child.weight.numel()
-        for key, module in modules.items()
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | nn.Conv1d)
-    }
+    numels = layer_sizes(modules)
     rows = []
     for unit in plan.units:
         names = [x.name for x in plan.layers if x.unit == unit.name]

@@ -1,0 +1,225 @@
+"""A pretrained recognizer in the layout of SpeechBrain's Hub folders.
+
+HyperPyYAML constructs whatever a YAML names, so a source is read as data first:
+tags may only name what SpeechBrain and torch offer for models, and checkpoints
+may only hold tensors.
+"""
+
+import io
+import pickle
+import pydoc
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import speechbrain.inference.ASR
+import torch
+from huggingface_hub import snapshot_download
+from hyperpyyaml import resolve_references
+from speechbrain.inference.interfaces import Pretrained
+
+from ..folder.recognizer_spec import HYPERPARAMS_FILE
+from ..utils.patching import shadowed
+from ..utils.typed import one_line, short
+from ..utils.yaml_tree import Tagged, parse_yaml
+
+# Where tags may point, and where what they name must have been written.
+_TRUSTED = (
+    *("speechbrain.augment", "speechbrain.dataio.encoder"),
+    *("speechbrain.dataio.preprocess", "speechbrain.decoders"),
+    *("speechbrain.integrations.huggingface", "speechbrain.lm"),
+    *("speechbrain.lobes", "speechbrain.nnet", "speechbrain.processing"),
+    *("speechbrain.tokenizers", "speechbrain.utils.dynamic_chunk_training"),
+    *("speechbrain.utils.metric_stats", "speechbrain.utils.parameter_transfer"),
+    *("torch.nn", "torch._C._nn"),
+)
+# These load pickles, or code of the Hub.
+_UNTRUSTED = (
+    "speechbrain.integrations.huggingface.mert",
+    "speechbrain.lobes.models.MSTacotron2",
+)
+_EXACT = (
+    *("sentencepiece.SentencePieceProcessor", "torch.manual_seed"),
+    "speechbrain.utils.seed_everything",
+)
+_HARMLESS = ("ref", "copy", "tuple", "PLACEHOLDER")
+_HINT = "if you trust its authors, pass trust_source=True"
+
+#: Keys of `modules`, and of the YAML, that tell SpeechBrain's classes apart.
+_CLASSES = {
+    "WhisperASR": ({"whisper", "decoder"}, {"language", "sample_rate"}),
+    "EncoderDecoderASR": ({"encoder", "decoder"}, {"tokenizer"}),
+    "EncoderASR": ({"encoder"}, {"tokenizer", "decoding_function"}),
+}
+
+
+class SourceError(ValueError):
+    """A source that cannot be quantized, and why, in one line."""
+
+
+def source_folder(source: str | Path) -> Path:
+    """The folder of a source; one of the Hub is downloaded first."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder.resolve()
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:
+        raise SourceError(
+            f"source: {source} is neither a folder nor a model of the "
+            f"HuggingFace Hub that can be read here ({one_line(error)})"
+        ) from error
+
+
+def check_source(folder: Path, trust: bool) -> str:
+    """Name of the class for a source, after its YAML was checked as data."""
+    path = folder / HYPERPARAMS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = parse_yaml(text)
+        kind = _class_of(tree, path)
+        if not trust:
+            _check_tags(tree, path)
+            # Quotes are lost, and strings put together, when it is loaded.
+            _check_tags(parse_yaml(resolved(path).getvalue()), path)
+    except SourceError:
+        raise
+    except (OSError, ValueError) as error:
+        message = f"source: {path} cannot be read ({one_line(error)})"
+        raise SourceError(message) from error
+    if not trust and (folder / "custom.py").exists():
+        raise SourceError(
+            f"source: {folder / 'custom.py'} is code of its own; {_HINT}"
+        )
+    return kind
+
+
+def resolved(path: Path) -> io.StringIO:
+    """The text of a YAML with its references resolved."""
+    with open(path, encoding="utf-8") as file:
+        return resolve_references(file)
+
+
+def _class_of(tree: Any, path: Path) -> str:
+    keys = set(tree) if isinstance(tree, Mapping) else set()
+    modules = tree.get("modules") if isinstance(tree, Mapping) else None
+    parts = set(modules) if isinstance(modules, Mapping) else set()
+    if "make_decoder_streaming_context" in keys:
+        raise SourceError(
+            f"source: {path} is of a StreamingASR, which cannot be quantized "
+            "yet"
+        )
+    if any("speechbrain_stablequant" in tag for tag, _ in _tags(tree)):
+        raise SourceError(f"source: {path.parent} is quantized already")
+    for name, (needed, options) in _CLASSES.items():
+        if needed <= parts and options <= keys:
+            return name
+    raise SourceError(
+        f"source: {path} is of none of {', '.join(_CLASSES)}: its modules are "
+        f"{', '.join(sorted(parts)) or 'missing'}; SpeechBrain's classes need "
+        "encoder with the keys tokenizer and decoding_function, encoder and "
+        "decoder with tokenizer, or whisper and decoder with language and "
+        "sample_rate"
+    )
+
+
+def _tags(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Tags and values of all nodes, the tag of plain ones empty."""
+    tag, value = (
+        (tree.tag, tree.value) if isinstance(tree, Tagged) else ("", tree)
+    )
+    yield tag, value
+    parts = value if isinstance(value, list) else ()
+    if isinstance(value, Mapping):
+        parts = (*value, *value.values())
+    for part in parts:
+        yield from _tags(part)
+
+
+def _check_tags(tree: Any, path: Path) -> None:
+    for tag, value in _tags(tree):
+        if not _is_trusted(tag, value):
+            what = f"tag !{tag}" if tag else f"value {short(value)}"
+            raise SourceError(
+                f"source: the {what} in {path} is neither a part of a model "
+                f"of SpeechBrain nor of torch; {_HINT}"
+            )
+
+
+def _is_trusted(tag: str, value: Any) -> bool:
+    if isinstance(value, str):
+        # HyperPyYAML reads `(...)` as a tuple, and runs the tags in it.
+        if value.lstrip().startswith("(") and "!" in value:
+            return False
+        # `<key._attribute>` is a way to all of Python.
+        if tag in ("ref", "copy") and "._" in value:
+            return False
+    if isinstance(value, Mapping) and "trust_remote_code" in value:
+        return False
+    kind, _, name = tag.partition(":")
+    if tag == "apply:getattr":  # A resolved `<key.attribute>`.
+        name = value[1] if isinstance(value, list) and len(value) == 2 else "_"
+        return isinstance(name, str) and not name.startswith("_")
+    if not tag or tag in _HARMLESS or name in _EXACT:
+        return True
+    return kind in ("new", "name") and _is_model_part(name)
+
+
+def _is_model_part(name: str) -> bool:
+    """Whether a name is of a class or function for models, wherever it was
+    imported: ``torch.nn.os.system`` is not."""
+    if not _is_inside(name, _TRUSTED) or "._" in name:
+        return False
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise SourceError(
+            f"source: {name} cannot be imported ({one_line(error)})"
+        ) from error
+    home = getattr(found, "__module__", None) or ""
+    return (
+        callable(found)
+        and _is_inside(home, _TRUSTED)
+        and not _is_inside(home, _UNTRUSTED)
+    )
+
+
+def _is_inside(name: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{part}.") for part in packages)
+
+
+def load_source(
+    folder: Path, kind: str, run_opts: Mapping[str, Any]
+) -> Pretrained:
+    """Load a checked source in SpeechBrain's class of that name."""
+    interface = getattr(speechbrain.inference.ASR, kind)
+    # No `savedir`: files are read where they are.
+    return interface.from_hparams(source=str(folder), run_opts=dict(run_opts))
+
+
+@contextmanager
+def allowed(folder: Path, trust: bool) -> Iterator[None]:
+    """Let a trusted source import modules of its folder; of others, refuse
+    checkpoints that hold more than tensors, whoever loads them."""
+    if trust:
+        sys.path.append(str(folder))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(folder))
+        return
+    load = torch.load
+
+    def load_tensors(file: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return load(file, *args, **{**options, "weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise SourceError(
+                f"source: {file} holds more than tensors, or is damaged; "
+                f"{_HINT} ({one_line(error, 200)})"
+            ) from error
+
+    with shadowed(torch, "load", load_tensors):
+        yield

@@ -1,2 +1,0 @@
-"""Upstream's recipes with our block: corpora, models and the rows of
-``upstream.py``."""

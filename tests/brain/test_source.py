@@ -1,0 +1,194 @@
+"""Sources are read as data before anything of them is constructed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechbrain_stablequant.brain.source import (
+    SourceError,
+    allowed,
+    check_source,
+    load_source,
+    source_folder,
+)
+
+YAML = """\
+blank_index: 0
+linear: !new:torch.nn.Linear {in_features: 1, out_features: 2}
+encoder: !new:speechbrain.nnet.containers.LengthsCapableSequential
+    linear: !ref <linear>
+modules:
+    encoder: !ref <encoder>
+tokenizer: !new:speechbrain.dataio.encoder.CTCTextEncoder
+decoding_function: !name:speechbrain.decoders.ctc_greedy_decode
+    blank_id: !ref <blank_index>
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        linear: !ref <linear>
+"""
+
+
+def make_source(folder: Path, more: str = "", yaml: str = YAML) -> Path:
+    """A source of one layer, with more lines in its YAML."""
+    (folder / "hyperparams.yaml").write_text(yaml + more, encoding="utf-8")
+    torch.save(torch.nn.Linear(1, 2).state_dict(), folder / "linear.ckpt")
+    return folder
+
+
+def test_source_loads(tmp_path):
+    folder = make_source(tmp_path)
+    assert check_source(folder, False) == "EncoderASR"
+    load = torch.load
+    with allowed(folder, False):
+        found = load_source(folder, "EncoderASR", {})
+    saved = torch.load(folder / "linear.ckpt")
+    assert torch.equal(found.mods.encoder["linear"].weight, saved["weight"])
+    assert torch.load is load
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2",
+        "speechbrain.integrations.huggingface.whisper.Whisper",
+        "speechbrain.lobes.models.CRDNN.CRDNN",
+        "speechbrain.lobes.models.transformer.TransformerASR.TransformerASR",
+        "speechbrain.decoders.S2SRNNBeamSearcher",
+        "speechbrain.decoders.scorer.ScorerBuilder",
+        "speechbrain.processing.features.InputNormalization",
+        "sentencepiece.SentencePieceProcessor",
+        "torch.nn.functional.gelu",
+    ],
+)
+def test_parts_of_models(tmp_path, name):
+    folder = make_source(tmp_path, f"part: !name:{name}\n")
+    assert check_source(folder, False) == "EncoderASR"
+
+
+#: Each would run a shell command, or code of the source.
+ATTACKS = [
+    "x: !apply:os.system [touch RAN]",
+    "x: !apply:torch.os.system [touch RAN]",
+    "x: !apply:torch.nn.modules.module.torch.os.system [touch RAN]",
+    "x: !name:speechbrain.lobes.features.torch.hub.load {repo: y}",
+    "x: !apply:speechbrain.utils.superpowers.run_shell [touch RAN]",
+    "x: !apply:speechbrain.dataio.dataio.load_pickle [y]",
+    "x: !apply:torch.load [y]",
+    "x: !new:torch.nn.__builtins__.eval [y]",
+    "x: !new:custom.Encoder {}",
+    "x: !module:os",
+    "x: !module:torch.nn",
+    "x: !applyref:os.system [touch RAN]",
+    "x: !include:other.yaml",
+    "x: !!python/object/apply:os.system [touch RAN]",
+    'x: (!!python/object/apply:os.system ["touch RAN"])',
+    'x: "(!!python/object/apply:os.system [touch RAN])"',
+    'y: "("\nz: "!!python/object/apply:os.system [touch RAN])"\nx: !ref <y><z>',
+    "x: !tuple (!!python/object/apply:os.system [touch RAN])",
+    "x: !ref <encoder.__init__>",
+    "x: !new:speechbrain.integrations.huggingface.mert.MERT {source: y}",
+    "x: {source: y, trust_remote_code: True}",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks(tmp_path, monkeypatch, attack):
+    monkeypatch.chdir(tmp_path)
+    folder = make_source(tmp_path, attack + "\n")
+    with pytest.raises(SourceError, match="trust_source=True") as caught:
+        check_source(folder, False)
+    assert "\n" not in str(caught.value)
+    assert not Path("RAN").exists()
+    assert check_source(folder, True) == "EncoderASR"
+    assert not Path("RAN").exists()
+
+
+def test_custom_code(tmp_path):
+    yaml = YAML.replace("!new:torch.nn.Linear", "!new:custom_of_test.Own")
+    folder = make_source(tmp_path, yaml=yaml)
+    code = "import torch\nclass Own(torch.nn.Linear):\n    pass\n"
+    (folder / "custom_of_test.py").write_text(code, encoding="utf-8")
+    with pytest.raises(SourceError, match=r"!new:custom_of_test\.Own"):
+        check_source(folder, False)
+    kind = check_source(folder, True)
+    with allowed(folder, True):
+        found = load_source(folder, kind, {})
+    assert type(found.mods.encoder["linear"]).__name__ == "Own"
+    (folder / "custom.py").write_text(code, encoding="utf-8")
+    make_source(folder)
+    with pytest.raises(SourceError, match=r"custom\.py is code of its own"):
+        check_source(folder, False)
+
+
+class Command:
+    """Pickled, it runs a command when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch RAN",)
+
+
+def test_pickled_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder = make_source(tmp_path)
+    torch.save({"weight": Command()}, folder / "linear.ckpt")
+    kind = check_source(folder, False)
+    load = torch.load
+    with (
+        pytest.raises(SourceError, match="holds more than tensors") as caught,
+        allowed(folder, False),
+    ):
+        load_source(folder, kind, {})
+    assert "linear.ckpt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("RAN").exists()
+    assert torch.load is load
+
+
+MODULES = "modules: {modules}\ntokenizer: x\n{keys}: x\n"
+
+
+@pytest.mark.parametrize(
+    ("modules", "keys", "kind"),
+    [
+        ("{encoder: 1}", "decoding_function", "EncoderASR"),
+        ("{encoder: 1, decoder: 2}", "lm", "EncoderDecoderASR"),
+        ("{encoder: 1, decoder: 2}", "decoding_function", "EncoderDecoderASR"),
+        ("{whisper: 1, decoder: 2}", "sample_rate: 8\nlanguage", "WhisperASR"),
+    ],
+)
+def test_classes(tmp_path, modules, keys, kind):
+    yaml = MODULES.format(modules=modules, keys=keys)
+    assert check_source(make_source(tmp_path, yaml=yaml), False) == kind
+
+
+@pytest.mark.parametrize(
+    ("yaml", "line"),
+    [
+        (MODULES.format(modules="{enc: 1}", keys="x"), "its modules are enc"),
+        ("a: 1\n", "its modules are missing"),
+        ("- 1\n", "its modules are missing"),
+        ("a: [", "cannot be read"),
+        (YAML + "make_decoder_streaming_context: x\n", "of a StreamingASR"),
+        (
+            YAML + "x: !new:speechbrain_stablequant.inference.FolderLoader\n",
+            "is quantized already",
+        ),
+    ],
+)
+def test_wrong_sources(tmp_path, yaml, line):
+    folder = make_source(tmp_path, yaml=yaml)
+    with pytest.raises(SourceError, match=line) as caught:
+        check_source(folder, False)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_source(tmp_path):
+    with pytest.raises(SourceError, match="neither a folder nor a model"):
+        source_folder(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="neither a folder nor a model"):
+        source_folder("no/such-model")
+    with pytest.raises(SourceError, match=r"hyperparams\.yaml cannot be read"):
+        check_source(tmp_path, False)
