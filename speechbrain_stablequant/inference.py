@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.utils.fetching import (
     FetchConfig,
     FetchFrom,
@@ -236,6 +237,16 @@ class EncoderChain(nn.Module):
             if isinstance(x, tuple | list):
                 x = x[0]
         return x
+
+
+class LabelTokenizer(CTCTextEncoder):
+    """Labels as the tokenizer of ``EncoderDecoderASR``."""
+
+    def decode_ids(self, ids: Sequence[int]) -> str:
+        """The text of labels: characters, or phonemes with spaces between."""
+        labels = self.decode_ndim(list(ids))
+        letters = all(len(str(label)) < 2 for label in self.lab2ind)
+        return ("" if letters else " ").join(labels)
 
 
 class LateModule(nn.Module):

@@ -8,7 +8,19 @@ import sentencepiece
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
+from speechbrain.decoders.ctc import CTCBeamSearcher
 from speechbrain.utils.metric_stats import ErrorRateStats
+from torch import nn
+
+from speechbrain_stablequant.brain.rebuilt import describe_modules
+from speechbrain_stablequant.core.integer_layer import integer_layer
+from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.folder.stored_floats import rounded_floats
+from speechbrain_stablequant.folder.write import write_folder
+from speechbrain_stablequant.model.layers import find_layers
+from speechbrain_stablequant.runtimes.simulated import simulated_forwards
+from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 FEATURES = """\
 sample_rate: 16000
@@ -94,6 +106,153 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 """
 
 
+SEQ2SEQ_RECIPE = f"""\
+Transformer: !new:{TRANSFORMER}.TransformerASR
+    input_size: 80
+    tgt_vocab: !ref <output_neurons>
+    d_model: !ref <d_model>
+    nhead: 2
+    num_encoder_layers: 1
+    num_decoder_layers: 1
+    d_ffn: 96
+    activation: !ref <activation>
+    encoder_module: transformer
+    normalize_before: True
+    causal: False
+ctc_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: !ref <d_model>
+    n_neurons: !ref <output_neurons>
+seq_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: !ref <d_model>
+    n_neurons: !ref <output_neurons>
+lm_model: !new:speechbrain.lobes.models.RNNLM.RNNLM
+    output_neurons: !ref <output_neurons>
+    embedding_dim: 8
+    rnn_neurons: 16
+    dnn_neurons: 16
+    return_hidden: True
+modules:
+    CNN: !ref <CNN>
+    Transformer: !ref <Transformer>
+    seq_lin: !ref <seq_lin>
+    ctc_lin: !ref <ctc_lin>
+    normalize: !ref <normalize>
+ctc_scorer: !new:speechbrain.decoders.scorer.CTCScorer
+    eos_index: 2
+    blank_index: 0
+    ctc_fc: !ref <ctc_lin>
+rnnlm_scorer: !new:speechbrain.decoders.scorer.RNNLMScorer
+    language_model: !ref <lm_model>
+    temperature: 1.15
+scorer: !new:speechbrain.decoders.scorer.ScorerBuilder
+    full_scorers: [!ref <rnnlm_scorer>, !ref <ctc_scorer>]
+    weights:
+        rnnlm: 0.3
+        ctc: 0.4
+test_search: !new:speechbrain.decoders.S2STransformerBeamSearcher
+    modules: [!ref <Transformer>, !ref <seq_lin>]
+    bos_index: 1
+    eos_index: 2
+    min_decode_ratio: 0.0
+    max_decode_ratio: 0.3
+    beam_size: 3
+    using_eos_threshold: False
+    length_normalization: True
+    scorer: !ref <scorer>
+"""
+
+CRDNN_RECIPE = """\
+enc: !new:speechbrain.lobes.models.CRDNN.CRDNN
+    input_shape: [null, null, !ref <n_mels>]
+    cnn_blocks: 1
+    cnn_channels: (8,)
+    rnn_class: !name:speechbrain.nnet.RNN.LSTM
+    rnn_layers: 1
+    rnn_neurons: 16
+    dnn_blocks: 1
+    dnn_neurons: 32
+emb: !new:speechbrain.nnet.embedding.Embedding
+    num_embeddings: !ref <output_neurons>
+    embedding_dim: 8
+dec: !new:speechbrain.nnet.RNN.AttentionalRNNDecoder
+    enc_dim: 32
+    input_size: 8
+    rnn_type: gru
+    attn_type: location
+    hidden_size: 24
+    attn_dim: 16
+    num_layers: 1
+    scaling: 1.0
+    channels: 4
+    kernel_size: 9
+seq_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: 24
+    n_neurons: !ref <output_neurons>
+modules:
+    enc: !ref <enc>
+    emb: !ref <emb>
+    dec: !ref <dec>
+    seq_lin: !ref <seq_lin>
+    normalize: !ref <normalize>
+test_search: !new:speechbrain.decoders.S2SRNNBeamSearcher
+    embedding: !ref <emb>
+    decoder: !ref <dec>
+    linear: !ref <seq_lin>
+    bos_index: 1
+    eos_index: 2
+    min_decode_ratio: 0.15
+    max_decode_ratio: 0.2
+    beam_size: 3
+    eos_threshold: 1.5
+    temperature: 1.25
+"""
+
+TRANSDUCER_RECIPE = """\
+enc: !new:{TRANSFORMER}.EncoderWrapper
+    transformer: !ref <Transformer>
+proj_enc: !new:speechbrain.nnet.linear.Linear
+    input_size: !ref <d_model>
+    n_neurons: 32
+    bias: False
+proj_dec: !new:speechbrain.nnet.linear.Linear
+    input_size: 24
+    n_neurons: 32
+    bias: False
+emb: !new:speechbrain.nnet.embedding.Embedding
+    num_embeddings: !ref <output_neurons>
+    consider_as_one_hot: True
+    blank_id: 0
+dec: !new:speechbrain.nnet.RNN.LSTM
+    input_shape: [null, null, !ref <output_neurons> - 1]
+    hidden_size: 24
+    num_layers: 1
+Tjoint: !new:speechbrain.nnet.transducer.transducer_joint.Transducer_joint
+    joint: sum
+    nonlinearity: !ref <activation>
+transducer_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: 32
+    n_neurons: !ref <output_neurons>
+    bias: False
+modules:
+    CNN: !ref <CNN>
+    enc: !ref <enc>
+    emb: !ref <emb>
+    dec: !ref <dec>
+    Tjoint: !ref <Tjoint>
+    transducer_lin: !ref <transducer_lin>
+    normalize: !ref <normalize>
+    proj_dec: !ref <proj_dec>
+    proj_enc: !ref <proj_enc>
+Beamsearcher: !new:speechbrain.decoders.transducer.TransducerBeamSearcher
+    decode_network_lst: [!ref <emb>, !ref <dec>, !ref <proj_dec>]
+    tjoint: !ref <Tjoint>
+    classifier_network: [!ref <transducer_lin>]
+    blank_id: 0
+    beam_size: 1
+    nbest: 1
+""".replace("{TRANSFORMER}", TRANSFORMER)
+
+
 class Recipe(sb.Brain):
     """What the classes of recipes share: greedy hypotheses are scored."""
 
@@ -126,6 +285,67 @@ class Conformer(Recipe):
         scores = self.hparams.log_softmax(self.modules.ctc_lin(x))
         found = sb.decoders.ctc_greedy_decode(scores, lengths, blank_id=0)
         return scores, lengths, found
+
+
+class BeamConformer(Recipe):
+    """Conformer, and a beam search of the script's own."""
+
+    def compute_forward(self, batch, stage):
+        x, lengths = self.features(batch)
+        x, _ = self.modules.Transformer(x, tgt=None, wav_len=lengths)
+        scores = self.hparams.log_softmax(self.modules.ctc_lin(x))
+        pieces = self.tokenizer.id_to_piece(list(range(24)))
+        search = CTCBeamSearcher(
+            blank_index=0,
+            vocab_list=pieces,
+            beam_size=5,
+            token_prune_min_logp=-12.0,
+        )
+        found = search(scores, lengths)
+        return scores, [self.tokenizer.encode_as_ids(x[0].text) for x in found]
+
+
+class Seq2Seq(Recipe):
+    """Transformer with a decoder, which sees the transcript as well."""
+
+    def compute_forward(self, batch, stage):
+        x, lengths = self.features(batch)
+        tokens = torch.ones(len(x), 3, dtype=torch.long)
+        x, scores = self.modules.Transformer(x, tokens, lengths, pad_idx=0)
+        scores = self.modules.seq_lin(scores)
+        self.modules.ctc_lin(x)
+        found, *_ = self.hparams.test_search(x.detach(), lengths)
+        return scores, found
+
+
+class CRDNN(Recipe):
+    """CRDNN with an attentional decoder."""
+
+    def compute_forward(self, batch, stage):
+        wavs, lengths = batch.sig
+        features = self.hparams.compute_features(wavs)
+        features = self.modules.normalize(features, lengths)
+        x = self.modules.enc(features.detach())
+        tokens = torch.ones(len(x), 3, dtype=torch.long)
+        h, _ = self.modules.dec(self.modules.emb(tokens), x, lengths)
+        scores = self.modules.seq_lin(h)
+        found, *_ = self.hparams.test_search(x, lengths)
+        return scores, found
+
+
+class Transducer(Recipe):
+    """Conformer with a transducer."""
+
+    def compute_forward(self, batch, stage):
+        x, lengths = self.features(batch)
+        x = self.modules.enc(x, lengths, pad_idx=0, dynchunktrain_config=None)
+        x = self.modules.proj_enc(x)
+        h, _ = self.modules.dec(self.modules.emb(torch.ones(2, 3).long()))
+        h = self.modules.proj_dec(h)
+        joint = self.modules.Tjoint(x.unsqueeze(2), h.unsqueeze(1))
+        scores = self.modules.transducer_lin(joint)
+        found, *_ = self.hparams.Beamsearcher(x)
+        return scores, found
 
 
 class Batch(SimpleNamespace):
@@ -183,4 +403,36 @@ def make(kind, text, folder, **run_options):
     features = brain.hparams.compute_features(batch(8, seed=5).sig[0])
     normalize(features, torch.ones(8), epoch=0)
     brain.modules.eval()
+    if kind is CRDNN:
+        # As they are made, the weights of its decoder say nothing.
+        torch.manual_seed(0)
+        for key, size in (("seq_lin", 0.7), ("dec", 0.3)):
+            for parameter in brain.modules[key].parameters():
+                nn.init.normal_(parameter, std=size)
     return brain
+
+
+def folder_of(brain, config, folder):
+    """Writes a Brain's folder; returns what the simulation hears."""
+    modules = dict(brain.modules.items())
+    layers = find_layers(modules, config.target, exclude=config.exclude)
+    names = [layer.name for layer in layers]
+    source, modules = describe_modules(brain, batch(), config, names)
+    quant = LayerQuant(8, 8, 4.0)
+    rows = [
+        LayerPlan(x.name, x.unit, x.kind, quant, 4.0, 100.0, "") for x in layers
+    ]
+    plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], rows)
+    folder.mkdir()
+    with rounded_floats(modules, names, "float16"):
+        integers = {x.name: integer_layer(x, quant) for x in layers}
+        forwards = simulated_forwards(dict(brain.modules.items()), integers)
+        with shadowed_forwards(forwards), torch.no_grad():
+            *_, ids = brain.compute_forward(batch(), None)
+    assert write_folder(folder, modules, plan, integers, "float16", source)
+    return [brain.tokenizer.decode_ids(x) for x in ids]
+
+
+def transcripts(asr) -> list[str]:
+    """What a recognizer hears in the batch."""
+    return asr.transcribe_batch(*batch().sig)[0]

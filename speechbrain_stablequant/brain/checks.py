@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
 from ..config import ConfigError
 from ..core.error_rates import score
@@ -29,10 +30,9 @@ from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
-from .inference_yaml import given_source
 from .metrics import Row, rows_of, transcripts_of
 from .passes import evaluation_steps
-from .rebuilt import check_rebuilt
+from .rebuilt import describe_modules
 from .tokenizer import SPACE, Tokenizer, describe_tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -156,10 +156,21 @@ class RecipeChecks:
     ) -> RecognizerSource | ModulesSource:
         """Describe a run's folder; raise why there is none."""
         names = [layer.name for layer in run.layers]
+        args = (self.brain, batch, run.config, names)
+        first = None
         if run.config.inference is None:
-            return describe_recognizer(self.brain, batch, run.config, names)
-        source, modules = given_source(self.brain, run.config, names)
-        check_rebuilt(self.brain, batch, run.config, source, modules)
+            try:
+                return describe_recognizer(*args)
+            except Exception as error:
+                first = error
+        try:
+            source, modules = describe_modules(*args)
+        except Exception as error:
+            # A recipe around HuggingFace's encoder is told what is unusual.
+            parts = self.brain.modules.values()
+            if first and any(isinstance(x, Wav2Vec2) for x in parts):
+                raise first from error
+            raise
         own = run.modules
         run.extras = {k: m for k, m in modules.items() if k not in own}
         return source

@@ -20,26 +20,7 @@ from ..utils.patching import shadowed
 from ..utils.typed import short
 from .data import audio_of
 from .metrics import Row
-from .tokenizer import SPACE, Tokenizer, with_spaces
-
-
-def writes_underscores(tokenizer: Tokenizer, rows: Sequence[Row]) -> bool:
-    """Whether a recipe uses the label ``_`` as the space between words.
-
-    True if there is no label for a space and no word of the recipe holds ``_``:
-    it stands alone, as in SpeechBrain's metric, or is gone after splitting.
-    """
-    if not isinstance(tokenizer, CTCTextEncoder):
-        return False
-    labels = tokenizer.lab2ind
-    tokens = {t for row in rows for t in (*row.reference, *row.hypothesis)}
-    return (
-        SPACE in labels
-        and " " not in labels
-        and not any(SPACE in token and token != SPACE for token in tokens)
-        # Utterances of one token say nothing about spaces.
-        and (SPACE in tokens or any(len(row.reference) > 1 for row in rows))
-    )
+from .tokenizer import SPACE, Tokenizer, with_spaces, writes_underscores
 
 
 @dataclass(eq=False)

@@ -5,8 +5,9 @@ by their keys, or by the shapes of their tensors.
 """
 
 import io
+import pydoc
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from ..folder.module_state import hooked_modules
 from ..folder.write_modules import ModulesSource
 from .errors import NoFolderError
 from .head_yaml import _calls, _tag
-from .tokenizer import describe_tokenizer, find_tokenizer
+from .metrics import Row
+from .tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
@@ -32,10 +34,13 @@ _OURS = ("backend", "backend_options")
 
 
 def given_source(
-    brain: sb.Brain, config: "QuantizeConfig", names: Iterable[str]
+    brain: sb.Brain,
+    config: "QuantizeConfig",
+    names: Iterable[str],
+    rows: Sequence[Row],
 ) -> tuple[ModulesSource, dict[str, nn.Module]]:
-    """The folder that an inference YAML describes, and the modules that fill
-    it; ``names``: the quantized layers."""
+    """The folder that an inference YAML describes, for a recipe that recognized
+    ``rows``, and the modules that fill it; ``names``: the quantized layers."""
     file = Path(config.inference)
     if not file.is_file():
         raise NoFolderError(f"quantize.inference: there is no file {file}")
@@ -57,67 +62,49 @@ def given_source(
         _load_rest(pretrainer, made[key], key, file.parent)
         places[key] = (key, "")
         filled[key] = made[key]
-    text = dumped({key: tree[key] for key in tree if key in kept})
-    rate = config.sample_rate
-    return modules_source(brain, text, hparams, places, rate), filled
+    interface, encoder = _interface(hparams)
+    tokenizer = None
+    if interface != "WhisperASR":
+        tokenizer = folder_tokenizer(brain, rows, False)
+        wanted = type(hparams["tokenizer"])
+        if not issubclass(wanted, pydoc.locate(tokenizer.kind)):
+            raise NoFolderError(
+                f"quantize.inference: its tokenizer is a {wanted.__name__}, "
+                f"the recipe's a {tokenizer.kind}"
+            )
+    source = ModulesSource(
+        text=dumped({key: tree[key] for key in tree if key in kept}),
+        interface=interface,
+        places=places,
+        encoder=encoder,
+        late=(),
+        tokenizer_file=tokenizer and tokenizer.file,
+        files={tokenizer.file: tokenizer.content} if tokenizer else {},
+        sample_rate=config.sample_rate,
+    )
+    return source, filled
 
 
 def live_modules(brain: sb.Brain) -> dict[str, nn.Module]:
     """The recipe's modules with something to store, by key: the Brain's, then
     others of its hparams."""
-    found = {**vars(brain.hparams), **dict(brain.modules.items())}
-    keys = dict.fromkeys([*brain.modules, *found])
-    containers = (nn.ModuleList, nn.ModuleDict)
-    return {
-        key: found[key]
-        for key in keys
-        if isinstance(found[key], nn.Module)
-        and type(found[key]) not in containers
-        and _contents(found[key])
-    }
+    found = dict(brain.modules.items())
+    stored = {x for module in found.values() for x in _contents(module)}
+    for key, value in vars(brain.hparams).items():
+        container = type(value) in (nn.ModuleList, nn.ModuleDict)
+        if not isinstance(value, nn.Module) or container or key in found:
+            continue
+        # Wrappers of the Brain's modules hold nothing else.
+        if _contents(value) - stored:
+            found[key] = value
+            stored |= _contents(value)
+    return {key: m for key, m in found.items() if _contents(m)}
 
 
 def _contents(module: nn.Module) -> set[int]:
     """Parameters, and modules that keep something else."""
     owners = [x for _, x in hooked_modules({"": module})]
     return {id(x) for x in (*module.parameters(), *owners)}
-
-
-def modules_source(
-    brain: sb.Brain,
-    text: str,
-    hparams: Mapping[str, Any],
-    places: dict[str, tuple[str, str]],
-    sample_rate: int,
-    **files: bytes,
-) -> ModulesSource:
-    """The folder of a YAML, whose objects are ``hparams``."""
-    interface, encoder = _interface(hparams)
-    tokenizer_file = None
-    if interface != "WhisperASR":
-        tokenizer = find_tokenizer(brain)
-        if tokenizer is None:
-            raise NoFolderError(
-                "neither the Brain nor its hparams hold a CTCTextEncoder or a "
-                "SentencePiece tokenizer; set brain.tokenizer"
-            )
-        kind, tokenizer_file, content = describe_tokenizer(tokenizer)
-        if type(hparams["tokenizer"]) is not type(tokenizer):
-            raise NoFolderError(
-                "quantize.inference: its tokenizer is a "
-                f"{type(hparams['tokenizer']).__name__}, the recipe's a {kind}"
-            )
-        files[tokenizer_file] = content
-    return ModulesSource(
-        text=text,
-        interface=interface,
-        places=places,
-        encoder=encoder,
-        late=(),
-        tokenizer_file=tokenizer_file,
-        files=files,
-        sample_rate=sample_rate,
-    )
 
 
 def _interface(hparams: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -3,8 +3,10 @@
 The folder is rebuilt in memory with float weights.
 """
 
+import logging
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
+from ..folder.live_modules import encode
 from ..folder.module_state import hidden_state, set_hidden_state
 from ..folder.tokenizer_file import read_tokenizer
 from ..folder.write_modules import ModulesSource
@@ -21,29 +24,59 @@ from ..utils.typed import short
 from .data import audio_of
 from .decoding import as_scored, same_text
 from .errors import NoFolderError
-from .metrics import rows_of
+from .generated import generated_source, named_modules
+from .inference_yaml import given_source
+from .metrics import Row, rows_of
 from .passes import evaluation_steps
+from .recipe_chain import observing
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
 
+logger = logging.getLogger(__name__)
 
-def check_rebuilt(
-    brain: sb.Brain,
-    batch: Any,
-    config: "QuantizeConfig",
-    source: ModulesSource,
-    modules: Mapping[str, nn.Module],
-) -> None:
-    """Raise NoFolderError unless a batch's transcripts are the recipe's in the
-    TEST stage."""
-    attribute = config.metric_attribute
-    ((_, metric, _),) = evaluation_steps(
-        brain, [batch], sb.Stage.TEST, attribute
-    )
-    rows = rows_of(metric)
+# Relative distance of outputs that differ by rounding alone.
+_CLOSE = 1e-3
+
+
+def describe_modules(
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig", names: Iterable[str]
+) -> tuple[ModulesSource, dict[str, nn.Module]]:
+    """Describe a Brain's recognizer by an inference YAML, and the modules that
+    fill it; ``names``: its quantized layers.
+
+    Raises a NoFolderError that says what cannot be described, or which
+    utterance of the batch is recognized differently.
+    """
     audio = audio_of(batch, config.signal)
-    texts = rebuilt_transcripts(source, modules, audio, brain.device)
+    with observing(named_modules(brain), audio) as seen:
+        attribute = config.metric_attribute
+        ((_, metric, _),) = evaluation_steps(
+            brain, [batch], sb.Stage.TEST, attribute
+        )
+    rows = rows_of(metric)
+    if config.inference is not None:
+        source, modules = given_source(brain, config, names, rows)
+    else:
+        source, modules = generated_source(brain, config, names, seen, rows)
+    texts, encoded = rebuilt(source, modules, audio, brain.device)
+    _check_texts(rows, texts, source.interface)
+    distance = _distance(encoded, seen.decoded)
+    if distance > _CLOSE:
+        said = (
+            "the encoder's output of the rebuilt folder is off by "
+            f"{100 * distance:.2g} % from the recipe's"
+        )
+        if config.inference is None:
+            raise NoFolderError(f"{said}; give quantize.inference")
+        logger.warning("quantize.inference: %s", said)
+    return source, modules
+
+
+def _check_texts(
+    rows: Sequence[Row], texts: Sequence[str], interface: str
+) -> None:
+    """Raise NoFolderError unless a batch's transcripts are the recipe's."""
     found = [(text,) for text in texts]
     if same_text(rows, found):
         return
@@ -53,18 +86,30 @@ def check_rebuilt(
     row, one, two = (said or [(rows[0], heard[0], texts[0])])[0]
     raise NoFolderError(
         f"utterance {row.id} is {short(one)} in the recipe, and {short(two)} "
-        f"with its modules in {source.interface}"
+        f"with its modules in {interface}"
     )
 
 
-def rebuilt_transcripts(
+def _distance(one: torch.Tensor, two: torch.Tensor | None) -> float:
+    """Relative distance of two outputs; logits and log probabilities are the
+    same."""
+    if two is None:
+        return 0.0
+    if one.shape != two.shape:
+        return math.inf
+    pairs = [(one.float(), two.float())]
+    pairs.append(tuple(x.log_softmax(-1) for x in pairs[0]))
+    return min(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def rebuilt(
     source: ModulesSource,
     modules: Mapping[str, nn.Module],
     audio: tuple[torch.Tensor, torch.Tensor],
-    device: torch.device,
-) -> list[str]:
-    """What SpeechBrain's class hears with a folder that holds these modules;
-    their tensors are shared, not copied."""
+    device: str | torch.device,
+) -> tuple[list[str], torch.Tensor]:
+    """What SpeechBrain's class hears with a folder that holds these modules,
+    and the encoder's output; tensors of the modules are shared, not copied."""
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         for name, content in source.files.items():
             (Path(folder) / name).write_bytes(content)
@@ -86,4 +131,8 @@ def rebuilt_transcripts(
             run_opts={"device": str(device)},
         )
         words, _ = asr.transcribe_batch(*audio)
-    return [str(text) for text in words]
+        with torch.no_grad():
+            encoded = encode(loader.encoder, *(x.to(device) for x in audio))
+    # WhisperASR gives words where it normalizes.
+    texts = [x if isinstance(x, str) else " ".join(x) for x in words]
+    return texts, encoded

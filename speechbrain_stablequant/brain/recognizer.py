@@ -1,6 +1,8 @@
 """A SpeechBrain Brain with its data, as a recognizer to quantize."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import speechbrain as sb
@@ -104,38 +106,36 @@ class BrainRecognizer:
             yield first_tensor(recognize(self.brain, batch))
 
     def score(
-        self,
-        before_batch: Callable[[int], None],
-        give_up_above: int | None,
-        only: Sequence[int] | None = None,
+        self, before_batch: Callable[[int], None], give_up_above: int | None
     ) -> Score:
         """Measure the word errors of the search set, in the VALID stage.
 
-        Stops once they exceed ``give_up_above``; ``only``: batch indices.
+        Stops once they exceed ``give_up_above``.
         """
         subset = self.subsets["search"]
-        chosen = range(len(subset)) if only is None else only
+        limit = math.inf if give_up_above is None else give_up_above
         measured, errors = [], 0
         steps = evaluation_steps(
             self.brain,
-            [subset.load()[index] for index in chosen],
+            subset.load(),
             sb.Stage.VALID,
             self.metric_attribute,
             before_batch,
         )
-        for index, (loss, metric, size) in zip(chosen, steps, strict=True):
+        for place, (loss, metric, size) in zip(
+            subset.places, steps, strict=True
+        ):
             rows = metric.scores[len(metric.scores) - size :]
             edits = [row["num_edits"] for row in rows]
             words = [row["num_ref_tokens"] for row in rows]
-            measured.append((subset.places[index], edits, words, loss))
+            measured.append((place, edits, words, loss))
             errors += sum(edits)
             if (
-                give_up_above is not None
-                and _in_all(errors, len(measured), subset.rounds)
-                > give_up_above
+                limit < math.inf
+                and _in_all(errors, len(measured), subset.rounds) > limit
             ):
                 break
-        return _score(measured, len(measured) == len(chosen))
+        return _score(measured, subset.count, limit)
 
 
 def _in_all(errors: int, done: int, rounds: int) -> int:
@@ -153,24 +153,29 @@ def _in_all(errors: int, done: int, rounds: int) -> int:
 
 
 def _score(
-    measured: list[tuple[int, list[int], list[int], float]], complete: bool
+    measured: list[tuple[int, list[int], list[int], float]],
+    count: int,
+    limit: float,
 ) -> Score:
-    """Join the measurements of all processes.
+    """Join the measurements of all processes; ``count``: batches of the set.
 
     Each batch has its place, its errors and words by utterance, and its loss.
+    Those after the first that exceeds the limit are left out: one process stops
+    there, and several notice later.
     """
-    parts = gathered((measured, complete))
-    complete = all(done for _, done in parts)
-    rows = sorted(row for part, _ in parts for row in part)
+    rows = sorted(row for part in gathered(measured) for row in part)
+    totals = itertools.accumulate(sum(edits) for _, edits, _, _ in rows)
+    rows = rows[: 1 + sum(total <= limit for total in totals)]
+    complete = len(rows) == count
     errors = [n for _, edits, _, _ in rows for n in edits]
     words = [n for _, _, counts, _ in rows for n in counts]
-    if sum(words) == 0:
+    if complete and sum(words) == 0:
         raise ValueError("search set: the transcripts hold no word")
     loss_sum = 0.0
     for _, edits, _, loss in rows:
         loss_sum += loss * len(edits)
     losses = [float(f"{loss:.7g}") for _, _, _, loss in rows]
     parts = map(tuple, (errors, words, losses) if complete else ())
-    return Score(
-        sum(errors), sum(words), loss_sum / len(errors), complete, *parts
-    )
+    # Too many errors may come before the first word.
+    counted = max(sum(words), 1)
+    return Score(sum(errors), counted, loss_sum / len(errors), complete, *parts)

@@ -2,11 +2,16 @@
 
 import copy
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
 import speechbrain as sb
 from speechbrain.dataio.encoder import CTCTextEncoder
+
+from .errors import NoFolderError
+from .metrics import Row
 
 Tokenizer = CTCTextEncoder | sentencepiece.SentencePieceProcessor
 #: What SpeechBrain's ErrorRateStats reads as a space between words.
@@ -41,6 +46,35 @@ def describe_tokenizer(tokenizer: Tokenizer) -> tuple[str, str, bytes]:
     )
 
 
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer's class, and its file."""
+
+    kind: str
+    file: str
+    content: bytes
+
+
+def folder_tokenizer(
+    brain: sb.Brain, rows: Sequence[Row], decodes: bool
+) -> TokenizerFile:
+    """The tokenizer of a folder, which writes a space where the recipe that
+    recognized ``rows`` does; of one that ``decodes`` ids itself."""
+    tokenizer = find_tokenizer(brain)
+    if tokenizer is None:
+        raise NoFolderError(
+            "neither the Brain nor its hparams hold a CTCTextEncoder or a "
+            "SentencePiece tokenizer; set brain.tokenizer"
+        )
+    if writes_underscores(tokenizer, rows):
+        tokenizer = with_spaces(tokenizer)
+    found = TokenizerFile(*describe_tokenizer(tokenizer))
+    if decodes and isinstance(tokenizer, CTCTextEncoder):
+        kind = "speechbrain_stablequant.inference.LabelTokenizer"
+        return replace(found, kind=kind)
+    return found
+
+
 def _label_encoder_text(encoder: CTCTextEncoder) -> bytes:
     # SpeechBrain's encoder can only write to a file.
     with tempfile.TemporaryDirectory() as folder:
@@ -56,3 +90,22 @@ def with_spaces(encoder: CTCTextEncoder) -> CTCTextEncoder:
     other.lab2ind[" "] = index
     other.ind2lab[index] = " "
     return other
+
+
+def writes_underscores(tokenizer: Tokenizer, rows: Sequence[Row]) -> bool:
+    """Whether a recipe uses the label ``_`` as the space between words.
+
+    True if there is no label for a space and no word of the recipe holds ``_``:
+    it stands alone, as in SpeechBrain's metric, or is gone after splitting.
+    """
+    if not isinstance(tokenizer, CTCTextEncoder):
+        return False
+    labels = tokenizer.lab2ind
+    tokens = {t for row in rows for t in (*row.reference, *row.hypothesis)}
+    return (
+        SPACE in labels
+        and " " not in labels
+        and not any(SPACE in token and token != SPACE for token in tokens)
+        # Utterances of one token say nothing about spaces.
+        and (SPACE in tokens or any(len(row.reference) > 1 for row in rows))
+    )

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..utils.patching import on_meta
 from ..utils.typed import inside, one_line, short, typed
 from ..utils.yaml_tree import Tagged
 
@@ -138,7 +138,7 @@ def build_module(node: Node, where: str) -> nn.Module:
     """Builds a module on the ``meta`` device, in evaluation mode."""
     if not node.made:
         raise ValueError(f"{where}: is the class {one_line(node.kind)} alone")
-    with torch.device("meta"):
+    with on_meta():
         module = _build(node, where)
     return module.eval()
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.patching import on_meta
+
 _KINDS = ("wav2vec2", "hubert")
 
 _DEFAULTS = {
@@ -143,7 +145,7 @@ def has_skeleton(config: Mapping[str, Any]) -> bool:
 
 def empty_skeleton(config: Mapping[str, Any]) -> EncoderSkeleton:
     """A skeleton without storage, on the ``meta`` device."""
-    with torch.device("meta"):
+    with on_meta():
         return EncoderSkeleton(config).eval()
 
 

@@ -143,7 +143,8 @@ class Code:
 def is_library(thing: Any) -> bool:
     """Whether the version of Python or a package identifies a thing."""
     code = getattr(thing, "__code__", None)
-    if code is not None:
+    # A class of functions has a descriptor there.
+    if isinstance(code, types.CodeType):
         file = code.co_filename
         return file.startswith((*_LIBRARIES, "<frozen"))
     file = _file_of(getattr(thing, "__module__", None) or "")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -85,3 +86,25 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves out the random initialization of modules."""
+
+    _RANDOM = ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in self._RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Makes modules on the ``meta`` device, without storage.
+
+    Random numbers, of no use there, make torch 2.8 import sympy.
+    """
+    with torch.device("meta"), _Uninitialized():
+        yield

@@ -7,44 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import small_recipes
-import torch
+from small_recipes import folder_of, transcripts
 from speechbrain.inference.ASR import EncoderASR
 
 from speechbrain_stablequant import QuantizeConfig, load
-from speechbrain_stablequant.brain.inference_yaml import given_source
-from speechbrain_stablequant.brain.rebuilt import check_rebuilt
-from speechbrain_stablequant.core.integer_layer import integer_layer
-from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.folder import live_modules
 from speechbrain_stablequant.folder.errors import CheckpointError
-from speechbrain_stablequant.folder.stored_floats import rounded_floats
-from speechbrain_stablequant.folder.write import write_folder
-from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.probe import ProbeError
-from speechbrain_stablequant.runtimes.simulated import simulated_forwards
-from speechbrain_stablequant.utils.patching import shadowed_forwards
-
-
-def quantized(brain, config, folder):
-    """Writes a Brain's folder; returns what the simulation hears."""
-    layers = find_layers(dict(brain.modules.items()), config.target)
-    names = [layer.name for layer in layers]
-    source, modules = given_source(brain, config, names)
-    check_rebuilt(brain, small_recipes.batch(), config, source, modules)
-    quant = LayerQuant(8, 8, 4.0)
-    rows = [
-        LayerPlan(x.name, x.unit, x.kind, quant, 4.0, 100.0, "") for x in layers
-    ]
-    plan = QuantizationPlan("max", 8, 8, "", {}, {}, [], rows)
-    folder.mkdir()
-    with rounded_floats(modules, names, "float16"):
-        integers = {x.name: integer_layer(x, quant) for x in layers}
-        forwards = simulated_forwards(dict(brain.modules.items()), integers)
-        with shadowed_forwards(forwards), torch.no_grad():
-            *_, ids = brain.compute_forward(small_recipes.batch(), None)
-    assert write_folder(folder, modules, plan, integers, "float16", source)
-    return [brain.tokenizer.decode_ids(x) for x in ids]
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +31,7 @@ def conformer(tmp_path_factory):
             "target": ["CNN", "Transformer", "ctc_lin"],
         }
     )
-    return path / "folder", quantized(brain, config, path / "folder")
-
-
-def transcripts(asr) -> list[str]:
-    """What a recognizer hears in the batch."""
-    return asr.transcribe_batch(*small_recipes.batch().sig)[0]
+    return path / "folder", folder_of(brain, config, path / "folder")
 
 
 def runtime(asr) -> str | None:

@@ -3,12 +3,15 @@
 import json
 import signal
 import socket
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from trained_recipe import BLOCK, ONE_SET
 
 SCRIPT = Path(__file__).resolve().parent / "distributed_recipe.py"
+#: The last percentiles cannot win, so their evaluations stop early.
+EARLY = BLOCK.replace("[100, 99.9, 99]", "[100, 99, 60, 20]")
 PLUS = """
 quantize: !apply:speechbrain_stablequant.register
     target: [wav2vec2, enc, ctc_lin]
@@ -67,18 +70,24 @@ def plan_of(output: Path) -> dict:
 def alone(trained, tmp_path_factory) -> Path:
     """The output folder of one process."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    done = trained.run(output, *ONE_SET)
+    done = trained.run(output, *ONE_SET, block=EARLY)
     assert done.code == 0, done.err
+    journal = (output / "quantized" / "search.jsonl").read_text()
+    whole, *scores = (json.loads(x)["score"] for x in journal.splitlines())
+    words = [*accumulate(whole["utterance_words"])]
+    stops = [1 + words.index(s["words"]) for s in scores if not s["complete"]]
+    # Two processes notice some of them an utterance later.
+    assert any(stop % 2 for stop in stops)
     return output
 
 
 def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
     output = tmp_path / "out"
-    done = together(trained, output, BLOCK, 2)
+    done = together(trained, output, EARLY, 2)
     assert [process.code for process in done] == [0, 0], done[1].err
-    plan, expected = plan_of(output), plan_of(alone)
-    assert plan == expected
     quantized = alone / "quantized"
+    plan = (output / "quantized" / "plan.json").read_bytes()
+    assert plan == (quantized / "plan.json").read_bytes()
     for name in ("histograms.json", "search.jsonl"):
         found = (output / "quantized" / name).read_bytes()
         assert sorted(found.splitlines()) == sorted(
@@ -97,7 +106,9 @@ def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
         assert found == expected
     # one of them speaks and writes
     assert "report: " in done[0].out
-    assert done[1].out == ""
+    said = done[1].out.splitlines()
+    # torch 2.8 itself tells of each connection
+    assert not [line for line in said if not line.startswith("[Gloo] ")]
     reports = list(tmp_path.rglob("report.json"))
     assert reports == [output / "quantized" / "report.json"]
 
@@ -108,7 +119,7 @@ def test_one_is_killed_and_the_next_start_goes_on(
 ):
     output = tmp_path / "out"
     quantized = output / "quantized"
-    done = together(trained, output, BLOCK, 2, killed=killed)
+    done = together(trained, output, EARLY, 2, killed=killed)
     assert done[killed].code == -signal.SIGKILL
     other = done[1 - killed]
     assert other.code == 1
@@ -120,27 +131,12 @@ def test_one_is_killed_and_the_next_start_goes_on(
     kept = (quantized / "search.jsonl").read_bytes()
     assert len(kept.splitlines()) > 5
 
-    assert [p.code for p in together(trained, output, BLOCK, 2)] == [0, 0]
+    assert [p.code for p in together(trained, output, EARLY, 2)] == [0, 0]
     assert plan_of(output) == plan_of(alone)
     found = (quantized / "search.jsonl").read_bytes()
     assert found.startswith(kept)
     expected = (alone / "quantized" / "search.jsonl").read_bytes()
     assert sorted(found.splitlines()) == sorted(expected.splitlines())
-
-
-@pytest.mark.slow
-def test_gives_up_together(trained, tmp_path):
-    """What cannot win is left out at another place, with the same end."""
-    outputs = [tmp_path / "one", tmp_path / "two"]
-    block = BLOCK.replace("[100, 99.9, 99]", "[100, 60, 20]")
-    assert trained.run(outputs[0], *ONE_SET, block=block).code == 0
-    done = together(trained, outputs[1], block, 2)
-    assert [process.code for process in done] == [0, 0], done[1].err
-    one, two = map(plan_of, outputs)
-    assert one["layers"] == two["layers"]
-    for output in outputs:
-        journal = (output / "quantized" / "search.jsonl").read_text()
-        assert '"complete": false' in journal
 
 
 @pytest.mark.slow

@@ -386,27 +386,35 @@ def drift(walk, quants, data, tensors=()):
 
 
 @pytest.mark.parametrize(
-    "solve, centered, gain",
+    "solve, centered, models, gain",
     [
-        (QUICK, False, 0.9),
-        (Compensate(cross=False), False, 1.0),
-        (Compensate(), True, 0.8),
-        (None, True, 1.0),
+        (QUICK, False, 1, 0.2),
+        (Compensate(cross=False), False, 8, 0.8),
+        (Compensate(), True, 1, 0.1),
+        (None, True, 8, 1.0),
     ],
     ids=["adaround", "compensate", "everything", "bias"],
 )
-def test_the_whole_model_gains(modules, tmp_path, solve, centered, gain):
-    walk, quants, tensors, data = refined(modules, tmp_path, solve, centered)
-    assert set(tensors) == set(quants)
-    after = drift(walk, quants, data, tensors)
-    before = drift(walk, quants, data)
-    assert after < gain * before
-    for name, found in tensors.items():
-        assert (
-            found.weight.shape
-            == walk.simulator.layers[name].module.weight.shape
+def test_the_whole_model_gains(
+    make_tiny_modules, tmp_path, solve, centered, models, gain
+):
+    """In the mean of several models, where one of them may lose: what is least
+    for each layer need not be so for all together."""
+    ratios = []
+    for seed in range(models):
+        torch.manual_seed(seed)
+        modules = make_tiny_modules("hubert-large", num_hidden_layers=1)
+        walk, quants, tensors, data = refined(
+            modules, tmp_path / str(seed), solve, centered
         )
-        assert (found.bias is not None) == centered
+        assert set(tensors) == set(quants)
+        after = drift(walk, quants, data, tensors)
+        ratios.append(after / drift(walk, quants, data))
+        for name, found in tensors.items():
+            module = walk.simulator.layers[name].module
+            assert found.weight.shape == module.weight.shape
+            assert (found.bias is not None) == centered
+    assert torch.stack(ratios).log().mean().exp() < gain
 
 
 @torch.no_grad()

@@ -127,6 +127,14 @@ def test_a_circle_and_what_lies_too_deep():
     assert digest(deep)
 
 
+def test_a_function_at_any_depth():
+    deep, found = helper, set()
+    for _ in range(20):
+        deep = [deep]
+        found.add(digest(deep))
+    assert len(found) > 2
+
+
 def test_known_objects_count_by_their_name():
     linear = nn.Linear(2, 2)
     holder = Searcher(weights={"lm": linear})

@@ -1,8 +1,10 @@
 """Tests of speechbrain_stablequant.utils.patching."""
 
 import pytest
+import torch
+from torch import nn
 
-from speechbrain_stablequant.utils.patching import restored, shadowed
+from speechbrain_stablequant.utils.patching import on_meta, restored, shadowed
 
 
 class Thing:
@@ -33,3 +35,13 @@ def test_all_attributes_are_restored():
         del thing.name
         raise RuntimeError
     assert vars(thing) == {"size": 3, "name": "a"}
+
+
+def test_modules_without_storage():
+    before = torch.get_rng_state()
+    with on_meta():
+        made = [nn.Linear(2, 3), nn.Conv1d(2, 3, 4), nn.GRU(2, 3)]
+        nn.init.xavier_normal_(made[0].weight)
+    assert all(p.is_meta for module in made for p in module.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not nn.Linear(2, 3).weight.is_meta

@@ -1,7 +1,7 @@
 """What methods need of a toolkit: protocols; the fingerprint of weights."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -93,14 +93,12 @@ class Recognizer(Protocol):
         """
 
     def score(
-        self,
-        before_batch: BeforeBatch,
-        give_up_above: int | None,
-        only: Sequence[int] | None = None,
+        self, before_batch: BeforeBatch, give_up_above: int | None
     ) -> Score:
-        """Scores the search subset, or the batches named by ``only``.
+        """Scores the search subset.
 
-        Stops early once there are more than ``give_up_above`` errors.
+        Stops after the first batch with which there are more than
+        ``give_up_above`` errors. Several processes give the score of one.
         """
 
     def outputs(

@@ -1,0 +1,233 @@
+"""An inference YAML for a recipe that has none.
+
+For features, encoder and CTC (``EncoderASR``); for searchers of attentional
+decoders and transducers (``EncoderDecoderASR``); for Whisper (``WhisperASR``).
+What is written is verified by what it transcribes, see :mod:`.rebuilt`.
+"""
+
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import speechbrain as sb
+from speechbrain.decoders.ctc import CTCBaseSearcher
+from speechbrain.decoders.seq2seq import (
+    S2SWhisperBeamSearcher,
+    S2SWhisperGreedySearcher,
+)
+from speechbrain.decoders.transducer import TransducerBeamSearcher
+from speechbrain.integrations.huggingface.huggingface import (
+    HFTransformersInterface,
+)
+from torch import nn
+
+from ..folder.write_modules import ModulesSource
+from .errors import NoFolderError
+from .inference_yaml import dumped, live_modules
+from .metrics import Row
+from .recipe_chain import Observed, chain_to
+from .recipe_yaml import OURS, Nodes, recipe_tree, reference, tagged
+from .tokenizer import folder_tokenizer
+
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+
+_WHISPER = (S2SWhisperBeamSearcher, S2SWhisperGreedySearcher)
+
+
+def named_modules(brain: sb.Brain) -> dict[str, nn.Module]:
+    """The modules that a recipe has under a key, each once; the Brain's
+    first."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for key, value in [*brain.modules.items(), *vars(brain.hparams).items()]:
+        if isinstance(value, nn.Module):
+            found.setdefault(id(value), (key, value))
+    return dict(found.values())
+
+
+def generated_source(
+    brain: sb.Brain,
+    config: "QuantizeConfig",
+    names: Iterable[str],
+    seen: Observed,
+    rows: Sequence[Row],
+) -> tuple[ModulesSource, dict[str, nn.Module]]:
+    """The folder of a recipe that was observed in its TEST stage, where it
+    recognized ``rows``, and the modules that fill it; ``names``: the quantized
+    layers."""
+    modules = named_modules(brain)
+    wrappers = {
+        key: module
+        for key, module in modules.items()
+        if isinstance(module, HFTransformersInterface)
+    }
+    nodes = Nodes(recipe_tree(brain), wrappers)
+    searcher = seen.searcher and modules[seen.searcher.key]
+    if isinstance(searcher, _WHISPER):
+        _add_whisper(brain, nodes, seen)
+    elif seen.decoded is not None:
+        _add_encoder(brain, nodes, seen, modules)
+        if searcher is None:
+            _add_ctc(nodes.out, seen.ctc)
+        else:
+            _rename(nodes, nodes.add(seen.searcher.key), "decoder")
+            transducer = isinstance(searcher, TransducerBeamSearcher)
+            nodes.out["transducer_beam_search"] = transducer
+        nodes.out["sample_rate"] = config.sample_rate
+    else:
+        raise NoFolderError(
+            "the recipe calls none of SpeechBrain's searchers and not "
+            "ctc_greedy_decode in the TEST stage; give quantize.inference"
+        )
+    nodes.out["audio_normalizer"] = tagged(
+        "!new:speechbrain.dataio.preprocess.AudioNormalizer",
+        {"sample_rate": reference("sample_rate")},
+    )
+    return _source(brain, config, names, nodes, wrappers, rows)
+
+
+def _add_encoder(
+    brain: sb.Brain,
+    nodes: Nodes,
+    seen: Observed,
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Adds the chain from audio to what is decoded."""
+    steps = chain_to(seen.decoded, seen, modules, brain)
+    for step in steps:
+        step["module"] = nodes.add(step["module"])
+    keys = dict.fromkeys(step["module"] for step in steps)
+    chain = {"modules": {k: reference(k) for k in keys}, "calls": steps}
+    nodes.out["encoder"] = tagged(f"{OURS}.EncoderChain", chain)
+
+
+def _add_whisper(brain: sb.Brain, nodes: Nodes, seen: Observed) -> None:
+    """Adds what WhisperASR reads."""
+    _rename(nodes, nodes.add(seen.searcher.key), "decoder")
+    out = nodes.out
+    if "whisper" not in out:
+        raise NoFolderError(
+            "the recipe's Whisper has another key than `whisper`, which "
+            "WhisperASR needs; give quantize.inference"
+        )
+    whisper = named_modules(brain)["whisper"]
+    out["language"] = whisper.language
+    out["sample_rate"] = whisper.sampling_rate
+    normalized = hasattr(brain.hparams, "normalized_transcripts")
+    out["normalized_transcripts"] = normalized
+
+
+def _rename(nodes: Nodes, key: str, name: str) -> None:
+    nodes.out[name] = nodes.out.pop(key)
+    nodes.late[:] = [name if k == key else k for k in nodes.late]
+
+
+def _add_ctc(out: dict[str, Any], decoder: CTCBaseSearcher | int) -> None:
+    """Adds the decoding function: greedy, or a beam search's class and
+    options."""
+    if isinstance(decoder, int):
+        out["decoding_function"] = tagged(
+            "!name:speechbrain.decoders.ctc_greedy_decode",
+            {"blank_id": decoder},
+        )
+        return
+    kind = type(decoder)
+    if decoder.kenlm_model_path is not None:
+        raise NoFolderError(
+            f"{kind.__name__} reads a KenLM file, which a folder does not "
+            "hold; give quantize.inference"
+        )
+    options = {
+        name: getattr(decoder, name)
+        for name in inspect.signature(CTCBaseSearcher.__init__).parameters
+        if name not in ("self", "vocab_list", "kenlm_model_path", "unigrams")
+    }
+    skip = math.exp(options["blank_skip_threshold"])
+    options["blank_skip_threshold"] = round(skip, 12)
+    out["decoding_function"] = tagged(
+        f"!name:{kind.__module__}.{kind.__name__}", {}
+    )
+    out["test_beam_search"] = options
+
+
+def _source(
+    brain: sb.Brain,
+    config: "QuantizeConfig",
+    names: Iterable[str],
+    nodes: Nodes,
+    wrappers: Mapping[str, nn.Module],
+    rows: Sequence[Row],
+) -> tuple[ModulesSource, dict[str, nn.Module]]:
+    """The folder of a YAML's nodes."""
+    # Also what is quantized and used for a loss alone.
+    for key in dict.fromkeys(name.partition(".")[0] for name in names):
+        nodes.add(key)
+    out, live = nodes.out, live_modules(brain)
+    live = {k: m for k, m in live.items() if nodes.key_of(k) in out}
+    places = {key: (nodes.key_of(key), "") for key in live}
+    used = [key for key in wrappers if nodes.key_of(key) in out]
+    if len(used) > 1:
+        raise NoFolderError(
+            f"{' and '.join(used)} are models of HuggingFace, and a folder "
+            "holds the configuration of one"
+        )
+    files = {}
+    for key in used:
+        files = huggingface_files(wrappers[key])
+    roots = [key for key in ("encoder", "decoder") if key in out]
+    keys = dict.fromkeys([*roots, *(key for key, _ in places.values())])
+    out["modules"] = {key: reference(key) for key in keys}
+    if "whisper" in out:
+        interface, encoder, tokenizer = "WhisperASR", "whisper", None
+    else:
+        interface = "EncoderDecoderASR" if "decoder" in out else "EncoderASR"
+        encoder = "encoder"
+        tokenizer = folder_tokenizer(brain, rows, "decoder" in out)
+        out["tokenizer"] = tagged(f"!new:{tokenizer.kind}", {})
+        files[tokenizer.file] = tokenizer.content
+    source = ModulesSource(
+        text=dumped(out),
+        interface=interface,
+        places=places,
+        encoder=(encoder,),
+        late=tuple(nodes.late),
+        tokenizer_file=tokenizer and tokenizer.file,
+        files=files,
+        sample_rate=config.sample_rate,
+    )
+    return source, live
+
+
+def huggingface_files(wrapper: nn.Module) -> dict[str, bytes]:
+    """What makes a wrapper of HuggingFace again, apart from weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("feature_extractor", "tokenizer"):
+            part = getattr(wrapper, name, None)
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+        files = {
+            path.name: path.read_bytes()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file()
+        }
+    # Of Whisper's tokenizer, which does not save it.
+    spelling = getattr(
+        getattr(wrapper, "tokenizer", None), "english_spelling_normalizer", None
+    )
+    if spelling is not None:
+        files["normalizer.json"] = json.dumps(spelling, indent=1).encode()
+    config = wrapper.model.config.to_json_string(use_diff=False)
+    files["config.json"] = config.encode()
+    for name, content in files.items():
+        if name.endswith(".json"):
+            rows = json.loads(content)
+            # A folder does not reveal where its model came from.
+            for key in ("_name_or_path", "name_or_path"):
+                if isinstance(rows, dict) and rows.pop(key, None) is not None:
+                    text = json.dumps(rows, indent=1, ensure_ascii=False)
+                    files[name] = text.encode()
+    return files

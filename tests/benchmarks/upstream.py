@@ -1,0 +1,350 @@
+"""Runs upstream's unedited recipes with our block: what each of them says.
+
+Needs a checkout of SpeechBrain with its recipes, of which nothing is changed:
+
+    git clone --depth 1 https://github.com/speechbrain/speechbrain
+
+and the packages that some of its recipes ask for (``pandas``, ``jsonlines``).
+Each row imitates a corpus in its layout with short speech, makes small models
+and tokenizers, appends the block to a copy of the recipe's YAML, and runs
+upstream's script: it trains for an epoch, evaluates the float model, quantizes
+and evaluates again. Then SpeechBrain's own class loads the folder and
+transcribes the same files.
+
+Example
+-------
+python tests/benchmarks/upstream.py --checkout ../speechbrain \
+    --rows librispeech-ctc-wav2vec2,timit-ctc --out results/upstream
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from upstream_recipes import check, corpora, models
+from upstream_recipes.rows import COMMON, ROWS
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SPEECH = ROOT / "recipes/LibriSpeech/ASR/CTC/demo/LibriSpeech"
+# What each recipe imports: once, before the processes of the rows are forked.
+_IMPORTS = (
+    "speechbrain.inference.ASR",
+    "speechbrain.integrations.huggingface.wav2vec2",
+    "speechbrain.integrations.huggingface.whisper",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
+    "transformers.models.whisper.modeling_whisper",
+)
+_LIMIT = 900  # Seconds of a recipe or a check.
+_BLOCK = {
+    "method": "mse",
+    "weight_bits": 8,
+    "activation_bits": 8,
+    "calibration": {"num_utterances": 4},
+    # After one epoch the models say nothing that is right.
+    "search": {"max_float_wer": 1000000},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkout", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", default=",".join(ROWS), help="default: all")
+    parser.add_argument("--speech", type=Path, default=SPEECH)
+    parser.add_argument(
+        "--installed",
+        action="store_true",
+        help="the recipes run with the installed SpeechBrain, not theirs",
+    )
+    parser.add_argument(
+        "--backends", default="torch,auto", help="each a variant of the block"
+    )
+    parser.add_argument("--block", default="{}", help="more keys, as YAML")
+    parser.add_argument(
+        "--fresh", action="store_true", help="train again what was trained"
+    )
+    args = parser.parse_args()
+    args.rows = args.rows.split(",")
+    for name in args.rows:
+        if name not in ROWS:
+            parser.error(f"--rows: no {name}; there are {', '.join(ROWS)}")
+    return args
+
+
+class RowRun:
+    """One row in a folder of its own."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.row, self.args = ROWS[name], args
+        self.folder = args.out.resolve() / name
+        self.output = self.folder / "output"
+        place = args.checkout.resolve() / "recipes" / self.row.recipe
+        self.script = place / self.row.script
+        self.yaml = place / "hparams" / self.row.yaml
+        self.text = self.yaml.read_text(encoding="utf-8")
+
+    def has(self, key: str) -> bool:
+        """Whether the recipe's YAML has a key."""
+        return re.search(rf"^{key}:", self.text, re.MULTILINE) is not None
+
+    def prepare(self) -> None:
+        """Make the corpus, the models and the command line, once."""
+        known = self.folder / "overrides.json"
+        if self.args.fresh or not known.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            overrides = self._overrides()
+            known.write_text(json.dumps(overrides, indent=1))
+        self.overrides = json.loads(known.read_text())
+        shutil.rmtree(self.output / "quantized", ignore_errors=True)
+        self._write_yaml()
+
+    def _overrides(self) -> dict[str, Any]:
+        """Make the corpus and the models; returns the recipe's overrides."""
+        sizes = {"train": 12, "valid": 6, "test": 6}
+        splits = corpora.read_splits(self.args.speech, sizes)
+        overrides = {"data_folder": str(self.folder / "data")}
+        overrides["output_folder"] = str(self.output)
+        data = Path(overrides["data_folder"])
+        overrides |= self.row.imitate(data, splits, str(self.output))
+        texts = [
+            self.row.texts(r.text) for rows in splits.values() for r in rows
+        ]
+        labels = self._labels(texts)
+        overrides |= {"output_neurons": labels, **COMMON, **self.row.sizes}
+        overrides = json.loads(
+            json.dumps(overrides)
+            .replace("{out}", str(self.output))
+            .replace('"labels"', str(labels))
+        )
+        overrides = {k: v for k, v in overrides.items() if self.has(k)}
+        for key, family in self.row.models.items():
+            overrides |= self._model(key, family, texts, overrides)
+        return overrides
+
+    def _labels(self, texts: list[str]) -> int:
+        count = len({c for text in texts for c in text})
+        if self.row.labels == "bert":
+            return models.bert_tokenizer(self.folder / "bert", texts)
+        special = {"chars": 1, "media": 2}
+        if self.row.labels in special:
+            return count + special[self.row.labels]
+        return models.vocabulary_size(texts)
+
+    def _model(
+        self, key: str, family: str, texts: list[str], overrides: Mapping
+    ) -> dict[str, Any]:
+        """Make a model; returns the override that names it."""
+        folder = self.folder / family.lower()
+        if family == "bert":
+            return {key: {"pretrained_model_name_or_path": str(folder)}}
+        if family == "Whisper":
+            models.whisper_folder(folder)
+        elif family == "crdnn":
+            models.crdnn_folder(folder, texts)
+        elif family in ("lm", "tokenizer", "slurp"):
+            path = folder / "tokenizer.ckpt"
+            named = re.search(r"^bos_index: 1\b", self.text, re.MULTILINE)
+            ids = {"bos_id": 1, "eos_id": 2} if named else {}
+            models.sentencepiece(path, texts, **ids)
+            if family == "tokenizer":
+                return {key: str(path)}
+            # As SLURP's recipe names it.
+            shutil.copy(path, folder / "tokenizer_58_unigram.model")
+            if family == "lm":
+                path = folder / "lm.ckpt"
+                models.language_model(self.yaml, overrides, path)
+        else:
+            models.ssl_folder(folder, family)
+        return {key: str(folder)}
+
+    def _write_yaml(self) -> None:
+        """A copy of the recipe's YAML with the block at its end."""
+        block = {"target": self.row.target, **_BLOCK}
+        block |= yaml.safe_load(self.args.block)
+        backends = self.args.backends.split(",")
+        if len(backends) == 1:
+            block["backend"] = backends[0]
+        else:
+            rows = [{"name": name, "backend": name} for name in backends]
+            block["variants"] = rows
+        lines = yaml.safe_dump(block, sort_keys=False).splitlines()
+        text = "quantize: !apply:speechbrain_stablequant.register\n"
+        text += "".join(f"    {line}\n" for line in lines)
+        (self.folder / "train.yaml").write_text(f"{self.text}\n\n{text}")
+
+    def command(self) -> list[str]:
+        """The command line of the recipe."""
+        values = {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in self.overrides.items()
+        }
+        return [
+            str(self.script),
+            str(self.folder / "train.yaml"),
+            "--device=cpu",
+            *(f"--{key}={value}" for key, value in values.items()),
+        ]
+
+    def start(self, target: Callable, log: str) -> tuple[int, str]:
+        """Call something in a process of its own, which has all imports;
+        returns its exit status and what it wrote."""
+        file = self.folder / log
+
+        def call() -> None:
+            with open(file, "wb", buffering=0) as out:
+                for stream in (1, 2):
+                    os.dup2(out.fileno(), stream)
+            sys.stdout.reconfigure(line_buffering=True)
+            os.chdir(self.folder)
+            target()
+
+        process = multiprocessing.get_context("fork").Process(target=call)
+        process.start()
+        process.join(_LIMIT)
+        text = file.read_text(errors="replace")
+        if process.is_alive():
+            process.kill()
+            text += f"\nTimeoutExpired: longer than {_LIMIT} s"
+        process.join()
+        return process.exitcode, text
+
+    def recipe(self) -> None:
+        """Run the recipe's script, as a command line does."""
+        sys.argv = self.command()
+        sys.path[:0] = [str(self.script.parent), str(ROOT)]
+        runpy.run_path(str(self.script), run_name="__main__")
+
+    def run(self) -> dict[str, Any]:
+        """Run the row; returns what the table says of it."""
+        self.prepare()
+        before = os.times()
+        status, text = self.start(self.recipe, "log.txt")
+        after = os.times()
+        row = {
+            "evaluated": False,
+            "folder": False,
+            "said": last_line(text) if status else "",
+            "seconds": round(after.elapsed - before.elapsed, 1),
+            "cpu_seconds": round(after.children_user - before.children_user, 1),
+            "note": self.row.note,
+            "backends": {},
+        }
+        for name in self.args.backends.split(","):
+            quantized = self.output / "quantized"
+            if "," in self.args.backends:
+                quantized /= name
+            if (quantized / "report.json").exists():
+                row["backends"][name] = self.result(quantized)
+        made = row["backends"].values()
+        row["evaluated"] = not status and bool(made)
+        row["folder"] = row["evaluated"] and all(r["folder"] for r in made)
+        return row
+
+    def result(self, folder: Path) -> dict[str, Any]:
+        """What a report says, and whether its folder says the same."""
+        report = json.loads((folder / "report.json").read_text())
+        rates = next(iter(report["test"].values()))
+        rtf = report["rtf"]
+        row = {
+            "backend": report["backend"],
+            "WER": [rates[k]["WER"] for k in ("float", "quantized")],
+            "size": report["size_mb"]["quantized"] / report["size_mb"]["float"],
+            "time": rtf["quantized"] / rtf["float"] if rtf["float"] else None,
+            "folder": (folder / "hyperparams.yaml").exists(),
+            "coverage": report.get("coverage"),
+            "warnings": report["warnings"],
+        }
+        if row["folder"]:
+            row |= self.check(folder)
+        return row
+
+    def check(self, folder: Path) -> dict[str, Any]:
+        """Load the folder in SpeechBrain's class and compare transcripts."""
+        manifest = self.output / self.row.manifest
+        results = folder / "checked.json"
+        paths = (folder, manifest, results, self.folder / "data")
+
+        def compare() -> None:
+            sys.path.insert(0, str(ROOT))
+            check.main(self.row.loads, *paths)
+
+        status, text = self.start(compare, f"check_{folder.name}.txt")
+        if status:
+            return {"equal": False, "check_said": last_line(text)}
+        return json.loads(results.read_text())
+
+
+def last_line(text: str) -> str:
+    """The error that a process ended with."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [x for x in lines if re.match(r"[\w.]*(Error|Exit|Expired)\b", x)]
+    return (named or lines or [""])[-1]
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| recipe | evaluated | folder | transcripts equal | size | time "
+        "against float | says |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        made = row["backends"]
+        last = next(reversed(made.values()), {}) if made else {}
+        said = row["said"] or last.get("check_said", "")
+        if not said and not row["folder"]:
+            said = next(
+                (w for w in last.get("warnings", ()) if "folder" in w), ""
+            )
+        cells = [
+            name,
+            "yes" if row["evaluated"] else "no",
+            "yes" if row["folder"] else "no",
+            {True: "yes", False: "no"}.get(last.get("equal"), "-"),
+            f"{last['size']:.2f}" if last else "-",
+            f"{last['time']:.2f}" if last.get("time") else "-",
+            said.replace("|", "\\|")[:300],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the rows one after the other."""
+    args = parse_arguments()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not args.installed:
+        sys.path.insert(0, str(args.checkout.resolve()))
+    for name in _IMPORTS:
+        importlib.import_module(name)
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "rows.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    for name in args.rows:
+        try:
+            rows[name] = RowRun(name, args).run()
+        except Exception as error:
+            said = f"not prepared: {type(error).__name__}: {error}"
+            blank = {"evaluated": False, "folder": False, "backends": {}}
+            rows[name] = {**blank, "said": said}
+        print(table({name: rows[name]}).splitlines()[-1], flush=True)
+        ordered = {key: rows[key] for key in ROWS if key in rows}
+        file.write_text(json.dumps(ordered, indent=1))
+        (args.out / "rows.md").write_text(table(ordered))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+"""Upstream's recipes with our block: corpora, models and the rows of
+``upstream.py``."""

@@ -1,0 +1,71 @@
+"""Loads a folder in SpeechBrain's class and compares its transcripts with
+those of its report."""
+
+import csv
+import importlib
+import json
+import tempfile
+import time
+from pathlib import Path
+
+_MODULES = {"EndToEndSLU": "speechbrain.inference.SLU"}
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """The audio file of each utterance of a CSV or JSON manifest."""
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {id: row["wav"] for id, row in rows.items()}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["ID"]: row["wav"] for row in csv.DictReader(file)}
+
+
+def texts_of(folder: Path) -> tuple[dict[str, str], bool]:
+    """What the report says that the folder says, and whether this is what
+    the recipe's own decoding says."""
+    file = next(folder.glob("transcripts_*.json"))
+    content = json.loads(file.read_text(encoding="utf-8"))["content"]
+    same = not content.get("folder")
+    rows = content["transcripts" if same else "folder"]
+    return {row["id"]: row["hypothesis"] for row in rows}, same
+
+
+def main(
+    name: str, folder: Path, manifest: Path, results: Path, data: Path
+) -> None:
+    """Transcribes the files of a manifest and writes what differs."""
+    module = importlib.import_module(
+        _MODULES.get(name, "speechbrain.inference.ASR")
+    )
+    with tempfile.TemporaryDirectory() as savedir:
+        recognizer = getattr(module, name).from_hparams(
+            source=str(folder), savedir=savedir
+        )
+        files, (reported, same) = read_manifest(manifest), texts_of(folder)
+        started, heard = time.monotonic(), {}
+        for id in reported:
+            text = recognizer.transcribe_file(
+                files[id].replace("$data_root", str(data))
+            )
+            if not isinstance(text, str):
+                text = " ".join(
+                    s if isinstance(s, str) else s.words for s in text
+                )
+            heard[id] = text
+        seconds = time.monotonic() - started
+    different = {
+        id: [text, heard[id]]
+        for id, text in reported.items()
+        if "".join(text.split()) != "".join(heard[id].split())
+    }
+    spaced = sum(t.split() != heard[id].split() for id, t in reported.items())
+    said = "" if any(map(str.strip, heard.values())) else "all empty"
+    row = {
+        "equal": not different,
+        "decodes_as_recipe": same,
+        "different": different,
+        "different_spaces": spaced,
+        "check_seconds": seconds,
+        "check_said": said,
+    }
+    results.write_text(json.dumps(row, indent=1, ensure_ascii=False))

@@ -1,0 +1,83 @@
+"""Inference YAMLs that are generated from a recipe's own."""
+
+import pytest
+import small_recipes as recipes
+import speechbrain.inference.ASR as interfaces
+from small_recipes import CONFORMER, FEATURES, folder_of, transcripts
+
+from speechbrain_stablequant import QuantizeConfig
+from speechbrain_stablequant.brain.errors import NoFolderError
+
+CTC = ["CNN", "Transformer", "ctc_lin"]
+FAMILIES = {
+    "ctc": (
+        recipes.Conformer,
+        FEATURES + CONFORMER + recipes.CTC_RECIPE,
+        CTC,
+        "EncoderASR",
+    ),
+    "ctc-beam": (
+        recipes.BeamConformer,
+        FEATURES + CONFORMER + recipes.CTC_RECIPE,
+        CTC,
+        "EncoderASR",
+    ),
+    "transformer": (
+        recipes.Seq2Seq,
+        FEATURES + recipes.SEQ2SEQ_RECIPE,
+        [*CTC, "seq_lin"],
+        "EncoderDecoderASR",
+    ),
+    "crdnn": (
+        recipes.CRDNN,
+        FEATURES + recipes.CRDNN_RECIPE,
+        ["enc", "dec", "seq_lin"],
+        "EncoderDecoderASR",
+    ),
+    "transducer": (
+        recipes.Transducer,
+        FEATURES + CONFORMER + recipes.TRANSDUCER_RECIPE,
+        ["CNN", "enc", "proj_enc", "proj_dec", "transducer_lin"],
+        "EncoderDecoderASR",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_transcribes_as_the_recipe_does(family, tmp_path):
+    kind, text, target, interface = FAMILIES[family]
+    brain = recipes.make(kind, text, tmp_path)
+    config = QuantizeConfig.from_dict({"target": target})
+    heard = folder_of(brain, config, tmp_path / "folder")
+    assert all(len(text) > 2 for text in heard)
+    written = (tmp_path / "folder" / "hyperparams.yaml").read_text()
+    assert str(tmp_path) not in written
+    asr = getattr(interfaces, interface).from_hparams(
+        source=tmp_path / "folder", overrides={"backend": "torch"}
+    )
+    assert transcripts(asr) == heard
+
+
+class Scaled(recipes.Conformer):
+    """Changes the features between two modules."""
+
+    def features(self, batch):
+        x, lengths = super().features(batch)
+        return 2 * x, lengths
+
+
+def test_what_a_recipe_computes_between_modules_is_no_guess(tmp_path):
+    _, text, target, _ = FAMILIES["ctc"]
+    brain = recipes.make(Scaled, text, tmp_path)
+    config = QuantizeConfig.from_dict({"target": target})
+    with pytest.raises(NoFolderError, match="what 'Transformer' gets is the"):
+        folder_of(brain, config, tmp_path / "folder")
+
+
+def test_without_a_yaml_there_is_a_line(tmp_path):
+    kind, text, target, _ = FAMILIES["ctc"]
+    brain = recipes.make(kind, text, tmp_path)
+    (tmp_path / "output" / "hyperparams.yaml").unlink()
+    config = QuantizeConfig.from_dict({"target": target})
+    with pytest.raises(NoFolderError, match="give quantize"):
+        folder_of(brain, config, tmp_path / "folder")
