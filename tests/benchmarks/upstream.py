@@ -113,7 +113,7 @@ class RowRun:
 
     def _overrides(self) -> dict[str, Any]:
         """Make the corpus and the models; returns the recipe's overrides."""
-        sizes = {"train": 12, "valid": 6, "test": 6}
+        sizes = {"train": 8, "valid": 4, "test": 4}
         splits = corpora.read_splits(self.args.speech, sizes)
         overrides = {"data_folder": str(self.folder / "data")}
         overrides["output_folder"] = str(self.output)
