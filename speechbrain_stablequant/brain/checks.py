@@ -41,14 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Brain options that replace the modules to be quantized.
-_REPLACING = (
-    "jit",
-    "jit_module_keys",
-    "compile",
-    "compile_module_keys",
-    "data_parallel_backend",
-)
+# Brain options that replace the modules to be quantized. The keys of modules
+# that recipes name beside them do nothing alone.
+_REPLACING = ("jit", "compile", "data_parallel_backend")
 
 # Maximum percentage of reference words that labels cannot write.
 _MOST_UNCOVERED = 50.0

@@ -518,9 +518,7 @@ def test_wavlm(make_brain):
     ("option", "value"),
     [
         ("jit", True),
-        ("jit_module_keys", ["enc"]),
         ("compile", True),
-        ("compile_module_keys", ["enc"]),
         ("data_parallel_backend", True),
     ],
 )
@@ -528,6 +526,11 @@ def test_options_that_replace_modules(option, value, make_brain, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     brain = make_brain(run_opts={option: value})
     refused(brain, lambda: StableQuant.attach(brain), f"--{option}")
+
+
+def test_keys_without_their_option_replace_nothing(make_brain):
+    keys = {"jit_module_keys": ["enc"], "compile_module_keys": ["enc"]}
+    StableQuant.attach(make_brain(run_opts=keys))
 
 
 def test_two_blocks(make_brain):
