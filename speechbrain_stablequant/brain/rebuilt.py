@@ -6,7 +6,7 @@ The folder is rebuilt in memory with float weights.
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from ..folder.live_modules import encode
 from ..folder.module_state import hidden_state, set_hidden_state
 from ..folder.tokenizer_file import read_tokenizer
 from ..folder.write_modules import ModulesSource
+from ..runtimes.probe import Compute
+from ..utils.patching import shadowed_forwards
 from ..utils.typed import short
 from .data import audio_of
 from .decoding import as_scored, same_text
@@ -136,3 +138,31 @@ def rebuilt(
     # WhisperASR gives words where it normalizes.
     texts = [x if isinstance(x, str) else " ".join(x) for x in words]
     return texts, encoded
+
+
+def live_network(
+    source: ModulesSource,
+    modules: Mapping[str, nn.Module],
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Compute:
+    """A runtime's computation of a folder's encoder with the recipe's modules,
+    for its probe."""
+    with torch.random.fork_rng():
+        loader = load_hyperpyyaml(source.hyperparams(None))["pretrainer"]
+    made = loader.named_modules()
+    live = {id(module): modules[name] for name, module in made.items()}
+    parts = []
+    for part in loader.encoder:
+        for parent in list(part.modules()):
+            for name, child in parent.named_children():
+                parent._modules[name] = live.get(id(child), child)
+        parts.append(live.get(id(part), part).eval())
+
+    def compute(
+        wavs: torch.Tensor, relative: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        placed = [part.to(wavs.device) for part in parts]
+        with shadowed_forwards(forwards):
+            return encode(placed, wavs, relative), None
+
+    return compute

@@ -148,6 +148,7 @@ class Run:
             (self.folder / WEIGHTS_FILE).stat().st_size,
             None if self.source is None else self.source.keys,
             RUNTIMES[self.backend].simulates,
+            getattr(self.source, "interface", "EncoderASR"),
         )
 
     def write_report(

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..core.encoder_spec import check_encoders, describe_encoder
+from ..folder.write_modules import ModulesSource
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision
 from ..runtimes.build import build_forwards, check_probe, executed_form
@@ -33,6 +34,7 @@ from ..utils.precision import plain_float32
 from ..utils.typed import one_line
 from .describe import Call, observe
 from .passes import recognize
+from .rebuilt import live_network
 
 if TYPE_CHECKING:
     from ..core.integer_layer import IntegerLayer
@@ -228,13 +230,15 @@ def make_probe(run: "Run") -> None:
 
 def executed(run: "Run") -> AbstractContextManager[None]:
     """Execute the modules by the first runtime that passes its probe."""
-    modules = run.modules
+    modules, source = run.modules, run.source
 
     def network(forwards: Mapping[nn.Module, Callable]) -> Compute:
-        if run.source is None:
+        if source is None:
             return encoder_alone(find_encoders(modules)[0].model, forwards)
-        parts = {key: modules[key] for key in run.source.keys}
-        return chain(parts, run.source.encoder["use_lengths"], forwards)
+        if isinstance(source, ModulesSource):
+            return live_network(source, run.stored_modules, forwards)
+        parts = {key: modules[key] for key in source.keys}
+        return chain(parts, source.encoder["use_lengths"], forwards)
 
     forwards, _ = _first_passing(run, modules, run.integers, run.probe, network)
     return shadowed_forwards(forwards)

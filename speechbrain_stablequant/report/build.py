@@ -92,7 +92,8 @@ def build_report(
         "files": {"plan": PLAN_FILE, "quantized model": WEIGHTS_FILE},
     }
     if execution.keys is not None:
-        report["files"]["recognizer, for EncoderASR"] = HYPERPARAMS_FILE
+        name = f"recognizer, for {execution.interface}"
+        report["files"][name] = HYPERPARAMS_FILE
     if plan.search:
         report["search"] = plan.search
     return report

@@ -214,3 +214,5 @@ class Execution:
     keys: Sequence[str] | None = None
     #: Whether the runtime imitates integers in floating point.
     simulated: bool = False
+    #: SpeechBrain's class that loads the folder.
+    interface: str = "EncoderASR"
