@@ -4,7 +4,8 @@ A *layer* is a weight and its input, whatever module holds them: a Linear, a
 Conv1d, a Conv2d or rows of an attention's weight (see :mod:`.products`). A
 *unit* is what the search treats as one: each feature-extractor convolution,
 the feature projection, the positional convolution, each transformer block, the
-head.
+head. In other models items of a ``ModuleList`` of like modules are blocks, and
+any other layer is a unit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,13 +211,14 @@ def find_layers(
     named = {name: module for module, name in found.items()}
     kept = _selected(named, include, exclude)
     _refuse_own_forwards(kept)
-    by_name = products.modules_by_name({key: modules[key] for key in target})
+    targets = {key: modules[key] for key in target}
+    by_name, blocks = products.modules_by_name(targets), _blocks(targets)
     layers = [
         Layer(
             name,
             module,
             layer_kind(module),
-            _unit(name, encoders),
+            _unit(name, encoders, blocks),
             products.owners_of(name, by_name),
         )
         for name, module in kept.items()
@@ -245,12 +247,27 @@ def _refuse_own_forwards(layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _unit(name: str, encoders: Sequence[Encoder]) -> str:
+def _blocks(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the items of each list of like modules."""
+    return {
+        f"{path}.{i}"
+        for path, found in products.modules_by_name(modules).items()
+        if isinstance(found, nn.ModuleList)
+        and len(found) > 1
+        and len(set(map(type, found))) == 1
+        for i in range(len(found))
+    }
+
+
+def _unit(name: str, encoders: Sequence[Encoder], blocks: set[str]) -> str:
     for encoder in encoders:
         unit = encoder.unit_of(name)
         if unit is not None:
             return f"{encoder.key}.{unit}" if len(encoders) > 1 else unit
-    # The head follows an encoder; without one each layer is a unit.
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        if ".".join(parts[:i]) in blocks:
+            return ".".join(parts[:i])
     return HEAD if encoders else name
 
 

@@ -296,3 +296,43 @@ def test_without_an_encoder_each_layer_is_a_unit():
     kinds = ["conv1d", "linear", "conv2d", "linear"]
     assert [layer.kind for layer in layers] == kinds
     assert find_encoders({"enc": model}) == []
+
+
+def test_items_of_a_list_of_like_modules_are_blocks():
+    def block():
+        return nn.ModuleDict(
+            {"mha": nn.MultiheadAttention(4, 2), "ffn": nn.Linear(4, 4)}
+        )
+
+    model = nn.ModuleDict(
+        {
+            "front": nn.ModuleList([nn.Conv1d(4, 4, 3), nn.Linear(4, 4)]),
+            "layers": nn.ModuleList([block(), block()]),
+            "out": nn.Linear(4, 2),
+        }
+    )
+    layers = find_layers({"enc": model}, ["enc"])
+    units = group_units(layers)
+    assert list(units) == [
+        "enc.front.0",
+        "enc.front.1",
+        "enc.layers.0",
+        "enc.layers.1",
+        "enc.out",
+    ]
+    assert [layer.name for layer in units["enc.layers.1"]] == [
+        "enc.layers.1.mha.in_proj_q",
+        "enc.layers.1.mha.in_proj_kv",
+        "enc.layers.1.mha.out_proj",
+        "enc.layers.1.ffn",
+    ]
+
+
+def test_a_decoder_behind_an_encoder_keeps_its_blocks(make_tiny_modules):
+    modules = dict(make_tiny_modules("hubert-base"))
+    decoder = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    modules["dec"] = nn.ModuleDict({"layers": decoder, "out": nn.Linear(4, 4)})
+    layers = find_layers(modules, [*TARGET, "dec"])
+    units = {layer.name: layer.unit for layer in layers}
+    assert units["dec.layers.1"] == "dec.layers.1"
+    assert units["dec.out"] == units["ctc_lin.w"] == HEAD
