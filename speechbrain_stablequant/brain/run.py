@@ -98,7 +98,9 @@ class Run:
         quants, dtype = self.plan.quants(), self.config.float_dtype
         with (
             self.adjusted(),
-            rounded_floats(self.stored_modules, quants, dtype),
+            rounded_floats(
+                self.stored_modules, quants, dtype, self.plan.weight_only
+            ),
         ):
             yield
 

@@ -115,6 +115,9 @@ class QuantizationPlan:
     tensors : AdjustedTensors or None
         Integers and float parameters that a method decided, in a file of
         their own.
+    weight_only : list of str
+        Parameters that are stored as integers of 8 bits and multiplied in
+        floating point.
     """
 
     method: str
@@ -128,6 +131,7 @@ class QuantizationPlan:
     tensors: AdjustedTensors | None = field(
         default=None, compare=False, repr=False
     )
+    weight_only: list[str] = field(default_factory=list)
 
     def quants(self) -> dict[str, LayerQuant]:
         """Returns the quantized layers by name."""
@@ -151,6 +155,9 @@ class QuantizationPlan:
             for layer in self.layers
         ]
         del raw["tensors"]
+        if not self.weight_only:
+            # Files of plans without them stay the same.
+            del raw["weight_only"]
         if self.tensors:
             bits = {n: q.weight_bits for n, q in self.quants().items()}
             file = path.with_suffix(".safetensors")
@@ -254,6 +261,17 @@ class QuantizationPlan:
                     f"quantize.plan: {path}: layer '{name}' is not in {where} "
                     "or is of another kind; use the plan of this model and "
                     "the same target, include and exclude"
+                )
+        state = {
+            f"{key}.{name}"
+            for key, module in modules.items()
+            for name, _ in module.named_parameters(remove_duplicate=False)
+        }
+        for name in self.weight_only:
+            if name not in state:
+                raise ValueError(
+                    f"quantize.plan: {path}: parameter '{short(name)}' is not "
+                    "in the model; use the plan of this model"
                 )
         if self.tensors is None:
             return

@@ -1,12 +1,13 @@
 """What stays floating point in a quantized model, and how it is stored."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from ..core.affine import dequantize, quantize, weight_scale
 from ..core.integer_layer import IntegerLayer
 from ..model.products import covered_parameters
 from ..utils.patching import restored_values
@@ -14,6 +15,9 @@ from .errors import CheckpointError
 
 # Relative to a tensor's largest value: the rounding error of half precision.
 _HALF_ERROR = 2**-11
+
+# Bits of weight-only parameters, and the ending of the name of their scales.
+_BITS, _SCALE = 8, ".row_scale"
 
 
 def float_state(
@@ -61,17 +65,35 @@ def stored_layer(layer: IntegerLayer, float_dtype: str) -> IntegerLayer:
     return replace(layer, bias=bias.to(layer.bias.device))
 
 
+def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight-only parameter as int8 and the float32 scale of each row."""
+    scale = weight_scale(tensor, _BITS, "max")
+    return quantize(tensor, scale, _BITS).cpu(), scale.cpu()
+
+
 @contextmanager
 def rounded_floats(
-    modules: Mapping[str, nn.Module], names: Collection[str], float_dtype: str
+    modules: Mapping[str, nn.Module],
+    names: Collection[str],
+    float_dtype: str,
+    weight_only: Collection[str] = (),
 ) -> Iterator[None]:
     """Context in which modules have the values that are loaded later."""
-    tensors = float_state(modules, names).values()
-    stored = [(tensor, stored_float(tensor, float_dtype)) for tensor in tensors]
-    rounded = [(x, y) for x, y in stored if y.dtype == torch.float16]
-    with restored_values(x for x, _ in rounded):
-        for tensor, value in rounded:
-            tensor.copy_(value)
+    state = float_state(modules, names)
+    stored = {
+        name: dequantize(*_rows(x))
+        if name in weight_only
+        else stored_float(x, float_dtype)
+        for name, x in state.items()
+    }
+    rounded = {
+        name: x
+        for name, x in stored.items()
+        if name in weight_only or x.dtype == torch.float16
+    }
+    with restored_values(state[name] for name in rounded):
+        for name, value in rounded.items():
+            state[name].copy_(value)
         yield
 
 
@@ -79,17 +101,44 @@ def stored_floats(
     integers: Mapping[str, IntegerLayer],
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
+    weight_only: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Returns the floats of a file, the biases of integer layers included."""
+    """Returns the floats of a file, the biases of integer layers included;
+    weight-only parameters as int8 with their scales."""
     biases = {
         f"{name}.bias": layer.bias
         for name, layer in integers.items()
         if layer.bias is not None
     }
     rows = {**floats, **biases}
-    return {name: stored_float(x, float_dtype) for name, x in rows.items()}
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in rows.items():
+        if name in weight_only:
+            stored[name], stored[f"{name}{_SCALE}"] = _rows(tensor)
+        else:
+            stored[name] = stored_float(tensor, float_dtype)
+    return stored
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a stored tensor as it is loaded: floats in float32."""
-    return tensor.float() if tensor.is_floating_point() else tensor
+def loaded_floats(
+    names: Collection[str], read: Callable[[str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`stored_floats`, in float32; raises ValueError for
+    integers without scales that fit."""
+    scales = {
+        name: name.removesuffix(_SCALE)
+        for name in names
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in names
+    }
+    floats = {}
+    for name in names:
+        if name not in scales:
+            x = read(name)
+            floats[name] = x.float() if x.is_floating_point() else x
+    for name, owner in scales.items():
+        scale, x = read(name), floats[owner]
+        fits = x.dtype == torch.int8 and scale.shape == x.shape[:1]
+        if not fits or not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError(f"'{name}' is no scale of '{owner}'")
+        floats[owner] = dequantize(x, scale)
+    return floats

@@ -25,7 +25,7 @@ from ..utils.tensor_bytes import tensors_to_bytes
 from ..utils.typed import one_line, short, typed
 from .errors import CheckpointError, reading
 from .layer_row import LayerRow, describe_layer, read_layer
-from .stored_floats import stored_floats, widened
+from .stored_floats import loaded_floats, stored_floats
 from .tensor_file import TensorFile
 
 FORMAT = "speechbrain_stablequant"
@@ -92,7 +92,7 @@ def save_checkpoint(
         },
         sort_keys=True,
     )
-    tensors = stored_floats(integers, floats, float_dtype)
+    tensors = stored_floats(integers, floats, float_dtype, plan.weight_only)
     for name, layer in integers.items():
         weight = layer.loaded().weight.cpu().contiguous()
         tensors[f"{name}.weight"] = pack(weight, layer.weight_bits)
@@ -194,7 +194,7 @@ def load_checkpoint(
             for name, row in description.layers.items()
         }
         probe = _read_probe(file, outlines)
-        floats = {name: widened(file.read(name)) for name in outlines}
+        floats = loaded_floats(outlines, file.read)
     for name, layer in integers.items():
         if layer.bias is not None:
             # One copy of each bias.

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..utils.typed import one_line
 from .encoder_config import CONFIG_FILE, empty_encoder
 from .fill_modules import fill_modules
 from .recognizer_spec import HYPERPARAMS_FILE, RECOGNIZER_FILE, spec_of_yaml
-from .stored_floats import float_state, stored_floats, widened
+from .stored_floats import float_state, loaded_floats, stored_floats
 from .weights_file import save_checkpoint
 from .write_modules import ModulesSource, write_modules
 
@@ -140,7 +140,7 @@ def write_folder(
     companions = [CONFIG_FILE, source.tokenizer_file]
     if _write_spec(folder, source.hyperparams("", backend)):
         companions.append(RECOGNIZER_FILE)
-    probe = _make_probe(source, integers, floats, float_dtype)
+    probe = _make_probe(source, integers, floats, float_dtype, plan.weight_only)
     checksum = save_checkpoint(
         folder, plan, integers, floats, float_dtype, companions, probe
     )
@@ -154,10 +154,11 @@ def _make_probe(
     integers: Mapping[str, IntegerLayer],
     floats: Mapping[str, torch.Tensor],
     float_dtype: str,
+    weight_only: Collection[str],
 ) -> Probe:
     """Computes a folder's probe on the CPU from what its file holds."""
-    stored = stored_floats(integers, floats, float_dtype)
-    state = {name: widened(tensor) for name, tensor in stored.items()}
+    stored = stored_floats(integers, floats, float_dtype, weight_only)
+    state = loaded_floats(stored, stored.__getitem__)
     settings = dict(source.encoder)
     key, use_lengths = settings.pop("key"), settings.pop("use_lengths")
     # Building modules draws random numbers.

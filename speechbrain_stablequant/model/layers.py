@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from . import products
+from .weight_only import recurrent_linear
 
 HEAD = "head"
 
@@ -198,10 +199,11 @@ def find_layers(
     # A model behind two keys (hf_ctc.lm_head and ctc_lin) is listed once.
     found: dict[nn.Module, str] = {}
     encoders = find_encoders({key: modules[key] for key in target})
-    idle = _idle(encoders)
+    left_out = _idle(encoders)
     for key in target:
         for name, module in products.named_modules(modules[key], key):
-            if module not in idle and layer_kind(module) is not None:
+            left_out.add(recurrent_linear(module))
+            if module not in left_out and layer_kind(module) is not None:
                 found.setdefault(module, name)
     if not found:
         raise ValueError(

@@ -124,13 +124,15 @@ _KINDS = {
 }
 
 
+def class_names(module: nn.Module) -> list[str]:
+    """Full names of a module's class and its bases: importing the packages
+    that define them takes seconds."""
+    return [f"{x.__module__}.{x.__qualname__}" for x in type(module).__mro__]
+
+
 def _kind(module: nn.Module) -> _Kind | None:
-    """By name, since importing these packages takes seconds."""
-    for base in type(module).__mro__:
-        kind = _KINDS.get(f"{base.__module__}.{base.__qualname__}")
-        if kind is not None:
-            return kind
-    return None
+    found = (_KINDS.get(name) for name in class_names(module))
+    return next((kind for kind in found if kind is not None), None)
 
 
 def virtual_linears(owner: nn.Module) -> dict[str, RowsLinear]:

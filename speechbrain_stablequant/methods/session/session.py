@@ -11,6 +11,7 @@ from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
 from ...model.layers import Cut, Layer, find_encoders, find_layers, group_units
+from ...model.weight_only import weight_only_parameters
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
 from ...utils.store import Store
@@ -40,6 +41,9 @@ class Session:
             recognizer.modules, config.target, config.include, config.exclude
         )
         self.units = group_units(self.layers)
+        self.weight_only = weight_only_parameters(
+            recognizer.modules, config.target, config.include, config.exclude
+        )
         self.encoders = find_encoders(
             {key: recognizer.modules[key] for key in config.target}
         )
@@ -92,6 +96,7 @@ class Session:
             search=search,
             units=units,
             layers=layers,
+            weight_only=self.weight_only,
         )
 
     def quant(self, amax: float, weight_method: str) -> LayerQuant:
