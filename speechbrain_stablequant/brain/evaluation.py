@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..methods.session.session import Session
 from ..report.comparison import write_comparison
 from ..report.results import Evaluation, SetResult
 from ..runtimes.registry import RUNTIMES, code_digest
+from ..simulation.multiply_adds import count_multiply_adds
 from ..utils import distributed
 from ..utils.files import write_atomic
 from ..utils.outputs import Outputs
@@ -200,6 +201,13 @@ class Evaluator:
         # The shared store: variants reuse histograms and evaluations.
         session = Session(recognizer, run.config, self.store, RUNTIMES)
         run.plan, run.histograms = make_plan(session)
+        if "calibration" in run.subsets:
+            first = partial(
+                recognizer.forward, "calibration", lambda _: None, True
+            )
+            run.products = count_multiply_adds(
+                session.layers, recognizer.modules, first
+            )
         with self.outputs.writing():
             run.plan.save(run.folder / PLAN_FILE)
         seconds = time.monotonic() - started

@@ -60,6 +60,8 @@ class Run:
     extras: dict[str, nn.Module] = field(default_factory=dict)
     probe: "Probe | None" = None
     histograms: Mapping[str, "Histogram"] = field(default_factory=dict)
+    #: Multiply-adds of one batch, see ``core.account``.
+    products: Mapping[str, int] | None = None
     results: dict[str, SetResult] = field(default_factory=dict)
     effort: Effort | None = None
 
@@ -151,6 +153,7 @@ class Run:
             None if self.source is None else self.source.keys,
             RUNTIMES[self.backend].simulates,
             getattr(self.source, "interface", "EncoderASR"),
+            self.products,
         )
 
     def write_report(

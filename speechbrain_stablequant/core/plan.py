@@ -270,7 +270,7 @@ class QuantizationPlan:
         for name in self.weight_only:
             if name not in state:
                 raise ValueError(
-                    f"quantize.plan: {path}: parameter '{short(name)}' is not "
+                    f"quantize.plan: {path}: parameter {short(name)} is not "
                     "in the model; use the plan of this model"
                 )
         if self.tensors is None:

@@ -294,7 +294,7 @@ class _Intercept(TorchFunctionMode):
             key = value
         batch = query.shape[1] if query.dim() == 3 else 1
         with _Intercept(self.products, batch):
-            return _attention(query, key, value, *args, **kwargs)
+            return attention_forward(query, key, value, *args, **kwargs)
 
     def _linear(
         self,
@@ -348,7 +348,7 @@ def _same_view(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 #: torch's function, which leaves its body to an active mode and so would call
 #: it forever; here modes see the calls of its body.
-_attention = FunctionType(
+attention_forward = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},
     "multi_head_attention_forward",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.account import account
 from ..core.histogram import Histogram
 from ..core.plan import PLAN_FILE, QuantizationPlan, layer_sizes
 from ..folder.weights_file import WEIGHTS_FILE
@@ -55,6 +56,9 @@ def build_report(
          "rtf": {"float", "quantized"},
          "search": {"num_utterances", "baseline_wer", "threshold",
                     "evaluations", "seconds", "metric", ...},
+         "account": {"parameters": {"quantized", "weight_only", "float"},
+                     "products": likewise, "largest_float": [{"name",
+                     "parameters", "products", "why"}]},
          "units": [{"name", "layers", "parameters", "wer", "delta_wer",
                     "delta_wer_ci", "selected", "cutoff",
                     "curve": [{"cutoff", "wer", "secondary"}]}],
@@ -86,6 +90,7 @@ def build_report(
             "quantized_floats": execution.float_dtype,
         },
         "rtf": real_time_factors(results.values()),
+        "account": account(plan, stored, execution.products),
         "units": _units(plan, modules),
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),

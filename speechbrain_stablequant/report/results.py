@@ -23,6 +23,8 @@ def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
     that tells such measurements apart."""
     quants = {name: q.to_dict() for name, q in plan.quants().items()}
     content = [plan.fingerprint, *measured, quants]
+    if plan.weight_only:
+        content.append(plan.weight_only)
     if plan.tensors:
         content.append(plan.tensors.digest())
     return identity(content)
@@ -216,3 +218,5 @@ class Execution:
     simulated: bool = False
     #: SpeechBrain's class that loads the folder.
     interface: str = "EncoderASR"
+    #: Multiply-adds of one batch, see ``core.account``.
+    products: Mapping[str, int] | None = None

@@ -100,6 +100,38 @@ def size(report: dict) -> list[list[str]]:
     ]
 
 
+def account(report: dict) -> list[list[str]]:
+    """Shares of parameters and multiply-adds; empty for earlier reports."""
+    found = report.get("account") or {}
+    kinds = {
+        "quantized": "Quantized",
+        "weight_only": "Weights alone, 8 bits",
+        "float": "Floating point",
+    }
+    return [
+        [
+            words,
+            *(_share(found[what], key) for what in ("parameters", "products")),
+        ]
+        for key, words in kinds.items()
+        if found
+    ]
+
+
+def _share(counts: dict | None, key: str) -> str:
+    total = sum((counts or {}).values())
+    return f"{100 * counts[key] / total:.1f} %" if total else NOT_MEASURED
+
+
+def largest_float(report: dict) -> list[list[str]]:
+    """The largest parts that stay floating point, and why."""
+    rows = (report.get("account") or {}).get("largest_float", [])
+    return [
+        [x["name"], count(x["parameters"]), count(x["products"]), x["why"]]
+        for x in rows
+    ]
+
+
 def units(rows: list[dict]) -> list[list[str]]:
     """What was measured of each unit, and its clipping percentile."""
     return [

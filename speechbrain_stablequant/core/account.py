@@ -1,0 +1,110 @@
+"""What of a recognizer a plan quantizes, by parameters and multiply-adds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..model.layers import layer_kind
+from ..model.products import RowsLinear, modules_by_name, virtual_linears
+from .plan import QuantizationPlan
+
+#: Rows of the largest float parts.
+_ROWS = 8
+
+
+def account(
+    plan: QuantizationPlan,
+    modules: Mapping[str, nn.Module],
+    products: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Shares of a model that are quantized, weight-only and float.
+
+    ``products``: multiply-adds of one batch by layer, by parameter, and of
+    activations under an empty name. The largest float parts come with the
+    reason.
+    """
+    by_name, rows = modules_by_name(modules), {x.name: x for x in plan.layers}
+    shares = {"quantized": 0, "weight_only": 0, "float": 0}
+    counts = {"parameters": dict(shares), "products": dict(shares)}
+    products = dict(products or {})
+    left = _parameters(modules)
+    for name in plan.weight_only:
+        counts["parameters"]["weight_only"] += left.pop(name, 0)
+        counts["products"]["weight_only"] += products.pop(name, 0)
+    for name in plan.quants():
+        module, numel = by_name[name], by_name[name].weight.numel()
+        counts["parameters"]["quantized"] += numel
+        counts["products"]["quantized"] += products.pop(name, 0)
+        weight = f"{name}.weight"
+        if isinstance(module, RowsLinear):
+            weight = f"{name.rpartition('.')[0]}.{module.weight_name}"
+            left[weight] = left.get(weight, 0) - numel
+        else:
+            left.pop(weight, None)
+    floats = {n: [size, 0] for n, size in left.items() if size}
+    for name, count in products.items():
+        key = f"{name}.weight" if name in rows else name
+        floats.setdefault(key, [0, 0])[1] += count
+    for i, kind in enumerate(("parameters", "products")):
+        counts[kind]["float"] = sum(row[i] for row in floats.values())
+    totals = [max(sum(counts[kind].values()), 1) for kind in counts]
+
+    def weight(row: list[int]) -> float:
+        return max(x / total for x, total in zip(row, totals, strict=True))
+
+    largest = sorted(floats, key=lambda n: weight(floats[n]), reverse=True)
+    counts["largest_float"] = [
+        {
+            "name": name or "products of activations",
+            "parameters": floats[name][0],
+            "products": floats[name][1],
+            "why": _why(name, plan, by_name),
+        }
+        for name in largest[:_ROWS]
+    ]
+    if not any(counts["products"].values()):
+        counts["products"] = None
+    return counts
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Size of each parameter once; both parts of a weight norm as the
+    weight."""
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for key, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full = f"{key}.{name}"
+            if ".parametrizations.weight." in full:
+                full = full.partition(".parametrizations.")[0] + ".weight"
+                sizes[full] = max(sizes.get(full, 0), parameter.numel())
+            else:
+                sizes[full] = parameter.numel()
+    return sizes
+
+
+def _why(
+    name: str, plan: QuantizationPlan, by_name: Mapping[str, nn.Module]
+) -> str:
+    if not name:
+        return "both operands are activations"
+    owner, _, attribute = name.rpartition(".")
+    module = by_name.get(owner)
+    reasons = {x.name: x.reason for x in plan.layers if x.quant is None}
+    rows = [] if module is None else virtual_linears(module).items()
+    parts = [f"{owner}.{n}" for n, x in rows if x.weight_name == attribute]
+    for layer in (owner, *parts):
+        if layer in reasons:
+            return reasons[layer]
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
+        return "too small for integers to pay"
+    layer = module is not None and layer_kind(module) is not None
+    if parts or (layer and attribute == "weight"):
+        return "excluded, or not below quantize.target"
+    if attribute == "bias" or "norm" in type(module).__name__.lower():
+        return "added or scaled, not multiplied as a matrix"
+    return "no product that is known by its module"
