@@ -194,7 +194,7 @@ class EncoderChain(nn.Module):
     calls : list of dict
         ``module``; ``method``, if not ``forward``; ``args`` and ``settings``,
         in which ``input`` is the previous output and ``lengths`` the relative
-        lengths.
+        lengths; ``output``, the place of the output among several.
 
     Example
     -------
@@ -234,8 +234,8 @@ class EncoderChain(nn.Module):
                 *map(given, call.get("args", ())),
                 **{name: given(value) for name, value in settings.items()},
             )
-            if isinstance(x, tuple | list):
-                x = x[0]
+            if not isinstance(x, torch.Tensor):
+                x = x[call.get("output", 0)]
         return x
 
 
@@ -258,13 +258,19 @@ class LateModule(nn.Module):
         The class that it becomes. One of SpeechBrain's HuggingFace wrappers
         gets its configuration and its tokenizer from the folder, and no
         weights.
-    settings : dict
+    settings, args : dict, list
         Arguments of the class.
     """
 
-    def __init__(self, kind: str, settings: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        kind: str,
+        settings: Mapping[str, Any] | None = None,
+        args: Sequence[Any] = (),
+    ):
         super().__init__()
-        self._late = kind, dict(settings or {})
+        # Modules among them are no children yet.
+        vars(self)["_late"] = kind, args, dict(settings or {})
 
     def build(self, folder: Path) -> None:
         """Becomes the module."""
@@ -272,14 +278,14 @@ class LateModule(nn.Module):
             HFTransformersInterface,
         )
 
-        name, settings = self._late
+        name, args, settings = self._late
         kind = pydoc.locate(name)
         if issubclass(kind, HFTransformersInterface):
             kind = type(kind.__name__, (_NoWeights, kind), {})
             settings |= {"source": str(folder), "save_path": str(folder)}
         del self._late
         self.__class__ = kind
-        self.__init__(**settings)
+        self.__init__(*args, **settings)
 
 
 class _NoWeights:

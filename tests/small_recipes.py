@@ -253,6 +253,41 @@ Beamsearcher: !new:speechbrain.decoders.transducer.TransducerBeamSearcher
 """.replace("{TRANSFORMER}", TRANSFORMER)
 
 
+# A model of HuggingFace behind another module; its folder is HUB.
+HUGGINGFACE = """\
+wav2vec2_hub: HUB
+wav2vec2: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2
+    source: !ref <wav2vec2_hub>
+    save_path: !ref <wav2vec2_hub>/save
+pool: !new:torch.nn.AvgPool1d
+    kernel_size: 2
+    stride: 1
+ctc_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: 32
+    n_neurons: 24
+"""
+
+HUGGINGFACE_RECIPE = """\
+modules:
+    wav2vec2: !ref <wav2vec2>
+    pool: !ref <pool>
+    ctc_lin: !ref <ctc_lin>
+"""
+
+HUGGINGFACE_INFERENCE = """\
+tokenizer: !new:sentencepiece.SentencePieceProcessor
+encoder: !new:speechbrain.nnet.containers.LengthsCapableSequential
+    input_shape: [null, null]
+    pool: !ref <pool>
+    wav2vec2: !ref <wav2vec2>
+    ctc_lin: !ref <ctc_lin>
+modules:
+    encoder: !ref <encoder>
+decoding_function: !name:speechbrain.decoders.ctc_greedy_decode
+    blank_id: 0
+"""
+
+
 class Recipe(sb.Brain):
     """What the classes of recipes share: greedy hypotheses are scored."""
 
@@ -303,6 +338,17 @@ class BeamConformer(Recipe):
         )
         found = search(scores, lengths)
         return scores, [self.tokenizer.encode_as_ids(x[0].text) for x in found]
+
+
+class HuggingFace(Recipe):
+    """A model of HuggingFace that gets something other than the audio."""
+
+    def compute_forward(self, batch, stage):
+        wavs, lengths = batch.sig
+        x = self.modules.wav2vec2(self.modules.pool(wavs), lengths)
+        scores = self.modules.ctc_lin(x)
+        found = sb.decoders.ctc_greedy_decode(scores, lengths, blank_id=0)
+        return scores, found
 
 
 class Seq2Seq(Recipe):
@@ -399,9 +445,10 @@ def make(kind, text, folder, **run_options):
         run_opts={"device": "cpu", "noprogressbar": True, **run_options},
     )
     brain.tokenizer = pieces(folder)
-    normalize = brain.modules.normalize.train()
-    features = brain.hparams.compute_features(batch(8, seed=5).sig[0])
-    normalize(features, torch.ones(8), epoch=0)
+    if "normalize" in brain.modules:
+        normalize = brain.modules.normalize.train()
+        features = brain.hparams.compute_features(batch(8, seed=5).sig[0])
+        normalize(features, torch.ones(8), epoch=0)
     brain.modules.eval()
     if kind is CRDNN:
         # As they are made, the weights of its decoder say nothing.

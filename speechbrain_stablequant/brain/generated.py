@@ -6,11 +6,8 @@ What is written is verified by what it transcribes, see :mod:`.rebuilt`.
 """
 
 import inspect
-import json
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
@@ -27,6 +24,7 @@ from torch import nn
 
 from ..folder.write_modules import ModulesSource
 from .errors import NoFolderError
+from .huggingface import TWO_WRAPPERS, huggingface_files
 from .inference_yaml import dumped, live_modules
 from .metrics import Row
 from .recipe_chain import Observed, chain_to
@@ -171,10 +169,7 @@ def _source(
     places = {key: (nodes.key_of(key), "") for key in live}
     used = [key for key in wrappers if nodes.key_of(key) in out]
     if len(used) > 1:
-        raise NoFolderError(
-            f"{' and '.join(used)} are models of HuggingFace, and a folder "
-            "holds the configuration of one"
-        )
+        raise NoFolderError(TWO_WRAPPERS.format(" and ".join(used)))
     files = {}
     for key in used:
         files = huggingface_files(wrappers[key])
@@ -200,34 +195,3 @@ def _source(
         sample_rate=config.sample_rate,
     )
     return source, live
-
-
-def huggingface_files(wrapper: nn.Module) -> dict[str, bytes]:
-    """What makes a wrapper of HuggingFace again, apart from weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("feature_extractor", "tokenizer"):
-            part = getattr(wrapper, name, None)
-            if hasattr(part, "save_pretrained"):
-                part.save_pretrained(folder)
-        files = {
-            path.name: path.read_bytes()
-            for path in sorted(Path(folder).iterdir())
-            if path.is_file()
-        }
-    # Of Whisper's tokenizer, which does not save it.
-    spelling = getattr(
-        getattr(wrapper, "tokenizer", None), "english_spelling_normalizer", None
-    )
-    if spelling is not None:
-        files["normalizer.json"] = json.dumps(spelling, indent=1).encode()
-    config = wrapper.model.config.to_json_string(use_diff=False)
-    files["config.json"] = config.encode()
-    for name, content in files.items():
-        if name.endswith(".json"):
-            rows = json.loads(content)
-            # A folder does not reveal where its model came from.
-            for key in ("_name_or_path", "name_or_path"):
-                if isinstance(rows, dict) and rows.pop(key, None) is not None:
-                    text = json.dumps(rows, indent=1, ensure_ascii=False)
-                    files[name] = text.encode()
-    return files

@@ -7,7 +7,7 @@ by their keys, or by the shapes of their tensors.
 import io
 import pydoc
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,18 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.integrations.huggingface.huggingface import (
+    HFTransformersInterface,
+)
 from torch import nn
 
 from ..folder.module_state import hooked_modules
 from ..folder.write_modules import ModulesSource
 from .errors import NoFolderError
 from .head_yaml import _calls, _tag
+from .huggingface import TWO_WRAPPERS, huggingface_files
 from .metrics import Row
+from .recipe_yaml import PLACES, late_node
 from .tokenizer import folder_tokenizer
 
 if TYPE_CHECKING:
@@ -72,14 +77,19 @@ def given_source(
                 f"quantize.inference: its tokenizer is a {wanted.__name__}, "
                 f"the recipe's a {tokenizer.kind}"
             )
+    files = {tokenizer.file: tokenizer.content} if tokenizer else {}
+    late, wrappers = _late_keys(tree, hparams)
+    if wrappers:
+        files |= huggingface_files(hparams[wrappers[0]])
+    rewritten = _rewritten(tree, kept, late, wrappers)
     source = ModulesSource(
-        text=dumped({key: tree[key] for key in tree if key in kept}),
+        text=dumped(rewritten),
         interface=interface,
         places=places,
         encoder=encoder,
-        late=(),
+        late=late,
         tokenizer_file=tokenizer and tokenizer.file,
-        files={tokenizer.file: tokenizer.content} if tokenizer else {},
+        files=files,
         sample_rate=config.sample_rate,
     )
     return source, filled
@@ -198,6 +208,49 @@ def _references(node: Any) -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from _references(value)
+
+
+def _late_keys(
+    tree: Any, hparams: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys of HuggingFace's wrappers and of what is made from them, those that
+    others need first; and the wrappers among them."""
+    wrappers = tuple(
+        key
+        for key, value in hparams.items()
+        if isinstance(value, HFTransformersInterface)
+    )
+    if len(wrappers) > 1:
+        raise NoFolderError(TWO_WRAPPERS.format(" and ".join(wrappers)))
+    reached = {
+        key: _reached(tree, [key])
+        for key in hparams
+        if _tag(tree[key]).startswith("!new:")
+    }
+    late = [key for key, found in reached.items() if found & set(wrappers)]
+    return tuple(sorted(late, key=lambda key: len(reached[key]))), wrappers
+
+
+def _rewritten(
+    tree: Any,
+    kept: Collection[str],
+    late: Collection[str],
+    wrappers: Collection[str],
+) -> dict[str, Any]:
+    """The kept keys, without where a wrapper's model comes from."""
+    gone = {
+        name
+        for key in wrappers
+        for setting in PLACES
+        for name in _references(tree[key].get(setting))
+    }
+    rows = {
+        key: late_node(tree[key], key in wrappers) if key in late else tree[key]
+        for key in tree
+        if key in kept
+    }
+    used = {name for row in rows.values() for name in _references(row)}
+    return {k: v for k, v in rows.items() if k not in gone - used}
 
 
 # -- the modules ---------------------------------------------------------------

@@ -104,6 +104,20 @@ def _distance(one: torch.Tensor, two: torch.Tensor | None) -> float:
     return min(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
+def _made(source: ModulesSource) -> dict[str, Any]:
+    """A folder's objects, without the content of its weights."""
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        for name, content in source.files.items():
+            (Path(folder) / name).write_bytes(content)
+        hparams = load_hyperpyyaml(source.hyperparams(None))
+        for module in hparams["pretrainer"].late:
+            module.build(Path(folder))
+        if source.tokenizer_file is not None:
+            path = Path(folder) / source.tokenizer_file
+            read_tokenizer(hparams["pretrainer"].tokenizer, path)
+    return hparams
+
+
 def rebuilt(
     source: ModulesSource,
     modules: Mapping[str, nn.Module],
@@ -112,29 +126,21 @@ def rebuilt(
 ) -> tuple[list[str], torch.Tensor]:
     """What SpeechBrain's class hears with a folder that holds these modules,
     and the encoder's output; tensors of the modules are shared, not copied."""
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        for name, content in source.files.items():
-            (Path(folder) / name).write_bytes(content)
-        hparams = load_hyperpyyaml(source.hyperparams(None))
-        loader = hparams["pretrainer"]
-        for module in loader.late:
-            module.build(Path(folder))
-        for name, module in loader.named_modules().items():
-            module.load_state_dict(modules[name].state_dict(), assign=True)
-            state = hidden_state({name: modules[name]})
-            set_hidden_state({name: module}, state, name)
-        if source.tokenizer_file is not None:
-            path = Path(folder) / source.tokenizer_file
-            read_tokenizer(loader.tokenizer, path)
-        kind = getattr(interfaces, source.interface)
-        asr = kind(
-            modules=hparams["modules"],
-            hparams=hparams,
-            run_opts={"device": str(device)},
-        )
-        words, _ = asr.transcribe_batch(*audio)
-        with torch.no_grad():
-            encoded = encode(loader.encoder, *(x.to(device) for x in audio))
+    hparams = _made(source)
+    loader = hparams["pretrainer"]
+    for name, module in loader.named_modules().items():
+        module.load_state_dict(modules[name].state_dict(), assign=True)
+        state = hidden_state({name: modules[name]})
+        set_hidden_state({name: module}, state, name)
+    kind = getattr(interfaces, source.interface)
+    asr = kind(
+        modules=hparams["modules"],
+        hparams=hparams,
+        run_opts={"device": str(device)},
+    )
+    words, _ = asr.transcribe_batch(*audio)
+    with torch.no_grad():
+        encoded = encode(loader.encoder, *(x.to(device) for x in audio))
     # WhisperASR gives words where it normalizes.
     texts = [x if isinstance(x, str) else " ".join(x) for x in words]
     return texts, encoded
@@ -147,8 +153,7 @@ def live_network(
 ) -> Compute:
     """A runtime's computation of a folder's encoder with the recipe's modules,
     for its probe."""
-    with torch.random.fork_rng():
-        loader = load_hyperpyyaml(source.hyperparams(None))["pretrainer"]
+    loader = _made(source)["pretrainer"]
     made = loader.named_modules()
     live = {id(module): modules[name] for name, module in made.items()}
     parts = []

@@ -103,7 +103,10 @@ def chain_to(
     x, until = target, len(seen.calls)
     while not _same(x, wavs):
         found = [
-            i for i in range(until) if _same(_first(seen.calls[i].output), x)
+            (i, key)
+            for i in range(until)
+            for key, value in _outputs(seen.calls[i].output)
+            if _same(value, x)
         ]
         if not found:
             raise NoFolderError(
@@ -112,9 +115,11 @@ def chain_to(
                 if steps
                 else "what is decoded is the output of no module"
             )
-        until = found[-1]
+        until, key = found[-1]
         call = seen.calls[until]
         x, step = _step(call, modules[call.key], x, lengths, brain)
+        if key is not None and "method" not in step:
+            step["output"] = key
         steps.insert(0, step)
     return steps
 
@@ -148,7 +153,8 @@ def _step(
     settings = {k: v for k, v in settings.items() if k == "pad_idx"}
     with torch.no_grad(), brain.evaluation_ctx:
         found = module.encode(x, *[lengths] * given, **settings)
-    if not torch.allclose(_first(found), output, rtol=1e-4, atol=1e-4):
+    found = found if isinstance(found, torch.Tensor) else found[0]
+    if not torch.allclose(found, output, rtol=1e-4, atol=1e-4):
         raise NoFolderError(
             f"'{call.key}' encodes something else than its `encode` does"
         )
@@ -164,8 +170,13 @@ def _lengths(value: torch.Tensor, lengths: torch.Tensor) -> Any:
     return "lengths" if _same(value, lengths) else _Other
 
 
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) and output else output
+def _outputs(output: Any) -> list[tuple[Any, Any]]:
+    """A module's outputs by position or key; one has neither."""
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    if isinstance(output, Mapping):
+        return list(output.items())
+    return [(None, output)]
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -23,7 +23,7 @@ _RESERVED = (
     *("transducer_beam_search", "transformer_beam_search"),
 )
 # Settings of a HuggingFace wrapper that say where its model comes from.
-_PLACES = ("source", "save_path", "cache_dir", "device")
+PLACES = ("source", "save_path", "cache_dir", "device")
 
 
 def recipe_tree(brain: sb.Brain) -> Any:
@@ -80,7 +80,8 @@ class Nodes:
         made = self._copied(node, node, used)
         fetches = key in self._fetching or name in self._fetching
         if fetches or set(used) & set(self.late):
-            made = self._late(name, made, fetches)
+            made = late_node(made, fetches)
+            self.late.append(name)
         self.out[name] = made
         return name
 
@@ -88,17 +89,6 @@ class Nodes:
         """The key that a node has in the copy."""
         key = self._keys.get(id(self._nodes.get(key)), key)
         return f"{key}_" if key in _RESERVED else key
-
-    def _late(self, name: str, node: Any, fetches: bool) -> Any:
-        if not isinstance(node, CommentedMap):
-            raise NoFolderError(
-                f"'{name}' of the recipe's YAML has settings without names; "
-                "give quantize.inference"
-            )
-        rows = {k: v for k, v in node.items() if not (fetches and k in _PLACES)}
-        self.late.append(name)
-        kind = _tag(node).removeprefix("!new:")
-        return tagged(f"{OURS}.LateModule", {"kind": kind, "settings": rows})
 
     def _copied(self, node: Any, top: Any, used: list[str]) -> Any:
         key = self._keys.get(id(node))
@@ -123,6 +113,20 @@ class Nodes:
 def reference(key: str) -> TaggedScalar:
     """A ``!ref`` to a key."""
     return TaggedScalar(f"<{key}>", None, Tag(suffix="!ref"))
+
+
+def late_node(node: Any, fetches: bool) -> Any:
+    """A node that is made when a folder's files are there; of one that
+    ``fetches`` without where from."""
+    rows: dict[str, Any] = {"kind": _tag(node).removeprefix("!new:")}
+    if isinstance(node, CommentedSeq):
+        rows["args"] = CommentedSeq(node)
+    elif isinstance(node, CommentedMap):
+        gone = PLACES if fetches else ()
+        rows["settings"] = CommentedMap(
+            {k: v for k, v in node.items() if k not in gone}
+        )
+    return tagged(f"{OURS}.LateModule", rows)
 
 
 def tagged(tag: str, rows: Mapping[str, Any]) -> CommentedMap:

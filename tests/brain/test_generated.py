@@ -1,9 +1,12 @@
 """Inference YAMLs that are generated from a recipe's own."""
 
+import shutil
+
 import pytest
 import small_recipes as recipes
 import speechbrain.inference.ASR as interfaces
 from small_recipes import CONFORMER, FEATURES, folder_of, transcripts
+from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.errors import NoFolderError
@@ -81,3 +84,28 @@ def test_without_a_yaml_there_is_a_line(tmp_path):
     config = QuantizeConfig.from_dict({"target": target})
     with pytest.raises(NoFolderError, match="give quantize"):
         folder_of(brain, config, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["generated", "given"])
+def test_a_model_of_huggingface_needs_no_hub(make_tiny_model, given, tmp_path):
+    hub = tmp_path / "hub"
+    make_tiny_model("wav2vec2-base").save_pretrained(hub)
+    Wav2Vec2FeatureExtractor().save_pretrained(hub)
+    text = recipes.HUGGINGFACE.replace("HUB", str(hub))
+    brain = recipes.make(
+        recipes.HuggingFace, text + recipes.HUGGINGFACE_RECIPE, tmp_path
+    )
+    block = {"target": ["wav2vec2", "ctc_lin"]}
+    if given:
+        path = tmp_path / "inference.yaml"
+        path.write_text(text + recipes.HUGGINGFACE_INFERENCE)
+        block["inference"] = str(path)
+    config = QuantizeConfig.from_dict(block)
+    heard = folder_of(brain, config, tmp_path / "folder")
+    shutil.rmtree(hub)
+    for file in (tmp_path / "folder").glob("*.[jy]*"):
+        assert str(hub) not in file.read_text()
+    asr = interfaces.EncoderASR.from_hparams(
+        source=tmp_path / "folder", overrides={"backend": "torch"}
+    )
+    assert transcripts(asr) == heard
