@@ -17,20 +17,21 @@ RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., subprocess.CompletedProcess]:
-    """Starts a script of the recipe on one core, with an output folder and
-    more of the command line."""
+    """Starts a script of a recipe on one core, with an output folder and more
+    of the command line."""
 
     def start(
         output: Path,
         *options: object,
         script: str = "train.py",
         hparams: str = "hparams/quant.yaml",
+        recipe: Path = RECIPE,
     ) -> subprocess.CompletedProcess:
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         command = [sys.executable, script, hparams, "--output_folder", output]
         return subprocess.run(
             [str(part) for part in (*command, "--device", "cpu", *options)],
-            cwd=RECIPE,
+            cwd=recipe,
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path),

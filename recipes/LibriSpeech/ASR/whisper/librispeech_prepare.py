@@ -1,0 +1,1 @@
+../CTC/librispeech_prepare.py

@@ -1,0 +1,131 @@
+"""The Whisper recipe on a tiny random checkpoint, made here."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+ASR = Path(__file__).resolve().parents[2] / "recipes/LibriSpeech/ASR"
+WHISPER = ASR / "whisper"
+DEMO = ASR / "CTC/demo/LibriSpeech"
+SPECIAL = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|startoflm|>",
+    "<|startofprev|>",
+    "<|nospeech|>",
+    "<|notimestamps|>",
+]
+BLOCK = {
+    "calibration": {"num_utterances": 2},
+    "search": {"num_utterances": 2, "max_float_wer": 10000, "cutoffs": [99.9]},
+    "backend": "torch",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Two blocks of width 16 on each side; the tokens are bytes."""
+    folder = tmp_path_factory.mktemp("whisper")
+    labels = [*bytes_to_unicode().values(), *SPECIAL]
+    vocabulary = {label: index for index, label in enumerate(labels)}
+    special = {name: vocabulary[name] for name in SPECIAL}
+    torch.manual_seed(0)
+    WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=len(labels),
+            num_mel_bins=80,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_target_positions=128,
+            pad_token_id=special["<|endoftext|>"],
+            bos_token_id=special["<|endoftext|>"],
+            eos_token_id=special["<|endoftext|>"],
+            decoder_start_token_id=special["<|startoftranscript|>"],
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ).half().save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    WhisperTokenizer(
+        vocab=vocabulary,
+        merges=[],
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Three utterances of each split of the demo."""
+    root = tmp_path_factory.mktemp("corpus")
+    for split in ("dev-demo", "test-demo"):
+        source = sorted((DEMO / split).glob("*/*/*.trans.txt"))[0]
+        folder = root / source.parent.relative_to(DEMO)
+        folder.mkdir(parents=True)
+        lines = source.read_text(encoding="utf-8").splitlines()[:3]
+        text = "\n".join(lines)
+        (folder / source.name).write_text(f"{text}\n", encoding="utf-8")
+        for line in lines:
+            shutil.copy(source.parent / f"{line.split()[0]}.flac", folder)
+    return root
+
+
+@pytest.mark.parametrize(("beam", "method"), [(1, "stablequant"), (2, "max")])
+def test_whisper(run, corpus, checkpoint, tmp_path, beam, method):
+    finished = run(
+        tmp_path,
+        "--data_folder",
+        corpus,
+        "--whisper_hub",
+        checkpoint,
+        "--dev_splits=[dev-demo]",
+        "--test_splits=[test-demo]",
+        f"--test_beam_size={beam}",
+        f"--quantize={json.dumps({**BLOCK, 'method': method})}",
+        "--max_decode_ratio=0.01",
+        hparams="hparams/quant_whisper.yaml",
+        recipe=WHISPER,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    folder = tmp_path / "quantized"
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    row = report["test"]["test-demo"]
+    rates = {each["rate"] for each in row["metrics"].values()}
+    assert rates == {"WER", "CER"}
+    # The normalizer writes what was said in lower case.
+    stored = json.loads(
+        (folder / "transcripts_test-demo.json").read_text(encoding="utf-8")
+    )
+    texts = [row["reference"] for row in stored["content"]["transcripts"]]
+    assert len(texts) == row["float"]["utterances"]
+    assert all(text == text.lower() for text in texts)
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    names = [layer["name"] for layer in plan["layers"]]
+    for part in (
+        "encoder.conv1",
+        "encoder.layers.1.fc2",
+        "decoder.layers.1.fc2",
+    ):
+        assert f"whisper.model.{part}" in names
+    assert (plan["method"], report["method"]) == (method, method)
+    if method == "stablequant":
+        assert plan["search"]["rule"] == "divergence"
+    assert (tmp_path / "wer_test-demo.txt").is_file()
