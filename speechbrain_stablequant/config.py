@@ -108,6 +108,11 @@ class SearchConfig:
     threshold : float
         A unit is selected when quantizing it alone raises the WER by more
         than this, in points.
+    rule : str or None
+        How candidates of a clipping percentile are compared: ``wer``, as
+        published; ``divergence`` from the float model's outputs for the
+        reference's tokens, confirmed by WER at the end of a unit. None is
+        ``divergence`` where the recipe decodes token by token, else ``wer``.
     selection : str
         ``threshold`` compares the WERs, as published. ``interval`` compares
         paired confidence intervals, and the loss where these are
@@ -127,6 +132,7 @@ class SearchConfig:
     num_utterances: int | None = count(None)
     batch_size: int = count(1)
     metric: str = choice("WER", "WER")
+    rule: str | None = choice(None, "wer", "divergence")
     threshold: float = not_negative(0.25)
     selection: str = choice("threshold", "threshold", "interval")
     level: float = option(

@@ -30,7 +30,7 @@ from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
-from .metrics import Row, rows_of, transcripts_of
+from .metrics import Row, rate_of, rows_of, transcripts_of
 from .passes import evaluation_steps
 from .rebuilt import describe_modules
 from .tokenizer import SPACE, Tokenizer, describe_tokenizer, find_tokenizer
@@ -236,7 +236,8 @@ class RecipeChecks:
         first = all(run.plan is None for run in self.runs)
         self._check_references(rows_of(metric), where, first)
         if first:
-            check_float_wer(wer, where, self._limit)
+            rate = rate_of(self.brain, self.config.metric_attribute)
+            check_float_wer(wer, where, self._limit, rate)
         return texts
 
     @property

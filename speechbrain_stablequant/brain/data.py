@@ -191,6 +191,15 @@ class Batches:
     def __len__(self) -> int:
         return len(self.places)
 
+    def drawn(self, most: int) -> "Batches":
+        """Batches of at most so many of these utterances."""
+        return Batches(
+            draw_subset(self.dataset, None, most, 0, "search"),
+            len(self._numbers[0]),
+            self._options,
+            self._signal,
+        )
+
     def load(self) -> Sequence[Any]:
         """The batches; the first call reads and checks the audio."""
         if self._batches is None:

@@ -200,6 +200,8 @@ class Evaluator:
         )
         # The shared store: variants reuse histograms and evaluations.
         session = Session(recognizer, run.config, self.store, RUNTIMES)
+        # With the rule of the search that suits the recognizer.
+        run.config = session.config
         run.plan, run.histograms = make_plan(session)
         if "calibration" in run.subsets:
             first = partial(

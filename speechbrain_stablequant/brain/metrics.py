@@ -33,7 +33,7 @@ def error_metrics(brain: sb.Brain) -> dict[str, Any]:
     or ``hparams``; the one that decides by convention is the first."""
     found = {
         name: value
-        for name, value in _objects(brain)
+        for name, value in objects_of(brain)
         if isinstance(value, ErrorRateStats)
         # A class of the recipe's own.
         or (
@@ -51,7 +51,7 @@ def error_metrics(brain: sb.Brain) -> dict[str, Any]:
     return {name: found[name] for name in sorted(found, key=rank)}
 
 
-def _objects(brain: sb.Brain) -> Iterator[tuple[str, Any]]:
+def objects_of(brain: sb.Brain) -> Iterator[tuple[str, Any]]:
     """Attributes of a Brain, and what its containers hold, by name."""
     for name, value in vars(brain).items():
         yield name, value
@@ -75,7 +75,7 @@ def metric_name(brain: sb.Brain, attribute: str) -> str:
     if not stats:
         others = [
             f"{name} ({type(value).__name__})"
-            for name, value in _objects(brain)
+            for name, value in objects_of(brain)
             if isinstance(value, MetricStats) or name.endswith("_metric")
         ]
         raise ValueError(

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import speechbrain as sb
 import torch
 
+from ..utils.patching import shadowed
 from .metrics import metric_of
 
 
@@ -16,6 +18,18 @@ def recognize(brain: sb.Brain, batch: Any) -> Any:
     brain.modules.eval()
     with brain.evaluation_ctx:
         return brain.compute_forward(copy.copy(batch), stage=sb.Stage.VALID)
+
+
+@contextmanager
+def decoding_each_time(brain: sb.Brain) -> Iterator[None]:
+    """Context in which recipes that decode the validation set in some epochs
+    only do so in any."""
+    hparams, key = getattr(brain, "hparams", None), "valid_search_interval"
+    if not hasattr(hparams, key):
+        yield
+        return
+    with shadowed(hparams, key, 1):
+        yield
 
 
 @torch.no_grad()
@@ -37,7 +51,8 @@ def evaluation_steps(
     for index, batch in enumerate(batches):
         before_batch(index)
         before = len(metric.scores)
-        loss = brain.evaluate_batch(copy.copy(batch), stage=stage)
+        with decoding_each_time(brain):
+            loss = brain.evaluate_batch(copy.copy(batch), stage=stage)
         yield float(loss), metric, len(metric.scores) - before
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import speechbrain as sb
 import torch
@@ -18,8 +19,12 @@ from ..utils.files import identity
 from ..utils.store import Store
 from .data import Batches, dataset_of
 from .dependencies import Dependencies, Kind, dataset_digest
-from .passes import evaluation_steps, first_tensor, recognize
+from .metrics import rate_of
+from .passes import evaluation_steps, first_tensor
+from .teacher_forcing import TeacherForcing, log_probabilities
 
+# Of a set that ranks, where the encoder takes most of the time.
+_RANKING = 16
 # Processes sum their word errors after this many batches.
 _TOGETHER = 8
 
@@ -43,6 +48,32 @@ class BrainRecognizer:
     def modules(self) -> Mapping[str, nn.Module]:
         """The Brain's modules by key."""
         return dict(self.brain.modules.items())
+
+    @property
+    def rate(self) -> str:
+        """What the recipe's metric counts, such as WER."""
+        return rate_of(self.brain, self.metric_attribute)
+
+    @cached_property
+    def _teacher(self) -> TeacherForcing:
+        return TeacherForcing(self.brain, self.subsets["calibration"].load()[0])
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether the Brain decodes token by token."""
+        return self._teacher.autoregressive
+
+    @cached_property
+    def ranked(self) -> str:
+        """The subset by whose outputs candidates are ranked."""
+        search = self.subsets.get("search")
+        if not self.autoregressive or search is None:
+            return "search"
+        part = search.drawn(_RANKING)
+        if part.count < distributed.size():
+            return "search"
+        self.subsets = {**self.subsets, "ranking": part}
+        return "ranking"
 
     def ids(self, subset: str) -> list[str]:
         """Utterances of a subset, in evaluation order."""
@@ -90,7 +121,7 @@ class BrainRecognizer:
             for _ in range(turns):
                 before_batch(index)
                 try:
-                    output = recognize(self.brain, batch)
+                    output = self._teacher.recognize(batch)
                 except StopForward:
                     output = None
             if first_only:
@@ -99,11 +130,17 @@ class BrainRecognizer:
 
     def outputs(
         self, subset: str, before_batch: Callable[[int], None]
-    ) -> Iterator[torch.Tensor | None]:
-        """Yield the first tensor of each batch's output, if there is one."""
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield the first tensor of each batch's output, if there is one; all
+        log probabilities of a Brain that decodes token by token."""
         for index, batch in enumerate(self.subsets[subset].load()):
             before_batch(index)
-            yield first_tensor(recognize(self.brain, batch))
+            output = self._teacher.recognize(batch)
+            if self.autoregressive:
+                yield log_probabilities(output)
+            else:
+                first = first_tensor(output)
+                yield [] if first is None else [first]
 
     def score(
         self, before_batch: Callable[[int], None], give_up_above: int | None
@@ -169,6 +206,10 @@ def _score(
     complete = len(rows) == count
     errors = [n for _, edits, _, _ in rows for n in edits]
     words = [n for _, _, counts, _ in rows for n in counts]
+    if not words:
+        raise ValueError(
+            "search set: the recipe's metric counts nothing in the VALID stage"
+        )
     if complete and sum(words) == 0:
         raise ValueError("search set: the transcripts hold no word")
     loss_sum = 0.0

@@ -103,7 +103,10 @@ class QuantizeConfig(
     @property
     def transcribed(self) -> tuple[str, ...]:
         """Sets whose transcripts decide something: ``search``, ``train``."""
-        sets = self.options.sets
+        sets = dict(self.options.sets)
+        if self.search.rule == "divergence" and "search" in sets:
+            # The WER confirms.
+            sets["search"] = True
         return tuple(name for name, decides in sets.items() if decides)
 
     def settings(self) -> dict[str, Any]:
@@ -113,6 +116,8 @@ class QuantizeConfig(
             del settings[key]
         # These do not change the outcome.
         del settings["search"]["cache_gb"], settings["search"]["max_float_wer"]
+        if self.search.rule is None:
+            del settings["search"]["rule"]
         read = (self.options.block, *self.options.also_reads)
         for block, *_ in _BLOCKS:
             if block not in read:

@@ -26,7 +26,7 @@ from .search.percentile import search_cutoffs
 from .search.score import Evaluate, Score
 from .search.sensitivity import select_units
 from .session.calibration import Calibration
-from .session.search_set import search_evaluate
+from .session.search_set import keep_float_outputs, search_evaluate
 from .session.session import Session
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ def stablequant_plan(
     """Makes the plan of ``method: stablequant``; its ``search`` has the word
     error rates before and after."""
     histograms = calibration.histograms
+    rank = ranking(session, weights, calibration)
     evaluate, journal, bar = search_evaluate(session, weights, calibration)
     started = time.monotonic()
     baseline, units = search_units(
         session,
         evaluate,
         bar,
+        rank,
         lambda layer, ratio: session.quant(
             histograms[layer.name].quantile(ratio / 100), "max"
         ),
@@ -80,9 +82,14 @@ def stablequant_plan(
 def search_record(session: Session, baseline: Score, final: Score) -> dict:
     """What a plan says of its search: rules, effort, float and final WER."""
     search = session.config.search
+    rule = {}
+    if session.by_divergence:
+        ranked = len(session.recognizer.ids(session.ranked))
+        rule = {"rule": search.rule, "ranking_utterances": ranked}
     return {
         "num_utterances": len(session.recognizer.ids("search")),
-        "metric": search.metric,
+        "metric": session.rate,
+        **rule,
         "selection": search.selection,
         "level": search.level,
         "threshold": search.threshold,
@@ -92,16 +99,29 @@ def search_record(session: Session, baseline: Score, final: Score) -> dict:
     }
 
 
+def ranking(
+    session: Session, weights: str, calibration: Calibration
+) -> Evaluate | None:
+    """Measures the divergence of candidates, where it compares them."""
+    if not session.by_divergence:
+        return None
+    keep_float_outputs(session)
+    evaluate, *_ = search_evaluate(session, weights, calibration, "divergence")
+    return evaluate
+
+
 def search_units(
     session: Session,
     evaluate: Evaluate,
     bar: tqdm,
+    rank: Evaluate | None,
     quantize: Callable[[Layer, float], LayerQuant],
 ) -> tuple[Score, list[UnitPlan]]:
     """Steps 1 and 2: selection of units and their clipping percentiles.
 
-    ``quantize`` gives a layer's quant at a percentile; ``bar`` is closed at the
-    end. Returns the float model's score and a plan of each unit.
+    ``quantize`` gives a layer's quant at a percentile; ``rank`` compares
+    candidates, by default ``evaluate``; ``bar`` is closed at the end. Returns
+    the float model's score and a plan of each unit.
     """
     search = session.config.search
 
@@ -120,7 +140,7 @@ def search_units(
         selected = sum(unit.selected for unit in units)
         bar.total += selected * len(search.cutoffs)
         bar.refresh()
-        return baseline, search_cutoffs(units, cut_unit, evaluate, search)
+        return baseline, search_cutoffs(units, cut_unit, evaluate, search, rank)
 
 
 def layer_cutoffs(

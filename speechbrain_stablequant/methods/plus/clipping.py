@@ -1,6 +1,6 @@
 """The clipping percentile of each layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from ...core.layer_quant import LayerQuant
@@ -18,10 +18,13 @@ def choose_percentiles(work: Work) -> list[UnitPlan]:
     units = [UnitPlan(name) for name in session.units]
     if cutoffs == "layers":
         _by_layer(work)
+        if session.by_divergence:
+            _confirm(work)
     elif cutoffs == "units":
         _, units = search_units(
             session,
             *work.evaluator(),
+            work.evaluator("divergence")[0] if session.by_divergence else None,
             partial(work.quant, least_error=False),
         )
         work.percentiles = layer_cutoffs(session, units)
@@ -32,22 +35,67 @@ def _by_layer(work: Work) -> None:
     """By the divergence that each layer causes, everything else float."""
     evaluate, bar = work.evaluator("divergence")
     grid = sorted(work.session.config.search.cutoffs, reverse=True)
-    layers = [layer for unit in work.units.values() for layer in unit]
+    groups = _groups(work)
     curves = {}
     with bar:
         # Most layers need the first percentile and a worse one only.
-        bar.total = 2 * len(layers)
-        for layer in layers:
+        bar.total = 2 * len(groups)
+        for layer, *alike in groups:
             quants = ((x, work.quant(layer, x)) for x in grid)
-            curve = curves[layer.name] = _curve(layer, quants, evaluate)
+            curve = _curve([layer, *alike], quants, evaluate)
             # Ties go to the larger percentile.
             best, _ = min(curve, key=lambda row: (row[1], -row[0]))
-            work.percentiles[layer.name] = best
+            for each in (layer, *alike):
+                curves[each.name] = curve
+                work.percentiles[each.name] = best
     work.parts.append({"part": "cutoffs", "layers": curves})
 
 
+def _groups(work: Work) -> list[list[Layer]]:
+    """Layers that are clipped together: where passes are expensive, those of a
+    unit with the same inputs (query, key, value)."""
+    histograms = work.calibration.histograms
+    groups: list[list[Layer]] = []
+    for layers in work.units.values():
+        first = len(groups)
+        for layer in layers:
+            own = histograms[layer.name].to_dict()
+            for group in groups[first:] if work.session.by_divergence else ():
+                if histograms[group[0].name].to_dict() == own:
+                    group.append(layer)
+                    break
+            else:
+                groups.append([layer])
+    return groups
+
+
+def _confirm(work: Work) -> None:
+    """Drops the clipping if the words of the search set contradict."""
+    clipped, percentiles = work.quants(), dict(work.percentiles)
+    if set(percentiles.values()) == {100.0}:
+        return
+    work.percentiles = dict.fromkeys(percentiles, 100.0)
+    evaluate, bar = work.evaluator()
+    with bar:
+        bar.total = 3
+        evaluate({}, label="float")
+        whole = evaluate(work.quants(), label="without clipping")
+        found = evaluate(clipped, label="clipped")
+    confirmed = found.errors <= whole.errors
+    if confirmed:
+        work.percentiles = percentiles
+    work.parts.append(
+        {
+            "part": "confirmation",
+            "wer": found.wer,
+            "wer_without_clipping": whole.wer,
+            "confirmed": confirmed,
+        }
+    )
+
+
 def _curve(
-    layer: Layer,
+    layers: Sequence[Layer],
     quants: Iterable[tuple[float, LayerQuant]],
     evaluate: Evaluate,
 ) -> list[list[float]]:
@@ -62,9 +110,9 @@ def _curve(
             continue
         last = quant
         score = evaluate(
-            {layer.name: quant},
-            start=layer.unit,
-            label=f"{layer.name} cut at {percentile:g} %",
+            {layer.name: quant for layer in layers},
+            start=layers[0].unit,
+            label=f"{layers[0].name} cut at {percentile:g} %",
         )
         curve.append([percentile, score.loss])
         if score.loss > min(loss for _, loss in curve):

@@ -3,7 +3,7 @@
 Sensitive long before a word changes, with few utterances and no transcript.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 import torch
@@ -37,8 +37,8 @@ def divergence(
 class Divergence:
     """Scores a recognizer by the divergence from its float outputs.
 
-    ``outputs`` runs the search set and yields each batch's output; it calls its
-    argument with the batch's index before each.
+    ``outputs`` runs the search set and yields each batch's output, a tensor or
+    several; it calls its argument with the batch's index before each.
 
     Example
     -------
@@ -55,14 +55,23 @@ class Divergence:
     """
 
     def __init__(
-        self, outputs: Callable[[BeforeBatch], Iterator[torch.Tensor | None]]
+        self,
+        outputs: Callable[
+            [BeforeBatch], Iterator[torch.Tensor | Sequence[torch.Tensor]]
+        ],
     ):
         self._outputs = outputs
-        self._reference = [x.cpu() for x in self._run(lambda _: None)]
+        self._reference = [
+            [x.cpu() for x in batch] for batch in self._run(lambda _: None)
+        ]
 
-    def _run(self, before_batch: BeforeBatch) -> Iterator[torch.Tensor]:
+    def _run(
+        self, before_batch: BeforeBatch
+    ) -> Iterator[Sequence[torch.Tensor]]:
         for output in self._outputs(before_batch):
-            if output is None:
+            if isinstance(output, torch.Tensor):
+                output = [output]
+            if not output:
                 raise ValueError(
                     "the recipe's compute_forward returns no tensor, so "
                     "outputs cannot be compared; set quantize.plus.cutoffs to "
@@ -77,8 +86,14 @@ class Divergence:
 
         ``give_up_above`` is unused: no words are counted.
         """
-        pairs = zip(self._reference, self._run(before_batch), strict=True)
-        parts = gathered([divergence(*pair) for pair in pairs])
+        batches = zip(self._reference, self._run(before_batch), strict=True)
+        parts = gathered(
+            [
+                divergence(*pair)
+                for pairs in batches
+                for pair in zip(*pairs, strict=True)
+            ]
+        )
         total, frames = 0.0, 0
         # In the order of the set, so that any number of processes agrees.
         for row in zip_longest(*parts, fillvalue=(0.0, 0)):

@@ -26,7 +26,8 @@ class Journal:
 
     ``fingerprint`` identifies the float model, the search set and its metric.
     ``by_utterance``: whether to ignore complete lines without counts by
-    utterance, which earlier versions wrote.
+    utterance, which earlier versions wrote. ``rule``: what is measured, for
+    the reader: ``wer`` or ``divergence``.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Journal:
         store: Store,
         fingerprint: str,
         by_utterance: bool = False,
+        rule: str = "wer",
     ):
         self.store = store
         self.fingerprint = fingerprint
         self.by_utterance = by_utterance
+        self.rule = rule
         self.reused = 0
         self._scores: dict[str, Score] = {}
         for number, row in enumerate(store.rows(JOURNAL_FILE), start=1):
@@ -68,7 +71,9 @@ class Journal:
                 return known
             score = evaluate(quants, start, give_up_above, label)
             self._scores[key] = score
-            row = {"key": key, "label": label, "wer": round(score.wer, 4)}
+            row = {"key": key, "label": label, "rule": self.rule}
+            if self.rule == "wer":
+                row["wer"] = round(score.wer, 4)
             self.store.append(JOURNAL_FILE, {**row, "score": score.to_dict()})
             return score
 

@@ -44,6 +44,7 @@ def search_cutoffs(
     quantize_unit: Callable[[str, float], Mapping[str, LayerQuant]],
     evaluate: Evaluate,
     search: SearchConfig,
+    rank: Evaluate | None = None,
 ) -> list[UnitPlan]:
     """Searches the clipping percentile of each selected unit.
 
@@ -51,7 +52,9 @@ def search_cutoffs(
 
     ``quantize_unit`` gives the layers of a unit, clipped at a percentile. Rule
     ``threshold`` chooses by :func:`best_cutoff`; ``interval`` chooses by
-    :func:`surest_cutoff`, which needs every evaluation to be complete.
+    :func:`surest_cutoff`, which needs every evaluation to be complete. With
+    ``rank`` a unit takes the percentile of the least loss in it, if its WER is
+    not worse than that of the largest percentile.
     """
     decided: dict[str, LayerQuant] = {}
     by_interval = search.selection == "interval"
@@ -62,25 +65,58 @@ def search_cutoffs(
             continue
         curve: list[tuple[float, Score]] = []
         fewest: int | None = None
-        for ratio in sorted(search.cutoffs, reverse=True):
-            score = evaluate(
-                {**decided, **quantize_unit(unit.name, ratio)},
-                start=unit.name,
-                give_up_above=None if by_interval else fewest,
-                label=f"{unit.name} cut at {ratio:g} %",
+
+        def measure(
+            ratio: float, by: Evaluate, limit: int | None, name: str = unit.name
+        ) -> Score:
+            return by(
+                {**decided, **quantize_unit(name, ratio)},
+                start=name,
+                give_up_above=limit,
+                label=f"{name} cut at {ratio:g} %",
             )
+
+        for ratio in sorted(search.cutoffs, reverse=True):
+            limit = None if by_interval or rank else fewest
+            score = measure(ratio, rank or evaluate, limit)
             curve.append((ratio, score))
             if score.complete and (fewest is None or score.errors < fewest):
                 fewest = score.errors
-        cutoff = (
-            surest_cutoff(curve, search.level)
-            if by_interval
-            else best_cutoff(curve)
-        )
+        if rank:
+            cutoff, rows = _confirmed(
+                curve, lambda ratio: measure(ratio, evaluate, None), search
+            )
+        else:
+            rows = [_row(ratio, score) for ratio, score in curve]
+            cutoff = (
+                surest_cutoff(curve, search.level)
+                if by_interval
+                else best_cutoff(curve)
+            )
         decided.update(quantize_unit(unit.name, cutoff))
-        rows = [_row(ratio, score) for ratio, score in curve]
         found.append(replace(unit, cutoff=cutoff, curve=rows))
     return found
+
+
+def _confirmed(
+    curve: Curve, measure: Callable[[float], Score], search: SearchConfig
+) -> tuple[float, list[dict]]:
+    """The percentile of the least divergence, or the largest one if the words
+    contradict; and the curve, with the WER of both."""
+    largest = curve[0][0]
+    best, _ = min(curve, key=lambda row: (row[1].loss, -row[0]))
+    rows = {
+        ratio: {**_row(ratio, score), "wer": None} for ratio, score in curve
+    }
+    if best != largest:
+        clipped, whole = measure(best), measure(largest)
+        rows[best]["wer"], rows[largest]["wer"] = clipped.wer, whole.wer
+        if search.selection == "interval":
+            worse = better(whole, clipped, search.level)
+        else:
+            worse = clipped.errors > whole.errors
+        best = largest if worse else best
+    return best, list(rows.values())
 
 
 def _row(ratio: float, score: Score) -> dict:

@@ -91,11 +91,15 @@ class Evaluate(Protocol):
         """
 
 
-def check_float_wer(wer: float, name: str, limit: float) -> None:
-    """Raises a ValueError if the WER of the float model is above the limit."""
+def check_float_wer(
+    wer: float, name: str, limit: float, rate: str = "WER"
+) -> None:
+    """Raises a ValueError if the error rate of the float model is above the
+    limit; ``rate``: its name."""
     if wer > limit:
         raise ValueError(
-            f"quantize: the float model's WER on {name} is {wer:.2f} %, above "
-            f"quantize.search.max_float_wer ({limit:g}); check the checkpoint,"
-            " the transcripts and quantize.metric_attribute, or raise the limit"
+            f"quantize: the float model's {rate} on {name} is {wer:.2f} %, "
+            f"above quantize.search.max_float_wer ({limit:g}); check the "
+            "checkpoint, the transcripts and quantize.metric_attribute, or "
+            "raise the limit"
         )

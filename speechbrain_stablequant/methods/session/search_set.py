@@ -49,7 +49,7 @@ def search_evaluate(
     search, recognizer = session.config.search, session.recognizer
     key = [weights, metric or search.metric]
     if metric == "divergence":
-        key += [session.reference, recognizer.key("search", "outputs")]
+        key += [session.reference, recognizer.key(session.ranked, "outputs")]
         score_of = session.divergence.score
     else:
         key.append(recognizer.key("search", "scores"))
@@ -58,7 +58,9 @@ def search_evaluate(
         session.store,
         identity(key),
         metric is None and search.selection == "interval",
+        metric or "wer",
     )
+    subset = session.ranked if metric == "divergence" else "search"
     replay = _replay(session, calibration.in_order)
     bar = session.bar(1, "search")
 
@@ -73,7 +75,7 @@ def search_evaluate(
             if start is None or not replay.prepare(
                 start,
                 session.prefix(quants, start),
-                partial(recognizer.forward, "search"),
+                partial(recognizer.forward, subset),
             ):
                 return score_of(lambda _: None, give_up_above)
             with replay.active():
@@ -89,7 +91,8 @@ def search_evaluate(
         if not quants:
             if metric != "divergence":
                 limit = search.max_float_wer
-                check_float_wer(score.wer, "the search set", limit)
+                rate = session.rate
+                check_float_wer(score.wer, "the search set", limit, rate)
             float_words.append(score.words)
         elif not score.complete:
             # Errors so far over all words: a lower bound of the WER.
@@ -106,14 +109,17 @@ def keep_float_outputs(session: "Session") -> None:
     outputs as the run that was killed.
     """
     session.divergence = Divergence(
-        partial(session.recognizer.outputs, "search")
+        partial(session.recognizer.outputs, session.ranked)
     )
     session.reference = session.fingerprint()
 
 
 def _replay(session: "Session", in_order: bool) -> Replay:
     if session.exact_cuts is None:
-        session.exact_cuts = _exact_cuts(session, session.cuts(in_order))
+        cuts = session.cuts(in_order)
+        if len(session.encoders) == 1:
+            cuts = _exact_cuts(session, cuts)
+        session.exact_cuts = cuts
     return Replay(session.exact_cuts, list(session.units), session.cache_bytes)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
 from ...utils.store import Store
 from ..search.divergence import Divergence
+from .block_cuts import block_cuts
 from .recognizer import Recognizer, fingerprint_modules
 
 
@@ -34,7 +36,16 @@ class Session:
         runtimes: Iterable[str],
     ):
         self.recognizer = recognizer
+        if (
+            config.plan is None
+            and config.search.rule is None
+            and getattr(recognizer, "autoregressive", False)
+        ):
+            search = replace(config.search, rule="divergence")
+            config = replace(config, search=search)
         self.config = config
+        #: What the recipe's metric counts.
+        self.rate = getattr(recognizer, "rate", config.search.metric)
         self.store = store
         self.runtimes = runtimes
         self.layers = find_layers(
@@ -53,8 +64,19 @@ class Session:
         #: Cuts where resuming is exact, see :mod:`.search_set`.
         self.exact_cuts: list[Cut] | None = None
         self.divergence: Divergence | None = None
+        self._block_cuts: list[Cut] | None = None
         #: Fingerprint of the model that ``divergence`` compares with.
         self.reference = ""
+
+    @property
+    def by_divergence(self) -> bool:
+        """Whether the divergence compares candidates, and WER confirms."""
+        return self.config.search.rule == "divergence"
+
+    @property
+    def ranked(self) -> str:
+        """The subset that the divergence is measured on."""
+        return getattr(self.recognizer, "ranked", "search")
 
     def fingerprint(self) -> str:
         """Identifies the present weights of the model."""
@@ -132,8 +154,14 @@ class Session:
 
         Empty if layers are not called in the order of their units.
         """
-        if len(self.encoders) != 1 or not in_order or not self.cache_bytes:
+        if not in_order or not self.cache_bytes:
             return []
+        if len(self.encoders) != 1:
+            if self._block_cuts is None:
+                self._block_cuts = block_cuts(
+                    self.recognizer, self.units, self.cache_bytes
+                )
+            return self._block_cuts
         cuts = self.encoders[0].cuts()
         return [cut for cut in cuts if cut.unit in self.units]
 

@@ -1,0 +1,79 @@
+"""Where a forward pass of any model can resume: behind a block.
+
+A block is a unit of several layers. What follows may read more than its output
+(a decoder's blocks read the encoder's), so each place is tried on one batch;
+where it fails, a pass resumes at the last place before.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from posixpath import commonpath
+
+import torch
+from torch import nn
+
+from ...model.layers import Cut, Layer
+from ...simulation.prefix_cache import Replay
+from ..search.divergence import BeforeBatch
+from .recognizer import Recognizer
+
+logger = logging.getLogger(__name__)
+
+
+def block_cuts(
+    recognizer: Recognizer,
+    units: Mapping[str, Sequence[Layer]],
+    limit_bytes: int,
+) -> list[Cut]:
+    """Cuts before units, from the first block on that a pass can resume
+    behind."""
+    by_name = {
+        name: module
+        for key, top in recognizer.modules.items()
+        for name, module in top.named_modules(prefix=key)
+    }
+    found: list[Cut] = []
+    before: list[nn.Module] = []
+    for unit, following in pairwise(units):
+        layers = units[unit]
+        paths = [layer.name.replace(".", "/") for layer in layers]
+        block = by_name.get(commonpath(paths).replace("/", "."))
+        if len(layers) > 1 and block is not None:
+            cut = Cut(following, block, tuple(before))
+            if _is_exact(recognizer, cut, list(units), limit_bytes):
+                found.append(cut)
+                before.append(block)
+                continue
+        if found:
+            found.append(Cut(following, found[-1].module, found[-1].skip))
+        before += [layer.module for layer in layers]
+    return found
+
+
+def _is_exact(
+    recognizer: Recognizer, cut: Cut, units: Sequence[str], limit_bytes: int
+) -> bool:
+    """Whether a resumed pass over the first batch has the same outputs."""
+    expected = _outputs(recognizer, lambda _: None)
+    trial = Replay([cut], units, limit_bytes)
+    forward = partial(recognizer.forward, "calibration", first_only=True)
+    try:
+        if not trial.prepare(cut.unit, {}, forward):
+            return False
+        with trial.active():
+            again = _outputs(recognizer, trial.start_batch)
+    except Exception as error:
+        # A guess: the model may read anything of what is skipped.
+        logger.debug("search: no resuming at %s: %s", cut.unit, error)
+        return False
+    same = zip(expected, again, strict=True)
+    return bool(expected) and all(torch.equal(*pair) for pair in same)
+
+
+def _outputs(
+    recognizer: Recognizer, before_batch: BeforeBatch
+) -> Sequence[torch.Tensor]:
+    output = next(iter(recognizer.outputs("calibration", before_batch)))
+    return [output] if isinstance(output, torch.Tensor) else output
