@@ -158,6 +158,11 @@ def search(found: dict) -> list[list[str]]:
     rows = [
         ["Utterances", count(found.get("num_utterances"))],
         ["Metric", str(found.get("metric") or NOT_MEASURED)],
+        ["Candidates compared by", str(found.get("rule") or NOT_MEASURED)],
+        [
+            "Utterances that compare them",
+            count(found.get("ranking_utterances")),
+        ],
         [
             f"{found.get('metric') or 'WER'} of the float model, %",
             number(found.get("baseline_wer")),

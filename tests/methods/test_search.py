@@ -576,3 +576,40 @@ def test_lines_of_earlier_versions(path):
     journal_of(path, "n").wrap(lambda *_: given_up)({}, give_up_above=8)
     again = journal_of(path, "n", by_utterance=True).wrap(None)
     assert again({}, give_up_above=8) == given_up
+
+
+# -- by divergence -------------------------------------------------------------
+
+
+def ranked(losses, errors, rule="threshold"):
+    """Step 2 of one unit; losses and errors by percentile."""
+
+    def of(quants):
+        return quants["u.a"].activation_amax
+
+    rank = Fake(lambda quants: ([0], losses[of(quants)]))
+    words = Fake(lambda quants: ([errors[of(quants)]], 1.0))
+    search = SearchConfig(cutoffs=list(losses), selection=rule)
+    plans = [UnitPlan("u", selected=True)]
+    (plan,) = search_cutoffs(plans, quantize_unit, words, search, rank)
+    return plan, [call[0]["u.a"].activation_amax for call in words.calls]
+
+
+def test_words_confirm_the_least_divergence():
+    losses = {100.0: 3.0, 99.9: 1.0, 99.0: 2.0}
+    plan, decoded = ranked(losses, {100.0: 5, 99.9: 5})
+    assert plan.cutoff == 99.9
+    # Of three candidates two are decoded: the best one and the largest.
+    assert sorted(decoded) == [99.9, 100.0]
+    rows = [(r["cutoff"], r["wer"], r["secondary"]) for r in plan.curve]
+    assert rows == [(100.0, 1.25, 3.0), (99.9, 1.25, 1.0), (99.0, None, 2.0)]
+
+
+def test_words_contradict_the_least_divergence():
+    plan, _ = ranked({100.0: 3.0, 99.9: 1.0}, {100.0: 5, 99.9: 6})
+    assert plan.cutoff == 100.0
+
+
+def test_nothing_is_decoded_where_clipping_does_not_help():
+    plan, decoded = ranked({100.0: 1.0, 99.9: 1.0}, {})
+    assert (plan.cutoff, decoded) == (100.0, [])
