@@ -89,6 +89,8 @@ class BrainRecognizer:
                 self.dependencies.key(first, stage, kind),
                 batches.digest(reads.batch),
             ]
+            if self.autoregressive and kind != "scores":
+                content.append("teacher forcing")
             self._keys[subset, kind] = identity(content)
         return self._keys[subset, kind]
 

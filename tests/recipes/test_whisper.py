@@ -88,7 +88,9 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("beam", "method"), [(1, "stablequant"), (2, "max")])
+@pytest.mark.parametrize(
+    ("beam", "method"), [(1, "stablequant_plus"), (2, "max")]
+)
 def test_whisper(run, corpus, checkpoint, tmp_path, beam, method):
     finished = run(
         tmp_path,
@@ -126,6 +128,6 @@ def test_whisper(run, corpus, checkpoint, tmp_path, beam, method):
     ):
         assert f"whisper.model.{part}" in names
     assert (plan["method"], report["method"]) == (method, method)
-    if method == "stablequant":
+    if method == "stablequant_plus":
         assert plan["search"]["rule"] == "divergence"
     assert (tmp_path / "wer_test-demo.txt").is_file()
