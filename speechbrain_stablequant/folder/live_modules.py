@@ -27,7 +27,7 @@ from ..runtimes.registry import check_options, select_options
 from ..runtimes.simulated import simulated_forwards
 from .errors import CheckpointError
 from .fill_modules import fill_modules
-from .module_state import set_hidden_state, split_state
+from .module_state import set_hidden_state, split_state, training_buffers
 from .runtime_slot import BuiltRuntime, RuntimeSlot
 from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
 
@@ -101,6 +101,7 @@ class LiveModules:
     ) -> None:
         """Fills the modules; ``read`` reads the same checkpoint again."""
         floats, state = split_state(checkpoint.floats)
+        floats = {**training_buffers(self.modules), **floats}
         fill_modules(self.modules, checkpoint.integers, floats, path)
         set_hidden_state(self.modules, state, path)
         self._read, self._probe = read, checkpoint.probe

@@ -40,6 +40,19 @@ def hidden_state(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     return found
 
 
+def training_buffers(
+    modules: Mapping[str, nn.Module],
+) -> dict[str, torch.Tensor]:
+    """Noise that SpeechBrain's recurrent layers keep for their training, as
+    much as weights; a folder does without."""
+    return {
+        name: buffer
+        for key, module in modules.items()
+        for name, buffer in module.named_buffers(prefix=key)
+        if name.endswith(".drop_masks")
+    }
+
+
 def split_state(
     floats: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

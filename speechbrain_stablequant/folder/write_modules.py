@@ -13,7 +13,7 @@ from ..core.integer_layer import IntegerLayer
 from ..core.plan import QuantizationPlan
 from ..runtimes.probe import Probe
 from ..utils.files import write_atomic
-from .module_state import hidden_state
+from .module_state import hidden_state, training_buffers
 from .recognizer_spec import HYPERPARAMS_FILE
 from .stored_floats import float_state
 from .weights_file import save_checkpoint
@@ -102,7 +102,9 @@ def write_modules(
     backend: str,
 ) -> Probe | None:
     """As :func:`~.write.write_folder`, for an inference YAML."""
+    noise = training_buffers(modules)
     floats = {**float_state(modules, integers), **hidden_state(modules)}
+    floats = {k: x for k, x in floats.items() if k not in noise}
     for name, content in source.files.items():
         write_atomic(folder / name, content)
     save = [folder, plan, integers, floats, float_dtype, list(source.files)]
