@@ -27,9 +27,16 @@ class ManifestError(ValueError):
     """A manifest that cannot be used, or its first wrong row: one line."""
 
 
-def read_manifest(
-    manifest: str | Path | Sequence[str | Path], data_root: str | Path | None
-) -> Rows:
+Manifest = str | Path | Sequence[str | Path]
+
+
+def named(manifest: Manifest) -> str:
+    """A manifest in an error message."""
+    single = isinstance(manifest, str | Path)
+    return str(manifest) if single else short(list(map(str, manifest)))
+
+
+def read_manifest(manifest: Manifest, data_root: str | Path | None) -> Rows:
     """Read and check a manifest; ``data_root`` None: the folder it is in."""
     if isinstance(manifest, str | Path):
         path = Path(manifest)
@@ -44,11 +51,11 @@ def read_manifest(
             raise ManifestError(f"{where}: there is no file {row['wav']}")
         found[name] = row
     if not found:
-        raise ManifestError(f"{short(manifest)}: holds no utterance")
+        raise ManifestError(f"{named(manifest)}: holds no utterance")
     untold = [name for name, row in found.items() if "wrd" not in row]
     if untold and len(untold) < len(found):
         raise ManifestError(
-            f"{short(manifest)}: utterance {untold[0]} has no transcript, and "
+            f"{named(manifest)}: utterance {untold[0]} has no transcript, and "
             "others have one"
         )
     return found

@@ -8,7 +8,7 @@ is as with a recipe's Brain.
 import logging
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 
 from ..config import ConfigError
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
-from ..utils.typed import short
 from .attach import StableQuant
 from .block import read_block
-from .manifest import ManifestError, Rows, read_manifest
+from .manifest import Manifest, ManifestError, Rows, named, read_manifest
 from .pretrained_brain import PretrainedBrain, Recognizer
 from .run import Run
 from .source import (
@@ -34,8 +33,6 @@ from .source import (
 )
 
 logger = logging.getLogger(__name__)
-
-Manifest = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def _read_data(
         test = read_manifest(test_manifest, data_root)
     elif len(rows) < 2:
         raise ManifestError(
-            f"{short(manifest)}: one utterance cannot be divided; add more, "
+            f"{named(manifest)}: one utterance cannot be divided; add more, "
             "or give test_manifest"
         )
     else:
@@ -184,7 +181,7 @@ def _read_data(
     told = ["wrd" in next(iter(part.values())) for part in (rows, test)]
     if told[0] != told[1]:
         raise ManifestError(
-            f"{short(test_manifest if told[0] else manifest)}: has no "
+            f"{named(test_manifest if told[0] else manifest)}: has no "
             "transcripts, and the other manifest has"
         )
     return rows, test, told[0]

@@ -103,7 +103,7 @@ def test_wrong_csv(audio, text, line):
     path = write(audio / "x.csv", text)
     with pytest.raises(ManifestError) as caught:
         read_manifest(path, None)
-    assert path.name in str(caught.value)
+    assert str(caught.value).startswith(str(path))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import small_recipes
 import soundfile
 import speechbrain as sb
 import torch
 from conftest import build_tiny_model
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.decoders import ctc_greedy_decode
-from speechbrain.inference.ASR import EncoderASR
+from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.lobes.models.VanillaNN import VanillaNN
 from speechbrain.nnet.linear import Linear
@@ -105,16 +107,18 @@ def make_labels() -> CTCTextEncoder:
     return labels
 
 
-def write_manifest(path: Path, source: Path, numbers: range) -> None:
+def write_manifest(
+    path: Path, source: Path, numbers: range, kind: type = EncoderASR, word="a"
+) -> None:
     """A CSV of noise, with what the float model recognizes, or nearly so."""
-    asr = EncoderASR.from_hparams(source=str(source))
+    asr = kind.from_hparams(source=str(source))
     rows = [("ID", "duration", "wav", "wrd")]
     for number in numbers:
         wave = torch.randn(1, 9000 + 700 * number)
         (text,), _ = asr.transcribe_batch(wave, torch.ones(1))
         file = path.with_name(f"u{number}.wav")
         soundfile.write(file, wave[0].numpy(), 16000, subtype="FLOAT")
-        rows.append((file.stem, 1, f"$data_root/{file.name}", f"a {text}"))
+        rows.append((file.stem, 1, f"$data_root/{file.name}", f"{word} {text}"))
     with open(path, "w", encoding="utf-8", newline="") as out:
         csv.writer(out).writerows(rows)
 
@@ -337,3 +341,86 @@ def test_variants_normalization_and_shared_utterances(place, tmp_path):
     report = json.loads(made["w4"].report.read_text(encoding="utf-8"))
     assert any("6 of the 6" in line for line in report["warnings"])
     assert 0 < made["w8"].float_wer < 90
+
+
+SEQ2SEQ = f"""\
+{small_recipes.FEATURES.replace("global", "sentence")}
+{small_recipes.CONFORMER.replace("decoder_layers: 0", "decoder_layers: 1")}
+seq_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: !ref <d_model>
+    n_neurons: !ref <output_neurons>
+tokenizer: !new:sentencepiece.SentencePieceProcessor
+transformer_encoder: !new:{small_recipes.TRANSFORMER}.EncoderWrapper
+    transformer: !ref <Transformer>
+encoder: !new:speechbrain.nnet.containers.LengthsCapableSequential
+    input_shape: [null, null, !ref <n_mels>]
+    compute_features: !ref <compute_features>
+    normalize: !ref <normalize>
+    cnn: !ref <CNN>
+    transformer_encoder: !ref <transformer_encoder>
+decoder: !new:speechbrain.decoders.S2STransformerGreedySearcher
+    modules: [!ref <Transformer>, !ref <seq_lin>]
+    bos_index: 1
+    eos_index: 2
+    min_decode_ratio: 0.0
+    max_decode_ratio: 0.5
+asr_model: !new:torch.nn.ModuleList
+    - [!ref <CNN>, !ref <Transformer>, !ref <seq_lin>]
+modules:
+    encoder: !ref <encoder>
+    decoder: !ref <decoder>
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        asr: !ref <asr_model>
+        tokenizer: !ref <tokenizer>
+"""
+
+
+@pytest.fixture(scope="module")
+def seq2seq(tmp_path_factory) -> Path:
+    """A source of a Conformer with a decoder, and a manifest."""
+    place = tmp_path_factory.mktemp("seq2seq")
+    source = place / "source"
+    source.mkdir()
+    torch.manual_seed(3)
+    asr = load_hyperpyyaml(SEQ2SEQ)["asr_model"]
+    with torch.no_grad():
+        asr[2].w.weight.mul_(30)
+    torch.save(asr.state_dict(), source / "asr.ckpt")
+    pieces = small_recipes.pieces(place)
+    (source / "tokenizer.ckpt").write_bytes(pieces.serialized_model_proto())
+    (source / "hyperparams.yaml").write_text(SEQ2SEQ, encoding="utf-8")
+    write_manifest(place / "dev.csv", source, range(6), EncoderDecoderASR, "A")
+    return place
+
+
+def test_encoder_and_decoder(seq2seq, tmp_path):
+    made = quantize_pretrained(
+        seq2seq / "source",
+        seq2seq / "dev.csv",
+        tmp_path / "made",
+        run_opts=RUN,
+        method="mse",
+        backend="torch",
+    )
+    report = json.loads(made.report.read_text(encoding="utf-8"))
+    assert not any("No inference" in x for x in report["warnings"])
+    assert 0 < made.float_wer < 90
+    plan = QuantizationPlan.load(made.folder / "plan.json")
+    names = {layer.name.split(".")[0] for layer in plan.layers}
+    assert names == {"CNN", "Transformer", "seq_lin"}
+    asr = EncoderDecoderASR.from_hparams(
+        source=str(made.folder), overrides={"backend": "torch"}
+    )
+    rows = json.loads(
+        (made.folder / "transcripts_test.json").read_text(encoding="utf-8")
+    )
+    heard = {
+        name: asr.transcribe_file(str(seq2seq / f"{name}.wav"))
+        for name in ("u0", "u1", "u2", "u3", "u4", "u5")
+    }
+    known = {row["id"]: row["hypothesis"] for row in rows["transcripts"]}
+    assert len(known) == 3
+    for name, text in known.items():
+        assert heard[name].split() == text.split(), name
+    assert any(known.values())
