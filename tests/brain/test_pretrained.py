@@ -419,7 +419,9 @@ def test_encoder_and_decoder(seq2seq, tmp_path):
         name: asr.transcribe_file(str(seq2seq / f"{name}.wav"))
         for name in ("u0", "u1", "u2", "u3", "u4", "u5")
     }
-    known = {row["id"]: row["hypothesis"] for row in rows["transcripts"]}
+    known = {
+        row["id"]: row["hypothesis"] for row in rows["content"]["transcripts"]
+    }
     assert len(known) == 3
     for name, text in known.items():
         assert heard[name].split() == text.split(), name
