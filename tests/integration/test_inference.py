@@ -19,6 +19,7 @@ from trained_recipe import RECIPE
 
 from speechbrain_stablequant.core.error_rates import Transcript, score
 from speechbrain_stablequant.folder import recognizer as recognizer_module
+from speechbrain_stablequant.folder import runtime_slot
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.stored_floats import rounded_floats
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
@@ -333,7 +334,7 @@ def test_code_is_fetched_where_it_is_needed(trained, folder, monkeypatch):
     asr = load(folder, overrides={})
     encoder = asr.mods.encoder.parts["wav2vec2"]
     assert isinstance(encoder, recognizer_module.RuntimeEncoder)
-    monkeypatch.setattr(recognizer_module, "candidates", lambda *_: ["torch"])
+    monkeypatch.setattr(runtime_slot, "candidates", lambda *_: ["torch"])
     out = asr.encode_batch(wavs, lengths)
     assert asr.mods.encoder.runtime == "torch"
     assert next(iter(asr.mods.encoder.parts)) == "wav2vec2"
