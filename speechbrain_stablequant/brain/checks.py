@@ -30,6 +30,7 @@ from ..utils.files import check_writable_folder
 from ..utils.typed import one_line
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
+from .errors import NoFolderError
 from .metrics import Row, rate_of, rows_of, transcripts_of
 from .passes import evaluation_steps
 from .rebuilt import describe_modules
@@ -128,6 +129,7 @@ class RecipeChecks:
         self.config = config
         self.runs = runs
         self._decoder: FolderDecoder | None = None
+        self._described: dict[tuple, tuple[ModulesSource, dict]] = {}
 
     def try_out(self, batch: Any) -> None:
         """Describe the inference folders and try the decoding on a batch."""
@@ -139,7 +141,7 @@ class RecipeChecks:
                 self.warn(
                     [run],
                     "No inference folder (EncoderASR cannot load it): "
-                    f"{one_line(error)}.",
+                    f"{one_line(error, 500)}.",
                 )
         sources = [run.source for run in self.runs]
         sources = [x for x in sources if isinstance(x, RecognizerSource)]
@@ -151,21 +153,26 @@ class RecipeChecks:
     ) -> RecognizerSource | ModulesSource:
         """Describe a run's folder; raise why there is none."""
         names = [layer.name for layer in run.layers]
-        args = (self.brain, batch, run.config, names)
         first = None
         if run.config.inference is None:
             try:
-                return describe_recognizer(*args)
+                return describe_recognizer(self.brain, batch, run.config, names)
             except Exception as error:
                 first = error
+        # Variants of the same modules have the same folder.
+        keys = (run.config.inference, *sorted({n.split(".")[0] for n in names}))
         try:
-            source, modules = describe_modules(*args)
+            if keys not in self._described:
+                self._described[keys] = describe_modules(
+                    self.brain, batch, run.config, names
+                )
         except Exception as error:
             # A recipe around HuggingFace's encoder is told what is unusual.
             parts = self.brain.modules.values()
             if first and any(isinstance(x, Wav2Vec2) for x in parts):
-                raise first from error
+                raise NoFolderError(f"{first}; {error}") from error
             raise
+        source, modules = self._described[keys]
         own = run.modules
         run.extras = {k: m for k, m in modules.items() if k not in own}
         return source

@@ -10,6 +10,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.errors import NoFolderError
+from speechbrain_stablequant.inference import LabelTokenizer
 
 CTC = ["CNN", "Transformer", "ctc_lin"]
 FAMILIES = {
@@ -106,6 +107,23 @@ def test_a_model_of_huggingface_needs_no_hub(make_tiny_model, given, tmp_path):
     for file in (tmp_path / "folder").glob("*.[jy]*"):
         assert str(hub) not in file.read_text()
     asr = interfaces.EncoderASR.from_hparams(
+        source=tmp_path / "folder", overrides={"backend": "torch"}
+    )
+    assert transcripts(asr) == heard
+
+
+def test_labels_are_the_tokenizer_of_a_searcher(tmp_path):
+    """As of recipes for TIMIT, whose hypotheses are phonemes."""
+    kind, text, target, _ = FAMILIES["crdnn"]
+    brain = recipes.make(kind, text, tmp_path)
+    brain.tokenizer = LabelTokenizer()
+    for i in range(24):
+        brain.tokenizer.add_label("aeiou"[i // 5] + "bdgmn"[i % 5])
+    brain.tokenizer.expect_len(24)
+    config = QuantizeConfig.from_dict({"target": target})
+    heard = folder_of(brain, config, tmp_path / "folder")
+    assert all(" " in text for text in heard)
+    asr = interfaces.EncoderDecoderASR.from_hparams(
         source=tmp_path / "folder", overrides={"backend": "torch"}
     )
     assert transcripts(asr) == heard

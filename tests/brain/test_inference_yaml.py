@@ -1,6 +1,8 @@
 """Folders of recognizers that an inference YAML describes."""
 
 import copy
+import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +66,26 @@ def test_integers_compute_it(conformer):
     assert [x.result() for x in answers] == [before] * 6
     assert runtime(twin) == "torch_int8"
     assert twin.mods.encoder is not asr.mods.encoder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_computes_the_same(conformer):
+    folder, _ = conformer
+    asr = EncoderASR.from_hparams(
+        source=folder, overrides={"backend": "torch_int8"}
+    )
+    before = transcripts(asr)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writing, json.dumps(transcripts(asr)).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert json.loads(pipe.read()) == before
+    os.waitpid(pid, 0)
 
 
 def test_a_wrong_runtime_is_not_used(conformer, monkeypatch):
