@@ -24,7 +24,7 @@ from .passes import evaluation_steps, first_tensor
 from .teacher_forcing import TeacherForcing, log_probabilities
 
 # Of a set that ranks, where the encoder takes most of the time.
-_RANKING = 16
+_RANKING = 8
 # Processes sum their word errors after this many batches.
 _TOGETHER = 8
 

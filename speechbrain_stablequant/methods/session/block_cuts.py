@@ -36,13 +36,17 @@ def block_cuts(
     }
     found: list[Cut] = []
     before: list[nn.Module] = []
+    expected: Sequence[torch.Tensor] | None = None
     for unit, following in pairwise(units):
         layers = units[unit]
         paths = [layer.name.replace(".", "/") for layer in layers]
         block = by_name.get(commonpath(paths).replace("/", "."))
         if len(layers) > 1 and block is not None:
             cut = Cut(following, block, tuple(before))
-            if _is_exact(recognizer, cut, list(units), limit_bytes):
+            if expected is None:
+                expected = _outputs(recognizer, lambda _: None)
+            trial = Replay([cut], list(units), limit_bytes)
+            if _is_exact(recognizer, trial, following, expected):
                 found.append(cut)
                 before.append(block)
                 continue
@@ -53,20 +57,21 @@ def block_cuts(
 
 
 def _is_exact(
-    recognizer: Recognizer, cut: Cut, units: Sequence[str], limit_bytes: int
+    recognizer: Recognizer,
+    trial: Replay,
+    unit: str,
+    expected: Sequence[torch.Tensor],
 ) -> bool:
     """Whether a resumed pass over the first batch has the same outputs."""
-    expected = _outputs(recognizer, lambda _: None)
-    trial = Replay([cut], units, limit_bytes)
     forward = partial(recognizer.forward, "calibration", first_only=True)
     try:
-        if not trial.prepare(cut.unit, {}, forward):
+        if not trial.prepare(unit, {}, forward):
             return False
         with trial.active():
             again = _outputs(recognizer, trial.start_batch)
     except Exception as error:
         # A guess: the model may read anything of what is skipped.
-        logger.debug("search: no resuming at %s: %s", cut.unit, error)
+        logger.debug("search: no resuming at %s: %s", unit, error)
         return False
     same = zip(expected, again, strict=True)
     return bool(expected) and all(torch.equal(*pair) for pair in same)
