@@ -400,13 +400,17 @@ def test_encoder_and_decoder(seq2seq, tmp_path):
         seq2seq / "dev.csv",
         tmp_path / "made",
         run_opts=RUN,
-        method="mse",
+        calibration={"num_utterances": 2},
+        search={"num_utterances": 3, "cutoffs": [100, 99.0]},
+        weight_bits=4,
+        activation_bits=4,
         backend="torch",
     )
     report = json.loads(made.report.read_text(encoding="utf-8"))
     assert not any("No inference" in x for x in report["warnings"])
     assert 0 < made.float_wer < 90
     plan = QuantizationPlan.load(made.folder / "plan.json")
+    assert plan.search["rule"] == "divergence"
     names = {layer.name.split(".")[0] for layer in plan.layers}
     assert names == {"CNN", "Transformer", "seq_lin"}
     asr = EncoderDecoderASR.from_hparams(
