@@ -12,6 +12,10 @@ from .plan import QuantizationPlan
 #: Rows of the largest float parts.
 _ROWS = 8
 
+# One row of that name stands for all of them.
+_SMALL = "biases and normalizations"
+_ADDED = "added or scaled, not multiplied as a matrix"
+
 
 def account(
     plan: QuantizationPlan,
@@ -43,6 +47,9 @@ def account(
         else:
             left.pop(weight, None)
     floats = {n: [size, 0] for n, size in left.items() if size}
+    small = [n for n in floats if _why(n, plan, by_name) == _ADDED]
+    if small:
+        floats[_SMALL] = [sum(floats.pop(n)[0] for n in small), 0]
     for name, count in products.items():
         key = f"{name}.weight" if name in rows else name
         floats.setdefault(key, [0, 0])[1] += count
@@ -59,7 +66,7 @@ def account(
             "name": name or "products of activations",
             "parameters": floats[name][0],
             "products": floats[name][1],
-            "why": _why(name, plan, by_name),
+            "why": _ADDED if name == _SMALL else _why(name, plan, by_name),
         }
         for name in largest[:_ROWS]
     ]
@@ -94,6 +101,9 @@ def _why(
         return "both operands are activations"
     owner, _, attribute = name.rpartition(".")
     module = by_name.get(owner)
+    norm = "norm" in type(module).__name__.lower()
+    if norm or attribute.startswith(("bias", "in_proj_bias")):
+        return _ADDED
     reasons = {x.name: x.reason for x in plan.layers if x.quant is None}
     rows = [] if module is None else virtual_linears(module).items()
     parts = [f"{owner}.{n}" for n, x in rows if x.weight_name == attribute]
@@ -105,6 +115,9 @@ def _why(
     layer = module is not None and layer_kind(module) is not None
     if parts or (layer and attribute == "weight"):
         return "excluded, or not below quantize.target"
-    if attribute == "bias" or "norm" in type(module).__name__.lower():
-        return "added or scaled, not multiplied as a matrix"
+    if (
+        attribute.startswith(("bias", "in_proj_bias"))
+        or "norm" in type(module).__name__.lower()
+    ):
+        return _ADDED
     return "no product that is known by its module"

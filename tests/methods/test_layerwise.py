@@ -160,6 +160,10 @@ def test_inputs_that_are_not_finite():
         (lambda: nn.Linear(6, 4), (3, 9, 6)),
         (lambda: nn.Conv1d(6, 4, 5, 2, 1, 2), (3, 6, 31)),
         (
+            lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2),
+            (3, 4, 9, 11),
+        ),
+        (
             lambda: weight_norm(
                 nn.Conv1d(8, 12, 4, padding=2, groups=4), dim=2
             ),
@@ -175,8 +179,8 @@ def test_rows_give_the_output(build, shape):
     weight = module.weight.reshape(len(rows), -1, rows.shape[2])
     product = torch.einsum("grk,gok->rgo", rows, weight).flatten(1)
     product = product + module.bias
-    if isinstance(module, nn.Conv1d):
-        out = out.transpose(1, 2)
+    if not isinstance(module, nn.Linear):
+        out = out.movedim(1, -1)
     assert torch.allclose(product, out.reshape(product.shape), atol=1e-5)
 
 

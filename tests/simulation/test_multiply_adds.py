@@ -95,6 +95,7 @@ def test_account(recurrent):
     assert sum(found["products"].values()) == sum(products.values())
     why = {row["name"]: row["why"] for row in found["largest_float"]}
     assert why["m.cell.weight_hh"] == "too small for integers to pay"
+    assert why["biases and normalizations"].startswith("added")
     assert why["m.mixed"] == "no product that is known by its module"
 
 

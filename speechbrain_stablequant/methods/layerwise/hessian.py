@@ -38,7 +38,7 @@ class Moments:
 
 def conv_groups(module: nn.Module) -> int:
     """Groups of a layer whose outputs see different inputs; 1 for a Linear."""
-    return module.groups if isinstance(module, nn.Conv1d) else 1
+    return getattr(module, "groups", 1)
 
 
 def unfolded(
@@ -49,9 +49,15 @@ def unfolded(
 ) -> torch.Tensor:
     """Inputs as rows that the weight multiplies, [groups, rows, inputs].
 
-    ``x``: [..., in] of a Linear, [batch, in, time] of a Conv1d; ``frames``:
-    real input frames of each utterance; ``groups``: groups to unfold.
+    ``x``: [..., in] of a Linear, [batch, in, time] of a Conv1d, [batch, in,
+    height, width] of a Conv2d; ``frames``: real input frames of each
+    utterance; ``groups``: groups to unfold.
     """
+    if isinstance(module, nn.Conv2d):
+        geometry = module.dilation, module.padding, module.stride
+        windows = F.unfold(x, module.kernel_size, *geometry)
+        windows = windows.unflatten(1, (module.groups, -1))[:, groups]
+        return windows.permute(1, 0, 3, 2).flatten(1, 2)
     if not isinstance(module, nn.Conv1d):
         if frames is not None and x.dim() == 3:
             rows = [row[:n] for row, n in zip(x, frames, strict=True)]

@@ -68,6 +68,8 @@ def _places(
     norm = getattr(projection, "layer_norm", None)
     yield norm, (projection.projection,)
     for block in model.encoder.layers:
+        if not hasattr(block, "attention"):
+            continue  # a Conformer's
         attention, forward = block.attention, block.feed_forward
         heads = (attention.q_proj, attention.k_proj, attention.v_proj)
         # WavLM's gate also reads the normalized input.
