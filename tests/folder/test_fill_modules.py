@@ -1,11 +1,14 @@
 """Tests of speechbrain_stablequant.folder.fill_modules."""
 
+import copy
+
 import pytest
 import torch
 from small_model import QUANT, Small, plan_of, small_model
 
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.fill_modules import fill_modules
+from speechbrain_stablequant.folder.live_modules import LiveModules
 from speechbrain_stablequant.folder.stored_floats import float_state
 from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
@@ -78,3 +81,19 @@ def test_another_attention_does_not_fit(tmp_path):
     other.attention = torch.nn.MultiheadAttention(32, 4, kdim=8)
     with pytest.raises(CheckpointError, match="in_proj_kv"):
         fill_modules({"m": other}, found.integers, found.floats, tmp_path)
+
+
+def test_live_modules_compute_products_of_attention(tmp_path):
+    """Also a copy, which reads the folder itself."""
+    model, layers, integers = small_model()
+    found = saved(tmp_path, integers, layers, model)
+    x = torch.randn(2, 17, 16)
+    expected = computed(integers, model, x)
+    empty = Small().eval()
+    live = LiveModules({"m": empty}, [empty], "torch", {})
+    live.load(found, lambda: load_checkpoint(tmp_path), tmp_path)
+    for one in (live, copy.deepcopy(live)):
+        with torch.no_grad():
+            got = one.modules["m"](x)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        assert one.runtime == "torch"
