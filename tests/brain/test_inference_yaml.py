@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import small_recipes
+import torch
 from small_recipes import folder_of, transcripts
 from speechbrain.inference.ASR import EncoderASR
 
 from speechbrain_stablequant import QuantizeConfig, load
+from speechbrain_stablequant.brain.errors import NoFolderError
 from speechbrain_stablequant.folder import live_modules
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.runtimes.probe import ProbeError
@@ -119,3 +121,68 @@ def test_a_folder_of_two_models_is_refused(conformer, tmp_path):
         EncoderASR.from_hparams(source=tmp_path / "other")
     with pytest.raises(CheckpointError, match="load it with the class of Spe"):
         load(folder)
+
+
+def test_what_the_recipe_lacks_is_loaded_once(tmp_path):
+    text = small_recipes.FEATURES + small_recipes.CONFORMER
+    brain = small_recipes.make(
+        small_recipes.Conformer, text + small_recipes.CTC_RECIPE, tmp_path
+    )
+    given = text + small_recipes.CTC_INFERENCE
+    given = given.replace(
+        "modules:\n",
+        "lm_model: !new:torch.nn.Linear\n"
+        "    in_features: 3\n    out_features: 2\n"
+        "modules:\n    lm: !ref <lm_model>\n",
+    )
+    given = given.replace(
+        "    loadables:\n", "    loadables:\n        lm: !ref <lm_model>\n"
+    )
+    path = tmp_path / "inference.yaml"
+    path.write_text(given)
+    block = {
+        "inference": str(path),
+        "target": ["CNN", "Transformer", "ctc_lin"],
+    }
+    config = QuantizeConfig.from_dict(block)
+    with pytest.raises(NoFolderError, match="'lm_model', and it cannot be lo"):
+        folder_of(brain, config, tmp_path / "none")
+    model = torch.nn.Linear(3, 2)
+    torch.save(model.state_dict(), tmp_path / "lm.ckpt")
+    folder_of(brain, config, tmp_path / "folder")
+    (tmp_path / "lm.ckpt").unlink()
+    asr = EncoderASR.from_hparams(source=tmp_path / "folder")
+    torch.testing.assert_close(
+        asr.mods.lm.weight, model.weight, atol=1e-3, rtol=0
+    )
+    assert "lm.ckpt" not in (tmp_path / "folder/hyperparams.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("modules:\n    encoder", "models:\n    encoder"), "no key `modules`"),
+        (("cnn: !ref <CNN>", "cnn: !apply:torch.nn.Identity []"), "calls some"),
+        (("decoding_function:", "decoding:"), "is none of EncoderASR's"),
+        (("ctc_lin: !new", "head: !new"), "no module of it has the tensors"),
+    ],
+)
+def test_what_no_folder_can_be_is_one_line(change, reason, tmp_path):
+    text = small_recipes.FEATURES + small_recipes.CONFORMER
+    brain = small_recipes.make(
+        small_recipes.Conformer, text + small_recipes.CTC_RECIPE, tmp_path
+    )
+    path = tmp_path / "inference.yaml"
+    given = text + small_recipes.CTC_INFERENCE
+    if "head" in change[1]:
+        given = given.replace(
+            "n_neurons: !ref <output_neurons>", "n_neurons: 25"
+        )
+        given = given.replace("<ctc_lin>", "<head>")
+    path.write_text(given.replace(*change))
+    config = QuantizeConfig.from_dict(
+        {"inference": str(path), "target": ["CNN", "Transformer", "ctc_lin"]}
+    )
+    with pytest.raises(NoFolderError, match=reason) as caught:
+        folder_of(brain, config, tmp_path / "folder")
+    assert "\n" not in str(caught.value)
