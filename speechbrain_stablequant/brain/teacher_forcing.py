@@ -45,7 +45,7 @@ class TeacherForcing:
 
     def _try(self, batch: Any) -> None:
         try:
-            self.recognize(batch)
+            output = self.recognize(batch)
         except Exception as error:
             if not self._called:
                 raise
@@ -55,6 +55,13 @@ class TeacherForcing:
                 one_line(error),
             )
             self._searchers = []
+            return
+        if self._called and not log_probabilities(output):
+            logger.warning(
+                "quantize: the recipe computes no probabilities of the "
+                "reference's tokens, so each pass of the search decodes"
+            )
+            self._searchers, self._called = [], False
 
     def recognize(self, batch: Any) -> Any:
         """The output of ``compute_forward`` in the VALID stage."""

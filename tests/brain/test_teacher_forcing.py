@@ -83,6 +83,18 @@ def test_a_searcher_that_is_never_called(brain):
     assert not TeacherForcing(brain, BATCH).autoregressive
 
 
+def test_a_recipe_that_only_decodes(brain, caplog):
+    def decode(batch, stage):
+        hyps, *_ = brain.hparams.valid_search(batch.sig, torch.ones(2))
+        return hyps, torch.ones(2)
+
+    brain.compute_forward = decode
+    teacher = TeacherForcing(brain, BATCH)
+    assert not teacher.autoregressive
+    assert "computes no probabilities" in caplog.text
+    assert teacher.recognize(BATCH)[0] == [[7], [7]]
+
+
 def test_a_broken_recipe_says_so(brain):
     def broken(batch, stage):
         raise KeyError("sig")
