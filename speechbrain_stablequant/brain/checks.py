@@ -19,6 +19,7 @@ from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
 from ..config import ConfigError
 from ..core.error_rates import score
+from ..core.parts import float_patterns
 from ..core.plan import QuantizationPlan
 from ..folder.write import RecognizerSource
 from ..folder.write_modules import ModulesSource
@@ -84,10 +85,12 @@ def _check_variant(brain: sb.Brain, config: "QuantizeConfig") -> None:
             f"quantize.method: {config.method} runs in one process; start it "
             "with python instead of torchrun"
         )
-    modules = dict(brain.modules.items())
-    layers = find_layers(modules, config.target, config.include, config.exclude)
+    modules, plan, exclude = dict(brain.modules.items()), None, config.exclude
     if config.plan is not None:
         plan = QuantizationPlan.load(config.plan)
+        exclude = (*exclude, *float_patterns(plan.parts))
+    layers = find_layers(modules, config.target, config.include, exclude)
+    if plan is not None:
         plan.check_fits(layers, modules, config.plan)
 
 

@@ -50,6 +50,7 @@ from .metrics import (
     rows_of,
     transcripts_of,
 )
+from .parts import decide_parts
 from .passes import evaluation_steps
 from .recognizer import BrainRecognizer
 from .run import Run, comparison
@@ -182,6 +183,7 @@ class Evaluator:
                 change_runtime(run, backend, [])
                 for warning in said:
                     self.checks.warn([run], warning)
+                decide_parts(run, batch)
             self.checks.try_out(batch)
             try_probes(self.runs)
 
@@ -210,6 +212,7 @@ class Evaluator:
             run.products = count_multiply_adds(
                 session.layers, recognizer.modules, first
             )
+        run.plan = replace(run.plan, parts=run.parts)
         with self.outputs.writing():
             run.plan.save(run.folder / PLAN_FILE)
         seconds = time.monotonic() - started

@@ -10,6 +10,7 @@ import speechbrain as sb
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer, integer_layer
+from ..core.parts import Part
 from ..core.plan_tensors import adjusted_floats
 from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
@@ -53,6 +54,7 @@ class Run:
     warnings: list[str]
     #: The calibration and search sets.
     subsets: dict[str, "Batches"] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
     plan: "QuantizationPlan | None" = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecognizerSource | ModulesSource | None = None

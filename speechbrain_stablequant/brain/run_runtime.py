@@ -17,7 +17,11 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..core.encoder_spec import check_encoders, describe_encoder
+from ..core.encoder_spec import (
+    check_encoders,
+    describe_encoder,
+    described_encoders,
+)
 from ..folder.write_modules import ModulesSource
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision
@@ -55,8 +59,8 @@ def choose_runtime(
         name, reasons = choose_backend(config.backend, brain.device)
         if reasons:
             return _simulated("; ".join(r.partition(";")[0] for r in reasons))
-        if RUNTIMES[name].encoder is not None:
-            modules = dict(brain.modules.items())
+        runtime, modules = RUNTIMES[name], dict(brain.modules.items())
+        if runtime.encoder is not None and runtime.part is None:
             check_encoders({key: modules[key] for key in config.target})
     except ValueError as error:
         if config.backend != "auto":
@@ -104,7 +108,7 @@ def check_descriptions(
 ) -> None:
     """Raise unless the descriptions of encoders compute what they do."""
     modules = dict(brain.modules.items())
-    encoders = find_encoders({key: modules[key] for key in config.target})
+    encoders = described_encoders({k: modules[k] for k in config.target})
     if not encoders:
         return
     try:
@@ -193,7 +197,7 @@ def try_probes(runs: "Iterable[Run]") -> None:
 def _try_probe(run: "Run") -> list[str]:
     """Check a runtime on a MAX-quantized encoder; return why earlier runtimes
     were rejected."""
-    encoders = find_encoders(run.modules)
+    encoders = described_encoders(run.modules)
     if RUNTIMES[run.backend].encoder is None or not encoders:
         return []
     encoder, config = encoders[0], run.config
@@ -221,7 +225,7 @@ def _try_probe(run: "Run") -> list[str]:
 def make_probe(run: "Run") -> None:
     """Make a probe of the encoder alone, where there is no folder."""
     modules = run.modules
-    for encoder in find_encoders(modules)[:1]:
+    for encoder in described_encoders(modules)[:1]:
         with run.as_stored(), evaluating(modules):
             run.probe = encoder_probe(
                 encoder, run.integers, run.config.sample_rate, run.device
@@ -260,7 +264,9 @@ def _first_passing(
 
     def attempt(name: str) -> tuple[str, dict[nn.Module, Callable]]:
         options = select_options(name, run.config.backend_options)
-        forwards = build_forwards(name, modules, integers, **options)
+        forwards = build_forwards(
+            name, modules, integers, parts=run.parts, **options
+        )
         if probe is not None:
             with evaluating(modules):
                 place = torch.device(run.device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.layers import conv_frames, find_encoders
+from ..model.layers import Encoder, conv_frames, find_encoders
 from ..model.rotation import rotation_of
 from .integer_layer import FloatLayer, IntegerLayer, float_layer
 
@@ -256,17 +256,33 @@ def describe_encoder(
 def check_encoders(modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if the integer runtimes cannot compute an encoder."""
     for encoder in find_encoders(modules):
-        for owner, switch in (
-            (encoder.wrapper, "output_all_hiddens"),
-            (encoder.model.config, "output_hidden_states"),
-        ):
-            if getattr(owner, switch, False):
-                raise ValueError(
-                    "backend: the integer runtimes give the last hidden state "
-                    f"only, and {switch} of '{encoder.key}' asks for all; "
-                    "write backend: torch"
-                )
+        _check_encoder(encoder)
+
+
+def described_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
+    """Returns the encoders that the integer runtimes compute as their own."""
+    found = []
+    for encoder in find_encoders(modules):
         try:
-            describe_encoder(encoder.model, encoder.path, {})
-        except ValueError as error:
-            raise ValueError(f"backend: {error}") from error
+            _check_encoder(encoder)
+        except ValueError:
+            continue
+        found.append(encoder)
+    return found
+
+
+def _check_encoder(encoder: Encoder) -> None:
+    for owner, switch in (
+        (encoder.wrapper, "output_all_hiddens"),
+        (encoder.model.config, "output_hidden_states"),
+    ):
+        if getattr(owner, switch, False):
+            raise ValueError(
+                "backend: the integer runtimes give the last hidden state "
+                f"only, and {switch} of '{encoder.key}' asks for all; "
+                "write backend: torch"
+            )
+    try:
+        describe_encoder(encoder.model, encoder.path, {})
+    except ValueError as error:
+        raise ValueError(f"backend: {error}") from error

@@ -25,6 +25,7 @@ from ..utils.typed import one_line, short, typed
 from .affine import MAX_BITS, MIN_BITS
 from .layer_quant import LayerQuant
 from .packing import pack, unpack
+from .parts import Part
 from .plan_tensors import AdjustedTensors
 
 PLAN_FILE = "plan.json"
@@ -118,6 +119,8 @@ class QuantizationPlan:
     weight_only : list of str
         Parameters that are stored as integers of 8 bits and multiplied in
         floating point.
+    parts : list of Part
+        What is executed as a whole; empty where a runtime has its own way.
     """
 
     method: str
@@ -132,6 +135,7 @@ class QuantizationPlan:
         default=None, compare=False, repr=False
     )
     weight_only: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
     def quants(self) -> dict[str, LayerQuant]:
         """Returns the quantized layers by name."""
@@ -154,10 +158,12 @@ class QuantizationPlan:
             asdict(layer) | {"quant": layer.quant and layer.quant.to_dict()}
             for layer in self.layers
         ]
+        raw["parts"] = [asdict(part) for part in self.parts]
         del raw["tensors"]
-        if not self.weight_only:
-            # Files of plans without them stay the same.
-            del raw["weight_only"]
+        # Files of plans without them stay the same.
+        for key in ("weight_only", "parts"):
+            if not raw[key]:
+                del raw[key]
         if self.tensors:
             bits = {n: q.weight_bits for n, q in self.quants().items()}
             file = path.with_suffix(".safetensors")

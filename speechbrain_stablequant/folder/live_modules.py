@@ -115,6 +115,10 @@ class LiveModules:
             owners = products.owners_of(name, by_name)
             for owner, forward in products.visible_forwards(owners).items():
                 owner.forward = forward
+        self._plan_parts = checkpoint.plan.parts
+        graphs = [x.name for x in self._plan_parts if x.executes == "graph"]
+        for module in modules_by_name(self.modules, graphs).values():
+            module.forward = _Dispatch(self, module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveModules":
         """Returns a copy that builds its own runtime from the folder."""
@@ -141,7 +145,11 @@ class LiveModules:
             self._integers = self._read().integers
         integers = {n: x.to(device) for n, x in self._integers.items()}
         options = select_options(name, self.options)
-        forwards = build_forwards(name, self.modules, integers, **options)
+        # Parts are captured with the modules' own forwards.
+        with self.trying({}):
+            forwards = build_forwards(
+                name, self.modules, integers, parts=self._plan_parts, **options
+            )
         if self._probe is not None:
             with self.trying(forwards):
                 check_probe(name, self._probe, self.compute, device)

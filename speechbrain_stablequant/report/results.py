@@ -27,6 +27,8 @@ def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
         content.append(plan.weight_only)
     if plan.tensors:
         content.append(plan.tensors.digest())
+    if plan.parts:
+        content.append([asdict(part) for part in plan.parts])
     return identity(content)
 
 

@@ -73,6 +73,9 @@ class Runtime:
     #: Whether it takes in layers whose weights are still in their file, and
     #: reads one after the other.
     streams: bool = False
+    #: Function that makes the forward of a captured part, see
+    #: ``captured.executor.part_forward``; None if it executes no parts.
+    part: str | None = None
     #: Whether what was built in a process also computes in its forked
     #: children; otherwise a child builds its own.
     fork_safe: bool = False
@@ -162,7 +165,9 @@ def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
     runtime decides itself what it computes in 16 bits."""
 
     def plain(*args: Any, **kwargs: Any) -> Any:
-        x, *_ = *args, *kwargs.values()
+        x = next(
+            x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)
+        )
         with plain_float32(x):
             return forward(*args, **kwargs)
 

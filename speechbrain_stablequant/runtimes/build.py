@@ -2,7 +2,7 @@
 checks it by a probe."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer
+from ..core.parts import Part
 from ..model.layers import Encoder, find_encoders
 from ..utils import forks
 from . import simulated
@@ -46,6 +47,7 @@ def build_forwards(
     modules: Mapping[str, nn.Module],
     integers: Mapping[str, IntegerLayer],
     cpu: CpuClass | None = None,
+    parts: Iterable[Part] = (),
     **options: Any,
 ) -> dict[nn.Module, Callable[..., Any]]:
     """Build a runtime, with its options: the function that replaces the
@@ -53,9 +55,9 @@ def build_forwards(
 
     Weights of integer layers in ``modules`` are not read; they may be on the
     ``meta`` device. ``cpu`` is the one whose integers are executed, by default
-    this one. ValueError for a layer that is not in the model, an encoder or
-    layer that this runtime cannot execute, and :class:`UnusableRuntime` if it
-    is wrong on this machine.
+    this one; ``parts`` are the plan's. ValueError for a layer that is not in
+    the model, an encoder or layer that this runtime cannot execute, and
+    :class:`UnusableRuntime` if it is wrong on this machine.
     """
     forks.protect_children()
     runtime = RUNTIMES[backend]
@@ -66,6 +68,8 @@ def build_forwards(
     modules_by_name(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     heads = dict(integers)
+    if parts and runtime.part is not None:
+        return _forwards_of_parts(runtime, modules, integers, parts, options)
     if runtime.encoder is not None:
         make_executor = load_function(runtime.encoder)
         for encoder in _encoders(modules, integers):
@@ -103,6 +107,60 @@ def _take_planes(layers: dict[str, IntegerLayer]) -> dict[str, IntegerLayer]:
             len(planes),
         )
     return planes
+
+
+def _forwards_of_parts(
+    runtime: Runtime,
+    modules: Mapping[str, nn.Module],
+    integers: Mapping[str, IntegerLayer],
+    parts: Iterable[Part],
+    options: Mapping[str, Any],
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of the parts that are graphs, and of every layer: a part that
+    is called in another way computes by its layers."""
+    make_part = load_function(runtime.part)
+    forwards = in_place_forwards(modules, integers)
+    graphs = [part for part in parts if part.executes == "graph"]
+    found = modules_by_name(modules, [part.name for part in graphs])
+    for part in graphs:
+        module = found[part.name]
+        forward = make_part(part, module, integers, **options)
+        forwards[module] = in_own_precision(forward)
+    return forwards
+
+
+def in_place_forwards(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of layers on a CPU one by one, each made by its first call."""
+    return layer_forwards(
+        modules,
+        {n: in_own_precision(_InPlace(x)) for n, x in integers.items()},
+    )
+
+
+class _InPlace:
+    """The forward of a layer; deep copies share it."""
+
+    def __init__(self, layer: IntegerLayer):
+        self._layer = layer
+        self._forward: Callable | None = None
+
+    def __deepcopy__(self, memo: dict) -> "_InPlace":
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._forward is None:
+            self._forward = self._made()
+        return self._forward(x)
+
+    def _made(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        rows = {self._layer.name: self._layer}
+        for layer in _take_planes(rows).values():
+            return simulated.make_layer(layer)
+        runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
+        (layer,) = heads_with_algorithms(rows, runner).values()
+        return load_function(Runtime.layer)(layer)
 
 
 def executed_form(backend: str, cpu: CpuClass | None = None) -> str:

@@ -26,6 +26,7 @@ RUNTIME = Runtime(
     OpenVinoOptions,
     encoder="openvino_.executor:OpenVINOExecutor",
     layer_runner="openvino_.layer_runner:OpenVINORunner",
+    part="captured.executor:part_forward",
     device="cpu",
     needs=("openvino",),
     install="speechbrain_stablequant[cpu]",

@@ -39,3 +39,12 @@ def output(
         data = torch.from_numpy(data.view(np.int16).copy())
         return data.view(torch.bfloat16).float()
     return torch.from_numpy(data.copy())
+
+
+def name_by_place(model: ov.Model) -> ov.Model:
+    """Name operations by position: OpenVINO numbers them across the process,
+    and its cache of compiled graphs depends on the names."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() != "Parameter":
+            node.set_friendly_name(f"{node.get_type_name()}_{place}")
+    return model

@@ -1,23 +1,19 @@
 """Runs an encoder's OpenVINO graph, which takes inputs of any length."""
 
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import torch
 
 from ...core.encoder_spec import EncoderSpec
 from ...utils import forks
-from ...utils.timing import PREPARATION
 from ..base import require_frame, round_frames
-from ..cpu import cpu_class
 from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
-from .core import core, output
+from .compiled import CompiledGraph
+from .core import output
 from .front import channels_first, first_inputs
 from .graph import GraphBuilder
 
@@ -29,16 +25,6 @@ FRAME_UNIT = 10
 FRAME_STEPS = 24
 #: Maximum batch of one call of the graph, a power of 2.
 MAX_BATCH = 16
-#: Entries of OpenVINO's cache of prepared shapes. A shape takes about 15, so
-#: that the 86 lengths up to 30 s fit.
-CACHE_CAPACITY = 2000
-
-
-def _cores() -> int:
-    """Number of CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def batch_parts(batch: int) -> Iterator[slice]:
@@ -50,7 +36,7 @@ def batch_parts(batch: int) -> Iterator[slice]:
         start += count
 
 
-class OpenVINOExecutor:
+class OpenVINOExecutor(CompiledGraph):
     """Executes an encoder by one graph for inputs of any length.
 
     OpenVINO prepares and caches something for each shape it meets. To bound
@@ -58,12 +44,7 @@ class OpenVINOExecutor:
     frames (9.6 s) on, to one of 24 lengths before each doubling: 73 lengths up
     to 20 s, 86 up to 30 s. Padding is masked, and no real frame depends on it.
     Batches are computed in parts of 16, 8, 4, 2 and 1. Shapes beyond
-    ``CACHE_CAPACITY`` evict the least recently used.
-
-    Any number of threads may call it at once: each call has its own request.
-    With ``threads``, as many calls run in parallel as the CPU has room for;
-    otherwise one at a time by all threads. Compiled graphs in ``cache_folder``
-    are as large as the integer weights.
+    the capacity of its cache evict the least recently used.
     """
 
     def __init__(
@@ -79,46 +60,9 @@ class OpenVINOExecutor:
                 "backend_options.max_models has no effect: one graph computes "
                 "all lengths; leave it out"
             )
-        forks.use_in_one_process("openvino")
-        if precision == "auto":
-            precision = "bf16" if cpu_class().bf16 else "f32"
+        super().__init__(threads, cache_folder, precision)
         self.spec = spec
-        self._half = precision == "bf16"
-        self._pid = os.getpid()
-        # pop and append are atomic.
-        self._idle: list[ov.InferRequest] = []
-        self._compiled: ov.CompiledModel | None = None
-        streams = max(_cores() // threads, 1) if threads else 1
-        self.settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": streams
-            * (threads or torch.get_num_threads()),
-            "INFERENCE_PRECISION_HINT": precision,
-            "CPU_RUNTIME_CACHE_CAPACITY": CACHE_CAPACITY,
-            # Two processes would be pinned to the same cores.
-            "ENABLE_CPU_PINNING": False,
-        }
-        if cache_folder is not None:
-            self.settings["CACHE_DIR"] = str(cache_folder)
-        with PREPARATION.running():
-            model = GraphBuilder(spec, self._half).build()
-            self._compiled = core().compile_model(model, "CPU", self.settings)
-
-    def __del__(self):
-        if hasattr(self, "_compiled"):
-            forks.keep_in_child(self._pid, self._compiled, *self._idle)
-
-    @contextmanager
-    def _request(self) -> Iterator[ov.InferRequest]:
-        """A request that no other call uses meanwhile."""
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._compiled.create_infer_request()
-        yield request
-        # Not after an error: its state is unknown then.
-        self._idle.append(request)
+        self.compile(GraphBuilder(spec, self._half).build())
 
     @torch.no_grad()
     def __call__(

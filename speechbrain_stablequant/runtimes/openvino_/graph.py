@@ -32,6 +32,7 @@ from ..algorithms import (
     join_groups,
     split_groups,
 )
+from .core import name_by_place
 from .front import channels_first, flat_windows, strides_of
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
@@ -187,22 +188,27 @@ class GraphBuilder:
     def conv(
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
-        """A convolution, [batch, in, time] to [batch, out, time]."""
+        """A convolution, [batch, in, *sizes] to [batch, out, *sizes]."""
         layer = layer.loaded()
-        if layer.algorithm in (JOINED_GROUPS, FLOAT):
+        axes = layer.weight.dim() - 2
+        if axes == 1 and layer.algorithm in (JOINED_GROUPS, FLOAT):
             layer = join_groups(layer)
-        if layer.padding:
+        padding, stride, dilation = (
+            size if isinstance(size, tuple) else (size,)
+            for size in (layer.padding, layer.stride, layer.dilation)
+        )
+        if any(padding):
             # Padded before it is quantized, so that zeros become the zero
             # point. The convolution's own padding is 1.7 times as slow.
-            margin = _i64(0, 0, layer.padding)
+            margin = _i64(0, 0, *padding)
             x = op.pad(x, margin, margin, "constant", _f32(0.0))
         x = self.quantize(x, layer, least)
         if layer.algorithm == WINDOW_PRODUCT:
             return self.window_product(x, layer)
         make = op.convolution if layer.groups == 1 else op.group_convolution
-        stride, dilation = [layer.stride], [layer.dilation]
-        y = make(x, self.weight(layer), stride, [0], [0], dilation)
-        return self.finish(y, layer, (1, -1, 1))
+        none = [0] * axes
+        y = make(x, self.weight(layer), stride, none, none, dilation)
+        return self.finish(y, layer, (1, -1, *[1] * axes))
 
     def window_product(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
         """A convolution as one product per group: padded and quantized
@@ -380,16 +386,8 @@ class GraphBuilder:
         return self.model(x, "encoder")
 
     def model(self, x: ov.Node, name: str) -> ov.Model:
-        """The graph whose output ``hidden`` is ``x``.
-
-        Operations are named by position: OpenVINO numbers them across the
-        process, and its cache of compiled graphs depends on the names.
-        """
+        """The graph whose output ``hidden`` is ``x``."""
         if self.half:
             x = op.convert(x, "bf16")
         x.output(0).set_names({"hidden"})
-        model = ov.Model([op.result(x)], self.inputs, name)
-        for place, node in enumerate(model.get_ordered_ops()):
-            if node.get_type_name() != "Parameter":
-                node.set_friendly_name(f"{node.get_type_name()}_{place}")
-        return model
+        return name_by_place(ov.Model([op.result(x)], self.inputs, name))

@@ -1,0 +1,126 @@
+"""Which parts of a Brain's recognizer are graphs, layers in place, or float."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..core.encoder_spec import described_encoders
+from ..core.parts import Part, float_patterns
+from ..core.plan import QuantizationPlan
+from ..model.layers import Layer
+from ..runtimes.build import in_place_forwards
+from ..runtimes.cpu import machine_identity
+from ..runtimes.probe_make import evaluating
+from ..runtimes.registry import (
+    RUNTIMES,
+    code_digest,
+    load_function,
+    select_options,
+)
+from ..utils import distributed
+from ..utils.digest import structure_digest
+from ..utils.files import identity
+from ..utils.typed import typed
+from .data import audio_of
+from .passes import recognize
+
+if TYPE_CHECKING:
+    from .run import Run
+
+logger = logging.getLogger(__name__)
+
+#: The decisions, in the run's folder.
+PARTS_FILE = "parts.json"
+_WHAT = "parts of the recognizer"
+#: Batches of different lengths that are captured and timed, of so many.
+_LENGTHS, _SEARCHED = 3, 16
+
+
+def decide_parts(run: "Run", batch: Any) -> None:
+    """Decide the run's parts, once for each model and machine, and leave
+    layers of parts that are faster in float out of its config.
+
+    ``batch`` is used where the run has no calibration set.
+    """
+    config, modules = run.config, run.modules
+    runtime = RUNTIMES[run.backend]
+    if config.plan is not None:
+        run.parts = QuantizationPlan.load(config.plan, False).parts
+    elif runtime.part is not None and not described_encoders(
+        {key: modules[key] for key in config.target}
+    ):
+        run.parts = distributed.from_main(
+            _decide(run, batch) if distributed.is_main() else []
+        )
+    patterns = float_patterns(run.parts)
+    if patterns and all(_any(patterns, layer) for layer in run.layers):
+        run.warnings.append(
+            "Nothing is faster in integers than in float on this machine; it "
+            "is executed in integers all the same."
+        )
+        run.parts = [_in_integers(part) for part in run.parts]
+        patterns = ()
+    if patterns:
+        run.config = replace(config, exclude=(*config.exclude, *patterns))
+    for part in run.parts:
+        logger.info("quantize: %s: %s", part.name, part.reason)
+        if part.executes == "float":
+            run.warnings.append(f"'{part.name}' stays float: {part.reason}.")
+
+
+def _any(patterns: tuple[str, ...], layer: Layer) -> bool:
+    return any(fnmatchcase(layer.name, pattern) for pattern in patterns)
+
+
+def _in_integers(part: Part) -> Part:
+    """The part in the faster of the two ways without float."""
+    ms = {name: x for name, x in part.ms.items() if name != "float"}
+    return replace(part, executes=min(ms, key=ms.get))
+
+
+def _decide(run: "Run", batch: Any) -> list[Part]:
+    config, layers = run.config, run.layers
+    options = select_options(run.backend, config.backend_options)
+    key = identity(
+        [
+            structure_digest({k: run.modules[k] for k in config.target}),
+            [[layer.name, list(layer.module.weight.shape)] for layer in layers],
+            repr(options),
+            code_digest(),
+            machine_identity(),
+        ]
+    )
+    known = run.store.read(
+        PARTS_FILE, key, _WHAT, lambda raw: typed(raw, list[Part], "content")
+    )
+    if known is not None:
+        return known
+    modules = run.modules
+    with evaluating(modules):
+        select = load_function("captured.select:Selection")
+        parts = select(
+            modules,
+            layers,
+            [partial(recognize, run.brain, x) for x in _batches(run, batch)],
+            partial(in_place_forwards, modules),
+            (config.weight_bits, config.activation_bits),
+            options,
+        ).parts()
+    run.store.write(PARTS_FILE, key, [asdict(part) for part in parts])
+    return parts
+
+
+def _batches(run: "Run", batch: Any) -> Sequence[Any]:
+    """Batches of different lengths, the longest first."""
+    every = [batch]
+    if "calibration" in run.subsets:
+        every = run.subsets["calibration"].load()[:_SEARCHED] or every
+    signal = run.config.signal
+    by_length = {audio_of(x, signal)[0].shape[1]: x for x in every}
+    lengths = sorted(by_length, reverse=True)
+    step = max((len(lengths) - 1) / (_LENGTHS - 1), 1)
+    places = [round(i * step) for i in range(_LENGTHS)]
+    return [by_length[lengths[i]] for i in places if i < len(lengths)]

@@ -1,0 +1,1 @@
+"""Modules of any recognizer as graphs of OpenVINO."""

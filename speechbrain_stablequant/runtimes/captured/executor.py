@@ -1,0 +1,161 @@
+"""Executes a captured part of a recognizer."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset13 as op
+from torch import nn
+
+from ...core.integer_layer import IntegerLayer
+from ...core.parts import Part
+from ...utils import forks
+from ..algorithms import FLOAT, geometry_of
+from ..layer_check import find_algorithms
+from ..openvino_.compiled import CompiledGraph
+from ..openvino_.core import name_by_place
+from ..openvino_.layer_runner import OpenVINORunner
+from .calls import Call, Signature
+from .capture import Captured, capture
+from .sites import Sites
+
+logger = logging.getLogger(__name__)
+
+
+class CapturedExecutor(CompiledGraph):
+    """Computes a part by its graph. Any number of threads may call it."""
+
+    def __init__(
+        self,
+        graph: Captured,
+        threads: int | None = None,
+        cache_folder: str | None = None,
+        max_models: int | None = None,
+        precision: str = "auto",
+    ):
+        super().__init__(threads, cache_folder, precision)
+        self._outputs = graph.outputs
+        self.compile(_finished(graph.model, self._half))
+
+    def __deepcopy__(self, memo: dict) -> "CapturedExecutor":
+        """Copies of a module share its graph."""
+        return self
+
+    @torch.no_grad()
+    def __call__(self, tensors: list[torch.Tensor]) -> Any:
+        """The module's output."""
+        forks.use_in_one_process("openvino")
+        inputs = [x.detach().cpu().contiguous().numpy() for x in tensors]
+        with self._request() as request:
+            request.infer(inputs, share_inputs=True)
+            found = [
+                _tensor(request.get_output_tensor(i))
+                for i in range(len(self._outputs.read))
+            ]
+        return self._outputs.build(found)
+
+
+def _finished(model: ov.Model, half: bool) -> ov.Model:
+    """The graph to be compiled: outputs in bfloat16 if ``half``, as in
+    :class:`..openvino_.graph.GraphBuilder`, and names of its own."""
+    if half:
+        for result in model.get_results():
+            x = result.input_value(0)
+            if x.get_element_type() == ov.Type.f32:
+                result.input(0).replace_source_output(
+                    op.convert(x, "bf16").output(0)
+                )
+        model.validate_nodes_and_infer_types()
+    return name_by_place(model)
+
+
+def _tensor(found: ov.Tensor) -> torch.Tensor:
+    """A copy of an output; float32 if it is bfloat16, which numpy lacks."""
+    if found.element_type == ov.Type.bf16:
+        data = torch.from_numpy(found.data.view(np.int16).copy())
+        return data.view(torch.bfloat16).float()
+    return torch.from_numpy(found.data.copy())
+
+
+def part_forward(
+    part: Part,
+    module: nn.Module,
+    integers: Mapping[str, IntegerLayer],
+    **options: Any,
+) -> Callable[..., Any]:
+    """The forward of a part that is executed as a graph.
+
+    Arguments
+    ---------
+    part : Part
+        From the plan.
+    module : torch.nn.Module
+        The part's module; weights of integer layers are not read.
+    integers : mapping of str to IntegerLayer
+        The layers of the whole plan.
+    **options : dict
+        Those of ``backend: openvino``.
+
+    Returns
+    -------
+    callable
+        Takes and returns what the module's forward does. A call unlike those
+        that the part was captured from is computed by the module itself.
+    """
+    inside = {
+        name: layer
+        for name, layer in integers.items()
+        if name.startswith(f"{part.name}.")
+    }
+    runner = OpenVINORunner(**options)
+    places = {"linear": "linear", "conv1d": "position"}
+    geometries = {
+        name: geometry_of(x, places[x.kind])
+        for name, x in inside.items()
+        if x.kind in places
+    }
+    found = find_algorithms(geometries, runner)
+    layers = {
+        name: replace(x, algorithm=found.get(name, FLOAT))
+        for name, x in inside.items()
+    }
+    signature = Signature.loads(part.structure, part.leaves)
+    graph = capture(
+        module,
+        signature,
+        part.way,
+        Sites({part.name: module}, layers),
+        part.read,
+    )
+    executor = CapturedExecutor(graph, **options)
+    return partial(_forward, module, part.name, signature, executor)
+
+
+def _forward(
+    module: nn.Module,
+    name: str,
+    signature: Signature,
+    executor: CapturedExecutor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    tensors = signature.tensors(Call(args, kwargs))
+    if tensors is not None:
+        return executor(tensors)
+    _say_once(name)
+    return type(module).forward(module, *args, **kwargs)
+
+
+@functools.cache
+def _say_once(name: str) -> None:
+    logger.warning(
+        "'%s' is called in another way than when its plan was made: such "
+        "calls are computed layer by layer, which takes longer",
+        name,
+    )

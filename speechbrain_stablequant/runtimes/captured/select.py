@@ -1,0 +1,291 @@
+"""Which modules of a recognizer are computed as a graph, layer by layer in
+integers, or in float: decided by what can be captured, and by time."""
+
+import logging
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ...core.integer_layer import IntegerLayer, integer_layer
+from ...core.layer_quant import LayerQuant
+from ...core.parts import Part
+from ...model.layers import Layer, visible_layers
+from ...utils.patching import hooked, shadowed, shadowed_forwards
+from ...utils.typed import one_line
+from ..cpu import cpu_class, executed_integers
+from .calls import Call, CaptureError
+from .capture import capture_part
+from .executor import part_forward
+
+logger = logging.getLogger(__name__)
+
+#: Recognizes a batch; what it returns is compared.
+Pass = Callable[[], Any]
+#: Forwards that execute layers in place, one by one.
+InPlace = Callable[[Mapping[str, IntegerLayer]], dict[nn.Module, Callable]]
+
+#: Methods of a module that recognizers call in place of its forward, so that
+#: what lies below is captured.
+_ENTRIES = ("encode", "forward_encoder")
+#: Passes over the calls of a part that are timed, after one that is not.
+_ROUNDS = 3
+#: Maximum number of calls of a part in a timed pass.
+_MOST_CALLS = 6
+
+
+class Selection:
+    """Decides the parts of a recognizer from its passes over some batches.
+
+    Arguments
+    ---------
+    modules : mapping of str to torch.nn.Module
+        By key, with their float weights, in evaluation mode.
+    layers : sequence of Layer
+        What the plan quantizes.
+    passes : sequence of callables
+        Each recognizes a batch, of different lengths.
+    in_place : callable
+        Makes the forwards of integer layers without a graph.
+    bits : tuple of int
+        Of weights and activations.
+    options : mapping
+        Of ``backend: openvino``.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Sequence[Layer],
+        passes: Sequence[Pass],
+        in_place: InPlace,
+        bits: tuple[int, int],
+        options: Mapping[str, Any],
+    ):
+        self._layers = {layer.name: layer for layer in layers}
+        self._in_place = in_place
+        self._options = options
+        self._bits = bits
+        self._first = passes[0]
+        self._modules = _around(modules, self._layers)
+        self._calls: dict[str, list[list[Call]]] = defaultdict(list)
+        self._ranges: dict[str, float] = dict.fromkeys(self._layers, 0.0)
+        with torch.no_grad():
+            for recognize in passes:
+                self._observe(recognize)
+
+    def _observe(self, recognize: Pass) -> None:
+        """One pass: the calls of modules, and the ranges of layers."""
+        seen: dict[str, list[Call]] = {name: [] for name in self._modules}
+
+        def note_call(name: str, _, args: tuple, kwargs: dict) -> None:
+            seen[name].append(Call(args, kwargs))
+
+        def note_range(name: str, _, args: tuple) -> None:
+            top = float(args[0].abs().max())
+            self._ranges[name] = max(self._ranges[name], top)
+
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                hook = partial(note_call, name)
+                stack.enter_context(
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                )
+            stack.enter_context(visible_layers(self._layers.values()))
+            stack.enter_context(
+                hooked(
+                    (layer.module, partial(note_range, name))
+                    for name, layer in self._layers.items()
+                )
+            )
+            recognize()
+        for name, calls in seen.items():
+            self._calls[name].append(calls)
+
+    def parts(self) -> list[Part]:
+        """Decide all parts, in order."""
+        tops = [name for name in self._modules if "." not in name]
+        found = [part for name in tops for part in self._visit(name)]
+        return [part for part in found if part is not None]
+
+    def _visit(self, name: str) -> Iterator[Part | None]:
+        """Parts at or below a module, the largest ones that can be captured;
+        None where nothing was captured."""
+        inside = self._inside(name)
+        calls, reason = self._calls[name], "called repeatedly"
+        module = self._modules[name]
+        if any(hasattr(module, entry) for entry in _ENTRIES):
+            reason = "called by other methods than forward"
+        elif all(len(row) == 1 for row in calls):
+            try:
+                yield self._captured(name, [row[0] for row in calls], inside)
+                return
+            except CaptureError as error:
+                reason = f"not captured ({error})"
+                logger.info("'%s' is no graph: %s", name, error)
+        below: list[Part | None] = []
+        # Single blocks of a stack are not captured one by one.
+        if not _is_stack(module):
+            for child, _ in module.named_children():
+                if f"{name}.{child}" in self._modules:
+                    below += self._visit(f"{name}.{child}")
+        if any(part is not None and part.way for part in below):
+            yield from below
+        elif any(calls):
+            yield self._timed(
+                Part(name, "layers", reason), [c for r in calls for c in r]
+            )
+        else:
+            yield from below
+
+    def _inside(self, name: str) -> dict[str, Layer]:
+        return {
+            n: layer
+            for n, layer in self._layers.items()
+            if n.startswith(f"{name}.")
+        }
+
+    def _captured(
+        self, name: str, calls: list[Call], inside: Mapping[str, Layer]
+    ) -> Part:
+        module = self._modules[name]
+        read = self._read(module, calls[0])
+        part = capture_part(name, module, calls, inside, read)
+        return self._timed(part, calls)
+
+    def _read(self, module: nn.Module, call: Call) -> list[int]:
+        """Positions of the outputs that matter to the recognizer; empty:
+        all."""
+        with torch.no_grad():
+            leaves = tree_leaves(module(*call.args, **call.kwargs))
+            places = [
+                i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)
+            ]
+            if len(places) < 2:
+                return []
+            expected = self._first()
+            forward = partial(_poisoned, module.forward, places[0])
+            try:
+                with shadowed(module, "forward", forward):
+                    found = self._first()
+            # What reads such an output may raise anything.
+            except Exception:
+                return []
+        return places[:1] if _same(expected, found) else []
+
+    def _timed(self, part: Part, calls: Sequence[Call]) -> Part:
+        """The part with the fastest way to execute it."""
+        module = self._modules[part.name]
+        integers = executed_integers(
+            {
+                name: integer_layer(
+                    layer, LayerQuant(*self._bits, self._ranges[name])
+                )
+                for name, layer in self._inside(part.name).items()
+            },
+            cpu_class(),
+        )
+        ways: dict[str, AbstractContextManager] = {}
+        step = -(-len(calls) // _MOST_CALLS)
+        try:
+            if part.way:
+                forward = part_forward(part, module, integers, **self._options)
+                ways["graph"] = partial(shadowed, module, "forward", forward)
+            forwards = self._in_place(integers)
+            ways["layers"] = partial(shadowed_forwards, forwards)
+            ways["float"] = nullcontext
+            ms = timed_ways(module, calls[::step], ways)
+        except Exception as error:
+            text = f"{part.reason}; it was not timed ({one_line(error)})"
+            return replace(part, reason=text)
+        best = min(ms, key=ms.get)
+        rows = ", ".join(f"{name} {value:.1f}" for name, value in ms.items())
+        return replace(
+            part,
+            executes=best,
+            reason=f"{part.reason}; the fastest, in ms: {rows}",
+            ms=ms,
+        )
+
+
+def _around(
+    modules: Mapping[str, nn.Module], layers: Iterable[str]
+) -> dict[str, nn.Module]:
+    """The modules around layers by path, from the outside to the inside."""
+    paths: dict[str, None] = {}
+    for name in layers:
+        parts = name.split(".")
+        paths |= dict.fromkeys(
+            ".".join(parts[:i]) for i in range(1, len(parts))
+        )
+    found = {}
+    for path in sorted(paths, key=lambda p: p.count(".")):
+        key, _, rest = path.partition(".")
+        found[path] = modules[key].get_submodule(rest)
+    return found
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is a list of like modules."""
+    kinds = [type(child) for child in module.children()]
+    return (
+        isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(kinds) > 1
+        and len(set(kinds)) == 1
+    )
+
+
+def _poisoned(
+    forward: Callable[..., Any], kept: int, *args: Any, **kwargs: Any
+) -> Any:
+    """A forward whose outputs are NaN or, of integers, 0; all but one."""
+    places = iter(range(1 << 30))
+
+    def change(x: Any) -> Any:
+        if next(places) == kept or not isinstance(x, torch.Tensor):
+            return x
+        fill = float("nan") if x.is_floating_point() else 0
+        return torch.full_like(x, fill)
+
+    return tree_map(change, forward(*args, **kwargs))
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Whether two outputs of a recognizer are the same."""
+    rows, others = tree_leaves(one), tree_leaves(two)
+    return len(rows) == len(others) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(rows, others, strict=True)
+    )
+
+
+@torch.no_grad()
+def timed_ways(
+    module: nn.Module,
+    calls: Sequence[Call],
+    ways: Mapping[str, Callable[[], AbstractContextManager]],
+) -> dict[str, float]:
+    """Milliseconds of a pass over calls by what executes it; all take
+    turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(_ROUNDS + 1):
+        for name, way in ways.items():
+            with way():
+                start = time.perf_counter()
+                for call in calls:
+                    module(*call.args, **call.kwargs)
+                spent = time.perf_counter() - start
+            if turn:
+                seconds[name].append(spent)
+    return {
+        name: round(statistics.median(times) * 1e3, 3)
+        for name, times in seconds.items()
+    }
