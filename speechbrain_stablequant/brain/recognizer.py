@@ -21,7 +21,7 @@ from .data import Batches, dataset_of
 from .dependencies import Dependencies, Kind, dataset_digest
 from .metrics import rate_of
 from .passes import evaluation_steps, first_tensor
-from .teacher_forcing import TeacherForcing, log_probabilities
+from .teacher_forcing import TeacherForcing, compared_outputs
 
 # Of a set that ranks, where the encoder takes most of the time.
 _RANKING = 8
@@ -133,13 +133,13 @@ class BrainRecognizer:
     def outputs(
         self, subset: str, before_batch: Callable[[int], None]
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield the first tensor of each batch's output, if there is one; all
-        log probabilities of a Brain that decodes token by token."""
+        """Yield the first tensor of each batch's output, if there is one; of
+        a Brain that decodes token by token all that have a row for each."""
         for index, batch in enumerate(self.subsets[subset].load()):
             before_batch(index)
             output = self._teacher.recognize(batch)
             if self.autoregressive:
-                yield log_probabilities(output)
+                yield compared_outputs(output)
             else:
                 first = first_tensor(output)
                 yield [] if first is None else [first]

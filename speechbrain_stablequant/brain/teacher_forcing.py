@@ -56,7 +56,7 @@ class TeacherForcing:
             )
             self._searchers = []
             return
-        if self._called and not log_probabilities(output):
+        if self._called and not compared_outputs(output):
             logger.warning(
                 "quantize: the recipe computes no probabilities of the "
                 "reference's tokens, so each pass of the search decodes"
@@ -88,15 +88,17 @@ def _searchers(brain: sb.Brain) -> list[nn.Module]:
     return list(known.values())
 
 
-def log_probabilities(output: Any) -> list[torch.Tensor]:
-    """Log probabilities [rows, labels] of each tensor of an output with labels
-    for frames or tokens; of a large one every so many rows."""
+def compared_outputs(output: Any) -> list[torch.Tensor]:
+    """Each tensor of an output with a row for each frame or token, [rows,
+    labels]; of a large one every so many rows. Logits of a joint network, of
+    frames and tokens, become log probabilities."""
     found = []
     for x in _tensors(output):
         if x.dim() > 2 and x.is_floating_point():
             rows = x.reshape(-1, x.shape[-1])
-            rows = rows[:: -(-rows.numel() // _MOST_VALUES)]
-            found.append(rows.float().log_softmax(-1))
+            rows = rows[:: max(1, -(-rows.numel() // _MOST_VALUES))]
+            rows = rows.float()
+            found.append(rows.log_softmax(-1) if x.dim() > 3 else rows)
     return found
 
 

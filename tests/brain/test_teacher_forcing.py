@@ -11,7 +11,7 @@ from torch import nn
 from speechbrain_stablequant.brain.passes import decoding_each_time
 from speechbrain_stablequant.brain.teacher_forcing import (
     TeacherForcing,
-    log_probabilities,
+    compared_outputs,
 )
 
 
@@ -104,13 +104,17 @@ def test_a_broken_recipe_says_so(brain):
         TeacherForcing(brain, BATCH)
 
 
-def test_log_probabilities():
+def test_outputs_that_are_compared():
     logits = torch.randn(2, 3, 4, 5)
     output = (None, logits, {"lens": torch.ones(2), "hyps": [[1], [2]]})
-    (found,) = log_probabilities(output)
+    (found,) = compared_outputs(output)
     assert found.shape == (24, 5)
     assert torch.allclose(found.exp().sum(1), torch.ones(24))
+    # Anything else stays as it is.
+    hidden = torch.randn(2, 3, 4)
+    (same,) = compared_outputs([hidden])
+    assert torch.equal(same, hidden.view(6, 4))
     # Of what is too large every so many rows.
     large = torch.zeros(1, 3, 2).expand(1 << 10, 1 << 12, 3, 2)
-    (found,) = log_probabilities(large)
+    (found,) = compared_outputs(large)
     assert found.shape == (1 << 22, 2)
