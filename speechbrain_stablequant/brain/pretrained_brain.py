@@ -34,7 +34,9 @@ class Recognizer:
         hparams = vars(pretrained.hparams)
         # WhisperASR reads it, and older YAMLs do not have it.
         self.normalizes = hparams.setdefault("normalized_transcripts", False)
-        self._content = digest([pretrained, normalize])
+        # Modules that nothing loads or uses may be random.
+        used = [type(pretrained), self.hparams, pretrained.mods, normalize]
+        self._content = digest(used)
 
     def to_str(self) -> str:
         """What it was when it was loaded: keys of measurements have it."""
@@ -78,8 +80,7 @@ class Recognizer:
     @property
     def used(self) -> list[str]:
         """Keys of the modules that are part of what computes."""
-        parts = [part for part in self.pretrained.mods.values() if part]
-        inside = {id(x) for part in parts for x in part.modules()}
+        inside = {id(x) for x in self.pretrained.mods.modules()}
         return [k for k, module in self.modules.items() if id(module) in inside]
 
     @property
