@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.decoders.ctc import CTCBeamSearcher
 from speechbrain.utils.fetching import (
     FetchConfig,
     FetchFrom,
@@ -237,6 +238,23 @@ class EncoderChain(nn.Module):
             if not isinstance(x, torch.Tensor):
                 x = x[call.get("output", 0)]
         return x
+
+
+class MarkedBeamSearcher(CTCBeamSearcher):
+    """A beam search over labels such as BERT's, of which some mark the
+    begin and end of a text: ``markers``, which its texts are without."""
+
+    def __init__(self, *args: Any, markers: Sequence[str] = (), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.markers = markers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns hypotheses as ``CTCBeamSearcher`` does."""
+        found = super().__call__(*args, **kwargs)
+        for hypothesis in (x for row in found for x in row):
+            for marker in self.markers:
+                hypothesis.text = hypothesis.text.replace(marker, "")
+        return found
 
 
 class LabelTokenizer(CTCTextEncoder):

@@ -172,7 +172,8 @@ class RecipeChecks:
         except Exception as error:
             # A recipe around HuggingFace's encoder is told what is unusual.
             parts = self.brain.modules.values()
-            if first and any(isinstance(x, Wav2Vec2) for x in parts):
+            hub = any(isinstance(x, Wav2Vec2) for x in parts)
+            if hub and first and str(first) != str(error):
                 raise NoFolderError(f"{first}; {error}") from error
             raise
         source, modules = self._described[keys]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
-from speechbrain.decoders.ctc import CTCBaseSearcher
+from speechbrain.decoders.ctc import CTCBaseSearcher, CTCBeamSearcher
 from speechbrain.decoders.seq2seq import (
     S2SWhisperBeamSearcher,
     S2SWhisperGreedySearcher,
@@ -29,7 +29,7 @@ from .inference_yaml import dumped, live_modules
 from .metrics import Row
 from .recipe_chain import Observed, chain_to
 from .recipe_yaml import OURS, Nodes, recipe_tree, reference, tagged
-from .tokenizer import folder_tokenizer
+from .tokenizer import find_tokenizer, folder_tokenizer, markers_of
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
@@ -70,7 +70,8 @@ def generated_source(
     elif seen.decoded is not None:
         _add_encoder(brain, nodes, seen, modules)
         if searcher is None:
-            _add_ctc(nodes.out, seen.ctc)
+            markers = [] if find_tokenizer(brain) else markers_of(brain)
+            _add_ctc(nodes.out, seen.ctc, markers)
         else:
             _rename(nodes, nodes.add(seen.searcher.key), "decoder")
             transducer = isinstance(searcher, TransducerBeamSearcher)
@@ -85,7 +86,8 @@ def generated_source(
         "!new:speechbrain.dataio.preprocess.AudioNormalizer",
         {"sample_rate": reference("sample_rate")},
     )
-    return _source(brain, config, names, nodes, wrappers, rows)
+    labels = getattr(seen.ctc, "vocab_list", ())
+    return _source(brain, config, names, nodes, wrappers, rows, labels)
 
 
 def _add_encoder(
@@ -124,9 +126,11 @@ def _rename(nodes: Nodes, key: str, name: str) -> None:
     nodes.late[:] = [name if k == key else k for k in nodes.late]
 
 
-def _add_ctc(out: dict[str, Any], decoder: CTCBaseSearcher | int) -> None:
+def _add_ctc(
+    out: dict[str, Any], decoder: CTCBaseSearcher | int, markers: list[str]
+) -> None:
     """Adds the decoding function: greedy, or a beam search's class and
-    options."""
+    options; ``markers`` are taken out of its texts."""
     if isinstance(decoder, int):
         out["decoding_function"] = tagged(
             "!name:speechbrain.decoders.ctc_greedy_decode",
@@ -146,9 +150,11 @@ def _add_ctc(out: dict[str, Any], decoder: CTCBaseSearcher | int) -> None:
     }
     skip = math.exp(options["blank_skip_threshold"])
     options["blank_skip_threshold"] = round(skip, 12)
-    out["decoding_function"] = tagged(
-        f"!name:{kind.__module__}.{kind.__name__}", {}
-    )
+    name = f"{kind.__module__}.{kind.__name__}"
+    if markers and kind is CTCBeamSearcher:
+        name = "speechbrain_stablequant.inference.MarkedBeamSearcher"
+        options["markers"] = markers
+    out["decoding_function"] = tagged(f"!name:{name}", {})
     out["test_beam_search"] = options
 
 
@@ -159,6 +165,7 @@ def _source(
     nodes: Nodes,
     wrappers: Mapping[str, nn.Module],
     rows: Sequence[Row],
+    labels: Sequence[str],
 ) -> tuple[ModulesSource, dict[str, nn.Module]]:
     """The folder of a YAML's nodes."""
     # Also what is quantized and used for a loss alone.
@@ -181,7 +188,7 @@ def _source(
     else:
         interface = "EncoderDecoderASR" if "decoder" in out else "EncoderASR"
         encoder = "encoder"
-        tokenizer = folder_tokenizer(brain, rows, "decoder" in out)
+        tokenizer = folder_tokenizer(brain, rows, "decoder" in out, labels)
         out["tokenizer"] = tagged(f"!new:{tokenizer.kind}", {})
         files[tokenizer.file] = tokenizer.content
     source = ModulesSource(

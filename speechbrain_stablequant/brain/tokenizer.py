@@ -55,12 +55,28 @@ class TokenizerFile:
     content: bytes
 
 
+def markers_of(brain: sb.Brain) -> list[str]:
+    """What a recipe with a tokenizer of HuggingFace takes out of its texts."""
+    tokenizer = getattr(brain, "tokenizer", None)
+    names = ("cls_token", "sep_token", "pad_token")
+    found = [getattr(tokenizer, name, None) for name in names]
+    return [x for x in found if isinstance(x, str)]
+
+
 def folder_tokenizer(
-    brain: sb.Brain, rows: Sequence[Row], decodes: bool
+    brain: sb.Brain,
+    rows: Sequence[Row],
+    decodes: bool,
+    labels: Sequence[str] = (),
 ) -> TokenizerFile:
     """The tokenizer of a folder, which writes a space where the recipe that
-    recognized ``rows`` does; of one that ``decodes`` ids itself."""
+    recognized ``rows`` does; of one that ``decodes`` ids itself. ``labels``
+    are used where the recipe has no tokenizer of a kind that folders hold."""
     tokenizer = find_tokenizer(brain)
+    if tokenizer is None and labels and len(set(labels)) == len(labels):
+        tokenizer = CTCTextEncoder()
+        for label in labels:
+            tokenizer.add_label(label)
     if tokenizer is None:
         raise NoFolderError(
             "neither the Brain nor its hparams hold a CTCTextEncoder or a "

@@ -5,11 +5,13 @@ import shutil
 import pytest
 import small_recipes as recipes
 import speechbrain.inference.ASR as interfaces
+import torch
 from small_recipes import CONFORMER, FEATURES, folder_of, transcripts
 from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.errors import NoFolderError
+from speechbrain_stablequant.brain.rebuilt import describe_modules
 from speechbrain_stablequant.inference import LabelTokenizer
 
 CTC = ["CNN", "Transformer", "ctc_lin"]
@@ -127,3 +129,18 @@ def test_labels_are_the_tokenizer_of_a_searcher(tmp_path):
         source=tmp_path / "folder", overrides={"backend": "torch"}
     )
     assert transcripts(asr) == heard
+
+
+def test_markers_of_a_tokenizer_of_huggingface_are_no_text(tmp_path):
+    """As of AISHELL's recipe, which takes them out after its beam search."""
+    _, text, target, _ = FAMILIES["ctc"]
+    brain = recipes.make(recipes.MarkedConformer, text, tmp_path)
+    brain.tokenizer = recipes.Bert()
+    config = QuantizeConfig.from_dict({"target": target})
+    names = [f"{key}." for key in target]
+    batch = recipes.batch()
+    source, _ = describe_modules(brain, batch, config, names)
+    assert "MarkedBeamSearcher" in source.text
+    with torch.no_grad():
+        _, texts = brain.compute_forward(batch, None)
+    assert any("[" in text for text in texts)
