@@ -264,7 +264,10 @@ class RowRun:
             "size": report["size_mb"]["quantized"] / report["size_mb"]["float"],
             "time": rtf["quantized"] / rtf["float"] if rtf["float"] else None,
             "folder": (folder / "hyperparams.yaml").exists(),
-            "coverage": report.get("coverage"),
+            "share": {
+                kind: shares(report["account"][kind])
+                for kind in ("parameters", "products")
+            },
             "warnings": report["warnings"],
         }
         if row["folder"]:
@@ -287,6 +290,13 @@ class RowRun:
         return json.loads(results.read_text())
 
 
+def shares(counts: Mapping[str, int]) -> dict[str, float]:
+    """Percentages that are quantized, and stored as integers alone."""
+    whole = sum(counts.values()) or 1
+    keys = ("quantized", "weight_only")
+    return {key: 100 * counts[key] / whole for key in keys}
+
+
 def last_line(text: str) -> str:
     """The error that a process ended with."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -295,30 +305,28 @@ def last_line(text: str) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; of several backends the last one."""
     lines = [
-        "| recipe | evaluated | folder | transcripts equal | size | time "
-        "against float | says |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | evaluated | folder | equal | parameters | products | size "
+        "| time | says |",
+        "|---|---|---|---|---:|---:|---:|---:|---|",
     ]
     for name, row in rows.items():
-        made = row["backends"]
-        last = next(reversed(made.values()), {}) if made else {}
+        last = next(reversed(row["backends"].values()), {})
         said = row["said"] or last.get("check_said", "")
-        if not said and not row["folder"]:
-            said = next(
-                (w for w in last.get("warnings", ()) if "folder" in w), ""
-            )
-        cells = [
-            name,
-            "yes" if row["evaluated"] else "no",
-            "yes" if row["folder"] else "no",
-            {True: "yes", False: "no"}.get(last.get("equal"), "-"),
-            f"{last['size']:.2f}" if last else "-",
-            f"{last['time']:.2f}" if last.get("time") else "-",
-            said.replace("|", "\\|")[:300],
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if not said and last and not row["folder"]:
+            said = next(w for w in last["warnings"] if "folder" in w)
+        equal = {True: "yes", False: "no"}.get(last.get("equal"), "-")
+        figures = ["-"] * 4
+        if last:
+            figures = [
+                f"{part['quantized']:.0f} + {part['weight_only']:.0f} %"
+                for part in last["share"].values()
+            ]
+            figures += [f"{last['size']:.2f}", f"{last['time']:.2f}"]
+        yes = ["yes" if row[key] else "no" for key in ("evaluated", "folder")]
+        said = said.replace("|", "\\|")[:300]
+        lines.append(f"| {' | '.join([name, *yes, equal, *figures, said])} |")
     return "\n".join(lines) + "\n"
 
 
