@@ -315,7 +315,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         last = next(reversed(row["backends"].values()), {})
         said = row["said"] or last.get("check_said", "")
         if not said and last and not row["folder"]:
-            said = next(w for w in last["warnings"] if "folder" in w)
+            said = next((w for w in last["warnings"] if "folder" in w), "")
         equal = {True: "yes", False: "no"}.get(last.get("equal"), "-")
         figures = ["-"] * 4
         if last:
