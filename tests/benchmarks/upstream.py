@@ -271,10 +271,12 @@ class RowRun:
             "warnings": report["warnings"],
         }
         if row["folder"]:
-            row |= self.check(folder)
+            (name,) = (x for x in report["files"] if x.startswith("recognizer"))
+            # "recognizer, for EncoderASR"
+            row |= self.check(folder, name.split()[-1])
         return row
 
-    def check(self, folder: Path) -> dict[str, Any]:
+    def check(self, folder: Path, name: str) -> dict[str, Any]:
         """Load the folder in SpeechBrain's class and compare transcripts."""
         manifest = self.output / self.row.manifest
         results = folder / "checked.json"
@@ -282,7 +284,7 @@ class RowRun:
 
         def compare() -> None:
             sys.path.insert(0, str(ROOT))
-            check.main(self.row.loads, *paths)
+            check.main(name, *paths)
 
         status, text = self.start(compare, f"check_{folder.name}.txt")
         if status:

@@ -207,7 +207,7 @@ def media(folder: Path, splits: Splits, csv_folder: str) -> dict:
             lines.append([row.id, row.seconds, 0, row.seconds, wav, "s", char])
         name = "dev" if split == "valid" else split
         _write_csv(Path(csv_folder) / "csv" / f"{name}.csv", header, lines)
-    return {"skip_prep": True, "channels_path": "-", "concepts_path": "-"}
+    return {"skip_prep": True, "channels_path": "none", "concepts_path": "none"}
 
 
 def slurp_meaning(text: str) -> str:

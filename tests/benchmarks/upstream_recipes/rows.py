@@ -19,7 +19,7 @@ _TEXTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe, what it is given, and how its folder loads.
+    """A recipe, what it is given.
 
     ``labels`` is what the number of outputs counts: ``chars`` of the texts
     and the blank (of a label encoder) or the unknown one (of SentencePiece),
@@ -39,8 +39,6 @@ class Row:
     labels: str = "pieces"
     #: Key of the YAML: family of the model whose folder it names.
     models: Mapping[str, str] = field(default_factory=dict)
-    #: Class of SpeechBrain that loads the folder.
-    loads: str = "EncoderASR"
     #: What is not upstream's default beside sizes.
     note: str = ""
 
