@@ -18,6 +18,7 @@ python tests/benchmarks/upstream.py --checkout ../speechbrain \
 """
 
 import argparse
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -209,6 +210,8 @@ class RowRun:
                     os.dup2(out.fileno(), stream)
             sys.stdout.reconfigure(line_buffering=True)
             os.chdir(self.folder)
+            # Where a process is that takes too long.
+            faulthandler.dump_traceback_later(_LIMIT - 10)
             target()
 
         process = multiprocessing.get_context("fork").Process(target=call)
