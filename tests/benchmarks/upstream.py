@@ -139,7 +139,7 @@ class RowRun:
         count = len({c for text in texts for c in text})
         if self.row.labels == "bert":
             return models.bert_tokenizer(self.folder / "bert", texts)
-        special = {"chars": 1, "media": 2}
+        special = {"chars": 1, "media": 2, "marked": 3}
         if self.row.labels in special:
             return count + special[self.row.labels]
         return models.vocabulary_size(texts)

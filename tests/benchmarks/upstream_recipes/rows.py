@@ -23,7 +23,8 @@ class Row:
 
     ``labels`` is what the number of outputs counts: ``chars`` of the texts
     and the blank (of a label encoder) or the unknown one (of SentencePiece),
-    ``media`` for both, ``pieces``, or ``bert`` for a BERT tokenizer's.
+    ``media`` for both, ``marked`` for marks of begin and end too, ``pieces``,
+    or ``bert`` for a BERT tokenizer's.
     """
 
     recipe: str
