@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 from upstream_recipes import check, corpora, models
-from upstream_recipes.rows import COMMON, ROWS
+from upstream_recipes.rows import COMMON, ROWS, scaled
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -73,6 +73,12 @@ def parse_arguments() -> argparse.Namespace:
         "--backends", default="torch,auto", help="each a variant of the block"
     )
     parser.add_argument("--block", default="{}", help="more keys, as YAML")
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        help="models so many times wider, and deeper: for times",
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="train again what was trained"
     )
@@ -124,7 +130,8 @@ class RowRun:
             self.row.texts(r.text) for rows in splits.values() for r in rows
         ]
         labels = self._labels(texts)
-        overrides |= {"output_neurons": labels, **COMMON, **self.row.sizes}
+        sizes = scaled(self.row.sizes, self.args.scale)
+        overrides |= {"output_neurons": labels, **COMMON, **sizes}
         overrides = json.loads(
             json.dumps(overrides)
             .replace("{out}", str(self.output))
@@ -152,7 +159,7 @@ class RowRun:
         if family == "bert":
             return {key: {"pretrained_model_name_or_path": str(folder)}}
         if family == "Whisper":
-            models.whisper_folder(folder)
+            models.whisper_folder(folder, self.args.scale)
         elif family == "crdnn":
             models.crdnn_folder(folder, texts)
         elif family in ("lm", "tokenizer", "slurp"):
@@ -168,7 +175,7 @@ class RowRun:
                 path = folder / "lm.ckpt"
                 models.language_model(self.yaml, overrides, path)
         else:
-            models.ssl_folder(folder, family)
+            models.ssl_folder(folder, family, self.args.scale)
         return {key: str(folder)}
 
     def _write_yaml(self) -> None:

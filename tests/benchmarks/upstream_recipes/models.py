@@ -10,11 +10,7 @@ import torch
 #: Width of each small model.
 WIDTH = 64
 _SSL = {
-    "conv_dim": (32,) * 7,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 128,
     "num_conv_pos_embedding_groups": 2,
     "feat_extract_norm": "layer",
     "do_stable_layer_norm": True,
@@ -24,12 +20,18 @@ _SSL = {
 }
 
 
-def ssl_folder(folder: Path, family: str) -> None:
+def ssl_folder(folder: Path, family: str, scale: int) -> None:
     """A wav2vec 2.0, HuBERT or WavLM model in the shape of the large ones."""
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**_SSL)
+    sizes = {
+        "conv_dim": (WIDTH // 2 * scale,) * 7,
+        "hidden_size": WIDTH * scale,
+        "num_hidden_layers": layers(scale),
+        "intermediate_size": 2 * WIDTH * scale,
+    }
+    config = getattr(transformers, f"{family}Config")(**_SSL, **sizes)
     getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
     extractor = transformers.Wav2Vec2FeatureExtractor(
         do_normalize=True, return_attention_mask=True
@@ -37,7 +39,12 @@ def ssl_folder(folder: Path, family: str) -> None:
     extractor.save_pretrained(folder)
 
 
-def whisper_folder(folder: Path) -> None:
+def layers(scale: int) -> int:
+    """Layers of an encoder or a decoder."""
+    return 2 if scale == 1 else 6
+
+
+def whisper_folder(folder: Path, scale: int) -> None:
     """A multilingual Whisper; its tokenizer spells bytes."""
     import transformers
 
@@ -46,13 +53,13 @@ def whisper_folder(folder: Path) -> None:
     end, start = vocabulary["<|endoftext|>"], special["<|startoftranscript|>"]
     config = transformers.WhisperConfig(
         vocab_size=len(vocabulary) + len(special),
-        d_model=WIDTH,
-        encoder_layers=2,
-        decoder_layers=2,
+        d_model=WIDTH * scale,
+        encoder_layers=layers(scale),
+        decoder_layers=layers(scale),
         encoder_attention_heads=4,
         decoder_attention_heads=4,
-        encoder_ffn_dim=128,
-        decoder_ffn_dim=128,
+        encoder_ffn_dim=2 * WIDTH * scale,
+        decoder_ffn_dim=2 * WIDTH * scale,
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,

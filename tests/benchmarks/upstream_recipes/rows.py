@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from . import corpora
+from .models import WIDTH
 
 #: What the model writes for the text of an utterance, by corpus.
 _TEXTS = {
@@ -52,6 +53,34 @@ class Row:
     def texts(self) -> Callable[[str], str]:
         """What the model writes for the text of an utterance."""
         return _TEXTS.get(self.corpus, str)
+
+
+# Keys of `sizes` that a scale multiplies.
+_WIDTHS = {
+    *("d_model", "d_ffn", "csgu_linear_units", "joint_dim", "dec_dim"),
+    *("rnn_neurons", "dnn_neurons", "dec_neurons", "attn_dim", "emb_size"),
+    *("embedding_dim", "encoder_dim", "feats_dim", "wav2vec_output_dim"),
+    "whisper_output_dim",
+}
+
+
+def scaled(sizes: Any, scale: int) -> Any:
+    """Sizes of a model that many times wider, and three times as deep."""
+    if scale == 1 or not isinstance(sizes, Mapping):
+        return sizes
+    result = {}
+    for key, value in sizes.items():
+        if key in _WIDTHS:
+            value = value * scale
+        elif key.endswith("_layers"):
+            value = value * 3
+        elif key == "input_shape":
+            value = [*value[:-1], value[-1] * scale]
+        result[key] = scaled(value, scale)
+    # Of a transducer's output.
+    if set(sizes) == {"input_size"} and sizes["input_size"] == WIDTH:
+        result["input_size"] = WIDTH * scale
+    return result
 
 
 _FILE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
