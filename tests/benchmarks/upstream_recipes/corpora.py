@@ -206,7 +206,8 @@ def media(folder: Path, splits: Splits, csv_folder: str) -> dict:
             char = " ".join(row.text.lower().replace(" ", "_"))
             lines.append([row.id, row.seconds, 0, row.seconds, wav, "s", char])
         name = "dev" if split == "valid" else split
-        _write_csv(Path(csv_folder) / "csv" / f"{name}.csv", header, lines)
+        table = Path(csv_folder) / "save" / "csv" / f"{name}.csv"
+        _write_csv(table, header, lines)
     return {"skip_prep": True, "channels_path": "none", "concepts_path": "none"}
 
 
