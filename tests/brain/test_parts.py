@@ -106,6 +106,7 @@ def test_parts_are_executed_here_and_from_the_folder(evaluated, caplog):
     assert asked != []
 
 
+@pytest.mark.slow
 def test_nothing_that_gains_is_executed_all_the_same(evaluated):
     run, *_ = evaluated({None: FLOAT})
     assert {part.executes for part in run.plan.parts} == {"layers"}

@@ -472,48 +472,6 @@ def test_missing_plan(make_brain, tmp_path):
     refused(brain, attach, path, "no such file")
 
 
-def test_multihead_attention(make_brain):
-    modules = tiny_modules()
-    modules["enc"] = nn.ModuleDict({"self_att": nn.MultiheadAttention(8, 2)})
-    brain = make_brain(modules)
-    text = refused(
-        brain,
-        lambda: StableQuant.attach(brain),
-        "enc.self_att",
-        "MultiheadAttention",
-    )
-    # What the message says to write works.
-    assert "'enc.self_att.*'" in text
-    StableQuant.attach(brain, exclude=["enc.self_att.*"])
-
-
-def test_wavlm(make_brain):
-    from transformers import WavLMConfig, WavLMModel
-
-    config = WavLMConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=(8, 8),
-        conv_kernel=(10, 4),
-        conv_stride=(8, 4),
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )
-    wrapper = nn.Module()
-    wrapper.model = WavLMModel(config)
-    brain = make_brain({**tiny_modules(), "wav2vec2": wrapper})
-    refused(
-        brain,
-        lambda: StableQuant.attach(brain),
-        "wav2vec2.model.encoder.layers.0.attention",
-        "WavLMAttention",
-        "quantize.exclude",
-    )
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [

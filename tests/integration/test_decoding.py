@@ -103,6 +103,7 @@ def test_transcripts_in_capitals_are_an_error(run):
     assert not (folder / "histograms.json").exists()
 
 
+@pytest.mark.slow
 def test_silence_and_another_activation(run):
     """One empty reference ends nothing; ReLU for GELU is no folder."""
     automatic = BLOCK.replace("backend: torch_int8", "backend: auto")
@@ -115,11 +116,9 @@ def test_silence_and_another_activation(run):
     assert 0 < row["float"]["words"] < 10
     assert row["float"]["insertions"] > 0
     assert row["delta_wer_ci"] is not None
-    assert report["backend"] == "simulated"
-    for words in (
-        "Evaluated by simulation: wav2vec2.model.feed_forward: activation ReLU",
-        "No inference folder (EncoderASR cannot load it): 'wav2vec2.model.",
-    ):
-        (warning,) = (w for w in report["warnings"] if w.startswith(words))
-        assert first(finished.out, warning) < first(finished.out, "test WER")
+    # No runtime knows this encoder: its own code is captured or executed.
+    assert report["backend"] == "openvino"
+    words = "No inference folder (EncoderASR cannot load it): 'wav2vec2.model."
+    (warning,) = (w for w in report["warnings"] if w.startswith(words))
+    assert first(finished.out, warning) < first(finished.out, "test WER")
     assert not (folder / "hyperparams.yaml").exists()

@@ -89,7 +89,11 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("beam", "method"), [(1, "stablequant_plus"), (2, "max")]
+    ("beam", "method"),
+    [
+        pytest.param(1, "stablequant_plus", marks=pytest.mark.slow),
+        (2, "max"),
+    ],
 )
 def test_whisper(run, corpus, checkpoint, tmp_path, beam, method):
     finished = run(

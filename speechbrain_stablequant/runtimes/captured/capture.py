@@ -5,7 +5,6 @@ silently, so what is captured is compared with the module on several lengths
 and batches, in float32.
 """
 
-import logging
 import sys
 import threading
 import warnings
@@ -149,14 +148,9 @@ def _auto_axes(signature: Signature) -> Iterator[dict[int, Any]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Context without the warnings of tracing: results are checked."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # -- masks ---------------------------------------------------------------------
