@@ -248,8 +248,11 @@ class Untraceable(FixedLength):
 def test_what_is_not_traced_is_exported():
     module = Untraceable().eval()
     calls = [Call((torch.randn(1, t, WIDTH),), {}) for t in (12, 8)]
+    level = logging.root.level
     part = capture_part("enc", module, calls, sites_of(module))
     assert part.way == "export"
+    # Warnings of the process are still heard.
+    assert logging.root.level == level
     x = torch.randn(3, 5, WIDTH)
     found = part_forward(part, module, integers_of(sites_of(module)))(x)
     assert found.shape == (3, 5, WIDTH)

@@ -5,6 +5,7 @@ silently, so what is captured is compared with the module on several lengths
 and batches, in float32.
 """
 
+import logging
 import sys
 import threading
 import warnings
@@ -148,9 +149,14 @@ def _auto_axes(signature: Signature) -> Iterator[dict[int, Any]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Context without the warnings of tracing: results are checked."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    level = logging.root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        # OpenVINO's converter leaves the root logger at ERROR.
+        logging.root.setLevel(level)
 
 
 # -- masks ---------------------------------------------------------------------
