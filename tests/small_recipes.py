@@ -288,6 +288,20 @@ decoding_function: !name:speechbrain.decoders.ctc_greedy_decode
 """
 
 
+WHISPER_CTC = """\
+whisper: !new:speechbrain.integrations.huggingface.whisper.Whisper
+    source: HUB
+    save_path: HUB/save
+    encoder_only: True
+ctc_lin: !new:speechbrain.nnet.linear.Linear
+    input_size: 16
+    n_neurons: 24
+modules:
+    whisper: !ref <whisper>
+    ctc_lin: !ref <ctc_lin>
+"""
+
+
 class Recipe(sb.Brain):
     """What the classes of recipes share: greedy hypotheses are scored."""
 
@@ -376,6 +390,16 @@ class HuggingFace(Recipe):
         wavs, lengths = batch.sig
         x = self.modules.wav2vec2(self.modules.pool(wavs), lengths)
         scores = self.modules.ctc_lin(x)
+        found = sb.decoders.ctc_greedy_decode(scores, lengths, blank_id=0)
+        return scores, found
+
+
+class WhisperCTC(Recipe):
+    """The encoder of a Whisper with a CTC head."""
+
+    def compute_forward(self, batch, stage):
+        wavs, lengths = batch.sig
+        scores = self.modules.ctc_lin(self.modules.whisper(wavs))
         found = sb.decoders.ctc_greedy_decode(scores, lengths, blank_id=0)
         return scores, found
 

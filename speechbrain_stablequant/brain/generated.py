@@ -183,7 +183,7 @@ def _source(
     roots = [key for key in ("encoder", "decoder") if key in out]
     keys = dict.fromkeys([*roots, *(key for key, _ in places.values())])
     out["modules"] = {key: reference(key) for key in keys}
-    if "whisper" in out:
+    if "encoder" not in out:
         interface, encoder, tokenizer = "WhisperASR", "whisper", None
     else:
         interface = "EncoderDecoderASR" if "decoder" in out else "EncoderASR"

@@ -76,21 +76,21 @@ def recipe_nodes(brain: sb.Brain) -> dict[str, Any]:
     return {
         key: node
         for key, node in nodes.items()
-        if _tag(node).startswith("!new:") and not _calls(node)
+        if tag_of(node).startswith("!new:") and not makes_calls(node)
     }
 
 
-def _tag(node: Any) -> str:
+def tag_of(node: Any) -> str:
     return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
-def _calls(node: Any) -> bool:
+def makes_calls(node: Any) -> bool:
     """Whether a node calls a function, which a folder must not do."""
-    if _tag(node).startswith("!apply"):
+    if tag_of(node).startswith("!apply"):
         return True
     if isinstance(node, dict):
-        return any(_calls(value) for value in node.values())
-    return isinstance(node, list) and any(_calls(value) for value in node)
+        return any(makes_calls(value) for value in node.values())
+    return isinstance(node, list) and any(makes_calls(value) for value in node)
 
 
 def node_text(key: str, node: Any) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from ..folder.module_state import hooked_modules
 from ..folder.write_modules import ModulesSource
 from .errors import NoFolderError
-from .head_yaml import _calls, _tag
+from .head_yaml import makes_calls, tag_of
 from .huggingface import TWO_WRAPPERS, huggingface_files
 from .metrics import Row
 from .recipe_yaml import PLACES, late_node
@@ -99,19 +99,19 @@ def live_modules(brain: sb.Brain) -> dict[str, nn.Module]:
     """The recipe's modules with something to store, by key: the Brain's, then
     others of its hparams."""
     found = dict(brain.modules.items())
-    stored = {x for module in found.values() for x in _contents(module)}
+    stored = {x for module in found.values() for x in contents_of(module)}
     for key, value in vars(brain.hparams).items():
         container = type(value) in (nn.ModuleList, nn.ModuleDict)
         if not isinstance(value, nn.Module) or container or key in found:
             continue
         # Wrappers of the Brain's modules hold nothing else.
-        if _contents(value) - stored:
+        if contents_of(value) - stored:
             found[key] = value
-            stored |= _contents(value)
-    return {key: m for key, m in found.items() if _contents(m)}
+            stored |= contents_of(value)
+    return {key: m for key, m in found.items() if contents_of(m)}
 
 
-def _contents(module: nn.Module) -> set[int]:
+def contents_of(module: nn.Module) -> set[int]:
     """Parameters, and modules that keep something else."""
     owners = [x for _, x in hooked_modules({"": module})]
     return {id(x) for x in (*module.parameters(), *owners)}
@@ -173,7 +173,7 @@ def _kept(tree: Any) -> set[str]:
             raise NoFolderError(f"quantize.inference.{key}: is a key of ours")
     used = _reached(tree, _ROOTS)
     for key in used:
-        if _calls(tree[key]):
+        if makes_calls(tree[key]):
             raise NoFolderError(
                 f"quantize.inference.{key}: calls something (!apply), which a "
                 "folder must not do"
@@ -182,7 +182,7 @@ def _kept(tree: Any) -> set[str]:
     others = {
         key
         for key in set(tree) - loaded
-        if not (_calls(tree[key]) or str(key).startswith("__"))
+        if not (makes_calls(tree[key]) or str(key).startswith("__"))
     }
     return used | _reached(tree, others)
 
@@ -200,7 +200,7 @@ def _reached(tree: Any, keys: Iterable[str]) -> set[str]:
 
 
 def _references(node: Any) -> Iterator[str]:
-    if _tag(node) in ("!ref", "!copy"):
+    if tag_of(node) in ("!ref", "!copy"):
         yield from _REFERENCE.findall(str(node.value))
     elif isinstance(node, dict):
         for value in node.values():
@@ -225,7 +225,7 @@ def _late_keys(
     reached = {
         key: _reached(tree, [key])
         for key in hparams
-        if _tag(tree[key]).startswith("!new:")
+        if tag_of(tree[key]).startswith("!new:")
     }
     late = [key for key, found in reached.items() if found & set(wrappers)]
     return tuple(sorted(late, key=lambda key: len(reached[key]))), wrappers
@@ -309,16 +309,16 @@ def _uncovered(
     """Keys of modules with parameters that no module of the recipe fills."""
     filled: set[int] = set()
     for key, path in places.values():
-        filled |= _contents(made[key].get_submodule(path))
+        filled |= contents_of(made[key].get_submodule(path))
     # Containers last: what they hold may have a key of its own.
     keys = sorted(made, key=lambda key: len(list(made[key].modules())))
     left = []
     for key in keys:
-        if _contents(made[key]) - filled:
+        if contents_of(made[key]) - filled:
             left.append(key)
-            filled |= _contents(made[key])
+            filled |= contents_of(made[key])
     for key, module in hparams["modules"].items():
-        if _contents(module) - filled:
+        if contents_of(module) - filled:
             key_of(hparams, module, key)
     return left
 

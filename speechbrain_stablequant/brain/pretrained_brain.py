@@ -17,7 +17,7 @@ from torch import nn
 
 from ..utils.digest import digest
 from ..utils.patching import shadowed
-from .inference_yaml import _contents
+from .inference_yaml import contents_of
 
 # Of the source's keys, what would mislead a Brain or its folder.
 _NOT_A_RECIPES = ("modules", "pretrainer", "savedir", "output_folder")
@@ -72,9 +72,9 @@ class Recognizer:
         found: dict[str, nn.Module] = {}
         covered: set[int] = set()
         for key, module in (*((k, named[k]) for k in keys), *parts.items()):
-            if not _contents(module) <= covered:
+            if not contents_of(module) <= covered:
                 found[key] = module
-                covered |= _contents(module)
+                covered |= contents_of(module)
         return {k: found[k] for k in (*named, *parts) if k in found}
 
     @property

@@ -12,7 +12,7 @@ from ruamel.yaml.tag import Tag
 
 from ..folder.write import HYPERPARAMS_FILE
 from .errors import NoFolderError
-from .head_yaml import _calls, _tag
+from .head_yaml import makes_calls, tag_of
 
 OURS = "!new:speechbrain_stablequant.inference"
 # Keys that SpeechBrain's classes, or our folders, give a meaning.
@@ -53,7 +53,7 @@ class Nodes:
         self._fetching = fetching
         self._keys: dict[int, str] = {}
         for key, node in {**tree, **modules}.items():
-            if _tag(node).startswith("!new:"):
+            if tag_of(node).startswith("!new:"):
                 self._keys.setdefault(id(node), key)
         #: The copies, what others refer to first.
         self.out: dict[str, Any] = {}
@@ -66,12 +66,12 @@ class Nodes:
         node, name = self._nodes.get(key), self.key_of(key)
         if name in self.out:
             return name
-        if not _tag(node).startswith("!new:"):
+        if not tag_of(node).startswith("!new:"):
             raise NoFolderError(
                 f"'{key}' has no `!new:` node in the recipe's YAML; give "
                 "quantize.inference"
             )
-        if _calls(node):
+        if makes_calls(node):
             raise NoFolderError(
                 f"'{key}' of the recipe's YAML calls something (!apply), which "
                 "a folder must not do; give quantize.inference"
@@ -105,7 +105,7 @@ class Nodes:
             return TaggedScalar(node.value, node.style, node.tag)
         else:
             return copy.copy(node)
-        if _tag(node):
+        if tag_of(node):
             made.yaml_set_ctag(node.tag)
         return made
 
@@ -118,7 +118,7 @@ def reference(key: str) -> TaggedScalar:
 def late_node(node: Any, fetches: bool) -> Any:
     """A node that is made when a folder's files are there; of one that
     ``fetches`` without where from."""
-    rows: dict[str, Any] = {"kind": _tag(node).removeprefix("!new:")}
+    rows: dict[str, Any] = {"kind": tag_of(node).removeprefix("!new:")}
     if isinstance(node, CommentedSeq):
         rows["args"] = CommentedSeq(node)
     elif isinstance(node, CommentedMap):

@@ -129,7 +129,8 @@ def write_folder(
         save_checkpoint(folder, plan, integers, floats, float_dtype)
         return None
     modules = {key: modules[key] for key in source.keys}
-    backend = _backend(modules)
+    # Parts of a plan need no description of their encoder.
+    backend = "auto" if plan.parts else _backend(modules)
     if isinstance(source, ModulesSource):
         return write_modules(
             folder, modules, plan, integers, float_dtype, source, backend

@@ -7,6 +7,7 @@ import small_recipes as recipes
 import speechbrain.inference.ASR as interfaces
 import torch
 from small_recipes import CONFORMER, FEATURES, folder_of, transcripts
+from tiny_whisper import save_whisper
 from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
@@ -108,6 +109,21 @@ def test_a_model_of_huggingface_needs_no_hub(make_tiny_model, given, tmp_path):
     shutil.rmtree(hub)
     for file in (tmp_path / "folder").glob("*.[jy]*"):
         assert str(hub) not in file.read_text()
+    asr = interfaces.EncoderASR.from_hparams(
+        source=tmp_path / "folder", overrides={"backend": "torch"}
+    )
+    assert transcripts(asr) == heard
+
+
+def test_the_encoder_of_whisper_with_a_ctc_head(tmp_path):
+    hub = tmp_path / "hub"
+    save_whisper(hub)
+    text = recipes.WHISPER_CTC.replace("HUB", str(hub))
+    brain = recipes.make(recipes.WhisperCTC, text, tmp_path)
+    brain.modules.float()
+    config = QuantizeConfig.from_dict({"target": ["whisper", "ctc_lin"]})
+    heard = folder_of(brain, config, tmp_path / "folder")
+    shutil.rmtree(hub)
     asr = interfaces.EncoderASR.from_hparams(
         source=tmp_path / "folder", overrides={"backend": "torch"}
     )

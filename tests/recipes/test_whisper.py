@@ -5,28 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import (
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperTokenizer,
-)
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from tiny_whisper import save_whisper
 
 ASR = Path(__file__).resolve().parents[2] / "recipes/LibriSpeech/ASR"
 WHISPER = ASR / "whisper"
 DEMO = ASR / "CTC/demo/LibriSpeech"
-SPECIAL = [
-    "<|endoftext|>",
-    "<|startoftranscript|>",
-    "<|translate|>",
-    "<|transcribe|>",
-    "<|startoflm|>",
-    "<|startofprev|>",
-    "<|nospeech|>",
-    "<|notimestamps|>",
-]
 BLOCK = {
     "calibration": {"num_utterances": 2},
     "search": {"num_utterances": 2, "max_float_wer": 10000, "cutoffs": [99.9]},
@@ -36,39 +19,8 @@ BLOCK = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Two blocks of width 16 on each side; the tokens are bytes."""
     folder = tmp_path_factory.mktemp("whisper")
-    labels = [*bytes_to_unicode().values(), *SPECIAL]
-    vocabulary = {label: index for index, label in enumerate(labels)}
-    special = {name: vocabulary[name] for name in SPECIAL}
-    torch.manual_seed(0)
-    WhisperForConditionalGeneration(
-        WhisperConfig(
-            vocab_size=len(labels),
-            num_mel_bins=80,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            max_target_positions=128,
-            pad_token_id=special["<|endoftext|>"],
-            bos_token_id=special["<|endoftext|>"],
-            eos_token_id=special["<|endoftext|>"],
-            decoder_start_token_id=special["<|startoftranscript|>"],
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    ).half().save_pretrained(folder)
-    WhisperFeatureExtractor().save_pretrained(folder)
-    WhisperTokenizer(
-        vocab=vocabulary,
-        merges=[],
-        pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL,
-    ).save_pretrained(folder)
+    save_whisper(folder)
     return folder
 
 

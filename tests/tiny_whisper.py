@@ -1,0 +1,58 @@
+"""A tiny random Whisper checkpoint."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|startoflm|>",
+    "<|startofprev|>",
+    "<|nospeech|>",
+    "<|notimestamps|>",
+]
+
+
+def save_whisper(folder: Path) -> None:
+    """Two blocks of width 16 on each side; the tokens are bytes."""
+    labels = [*bytes_to_unicode().values(), *SPECIAL]
+    vocabulary = {label: index for index, label in enumerate(labels)}
+    special = {name: vocabulary[name] for name in SPECIAL}
+    torch.manual_seed(0)
+    WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=len(labels),
+            num_mel_bins=80,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_target_positions=128,
+            pad_token_id=special["<|endoftext|>"],
+            bos_token_id=special["<|endoftext|>"],
+            eos_token_id=special["<|endoftext|>"],
+            decoder_start_token_id=special["<|startoftranscript|>"],
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ).half().save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    WhisperTokenizer(
+        vocab=vocabulary,
+        merges=[],
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+    ).save_pretrained(folder)
