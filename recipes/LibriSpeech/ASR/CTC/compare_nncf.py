@@ -31,13 +31,14 @@ except ImportError as error:
     sys.exit(f"{error}; run pip install 'speechbrain_stablequant[nncf]'")
 
 import numpy as np
+import speechbrain as sb
 import torch
 from torch import nn
 
 from speechbrain_stablequant import StableQuant
 from speechbrain_stablequant.brain.clock import ForwardClock
 from speechbrain_stablequant.brain.evaluation import evaluation_of
-from speechbrain_stablequant.brain.recognizer import BrainRecognizer
+from speechbrain_stablequant.brain.passes import evaluation_steps
 from speechbrain_stablequant.brain.run import comparison
 from speechbrain_stablequant.report.comparison import (
     variant_rows,
@@ -205,30 +206,37 @@ class Comparison:
 
     def control_accuracy(self) -> ov.Model:
         """The graph with operations reverted until the WER is near enough."""
-        recognizer = BrainRecognizer(
-            self.brain, self.subsets, self.config.metric_attribute, False
-        )
-        count = len(recognizer.ids("search"))
+        batches = self.subsets["search"].load()
 
         def validate(
             compiled: ov.CompiledModel, items: Iterable[int]
         ) -> tuple[float, list[float]]:
+            rows = []
+            steps = evaluation_steps(
+                self.brain,
+                [batches[item] for item in items],
+                sb.Stage.VALID,
+                self.config.metric_attribute,
+            )
             with replaced(self.modules, forward_of(compiled)):
-                score = recognizer.score(lambda _: None, None, list(items))
+                for _, metric, size in steps:
+                    rows += metric.scores[len(metric.scores) - size :]
+            edits = [row["num_edits"] for row in rows]
+            words = sum(row["num_ref_tokens"] for row in rows)
             # NNCF maximizes, and divides by the float model's: never 0.
-            return 100 - score.wer, [-float(n) for n in score.utterance_errors]
+            return 100 - 100 * sum(edits) / words, [-float(n) for n in edits]
 
         return nncf.quantize_with_accuracy_control(
             self.graph,
             nncf.Dataset(self.waves),
-            nncf.Dataset(range(count)),
+            nncf.Dataset(range(len(batches))),
             validate,
             max_drop=self.options["max_drop"],
             drop_type=nncf.DropType.ABSOLUTE,
             advanced_accuracy_restorer_parameters=(
                 nncf.AdvancedAccuracyRestorerParameters(
                     ranking_subset_size=self.options["ranking_utterances"]
-                    or count,
+                    or len(batches),
                     # The result must not depend on the machine.
                     num_ranking_workers=1,
                 )
