@@ -78,6 +78,7 @@ def ctc_folder(make_tiny_model, tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_cpu_gives_real_figures(benchmarks, ctc_folder, tmp_path, capsys):
     names = ["torch_fp32", "ours_torch"]
     importlib.import_module("cpu").main(

@@ -62,6 +62,8 @@ def check_run(
     return report
 
 
+# As README's first command, which the continuous integration runs.
+@pytest.mark.slow
 def test_demo(run, tmp_path):
     output = tmp_path / "demo"
     block = (

@@ -98,7 +98,13 @@ def make_corpus(folder: Path) -> None:
         (chapter / "11-22.trans.txt").write_text("".join(lines))
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        "hubert_large",
+        pytest.param("wav2vec2_large", marks=pytest.mark.slow),
+    ],
+)
 def ran(request, run, tmp_path_factory):
     """The recipe of one model, run as its user runs it."""
     name = request.param

@@ -26,7 +26,10 @@ GROUPS = {
     os.environ.get("TRITON_INTERPRET") == "1",
     reason="this process runs the files in the interpreter",
 )
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group",
+    ["runtime", pytest.param("operators", marks=pytest.mark.slow)],
+)
 def test_in_the_interpreter(group):
     done = subprocess.run(
         [
