@@ -46,7 +46,6 @@ _IMPORTS = (
     "transformers.models.wav2vec2.modeling_wav2vec2",
     "transformers.models.whisper.modeling_whisper",
 )
-_LIMIT = 900  # Seconds of a recipe or a check.
 _BLOCK = {
     "method": "mse",
     "weight_bits": 8,
@@ -78,6 +77,9 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=1,
         help="models so many times wider, and deeper: for times",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=900, help="seconds of a recipe or a check"
     )
     parser.add_argument(
         "--fresh", action="store_true", help="train again what was trained"
@@ -209,7 +211,7 @@ class RowRun:
     def start(self, target: Callable, log: str) -> tuple[int, str]:
         """Call something in a process of its own, which has all imports;
         returns its exit status and what it wrote."""
-        file = self.folder / log
+        file, limit = self.folder / log, self.args.limit
 
         def call() -> None:
             with open(file, "wb", buffering=0) as out:
@@ -218,16 +220,16 @@ class RowRun:
             sys.stdout.reconfigure(line_buffering=True)
             os.chdir(self.folder)
             # Where a process is that takes too long.
-            faulthandler.dump_traceback_later(_LIMIT - 10)
+            faulthandler.dump_traceback_later(limit - 10)
             target()
 
         process = multiprocessing.get_context("fork").Process(target=call)
         process.start()
-        process.join(_LIMIT)
+        process.join(limit)
         text = file.read_text(errors="replace")
         if process.is_alive():
             process.kill()
-            text += f"\nTimeoutExpired: longer than {_LIMIT} s"
+            text += f"\nTimeoutExpired: longer than {limit} s"
         process.join()
         return process.exitcode, text
 
