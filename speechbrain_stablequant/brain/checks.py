@@ -25,15 +25,16 @@ from ..folder.write import RecognizerSource
 from ..folder.write_modules import ModulesSource
 from ..methods.search.score import check_float_wer
 from ..methods.session.search_set import check_earlier_run
-from ..model.layers import find_layers
+from ..model.layers import find_layers, visible_layers
 from ..utils import distributed
 from ..utils.files import check_writable_folder
+from ..utils.patching import hooked
 from ..utils.typed import one_line
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
 from .errors import NoFolderError
 from .metrics import Row, rate_of, rows_of, transcripts_of
-from .passes import evaluation_steps
+from .passes import decoding_each_time, evaluation_steps, recognize
 from .rebuilt import describe_modules
 from .tokenizer import SPACE, Tokenizer, describe_tokenizer, find_tokenizer
 
@@ -133,6 +134,40 @@ class RecipeChecks:
         self.runs = runs
         self._decoder: FolderDecoder | None = None
         self._described: dict[tuple, tuple[ModulesSource, dict]] = {}
+
+    def leave_out_idle(self, batch: Any) -> None:
+        """Leave layers out of the runs that recognizing a batch never calls,
+        such as a CTC head of the training alone."""
+        runs = [run for run in self.runs if run.config.plan is None]
+        layers = {x.name: x for run in runs for x in run.layers}
+        called: set[str] = set()
+        hooks = [
+            (layer.module, lambda *_, name=name: called.add(name))
+            for name, layer in layers.items()
+        ]
+        try:
+            with (
+                visible_layers(layers.values()),
+                hooked(hooks),
+                decoding_each_time(self.brain),
+            ):
+                recognize(self.brain, batch)
+        except Exception as error:
+            # The calibration raises the same.
+            logger.debug("quantize: no batch in the VALID stage: %s", error)
+            return
+        for run in runs:
+            idle = [x.name for x in run.layers if x.name not in called]
+            if not idle or len(idle) == len(run.layers):
+                continue
+            exclude = (*run.config.exclude, *idle)
+            run.config = replace(run.config, exclude=exclude)
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            self.warn(
+                [run],
+                "Not quantized, since the recipe never calls them to "
+                f"recognize: {', '.join(idle[:3])}{more}.",
+            )
 
     def try_out(self, batch: Any) -> None:
         """Describe the inference folders and try the decoding on a batch."""

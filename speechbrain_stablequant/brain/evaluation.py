@@ -176,6 +176,7 @@ class Evaluator:
         # The recipe's own evaluation must not see other random numbers.
         with torch.random.fork_rng():
             batch = test.first_batch()
+            self.checks.leave_out_idle(batch)
             for run in self.runs:
                 backend, said = try_descriptions(
                     self.brain, batch, run.config, run.backend

@@ -122,7 +122,7 @@ class RowRun:
 
     def _overrides(self) -> dict[str, Any]:
         """Make the corpus and the models; returns the recipe's overrides."""
-        sizes = {"train": 8, "valid": 4, "test": 4}
+        sizes = {"train": 8, "valid": 4, "test": 2}
         splits = corpora.read_splits(self.args.speech, sizes)
         overrides = {"data_folder": str(self.folder / "data")}
         overrides["output_folder"] = str(self.output)

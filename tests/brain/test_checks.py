@@ -2,11 +2,12 @@
 
 import pytest
 import speechbrain as sb
+import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 
 from speechbrain_stablequant import StableQuant
-from speechbrain_stablequant.brain.checks import check_references
+from speechbrain_stablequant.brain.checks import RecipeChecks, check_references
 from speechbrain_stablequant.brain.metrics import Row
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.methods.search.score import check_float_wer
@@ -24,6 +25,35 @@ def test_the_variant_that_trains_is_named(tmp_path):
             output_folder=str(tmp_path),
             variants=variants,
         )
+
+
+class OfTwoLosses(sb.Brain):
+    def compute_forward(self, batch, stage):
+        encoded = self.modules.enc(batch)
+        if stage == sb.Stage.TRAIN:
+            return encoded, self.modules.ctc_lin(encoded)
+        return encoded
+
+
+def test_layers_of_the_training_alone_are_left_out(tmp_path, caplog):
+    modules = {"enc": nn.Linear(2, 2), "ctc_lin": nn.Linear(2, 2)}
+    brain = OfTwoLosses(modules, run_opts={"device": "cpu"})
+    quantizer = StableQuant.attach(
+        brain,
+        target=["enc", "ctc_lin"],
+        backend="torch",
+        output_folder=str(tmp_path),
+    )
+    checks = RecipeChecks(brain, quantizer.config, quantizer.runs)
+    checks.leave_out_idle(torch.ones(1, 2))
+    (run,) = quantizer.runs
+    assert [layer.name for layer in run.layers] == ["enc"]
+    said = (
+        "Not quantized, since the recipe never calls them to recognize: "
+        "ctc_lin."
+    )
+    assert run.warnings[-1] == said
+    assert said in caplog.text
 
 
 # -- the transcripts -----------------------------------------------------------
