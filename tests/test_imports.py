@@ -25,6 +25,7 @@ ALLOWED = {
     "transcribe": {"folder", "runtimes", "core", "model"},
     "export": {"folder", "runtimes", "core", "model"},
     "report": {"core", "folder"},
+    "cli": {"brain", "transcribe", "export", "report", "inference"},
 }
 MODULES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(

@@ -1,12 +1,11 @@
 """Loads a recognizer from a quantized folder."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from speechbrain.dataio import audio_io
 from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.dataio.preprocess import AudioNormalizer
 from speechbrain.decoders import ctc_greedy_decode
@@ -15,8 +14,9 @@ from ..core.plan import QuantizationPlan
 from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import Tokenizer, labels_of
-from ..model.layers import min_samples
-from ..utils.typed import one_line
+from ..model.layers import find_encoders, min_samples
+from .audio import naming, read_audio
+from .long import Word, words_of_file
 
 # Limit of the resampling filter: rates without a large common divisor would
 # need gigabytes.
@@ -54,7 +54,11 @@ class Recognizer:
         #: What each output stands for; None where there is no label.
         self.labels = labels_of(tokenizer)
         self._normalizer = AudioNormalizer(spec.sample_rate)
-        self._shortest = min_samples(dict(model.parts.items()))
+        parts = dict(model.parts.items())
+        self._shortest = min_samples(parts)
+        (encoder,) = find_encoders(parts)
+        #: Samples from one output frame to the next.
+        self.stride = math.prod(step for _, step in encoder.conv_geometry())
 
     @property
     def plan(self) -> QuantizationPlan:
@@ -85,10 +89,8 @@ class Recognizer:
             Names the file, and what is wrong with it.
         """
         wave = self.load_audio(path)
-        try:
+        with naming(path):
             words, _ = self.transcribe_batch(wave[None])
-        except ValueError as error:
-            raise ValueError(f"{path}: {one_line(error, 400)}") from error
         return words[0]
 
     def transcribe_batch(
@@ -116,7 +118,45 @@ class Recognizer:
         tokens = ctc_greedy_decode(
             found, lengths.to(found.device), blank_id=self.spec.blank_index
         )
-        return [self._text(row) for row in tokens], tokens
+        return [self.text(row) for row in tokens], tokens
+
+    def words(
+        self,
+        path: str | Path,
+        window: int = 16,
+        overlap: int = 2,
+        batch: int = 1,
+        progress: bool = False,
+    ) -> Iterator[Word]:
+        """Recognizes an audio file of any length, word by word.
+
+        Memory is that of ``batch`` windows. A file that is not longer than a
+        window is recognized as :meth:`transcribe_file` does.
+
+        Arguments
+        ---------
+        path : str or Path
+            A local file that soundfile reads.
+        window, overlap : int
+            Seconds of a window, and those it shares with the next one. A
+            window should not be longer than the utterances that the model was
+            trained on.
+        batch : int
+            Windows that are computed at once: more than one pays on a GPU.
+        progress : bool
+            Whether to show a progress bar.
+
+        Yields
+        ------
+        Word
+            As soon as it is complete, with its times in seconds.
+
+        Raises
+        ------
+        ValueError
+            Names the file, and what is wrong with it.
+        """
+        yield from words_of_file(self, path, window, overlap, batch, progress)
 
     def encode_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor
@@ -135,16 +175,12 @@ class Recognizer:
         wavs = wavs.to(self.device, torch.float32)
         return self.model(wavs, lengths.to(self.device))
 
-    def load_audio(self, path: str | Path) -> torch.Tensor:
-        """Returns a file's audio, resampled, mono: float32 [samples]."""
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: there is no such audio file")
-        try:
-            signal, rate = audio_io.load(str(path), channels_first=False)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path}: cannot be read as audio ({one_line(error)})"
-            ) from error
+    def load_audio(
+        self, path: str | Path, start: int = 0, count: int = -1
+    ) -> torch.Tensor:
+        """Returns a file's audio, or ``count`` samples of it from ``start``,
+        resampled, mono: float32 [samples]."""
+        signal, rate = read_audio(path, start, count)
         wanted = self.spec.sample_rate
         common = math.gcd(rate, wanted)
         if (rate // common) * (wanted // common) > _MAX_FILTER:
@@ -154,7 +190,8 @@ class Recognizer:
             )
         return self._normalizer(signal.to(self.device), rate)
 
-    def _text(self, tokens: list[int]) -> str:
+    def text(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, in which CTC has repeated none."""
         known = self.labels
         for index in tokens:
             if index >= len(known) or known[index] is None:
@@ -165,7 +202,7 @@ class Recognizer:
                 )
         if isinstance(self.tokenizer, CTCTextEncoder):
             return "".join(known[index] for index in tokens)
-        return self.tokenizer.decode_ids(tokens)
+        return self.tokenizer.decode_ids(list(tokens))
 
 
 def load(

@@ -1,0 +1,360 @@
+"""The commands, their options and exit codes.
+
+What they need is imported when they run: ``--help`` takes no torch.
+"""
+
+import fnmatch
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from ruamel.yaml import YAML, YAMLError
+
+from .. import __version__
+from ..utils.typed import one_line
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_PATH = click.Path(exists=True, path_type=Path)
+_BACKENDS = ("auto", "openvino", "torch_int8", "onnx", "triton", "torch")
+
+_EXITS = """\b
+Exit codes: 0 done; 1 refused or failed, with one line on the standard error;
+2 wrong usage; 130 interrupted.
+Completion: eval "$(_STABLEQUANT_COMPLETE=bash_source stablequant)", or
+zsh_source, fish_source."""
+
+
+@click.group(
+    epilog=_EXITS, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, prog_name="stablequant")
+def app() -> None:
+    """Quantize speech recognizers of SpeechBrain, and use them."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command and exit; errors are one line."""
+    if not sys.warnoptions:
+        # Of libraries, for those who write code with them.
+        warnings.simplefilter("ignore")
+    try:
+        code = app.main(args, prog_name="stablequant", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        code = 130
+    except BrokenPipeError:
+        # Of `stablequant ... | head`: Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ImportError, OSError, ValueError) as error:
+        _say(one_line(error, 600))
+        code = 1
+    sys.exit(code or 0)
+
+
+def _say(line: str) -> None:
+    click.echo(f"stablequant: {line}", err=True)
+
+
+# -- quantize ------------------------------------------------------------------
+
+
+class _RecipeOrSource(click.Command):
+    """Leaves the options of a recipe's script to it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].endswith(".py"):
+            ctx.params["recipe"] = args
+            return []
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["SCRIPT HPARAMS [RECIPE OPTIONS] | SOURCE MANIFEST OUT ..."]
+
+
+@app.command(cls=_RecipeOrSource)
+@click.argument("source")
+@click.argument("manifest", type=_PATH)
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--quantize",
+    "block",
+    default="{}",
+    help='Keys of the block, as in "{method: mse, weight_bits: 6}".',
+)
+@click.option(
+    "--test-manifest",
+    type=_PATH,
+    help="Utterances to evaluate; by default half of MANIFEST.",
+)
+@click.option("--data-root", type=_FOLDER, help="Where paths begin.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--trust-source", is_flag=True, help="Let SOURCE execute its own code."
+)
+def quantize(
+    source: str = "",
+    manifest: Path | None = None,
+    output: Path | None = None,
+    block: str = "{}",
+    test_manifest: Path | None = None,
+    data_root: Path | None = None,
+    device: str = "cpu",
+    trust_source: bool = False,
+    recipe: Sequence[str] = (),
+) -> None:
+    """Quantize a recipe's recognizer, or a pretrained one.
+
+    SCRIPT HPARAMS runs a recipe whose YAML has a `quantize:` block, with the
+    recipe's own options. SOURCE is a model on the HuggingFace Hub or a folder
+    in its layout, MANIFEST audio with transcripts (SpeechBrain's CSV or JSON,
+    or a folder in LibriSpeech's layout), OUT the folder to write.
+
+    \b
+    stablequant quantize train.py hparams/quant.yaml --data_folder LibriSpeech
+    stablequant quantize speechbrain/asr-wav2vec2-librispeech dev.csv out
+    """
+    if recipe:
+        _run_recipe(recipe)
+        return
+    from .. import quantize_pretrained
+
+    made = quantize_pretrained(
+        source,
+        manifest,
+        output,
+        test_manifest=test_manifest,
+        data_root=data_root,
+        trust_source=trust_source,
+        run_opts={"device": device},
+        **_mapping(block),
+    )
+    found = made if isinstance(made, dict) else {"": made}
+    for name, row in found.items():
+        click.echo(
+            f"{name or row.folder}: WER {row.float_wer:.2f} -> "
+            f"{row.quantized_wer:.2f} %, {row.folder}"
+        )
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        block = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise ValueError(f"--quantize: {one_line(error)}") from error
+    if not isinstance(block, dict):
+        raise ValueError(
+            f"--quantize: is no mapping: {text}; write it as in "
+            '"{weight_bits: 6}"'
+        )
+    return block
+
+
+def _run_recipe(recipe: Sequence[str]) -> None:
+    """Become the recipe's process, as if Python had been called."""
+    script, *options = recipe
+    if not Path(script).is_file():
+        raise ValueError(f"{script}: there is no such script")
+    if not options or not Path(options[0]).is_file():
+        raise ValueError(f"{' '.join(options[:1]) or script}: give its YAML")
+    text = Path(options[0]).read_text(encoding="utf-8")
+    if not any(row.startswith("quantize:") for row in text.splitlines()):
+        raise ValueError(
+            f"{options[0]}: has no `quantize:` block; add "
+            "`quantize: !apply:speechbrain_stablequant.register` and its keys"
+        )
+    command = [sys.executable, *recipe]
+    if os.name == "nt":
+        # There execv returns to the shell before the recipe has ended.
+        sys.exit(subprocess.call(command))
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+# -- what was decided ----------------------------------------------------------
+
+
+@app.command()
+@click.argument("path", type=_PATH, metavar="FOLDER|PLAN")
+@click.option("--layer", "pattern", help="Only layers of this name: *.q_proj")
+def inspect(path: Path, pattern: str | None) -> None:
+    """Show what was decided for each unit, or for layers and why.
+
+    \b
+    stablequant inspect results/quant/1986/quantized
+    stablequant inspect plan.json --layer '*.layers.3.*'
+    """
+    from . import plans
+
+    plan = plans.load(path)
+    if pattern is None:
+        click.echo(plans.units(plan))
+        return
+    names = [layer.name for layer in plan.layers]
+    names = fnmatch.filter(names, pattern)
+    if not names:
+        raise ValueError(
+            f"--layer {pattern}: no layer of {path} has such a name, the first "
+            f"is {plan.layers[0].name}"
+        )
+    click.echo("\n\n".join(plans.layer(plan, name) for name in names))
+
+
+@app.command()
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+def compare(first: Path, second: Path) -> None:
+    """Show what differs between two plans or reports.
+
+    FIRST and SECOND are two quantized folders, plan.json, or report.json.
+
+    \b
+    stablequant compare results/a/quantized results/b/quantized
+    """
+    from . import plans
+
+    click.echo(plans.compared(first, second))
+
+
+# -- what it does --------------------------------------------------------------
+
+
+@app.command()
+@click.argument("folder", type=_FOLDER)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["txt", "srt", "json"]),
+    default="txt",
+    show_default=True,
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for one file each; by default they are printed.",
+)
+@click.option(
+    "--backend", type=click.Choice(_BACKENDS), default="auto", show_default=True
+)
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--window",
+    type=click.IntRange(5),
+    default=16,
+    show_default=True,
+    help="Seconds that are computed at once; longer files are joined.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Windows that are computed at once; more pay on a GPU.",
+)
+def transcribe(
+    folder: Path,
+    files: Sequence[str],
+    form: str,
+    output: Path | None,
+    backend: str,
+    device: str,
+    window: int,
+    batch: int,
+) -> int:
+    """Transcribe audio files of any length with a quantized folder.
+
+    Nothing in FOLDER is executed. A file that cannot be read is one line, and
+    the others are transcribed. With --output, words are in NAME.txt.part (or
+    srt, json) until the file is finished.
+
+    \b
+    stablequant transcribe results/quant/1986/quantized a.flac b.wav
+    stablequant transcribe quantized *.wav --format json --output texts
+    """
+    from .. import load
+    from . import transcripts
+
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        transcripts.check_names(files)
+    recognizer = load(folder, backend, device)
+    failed = 0
+    for file in files:
+        words = recognizer.words(
+            file, window=window, batch=batch, progress=sys.stderr.isatty()
+        )
+        try:
+            if output is None:
+                title = file if len(files) > 1 else None
+                transcripts.show(words, file, form, title)
+            else:
+                transcripts.save(words, file, form, output)
+        except ValueError as error:
+            _say(one_line(error, 400))
+            failed = 1
+    return failed
+
+
+@app.command()
+@click.argument("folder", type=_FOLDER)
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--target",
+    type=click.Choice(["onnxruntime", "portable"]),
+    default="onnxruntime",
+    show_default=True,
+    help="portable: signed activations, for other engines.",
+)
+@click.option(
+    "--weight-range",
+    type=click.Choice(["7", "8"]),
+    default="8",
+    show_default=True,
+    help="Bits of weights; 7 for x86 CPUs without VNNI.",
+)
+def export(folder: Path, out: Path, target: str, weight_range: str) -> None:
+    """Write the model of a quantized folder as one ONNX file.
+
+    \b
+    stablequant export results/quant/1986/quantized model.onnx
+    """
+    from ..export import export_folder
+
+    made = export_folder(folder, out, target, weight_range == "7")
+    click.echo(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1, 60),
+    default=10.0,
+    show_default=True,
+    help="Of audio in one pass.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=7,
+    show_default=True,
+    help="Passes that are timed; the runtimes take turns.",
+)
+def benchmark(folder: Path, seconds: float, rounds: int) -> None:
+    """Time a folder on this machine by each runtime that it has.
+
+    \b
+    stablequant benchmark results/quant/1986/quantized --seconds 30
+    """
+    from . import timing
+
+    click.echo(timing.table(folder, seconds, rounds))

@@ -1,0 +1,171 @@
+"""Plans and reports as text, and what differs between two."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import QuantizationPlan
+from .columns import columns
+
+_PLAN, _REPORT = "plan.json", "report.json"
+
+
+def load(path: Path) -> QuantizationPlan:
+    """The plan of a file or a folder."""
+    if path.is_dir():
+        path /= _PLAN
+    return QuantizationPlan.load(path, with_tensors=False)
+
+
+def units(plan: QuantizationPlan) -> str:
+    """What was decided for each unit."""
+    rows = [["unit", "layers", "bits", "alone", "clipped at", "searched"]]
+    for unit in plan.units:
+        layers = [row for row in plan.layers if row.unit == unit.name]
+        alone = "" if unit.delta_wer is None else f"{unit.delta_wer:+.2f}"
+        rows.append(
+            [
+                unit.name,
+                str(len(layers)),
+                " ".join(sorted({_bits(row) for row in layers})),
+                alone,
+                _clipped([row.cutoff for row in layers if row.quant]),
+                "yes" if unit.selected else "no",
+            ]
+        )
+    title = f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}"
+    explained = "alone: points of WER with this unit alone quantized by MAX"
+    lines = [title, columns(rows), explained]
+    lines += [f"{x.name}: {x.executes}, {x.reason}" for x in plan.parts]
+    if plan.weight_only:
+        names = ", ".join(plan.weight_only)
+        lines.append(f"weights alone in integers: {names}")
+    return "\n".join(lines)
+
+
+def layer(plan: QuantizationPlan, name: str) -> str:
+    """What was decided for a layer, and why."""
+    found = next(row for row in plan.layers if row.name == name)
+    rows = [("unit", found.unit), ("bits", _bits(found))]
+    if found.quant is not None:
+        rows += [
+            ("clipped at", f"{found.cutoff:g} %, {_range(found)}"),
+            ("observed", f"at most {found.observed_max:.4g}"),
+        ]
+    rows.append(("because", found.reason))
+    width = max(len(key) for key, _ in rows)
+    lines = [f"  {key.ljust(width)}  {value}" for key, value in rows]
+    curve = [
+        f"  {point['cutoff']:g} %: WER "
+        f"{'' if point.get('complete', True) else 'above '}{point['wer']:.2f}"
+        for unit in plan.units
+        if unit.name == found.unit
+        for point in unit.curve
+        if point["wer"] is not None
+    ]
+    return "\n".join([name, *lines, *curve])
+
+
+def _clipped(cutoffs: list[float]) -> str:
+    """The percentiles at which the inputs of a unit's layers are clipped."""
+    ends = sorted({min(cutoffs), max(cutoffs)}) if cutoffs else []
+    return " to ".join(f"{x:g}" for x in ends) + " %" * bool(ends)
+
+
+def _bits(row: Any) -> str:
+    if row.quant is None:
+        return "float"
+    return f"W{row.quant.weight_bits}A{row.quant.activation_bits}"
+
+
+def _range(row: Any) -> str:
+    return f"|input| <= {row.quant.activation_amax:.4g}"
+
+
+# -- what differs --------------------------------------------------------------
+
+
+def compared(first: Path, second: Path) -> str:
+    """What differs between two folders, plans or reports."""
+    blocks = []
+    if _is(first, _PLAN) and _is(second, _PLAN):
+        blocks.append(_compared_plans(load(first), load(second)))
+    if _is(first, _REPORT) and _is(second, _REPORT):
+        blocks.append(_compared_reports(_report(first), _report(second)))
+    if not blocks:
+        raise ValueError(
+            f"{first}, {second}: give two quantized folders, two {_PLAN} or "
+            f"two {_REPORT}"
+        )
+    return "\n\n".join(blocks)
+
+
+def _is(path: Path, name: str) -> bool:
+    return (path / name).is_file() or (path.is_file() and path.name == name)
+
+
+def _report(path: Path) -> dict:
+    if path.is_dir():
+        path /= _REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "title": report["title"],
+            "backend": report["backend"],
+            "size": report["size_mb"]["quantized"],
+            "rtf": report["rtf"]["quantized"],
+            "tests": {
+                name: (row["float"]["WER"], row["quantized"]["WER"])
+                for name, row in report["test"].items()
+            },
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: is no report of a run; give its {_REPORT}"
+        ) from error
+
+
+def _compared_plans(first: QuantizationPlan, second: QuantizationPlan) -> str:
+    rows = []
+    ours = {row.name: row for row in first.layers}
+    theirs = {row.name: row for row in second.layers}
+    for name in dict.fromkeys([*ours, *theirs]):
+        before, after = _described(ours, name), _described(theirs, name)
+        if before != after:
+            rows.append([name, before, after])
+    count = f"{len(rows)} of {len(ours)} layers differ"
+    if not rows:
+        return count
+    return f"{count}\n{columns([['layer', 'first', 'second'], *rows])}"
+
+
+def _described(rows: dict, name: str) -> str:
+    if name not in rows:
+        return "absent"
+    row = rows[name]
+    if row.quant is None:
+        return "float"
+    return f"{_bits(row)} {row.cutoff:g} % {_range(row)}"
+
+
+def _compared_reports(first: dict, second: dict) -> str:
+    rows = [["", "first", "second"]]
+    for key in ("title", "backend"):
+        rows.append([key, first[key], second[key]])
+    for key, unit in (("size", "MB"), ("rtf", "real-time factor")):
+        cells = [_figure(report[key]) for report in (first, second)]
+        rows.append([f"{key}, {unit}", *cells])
+    for name in dict.fromkeys([*first["tests"], *second["tests"]]):
+        for i, model in enumerate(("float", "quantized")):
+            cells = [
+                _figure(report["tests"][name][i])
+                if name in report["tests"]
+                else "absent"
+                for report in (first, second)
+            ]
+            rows.append([f"{name}, {model} WER %", *cells])
+    return columns(rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,46 @@
+"""Reads audio files; what is wrong with one is a line that names it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from speechbrain.dataio import audio_io
+
+from ..utils.typed import one_line
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Context whose errors name a file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such audio file")
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: cannot be read as audio ({one_line(error)})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error, 400)}") from error
+
+
+def length_of(path: str | Path) -> tuple[int, int]:
+    """Samples and sampling rate of a file, by its header."""
+    with naming(path):
+        info = audio_io.info(str(path))
+    return info.num_frames, info.sample_rate
+
+
+def read_audio(
+    path: str | Path, start: int = 0, count: int = -1
+) -> tuple[torch.Tensor, int]:
+    """``count`` samples of a file from ``start``, [samples, channels], and its
+    sampling rate."""
+    with naming(path):
+        return audio_io.load(
+            str(path),
+            frame_offset=start,
+            num_frames=count,
+            channels_first=False,
+        )

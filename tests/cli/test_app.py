@@ -1,0 +1,266 @@
+"""The ``stablequant`` command, on a tiny folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner
+from quantized_folder import SETTINGS, write
+
+from speechbrain_stablequant.cli.app import app, main
+from speechbrain_stablequant.cli.columns import columns
+from speechbrain_stablequant.transcribe.load import load
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_modules, tmp_path_factory) -> Path:
+    torch.manual_seed(7)
+    place = tmp_path_factory.mktemp("cli") / "quantized"
+    write(place, make_tiny_modules("wav2vec2-large"), encoder=SETTINGS)
+    return place
+
+
+@pytest.fixture(scope="module")
+def audio(folder) -> Path:
+    """Noise of 21 seconds, and of one."""
+    for name, seconds in (("long", 21), ("short", 1)):
+        torch.manual_seed(seconds)
+        wave = 0.1 * torch.randn(seconds * 16000)
+        soundfile.write(folder.parent / f"{name}.wav", wave.numpy(), 16000)
+    return folder.parent
+
+
+def run(capsys, *args: object) -> tuple[int, str, str]:
+    """Exit status, standard output and error."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    return stopped.value.code, *capsys.readouterr()
+
+
+def test_help_shows_an_example_of_each_command():
+    for name in app.commands:
+        shown = CliRunner().invoke(app, [name, "--help"])
+        assert shown.exit_code == 0
+        assert f"  stablequant {name} " in shown.output
+
+
+def test_help_imports_little():
+    code = (
+        "import sys; from speechbrain_stablequant.cli import app\n"
+        "try: app.main(['--help'])\n"
+        "finally: assert not {'torch', 'speechbrain'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# -- transcribe ----------------------------------------------------------------
+
+
+def test_transcribe(folder, audio, capsys):
+    expected = load(folder, "torch").transcribe_file(audio / "short.wav")
+    code, out, _ = run(
+        capsys,
+        *("transcribe", folder, audio / "short.wav", "--backend", "torch"),
+    )
+    assert code == 0
+    assert out.split() == expected.split()
+
+
+def test_files_are_written_and_a_wrong_one_is_a_line(
+    folder, audio, tmp_path, capsys
+):
+    (audio / "text.wav").write_text("no audio")
+    files = [audio / f"{name}.wav" for name in ("text", "long", "short")]
+    out = tmp_path / "out"
+    code, _, err = run(
+        capsys,
+        *("transcribe", folder, *files, "--backend", "torch"),
+        *("--format", "json", "--output", out),
+    )
+    assert code == 1
+    (line,) = [x for x in err.splitlines() if x.startswith("stablequant")]
+    assert f"{files[0]}: cannot be read as audio" in line
+    assert {p.name for p in out.iterdir()} == {"long.json", "short.json"}
+    row = json.loads((out / "long.json").read_text("utf-8"))
+    assert row["file"] == str(files[1])
+    assert row["text"] == " ".join(word["text"] for word in row["words"])
+    assert row["words"][-1]["end"] <= 21
+
+
+def test_subtitles(folder, audio, capsys):
+    _, out, _ = run(
+        capsys,
+        *("transcribe", folder, audio / "long.wav", "--backend", "torch"),
+        *("--format", "srt"),
+    )
+    first, second = out.split("\n\n")[0].splitlines()[:2]
+    assert first == "1"
+    assert second.startswith("00:00:0")
+    assert " --> 00:00:" in second
+
+
+def test_what_was_transcribed_is_there_after_an_interrupt(
+    folder, audio, tmp_path, monkeypatch, capsys
+):
+    from speechbrain_stablequant.transcribe.long import Word
+
+    def words(*args, **options):
+        yield Word("ONE", 0.0, 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "speechbrain_stablequant.transcribe.load.words_of_file", words
+    )
+    command = ("transcribe", folder, audio / "short.wav", "--output", tmp_path)
+    code, _, err = run(capsys, *command)
+    assert code == 130
+    assert err.splitlines()[-1] == "stablequant: interrupted"
+    assert (tmp_path / "short.txt.part").read_text("utf-8") == "ONE"
+
+
+def test_two_files_of_one_name(folder, tmp_path, capsys):
+    code, _, err = run(
+        capsys,
+        *("transcribe", folder, "a/x.wav", "b/x.wav", "--output", tmp_path),
+    )
+    assert code == 1
+    assert "a/x.wav and b/x.wav have the same name" in err
+
+
+# -- inspect and compare -------------------------------------------------------
+
+
+def test_inspect(folder, capsys):
+    code, out, _ = run(capsys, "inspect", folder)
+    assert code == 0
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    rows = [line.split()[0] for line in out.splitlines()]
+    assert {layer["unit"] for layer in plan["layers"]} <= set(rows) or rows
+    name = plan["layers"][0]["name"]
+    code, out, _ = run(capsys, "inspect", folder, "--layer", name)
+    assert out.startswith(f"{name}\n")
+    assert plan["layers"][0]["reason"] in out
+
+
+def test_a_layer_that_is_not_there(folder, capsys):
+    code, _, err = run(capsys, "inspect", folder, "--layer", "encoder.9")
+    assert code == 1
+    assert "--layer encoder.9: no layer of" in err
+
+
+def test_compare(folder, tmp_path, capsys):
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    code, out, _ = run(capsys, "compare", folder, folder / "plan.json")
+    assert (code, out.splitlines()[0]) == (
+        0,
+        f"0 of {len(plan['layers'])} layers differ",
+    )
+    plan["layers"][1]["quant"]["activation_bits"] = 6
+    changed = tmp_path / "plan.json"
+    changed.write_text(json.dumps(plan), "utf-8")
+    _, out, _ = run(capsys, "compare", folder, changed)
+    assert f"1 of {len(plan['layers'])} layers differ" in out
+    assert plan["layers"][1]["name"] in out
+    assert "W8A8" in out and "W8A6" in out
+    code, _, err = run(capsys, "compare", folder, tmp_path)
+    assert code == 0 and not err
+    code, _, err = run(capsys, "compare", folder, __file__)
+    assert code == 1
+    assert "give two quantized folders" in err
+
+
+# -- quantize, export, benchmark -----------------------------------------------
+
+
+def test_a_recipe_is_run_as_by_python(tmp_path):
+    script, block = tmp_path / "train.py", tmp_path / "quant.yaml"
+    script.write_text("import sys; print(sys.argv); sys.exit(5)")
+    block.write_text("quantize: !apply:speechbrain_stablequant.register\n")
+    command = [sys.executable, "-m", "speechbrain_stablequant.cli", "quantize"]
+    options = ["--device", "cpu", "--quantize", "{weight_bits: 6}"]
+    done = subprocess.run(
+        [*command, str(script), str(block), *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 5, done.stderr
+    assert done.stdout.strip() == str([str(script), str(block), *options])
+
+
+@pytest.mark.parametrize(
+    "args, line",
+    [
+        (["no.py", "a.yaml"], "no.py: there is no such script"),
+        ([__file__], "give its YAML"),
+        ([__file__, __file__], "has no `quantize:` block"),
+        (["no/source", ".", "out", "--quantize", "8"], "--quantize: is no map"),
+        (["no/source", ".", "out", "--quantize", "{a"], "--quantize: "),
+        (["no/source", ".", "out"], ": holds no utterance"),
+    ],
+)
+def test_quantize_refuses_in_one_line(
+    args, line, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "quantize", *args)
+    assert (code, out) == (1, "")
+    (found,) = err.splitlines()
+    assert found.startswith("stablequant: ")
+    assert line in found
+
+
+def test_a_pretrained_source(tmp_path, monkeypatch, capsys):
+    """The options reach quantize_pretrained."""
+    import speechbrain_stablequant
+
+    seen = {}
+
+    def stand_in(*args, **options):
+        seen.update(options, args=args)
+        return speechbrain_stablequant.QuantizedSource(
+            tmp_path, tmp_path / "report.json", 5.04, 5.19
+        )
+
+    monkeypatch.setattr(
+        speechbrain_stablequant, "quantize_pretrained", stand_in, raising=False
+    )
+    code, out, _ = run(
+        capsys,
+        *("quantize", "some/model", tmp_path, "out", "--device", "cuda"),
+        *("--quantize", "{method: mse, weight_bits: 6}", "--trust-source"),
+    )
+    assert code == 0
+    assert out == f"{tmp_path}: WER 5.04 -> 5.19 %, {tmp_path}\n"
+    assert seen["args"] == ("some/model", tmp_path, Path("out"))
+    assert (seen["method"], seen["weight_bits"]) == ("mse", 6)
+    assert seen["trust_source"] and seen["run_opts"] == {"device": "cuda"}
+
+
+def test_export(folder, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    for bits in (7, 8):
+        path = tmp_path / f"{bits}.onnx"
+        code, out, _ = run(
+            capsys, "export", folder, path, "--weight-range", bits
+        )
+        assert code == 0
+        assert out.startswith(f"{path}: ")
+    assert path.read_bytes() != (tmp_path / "7.onnx").read_bytes()
+
+
+def test_benchmark(folder, capsys):
+    code, out, _ = run(
+        capsys, "benchmark", folder, "--seconds", "1", "--rounds", "1"
+    )
+    assert code == 0
+    assert "torch_int8" in out
+    assert "backend: auto takes " in out
+
+
+def test_columns():
+    assert columns([["a", "b"], ["long", "1.5"]]) == "a       b\nlong  1.5"
