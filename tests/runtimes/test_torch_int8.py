@@ -329,6 +329,21 @@ def test_layers(bits, bias):
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scale", [1e-9, 0.03])
+def test_few_rows_have_the_integers_of_many(bits, scale):
+    linear = replace(
+        random_layer((48, 64), bits=(8, bits), bias=False),
+        activation_scale=torch.tensor([scale]),
+    )
+    # Between the points of the grid and far beyond its ends.
+    x = torch.randn(24, 64) * scale * 100
+    x[0, :2] = torch.tensor([1e6, -1e6])
+    forward = make_layer(linear)
+    few = torch.cat([forward(part) for part in x.split([1, 7, 16])])
+    torch.testing.assert_close(few, forward(x), rtol=1e-5, atol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bits, steps", [(8, 113), (8, -127), (6, 28), (2, 1)])
 def test_layers_with_an_offset(bits, steps):
@@ -336,8 +351,10 @@ def test_layers_with_an_offset(bits, steps):
     assert linear.zero_point() == -steps
     middle = linear.activation_offset
     x = torch.randn(3, 33, 70) * 2 + middle
-    out, expected = make_layer(linear)(x), reference_forward(linear, x)
-    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for one in (x, x[:, 0]):
+        out = make_layer(linear)(one)
+        expected = reference_forward(linear, one)
+        assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
     conv = random_layer((16, 8, 5), "conv1d", (8, bits), steps=steps, stride=2)
     x = torch.randn(2, 8, 33) * 2 + middle
     out, expected = make_layer(conv)(x), reference_forward(conv, x)

@@ -1,12 +1,14 @@
 """One Linear or Conv1d outside of the encoder."""
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
 from ...core.integer_layer import IntegerLayer
 from ..base import LayerExecutor
 from .conv import make_conv
-from .linear import ROWS, make_linear
+from .linear import FEW, ROWS, FewRows, has_few_rows, make_linear
 
 
 def make_layer(layer: IntegerLayer) -> LayerExecutor:
@@ -22,13 +24,18 @@ def make_layer(layer: IntegerLayer) -> LayerExecutor:
 
         return forward
     linear = make_linear(layer, dtype)
-    outputs = layer.weight.shape[0]
+    # Packed by the first step of a decoder: other layers need one copy.
+    few = functools.cache(lambda: FewRows(layer))
+    most = FEW if has_few_rows(layer) else 0
 
     @torch.no_grad()
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-        out = linear(linear.form.prepare(padded), dtype)
-        return out[: len(rows)].view(*x.shape[:-1], outputs)
+        if len(rows) <= most:
+            out = few()(rows)
+        else:
+            padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+            out = linear(linear.form.prepare(padded), dtype)[: len(rows)]
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     return forward

@@ -33,6 +33,12 @@ class Grid:
 
     dtype = torch.uint8
 
+    def edges(self) -> tuple[float, float]:
+        """The least and the largest float."""
+        limit = qmax(self.bits)
+        ends = ZERO - limit, ZERO + limit
+        return tuple((end - self.zero) * self.scale for end in ends)
+
     def clip(
         self,
         q: torch.Tensor,

@@ -15,7 +15,7 @@ from .conv import conv_algorithms, make_conv
 from .front import Stage
 from .head_layer import make_layer
 from .input_forms import ZERO, Floats, Form, Grid
-from .linear import SharedInput, make_linear, rows_of
+from .linear import FEW, SharedInput, make_linear, rows_of
 
 #: Step of the grid of GELU results.
 _STEP = 2.0**-4
@@ -71,7 +71,9 @@ class TorchInt8Runner:
         if geometry.place == "head":
             forward = make_layer(layer)
             if not geometry.is_conv:
-                return lambda x, _: [forward(x)]
+                return lambda x, _: [
+                    torch.cat([forward(x[:, :FEW]), forward(x[:, FEW:])], 1)
+                ]
             return lambda x, _: [forward(x.mT).mT]
         if geometry.place == "position":
             conv = make_conv(layer, dtype)
