@@ -41,11 +41,7 @@ def utterance_ids(dataset: Dataset) -> list[str]:
 
 
 def draw_subset(
-    dataset: Dataset,
-    num_utterances: int | None,
-    most: int,
-    seed: int,
-    key: str,
+    dataset: Dataset, num_utterances: int | None, most: int, seed: int, key: str
 ) -> Dataset:
     """Draw utterances by their IDs and the seed, sorted by ID.
 

@@ -266,10 +266,7 @@ def _watched_hparams(brain: sb.Brain, log: _Log) -> Iterator[None]:
 
 @torch.no_grad()
 def trace(
-    brain: sb.Brain,
-    batch: Any,
-    stage: sb.Stage,
-    layers: Collection[nn.Module],
+    brain: sb.Brain, batch: Any, stage: sb.Stage, layers: Collection[nn.Module]
 ) -> dict[Kind, Reads]:
     """Evaluate one batch and return the reads that each kind depends on."""
     log, last, forward_end = _Log(), 0, 0

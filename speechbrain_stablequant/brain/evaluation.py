@@ -70,12 +70,7 @@ logger = logging.getLogger(__name__)
 class Evaluator:
     """Evaluates test sets with the float model and with each variant."""
 
-    def __init__(
-        self,
-        brain: sb.Brain,
-        config: QuantizeConfig,
-        folder: Path,
-    ):
+    def __init__(self, brain: sb.Brain, config: QuantizeConfig, folder: Path):
         self.brain = brain
         self.config = config
         self.folder = folder

@@ -24,13 +24,7 @@ from .block import read_block
 from .manifest import Manifest, ManifestError, Rows, named, read_manifest
 from .pretrained_brain import PretrainedBrain, Recognizer
 from .run import Run
-from .source import (
-    allowed,
-    check_source,
-    load_source,
-    resolved,
-    source_folder,
-)
+from .source import allowed, check_source, load_source, resolved, source_folder
 
 logger = logging.getLogger(__name__)
 

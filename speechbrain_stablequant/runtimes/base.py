@@ -146,8 +146,7 @@ def modules_by_name(
 
 
 def layer_forwards(
-    modules: Mapping[str, nn.Module],
-    forwards: Mapping[str, Callable[..., Any]],
+    modules: Mapping[str, nn.Module], forwards: Mapping[str, Callable[..., Any]]
 ) -> dict[nn.Module, Callable[..., Any]]:
     """Forwards of layers by module instead of by name, with those of the
     modules around them that make them :func:`.products.visible`."""

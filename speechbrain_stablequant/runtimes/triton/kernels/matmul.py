@@ -343,8 +343,7 @@ def conv_reference(
     frames = _checked_frames(q, weight, kernel, stride)
     batch, _, channels = q.shape
     windows = q.as_strided(
-        (batch, frames, kernel * channels),
-        (q.stride(0), stride * channels, 1),
+        (batch, frames, kernel * channels), (q.stride(0), stride * channels, 1)
     )
     y = scaled(windows.double() @ weight.double().T, scale, bias)
     norm = (norm_weight, norm_bias, eps)
