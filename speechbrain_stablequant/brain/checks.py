@@ -21,7 +21,7 @@ from ..config import ConfigError
 from ..core.error_rates import score
 from ..core.parts import float_patterns
 from ..core.plan import QuantizationPlan
-from ..folder.write import RecognizerSource
+from ..folder.recognizer_spec import RecognizerSource
 from ..folder.write_modules import ModulesSource
 from ..methods.search.score import check_float_wer
 from ..methods.session.search_set import check_earlier_run

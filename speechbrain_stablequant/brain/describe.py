@@ -20,7 +20,7 @@ from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
 
 from ..folder.encoder_config import check_config, empty_encoder
-from ..folder.write import RecognizerSource
+from ..folder.recognizer_spec import RecognizerSource
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
 from .data import audio_of
 from .errors import NoFolderError

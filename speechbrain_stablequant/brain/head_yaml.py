@@ -11,7 +11,7 @@ import speechbrain as sb
 from speechbrain.nnet.linear import Linear as SpeechBrainLinear
 from torch import nn
 
-from ..folder.write import HYPERPARAMS_FILE
+from ..folder.recognizer_spec import HYPERPARAMS_FILE
 
 # Constructor arguments of plain modules.
 _ARGUMENTS = {

@@ -10,7 +10,7 @@ import speechbrain as sb
 from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.tag import Tag
 
-from ..folder.write import HYPERPARAMS_FILE
+from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from .errors import NoFolderError
 from .head_yaml import makes_calls, tag_of
 

@@ -12,9 +12,10 @@ from torch import nn
 from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.parts import Part
 from ..core.plan_tensors import adjusted_floats
+from ..folder.recognizer_spec import RecognizerSource
 from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
-from ..folder.write import RecognizerSource, write_folder
+from ..folder.write import write_folder
 from ..folder.write_modules import ModulesSource
 from ..model.layers import Layer, find_layers
 from ..report.build import build_report, float_size

@@ -5,6 +5,7 @@ Here it is read as text: to write ``recognizer.json``, and in folders of earlier
 versions, which have it alone.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,45 @@ _MODULES_LOADER = "new:speechbrain_stablequant.inference.ModulesLoader"
 _DECODER = "name:speechbrain.decoders.ctc_greedy_decode"
 _NORMALIZER = "new:speechbrain.dataio.preprocess.AudioNormalizer"
 _MAX_KEY = 100
+
+
+_HYPERPARAMS = """\
+# A quantized speech recognizer, written by speechbrain_stablequant:
+#
+#   from speechbrain.inference.ASR import EncoderASR
+#   asr = EncoderASR.from_hparams(source="this folder")
+#   print(asr.transcribe_file("speech.flac"))
+#
+# The runtime is chosen by device; run_opts={{"device": "cuda"}} and
+# overrides={{"backend": "torch"}} force one.
+backend: {backend}
+backend_options: {{}}
+sample_rate: {sample_rate}
+blank_index: {blank_index}
+
+encoder: !new:speechbrain_stablequant.inference.QuantizedRecogniser
+    checksum: {checksum}
+    encoder: {encoder}
+    heads:{heads}
+    backend: !ref <backend>
+    options: !ref <backend_options>
+
+modules:
+    encoder: !ref <encoder>
+
+tokenizer: !new:{tokenizer_class}
+
+decoding_function: !name:speechbrain.decoders.ctc_greedy_decode
+    blank_id: !ref <blank_index>
+
+audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
+    sample_rate: !ref <sample_rate>
+
+pretrainer: !new:speechbrain_stablequant.inference.FolderLoader
+    recogniser: !ref <encoder>
+    tokenizer: !ref <tokenizer>
+    tokenizer_file: {tokenizer_file}
+"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +123,47 @@ class RecognizerSpec:
             key: build_module(node, f"heads.{key}")
             for key, node in self.heads.items()
         }
+
+
+@dataclass(frozen=True)
+class RecognizerSource:
+    """What a folder needs beside the weights.
+
+    ``encoder`` has the encoder's key and the settings of its wrapper; ``heads``
+    are the YAML of the modules behind it, by key, in the order of their use.
+    """
+
+    encoder: dict
+    config: str = field(repr=False)
+    heads: dict[str, str]
+    tokenizer_class: str
+    tokenizer_file: str
+    tokenizer: bytes = field(repr=False)
+    blank_index: int
+    sample_rate: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the modules, the encoder first."""
+        return (self.encoder["key"], *self.heads)
+
+    def hyperparams(self, checksum: str, backend: str) -> str:
+        """Returns the text of ``hyperparams.yaml``."""
+        heads = [
+            f"\n        {line}"
+            for text in self.heads.values()
+            for line in text.strip("\n").splitlines()
+        ]
+        return _HYPERPARAMS.format(
+            backend=backend,
+            sample_rate=self.sample_rate,
+            blank_index=self.blank_index,
+            checksum=json.dumps(checksum),
+            encoder=json.dumps(self.encoder),
+            heads="".join(heads) or " {}",
+            tokenizer_class=self.tokenizer_class,
+            tokenizer_file=json.dumps(self.tokenizer_file),
+        )
 
 
 def read_spec(folder: Path) -> tuple[RecognizerSpec, str]:

@@ -11,8 +11,8 @@ from torch import nn
 from ..core.account import account
 from ..core.histogram import Histogram
 from ..core.plan import PLAN_FILE, QuantizationPlan, layer_sizes
+from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..folder.weights_file import WEIGHTS_FILE
-from ..folder.write import HYPERPARAMS_FILE
 from .results import Execution, SetResult, real_time_factors
 
 FORMAT = 1
