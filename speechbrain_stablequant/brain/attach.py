@@ -1,7 +1,7 @@
 """StableQuant attached to a Brain, in place of its fit and evaluate.
 
-By a line of Python, or by the ``quantize:`` block of a recipe, which needs no
-change of its script.
+By a line of Python, or by a recipe's ``quantize:`` block without any change of
+its script.
 """
 
 import functools
@@ -40,14 +40,10 @@ class StableQuant:
 
     Arguments
     ---------
-    brain : sb.Brain
-        The recipe's Brain.
+    brain, valid_set, train_set
+        As of :meth:`attach`.
     config : QuantizeConfig
         The validated block.
-    valid_set : Dataset or DataLoader, optional
-        For calibration and search; without it, the one given to ``fit``.
-    train_set : Dataset or DataLoader, optional
-        For methods that train; without it, the one given to ``fit``.
     """
 
     def __init__(
@@ -102,8 +98,7 @@ class StableQuant:
         StableQuant
             After ``brain.evaluate``, its ``runs`` hold plans and results.
         """
-        config = read_block(block)
-        return cls(brain, config, valid_set, train_set)
+        return cls(brain, read_block(block), valid_set, train_set)
 
     @distributed.loss_in_one_line()
     def fit(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,11 +119,9 @@ class StableQuant:
                 call.get("train_set"), call.get("train_loader_kwargs") or {}
             )
             self._check_metric_early()
-            valid_set = call.get("valid_set")
-            if valid_set is not None and self._needs_data:
-                self._draw_subsets(
-                    valid_set, call.get("valid_loader_kwargs") or {}
-                )
+            options = call.get("valid_loader_kwargs") or {}
+            if call.get("valid_set") is not None and self._needs_data:
+                self._draw_subsets(call["valid_set"], options)
             self._lock_folder()
             try:
                 return self._fit(*args, **kwargs)
@@ -173,7 +166,8 @@ class StableQuant:
                 self._unwrap_modules()
                 test = self._check_test_set(test_set, test_loader_kwargs or {})
                 if not self.runs[0].results:
-                    self._check_metric()
+                    self.brain.on_stage_start(sb.Stage.VALID, epoch=None)
+                    metric_of(self.brain, self.config.metric_attribute)
                 self._lock_folder()
                 return self._evaluator.evaluate(
                     test,
@@ -261,10 +255,6 @@ class StableQuant:
             number += 1
             unique = f"{name}-{number}"
         return unique
-
-    def _check_metric(self) -> None:
-        self.brain.on_stage_start(sb.Stage.VALID, epoch=None)
-        metric_of(self.brain, self.config.metric_attribute)
 
     def _check_metric_early(self) -> None:
         """Check the metric before a training, if the recipe has it by then."""

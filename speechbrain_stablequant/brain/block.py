@@ -11,8 +11,7 @@ from ..runtimes.registry import RUNTIMES, check_options, select_options
 
 
 def read_block(block: Mapping[str, Any]) -> QuantizeConfig:
-    """:meth:`~speechbrain_stablequant.QuantizeConfig.from_dict`, with
-    the options of runtimes checked too, of variants as well."""
+    """A checked block, the options of its runtimes included."""
     config = QuantizeConfig.from_dict(block)
     variant_configs(config)
     return config

@@ -72,13 +72,9 @@ def check_set_audio(
     brain: sb.Brain, config: "QuantizeConfig", dataset: Dataset
 ) -> None:
     """Check the audio files of a data set for the Brain's model."""
-    check_audio(
-        dataset,
-        config.audio,
-        config.signal,
-        config.sample_rate,
-        min_samples(dict(brain.modules.items())),
-    )
+    least = min_samples(dict(brain.modules.items()))
+    rate = config.sample_rate
+    check_audio(dataset, config.audio, config.signal, rate, least)
 
 
 def draw_subsets(
@@ -132,8 +128,7 @@ def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
             f"quantize.signal: a batch has no '{signal}'; name the attribute "
             "that holds the audio and its lengths"
         )
-    wavs, relative = audio
-    return wavs, relative
+    return tuple(audio)
 
 
 def _content(batch: Any, names: Collection[str] | None) -> Any:
@@ -199,11 +194,9 @@ class Batches:
     def load(self) -> Sequence[Any]:
         """The batches; the first call reads and checks the audio."""
         if self._batches is None:
-            loader = make_dataloader(self.dataset, **self._options)
-            self._batches = list(loader)
-            for numbers, batch in zip(
-                self._numbers, self._batches, strict=True
-            ):
+            self._batches = list(make_dataloader(self.dataset, **self._options))
+            pairs = zip(self._numbers, self._batches, strict=True)
+            for numbers, batch in pairs:
                 names = ", ".join(self.ids[i] for i in numbers)
                 _check_batch(names, audio_of(batch, self._signal)[0])
         return self._batches

@@ -278,7 +278,7 @@ def trace(
         nonlocal last
         last = len(log.rows)
 
-    def timed_forward(*args: Any, **kwargs: Any) -> Any:
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal forward_end
         result = compute_forward(*args, **kwargs)
         forward_end = len(log.rows)
@@ -286,7 +286,7 @@ def trace(
 
     brain.modules.eval()
     with ExitStack() as stack:
-        stack.enter_context(shadowed(brain, "compute_forward", timed_forward))
+        stack.enter_context(shadowed(brain, "compute_forward", watched_forward))
         for module in layers:
             stack.enter_context(module.register_forward_hook(called))
         stack.enter_context(_watched(batch, "batch", log))

@@ -58,10 +58,9 @@ def observe(
 
     with ExitStack() as stack:
         for key, module in modules.items():
+            hook = partial(record, key)
             stack.enter_context(
-                module.register_forward_hook(
-                    partial(record, key), with_kwargs=True
-                )
+                module.register_forward_hook(hook, with_kwargs=True)
             )
         recognize(brain, batch)
     return calls
@@ -91,13 +90,11 @@ def describe_recognizer(
             "neither the Brain nor its hparams hold a CTCTextEncoder or a "
             "SentencePiece tokenizer; set brain.tokenizer"
         )
-    encoder, encoder_config = _describe_encoder(
-        first, modules[first.key], brain
-    )
+    encoder, settings = _describe_encoder(first, modules[first.key], brain)
     tokenizer_class, tokenizer_file, content = describe_tokenizer(tokenizer)
     return RecognizerSource(
         encoder=encoder,
-        config=encoder_config,
+        config=settings,
         heads={
             call.key: _describe_head(call, modules[call.key], nodes, brain)
             for call in rest
@@ -158,9 +155,7 @@ def _check_rebuilt(
     # autocast caches the weights that it casts first.
     with torch.no_grad(), brain.evaluation_ctx:
         output = rebuilt(*args)
-    if not isinstance(output, torch.Tensor) or not isinstance(
-        call.output, torch.Tensor
-    ):
+    if not all(isinstance(x, torch.Tensor) for x in (output, call.output)):
         raise NoFolderError(f"'{call.key}' does not give one tensor")
     if output.shape != call.output.shape or not torch.allclose(
         output.float(), call.output.float(), rtol=1e-4, atol=1e-4

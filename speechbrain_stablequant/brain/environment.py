@@ -2,11 +2,10 @@
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-from ..runtimes.cpu import cpu_class
+from ..runtimes.cpu import cpu_class, cpu_name
 from ..utils import distributed
 from ..utils.precision import allows_tf32
 
@@ -16,7 +15,6 @@ _ARITHMETIC = {
     "fp16": "autocast to float16",
     "bf16": "autocast to bfloat16",
 }
-_TF32 = ("products", "convolutions")
 
 
 def environment(
@@ -27,28 +25,16 @@ def environment(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "speechbrain": version("speechbrain"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu class": cpu_class().name,
         "threads": torch.get_num_threads(),
-        "device": (
-            torch.cuda.get_device_name(device)
-            if device.startswith("cuda")
-            else device
-        ),
+        "device": device,
         "processes": distributed.size(),
         "float arithmetic": _ARITHMETIC[precision or "fp32"],
     }
     if device.startswith("cuda"):
-        allowed = zip(_TF32, allows_tf32(), strict=True)
+        found["device"] = torch.cuda.get_device_name(device)
+        allowed = zip(("products", "convolutions"), allows_tf32(), strict=True)
         found["TF32"] = " and ".join(n for n, yes in allowed if yes) or "off"
         found["CUDA"] = str(torch.version.cuda)
     return found
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class Evaluator:
         keys = (max_key, min_key)
         if self._recovered is None:
             if self.config.require_checkpoint:
-                check_checkpoint(self.brain, max_key, min_key)
+                check_checkpoint(self.brain, *keys)
             recover(max_key=max_key, min_key=min_key)
             self._recovered = keys
             return True
@@ -202,11 +202,10 @@ class Evaluator:
         run.config = session.config
         run.plan, run.histograms = make_plan(session)
         if "calibration" in run.subsets:
-            first = partial(
-                recognizer.forward, "calibration", lambda _: None, True
-            )
             run.products = count_multiply_adds(
-                session.layers, recognizer.modules, first
+                session.layers,
+                recognizer.modules,
+                lambda: recognizer.forward("calibration", lambda _: None, True),
             )
         run.plan = replace(run.plan, parts=run.parts)
         with self.outputs.writing():
@@ -239,9 +238,8 @@ class Evaluator:
         """
         config, file = self.config, f"transcripts_{test.name}.json"
         # One batch shows what is read during recognition and scoring.
-        decoding = self._dependencies.key(
-            test.first_batch(), sb.Stage.TEST, "scores"
-        )
+        first = test.first_batch()
+        decoding = self._dependencies.key(first, sb.Stage.TEST, "scores")
 
         def look_up() -> tuple[str, Evaluation | None]:
             key = self._key(run, baseline, decoding)
@@ -307,12 +305,9 @@ class Evaluator:
         if self.brain.debug:
             total = min(total, self.brain.debug_batches)
         mine = distributed.share(total)
-        steps = evaluation_steps(
-            self.brain,
-            islice(loader, mine.start, mine.stop, mine.step),
-            sb.Stage.TEST,
-            self.config.metric_attribute,
-        )
+        batches = islice(loader, mine.start, mine.stop, mine.step)
+        metric = self.config.metric_attribute
+        steps = evaluation_steps(self.brain, batches, sb.Stage.TEST, metric)
         bar = tqdm(
             steps,
             f"{test.name}, quantized {run.name}".strip(),

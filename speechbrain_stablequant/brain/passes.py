@@ -56,15 +56,17 @@ def evaluation_steps(
         yield float(loss), metric, len(metric.scores) - before
 
 
-def first_tensor(output: Any) -> torch.Tensor | None:
-    """The first tensor in a nested output of ``compute_forward``."""
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a nested output of ``compute_forward``."""
     if isinstance(output, torch.Tensor):
-        return output
+        yield output
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, list | tuple):
         for part in output:
-            found = first_tensor(part)
-            if found is not None:
-                return found
-    return None
+            yield from tensors(part)
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The first of :func:`tensors`, if any."""
+    return next(tensors(output), None)

@@ -123,18 +123,19 @@ is no file a.wav
     folder = source_folder(source)
     kind = check_source(folder, trust_source)
     with allowed(folder, trust_source), tempfile.TemporaryDirectory() as place:
-        recognizer = Recognizer(
-            load_source(folder, kind, run_opts or {}), normalize
-        )
+        loaded = load_source(folder, kind, run_opts or {})
+        recognizer = Recognizer(loaded, normalize)
         _write_nodes(folder, recognizer.chain, Path(place))
         brain = PretrainedBrain(recognizer, run_opts or {})
         brain.hparams.output_folder = place
         if not told:
             test = _transcribed(test, recognizer)
             decision = {k: {**v, "wrd": ""} for k, v in decision.items()}
+        # A chain is described by its modules.
+        yaml = None if recognizer.chain else str(folder / HYPERPARAMS_FILE)
         block = {
             "target": recognizer.used,
-            "inference": _inference(folder, recognizer),
+            "inference": yaml,
             "sample_rate": recognizer.pretrained.audio_normalizer.sample_rate,
             "output_folder": str(output),
             **block,
@@ -203,11 +204,6 @@ def _check_block(block: Mapping[str, Any], told: bool) -> None:
             )
 
 
-def _inference(folder: Path, recognizer: Recognizer) -> str | None:
-    """The YAML of a folder; a chain is described by its modules."""
-    return None if recognizer.chain else str(folder / HYPERPARAMS_FILE)
-
-
 def _write_nodes(folder: Path, chain: Iterable[str], place: Path) -> None:
     """Write the YAML nodes of a chain's modules as a recipe has them."""
     if not chain:
@@ -248,8 +244,8 @@ def _remarks(
             "There are no transcripts: the references are what the float "
             "model recognizes, and WER is how far the quantized one departs."
         )
-    both = {x["wav"] for x in decision.values()}
-    both &= {x["wav"] for x in test.values()}
+    decided, tested = ({x["wav"] for x in y.values()} for y in (decision, test))
+    both = decided & tested
     if both:
         found.append(
             f"{len(both)} of the {len(test)} evaluated utterances also decided "
@@ -271,9 +267,5 @@ def _remarks(
 def _result(run: Run) -> QuantizedSource:
     (result,) = run.results.values()
     rates = result.to_dict()
-    return QuantizedSource(
-        run.folder,
-        run.folder / "report.json",
-        rates["float"]["WER"],
-        rates["quantized"]["WER"],
-    )
+    wers = (rates[kind]["WER"] for kind in ("float", "quantized"))
+    return QuantizedSource(run.folder, run.folder / "report.json", *wers)

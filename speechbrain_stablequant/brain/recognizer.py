@@ -20,7 +20,7 @@ from ..utils.store import Store
 from .data import Batches, dataset_of
 from .dependencies import Dependencies, Kind, dataset_digest
 from .metrics import rate_of
-from .passes import evaluation_steps, first_tensor
+from .passes import evaluation_steps, first_tensor, tensors
 from .teacher_forcing import TeacherForcing, compared_outputs
 
 # Of a set that ranks, where the encoder takes most of the time.
@@ -141,8 +141,7 @@ class BrainRecognizer:
             if self.autoregressive:
                 yield compared_outputs(output)
             else:
-                first = first_tensor(output)
-                yield [] if first is None else [first]
+                yield [*itertools.islice(tensors(output), 1)]
 
     def score(
         self, before_batch: Callable[[int], None], give_up_above: int | None
@@ -161,17 +160,15 @@ class BrainRecognizer:
             self.metric_attribute,
             before_batch,
         )
-        for place, (loss, metric, size) in zip(
-            subset.places, steps, strict=True
-        ):
+        pairs = zip(subset.places, steps, strict=True)
+        for place, (loss, metric, size) in pairs:
             rows = metric.scores[len(metric.scores) - size :]
             edits = [row["num_edits"] for row in rows]
             words = [row["num_ref_tokens"] for row in rows]
             measured.append((place, edits, words, loss))
             errors += sum(edits)
-            if (
-                limit < math.inf
-                and _in_all(errors, len(measured), subset.rounds) > limit
+            if limit < math.inf and (
+                _in_all(errors, len(measured), subset.rounds) > limit
             ):
                 break
         return _score(measured, subset.count, limit)

@@ -101,12 +101,8 @@ class Run:
     def as_stored(self) -> Iterator[None]:
         """Round the parameters that stay float, as the file stores them."""
         quants, dtype = self.plan.quants(), self.config.float_dtype
-        with (
-            self.adjusted(),
-            rounded_floats(
-                self.stored_modules, quants, dtype, self.plan.weight_only
-            ),
-        ):
+        modules, only = self.stored_modules, self.plan.weight_only
+        with self.adjusted(), rounded_floats(modules, quants, dtype, only):
             yield
 
     def convert(self, layers: Iterable[Layer]) -> None:
@@ -191,8 +187,7 @@ class Run:
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
-    """The table that compares runs, see
-    ``report.comparison.write_comparison``."""
+    """The table that compares runs, see ``report.comparison``."""
     rows, stored = [], None
     for run in runs:
         plan, execution = run.plan, run.execution()

@@ -195,25 +195,18 @@ def try_probes(runs: "Iterable[Run]") -> None:
 
 
 def _try_probe(run: "Run") -> list[str]:
-    """Check a runtime on a MAX-quantized encoder; return why earlier runtimes
-    were rejected."""
+    """Check a runtime on a MAX-quantized encoder; return why others failed."""
     encoders = described_encoders(run.modules)
     if RUNTIMES[run.backend].encoder is None or not encoders:
         return []
     encoder, config = encoders[0], run.config
     alone = {encoder.path: encoder.model}
     bits = (config.weight_bits, config.activation_bits)
+    place = (config.sample_rate, run.device)
     with evaluating(alone):
-        integers = quick_integers(
-            encoder, run.layers, bits, config.sample_rate, run.device
-        )
-        probe = encoder_probe(
-            encoder,
-            integers,
-            config.sample_rate,
-            run.device,
-            [executed_form(run.backend)],
-        )
+        integers = quick_integers(encoder, run.layers, bits, *place)
+        forms = [executed_form(run.backend)]
+        probe = encoder_probe(encoder, integers, *place, forms)
 
     def network(forwards: Mapping[nn.Module, Callable]) -> Compute:
         return encoder_alone(encoder.model, forwards)

@@ -6,7 +6,6 @@ one pass of the decoder.
 """
 
 import logging
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from ..utils.patching import shadowed
 from ..utils.typed import one_line
 from .metrics import objects_of
-from .passes import decoding_each_time, recognize
+from .passes import decoding_each_time, recognize, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,8 @@ class TeacherForcing:
         """The output of ``compute_forward`` in the VALID stage."""
         with ExitStack() as stack:
             for searcher in self._searchers:
-                stack.enter_context(
-                    shadowed(searcher, "forward", self._nothing)
-                )
+                nothing = shadowed(searcher, "forward", self._nothing)
+                stack.enter_context(nothing)
             stack.enter_context(decoding_each_time(self.brain))
             return recognize(self.brain, batch)
 
@@ -93,20 +91,10 @@ def compared_outputs(output: Any) -> list[torch.Tensor]:
     labels]; of a large one every so many rows. Logits of a joint network, of
     frames and tokens, become log probabilities."""
     found = []
-    for x in _tensors(output):
+    for x in tensors(output):
         if x.dim() > 2 and x.is_floating_point():
             rows = x.reshape(-1, x.shape[-1])
             rows = rows[:: max(1, -(-rows.numel() // _MOST_VALUES))]
             rows = rows.float()
             found.append(rows.log_softmax(-1) if x.dim() > 3 else rows)
     return found
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, list | tuple):
-        for part in output:
-            yield from _tensors(part)

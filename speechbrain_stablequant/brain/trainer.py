@@ -244,8 +244,7 @@ def trainable(
         stack.enter_context(restored_values(modules.buffers()))
         for parameter in modules.parameters():
             if id(parameter) not in trained:
-                stack.callback(
-                    parameter.requires_grad_, parameter.requires_grad
-                )
+                before = parameter.requires_grad
+                stack.callback(parameter.requires_grad_, before)
                 parameter.requires_grad_(False)
         yield

@@ -90,14 +90,8 @@ _TORCH_FLAGS = {
 
 # Of an x86 and of an ARM CPU.
 _FLAG_LINES = ("flags", "Features")
-_NAME_LINES = (
-    "model name",
-    "CPU implementer",
-    "CPU architecture",
-    "CPU variant",
-    "CPU part",
-    "CPU revision",
-)
+_ARM_LINES = ("implementer", "architecture", "variant", "part", "revision")
+_NAME_LINES = ("model name", *(f"CPU {line}" for line in _ARM_LINES))
 
 # Variables that change the kernels that libraries choose.
 _KERNEL_VARIABLES = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "ATEN_CPU", "MKL_")
@@ -143,9 +137,14 @@ def cpu_class() -> CpuClass:
     return class_of_flags(_flags(), _cap())
 
 
+def cpu_name() -> str:
+    """The name of this CPU's model, as far as the system tells."""
+    name = _first_processor().get("model name")
+    return name or platform.processor() or platform.machine()
+
+
 def machine_identity() -> dict[str, Any]:
-    """What determines the kernels that libraries choose on this machine, as
-    JSON values."""
+    """What determines the kernels that libraries choose here, as JSON."""
     lines = _first_processor()
     names = [lines[line] for line in _NAME_LINES if line in lines]
     return {
