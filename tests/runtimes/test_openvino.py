@@ -39,7 +39,8 @@ from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 
 ov = pytest.importorskip("openvino", reason="needs the extra cpu")
 
-from speechbrain_stablequant.runtimes.openvino_ import compiled, executor
+from speechbrain_stablequant.runtimes.openvino_ import core as core_module
+from speechbrain_stablequant.runtimes.openvino_ import executor
 from speechbrain_stablequant.runtimes.openvino_.executor import (
     OpenVINOExecutor,
 )
@@ -260,13 +261,13 @@ def test_requests_are_not_shared(make_tiny_model):
 def test_calls_side_by_side(make_tiny_model, threads, monkeypatch):
     """With a number of threads, as many as the CPU has room for."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(compiled, "_cores", lambda: 2)
+    monkeypatch.setattr(core_module, "_cores", lambda: 2)
     spec = describe(make_tiny_model("hubert-large"))
     settings = OpenVINOExecutor(spec, threads=threads).settings
     streams = 1 if threads is None else 2
     assert settings["NUM_STREAMS"] == streams
     assert settings["INFERENCE_NUM_THREADS"] == 2
-    monkeypatch.setattr(compiled, "_cores", lambda: 1)
+    monkeypatch.setattr(core_module, "_cores", lambda: 1)
     settings = OpenVINOExecutor(spec, threads=3).settings
     assert settings["NUM_STREAMS"] == 1
     assert settings["INFERENCE_NUM_THREADS"] == 3

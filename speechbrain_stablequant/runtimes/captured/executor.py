@@ -18,8 +18,7 @@ from ...core.parts import Part
 from ...utils import forks
 from ..algorithms import FLOAT, geometry_of
 from ..layer_check import find_algorithms
-from ..openvino_.compiled import CompiledGraph
-from ..openvino_.core import name_by_place
+from ..openvino_.core import CompiledGraph, name_by_place
 from ..openvino_.layer_runner import OpenVINORunner
 from .calls import Call, Signature
 from .capture import Captured, capture

@@ -45,11 +45,9 @@ def unfold(graph: Graph, q: str, layer: AnyLayer) -> str:
         end = graph.add("Add", [span, first]) if start else span
         return graph.slice(q, first, end, 1, step)
 
-    whole = kernel // stride
-    parts = [
-        graph.reshape(part(i * stride, 1), 0, -1, stride * channels)
-        for i in range(whole)
-    ]
+    whole, width = kernel // stride, stride * channels
+    parts = (part(i * stride, 1) for i in range(whole))
+    parts = [graph.reshape(x, 0, -1, width) for x in parts]
     # A slice with a step has one row a frame.
     parts += [part(i, stride) for i in range(whole * stride, kernel)]
     return parts[0] if len(parts) == 1 else graph.add("Concat", parts, axis=-1)
@@ -117,9 +115,8 @@ def position(
         taps = graph.add("Gather", [part, index], axis=1)
         taps = graph.reshape(taps, 0, 0, kernel * width)
         weight = graph.weight(group, window_rows(group.weight).t(), 1)
-        outs.append(
-            graph.add("MatMul", [graph.dequantize(taps, layer), weight])
-        )
+        taps = graph.dequantize(taps, layer)
+        outs.append(graph.add("MatMul", [taps, weight]))
     out = outs[0] if count == 1 else graph.add("Concat", outs, axis=-1)
     return graph.biased(out, layer)
 

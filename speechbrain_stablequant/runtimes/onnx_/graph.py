@@ -53,22 +53,21 @@ class Graph:
         """The finished model with one float32 output. Inputs are float32
         except ``lengths``, int64."""
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
-        given = [
-            helper.make_tensor_value_info(
-                name, kinds.INT64 if name == "lengths" else kinds.FLOAT, axes
-            )
-            for name, axes in inputs.items()
-        ]
-        made = helper.make_tensor_value_info(output, kinds.FLOAT, shape)
+        given, made = (
+            [
+                helper.make_tensor_value_info(
+                    name,
+                    kinds.INT64 if name == "lengths" else kinds.FLOAT,
+                    axes,
+                )
+                for name, axes in values.items()
+            ]
+            for values in (inputs, {output: shape})
+        )
+        name = "speechbrain_stablequant"
         model = helper.make_model(
-            helper.make_graph(
-                self.nodes,
-                "speechbrain_stablequant",
-                given,
-                [made],
-                initializer=self.initializers,
-            ),
-            producer_name="speechbrain_stablequant",
+            helper.make_graph(self.nodes, name, given, made, self.initializers),
+            producer_name=name,
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
         )

@@ -17,10 +17,8 @@ class OnnxRunner:
 
     def __init__(self, threads: int | None = None, provider: str = "cpu"):
         self._threads, self._provider = threads, provider
-        self.versions = {
-            "onnxruntime": onnxruntime().__version__,
-            "provider": provider,
-        }
+        version = onnxruntime().__version__
+        self.versions = {"onnxruntime": version, "provider": provider}
 
     def half(self, geometry: Geometry) -> bool:
         return False
@@ -43,9 +41,8 @@ class OnnxRunner:
         graph.result(y, out)
         shape = [1, "rows", geometry.shape[0]]
         model = graph.model(inputs, out, shape, {})
-        session = open_session(
-            model.SerializeToString(), self._threads, self._provider
-        )
+        content = model.SerializeToString()
+        session = open_session(content, self._threads, self._provider)
         found = []
         for one, other in zip(trial.inputs, trial.others, strict=True):
             given = {"x": one.numpy()}

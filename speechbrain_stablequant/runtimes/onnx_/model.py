@@ -40,13 +40,12 @@ def describe_head(
 ) -> list[HeadPart]:
     """Describe the modules after the encoder, in order; containers are
     walked. ValueError for a module without an ONNX form."""
-    parts: list[HeadPart] = []
-    for key, module in modules.items():
-        for name, child in module.named_modules(prefix=key):
-            part = _head_part(name, child, integers)
-            if part is not None:
-                parts.append(part)
-    return parts
+    parts = (
+        _head_part(name, child, integers)
+        for key, module in modules.items()
+        for name, child in module.named_modules(prefix=key)
+    )
+    return [part for part in parts if part is not None]
 
 
 def _head_part(
@@ -55,11 +54,10 @@ def _head_part(
     if isinstance(module, nn.Linear):
         return integers.get(name) or float_layer(name, module)
     if isinstance(module, nn.LayerNorm):
-        return Norm(
-            module.weight.detach().float(),
-            module.bias.detach().float(),
-            module.eps,
+        weight, bias = (
+            x.detach().float() for x in (module.weight, module.bias)
         )
+        return Norm(weight, bias, module.eps)
     if isinstance(module, nn.LeakyReLU):
         return Activation("LeakyRelu", {"alpha": module.negative_slope})
     if isinstance(module, nn.ReLU | nn.Tanh):

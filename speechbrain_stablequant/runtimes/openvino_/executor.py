@@ -12,8 +12,7 @@ from ...utils import forks
 from ..base import require_frame, round_frames
 from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
-from .compiled import CompiledGraph
-from .core import output
+from .core import CompiledGraph, output
 from .front import channels_first, first_inputs
 from .graph import GraphBuilder
 
@@ -83,18 +82,12 @@ class OpenVINOExecutor(CompiledGraph):
         first = spec.convs[0]
         if first.norm is not None and first.norm.over_time:
             # The norm sees the padding of the batch, not that to a length.
-            gain, shift = gain_and_shift(first, wavs)
             axis = 2 if channels_first(spec) else 1
-            norms = {
-                "gain": gain.unsqueeze(axis),
-                "shift": shift.unsqueeze(axis),
-            }
-        width = spec.norm.weight.numel()
-        hidden = torch.zeros(batch, frames, width)
+            pair = (x.unsqueeze(axis) for x in gain_and_shift(first, wavs))
+            norms = dict(zip(("gain", "shift"), pair, strict=True))
+        hidden = torch.zeros(batch, frames, spec.norm.weight.numel())
         for part in batch_parts(batch):
-            rows = {
-                name: x[part].contiguous().numpy() for name, x in norms.items()
-            }
+            rows = {k: x[part].contiguous().numpy() for k, x in norms.items()}
             out = self._run(wavs[part], keep[part], rows)
             hidden[part, : out.shape[1]] = out
         return hidden

@@ -30,14 +30,6 @@ def channels_first(spec: EncoderSpec) -> bool:
     )
 
 
-def first_windows(spec: EncoderSpec, frames: int) -> int:
-    """Windows of the first convolution that give ``frames`` frames: later
-    convolutions take whole strides."""
-    for stage in reversed(spec.convs[1:]):
-        frames = (frames + strides_of(stage.conv) - 1) * stage.conv.stride
-    return frames
-
-
 def first_inputs(
     spec: EncoderSpec, wavs: torch.Tensor, frames: int
 ) -> np.ndarray:
@@ -47,7 +39,9 @@ def first_inputs(
     conv = spec.convs[0].conv
     batch, samples = wavs.shape
     kernel = conv.weight.shape[2]
-    windows = first_windows(spec, frames)
+    windows = frames
+    for stage in reversed(spec.convs[1:]):  # these take whole strides
+        windows = (windows + strides_of(stage.conv) - 1) * stage.conv.stride
     needed = (windows - 1) * conv.stride + kernel
     # By numpy: torch's threads would spin and take cores from OpenVINO's.
     padded = np.zeros((batch, needed), np.float32)

@@ -83,8 +83,7 @@ class GraphBuilder:
 
     def input(self, name: str, shape: list[int]) -> ov.Node:
         """A float32 input of the graph."""
-        node = op.parameter(shape, np.float32)
-        node.set_friendly_name(name)
+        node = op.parameter(shape, np.float32, name)
         node.output(0).set_names({name})
         self.inputs.append(node)
         return node
@@ -134,9 +133,8 @@ class GraphBuilder:
         ones = [1] * (layer.weight.dim() - 1)
         scale = grouped(layer.weight_scale.view(-1, *ones))
         # Shared, not copied: compiling makes a packed copy anyway.
-        integers = op.constant(
-            weight.contiguous().cpu().numpy(), shared_memory=True
-        )
+        rows = weight.contiguous().cpu().numpy()
+        integers = op.constant(rows, shared_memory=True)
         return op.multiply(op.convert(integers, "f32"), _f32(scale * gain))
 
     @staticmethod
@@ -171,11 +169,7 @@ class GraphBuilder:
         return self.finish(y, layer, (-1,), gain)
 
     def finish(
-        self,
-        y: ov.Node,
-        layer: AnyLayer,
-        shape: tuple[int, ...],
-        gain: float = 1.0,
+        self, y: ov.Node, layer: AnyLayer, shape: tuple, gain: float = 1.0
     ) -> ov.Node:
         """Apply the scale, if the weight has none, and the bias after a
         product, both reshaped to ``shape``."""
@@ -217,12 +211,8 @@ class GraphBuilder:
         reach = (kernel - 1) * layer.dilation
         time = op.gather(op.shape_of(x), _i64(2), _i64(0))
         count = op.subtract(op.squeeze(time, _i64(0)), _i64(reach))
-        starts = op.range(
-            op.constant(np.int64(0)),
-            op.squeeze(count, _i64(0)),
-            op.constant(np.int64(layer.stride)),
-            "i64",
-        )
+        first, step = (op.constant(np.int64(x)) for x in (0, layer.stride))
+        starts = op.range(first, op.squeeze(count, _i64(0)), step, "i64")
         taps = op.constant(np.arange(kernel, dtype=np.int64) * layer.dilation)
         index = op.add(op.unsqueeze(starts, _i64(1)), taps)
         parts = [x]
@@ -261,9 +251,8 @@ class GraphBuilder:
         # as long as the convolution; so the windows are concatenated.
         inputs = layer.weight.shape[1]
         step, steps = layer.stride * inputs, strides_of(layer)
-        rows = op.reshape(
-            self.quantize(x, layer, least), _i64(0, -1, step), True
-        )
+        x = self.quantize(x, layer, least)
+        rows = op.reshape(x, _i64(0, -1, step), True)
         parts = []
         for place in range(steps):
             width = layer.weight.shape[2] * inputs - place * step
@@ -278,11 +267,6 @@ class GraphBuilder:
         """LayerNorm over the last axis."""
         y = op.mvn(x, _i64(-1), True, norm.eps, "inside_sqrt")
         return op.add(op.multiply(y, _f32(norm.weight)), _f32(norm.bias))
-
-    @staticmethod
-    def gelu(x: ov.Node) -> ov.Node:
-        """Exact GELU (erf)."""
-        return op.gelu(x, "erf")
 
     @staticmethod
     def turn(x: ov.Node) -> ov.Node:
@@ -318,9 +302,8 @@ class GraphBuilder:
         if not pre:
             x = self.norm(x, block.norm1)
         y = self.norm(x, block.norm2) if pre else x
-        y = self.gelu(self.linear(y, block.up))
-        y = self.linear(y, block.down, least=GELU_MIN)
-        x = op.add(x, y)
+        y = op.gelu(self.linear(y, block.up), "erf")
+        x = op.add(x, self.linear(y, block.down, least=GELU_MIN))
         return x if pre else self.norm(x, block.norm2)
 
     def features(self, windows: ov.Node) -> ov.Node:
@@ -328,26 +311,25 @@ class GraphBuilder:
         first, *others = self.spec.convs
         turned = channels_first(self.spec)
         compute = self.conv if turned else self.strided
-        x = self.activate(
-            self.first(windows, first.conv, turned), first, turned
-        )
+        x = self.first(windows, first.conv, turned)
+        x = self.activate(x, first, turned)
         for stage in others:
-            y = compute(x, stage.conv, GELU_MIN)
-            x = self.activate(y, stage, turned)
+            x = self.activate(compute(x, stage.conv, GELU_MIN), stage, turned)
         return self.turn(x) if turned else x
 
     def activate(self, x: ov.Node, stage: ConvSpec, turned: bool) -> ov.Node:
         """The norm and GELU after a convolution of the feature extractor;
         ``turned``: of [batch, channels, time]."""
-        if stage.norm is None:
-            return self.gelu(x)
-        if stage.norm.over_time:
+        if stage.norm is not None and stage.norm.over_time:
             width = stage.conv.weight.shape[0]
             shape = [-1, width, 1] if turned else [-1, 1, width]
-            gain = self.input("gain", shape)
-            shift = self.input("shift", shape)
-            return self.gelu(op.add(op.multiply(x, gain), shift))
-        return self.gelu(self.norm(x, stage.norm))
+            gain, shift = (
+                self.input(name, shape) for name in ("gain", "shift")
+            )
+            x = op.add(op.multiply(x, gain), shift)
+        elif stage.norm is not None:
+            x = self.norm(x, stage.norm)
+        return op.gelu(x, "erf")
 
     def build(self) -> ov.Model:
         """The whole graph, for any batch size and length."""
@@ -365,10 +347,9 @@ class GraphBuilder:
         x = op.multiply(self.linear(x, spec.projection, least=least), keep)
         position = self.conv(self.turn(x), spec.pos_conv)
         if spec.pos_trim:
-            position = op.slice(
-                position, _i64(0), _i64(-spec.pos_trim), _i64(1), _i64(2)
-            )
-        x = op.add(x, self.turn(self.gelu(position)))
+            end = _i64(-spec.pos_trim)
+            position = op.slice(position, _i64(0), end, _i64(1), _i64(2))
+        x = op.add(x, self.turn(op.gelu(position, "erf")))
         if not spec.pre_norm:
             x = self.norm(x, spec.norm)
         # Computed from `keep` rather than an input of its own: a float32

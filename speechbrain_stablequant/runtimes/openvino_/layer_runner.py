@@ -1,7 +1,5 @@
 """Single layers in OpenVINO, for comparison with exact arithmetic."""
 
-from typing import Any
-
 import openvino as ov
 import torch
 from openvino import opset13 as op
@@ -18,7 +16,7 @@ from ..algorithms import (
 )
 from ..cpu import cpu_class
 from ..trial_layer import Results, Trial
-from .core import core, output
+from .core import core, in_half, output
 from .graph import GraphBuilder
 
 
@@ -29,13 +27,10 @@ class OpenVINORunner:
     name = "openvino"
 
     def __init__(
-        self,
-        precision: str = "auto",
-        threads: int | None = None,
-        **options: Any,
+        self, precision: str = "auto", threads: int | None = None, **options
     ):
         cpu = cpu_class()
-        self._half = precision == "bf16" or (precision == "auto" and cpu.bf16)
+        self._half = in_half(precision)
         self._narrow_groups_fail = cpu.name == "amx"
         self._convolve = not cpu.exact
         self._threads = threads or torch.get_num_threads()
@@ -103,7 +98,7 @@ class OpenVINORunner:
         else:
             y = builder.linear(x, layer)
         if geometry.then == "gelu":
-            y = builder.gelu(y)
+            y = op.gelu(y, "erf")
         elif geometry.then == "sum":
             other = builder.input("other", [-1, -1, geometry.shape[0]])
             y = op.add(other, y)
@@ -118,9 +113,7 @@ class OpenVINORunner:
 
 
 def _turned(geometry: Geometry, layer: AnyLayer) -> bool:
-    """Whether a convolution of the feature extractor is computed with the
-    channels first, as where all of them are, see :func:`.graph.channels_first`.
-    """
+    """Whether a layer is computed as in :func:`.front.channels_first`."""
     return (
         geometry.place in ("first", "front")
         and geometry.then == "gelu"

@@ -1,6 +1,5 @@
 """Executes an encoder on CUDA, with one CUDA graph per bucket of lengths."""
 
-import contextlib
 import threading
 import warnings
 from collections import OrderedDict
@@ -12,6 +11,7 @@ import torch
 from ...core.encoder_spec import EncoderSpec
 from ...utils.timing import PREPARATION
 from ..base import require_frame, round_frames
+from .forms import Place
 from .kernels.tuning import Tuner
 from .network import Network
 
@@ -174,7 +174,7 @@ class TritonExecutor:
     ):
         self.spec = spec
         self.device = device
-        self.network = Network(spec, dtype, device)
+        self.network = Network(spec, Place(device, dtype))
         self.tuner = tuner
         self.graphs = None
         self._seen: set[tuple[int, int]] = set()
@@ -209,10 +209,8 @@ class TritonExecutor:
         require_frame(frames, samples)
         key = (batch, bucket_samples(self.spec, samples))
         on_cuda = self.device.type == "cuda"
-        place = contextlib.nullcontext()
-        if on_cuda:
-            place = torch.cuda.device(self.device)
-        with self._turn, place:
+        # Without effect on a CPU.
+        with self._turn, torch.cuda.device(self.device if on_cuda else -1):
             seen = key in self._seen
             self._seen.add(key)
             if self.graphs is not None and seen:

@@ -5,6 +5,7 @@ quantizing is fused into whatever comes before.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,6 +34,13 @@ class Form:
     def arguments(self) -> tuple[torch.dtype, float, int, int]:
         """The last arguments of the operators."""
         return self.dtype, self.inverse, self.limit, self.zero_point
+
+
+class Place(NamedTuple):
+    """Where an encoder computes, and the dtype of its float activations."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 def input_form(layer: AnyLayer, dtype: torch.dtype) -> Form:

@@ -1,7 +1,6 @@
 """Layers of an encoder on the operators of ``kernels``.
 
-Activations are [batch, time, channels] in one of the two ``forms``. ``dtype``
-is that of float activations everywhere.
+Activations are [batch, time, channels] in one of the two ``forms``.
 """
 
 import torch
@@ -9,7 +8,7 @@ from torch.nn import functional as F
 
 from ...core.encoder_spec import AnyLayer, ConvSpec
 from ...core.integer_layer import FloatLayer, IntegerLayer
-from .forms import OPS, Form, convert, input_form, move_norm, normalize
+from .forms import OPS, Form, Place, convert, input_form, move_norm, normalize
 from .kernels.group_conv import pack_weight as pack_groups
 from .kernels.matmul import MAX_NORM_CHANNELS, pack_conv_weight
 from .kernels.wave_conv import MAX_TAPS, normalized_over_time
@@ -17,12 +16,9 @@ from .kernels.wave_conv import MAX_TAPS, normalized_over_time
 
 def _scale(layers: tuple[AnyLayer, ...], device: torch.device) -> torch.Tensor:
     """Input scale times weight scale of each output channel."""
-    scales = [
-        layer.activation_scale.float().reshape(1).to(device)
-        * layer.weight_scale.float().to(device)
-        for layer in layers
-    ]
-    return torch.cat(scales)
+    pairs = ((x.activation_scale.reshape(1), x.weight_scale) for x in layers)
+    scales = ((a.float().to(device), b.float().to(device)) for a, b in pairs)
+    return torch.cat([a * b for a, b in scales])
 
 
 def _bias(
@@ -32,10 +28,8 @@ def _bias(
     biases = [layer.full_bias() for layer in layers]
     if all(bias is None for bias in biases):
         return None
-    filled = [
-        torch.zeros(len(layer.weight)) if bias is None else bias
-        for layer, bias in zip(layers, biases, strict=True)
-    ]
+    pairs = zip(layers, biases, strict=True)
+    filled = (torch.zeros(len(x.weight)) if b is None else b for x, b in pairs)
     return torch.cat([bias.to(device) for bias in filled])
 
 
@@ -45,21 +39,16 @@ class Linear:
     All are integer with equal input forms, or all are float.
     """
 
-    def __init__(
-        self,
-        layers: tuple[AnyLayer, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.form = input_form(layers[0], dtype)
-        self.dtype = dtype
+    def __init__(self, layers: tuple[AnyLayer, ...], place: Place):
+        device, self.dtype = place
+        self.form = input_form(layers[0], self.dtype)
         self.weight = torch.cat([layer.weight.to(device) for layer in layers])
         self.bias = _bias(layers, device)
         if self.form.quantized:
             self.scale = _scale(layers, device)
         else:
-            self.weight = self.weight.to(dtype)
-            self.bias = None if self.bias is None else self.bias.to(dtype)
+            self.weight = self.weight.to(self.dtype)
+            self.bias = None if self.bias is None else self.bias.to(self.dtype)
 
     def __call__(
         self,
@@ -86,35 +75,26 @@ class Linear:
 class Projections:
     """Query, key and value, as one product if their input forms are equal."""
 
-    def __init__(
-        self,
-        layers: tuple[AnyLayer, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        forms = {input_form(layer, dtype) for layer in layers}
+    def __init__(self, layers: tuple[AnyLayer, ...], place: Place):
+        forms = {input_form(layer, place.dtype) for layer in layers}
         joined = [layers] if len(forms) == 1 else [(x,) for x in layers]
-        self.parts = [Linear(part, dtype, device) for part in joined]
-        self.form = forms.pop() if len(forms) == 1 else Form(dtype)
+        self.parts = [Linear(part, place) for part in joined]
+        self.form = forms.pop() if len(forms) == 1 else Form(place.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, time, in] in ``self.form`` to 16 bit [batch, time, 3 out]."""
         if len(self.parts) == 1:
             return self.parts[0](x)
-        return torch.cat(
-            [part(convert(x, part.form)) for part in self.parts], dim=-1
-        )
+        return torch.cat([y(convert(x, y.form)) for y in self.parts], dim=-1)
 
 
 class FloatConv:
     """A convolution in floating point, by torch."""
 
-    def __init__(
-        self, layer: FloatLayer, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, layer: FloatLayer, place: Place):
         self.layer = layer
-        self.weight = layer.weight.to(device, dtype)
-        self.bias = None if layer.bias is None else layer.bias.to(device, dtype)
+        self.weight = layer.weight.to(*place)
+        self.bias = None if layer.bias is None else layer.bias.to(*place)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """16 bit [batch, time, in] to [batch, frames, out]."""
@@ -157,14 +137,10 @@ class ConvStage:
     """Stage of the feature extractor: convolution, norm, GELU, to ``out``."""
 
     def __init__(
-        self,
-        stage: ConvSpec,
-        is_first: bool,
-        out: Form,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, stage: ConvSpec, is_first: bool, out: Form, place: Place
     ):
         conv, norm = stage.conv, stage.norm
+        device, dtype = place
         self.form, self.out, self.dtype = input_form(conv, dtype), out, dtype
         self.norm = move_norm(norm, device)
         self.over_time = norm is not None and norm.over_time
@@ -193,7 +169,7 @@ class ConvStage:
             self.weight = conv.weight[:, 0].to(device, narrow).contiguous()
             self.scale = torch.ones(channels, device=device)
         else:
-            self.float_conv = FloatConv(conv, dtype, device)
+            self.float_conv = FloatConv(conv, place)
             return
         self.bias = _bias((conv,), device)
 
@@ -240,19 +216,14 @@ class ConvStage:
 class PositionalConv:
     """``x + gelu(conv(x))`` without the last ``trim`` frames of ``conv(x)``."""
 
-    def __init__(
-        self,
-        conv: AnyLayer,
-        trim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.form = input_form(conv, dtype)
-        self.trim, self.dtype = trim, dtype
+    def __init__(self, conv: AnyLayer, trim: int, place: Place):
+        device, self.dtype = place
+        self.form = input_form(conv, self.dtype)
+        self.trim = trim
         self.padding = conv.padding
         self.float_conv = None
         if isinstance(conv, FloatLayer):
-            self.float_conv = FloatConv(conv, dtype, device)
+            self.float_conv = FloatConv(conv, place)
             return
         if (conv.stride, conv.dilation) != (1, 1):
             raise ValueError(

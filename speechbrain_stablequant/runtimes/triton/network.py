@@ -7,7 +7,7 @@ one CUDA graph serves every input of a shape.
 import torch
 
 from ...core.encoder_spec import BlockSpec, EncoderSpec, Norm
-from .forms import OPS, Form, input_form, move_norm, normalize
+from .forms import OPS, Form, Place, input_form, move_norm, normalize
 from .layers import ConvStage, Linear, PositionalConv, Projections
 
 
@@ -26,20 +26,13 @@ def count_frames(
 class Block:
     """A transformer block."""
 
-    def __init__(
-        self,
-        spec: BlockSpec,
-        num_heads: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        qkv = (spec.query, spec.key, spec.value)
-        self.qkv = Projections(qkv, dtype, device)
-        self.out = Linear((spec.out,), dtype, device)
-        self.up = Linear((spec.up,), dtype, device)
-        self.down = Linear((spec.down,), dtype, device)
-        self.norm1 = move_norm(spec.norm1, device)
-        self.norm2 = move_norm(spec.norm2, device)
+    def __init__(self, spec: BlockSpec, num_heads: int, place: Place):
+        self.qkv = Projections((spec.query, spec.key, spec.value), place)
+        self.out = Linear((spec.out,), place)
+        self.up = Linear((spec.up,), place)
+        self.down = Linear((spec.down,), place)
+        self.norm1 = move_norm(spec.norm1, place.device)
+        self.norm2 = move_norm(spec.norm2, place.device)
         self.num_heads = num_heads
 
     def attend(
@@ -72,31 +65,25 @@ def _norm_both(
 class Network:
     """The whole encoder; ``dtype`` is that of residual stream and attention."""
 
-    def __init__(
-        self, spec: EncoderSpec, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, spec: EncoderSpec, place: Place):
+        device, dtype = place
         self.dtype = dtype
         self.pre_norm = spec.pre_norm
         self.norm = move_norm(spec.norm, device)
         self.projection_norm = move_norm(spec.projection_norm, device)
-        self.projection = Linear((spec.projection,), dtype, device)
+        self.projection = Linear((spec.projection,), place)
         # each stage returns what the next one takes; a norm takes floats
         last = Form(dtype)
         if spec.projection_norm is None:
             last = self.projection.form
         forms = [input_form(s.conv, dtype) for s in spec.convs[1:]]
+        pairs = zip(spec.convs, [*forms, last], strict=True)
         self.stages = [
-            ConvStage(stage, i == 0, form, dtype, device)
-            for i, (stage, form) in enumerate(
-                zip(spec.convs, [*forms, last], strict=True)
-            )
+            ConvStage(stage, stage is spec.convs[0], form, place)
+            for stage, form in pairs
         ]
-        self.position = PositionalConv(
-            spec.pos_conv, spec.pos_trim, dtype, device
-        )
-        self.blocks = [
-            Block(block, spec.num_heads, dtype, device) for block in spec.blocks
-        ]
+        self.position = PositionalConv(spec.pos_conv, spec.pos_trim, place)
+        self.blocks = [Block(x, spec.num_heads, place) for x in spec.blocks]
         self.rotation = None
         if spec.rotation is not None:
             self.rotation = spec.rotation.to(device, dtype).contiguous()

@@ -33,9 +33,8 @@ def pack_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """
     out, channels, taps = weight.shape
     width = max(triton.next_power_of_2(channels), 32)
-    packed = weight.transpose(1, 2).reshape(
-        groups, out // groups, taps, channels
-    )
+    shape = (groups, out // groups, taps, channels)
+    packed = weight.transpose(1, 2).reshape(shape)
     return F.pad(packed, (0, width - channels)).contiguous()
 
 

@@ -190,13 +190,9 @@ def matmul_kernel(
 
 
 def _candidates(
-    rows: int,
-    columns: int,
-    depth: int,
-    norm: bool,
-    residual: bool,
+    rows: int, columns: int, depth: int, norm: bool, residual: bool,
     limits: Limits,
-) -> list[Config]:
+) -> list[Config]:  # fmt: skip
     """Tiles for a product, best guess first."""
     if norm:
         width = max(triton.next_power_of_2(columns), 32)
@@ -232,18 +228,12 @@ def _at_once(tile: Config, limits: Limits) -> int:
 
 
 def _launch(
-    name: str,
-    left: Rows,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
+    name: str, left: Rows, weight: torch.Tensor, out: torch.Tensor,
+    scale: torch.Tensor, bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
-    gelu: bool,
-    form: tuple[float, int, int],
-    config: Config | None,
-) -> None:
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, float], gelu: bool,
+    form: tuple[float, int, int], config: Config | None,
+) -> None:  # fmt: skip
     """Fills ``out`` [rows, columns]; ``form`` is inverse scale, largest
     integer and zero point of an int8 result."""
     rows, columns = out.shape
@@ -272,12 +262,10 @@ def _launch(
             GROUP=8, PERSISTENT=tile.persistent, **tile.options(),
         )  # fmt: skip
 
-    sizes = (rows, columns, depth)
-    key = tuning_key(
-        name, (shape_bucket(rows), columns, depth),
-        (has_norm, gelu, has_residual), out.dtype,
-    )  # fmt: skip
-    tiles = _candidates(*sizes, has_norm, has_residual, limits)
+    switches = (has_norm, gelu, has_residual)
+    sizes = (shape_bucket(rows), columns, depth)
+    key = tuning_key(name, sizes, switches, out.dtype)
+    tiles = _candidates(rows, columns, depth, has_norm, has_residual, limits)
     run(config or select(key, tiles, run, lambda: out))
 
 

@@ -9,15 +9,11 @@ HALF_TOLERANCE = 4 * torch.finfo(torch.float16).eps
 
 
 def finish(
-    y: torch.Tensor,
-    gelu: bool,
-    dtype: torch.dtype,
-    inverse: float = 1.0,
-    limit: int = 127,
-    zero: int = 0,
+    y: torch.Tensor, gelu: bool, dtype: torch.dtype, inverse: float = 1.0,
+    limit: int = 127, zero: int = 0,
     norm: tuple[torch.Tensor | None, torch.Tensor | None, float] | None = None,
     residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """LayerNorm, GELU, residual, then quantizes float32 ``y`` [..., channels]
     or rounds it to ``dtype``; arguments as in the package's docstring."""
     if norm is not None and norm[0] is not None:

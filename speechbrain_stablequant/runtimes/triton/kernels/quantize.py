@@ -10,12 +10,9 @@ from .plain import finish
 
 
 def reference(
-    x: torch.Tensor,
-    inverse: float,
-    limit: int,
-    gelu: bool = False,
+    x: torch.Tensor, inverse: float, limit: int, gelu: bool = False,
     zero: int = 0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Float to int8, ``clamp(round(x * inverse + zero), -limit, limit)``."""
     return finish(x.float(), gelu, torch.int8, inverse, limit, zero)
 
@@ -38,13 +35,7 @@ def quantize_kernel(
     store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE=True)
 
 
-def launch(
-    x: torch.Tensor,
-    inverse: float,
-    limit: int,
-    gelu: bool = False,
-    zero: int = 0,
-) -> torch.Tensor:
+def launch(x, inverse, limit, gelu=False, zero=0) -> torch.Tensor:
     """`reference` in Triton; rows of ``x`` may be strided."""
     rows = check_rows("quantize", x)
     count, columns = rows.shape

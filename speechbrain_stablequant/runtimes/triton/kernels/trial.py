@@ -32,10 +32,8 @@ def trials() -> Iterator[tuple[str, tuple, float]]:
         return torch.randn(shape, generator=generator, device="cpu")
 
     def int8(*shape: int) -> torch.Tensor:
-        wide = torch.randint(
-            -127, 128, shape, generator=generator, device="cpu"
-        )
-        return wide.to(torch.int8)
+        options = {"generator": generator, "device": "cpu"}
+        return torch.randint(-127, 128, shape, **options).to(torch.int8)
 
     exact, half = 1e-5, HALF_TOLERANCE
     rounded = (torch.int8, 20.0, 127, -100)
@@ -108,13 +106,10 @@ def kernels_digest() -> str:
     return code_identity(Path(__file__).parent)
 
 
-def _version() -> dict[str, str | int]:
+def _version() -> dict[str, str]:
     """Versions for which a passed trial holds."""
-    return {
-        "kernels": kernels_digest(),
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-    }
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    return {"kernels": kernels_digest(), **versions}
 
 
 def card_file(card: str, what: str) -> str:

@@ -178,13 +178,9 @@ _current: ContextVar[Tuner | None] = ContextVar("tuner", default=None)
 
 
 def tuning_key(
-    kernel: str,
-    sizes: Iterable[int],
-    switches: Iterable[bool],
-    *dtypes: torch.dtype,
+    kernel: str, sizes: Iterable[int], switches: Iterable[bool], *dtypes
 ) -> str:
-    """What a measured tile is remembered by, such as
-    ``linear/96x1024x512/010/int8``."""
+    """Key of a measured tile, such as ``linear/96x1024x512/010/int8``."""
     size = "x".join(map(str, sizes))
     switched = "".join(str(int(switch)) for switch in switches)
     parts = (kernel, size, switched, *map(str, dtypes))

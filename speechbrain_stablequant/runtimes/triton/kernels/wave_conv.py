@@ -217,14 +217,9 @@ def gram_reference(
 
 
 def normalized_over_time(
-    gram: torch.Tensor,
-    frames: torch.Tensor,
-    kernel: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    gram: torch.Tensor, frames: torch.Tensor, kernel: torch.Tensor,
+    scale: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Scale and bias, float32 [batch, out], that fuse GroupNorm into the
     convolution with weight ``kernel`` [out, taps] and ``scale`` [out]; its own
     bias cancels. ``weight`` and ``bias`` are the norm's. float64, because the
