@@ -41,13 +41,8 @@ _TYPES: dict[str, Any] = {
 }
 # Keys that select code or name places: never taken from a file.
 _DROPPED = (
-    "attn_implementation",
-    "auto_map",
-    "dtype",
-    "experts_implementation",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
+    *("attn_implementation", "auto_map", "dtype", "experts_implementation"),
+    *("quantization_config", "torch_dtype", "transformers_version"),
 )
 _MAX_SIZE = 1 << 20
 _MAX_ITEMS = 1024

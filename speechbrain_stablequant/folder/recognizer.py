@@ -119,7 +119,10 @@ class QuantizedRecognizer(nn.Module):
         self.folder: Path | None = None
         self._integers: dict[str, IntegerLayer] | None = None
         self._probe: Probe | None = None
-        self._slot = RuntimeSlot(backend, self._build_runtime, self._install)
+        self._slot = self._new_slot()
+
+    def _new_slot(self) -> RuntimeSlot:
+        return RuntimeSlot(self.backend, self._build_runtime, self._install)
 
     @property
     def runtime(self) -> str | None:
@@ -135,9 +138,7 @@ class QuantizedRecognizer(nn.Module):
             if "forward" in vars(module):
                 memo[id(module.forward)] = module.forward
         vars(twin).update(copy.deepcopy({**vars(self), **derived}, memo))
-        twin._slot = RuntimeSlot(
-            twin.backend, twin._build_runtime, twin._install
-        )
+        twin._slot = twin._new_slot()
         twin._remove_forwards()
         return twin
 
@@ -147,7 +148,6 @@ class QuantizedRecognizer(nn.Module):
         path = self.folder / WEIGHTS_FILE
         checkpoint = self._read(needs)
         count = len(checkpoint.integers) + len(checkpoint.floats)
-        #: The encoder's configuration.
         self.config = read_config(self.folder / CONFIG_FILE, count)
         self.plan = checkpoint.plan
         row = RUNTIMES.get(self.backend)
@@ -170,9 +170,7 @@ class QuantizedRecognizer(nn.Module):
                 "checked with it on this machine; quantize again to have one",
                 path,
             )
-        self._slot = RuntimeSlot(
-            self.backend, self._build_runtime, self._install
-        )
+        self._slot = self._new_slot()
         self.eval()
 
     def integers(self) -> dict[str, IntegerLayer]:
@@ -207,12 +205,12 @@ class QuantizedRecognizer(nn.Module):
         encoder = self._with_code()
         checkpoint = self._read()
         inside = f"{self._key}."
-        integers, floats = (
+        stored = (
             {name: x for name, x in rows.items() if name.startswith(inside)}
             for rows in (checkpoint.integers, checkpoint.floats)
         )
         path = self.folder / WEIGHTS_FILE
-        fill_modules({self._key: encoder}, integers, floats, path)
+        fill_modules({self._key: encoder}, *stored, path)
         return encoder.to(device).eval()
 
     def train(self, mode: bool = True) -> "QuantizedRecognizer":
@@ -281,9 +279,6 @@ def check_finite(wavs: torch.Tensor) -> None:
     )
 
 
-# -- loading from data alone ------------------------------------------------
-
-
 def load_folder(
     folder: str | Path,
     backend: str = "auto",
@@ -320,8 +315,8 @@ def load_folder(
     # The YAML is not signed; it names the checksum of the weights.
     signed = [name] if spec.checksum is None else []
     model.load(folder, needs=[spec.tokenizer_file, *signed])
-    labels = spec.tokenizer == "labels"
-    kind = CTCTextEncoder if labels else sentencepiece.SentencePieceProcessor
-    tokenizer = kind()
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    if spec.tokenizer == "labels":
+        tokenizer = CTCTextEncoder()
     read_tokenizer(tokenizer, folder / spec.tokenizer_file)
     return model, spec, tokenizer

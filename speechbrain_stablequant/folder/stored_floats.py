@@ -80,17 +80,12 @@ def rounded_floats(
 ) -> Iterator[None]:
     """Context in which modules have the values that are loaded later."""
     state = float_state(modules, names)
-    stored = {
-        name: dequantize(*_rows(x))
-        if name in weight_only
-        else stored_float(x, float_dtype)
-        for name, x in state.items()
-    }
-    rounded = {
-        name: x
-        for name, x in stored.items()
-        if name in weight_only or x.dtype == torch.float16
-    }
+    rounded = {}
+    for name, x in state.items():
+        if name in weight_only:
+            rounded[name] = dequantize(*_rows(x))
+        elif (half := stored_float(x, float_dtype)).dtype == torch.float16:
+            rounded[name] = half
     with restored_values(state[name] for name in rounded):
         for name, value in rounded.items():
             state[name].copy_(value)
@@ -105,12 +100,8 @@ def stored_floats(
 ) -> dict[str, torch.Tensor]:
     """Returns the floats of a file, the biases of integer layers included;
     weight-only parameters as int8 with their scales."""
-    biases = {
-        f"{name}.bias": layer.bias
-        for name, layer in integers.items()
-        if layer.bias is not None
-    }
-    rows = {**floats, **biases}
+    biases = {f"{name}.bias": x.bias for name, x in integers.items()}
+    rows = {**floats, **{n: b for n, b in biases.items() if b is not None}}
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in rows.items():
         if name in weight_only:

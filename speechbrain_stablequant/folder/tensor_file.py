@@ -94,7 +94,6 @@ class TensorFile:
             view, place = view[count:], place + count
 
     def _read_at(self, view: memoryview, place: int) -> int:
-        """Reads into a buffer and returns the number of bytes."""
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [view], place)
         # Windows: the position in the file is shared by threads, but nothing

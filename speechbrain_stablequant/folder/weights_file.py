@@ -59,9 +59,6 @@ class _Description:
     layers: dict[str, LayerRow]
 
 
-# -- writing ---------------------------------------------------------------
-
-
 def save_checkpoint(
     folder: str | Path,
     plan: QuantizationPlan,
@@ -84,14 +81,9 @@ def save_checkpoint(
         name: file_digest(folder / plain_name(name))
         for name in (PLAN_FILE, *companions)
     }
-    description = json.dumps(
-        {
-            "float_dtype": float_dtype,
-            "files": files,
-            "layers": {n: describe_layer(x) for n, x in integers.items()},
-        },
-        sort_keys=True,
-    )
+    layers = {name: describe_layer(layer) for name, layer in integers.items()}
+    content = {"float_dtype": float_dtype, "files": files, "layers": layers}
+    description = json.dumps(content, sort_keys=True)
     tensors = stored_floats(integers, floats, float_dtype, plan.weight_only)
     for name, layer in integers.items():
         weight = layer.loaded().weight.cpu().contiguous()
@@ -118,11 +110,8 @@ def _check_layers(
     where: str,
 ) -> None:
     """Checks that the layers are those that the plan quantizes."""
-    planned = {
-        row.name: _words(row.kind, row.quant)
-        for row in plan.layers
-        if row.quant is not None
-    }
+    rows = (row for row in plan.layers if row.quant is not None)
+    planned = {row.name: _words(row.kind, row.quant) for row in rows}
     found = {name: _words(row.kind, row) for name, row in layers.items()}
     for name in [*planned, *found]:
         here, there = (x.get(name, "not there") for x in (found, planned))
@@ -152,9 +141,6 @@ def _digest(
             for chunk in chunks(name):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-# -- reading ---------------------------------------------------------------
 
 
 def load_checkpoint(
