@@ -1,5 +1,4 @@
-"""The sets that a run uses: calibration and search sets, drawn from the
-validation set and kept in memory for many evaluations, and test sets."""
+"""The sets of a run: for calibration and search, kept in memory, and tests."""
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -110,12 +109,9 @@ def draw_subsets(
                 )
         return drawn[key]
 
+    names = {True: ("calibration", "search"), False: ("calibration",)}
     return [
-        {
-            name: draw(config, name)
-            for name in DEFAULT_UTTERANCES
-            if name == "calibration" or config.needs_search
-        }
+        {name: draw(config, name) for name in names[config.needs_search]}
         for config in configs
     ]
 
@@ -184,12 +180,9 @@ class Batches:
 
     def drawn(self, most: int) -> "Batches":
         """Batches of at most so many of these utterances."""
-        return Batches(
-            draw_subset(self.dataset, None, most, 0, "search"),
-            len(self._numbers[0]),
-            self._options,
-            self._signal,
-        )
+        subset = draw_subset(self.dataset, None, most, 0, "search")
+        size = len(self._numbers[0])
+        return Batches(subset, size, self._options, self._signal)
 
     def load(self) -> Sequence[Any]:
         """The batches; the first call reads and checks the audio."""
@@ -206,10 +199,8 @@ class Batches:
         count beside the audio, None: all."""
         known = None if names is None else frozenset({self._signal, *names})
         if known not in self._digests:
-            mine = [
-                (place, digest(_content(batch, known)))
-                for place, batch in zip(self.places, self.load(), strict=True)
-            ]
+            pairs = zip(self.places, self.load(), strict=True)
+            mine = [(i, digest(_content(batch, known))) for i, batch in pairs]
             rows = sorted(row for part in gathered(mine) for row in part)
             self._digests[known] = digest([self.ids, rows])
         return self._digests[known]

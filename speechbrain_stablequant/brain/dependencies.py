@@ -36,23 +36,17 @@ Kind = Literal["inputs", "outputs", "scores"]
 _PLACES = ("brain", "hparams", "batch")
 # Attributes that belong to SpeechBrain's Brain, or are attached by us.
 _BRAIN_INTERNALS = {
+    *("fit", "evaluate", "stablequant"),
     *inspect.unwrap(sb.Brain.__init__).__code__.co_names,
-    "fit",
-    "evaluate",
-    "stablequant",
 }
 # These read all tensors, but only to move them.
 _MOVES = ("to", "pin_memory")
 _PACKAGES = ("torch", "speechbrain", "transformers")
+_SCORING = ("compute_objectives", "evaluate_batch", "on_stage_start")
 _FUNCTIONS = {
     "inputs": ("compute_forward",),
     "outputs": ("compute_forward",),
-    "scores": (
-        "compute_forward",
-        "compute_objectives",
-        "evaluate_batch",
-        "on_stage_start",
-    ),
+    "scores": ("compute_forward", *_SCORING),
 }
 
 
@@ -167,14 +161,11 @@ def dataset_digest(dataset: Dataset, store: Store) -> str:
     if not isinstance(dataset, DynamicItemDataset):
         return digest(dataset)
     files = FileDigests(store)
-    rows = [
-        [name, {k: files.of(v) for k, v in dataset.data[name].items()}]
-        for name in dataset.data_ids
-    ]
+    named = ((name, dataset.data[name]) for name in dataset.data_ids)
+    rows = [[n, {k: files.of(v) for k, v in row.items()}] for n, row in named]
     files.keep()
     pipeline = dataset.pipeline
-    items = [pipeline.dynamic_items, pipeline.output_mapping]
-    return digest([rows, items])
+    return digest([rows, [pipeline.dynamic_items, pipeline.output_mapping]])
 
 
 @dataclass

@@ -139,12 +139,8 @@ def _check_chain(calls: list[Call], wavs: torch.Tensor) -> None:
 
 
 def _same(one: tuple, two: tuple) -> bool:
-    return len(one) == len(two) and all(
-        isinstance(a, torch.Tensor)
-        and isinstance(b, torch.Tensor)
-        and torch.equal(a, b)
-        for a, b in zip(one, two, strict=True)
-    )
+    tensors = all(isinstance(x, torch.Tensor) for x in (*one, *two))
+    return len(one) == len(two) and tensors and all(map(torch.equal, one, two))
 
 
 def _check_rebuilt(

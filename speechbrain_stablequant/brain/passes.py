@@ -22,8 +22,7 @@ def recognize(brain: sb.Brain, batch: Any) -> Any:
 
 @contextmanager
 def decoding_each_time(brain: sb.Brain) -> Iterator[None]:
-    """Context in which recipes that decode the validation set in some epochs
-    only do so in any."""
+    """Context in which a recipe decodes its validation set in each epoch."""
     hparams, key = getattr(brain, "hparams", None), "valid_search_interval"
     if not hasattr(hparams, key):
         yield

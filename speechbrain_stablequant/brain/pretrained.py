@@ -160,8 +160,7 @@ def _read_data(
     data_root: str | Path | None,
     seed: int,
 ) -> tuple[Rows, Rows, bool]:
-    """The utterances to decide on, those to evaluate, and whether both have
-    transcripts."""
+    """Utterances to decide on and to evaluate, and if they are transcribed."""
     rows = read_manifest(manifest, data_root)
     if test_manifest is not None:
         test = read_manifest(test_manifest, data_root)

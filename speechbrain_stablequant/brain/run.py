@@ -134,8 +134,7 @@ class Run:
             )
 
     def remember_effort(self, seconds: float, trained: Sequence[str]) -> None:
-        """Keep what the plan took when it was first made; ``trained``:
-        utterances that it was trained on."""
+        """Keep what making the plan took; ``trained``: utterances it used."""
         utterances = {name: len(x.ids) for name, x in self.subsets.items()}
         if trained:
             utterances["train"] = len(trained)

@@ -127,9 +127,9 @@ def _class_of(tree: Any, path: Path) -> str:
 
 def _tags(tree: Any) -> Iterator[tuple[str, Any]]:
     """Tags and values of all nodes, the tag of plain ones empty."""
-    tag, value = (
-        (tree.tag, tree.value) if isinstance(tree, Tagged) else ("", tree)
-    )
+    tag, value = "", tree
+    if isinstance(tree, Tagged):
+        tag, value = tree.tag, tree.value
     yield tag, value
     parts = value if isinstance(value, list) else ()
     if isinstance(value, Mapping):
@@ -179,11 +179,8 @@ def _is_model_part(name: str) -> bool:
             f"source: {name} cannot be imported ({one_line(error)})"
         ) from error
     home = getattr(found, "__module__", None) or ""
-    return (
-        callable(found)
-        and _is_inside(home, _TRUSTED)
-        and not _is_inside(home, _UNTRUSTED)
-    )
+    trusted = _is_inside(home, _TRUSTED) and not _is_inside(home, _UNTRUSTED)
+    return callable(found) and trusted
 
 
 def _is_inside(name: str, packages: tuple[str, ...]) -> bool:

@@ -227,12 +227,8 @@ def trainable(
     and HuggingFace's front end requires gradients of its input, which are not
     needed.
     """
-    trained = {
-        id(parameter)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    groups = (group for x in optimizers for group in x.param_groups)
+    trained = {id(x) for group in groups for x in group["params"]}
     with ExitStack() as stack:
         for module in modules.modules():
             # Gradient checkpointing needs the switches.

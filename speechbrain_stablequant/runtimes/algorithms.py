@@ -48,22 +48,21 @@ class Geometry:
     offset: bool = False  # whether the input's zero point is not 0
 
     def __str__(self) -> str:
-        words = [self.place]
-        if self.then:
-            words.append(f"with {self.then}")
-        words.append("x".join(map(str, self.shape)))
-        for key in ("stride", "padding", "dilation", "groups"):
-            if getattr(self, key) != getattr(Geometry, key):
-                words.append(f"{key} {getattr(self, key)}")
-        if self.weight_bits:
-            words.append(f"W{self.weight_bits}A{self.activation_bits}")
-        else:
-            words.append("float")
-        if self.offset:
-            words.append("offset")
-        if not self.bias:
-            words.append("no bias")
-        return " ".join(words)
+        bits = f"W{self.weight_bits}A{self.activation_bits}"
+        words = [
+            self.place,
+            f"with {self.then}" if self.then else "",
+            "x".join(map(str, self.shape)),
+            *(
+                f"{key} {getattr(self, key)}"
+                for key in ("stride", "padding", "dilation", "groups")
+                if getattr(self, key) != getattr(Geometry, key)
+            ),
+            bits if self.weight_bits else "float",
+            "offset" if self.offset else "",
+            "" if self.bias else "no bias",
+        ]
+        return " ".join(filter(None, words))
 
     @property
     def is_conv(self) -> bool:
@@ -138,14 +137,11 @@ def check_front(conv: AnyLayer) -> None:
 def join_groups(layer: AnyLayer) -> AnyLayer:
     """The same convolution with fewer, wider groups, zeros between them."""
     outputs, width, kernel = layer.weight.shape
-    factor = next(
-        (
-            count
-            for count in range(1, layer.groups)
-            if layer.groups % count == 0 and count * width >= WIDE_GROUP
-        ),
-        layer.groups,
-    )
+    factor = 1
+    while factor < layer.groups and (
+        layer.groups % factor or factor * width < WIDE_GROUP
+    ):
+        factor += 1
     if factor == 1:
         return layer
     layer = layer.loaded()
@@ -154,16 +150,12 @@ def join_groups(layer: AnyLayer) -> AnyLayer:
     joined = weight.new_zeros(len(weight), factor, own, factor, width, kernel)
     for place in range(factor):
         joined[:, place, :, place] = weight[:, place]
-    return replace(
-        layer,
-        weight=joined.view(outputs, factor * width, kernel),
-        groups=layer.groups // factor,
-    )
+    weight = joined.view(outputs, factor * width, kernel)
+    return replace(layer, weight=weight, groups=layer.groups // factor)
 
 
 def split_groups(layer: AnyLayer) -> list[AnyLayer]:
-    """Each group of a convolution as one of its own, with views of the
-    weight."""
+    """Each group of a convolution as one of its own; weights are views."""
     size = layer.weight.shape[0] // layer.groups
     parts = []
     for start in range(0, layer.weight.shape[0], size):

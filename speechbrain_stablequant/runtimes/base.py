@@ -82,8 +82,7 @@ class Runtime:
 
 
 class EncoderOutput(NamedTuple):
-    """transformers' ``BaseModelOutput`` by the same names and places,
-    without importing transformers (seconds and 20 MB)."""
+    """transformers' ``BaseModelOutput`` by name, without importing it."""
 
     last_hidden_state: torch.Tensor
     hidden_states: None = None
@@ -148,8 +147,7 @@ def modules_by_name(
 def layer_forwards(
     modules: Mapping[str, nn.Module], forwards: Mapping[str, Callable[..., Any]]
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of layers by module instead of by name, with those of the
-    modules around them that make them :func:`.products.visible`."""
+    """Forwards by module of layers and of owners that make them visible."""
     layers = modules_by_name(modules, forwards)
     by_name = products.modules_by_name(modules)
     owners = [x for name in forwards for x in products.owners_of(name, by_name)]
@@ -160,8 +158,7 @@ def layer_forwards(
 
 
 def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a forward so that the recipe's autocast does not affect it: a
-    runtime decides itself what it computes in 16 bits."""
+    """Wrap a forward so that the recipe's autocast does not affect it."""
 
     def plain(*args: Any, **kwargs: Any) -> Any:
         x = next(

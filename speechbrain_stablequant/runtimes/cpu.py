@@ -168,12 +168,8 @@ def narrowed(layer: IntegerLayer) -> IntegerLayer:
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
         out = transient(weight.shape, torch.int8)
-        parts = zip(
-            out.view(-1).split(_PART),
-            weight.reshape(-1).split(_PART),
-            strict=True,
-        )
-        for rows, part in parts:
+        parts = (x.reshape(-1).split(_PART) for x in (out, weight))
+        for rows, part in zip(*parts, strict=True):
             rows.copy_(part.float().mul_(ratio).round_())
         return out
 

@@ -50,7 +50,6 @@ def make_layer(
 def simulated_forwards(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """Forward by module of a simulation that holds one float weight at a
-    time."""
+    """Simulated forwards by module, which hold one float weight at a time."""
     forwards = {n: make_layer(x, keep=False) for n, x in integers.items()}
     return layer_forwards(modules, forwards)

@@ -41,11 +41,8 @@ def open_session(
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    return ort.InferenceSession(
-        path if isinstance(path, bytes) else str(path),
-        options,
-        providers=[PROVIDERS[provider]],
-    )
+    file = path if isinstance(path, bytes) else str(path)
+    return ort.InferenceSession(file, options, [PROVIDERS[provider]])
 
 
 class OnnxExecutor:

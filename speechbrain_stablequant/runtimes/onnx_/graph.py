@@ -85,11 +85,8 @@ class Graph:
     ) -> Any:
         """Add a node; return the name of its output, or the list of names."""
         names = [self.name(op) for _ in range(outputs)]
-        self.nodes.append(
-            self.onnx.helper.make_node(
-                op, list(inputs), names, name=f"{names[0]}/{op}", **attributes
-            )
-        )
+        make, name = self.onnx.helper.make_node, f"{names[0]}/{op}"
+        self.nodes.append(make(op, list(inputs), names, name, **attributes))
         return names[0] if outputs == 1 else names
 
     def result(self, x: str, name: str) -> None:
@@ -167,8 +164,7 @@ class Graph:
         return self.add("DequantizeLinear", [q, scale, self._zero(layer)])
 
     def weight(self, layer: AnyLayer, weight: torch.Tensor, axis: int) -> str:
-        """Name of a layer's float weight, rearranged; ``axis`` is that of
-        its output channels."""
+        """Name of a layer's float weight; ``axis``: of its output channels."""
         integers = isinstance(layer, IntegerLayer)
         if integers and layer.algorithm == FLOAT:
             # Stored as floats: integers would be multiplied as integers.
@@ -229,8 +225,7 @@ class Graph:
         return self.add("LayerNormalization", inputs, axis=-1, epsilon=norm.eps)
 
     def standardize(self, x: str, axes: Sequence[int]) -> str:
-        """Mean 0 and variance 1 over some axes: a layer_norm without
-        weights."""
+        """Mean 0 and variance 1 over some axes."""
         over = self.constant(axes)
         centered = self.add("Sub", [x, self.add("ReduceMean", [x, over])])
         square = self.add("Mul", [centered, centered])

@@ -67,8 +67,7 @@ class OpenVINOExecutor(CompiledGraph):
     def __call__(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encode a batch, see :class:`..base.EncoderExecutor`; padded frames
-        are zero."""
+        """As :class:`..base.EncoderExecutor`; padded frames are zero."""
         forks.use_in_one_process("openvino")
         spec = self.spec
         wavs = wavs.detach().float().cpu()

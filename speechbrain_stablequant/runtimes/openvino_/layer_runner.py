@@ -35,10 +35,8 @@ class OpenVINORunner:
         self._convolve = not cpu.exact
         self._threads = threads or torch.get_num_threads()
         forks.use_in_one_process(self.name)
-        self.versions = {
-            "openvino": ov.__version__,
-            "precision": "bf16" if self._half else "f32",
-        }
+        precision = "bf16" if self._half else "f32"
+        self.versions = {"openvino": ov.__version__, "precision": precision}
 
     def half(self, geometry: Geometry) -> bool:
         return self._half

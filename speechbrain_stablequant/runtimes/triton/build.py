@@ -68,8 +68,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def make_tuner(
     device: torch.device, tune: bool, cache: str | Path | None
 ) -> Tuner | None:
-    """The tuner of a device, which remembers tiles in the file ``cache``, by
-    default the user's; None without tuning or CUDA."""
+    """The tuner of a device; None without tuning or CUDA."""
     if not tune or device.type != "cuda":
         return None
     card = torch.cuda.get_device_name(device)

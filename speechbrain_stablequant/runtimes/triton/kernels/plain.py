@@ -1,5 +1,4 @@
-"""What the operators' plain-torch references share, and how a kernel's result
-is compared with theirs."""
+"""The operators' plain-torch references: what they share, and comparisons."""
 
 import torch
 from torch.nn import functional as F
