@@ -4,35 +4,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import speechbrain as sb
 from torch import nn
 
+from ..core.histogram import Histogram
 from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.parts import Part
+from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
 from ..folder.recognizer_spec import RecognizerSource
 from ..folder.stored_floats import rounded_floats, stored_layer
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import write_folder
 from ..folder.write_modules import ModulesSource
+from ..methods.registry import QuantizeConfig
 from ..model.layers import Layer, find_layers
 from ..report.build import build_report, float_size
 from ..report.comparison import variant_rows
 from ..report.render import write_report
 from ..report.results import Effort, Execution, SetResult, plan_key
 from ..report.tables import summary_table
+from ..runtimes.probe import Probe
 from ..runtimes.registry import RUNTIMES
-
-if TYPE_CHECKING:
-    from ..core.histogram import Histogram
-    from ..core.plan import QuantizationPlan
-    from ..methods.registry import QuantizeConfig
-    from ..runtimes.probe import Probe
-    from ..utils.outputs import Outputs
-    from ..utils.store import Store
-    from .data import Batches
+from ..utils.outputs import Outputs
+from ..utils.store import Store
+from .data import Batches
 
 # File in a run's folder.
 EFFORT_FILE = "effort.json"
@@ -45,24 +43,24 @@ class Run:
     brain: sb.Brain
     #: Empty without variants.
     name: str
-    config: "QuantizeConfig"
+    config: QuantizeConfig
     folder: Path
     #: Of that folder.
-    store: "Store"
+    store: Store
     #: The runtime that executes the plan.
     backend: str
     #: For the readers of the report.
     warnings: list[str]
     #: The calibration and search sets.
-    subsets: dict[str, "Batches"] = field(default_factory=dict)
+    subsets: dict[str, Batches] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    plan: "QuantizationPlan | None" = None
+    plan: QuantizationPlan | None = None
     integers: dict[str, IntegerLayer] = field(default_factory=dict)
     source: RecognizerSource | ModulesSource | None = None
     #: Modules of the folder that are not the Brain's, such as a language model.
     extras: dict[str, nn.Module] = field(default_factory=dict)
-    probe: "Probe | None" = None
-    histograms: Mapping[str, "Histogram"] = field(default_factory=dict)
+    probe: Probe | None = None
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
     #: Multiply-adds of one batch, see ``core.account``.
     products: Mapping[str, int] | None = None
     results: dict[str, SetResult] = field(default_factory=dict)
@@ -155,7 +153,7 @@ class Run:
         )
 
     def write_report(
-        self, environment: Mapping[str, Any], outputs: "Outputs"
+        self, environment: Mapping[str, Any], outputs: Outputs
     ) -> None:
         """Write the report, and print its summary."""
         with outputs.writing():

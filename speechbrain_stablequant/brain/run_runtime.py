@@ -10,7 +10,7 @@ names raises instead.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import speechbrain as sb
 import torch
@@ -22,13 +22,15 @@ from ..core.encoder_spec import (
     describe_encoder,
     described_encoders,
 )
+from ..core.integer_layer import IntegerLayer
 from ..folder.write_modules import ModulesSource
+from ..methods.registry import QuantizeConfig
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision
 from ..runtimes.build import build_forwards, check_probe, executed_form
 from ..runtimes.choice import candidates, choose_backend, first_passing
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
-from ..runtimes.probe import Compute, chain, encoder_alone
+from ..runtimes.probe import Compute, Probe, chain, encoder_alone
 from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
 from ..runtimes.reference import ReferenceExecutor
 from ..runtimes.registry import RUNTIMES, select_options
@@ -39,12 +41,7 @@ from ..utils.typed import one_line
 from .describe import Call, observe
 from .passes import recognize
 from .rebuilt import live_network
-
-if TYPE_CHECKING:
-    from ..core.integer_layer import IntegerLayer
-    from ..methods.registry import QuantizeConfig
-    from ..runtimes.probe import Probe
-    from .run import Run
+from .run import Run
 
 # Largest difference of a description, relative to the largest value: far above
 # float rounding, far below the effect of another activation or norm.
@@ -52,7 +49,7 @@ _TOLERANCE = 1e-3
 
 
 def choose_runtime(
-    brain: sb.Brain, config: "QuantizeConfig"
+    brain: sb.Brain, config: QuantizeConfig
 ) -> tuple[str, list[str]]:
     """Choose the runtime of a variant, with warnings for the report."""
     try:
@@ -74,7 +71,7 @@ def _simulated(reason: str) -> tuple[str, list[str]]:
     return "torch", [f"Evaluated by simulation: {reason}."]
 
 
-def _seven_bits_notes(name: str, config: "QuantizeConfig") -> list[str]:
+def _seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
     """Warn if a runtime executes weights with fewer bits than the plan's."""
     cpu, bits = cpu_class(), config.weight_bits
     if cpu.exact or RUNTIMES[name].device != "cpu" or bits <= PAIR_SUM_BITS:
@@ -86,7 +83,7 @@ def _seven_bits_notes(name: str, config: "QuantizeConfig") -> list[str]:
 
 
 def try_descriptions(
-    brain: sb.Brain, batch: Any, config: "QuantizeConfig", backend: str
+    brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
 ) -> tuple[str, list[str]]:
     """Compare what a runtime would compute with the modules, on a batch.
 
@@ -104,7 +101,7 @@ def try_descriptions(
 
 
 def check_descriptions(
-    brain: sb.Brain, batch: Any, config: "QuantizeConfig"
+    brain: sb.Brain, batch: Any, config: QuantizeConfig
 ) -> None:
     """Raise unless the descriptions of encoders compute what they do."""
     modules = dict(brain.modules.items())
@@ -176,7 +173,7 @@ def _longest(call: Call) -> tuple[tuple, dict[str, Any]]:
     return tuple(map(one, call.args)), kwargs
 
 
-def try_probes(runs: "Iterable[Run]") -> None:
+def try_probes(runs: Iterable[Run]) -> None:
     """Check each distinct runtime before there is a plan."""
     tried: dict[tuple, tuple[str, list[str]]] = {}
     for run in runs:
@@ -194,7 +191,7 @@ def try_probes(runs: "Iterable[Run]") -> None:
             tried[key] = (run.backend, reasons)
 
 
-def _try_probe(run: "Run") -> list[str]:
+def _try_probe(run: Run) -> list[str]:
     """Check a runtime on a MAX-quantized encoder; return why others failed."""
     encoders = described_encoders(run.modules)
     if RUNTIMES[run.backend].encoder is None or not encoders:
@@ -215,7 +212,7 @@ def _try_probe(run: "Run") -> list[str]:
     return reasons
 
 
-def make_probe(run: "Run") -> None:
+def make_probe(run: Run) -> None:
     """Make a probe of the encoder alone, where there is no folder."""
     modules = run.modules
     for encoder in described_encoders(modules)[:1]:
@@ -225,7 +222,7 @@ def make_probe(run: "Run") -> None:
             )
 
 
-def executed(run: "Run") -> AbstractContextManager[None]:
+def executed(run: Run) -> AbstractContextManager[None]:
     """Execute the modules by the first runtime that passes its probe."""
     modules, source = run.modules, run.source
 
@@ -242,10 +239,10 @@ def executed(run: "Run") -> AbstractContextManager[None]:
 
 
 def _first_passing(
-    run: "Run",
+    run: Run,
     modules: Mapping[str, nn.Module],
-    integers: Mapping[str, "IntegerLayer"],
-    probe: "Probe | None",
+    integers: Mapping[str, IntegerLayer],
+    probe: Probe | None,
     network: Callable[[Mapping[nn.Module, Callable]], Compute],
 ) -> tuple[dict[nn.Module, Callable], list[str]]:
     """Forwards of the first runtime that passes the probe, which becomes the
@@ -276,7 +273,7 @@ def _first_passing(
     return forwards, reasons
 
 
-def change_runtime(run: "Run", chosen: str, reasons: Sequence[str]) -> None:
+def change_runtime(run: Run, chosen: str, reasons: Sequence[str]) -> None:
     """Change the runtime, and report why others were rejected."""
     if chosen != run.backend:
         before = _seven_bits_notes(run.backend, run.config)

@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 
 from ....utils.files import identity
+from ....utils.store import Store
 from ....utils.typed import typed
 from .plain import HALF_TOLERANCE, difference
 from .tiles import Config
-
-if TYPE_CHECKING:
-    from ....utils.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +87,7 @@ class Tuner:
 
     def __init__(
         self,
-        store: "Store",
+        store: Store,
         name: str,
         card: str,
         measure: Callable[[Callable[[], None]], float] = time_on_device,
