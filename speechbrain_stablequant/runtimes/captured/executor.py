@@ -18,6 +18,7 @@ from ...core.parts import Part
 from ...utils import forks
 from ..algorithms import FLOAT, geometry_of
 from ..layer_check import find_algorithms
+from ..openvino_ import OpenVinoOptions
 from ..openvino_.core import CompiledGraph, name_by_place
 from ..openvino_.layer_runner import OpenVINORunner
 from .calls import Call, Signature
@@ -30,15 +31,8 @@ logger = logging.getLogger(__name__)
 class CapturedExecutor(CompiledGraph):
     """Computes a part by its graph. Any number of threads may call it."""
 
-    def __init__(
-        self,
-        graph: Captured,
-        threads: int | None = None,
-        cache_folder: str | None = None,
-        max_models: int | None = None,
-        precision: str = "auto",
-    ):
-        super().__init__(threads, cache_folder, precision)
+    def __init__(self, graph: Captured, *options: Any, **named: Any):
+        super().__init__(OpenVinoOptions(*options, **named))
         self._outputs = graph.outputs
         self.compile(_finished(graph.model, self._half))
 

@@ -5,7 +5,6 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -14,6 +13,7 @@ import torch
 from ...utils import forks
 from ...utils.timing import PREPARATION
 from ..cpu import cpu_class
+from . import OpenVinoOptions
 
 #: Entries of OpenVINO's cache of prepared shapes. A shape takes about 15, so
 #: that the 86 lengths up to 30 s fit.
@@ -81,14 +81,10 @@ class CompiledGraph:
     Compiled graphs in ``cache_folder`` are as large as the integer weights.
     """
 
-    def __init__(
-        self,
-        threads: int | None = None,
-        cache_folder: str | Path | None = None,
-        precision: str = "auto",
-    ):
+    def __init__(self, options: OpenVinoOptions):
         forks.use_in_one_process("openvino")
-        self._half = in_half(precision)
+        threads = options.threads
+        self._half = in_half(options.precision)
         self._pid = os.getpid()
         # pop and append are atomic.
         self._idle: list[ov.InferRequest] = []
@@ -104,8 +100,8 @@ class CompiledGraph:
             # Two processes would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        if cache_folder is not None:
-            self.settings["CACHE_DIR"] = str(cache_folder)
+        if options.cache_folder is not None:
+            self.settings["CACHE_DIR"] = str(options.cache_folder)
 
     def compile(self, model: ov.Model) -> None:
         """Compile the graph."""

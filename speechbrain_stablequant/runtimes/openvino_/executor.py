@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ...utils import forks
 from ..base import require_frame, round_frames
 from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
+from . import OpenVinoOptions
 from .core import CompiledGraph, output
 from .front import channels_first, first_inputs
 from .graph import GraphBuilder
@@ -46,20 +47,14 @@ class OpenVINOExecutor(CompiledGraph):
     the capacity of its cache evict the least recently used.
     """
 
-    def __init__(
-        self,
-        spec: EncoderSpec,
-        threads: int | None = None,
-        cache_folder: str | Path | None = None,
-        max_models: int | None = None,
-        precision: str = "auto",
-    ):
-        if max_models is not None:
+    def __init__(self, spec: EncoderSpec, **options: Any):
+        chosen = OpenVinoOptions(**options)
+        if chosen.max_models is not None:
             logger.warning(
                 "backend_options.max_models has no effect: one graph computes "
                 "all lengths; leave it out"
             )
-        super().__init__(threads, cache_folder, precision)
+        super().__init__(chosen)
         self.spec = spec
         self.compile(GraphBuilder(spec, self._half).build())
 

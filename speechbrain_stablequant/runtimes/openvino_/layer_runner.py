@@ -1,5 +1,7 @@
 """Single layers in OpenVINO, for comparison with exact arithmetic."""
 
+from typing import Any
+
 import openvino as ov
 import torch
 from openvino import opset13 as op
@@ -16,24 +18,22 @@ from ..algorithms import (
 )
 from ..cpu import cpu_class
 from ..trial_layer import Results, Trial
+from . import OpenVinoOptions
 from .core import core, in_half, output
 from .graph import GraphBuilder
 
 
 class OpenVINORunner:
-    """Computes layers as the executor's graph does; other options do not
-    change results."""
+    """Computes layers as the executor's graph does."""
 
     name = "openvino"
 
-    def __init__(
-        self, precision: str = "auto", threads: int | None = None, **options
-    ):
-        cpu = cpu_class()
-        self._half = in_half(precision)
+    def __init__(self, **options: Any):
+        chosen, cpu = OpenVinoOptions(**options), cpu_class()
+        self._half = in_half(chosen.precision)
         self._narrow_groups_fail = cpu.name == "amx"
         self._convolve = not cpu.exact
-        self._threads = threads or torch.get_num_threads()
+        self._threads = chosen.threads or torch.get_num_threads()
         forks.use_in_one_process(self.name)
         precision = "bf16" if self._half else "f32"
         self.versions = {"openvino": ov.__version__, "precision": precision}

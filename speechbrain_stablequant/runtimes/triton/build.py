@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -9,6 +10,7 @@ import triton
 from ...core.encoder_spec import EncoderSpec
 from ...core.integer_layer import IntegerLayer
 from ...utils.store import Store, machine_store
+from . import TritonOptions
 from .executor import TritonExecutor
 from .kernels import library
 from .kernels.trial import card_file, failure_on_card, kernels_digest
@@ -80,23 +82,18 @@ def make_tuner(
 
 
 def make_executor(
-    spec: EncoderSpec,
-    device: str | torch.device | None = None,
-    dtype: str = "float16",
-    max_graphs: int = 48,
-    tune: bool = True,
-    cache: str | Path | None = None,
+    spec: EncoderSpec, device: str | torch.device | None = None, **options: Any
 ) -> TritonExecutor:
     """Packs an encoder, by default on its own CUDA device; raises ValueError
-    for a device or a layer without a kernel. Options: `TritonOptions`. On
-    ``"cpu"`` the operators run in plain torch or, interpreted, in Triton."""
+    for a device or a layer without a kernel. On ``"cpu"`` the operators run in
+    plain torch or, interpreted, in Triton."""
+    chosen = TritonOptions(device, **options)
     if device is None and spec.norm.weight.is_cuda:
         device = spec.norm.weight.device
     device = _device(device)
-    tuner = make_tuner(device, tune, cache)
-    return TritonExecutor(
-        spec, device, getattr(torch, dtype), max_graphs, tuner
-    )
+    tuner = make_tuner(device, chosen.tune, chosen.cache)
+    dtype = getattr(torch, chosen.dtype)
+    return TritonExecutor(spec, device, dtype, chosen.max_graphs, tuner)
 
 
 def make_layer(
