@@ -22,6 +22,8 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _PATH = click.Path(exists=True, path_type=Path)
 _BACKENDS = ("auto", "openvino", "torch_int8", "onnx", "triton", "torch")
 
+_ENGINES = ("onnxruntime", "openvino", "sherpa-onnx", "transformers.js")
+
 _EXITS = """\b
 Exit codes: 0 done; 1 refused or failed, with one line on the standard error;
 2 wrong usage; 130 interrupted.
@@ -306,31 +308,30 @@ def transcribe(
 
 @app.command()
 @click.argument("folder", type=_FOLDER)
-@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--target",
-    type=click.Choice(["onnxruntime", "portable"]),
-    default="onnxruntime",
-    show_default=True,
-    help="portable: signed activations, for other engines.",
+    "--target", type=click.Choice(_ENGINES), required=True, help="The engine."
 )
 @click.option(
     "--weight-range",
     type=click.Choice(["7", "8"]),
-    default="8",
+    default="7",
     show_default=True,
-    help="Bits of weights; 7 for x86 CPUs without VNNI.",
+    help="Bits of weights; 8 saturates on x86 CPUs without VNNI.",
 )
 def export(folder: Path, out: Path, target: str, weight_range: str) -> None:
-    """Write the model of a quantized folder as one ONNX file.
+    """Write the folder that another engine loads, without torch there.
+
+    Its README.md shows how it is used.
 
     \b
-    stablequant export results/quant/1986/quantized model.onnx
+    stablequant export results/quant/1986/quantized phone --target sherpa-onnx
     """
-    from ..export import export_folder
+    from ..export import export_for
 
-    made = export_folder(folder, out, target, weight_range == "7")
-    click.echo(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+    made = export_for(folder, out, target, int(weight_range))
+    size = sum(x.stat().st_size for x in made.rglob("*") if x.is_file())
+    click.echo(f"{made}: {size / 1e6:.1f} MB, see {made / 'README.md'}")
 
 
 @app.command()

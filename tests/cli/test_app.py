@@ -13,6 +13,7 @@ from quantized_folder import SETTINGS, write
 
 from speechbrain_stablequant.cli.app import app, main
 from speechbrain_stablequant.cli.columns import columns
+from speechbrain_stablequant.export import ENGINES
 from speechbrain_stablequant.transcribe.load import load
 
 
@@ -243,14 +244,19 @@ def test_a_pretrained_source(tmp_path, monkeypatch, capsys):
 
 def test_export(folder, tmp_path, capsys):
     pytest.importorskip("onnx")
-    for bits in (7, 8):
-        path = tmp_path / f"{bits}.onnx"
-        code, out, _ = run(
-            capsys, "export", folder, path, "--weight-range", bits
-        )
-        assert code == 0
-        assert out.startswith(f"{path}: ")
-    assert path.read_bytes() != (tmp_path / "7.onnx").read_bytes()
+    out = tmp_path / "out"
+    command = ("export", folder, out, "--target", "onnxruntime")
+    code, shown, _ = run(capsys, *command)
+    assert code == 0
+    assert shown.startswith(f"{out}: ")
+    code, _, err = run(capsys, *command)
+    assert code == 1
+    assert f"{out}: exists" in err
+
+
+def test_targets_are_those_of_the_package():
+    (option,) = [x for x in app.commands["export"].params if x.name == "target"]
+    assert list(option.type.choices) == list(ENGINES)
 
 
 def test_benchmark(folder, capsys):

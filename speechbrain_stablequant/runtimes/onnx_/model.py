@@ -117,6 +117,7 @@ def export_onnx(
     sample_rate: int = 16000,
     target: str = "onnxruntime",
     metadata: Mapping[str, str] | None = None,
+    names: tuple[str, str] = ("wave", "logits"),
 ) -> Path:
     """Write an encoder, and the layers after it, as one ONNX file.
 
@@ -128,7 +129,8 @@ def export_onnx(
     ``normalize_wav`` and ``output_norm`` bring each wave, padding included, and
     the encoder's output to mean 0 and variance 1, as SpeechBrain's wrapper
     does. Without ``use_lengths`` there is no input ``lengths``, for a model
-    that is not told what is padding. ``sample_rate`` and ``metadata`` are
+    that is not told what is padding. ``names`` are those of the wave and of the
+    output. ``sample_rate`` and ``metadata`` are
     written into the file.
 
     ``target`` is ``"onnxruntime"``: activations are uint8 with zero point 128
@@ -153,13 +155,13 @@ def export_onnx(
             "2 GB; quantize more layers"
         )
     graph = Graph(unsigned=target == "onnxruntime")
-    wave = graph.name("wave")
+    wave = graph.name(names[0])
     inputs = {wave: ["batch", "samples"]}
     lengths = None
     if use_lengths:
         lengths = graph.name("lengths")
         inputs[lengths] = ["batch"]
-    output = graph.name("logits" if head else "hidden")
+    output = graph.name(names[1] if head else "hidden")
     x = graph.standardize(wave, [1]) if normalize_wav else wave
     x = add_encoder(graph, spec, x, lengths, target == "onnxruntime")
     if output_norm:

@@ -1,0 +1,100 @@
+"""Exports a quantized folder to the folder that an engine loads.
+
+To add an engine, write a module with a function that takes a :class:`Model`
+and a folder, and returns the lines of code that use it, and a line in
+``ENGINES``.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from . import onnxruntime_, openvino_, sherpa_onnx_, transformers_js
+from .model import Model
+
+#: What writes the folder of each engine.
+ENGINES: dict[str, Callable[[Model, Path], str]] = {
+    "onnxruntime": onnxruntime_.write,
+    "openvino": openvino_.write,
+    "sherpa-onnx": sherpa_onnx_.write,
+    "transformers.js": transformers_js.write,
+}
+
+_README = """# {name}, for {target}
+
+Weights of {bits} bits and activations of 8, quantized by
+speechbrain_stablequant. {exact}
+
+```{language}
+{code}
+```
+"""
+_EXACT = {
+    7: "Weights of 7 bits are exact on every CPU.",
+    8: "Weights of 8 bits are exact on ARM and on x86 CPUs with VNNI; without "
+    "it sums saturate: export again with a weight range of 7.",
+}
+
+
+def export_for(
+    folder: str | Path, out: str | Path, target: str, weight_range: int = 7
+) -> Path:
+    """Write the folder that an engine loads, without torch or SpeechBrain.
+
+    Arguments
+    ---------
+    folder : str or Path
+        A folder that :func:`speechbrain_stablequant.load` loads.
+    out : str or Path
+        The folder to write, with a README.md that shows its use; there must be
+        none yet.
+    target : str
+        One of ``ENGINES``.
+    weight_range : int
+        Bits of weights, 7 or 8. Engines add up products of 8 bits in 16 on x86
+        CPUs without VNNI, which saturates in silence.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    ValueError
+        An unknown target, a model that cannot be exported, or ``out`` exists.
+    ImportError
+        A package that writes the file is not installed.
+
+    Example
+    -------
+    >>> export_for("quantized", "out", "phone")
+    Traceback (most recent call last):
+    ValueError: target: 'phone' is none of onnxruntime, openvino, sherpa-onnx, \
+transformers.js
+    """
+    if target not in ENGINES:
+        raise ValueError(f"target: '{target}' is none of {', '.join(ENGINES)}")
+    if weight_range not in _EXACT:
+        raise ValueError(f"weight_range: {weight_range} is neither 7 nor 8")
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out}: exists; remove it, or give another folder")
+    model = Model(Path(folder), weight_range == 7)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as place:
+        made = Path(place) / out.name
+        made.mkdir()
+        code = ENGINES[target](model, made)
+        text = _README.format(
+            name=out.name,
+            target=target,
+            bits=min(weight_range, model.bits),
+            exact=_EXACT[weight_range] if model.bits == 8 else "",
+            language="js" if target == "transformers.js" else "python",
+            code=code,
+        )
+        (made / "README.md").write_text(text, encoding="utf-8")
+        shutil.move(made, out)
+    return out

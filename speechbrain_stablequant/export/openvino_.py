@@ -1,0 +1,33 @@
+"""For OpenVINO: model.xml, model.bin and labels.json."""
+
+from pathlib import Path
+
+from .model import Model
+
+_CODE = """import itertools, json
+import openvino, soundfile
+
+wave, rate = soundfile.read("speech.wav", dtype="float32")  # {rate} Hz, mono
+model = openvino.Core().compile_model("model.xml", "CPU")
+logits = model([wave[None]])[0]
+known = json.load(open("labels.json"))
+best = [i for i, _ in itertools.groupby(logits[0].argmax(-1))]
+print("".join(known["labels"][i] for i in best if i != known["blank"]))"""
+
+
+def write(model: Model, folder: Path) -> str:
+    """Write the folder; returns code that uses it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            "target openvino: openvino is not installed; run "
+            "pip install 'speechbrain_stablequant[cpu]'"
+        ) from error
+    graph = folder / "model.onnx"
+    model.write(graph, "portable")
+    converted = openvino.convert_model(graph)
+    openvino.save_model(converted, folder / "model.xml", compress_to_fp16=False)
+    graph.unlink()
+    model.write_labels(folder / "labels.json")
+    return _CODE.format(rate=model.sample_rate)

@@ -1,0 +1,176 @@
+"""The folders that other engines load, in these engines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quantized_folder
+import soundfile
+import torch
+
+from speechbrain_stablequant.export import ENGINES, export_for
+from speechbrain_stablequant.transcribe.load import load
+
+pytest.importorskip("onnx", reason="needs the extra onnx")
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+pytest.importorskip("openvino", reason="needs the extra cpu")
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_modules, tmp_path_factory) -> Path:
+    torch.manual_seed(7)
+    modules = make_tiny_modules("wav2vec2-large")
+    with torch.no_grad():
+        x = modules["wav2vec2"](torch.randn(4, 9000), torch.ones(4))
+        # So that no label is the likeliest of all frames of any noise.
+        head = modules["ctc_lin"]
+        head.w.bias -= head(modules["enc"](x)).mean((0, 1))
+    place = tmp_path_factory.mktemp("engines") / "quantized"
+    quantized_folder.write(place, modules)
+    return place
+
+
+@pytest.fixture(scope="module")
+def spoken(folder) -> tuple[list[Path], list[str]]:
+    """Audio files, and what the folder's own runtime recognizes."""
+    recognizer = load(folder, "onnx")
+    files = [folder.parent / f"{i}.wav" for i in range(3)]
+    for i, path in enumerate(files):
+        torch.manual_seed(i)
+        wave = 0.1 * torch.randn(6000 + 3000 * i)
+        soundfile.write(path, wave.numpy(), RATE, subtype="FLOAT")
+    texts = [recognizer.transcribe_file(path) for path in files]
+    assert any(texts)
+    return files, texts
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    """The folder of each engine."""
+
+    def made(target: str) -> Path:
+        out = folder.parent / target
+        return out if out.exists() else export_for(folder, out, target)
+
+    return made
+
+
+def run_readme(folder: Path, path: Path) -> str:
+    """What the README's code prints for an audio file."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    _, _, rest = text.partition("```python\n")
+    code = rest.partition("```")[0].replace("speech.wav", str(path))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys\n"
+            "assert not {'torch', 'speechbrain'} & set(sys.modules)",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_the_readme_recognizes(exported, spoken, target):
+    files, texts = spoken
+    for path, text in zip(files[1:], texts[1:], strict=True):
+        assert run_readme(exported(target), path).strip() == text.strip()
+
+
+def test_sherpa_onnx(exported, spoken):
+    pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is not installed")
+    files, _ = spoken
+    for path in files[1:]:
+        wave, _ = soundfile.read(path, dtype="float32")
+        # The engine does so, and a model of random weights sees the last bit.
+        wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-5)
+        soundfile.write(path.with_suffix(".flat.wav"), wave, RATE, "FLOAT")
+        flat = path.with_suffix(".flat.wav")
+        found = run_readme(exported("sherpa-onnx"), path)
+        assert (
+            found.strip() == run_readme(exported("onnxruntime"), flat).strip()
+        )
+
+
+def test_sherpa_onnx_normalizes(make_tiny_modules, tmp_path):
+    settings = {**quantized_folder.SETTINGS, "normalize_wav": False}
+    modules = make_tiny_modules("wav2vec2-large")
+    quantized_folder.write(tmp_path / "raw", modules, encoder=settings)
+    with pytest.raises(ValueError, match="normalize_wav: False"):
+        export_for(tmp_path / "raw", tmp_path / "out", "sherpa-onnx")
+
+
+@pytest.mark.skipif(
+    "TRANSFORMERS_JS" not in os.environ,
+    reason="TRANSFORMERS_JS names no folder with Node's package "
+    "@huggingface/transformers",
+)
+def test_transformers_js(exported, spoken, tmp_path):
+    out = exported("transformers.js")
+    files, texts = spoken
+    shutil.copytree(out, tmp_path / out.name)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    code = text.partition("```js\n")[2].partition("```")[0]
+    code = code.replace('".."', json.dumps(str(tmp_path)))
+    for path, expected in zip(files, texts, strict=True):
+        wave, _ = soundfile.read(path, dtype="float32")
+        samples = f"const samples = new Float32Array({wave.tolist()});\n"
+        script = Path(os.environ["TRANSFORMERS_JS"]) / "stablequant_test.mjs"
+        script.write_text(f"{samples}{code}\nconsole.log(text);\n")
+        done = subprocess.run(
+            ["node", str(script)], capture_output=True, text=True, timeout=300
+        )
+        script.unlink()
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == expected.split()
+
+
+def test_tokenizer_of_transformers_js(exported):
+    """HuggingFace's own library reads it, and decodes as CTC does."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = exported("transformers.js") / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    blank, space, a, b = (
+        tokenizer.token_to_id(x) for x in ("<pad>", "|", "A", "B")
+    )
+    ids = [blank, a, a, blank, a, space, space, blank, b, b]
+    assert tokenizer.decode(ids) == "AA B"
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_weights_of_seven_and_of_eight_bits(folder, tmp_path, target):
+    sizes = {}
+    for bits in (7, 8):
+        out = export_for(folder, tmp_path / str(bits), target, bits)
+        assert f"Weights of {bits} bits" in (out / "README.md").read_text()
+        sizes[bits] = {
+            str(path.relative_to(out)): path.read_bytes()
+            for path in sorted(out.rglob("*"))
+            if path.is_file()
+        }
+    assert sizes[7].keys() == sizes[8].keys()
+    assert sizes[7] != sizes[8]
+    assert {x.name for x in tmp_path.iterdir()} == {"7", "8"}
+
+
+def test_refusals(folder, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: exists"):
+        export_for(folder, tmp_path, "openvino")
+    with pytest.raises(ValueError, match="weight_range: 6"):
+        export_for(folder, tmp_path / "out", "openvino", 6)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        export_for(tmp_path / "none", tmp_path / "out", "openvino")
+    assert not list(tmp_path.iterdir())
