@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import ConfigError
+from ..core.plan import QuantizationPlan
 from ..methods.registry import QuantizeConfig
 from ..runtimes.registry import RUNTIMES, check_options, select_options
 
@@ -42,13 +43,19 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
 def run_configs(
     config: QuantizeConfig, debug: bool
 ) -> dict[str, QuantizeConfig]:
-    """:func:`variant_configs`; debug runs accept any WER of the float model,
-    which two batches have trained."""
+    """:func:`variant_configs`; a given plan's run excludes what the plan's own
+    did, and debug runs accept any WER of the float model, which two batches
+    have trained."""
     found = variant_configs(config)
-    if debug:
-        for name, variant in found.items():
+    for name, variant in found.items():
+        if variant.plan is not None:
+            settings = QuantizationPlan.load(variant.plan, False).settings
+            exclude = (*variant.exclude, *settings.get("exclude", ()))
+            variant = replace(variant, exclude=tuple(dict.fromkeys(exclude)))
+        if debug:
             search = replace(variant.search, max_float_wer=math.inf)
-            found[name] = replace(variant, search=search)
+            variant = replace(variant, search=search)
+        found[name] = variant
     return found
 
 

@@ -30,6 +30,7 @@ from ..utils import distributed
 from ..utils.files import check_writable_folder
 from ..utils.patching import hooked
 from ..utils.typed import one_line
+from .block import run_configs
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
 from .errors import NoFolderError
@@ -71,7 +72,7 @@ def check_setting(brain: sb.Brain, config: "QuantizeConfig") -> Path:
                 f"quantize: --{option} replaces modules that have to be "
                 "quantized; run without it"
             )
-    for variant in config.variant_configs().values():
+    for variant in run_configs(config, brain.debug).values():
         _check_variant(brain, variant)
     folder = check_writable_folder(
         _output_folder(brain, config), "quantize.output_folder"

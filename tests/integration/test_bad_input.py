@@ -404,6 +404,18 @@ def test_good_plan_is_taken(make_brain, tmp_path):
     assert brain.stablequant.config.plan == str(path)
 
 
+def test_plan_leaves_out_what_its_run_did(make_brain, tmp_path):
+    # Such as layers of the training alone, which its block did not name.
+    path = tmp_path / "less.json"
+    plan = plan_for({"wav2vec2": None, "ctc_lin": None}, path)
+    plan["settings"] = {"exclude": ["enc"]}
+    path.write_text(json.dumps(plan))
+    brain = make_brain()
+    StableQuant.attach(brain, plan=str(path))
+    (run,) = brain.stablequant.runs
+    assert [x.name for x in run.layers] == ["wav2vec2.conv", "ctc_lin"]
+
+
 def test_plan_of_another_model(make_brain, tmp_path):
     path = tmp_path / "other.json"
     plan_for({"wav2vec2": None, "ctc_lin": None}, path)
