@@ -38,3 +38,8 @@ def transducer_loss(
         losses.append(-(alpha[u] + blank[-1, u]))
     loss = torch.stack(losses)
     return loss.mean() if reduction in ("mean", "batchmean") else loss
+
+
+def transducer_losses(*args: torch.Tensor) -> torch.Tensor:
+    """That of each utterance."""
+    return transducer_loss(*args, reduction="none")
