@@ -44,10 +44,10 @@ def small_model() -> tuple[Small, list[Layer], dict[str, IntegerLayer]]:
     return model, layers, integers
 
 
-def plan_of(layers: list[Layer]) -> QuantizationPlan:
+def plan_of(layers: list[Layer], quant: LayerQuant = QUANT) -> QuantizationPlan:
     """A plan that quantizes layers."""
     rows = [
-        LayerPlan(x.name, x.unit, x.kind, QUANT, 3.0, 100.0, "a test")
+        LayerPlan(x.name, x.unit, x.kind, quant, 3.0, 100.0, "a test")
         for x in layers
     ]
     return QuantizationPlan("max", 6, 8, "0" * 32, {}, {}, [], rows)

@@ -19,7 +19,6 @@ from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
 from ..config import ConfigError
 from ..core.error_rates import score
-from ..core.parts import float_patterns
 from ..core.plan import QuantizationPlan
 from ..folder.recognizer_spec import RecognizerSource
 from ..folder.write_modules import ModulesSource
@@ -87,12 +86,10 @@ def _check_variant(brain: sb.Brain, config: "QuantizeConfig") -> None:
             f"quantize.method: {config.method} runs in one process; start it "
             "with python instead of torchrun"
         )
-    modules, plan, exclude = dict(brain.modules.items()), None, config.exclude
+    modules = dict(brain.modules.items())
+    layers = find_layers(modules, config.target, config.include, config.exclude)
     if config.plan is not None:
         plan = QuantizationPlan.load(config.plan)
-        exclude = (*exclude, *float_patterns(plan.parts))
-    layers = find_layers(modules, config.target, config.include, exclude)
-    if plan is not None:
         plan.check_fits(layers, modules, config.plan)
 
 

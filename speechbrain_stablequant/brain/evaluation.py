@@ -197,7 +197,9 @@ class Evaluator:
             self._dependencies,
         )
         # The shared store: variants reuse histograms and evaluations.
-        session = Session(recognizer, run.config, self.store, RUNTIMES)
+        session = Session(
+            recognizer, run.config, self.store, RUNTIMES, run.weights_alone
+        )
         # With the rule of the search that suits the recognizer.
         run.config = session.config
         run.plan, run.histograms = make_plan(session)

@@ -2,15 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..core.encoder_spec import described_encoders
-from ..core.parts import Part, float_patterns
+from ..core.parts import Part
 from ..core.plan import QuantizationPlan
-from ..model.layers import Layer
 from ..runtimes.build import in_place_forwards
 from ..runtimes.cpu import machine_identity
 from ..runtimes.probe_make import evaluating
@@ -26,6 +24,7 @@ from ..utils.files import identity
 from ..utils.typed import typed
 from .data import audio_of
 from .passes import recognize
+from .run_runtime import seven_bits_notes
 
 if TYPE_CHECKING:
     from .run import Run
@@ -40,8 +39,7 @@ _LENGTHS, _SEARCHED = 3, 16
 
 
 def decide_parts(run: "Run", batch: Any) -> None:
-    """Decide the run's parts, once for each model and machine, and leave
-    layers of parts that are faster in float out of its config.
+    """Decide the run's parts, once for each model and machine.
 
     ``batch`` is used where the run has no calibration set.
     """
@@ -55,30 +53,16 @@ def decide_parts(run: "Run", batch: Any) -> None:
         run.parts = distributed.from_main(
             _decide(run, batch) if distributed.is_main() else []
         )
-    patterns = float_patterns(run.parts)
-    if patterns and all(_any(patterns, layer) for layer in run.layers):
-        run.warnings.append(
-            "Nothing is faster in integers than in float on this machine; it "
-            "is executed in integers all the same."
-        )
-        run.parts = [_in_integers(part) for part in run.parts]
-        patterns = ()
-    if patterns:
-        run.config = replace(config, exclude=(*config.exclude, *patterns))
     for part in run.parts:
         logger.info("quantize: %s: %s", part.name, part.reason)
         if part.executes == "float":
-            run.warnings.append(f"'{part.name}' stays float: {part.reason}.")
-
-
-def _any(patterns: tuple[str, ...], layer: Layer) -> bool:
-    return any(fnmatchcase(layer.name, pattern) for pattern in patterns)
-
-
-def _in_integers(part: Part) -> Part:
-    """The part in the faster of the two ways without float."""
-    ms = {name: x for name, x in part.ms.items() if name != "float"}
-    return replace(part, executes=min(ms, key=ms.get))
+            run.warnings.append(
+                f"'{part.name}' is computed in floating point, its weights "
+                f"stored as integers: {part.reason}."
+            )
+    if len(run.weights_alone) == len(run.layers):
+        notes = seven_bits_notes(run.backend, config)
+        run.warnings[:] = [x for x in run.warnings if x not in notes]
 
 
 def _decide(run: "Run", batch: Any) -> list[Part]:

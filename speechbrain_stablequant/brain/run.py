@@ -11,11 +11,15 @@ from torch import nn
 
 from ..core.histogram import Histogram
 from ..core.integer_layer import IntegerLayer, integer_layer
-from ..core.parts import Part
+from ..core.parts import Part, in_float
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
 from ..folder.recognizer_spec import RecognizerSource
-from ..folder.stored_floats import rounded_floats, stored_layer
+from ..folder.stored_floats import (
+    rounded_floats,
+    rounded_weights,
+    stored_layer,
+)
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import write_folder
 from ..folder.write_modules import ModulesSource
@@ -89,6 +93,12 @@ class Run:
             self.modules, config.target, config.include, config.exclude
         )
 
+    @property
+    def weights_alone(self) -> set[str]:
+        """Layers whose weights alone are quantized."""
+        names = (layer.name for layer in self.layers)
+        return {name for name in names if in_float(self.parts, name)}
+
     def adjusted(self) -> AbstractContextManager[None]:
         """Apply the plan's changes to the parameters that stay float."""
         tensors = self.plan.tensors
@@ -97,10 +107,15 @@ class Run:
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Round the parameters that stay float, as the file stores them."""
+        """Round the parameters that are multiplied in floating point, as the
+        file stores them."""
         quants, dtype = self.plan.quants(), self.config.float_dtype
         modules, only = self.stored_modules, self.plan.weight_only
-        with self.adjusted(), rounded_floats(modules, quants, dtype, only):
+        with (
+            self.adjusted(),
+            rounded_floats(modules, quants, dtype, only),
+            rounded_weights(self.modules, self.integers),
+        ):
             yield
 
     def convert(self, layers: Iterable[Layer]) -> None:

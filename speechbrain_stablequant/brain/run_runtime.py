@@ -64,14 +64,14 @@ def choose_runtime(
             raise ConfigError(f"quantize.{error}") from error
         reason = str(error).partition(";")[0].removeprefix("backend: ")
         return _simulated(reason)
-    return name, _seven_bits_notes(name, config)
+    return name, seven_bits_notes(name, config)
 
 
 def _simulated(reason: str) -> tuple[str, list[str]]:
     return "torch", [f"Evaluated by simulation: {reason}."]
 
 
-def _seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
+def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
     """Warn if a runtime executes weights with fewer bits than the plan's."""
     cpu, bits = cpu_class(), config.weight_bits
     if cpu.exact or RUNTIMES[name].device != "cpu" or bits <= PAIR_SUM_BITS:
@@ -276,8 +276,8 @@ def _first_passing(
 def change_runtime(run: Run, chosen: str, reasons: Sequence[str]) -> None:
     """Change the runtime, and report why others were rejected."""
     if chosen != run.backend:
-        before = _seven_bits_notes(run.backend, run.config)
+        before = seven_bits_notes(run.backend, run.config)
         kept = [text for text in run.warnings if text not in before]
-        run.warnings[:] = kept + _seven_bits_notes(chosen, run.config)
+        run.warnings[:] = kept + seven_bits_notes(chosen, run.config)
         run.backend = chosen
     run.warnings += [f"Not executed by {reason}." for reason in reasons]

@@ -36,10 +36,11 @@ def account(
     for name in plan.weight_only:
         counts["parameters"]["weight_only"] += left.pop(name, 0)
         counts["products"]["weight_only"] += products.pop(name, 0)
-    for name in plan.quants():
+    for name, quant in plan.quants().items():
         module, numel = by_name[name], by_name[name].weight.numel()
-        counts["parameters"]["quantized"] += numel
-        counts["products"]["quantized"] += products.pop(name, 0)
+        share = "weight_only" if quant.weight_only else "quantized"
+        counts["parameters"][share] += numel
+        counts["products"][share] += products.pop(name, 0)
         weight = f"{name}.weight"
         if isinstance(module, RowsLinear):
             weight = f"{name.rpartition('.')[0]}.{module.weight_name}"

@@ -18,6 +18,9 @@ MIN_AMAX = 1e-8
 #: Supported widths.
 MIN_BITS, MAX_BITS = 2, 8
 
+#: Stands for floating point.
+FLOAT_BITS = 16
+
 #: Lower bound of GELU (its minimum is -0.16997).
 GELU_MIN = -0.17
 

@@ -4,7 +4,7 @@ Every runtime is checked against :func:`reference_forward`, which computes in
 exact integer arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..model.layers import Layer, layer_kind
 from .affine import (
+    FLOAT_BITS,
     dequantize,
     fake_quantize,
     qmax,
@@ -35,7 +36,7 @@ class IntegerLayer:
     weight_scale: torch.Tensor = field(repr=False)  # float32 [out]
     weight_bits: int
     activation_scale: torch.Tensor = field(repr=False)  # float32, one element
-    activation_bits: int
+    activation_bits: int  # FLOAT_BITS: only the weight is quantized
     bias: torch.Tensor | None = field(repr=False)  # float32 [out]
     # Pairs of a conv2d.
     stride: Sizes = 1
@@ -52,6 +53,11 @@ class IntegerLayer:
     )
     # How a runtime multiplies it on this machine, see runtimes.algorithms.
     algorithm: str = "native"
+
+    @property
+    def weight_only(self) -> bool:
+        """As of a :class:`LayerQuant`."""
+        return self.activation_bits == FLOAT_BITS
 
     def loaded(self) -> "IntegerLayer":
         """Returns the layer with its weight in memory."""
@@ -123,6 +129,14 @@ class FloatLayer:
     def full_bias(self) -> torch.Tensor | None:
         """Returns the bias, as of :class:`IntegerLayer`."""
         return self.bias
+
+
+def in_integers(
+    layers: Mapping[str, IntegerLayer],
+) -> dict[str, IntegerLayer]:
+    """Layers that are multiplied in integers: not those whose weight alone is
+    quantized, whose modules have it as a float parameter."""
+    return {n: layer for n, layer in layers.items() if not layer.weight_only}
 
 
 def layer_geometry(module: nn.Module) -> dict[str, Sizes]:
@@ -217,7 +231,9 @@ def simulate(
     """Computes a layer with its input on the quantization grid, in float32; the
     offset's share is part of ``bias``."""
     x = x.float() - offset if offset else x.float()
-    return multiply(layer, fake_quantize(x, scale, bits), weight, bias)
+    if bits != FLOAT_BITS:
+        x = fake_quantize(x, scale, bits)
+    return multiply(layer, x, weight, bias)
 
 
 def integer_product(layer: IntegerLayer, q: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .affine import scale_from_amax
+from .affine import FLOAT_BITS, scale_from_amax
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,18 @@ class LayerQuant:
     """How one layer is quantized."""
 
     weight_bits: int  # one scale per output channel
-    activation_bits: int  # of the input, one static scale
+    # Of the input, one static scale; FLOAT_BITS: the input stays float.
+    activation_bits: int
     activation_amax: float  # largest magnitude of the input in the range
     weight_method: str = "max"  # or "mse": the search of the weight's ranges
     # Subtracted from the input before quantization, so that an asymmetric
     # input uses all integers; a whole number of steps.
     activation_offset: float = 0.0
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the weight alone is quantized."""
+        return self.activation_bits == FLOAT_BITS
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON; the offset only where it is used, so
@@ -29,7 +35,9 @@ class LayerQuant:
         return raw
 
     def input_scale(self, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Returns the float32 scale of the input."""
+        """Returns the float32 scale of the input; 1 if it stays float."""
+        if self.weight_only:
+            return torch.ones((), device=device)
         amax = torch.tensor(self.activation_amax)
         return scale_from_amax(amax, self.activation_bits).to(device)
 

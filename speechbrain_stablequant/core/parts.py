@@ -21,7 +21,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Part:
-    """A module that is executed as one graph, layer by layer, or in float."""
+    """A module that is executed as one graph, layer by layer, or in float,
+    with weights that are stored as integers."""
 
     name: str  # path in the Brain's modules
     executes: Literal["graph", "layers", "float"]
@@ -38,6 +39,8 @@ class Part:
     read: list[int] = field(default_factory=list)
 
 
-def float_patterns(parts: Iterable[Part]) -> tuple[str, ...]:
-    """Patterns of the layers that parts leave in float, as for ``exclude``."""
-    return tuple(f"{x.name}.*" for x in parts if x.executes == "float")
+def in_float(parts: Iterable[Part], layer: str) -> bool:
+    """Whether a layer is in a part that is executed in float."""
+    return any(
+        x.executes == "float" and layer.startswith(f"{x.name}.") for x in parts
+    )

@@ -22,7 +22,7 @@ from ..utils.files import (
 )
 from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
 from ..utils.typed import one_line, short, typed
-from .affine import MAX_BITS, MIN_BITS
+from .affine import FLOAT_BITS, MAX_BITS, MIN_BITS
 from .layer_quant import LayerQuant
 from .packing import pack, unpack
 from .parts import Part
@@ -117,8 +117,8 @@ class QuantizationPlan:
         Integers and float parameters that a method decided, in a file of
         their own.
     weight_only : list of str
-        Parameters that are stored as integers of 8 bits and multiplied in
-        floating point.
+        Parameters of no layer that are stored as integers of 8 bits and
+        multiplied in floating point.
     parts : list of Part
         What is executed as a whole; empty where a runtime has its own way.
     """
@@ -298,7 +298,7 @@ def check_quant(quant: LayerQuant, where: str) -> None:
         quant,
         where,
         weight_bits=quant.weight_bits in widths,
-        activation_bits=quant.activation_bits in widths,
+        activation_bits=quant.activation_bits in (*widths, FLOAT_BITS),
         activation_amax=0 <= quant.activation_amax <= _LARGEST,
         weight_method=quant.weight_method in ("max", "mse"),
         activation_offset=abs(quant.activation_offset) <= _LARGEST,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..core.integer_layer import IntegerLayer, layer_geometry
+from ..core.integer_layer import IntegerLayer, in_integers, layer_geometry
 from ..model import products
 from ..model.layers import layer_kind
 from ..model.rotation import attach_rotations, rotation_of
@@ -23,7 +23,8 @@ def fill_modules(
     floats: Mapping[str, torch.Tensor],
     where: str | Path,
 ) -> None:
-    """Gives modules their float parameters, and frees integer layers' weights.
+    """Gives modules their float parameters, those of weight-only layers
+    included, and frees the weights of other integer layers.
 
     Modules may be on ``meta``. Raises CheckpointError, which names ``where``.
     """
@@ -34,6 +35,9 @@ def fill_modules(
         for name, layer in integers.items():
             module = by_name.get(name)
             _check_fit(module, layer)
+            if layer.weight_only:
+                _dequantize(name, module, layer, floats)
+                continue
             if isinstance(module, products.RowsLinear):
                 # Its owner's bias is stored, too.
                 floats.pop(f"{name}.bias", None)
@@ -45,6 +49,7 @@ def fill_modules(
             if module.bias is None and layer.bias is not None:
                 # A bias correction for a layer without a bias.
                 module.bias = nn.Parameter(torch.empty_like(layer.bias))
+        integers = in_integers(integers)
         for place in products.covered_parameters(modules, integers).values():
             products.free_parameter(*place)
         _rotate(modules, floats)
@@ -78,6 +83,31 @@ def _check_fit(module: nn.Module | None, layer: IntegerLayer) -> None:
             f"layer '{layer.name}' of shape {list(layer.weight.shape)} "
             f"{geometry or ''} is not the model's, which is {one_line(module)}"
         )
+
+
+def _dequantize(
+    name: str,
+    module: nn.Module,
+    layer: IntegerLayer,
+    floats: dict[str, torch.Tensor],
+) -> None:
+    """Adds the weight of a weight-only layer to the floats."""
+    weight = layer.loaded().float_weight()
+    if not isinstance(module, products.RowsLinear):
+        _free_weight(module)
+        module.weight = nn.Parameter(torch.empty_like(weight, device="meta"))
+        floats[f"{name}.weight"] = weight
+        return
+    floats.pop(f"{name}.bias", None)
+    rows = [(module.weight_name, module.rows, weight)]
+    if layer.bias is not None:
+        rows.append((module.bias_name, module.bias_rows, layer.bias))
+    for attribute, place, value in rows:
+        full = f"{name.rpartition('.')[0]}.{attribute}"
+        if full not in floats:
+            whole = getattr(module.owner, attribute)
+            floats[full] = torch.empty(whole.shape)
+        floats[full][place] = value
 
 
 def _free_weight(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.affine import MAX_BITS, MIN_BITS, qmax
+from ..core.affine import FLOAT_BITS, MAX_BITS, MIN_BITS, qmax
 from ..core.integer_layer import IntegerLayer, Sizes
 from ..core.layer_quant import LayerQuant
 from ..core.packing import check_packed, unpack
@@ -77,7 +77,8 @@ def _check_row(row: LayerRow) -> None:
 
     checks = {
         "weight_bits": MIN_BITS <= row.weight_bits <= MAX_BITS,
-        "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS,
+        "activation_bits": MIN_BITS <= row.activation_bits <= MAX_BITS
+        or row.activation_bits == FLOAT_BITS,
         "shape": shaped,
         "stride": at_least(row.stride, 1),
         "padding": at_least(row.padding, 0),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.integer_layer import IntegerLayer
+from ..core.integer_layer import IntegerLayer, in_integers
 from ..model import products
 from ..model.layers import find_encoders
 from ..runtimes.base import modules_by_name
@@ -105,13 +105,14 @@ class LiveModules:
         fill_modules(self.modules, checkpoint.integers, floats, path)
         set_hidden_state(self.modules, state, path)
         self._read, self._probe = read, checkpoint.probe
-        self._integers: dict[str, IntegerLayer] | None = checkpoint.integers
-        layers = modules_by_name(self.modules, checkpoint.integers).values()
+        integers = in_integers(checkpoint.integers)
+        self._integers: dict[str, IntegerLayer] | None = integers
+        layers = modules_by_name(self.modules, integers).values()
         encoders = [x.model for x in find_encoders(self.modules)]
         for module in (*layers, *encoders):
             module.forward = _Dispatch(self, module)
         by_name = products.modules_by_name(self.modules)
-        for name in checkpoint.integers:
+        for name in integers:
             owners = products.owners_of(name, by_name)
             for owner, forward in products.visible_forwards(owners).items():
                 owner.forward = forward
@@ -142,7 +143,7 @@ class LiveModules:
 
     def _build(self, name: str, device: torch.device) -> BuiltRuntime:
         if self._integers is None:
-            self._integers = self._read().integers
+            self._integers = in_integers(self._read().integers)
         integers = {n: x.to(device) for n, x in self._integers.items()}
         options = select_options(name, self.options)
         # Parts are captured with the modules' own forwards.

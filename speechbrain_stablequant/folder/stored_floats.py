@@ -1,16 +1,20 @@
 """What stays floating point in a quantized model, and how it is stored."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..core.affine import dequantize, quantize, weight_scale
 from ..core.integer_layer import IntegerLayer
 from ..model.products import covered_parameters
-from ..utils.patching import restored_values
+from ..runtimes.base import modules_by_name
+from ..runtimes.simulated import make_layer
+from ..utils.patching import restored_values, shadowed_forwards
 from .errors import CheckpointError
 
 # Relative to a tensor's largest value: the rounding error of half precision.
@@ -89,6 +93,34 @@ def rounded_floats(
     with restored_values(state[name] for name in rounded):
         for name, value in rounded.items():
             state[name].copy_(value)
+        yield
+
+
+@contextmanager
+def rounded_weights(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> Iterator[None]:
+    """Context in which weight-only layers compute with their integers."""
+    alone = {name: x for name, x in integers.items() if x.weight_only}
+    found = modules_by_name(modules, alone)
+    holders = nn.ModuleList(modules.values()).modules()
+    uses = Counter(x for m in holders for x in m._parameters.values())
+    filled, replaced = [], {}
+    for name, module in found.items():
+        # A parameter of two modules has two values in the file.
+        if parametrize.is_parametrized(module, "weight") or any(
+            uses[x] > 1 for x in module.parameters()
+        ):
+            replaced[module] = make_layer(alone[name])
+        else:
+            filled.append((module, alone[name]))
+    parameters = (x for module, _ in filled for x in module.parameters())
+    with restored_values(parameters), shadowed_forwards(replaced):
+        with torch.no_grad():
+            for module, layer in filled:
+                module.weight.copy_(layer.float_weight())
+                if layer.bias is not None:
+                    module.bias.copy_(layer.bias)
         yield
 
 

@@ -33,7 +33,7 @@ def calibrator_plan(
     ):
         histogram = calibration.histograms[layer.name]
         amax = calibrate(method, histogram, config.activation_bits, **options)
-        quants[layer.name] = session.quant(amax, weight_method)
+        quants[layer.name] = session.quant(layer.name, amax, weight_method)
     plan = session.assemble(
         weights,
         units=[UnitPlan(name) for name in session.units],

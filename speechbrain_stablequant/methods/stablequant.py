@@ -20,7 +20,7 @@ from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
 from ..core.plan import QuantizationPlan, UnitPlan
-from ..model.layers import Layer
+from ..model.layers import Layer, group_units
 from .search.journal import JOURNAL_FILE
 from .search.percentile import search_cutoffs
 from .search.score import Evaluate, Score
@@ -53,7 +53,7 @@ def stablequant_plan(
         bar,
         rank,
         lambda layer, ratio: session.quant(
-            histograms[layer.name].quantile(ratio / 100), "max"
+            layer.name, histograms[layer.name].quantile(ratio / 100), "max"
         ),
     )
     cutoffs = layer_cutoffs(session, units)
@@ -66,7 +66,7 @@ def stablequant_plan(
         JOURNAL_FILE,
         time.monotonic() - started,
     )
-    reasons = {unit.name: _reason(unit) for unit in units}
+    reasons = {x.name: _reason(x) for x in units if x.wer is not None}
     plan = session.assemble(
         weights,
         units=units,
@@ -121,9 +121,11 @@ def search_units(
 
     ``quantize`` gives a layer's quant at a percentile; ``rank`` compares
     candidates, by default ``evaluate``; ``bar`` is closed at the end. Returns
-    the float model's score and a plan of each unit.
+    the float model's score and a plan of each unit. Units without an input to
+    clip are not searched.
     """
     search = session.config.search
+    searched = group_units(session.clipped_layers)
 
     def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
         return {
@@ -131,16 +133,18 @@ def search_units(
         }
 
     with bar:
-        bar.total = 1 + len(session.units)
+        bar.total = 1 + len(searched)
         baseline, units = select_units(
-            {unit: cut_unit(unit, 100.0) for unit in session.units},
+            {unit: cut_unit(unit, 100.0) for unit in searched},
             evaluate,
             search,
         )
         selected = sum(unit.selected for unit in units)
         bar.total += selected * len(search.cutoffs)
         bar.refresh()
-        return baseline, search_cutoffs(units, cut_unit, evaluate, search, rank)
+        units = search_cutoffs(units, cut_unit, evaluate, search, rank)
+        found = {unit.name: unit for unit in units}
+        return baseline, [found.get(n) or UnitPlan(n) for n in session.units]
 
 
 def layer_cutoffs(
@@ -163,7 +167,7 @@ def _final_quants(
     for name, cutoff in cutoffs.items():
         histogram = histograms[name]
         amax = clipped_mse(histogram, histogram.quantile(cutoff / 100), bits)
-        quants[name] = session.quant(amax, weight_method)
+        quants[name] = session.quant(name, amax, weight_method)
     return quants
 
 

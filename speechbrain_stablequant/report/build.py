@@ -127,7 +127,8 @@ def _histograms(
     rows = {}
     for layer in plan.layers:
         histogram = histograms.get(layer.name)
-        if histogram is None or layer.quant is None:
+        quant = layer.quant
+        if histogram is None or quant is None or quant.weight_only:
             continue
         counts = histogram.counts.view(COARSE_BINS, -1).sum(1)
         rows[layer.name] = {
@@ -136,6 +137,6 @@ def _histograms(
             "counts": counts.tolist(),
             "max": histogram.max,
             "cutoff_amax": histogram.quantile(layer.cutoff / 100),
-            "amax": layer.quant.activation_amax,
+            "amax": quant.activation_amax,
         }
     return rows

@@ -105,7 +105,7 @@ def account(report: dict) -> list[list[str]]:
     found = report.get("account") or {}
     kinds = {
         "quantized": "Quantized",
-        "weight_only": "Weights alone, 8 bits",
+        "weight_only": "Weights alone",
         "float": "Floating point",
     }
     return [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core.encoder_spec import describe_encoder
-from ..core.integer_layer import IntegerLayer
+from ..core.integer_layer import IntegerLayer, in_integers
 from ..core.parts import Part
 from ..model.layers import Encoder, find_encoders
 from ..utils import forks
@@ -54,13 +54,14 @@ def build_forwards(
     forward of each module, for ``shadowed_forwards``.
 
     Weights of integer layers in ``modules`` are not read; they may be on the
-    ``meta`` device. ``cpu`` is the one whose integers are executed, by default
-    this one; ``parts`` are the plan's. ValueError for a layer that is not in
-    the model, an encoder or layer that this runtime cannot execute, and
-    :class:`UnusableRuntime` if it is wrong on this machine.
+    ``meta`` device; those of weight-only layers are used. ``cpu`` is the one
+    whose integers are executed, by default this one; ``parts`` are the plan's.
+    ValueError for a layer that is not in the model, an encoder or layer that
+    this runtime cannot execute, and :class:`UnusableRuntime` if it is wrong on
+    this machine.
     """
     forks.protect_children()
-    runtime = RUNTIMES[backend]
+    runtime, integers = RUNTIMES[backend], in_integers(integers)
     if runtime.device == "cpu":
         integers = executed_integers(integers, cpu or cpu_class())
     if not runtime.streams:

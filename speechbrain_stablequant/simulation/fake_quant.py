@@ -28,7 +28,10 @@ _NOTHING = LayerTensors()
 
 
 def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
-    """Returns a layer's float32 input on its quantization grid."""
+    """Returns a layer's float32 input on its quantization grid, if it has
+    one."""
+    if quant.weight_only:
+        return x
     scale = quant.input_scale(x.device)
     if not quant.activation_offset:
         return fake_quantize(x, scale, quant.activation_bits)

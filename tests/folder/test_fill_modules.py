@@ -5,27 +5,40 @@ import copy
 import pytest
 import torch
 from small_model import QUANT, Small, plan_of, small_model
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
+from speechbrain_stablequant.core.affine import FLOAT_BITS
+from speechbrain_stablequant.core.integer_layer import integer_layer
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.live_modules import LiveModules
-from speechbrain_stablequant.folder.stored_floats import float_state
+from speechbrain_stablequant.folder.stored_floats import (
+    float_state,
+    rounded_weights,
+)
 from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
     save_checkpoint,
 )
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.utils.patching import shadowed_forwards
 
 ATTENTION = "m.attention"
+ALONE = LayerQuant(4, FLOAT_BITS, 0.0, "mse")
 
 
-def saved(folder, integers, layers, model):
+def saved(folder, integers, layers, model, quant=QUANT):
     """What is read from a file of these integers."""
     quantized = [layer for layer in layers if layer.name in integers]
-    floats = float_state({"m": model}, integers)
-    save_checkpoint(folder, plan_of(quantized), integers, floats, "float32")
+    plan, floats = (
+        plan_of(quantized, quant),
+        float_state({"m": model}, integers),
+    )
+    save_checkpoint(folder, plan, integers, floats, "float32")
     return load_checkpoint(folder)
 
 
@@ -97,3 +110,50 @@ def test_live_modules_compute_products_of_attention(tmp_path):
             got = one.modules["m"](x)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert one.runtime == "torch"
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_weight_only_layers_are_float_parameters(tmp_path, normed):
+    """In a run and from the folder, with no forward of a runtime."""
+
+    def made():
+        model = Small().eval()
+        if normed:
+            weight_norm(model.mix, dim=2)
+        return model
+
+    torch.manual_seed(0)
+    model, empty = made(), made()
+    nn.init.normal_(model.attention.in_proj_bias)
+    layers = find_layers({"m": model}, ["m"])
+    integers = {x.name: integer_layer(x, ALONE) for x in layers}
+    integers[f"{ATTENTION}.in_proj_q"].bias.add_(1.0)  # as training may
+    x = torch.randn(2, 17, 16)
+    with torch.no_grad():
+        before = model(x)
+        with rounded_weights({"m": model}, integers):
+            expected = model(x)
+        assert torch.equal(model(x), before)
+    assert (expected - before).abs().max() > 1e-3
+    found = saved(tmp_path, integers, layers, model, ALONE)
+    assert not {n for n in found.floats if n.endswith("weight")}
+    live = LiveModules({"m": empty}, [empty], "torch", {})
+    live.load(found, lambda: load_checkpoint(tmp_path), tmp_path)
+    assert build_forwards("torch", {"m": empty}, found.integers) == {}
+    for one in (live, copy.deepcopy(live)):
+        module = one.modules["m"]
+        assert not any("forward" in vars(part) for part in module.modules())
+        with torch.no_grad():
+            assert torch.equal(module(x), expected)
+
+
+def test_a_tied_weight_keeps_two_values():
+    tied = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 8)})
+    tied["two"].weight = tied["one"].weight
+    (_, layer) = find_layers({"m": tied}, ["m"])
+    integers = {layer.name: integer_layer(layer, ALONE)}
+    x = torch.randn(3, 8)
+    one, two = tied["one"](x), tied["two"](x)
+    with rounded_weights({"m": tied}, integers):
+        assert torch.equal(tied["one"](x), one)
+        assert not torch.equal(tied["two"](x), two)

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
-from speechbrain_stablequant.core.affine import GELU_MIN
+from speechbrain_stablequant.core.affine import FLOAT_BITS, GELU_MIN
 from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.integer_layer import integer_layer
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
 from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.plus.quarot import (
@@ -30,6 +31,7 @@ from speechbrain_stablequant.methods.plus.zero_point import (
     asymmetric_range,
     behind_gelu,
 )
+from speechbrain_stablequant.methods.qat.student import Student
 from speechbrain_stablequant.methods.registry import make_plan
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.session.session import Session
@@ -541,3 +543,55 @@ def test_budget_by_another_estimate(large, tmp_path, monkeypatch):
     assert part["scores"] == "inverse"
     for row in part["units"].values():
         assert [o["harm"] for o in row["options"]] == [1 / 4, 1 / 8, 1 / 16]
+
+
+# -- weights alone -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["stablequant", "stablequant_plus"])
+def test_weights_alone_are_not_clipped(large, tmp_path, method):
+    """Their units are not measured, and their integers are few bits."""
+    session = session_of(
+        large,
+        tmp_path,
+        method=method,
+        plus={"cutoffs": "layers"},
+        include=["*encoder.layers.0.*", "ctc_lin.*"],
+    )
+    session.weights_alone = {
+        layer.name for layer in session.layers if layer.unit == "block.0"
+    }
+    plan, _ = make_plan(session)
+    rows = {layer.name: layer for layer in plan.layers}
+    for name, row in rows.items():
+        alone = name in session.weights_alone
+        assert row.quant.weight_only == alone
+        assert row.quant.weight_bits == 4
+        assert ("weights alone" in row.reason) == alone
+    assert {rows[n].cutoff for n in session.weights_alone} == {100.0}
+    units = {unit.name: unit for unit in plan.units}
+    assert list(units) == list(session.units)
+    assert units["block.0"].wer is None
+    if method == "stablequant":
+        assert units["head"].wer is not None
+    else:
+        (found,) = (x for x in plan.search["parts"] if x["part"] == "cutoffs")
+        assert found["layers"].keys() == rows.keys() - session.weights_alone
+        assert plan.tensors.layers.keys() >= session.weights_alone
+
+
+def test_training_of_weights_alone(large):
+    layers = find_layers(dict(large.items()), ["ctc_lin"])
+    quants = {x.name: LayerQuant(4, FLOAT_BITS, 0.0) for x in layers}
+    student = Student(layers, quants, dict(large.items()), learn_scales=True)
+    assert not any("input_growth" in n for n in student.trained(scales=True))
+    (layer,) = layers
+    x = torch.randn(2, layer.module.in_features)
+    with torch.no_grad(), Simulator(layers).apply(quants):
+        expected = layer.module(x)
+    with student.active():
+        found = layer.module(x)
+    assert torch.equal(found, expected)
+    weight = integer_layer(layer, quants[layer.name]).float_weight()
+    assert torch.equal(expected, F.linear(x, weight, layer.module.bias))
+    assert student.result()[0] == quants

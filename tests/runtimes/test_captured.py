@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.core.parts import Part, float_patterns
+from speechbrain_stablequant.core.parts import Part, in_float
 from speechbrain_stablequant.core.plan import QuantizationPlan
 from speechbrain_stablequant.model.layers import Layer
 from speechbrain_stablequant.runtimes.build import (
@@ -512,7 +512,8 @@ def test_parts_are_the_largest_that_are_captured(select_parts):
 def test_what_does_not_gain_stays_float(select_parts):
     parts = select_parts(graph=5.0, layers=4.0, float=3.0)
     assert {part.executes for part in parts} == {"float"}
-    assert float_patterns(parts)[0] == "model.encoder.*"
+    assert in_float(parts, "model.encoder.blocks.0.up")
+    assert not in_float(parts, "model.encoder_two.up")
 
 
 def test_timed_ways_take_turns():

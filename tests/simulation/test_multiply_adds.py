@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from speechbrain_stablequant.core.account import account
+from speechbrain_stablequant.core.affine import FLOAT_BITS
+from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.weight_only import weight_only_parameters
 from speechbrain_stablequant.simulation.multiply_adds import (
@@ -97,6 +99,17 @@ def test_account(recurrent):
     assert why["m.cell.weight_hh"] == "too small for integers to pay"
     assert why["biases and normalizations"].startswith("added")
     assert why["m.mixed"] == "no product that is known by its module"
+
+
+def test_account_of_weights_alone():
+    model, layers, _ = small_model()
+    plan = plan_of(layers, LayerQuant(4, FLOAT_BITS, 0.0))
+    products = dict.fromkeys((layer.name for layer in layers), 7)
+    found = account(plan, {"m": model}, products)
+    held = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert found["parameters"]["quantized"] == 0
+    assert found["parameters"]["weight_only"] == held
+    assert found["products"]["weight_only"] == 7 * len(layers)
 
 
 def test_account_of_rows():

@@ -1,5 +1,6 @@
 """A walk through the network, layer by layer, behind a quantized prefix."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -93,6 +94,8 @@ class PrefixWalk:
                 if not replay.prepare(layer.unit, before, self.forward):
                     replay.drop()
         middle, half = quant.activation_offset, quant.activation_amax
+        if quant.weight_only:
+            half = math.inf
         edges = (middle - half, middle + half)
         if slides(layer.module):
             (kernel,) = layer.module.kernel_size

@@ -5,11 +5,12 @@ from dataclasses import asdict
 
 from torch import nn
 
+from ...core.affine import FLOAT_BITS
 from ...core.packing import packed_size
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
 from ..search.bit_allocation import Option, choose_bits, monotone
-from .work import FLOAT_BITS, Work
+from .work import Work
 
 Harm = Callable[[Work, list[int]], dict[tuple[str, int], float]]
 

@@ -56,9 +56,12 @@ def _groups(work: Work) -> list[list[Layer]]:
     unit with the same inputs (query, key, value)."""
     histograms = work.calibration.histograms
     groups: list[list[Layer]] = []
+    alone = work.session.weights_alone
     for layers in work.units.values():
         first = len(groups)
         for layer in layers:
+            if layer.name in alone:
+                continue
             own = histograms[layer.name].to_dict()
             for group in groups[first:] if work.session.by_divergence else ():
                 if histograms[group[0].name].to_dict() == own:

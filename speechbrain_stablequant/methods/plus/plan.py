@@ -87,7 +87,7 @@ def _best_equalization(work: Work) -> tuple[float, dict[Site, torch.Tensor]]:
     session, plus = work.session, work.session.config.plus
     sites = [
         site
-        for site in find_sites(session.encoders, session.layers)
+        for site in find_sites(session.encoders, session.clipped_layers)
         if plus.equalize and not is_rotated(site.producer, work.rotated)
     ]
     if not sites:
@@ -125,6 +125,7 @@ def _rounded(
         return {}
     compensated = Compensate(plus.damping, plus.earlier_errors)
     without_effect = _convs_before_group_norm(session)
+    without_effect |= set(session.weights_alone)
 
     def solve(layer: Layer) -> AdaRound | Compensate | None:
         if plus.adaround and layer.unit in selected:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from ...core.affine import GELU_MIN
+from ...core.affine import FLOAT_BITS, GELU_MIN
 from ...core.calibrators import clipped_mse
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
@@ -18,9 +18,6 @@ from ..session.search_set import search_evaluate
 from ..session.session import Session
 from .quarot import can_rotate
 from .zero_point import ShiftedObserver, asymmetric_range, behind_gelu
-
-#: Of a unit that stays float.
-FLOAT_BITS = 16
 
 
 class Work:
@@ -100,12 +97,12 @@ class Work:
             amax = histogram.quantile(ratio)
             if least_error:
                 amax = clipped_mse(histogram, amax, activation_bits)
-        return LayerQuant(
-            bits or config.weight_bits,
-            activation_bits,
-            float(amax),
+        return self.session.quant(
+            layer.name,
+            amax,
             (config.weight_method or "mse") if least_error else "max",
-            float(zero_point),
+            (bits or config.weight_bits, activation_bits),
+            zero_point,
         )
 
     def quants(self) -> dict[str, LayerQuant]:

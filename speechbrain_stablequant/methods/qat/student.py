@@ -101,6 +101,8 @@ class _TrainedLayer:
         self.weight_growth, self.input_growth = (
             parameter(zero, trains and learns) for zero in zeros
         )
+        if quant.weight_only:
+            self.input_growth.requires_grad_(False)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by attribute name, trained or not."""
@@ -120,9 +122,11 @@ class _TrainedLayer:
         quant, weight = self.quant, self.weight
         # In 16 bits the products of grid values would be rounded again.
         with torch.autocast(x.device.type, enabled=False):
-            grid = straight_through(
-                x.float(), input_scale, quant.activation_bits, x[0].numel()
-            )
+            grid = x.float()
+            if not quant.weight_only:
+                grid = straight_through(
+                    grid, input_scale, quant.activation_bits, x[0].numel()
+                )
             weight = straight_through(
                 weight,
                 weight_scales.view(-1, *(1,) * (weight.dim() - 1)),

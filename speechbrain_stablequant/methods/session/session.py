@@ -1,13 +1,14 @@
 """One recognizer that is being quantized."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
 from ...config import CommonConfig
+from ...core.affine import FLOAT_BITS
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
@@ -20,12 +21,15 @@ from ..search.divergence import Divergence
 from .block_cuts import block_cuts
 from .recognizer import Recognizer, fingerprint_modules
 
+_ALONE = "its part is as fast in floating point: weights alone"
+
 
 class Session:
     """A recognizer being quantized: its layers, units, config and store.
 
     ``store`` keeps histograms, evaluations and finished layers; ``runtimes``
-    are named in a plan's record.
+    are named in a plan's record; only the weights of the layers that
+    ``weights_alone`` names are quantized.
     """
 
     def __init__(
@@ -34,8 +38,10 @@ class Session:
         config: CommonConfig,
         store: Store,
         runtimes: Iterable[str],
+        weights_alone: Collection[str] = (),
     ):
         self.recognizer = recognizer
+        self.weights_alone = weights_alone
         if (
             config.plan is None
             and config.search.rule is None
@@ -82,6 +88,11 @@ class Session:
         """Identifies the present weights of the model."""
         return from_main(fingerprint_modules(self.recognizer.modules))
 
+    @property
+    def clipped_layers(self) -> list[Layer]:
+        """Layers whose inputs are quantized."""
+        return [x for x in self.layers if x.name not in self.weights_alone]
+
     def assemble(
         self,
         weights: str,
@@ -97,18 +108,21 @@ class Session:
         ``histograms`` and ``cutoffs``: of the input of each layer; ``reason``
         says in a sentence why it is quantized so.
         """
-        layers = [
-            LayerPlan(
-                name=layer.name,
-                unit=layer.unit,
-                kind=layer.kind,
-                quant=quants.get(layer.name),
-                observed_max=histograms[layer.name].max,
-                cutoff=cutoffs[layer.name],
-                reason=reason(layer),
+        layers = []
+        for layer in self.layers:
+            quant = quants.get(layer.name)
+            alone = quant is not None and quant.weight_only
+            layers.append(
+                LayerPlan(
+                    name=layer.name,
+                    unit=layer.unit,
+                    kind=layer.kind,
+                    quant=quant,
+                    observed_max=histograms[layer.name].max,
+                    cutoff=100.0 if alone else cutoffs[layer.name],
+                    reason=_ALONE if alone else reason(layer),
+                )
             )
-            for layer in self.layers
-        ]
         return QuantizationPlan(
             method=self.config.method,
             weight_bits=self.config.weight_bits,
@@ -121,13 +135,22 @@ class Session:
             weight_only=self.weight_only,
         )
 
-    def quant(self, amax: float, weight_method: str) -> LayerQuant:
-        """A layer quantized with the block's precision."""
+    def quant(
+        self,
+        layer: str,
+        amax: float,
+        weight_method: str,
+        bits: tuple[int, int] | None = None,
+        offset: float = 0.0,
+    ) -> LayerQuant:
+        """A layer quantized with the block's precision, or with ``bits`` of
+        weights and activations."""
+        config = self.config
+        weight, inputs = bits or (config.weight_bits, config.activation_bits)
+        if layer in self.weights_alone:
+            return LayerQuant(weight, FLOAT_BITS, 0.0, weight_method)
         return LayerQuant(
-            self.config.weight_bits,
-            self.config.activation_bits,
-            float(amax),
-            weight_method,
+            weight, inputs, float(amax), weight_method, float(offset)
         )
 
     def prefix(

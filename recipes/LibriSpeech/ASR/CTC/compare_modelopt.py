@@ -37,8 +37,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from speechbrain_stablequant.core.affine import FLOAT_BITS
 from speechbrain_stablequant.methods.plus.bits import HARMS
-from speechbrain_stablequant.methods.plus.work import FLOAT_BITS, Work
+from speechbrain_stablequant.methods.plus.work import Work
 
 # Of log probabilities, between the recipe's and those of the copies.
 TOLERANCE = 1e-3
