@@ -277,11 +277,10 @@ class Evaluator:
         self, metric: Any, clock: ForwardClock, heard: Sequence[tuple[str, ...]]
     ) -> Evaluation:
         """What was just evaluated, with all metrics of the Brain."""
-        return replace(
-            evaluation_of(metric, clock, heard),
-            counts=counts_of(self.brain),
-            rate=rate_of(self.brain, self.config.metric_attribute),
-        )
+        counts = counts_of(self.brain)
+        rate = rate_of(self.brain, self.config.metric_attribute)
+        found = evaluation_of(metric, clock, heard)
+        return replace(found, counts=counts, rate=rate)
 
     def _key(self, run: Run, baseline: Evaluation, decoding: str) -> str:
         """Key of the transcripts and times of an evaluation."""

@@ -85,10 +85,8 @@ class BrainRecognizer:
             batches, stage = self.subsets[subset], sb.Stage.VALID
             first = batches.load()[0]
             reads = self.dependencies.reads(first, stage)[kind]
-            content = [
-                self.dependencies.key(first, stage, kind),
-                batches.digest(reads.batch),
-            ]
+            key = self.dependencies.key(first, stage, kind)
+            content = [key, batches.digest(reads.batch)]
             if self.autoregressive and kind != "scores":
                 content.append("teacher forcing")
             self._keys[subset, kind] = identity(content)

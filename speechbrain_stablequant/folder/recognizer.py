@@ -65,11 +65,9 @@ class RuntimeEncoder(nn.Module):
             mask = length_to_mask(lengths).bool()
         if self.normalize_wav:
             wav = F.layer_norm(wav, wav.shape[1:])
-        out = self.model(
-            wav,
-            attention_mask=mask,
-            output_hidden_states=self.output_all_hiddens,
-        ).last_hidden_state
+        every = self.output_all_hiddens
+        out = self.model(wav, attention_mask=mask, output_hidden_states=every)
+        out = out.last_hidden_state
         return F.layer_norm(out, out.shape[1:]) if self.output_norm else out
 
 
@@ -222,12 +220,9 @@ class QuantizedRecognizer(nn.Module):
         parts = dict(self.parts.items())
         if RUNTIMES[name].encoder is None:
             parts[self._key] = self._encoder_with_code(device)
-        forwards = build_forwards(
-            name,
-            parts,
-            {n: layer.to(device) for n, layer in self.integers().items()},
-            **select_options(name, self.options),
-        )
+        integers = {n: x.to(device) for n, x in self.integers().items()}
+        options = select_options(name, self.options)
+        forwards = build_forwards(name, parts, integers, **options)
         if self._probe is not None:
             compute = chain(parts, self._use_lengths, forwards)
             check_probe(name, self._probe, compute, device)

@@ -94,12 +94,9 @@ def save_checkpoint(
     if probe is not None:
         tensors.update(probe.tensors())
     checksum = _digest(description, tensors)
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION if probe else VERSION_WITHOUT_PROBE),
-        "checksum": checksum,
-        "description": description,
-    }
+    version = str(VERSION if probe else VERSION_WITHOUT_PROBE)
+    header = {"format": FORMAT, "version": version, "checksum": checksum}
+    header["description"] = description
     write_atomic(folder / WEIGHTS_FILE, tensors_to_bytes(tensors, header))
     return checksum
 

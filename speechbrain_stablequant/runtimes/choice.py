@@ -10,7 +10,7 @@ import torch
 from ..utils import forks
 from ..utils.typed import one_line
 from . import layer_check
-from .registry import AUTO, RUNTIMES, load_function
+from .registry import AUTO, find_runtime, load_function
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 def _why_not(name: str, device: torch.device) -> str | None:
     """Why a runtime cannot run on a device, or None if it can."""
-    runtime = RUNTIMES[name]
+    runtime = find_runtime(name)
     for package in runtime.needs:
         if importlib.util.find_spec(package) is None:
             return (
@@ -55,10 +55,6 @@ def candidates(backend: str, device: str | torch.device) -> list[str]:
     device = torch.device(device)
     if backend == "auto":
         return [*AUTO.get(device.type, ()), "torch"]
-    if backend not in RUNTIMES:
-        raise ValueError(
-            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
-        )
     reason = _why_not(backend, device)
     if reason is not None:
         raise ValueError(f"backend: {backend} cannot run: {reason}")

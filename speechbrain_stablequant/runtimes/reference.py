@@ -47,11 +47,9 @@ def _block(
         return y.view(batch, frames, heads, -1).transpose(1, 2)
 
     y = apply_norm(block.norm1, x) if spec.pre_norm else x
-    query, key, value = (
-        split(apply_layer(layer, y))
-        for layer in (block.query, block.key, block.value)
-    )
-    attended = F.scaled_dot_product_attention(query, key, value, mask)
+    layers = (block.query, block.key, block.value)
+    projected = (split(apply_layer(layer, y)) for layer in layers)
+    attended = F.scaled_dot_product_attention(*projected, mask)
     attended = attended.transpose(1, 2).reshape(batch, frames, channels)
     x = x + apply_layer(block.out, attended)
     if not spec.pre_norm:

@@ -41,6 +41,15 @@ def load_function(reference: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f".{module}", __package__), function)
 
 
+def find_runtime(backend: str) -> Runtime:
+    """The runtime of a name; ValueError for an unknown one."""
+    if backend not in RUNTIMES:
+        raise ValueError(
+            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
+        )
+    return RUNTIMES[backend]
+
+
 def option_names(backend: str) -> list[str]:
     """Options of a backend; of all runtimes it may choose for ``auto``."""
     names = [f.name for kind in _kinds(backend) for f in fields(kind)]
@@ -85,11 +94,7 @@ def select_options(runtime: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _kinds(backend: str) -> list[type]:
     if backend == "auto":
         return [RUNTIMES[n].options for names in AUTO.values() for n in names]
-    if backend not in RUNTIMES:
-        raise ValueError(
-            f"backend: '{backend}' is none of auto, {', '.join(RUNTIMES)}"
-        )
-    return [RUNTIMES[backend].options]
+    return [find_runtime(backend).options]
 
 
 @functools.cache

@@ -33,16 +33,9 @@ def make_layer(
         if held["weight"].device != x.device:
             for key, value in held.items():
                 held[key] = None if value is None else value.to(x.device)
-        out = simulate(
-            layer,
-            x,
-            held["weight"],
-            held["bias"],
-            held["scale"],
-            layer.activation_bits,
-            layer.activation_offset,
-        )
-        return out.to(x.dtype)
+        arrays = (held["weight"], held["bias"], held["scale"])
+        grid = (layer.activation_bits, layer.activation_offset)
+        return simulate(layer, x, *arrays, *grid).to(x.dtype)
 
     return forward
 

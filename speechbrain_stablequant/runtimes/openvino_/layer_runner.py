@@ -112,8 +112,5 @@ class OpenVINORunner:
 
 def _turned(geometry: Geometry, layer: AnyLayer) -> bool:
     """Whether a layer is computed as in :func:`.front.channels_first`."""
-    return (
-        geometry.place in ("first", "front")
-        and geometry.then == "gelu"
-        and layer.algorithm == CONVOLUTION
-    )
+    front = geometry.place in ("first", "front") and geometry.then == "gelu"
+    return front and layer.algorithm == CONVOLUTION
