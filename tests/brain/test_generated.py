@@ -12,7 +12,8 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.errors import NoFolderError
-from speechbrain_stablequant.brain.rebuilt import describe_modules
+from speechbrain_stablequant.brain.metrics import Row
+from speechbrain_stablequant.brain.rebuilt import check_texts, describe_modules
 from speechbrain_stablequant.inference import LabelTokenizer
 
 CTC = ["CNN", "Transformer", "ctc_lin"]
@@ -160,3 +161,11 @@ def test_markers_of_a_tokenizer_of_huggingface_are_no_text(tmp_path):
     with torch.no_grad():
         _, texts = brain.compute_forward(batch, None)
     assert any("[" in text for text in texts)
+
+
+def test_characters_may_be_counted_without_spaces():
+    # As AISHELL's recipe does.
+    check_texts([Row("u", (*"ABC",), (*"ABA",))], ["AB A"], "EncoderASR")
+    words = [Row("u", ("AB", "C"), ("AB", "A"))]
+    with pytest.raises(NoFolderError, match=r"u is 'AB A' .*, and 'ABA' with"):
+        check_texts(words, ["ABA"], "EncoderASR")
