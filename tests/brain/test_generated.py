@@ -167,5 +167,5 @@ def test_characters_may_be_counted_without_spaces():
     # As AISHELL's recipe does.
     check_texts([Row("u", (*"ABC",), (*"ABA",))], ["AB A"], "EncoderASR")
     words = [Row("u", ("AB", "C"), ("AB", "A"))]
-    with pytest.raises(NoFolderError, match=r"u is 'AB A' .*, and 'ABA' with"):
-        check_texts(words, ["ABA"], "EncoderASR")
+    with pytest.raises(NoFolderError, match=r"u is 'AB A' .*, and 'A BA' with"):
+        check_texts(words, ["A BA"], "EncoderASR")
