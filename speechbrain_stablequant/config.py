@@ -1,7 +1,4 @@
-"""The common keys of the ``quantize:`` block, and how a block is read.
-
-Methods own the dataclasses of their options, see :mod:`.methods.registry`.
-"""
+"""The common keys of the ``quantize:`` block, and how a block is read."""
 
 import logging
 import re
@@ -161,13 +158,11 @@ class MethodConfig:
 
     @property
     def sets(self) -> dict[str, bool]:
-        """Data sets that the method reads besides the calibration set
-        (``search``, ``train``), and whether it uses their transcripts."""
+        """Sets read beside calibration's, and whether transcripts are used."""
         return {}
 
     def check(self) -> None:
-        """Raise a ValueError that opens with the key, if keys exclude each
-        other."""
+        """Raises a ValueError, with the key first, for keys at odds."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +178,7 @@ class CommonConfig:
     weight_bits, activation_bits : int
         2 to 8.
     method : str
-        ``stablequant``; one calibrator for all layers: ``max``,
-        ``percentile``, ``entropy``, ``mse``; ``adaround``;
-        ``stablequant_plus``, StableQuant with more parts; ``qat``,
-        quantization-aware training.
+        See :class:`~speechbrain_stablequant.QuantizeConfig`.
     weight_method : str or None
         Calibrator of weights, ``max`` or ``mse``; None for the method's own.
     calibration : CalibrationConfig
@@ -358,10 +350,7 @@ unknown key; did you mean 'weight_bits'?
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {
-            key: str(item) if isinstance(item, Path) else item
-            for key, item in value.items()
-        }
+        return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

@@ -21,9 +21,8 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..utils.digest import Code, digest, structure_digest
+from ..utils.digest import Code, FileDigests, digest, structure_digest
 from ..utils.distributed import from_main
-from ..utils.file_digests import FileDigests
 from ..utils.files import identity
 from ..utils.patching import shadowed
 from ..utils.precision import allows_tf32

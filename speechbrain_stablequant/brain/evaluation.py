@@ -29,8 +29,7 @@ from ..report.results import Evaluation, SetResult
 from ..runtimes.registry import RUNTIMES, code_digest
 from ..simulation.multiply_adds import count_multiply_adds
 from ..utils import distributed
-from ..utils.files import write_atomic
-from ..utils.outputs import Outputs
+from ..utils.files import Outputs, write_atomic
 from ..utils.patching import restored, shadowed
 from ..utils.store import Store
 from .block import run_configs

@@ -32,7 +32,7 @@ from ..report.results import Effort, Execution, SetResult, plan_key
 from ..report.tables import summary_table
 from ..runtimes.probe import Probe
 from ..runtimes.registry import RUNTIMES
-from ..utils.outputs import Outputs
+from ..utils.files import Outputs
 from ..utils.store import Store
 from .data import Batches
 

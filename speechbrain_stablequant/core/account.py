@@ -9,8 +9,7 @@ from ..model.layers import layer_kind
 from ..model.products import RowsLinear, modules_by_name, virtual_linears
 from .plan import QuantizationPlan
 
-#: Rows of the largest float parts.
-_ROWS = 8
+_ROWS = 8  #: rows of the largest float parts
 
 # One row of that name stands for all of them.
 _SMALL = "biases and normalizations"
@@ -76,22 +75,25 @@ def account(
     return counts
 
 
+def layer_sizes(
+    plan: QuantizationPlan, modules: Mapping[str, nn.Module]
+) -> dict[str, int]:
+    """Number of weights of each layer of a plan."""
+    by_name = modules_by_name(modules)
+    return {x.name: by_name[x.name].weight.numel() for x in plan.layers}
+
+
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Size of each parameter once; both parts of a weight norm as the
-    weight."""
-    sizes: dict[str, int] = {}
-    seen: set[int] = set()
+    """Size of each parameter once; of a weight norm the larger part."""
+    names: dict[nn.Parameter, str] = {}
     for key, module in modules.items():
         for name, parameter in module.named_parameters():
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            full = f"{key}.{name}"
-            if ".parametrizations.weight." in full:
-                full = full.partition(".parametrizations.")[0] + ".weight"
-                sizes[full] = max(sizes.get(full, 0), parameter.numel())
-            else:
-                sizes[full] = parameter.numel()
+            names.setdefault(parameter, f"{key}.{name}")
+    sizes: dict[str, int] = {}
+    for parameter, name in names.items():
+        if ".parametrizations.weight." in name:
+            name = name.partition(".parametrizations.")[0] + ".weight"
+        sizes[name] = max(sizes.get(name, 0), parameter.numel())
     return sizes
 
 
@@ -116,9 +118,4 @@ def _why(
     layer = module is not None and layer_kind(module) is not None
     if parts or (layer and attribute == "weight"):
         return "excluded, or not below quantize.target"
-    if (
-        attribute.startswith(("bias", "in_proj_bias"))
-        or "norm" in type(module).__name__.lower()
-    ):
-        return _ADDED
     return "no product that is known by its module"

@@ -18,11 +18,8 @@ MIN_AMAX = 1e-8
 #: Supported widths.
 MIN_BITS, MAX_BITS = 2, 8
 
-#: Stands for floating point.
-FLOAT_BITS = 16
-
-#: Lower bound of GELU (its minimum is -0.16997).
-GELU_MIN = -0.17
+FLOAT_BITS = 16  #: stands for floating point
+GELU_MIN = -0.17  #: lower bound of GELU (its minimum is -0.16997)
 
 # Weights searched at once. On a CPU a chunk and its error stay in the cache;
 # on a GPU few large chunks mean few kernel launches.
@@ -56,22 +53,19 @@ def scale_from_amax(amax: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Quantizes a tensor to int8."""
     limit = qmax(bits)
     q = torch.round(x.detach().to(torch.float32) * (1.0 / _spread(scale, x)))
     return q.clamp_(-limit, limit).to(torch.int8)
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns ``q * scale`` in float32."""
     return q.to(torch.float32) * _spread(scale, q)
 
 
 def fake_quantize(
     x: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Returns ``dequantize(quantize(x))`` of a float32 tensor, four times as
-    fast as torch's operators."""
+    """``dequantize(quantize(x))``, four times as fast as torch's operators."""
     limit, scale = qmax(bits), _spread(scale, x)
     return (x * (1.0 / scale)).round_().clamp_(-limit, limit).mul_(scale)
 
@@ -82,7 +76,6 @@ def _spread(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def weight_scale(weight: torch.Tensor, bits: int, method: str) -> torch.Tensor:
-    """Returns the float32 scales [out] of a weight, see :func:`weight_amax`."""
     return scale_from_amax(weight_amax(weight, bits, method), bits)
 
 

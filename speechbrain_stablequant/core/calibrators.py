@@ -11,18 +11,15 @@ import torch
 from .affine import MIN_AMAX, qmax
 from .histogram import Histogram
 
-# KL divergences closer than this are ties.
-_KL_TIE = 1e-10
+_KL_TIE = 1e-10  # KL divergences closer than this are ties
 
 # Histogram bins of `entropy` and its first candidate, as in NVIDIA's procedure.
 _ENTROPY_BINS = 2048
 _ENTROPY_START = 128
 
-# Candidates of `mse`.
-_MSE_GRID = 256
+_MSE_GRID = 256  # candidates of `mse`
 
-# Errors computed at once, so that they stay in the cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 17  # errors computed at once, so that they stay in the cache
 
 
 def max_calibrator(hist: Histogram, bits: int) -> float:
@@ -102,13 +99,11 @@ CALIBRATORS: dict[str, Callable[..., float]] = {
 
 
 def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
-    """Runs the calibrator of this name."""
     return CALIBRATORS[method](hist, bits, **options)
 
 
 def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
-    """Step 3 of StableQuant: the MSE amax of the histogram clipped at
-    ``edge``."""
+    """Step 3 of StableQuant: the MSE amax of a clipped histogram."""
     return mse_calibrator(histogram.clip(edge), bits) if edge > 0 else edge
 
 
@@ -174,8 +169,7 @@ def _kl_divergences(counts: torch.Tensor, levels: int) -> torch.Tensor:
 def _density(
     hist: Histogram,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns left edges, right edges and counts of the occupied bins,
-    float64."""
+    """Left edges, right edges and counts of the occupied bins, float64."""
     counts, width = hist.counts, hist.bin_width
     index = counts.nonzero().squeeze(1)
     left = index.double() * width

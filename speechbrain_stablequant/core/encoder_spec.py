@@ -5,6 +5,7 @@ quantized folder, whose parameters are on the ``meta`` device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +67,6 @@ class BlockSpec:
     down: AnyLayer
 
     def layers(self) -> tuple[AnyLayer, ...]:
-        """The six layers in execution order."""
         return tuple(getattr(self, name) for name in _BLOCK_LAYERS)
 
 
@@ -93,7 +93,6 @@ class EncoderSpec:
     rotation: torch.Tensor | None = field(default=None, repr=False)
 
     def layers(self) -> Iterator[AnyLayer]:
-        """All layers in network order."""
         for stage in self.convs:
             yield stage.conv
         yield self.projection
@@ -117,7 +116,6 @@ class EncoderSpec:
         )
 
     def frames(self, samples: int) -> int:
-        """Number of frames that the convolutions produce."""
         convs = [stage.conv for stage in self.convs]
         return conv_frames(
             samples, [(conv.weight.shape[-1], conv.stride) for conv in convs]
@@ -170,11 +168,9 @@ class _Reader:
         if not over_time:
             _check_plain(module, nn.LayerNorm, where)
         elif module.num_groups != module.num_channels:
-            raise _unsupported(
-                where,
-                f"GroupNorm with {module.num_groups} groups of "
-                f"{module.num_channels} channels",
-            )
+            groups, channels = module.num_groups, module.num_channels
+            what = f"GroupNorm with {groups} groups of {channels} channels"
+            raise _unsupported(where, what)
         if module.weight is None or module.bias is None:
             raise _unsupported(where, "a normalization without weight and bias")
         weight, bias = module.weight.detach(), module.bias.detach()
@@ -190,11 +186,10 @@ class _Reader:
         return ConvSpec(conv, norm)
 
     def block(self, block: nn.Module) -> BlockSpec:
+        where = f"{self.path}.encoder.layers"
         if getattr(block, "adapter_layer", None) is not None:
-            where = f"{self.path}.encoder.layers"
             raise _unsupported(where, "an attention adapter")
         if hasattr(block.attention, "gru_rel_pos_linear"):
-            where = f"{self.path}.encoder.layers"
             raise _unsupported(where, "WavLM's relative position")
         activation = block.feed_forward.intermediate_act_fn
         _check_gelu(activation, f"{self.path}.feed_forward")
@@ -209,12 +204,14 @@ class _Reader:
         encoder, projection = model.encoder, model.feature_projection
         position = encoder.pos_conv_embed
         if getattr(model, "adapter", None) is not None:
-            where = f"{self.path}.adapter"
-            raise _unsupported(where, "a convolutional adapter")
+            raise _unsupported(
+                f"{self.path}.adapter", "a convolutional adapter"
+            )
         _check_gelu(position.activation, f"{self.path}.pos_conv_embed")
         if getattr(position, "batch_norm", None) is not None:
-            where = f"{self.path}.encoder.pos_conv_embed"
-            raise _unsupported(where, "batch norm")
+            raise _unsupported(
+                f"{self.path}.encoder.pos_conv_embed", "batch norm"
+            )
         pre_norm = bool(model.config.do_stable_layer_norm)
         rotation = rotation_of(encoder)
         if rotation is not None and not pre_norm:
@@ -240,11 +237,10 @@ class _Reader:
 def describe_encoder(
     model: nn.Module, path: str, integers: Mapping[str, IntegerLayer]
 ) -> EncoderSpec:
-    """Describes a HuggingFace encoder; raises ValueError for what the integer
-    runtimes do not compute.
+    """Describes a HuggingFace encoder whose model is at ``path``.
 
-    ``path`` is that of the model in the Brain's modules, the prefix of layer
-    names. Parameters of layers in ``integers`` are not read.
+    Raises ValueError for what the integer runtimes do not compute.
+    Parameters of layers in ``integers`` are not read.
     """
     try:
         return _Reader(model, path, integers).encoder(model)
@@ -263,11 +259,9 @@ def described_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
     """Returns the encoders that the integer runtimes compute as their own."""
     found = []
     for encoder in find_encoders(modules):
-        try:
+        with suppress(ValueError):
             _check_encoder(encoder)
-        except ValueError:
-            continue
-        found.append(encoder)
+            found.append(encoder)
     return found
 
 

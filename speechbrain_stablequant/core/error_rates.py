@@ -21,8 +21,6 @@ _MAX_DRAWS = 1 << 22
 
 @dataclass(frozen=True)
 class Transcript:
-    """Reference and hypothesis of one utterance."""
-
     id: str
     reference: str
     hypothesis: str
@@ -42,7 +40,6 @@ class ErrorRates:
     characters: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """Returns the rates as in ``report.json``."""
         names = {"wer": "WER", "cer": "CER"}
         return {names.get(k, k): v for k, v in asdict(self).items()}
 
@@ -56,8 +53,7 @@ class DeltaInterval(NamedTuple):
 
 
 def score(transcripts: Sequence[Transcript]) -> ErrorRates:
-    """Counts the errors of a set, without normalization; what was recognized
-    for an empty reference counts as inserted."""
+    """Counts the errors of a set; all is inserted for an empty reference."""
     words = _count_errors(transcripts, "word").sum(axis=0)
     chars = _count_errors(transcripts, "char").sum(axis=0)
     return ErrorRates(
@@ -74,8 +70,7 @@ def bootstrap_delta_wer(
     other: Sequence[Transcript],
     unit: Unit = "word",
 ) -> DeltaInterval:
-    """Returns the difference of two systems' error rates with the interval of
-    a paired bootstrap over utterances (Bisani and Ney, ICASSP 2004)."""
+    """By a paired bootstrap over utterances (Bisani and Ney, ICASSP 2004)."""
     for one, two in zip_longest(baseline, other):
         same = one and two and one.reference == two.reference
         if not same or one.id != two.id:
@@ -120,8 +115,7 @@ def paired_interval(
 
 
 def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
-    """Returns the standard error of a difference of error rates, in points, by
-    the linear approximation of a ratio of two sums over utterances."""
+    """Standard error of the difference of two rates, in points."""
     residuals = extra - lengths * (extra.sum() / lengths.sum())
     count = len(lengths)
     variance = (residuals**2).sum() / (count - 1)
@@ -129,8 +123,7 @@ def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
 
 
 def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
-    """Reference length, substitutions, deletions and insertions by
-    utterance."""
+    """Reference length, substitutions, deletions, insertions by utterance."""
     align = jiwer.process_words if unit == "word" else jiwer.process_characters
     rows = []
     for item in transcripts:

@@ -37,9 +37,10 @@ class _State:
 
 
 class Histogram:
-    """Counts of ``|x|`` in bins of equal width that start at 0; their number
-    is a power of two. The range is the smallest power of two above the largest
-    magnitude seen."""
+    """Counts of ``|x|`` in a power of two of equal bins from 0.
+
+    The range is the smallest power of two above the largest magnitude seen.
+    """
 
     def __init__(self, num_bins: int = 4096):
         self._counts = torch.zeros(num_bins, dtype=torch.int64)
@@ -87,7 +88,6 @@ class Histogram:
 
     @property
     def num_bins(self) -> int:
-        """Number of bins."""
         return self._counts.numel()
 
     @property
@@ -97,7 +97,6 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of values; 0 for an empty histogram."""
         return int(self._counts.sum())
 
     @property
@@ -107,7 +106,6 @@ class Histogram:
 
     @property
     def bin_width(self) -> float:
-        """Width of each bin."""
         return self.range / self.num_bins
 
     @property
@@ -121,8 +119,7 @@ class Histogram:
         return self._max
 
     def quantile(self, p: float) -> float:
-        """Returns the magnitude below which the fraction ``p`` of the values
-        lies, with the values of a bin spread evenly."""
+        """The magnitude below which a fraction of the values lies."""
         if not 0 < p <= 1:
             raise ValueError(f"a quantile needs 0 < p <= 1, got {p!r}")
         largest = self.max
@@ -138,8 +135,7 @@ class Histogram:
         return left + fraction * (right - left)
 
     def clip(self, edge: float) -> "Histogram":
-        """Returns the histogram of the data clamped to ``edge``, exact in every
-        count."""
+        """The histogram of the data clamped to ``edge``, exactly."""
         result = copy(self)
         if edge < self._max:
             index = int(edge / self.bin_width)
@@ -164,7 +160,6 @@ class Histogram:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "Histogram":
-        """Reads and checks what :meth:`to_dict` returned."""
         state = typed(state, _State, "a histogram")
         counts, used = state.counts, len(state.counts)
         possible = (

@@ -1,8 +1,4 @@
-"""A layer as integers: what is stored on disk and what runtimes compute with.
-
-Every runtime is checked against :func:`reference_forward`, which computes in
-exact integer arithmetic.
-"""
+"""A layer as integers: what is stored and what runtimes compute with."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,8 +23,6 @@ Sizes = tuple[int, int] | int
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A layer in integers."""
-
     name: str  # path of the layer, as in the plan
     kind: str  # "linear", "conv1d" or "conv2d"
     # int8 in [-qmax, qmax]; [out, in] or [out, in / groups, *kernel]
@@ -60,14 +54,12 @@ class IntegerLayer:
         return self.activation_bits == FLOAT_BITS
 
     def loaded(self) -> "IntegerLayer":
-        """Returns the layer with its weight in memory."""
         if self.read is None:
             return self
         return replace(self, weight=self.read(), read=None)
 
     def to(self, device: str | torch.device) -> "IntegerLayer":
-        """Moves the layer to a device, reading its weight from the file first;
-        on the CPU the weight stays in the file."""
+        """Moves the layer; on the CPU the weight may stay in its file."""
         device = torch.device(device)
         if device.type == "cpu" and self.read is not None:
             return self
@@ -78,7 +70,6 @@ class IntegerLayer:
         return replace(layer, **moved)
 
     def float_weight(self) -> torch.Tensor:
-        """Returns the dequantized weight, float32."""
         return dequantize(self.weight, self.weight_scale)
 
     def full_bias(self) -> torch.Tensor | None:
@@ -89,8 +80,7 @@ class IntegerLayer:
         return shift if self.bias is None else self.bias + shift
 
     def zero_point(self) -> int:
-        """Returns the integer that an input of 0 becomes; raises if the offset
-        has none."""
+        """The integer of an input of 0; raises if the offset has none."""
         if not self.activation_offset:
             return 0
         steps = self.activation_offset / float(self.activation_scale)
@@ -109,8 +99,7 @@ class IntegerLayer:
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """A layer that a plan leaves in floating point; fields as in
-    :class:`IntegerLayer`."""
+    """A layer that stays float; fields as in :class:`IntegerLayer`."""
 
     name: str
     kind: str
@@ -123,11 +112,9 @@ class FloatLayer:
     algorithm: str = "native"
 
     def loaded(self) -> "FloatLayer":
-        """Returns the layer itself: its weight is in memory."""
         return self
 
     def full_bias(self) -> torch.Tensor | None:
-        """Returns the bias, as of :class:`IntegerLayer`."""
         return self.bias
 
 
@@ -140,8 +127,7 @@ def in_integers(
 
 
 def layer_geometry(module: nn.Module) -> dict[str, Sizes]:
-    """Returns stride, padding, dilation and groups of a convolution; empty for
-    a Linear."""
+    """Stride, padding, dilation and groups; empty for a Linear."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return {}
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -150,10 +136,8 @@ def layer_geometry(module: nn.Module) -> dict[str, Sizes]:
             f"{module.padding_mode!r} has no integer form; put it in "
             "quantize.exclude"
         )
-    sizes = {
-        key: tuple(getattr(module, key))
-        for key in ("stride", "padding", "dilation")
-    }
+    keys = ("stride", "padding", "dilation")
+    sizes = {key: tuple(getattr(module, key)) for key in keys}
     if isinstance(module, nn.Conv1d):
         sizes = {key: size for key, (size,) in sizes.items()}
     return {**sizes, "groups": module.groups}
@@ -166,8 +150,7 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 def integer_layer(
     layer: Layer, quant: LayerQuant, tensors: LayerTensors | None = None
 ) -> IntegerLayer:
-    """Quantizes a float layer; ``tensors`` replace the nearest integers and the
-    bias."""
+    """Quantizes a layer; ``tensors`` replace nearest integers and bias."""
     tensors = tensors or LayerTensors()
     weight, scale = tensors.weight, tensors.weight_scale
     own = layer.module.weight.detach().float()
@@ -192,7 +175,6 @@ def integer_layer(
 
 
 def float_layer(name: str, module: nn.Module) -> FloatLayer:
-    """Returns a float layer as data."""
     return FloatLayer(
         name=name,
         kind=layer_kind(module),
@@ -228,8 +210,7 @@ def simulate(
     bits: int,
     offset: float = 0.0,
 ) -> torch.Tensor:
-    """Computes a layer with its input on the quantization grid, in float32; the
-    offset's share is part of ``bias``."""
+    """Computes on the quantization grid; ``bias`` has the offset's share."""
     x = x.float() - offset if offset else x.float()
     if bits != FLOAT_BITS:
         x = fake_quantize(x, scale, bits)
@@ -261,8 +242,7 @@ def offset_bias(weight: torch.Tensor, offset: float) -> torch.Tensor:
 
 
 def check_offset(module: nn.Module) -> None:
-    """Raises for a convolution with zero padding, where an activation offset is
-    not exact."""
+    """Raises for zero padding, where an activation offset is not exact."""
     if layer_kind(module) != "linear" and set(module.padding) != {0}:
         raise ValueError(
             f"{type(module).__name__} with padding {module.padding}: an "

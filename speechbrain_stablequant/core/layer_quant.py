@@ -1,5 +1,6 @@
 """How one layer is quantized: bits and ranges, or tensors that were decided."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,8 +11,6 @@ from .affine import FLOAT_BITS, scale_from_amax
 
 @dataclass(frozen=True)
 class LayerQuant:
-    """How one layer is quantized."""
-
     weight_bits: int  # one scale per output channel
     # Of the input, one static scale; FLOAT_BITS: the input stays float.
     activation_bits: int
@@ -27,19 +26,22 @@ class LayerQuant:
         return self.activation_bits == FLOAT_BITS
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON; the offset only where it is used, so
-        that files and cache keys of other plans stay the same."""
+        """As JSON; without a zero offset, as files and keys had it."""
         raw = asdict(self)
         if not self.activation_offset:
             del raw["activation_offset"]
         return raw
 
     def input_scale(self, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Returns the float32 scale of the input; 1 if it stays float."""
         if self.weight_only:
             return torch.ones((), device=device)
         amax = torch.tensor(self.activation_amax)
         return scale_from_amax(amax, self.activation_bits).to(device)
+
+
+def quants_json(quants: Mapping[str, LayerQuant]) -> dict[str, dict]:
+    """Layers' quants as JSON, by name."""
+    return {name: quant.to_dict() for name, quant in quants.items()}
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,7 @@ class LayerTensors:
             raise ValueError("integers and their scales belong together")
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors that are there."""
         return {name: x for name, x in vars(self).items() if x is not None}
 
     def cpu(self) -> "LayerTensors":
-        """Returns a copy in host memory."""
         return LayerTensors(**{n: x.cpu() for n, x in self.named().items()})

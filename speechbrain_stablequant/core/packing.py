@@ -1,6 +1,4 @@
-"""Integers of 2 to 8 bits as bytes on disk: a stream of their bits, lowest bits
-first, in whole groups of eight values. Values of 8 bits stay as they are.
-"""
+"""Integers of 2 to 8 bits as a stream of bits, in groups of eight values."""
 
 import numpy as np
 import torch
@@ -8,14 +6,11 @@ import torch
 from ..utils.memory import transient
 from .affine import qmax
 
-# Values whose bits fill whole bytes.
-_GROUP = 8
-# Groups unpacked at a time, to keep temporaries small.
-_ROWS = 1 << 13
+_GROUP = 8  # values whose bits fill whole bytes
+_ROWS = 1 << 13  # groups unpacked at a time, to keep temporaries small
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Returns the number of bytes that packed values take."""
     qmax(bits)
     return count if bits == 8 else -(-count // _GROUP) * bits
 
@@ -42,8 +37,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def check_packed(packed: torch.Tensor, bits: int, shape: torch.Size) -> None:
-    """Raises unless a tensor, possibly on ``meta``, has the dtype and size of
-    packed values."""
+    """Raises unless a tensor, possibly on ``meta``, has packed values' size."""
     size = packed_size(shape.numel(), bits)
     dtype = torch.int8 if bits == 8 else torch.uint8
     if packed.dtype != dtype or packed.numel() != size:

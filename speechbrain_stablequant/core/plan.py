@@ -1,5 +1,4 @@
-"""The decisions of a quantization run for each layer, with reasons: plan.json,
-and a file beside it with the tensors that a method chose."""
+"""The decisions of a run, with reasons: plan.json, and tensors beside it."""
 
 import hashlib
 import json
@@ -10,8 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..model import products
-from ..model.layers import KINDS, Layer, layer_kind
+from ..model.layers import KINDS, Layer
 from ..utils.files import (
     parse_json,
     plain_name,
@@ -26,7 +24,7 @@ from .affine import FLOAT_BITS, MAX_BITS, MIN_BITS
 from .layer_quant import LayerQuant
 from .packing import pack, unpack
 from .parts import Part
-from .plan_tensors import AdjustedTensors
+from .plan_tensors import AdjustedTensors, parameters_by_name
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1
@@ -38,8 +36,6 @@ _LARGEST = 3.4028234663852886e38  # float32
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What was decided for one layer."""
-
     name: str  # name, unit and kind: as in model.layers.Layer
     unit: str
     kind: str
@@ -139,11 +135,7 @@ class QuantizationPlan:
 
     def quants(self) -> dict[str, LayerQuant]:
         """Returns the quantized layers by name."""
-        return {
-            layer.name: layer.quant
-            for layer in self.layers
-            if layer.quant is not None
-        }
+        return {x.name: x.quant for x in self.layers if x.quant is not None}
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, atomically.
@@ -216,7 +208,6 @@ class QuantizationPlan:
         return replace(plan, tensors=tensors)
 
     def _check(self) -> None:
-        """Raises for values that no plan has."""
         for kind, rows in (("unit", self.units), ("layer", self.layers)):
             seen = set()
             for row in rows:
@@ -247,7 +238,7 @@ class QuantizationPlan:
                 cutoff=0 < layer.cutoff <= 100,
             )
             if layer.quant is not None:
-                check_quant(layer.quant, where)
+                _check_quant(layer.quant, where)
 
     def check_fits(
         self,
@@ -255,10 +246,9 @@ class QuantizationPlan:
         modules: Mapping[str, nn.Module],
         path: str,
     ) -> None:
-        """Raises unless the plan covers exactly these layers and its tensors
-        fit; ``path`` names it."""
-        layers = {layer.name: layer for layer in layers}
-        found = {name: layer.kind for name, layer in layers.items()}
+        """Raises unless the plan fits a model; ``path`` names it."""
+        layers = list(layers)
+        found = {layer.name: layer.kind for layer in layers}
         planned = {layer.name: layer.kind for layer in self.layers}
         for name in [*planned, *found]:
             if planned.get(name) != found.get(name):
@@ -268,11 +258,7 @@ class QuantizationPlan:
                     "or is of another kind; use the plan of this model and "
                     "the same target, include and exclude"
                 )
-        state = {
-            f"{key}.{name}"
-            for key, module in modules.items()
-            for name, _ in module.named_parameters(remove_duplicate=False)
-        }
+        state = parameters_by_name(modules)
         for name in self.weight_only:
             if name not in state:
                 raise ValueError(
@@ -288,11 +274,11 @@ class QuantizationPlan:
                     f"quantize.plan: {path}: has integers of layer '{name}', "
                     "which it does not quantize; make it again"
                 )
-        self.tensors.check_fits(layers, modules, path)
+        shapes = {layer.name: layer.module.weight.shape for layer in layers}
+        self.tensors.check_fits(shapes, modules, path)
 
 
-def check_quant(quant: LayerQuant, where: str) -> None:
-    """Raises for values that no quantization has."""
+def _check_quant(quant: LayerQuant, where: str) -> None:
     widths = range(MIN_BITS, MAX_BITS + 1)
     _require(
         quant,
@@ -313,20 +299,10 @@ def _require(row: Any, where: str, **checks: bool) -> None:
             raise ValueError(f"{where}: {key} cannot be {value}")
 
 
-def layer_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Returns the number of weights of each layer of a model, by name."""
-    return {
-        name: module.weight.numel()
-        for name, module in products.modules_by_name(modules).items()
-        if layer_kind(module) is not None
-    }
-
-
 def write_tensors(
     path: str | Path, adjusted: AdjustedTensors, bits: Mapping[str, int]
 ) -> str:
-    """Writes tensors atomically, weights packed to ``bits``; returns the file's
-    SHA-256."""
+    """Writes tensors, weights packed; returns the file's SHA-256."""
     tensors, weights = adjusted.flat(), {}
     for name, layer in adjusted.layers.items():
         if layer.weight is not None:

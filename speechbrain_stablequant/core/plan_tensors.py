@@ -1,7 +1,5 @@
-"""Tensors of a plan: integers, biases and float parameters that a method chose,
-such as adaptive rounding."""
+"""Tensors of a plan: integers, biases and parameters that a method chose."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,23 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..model.layers import Layer
 from ..model.rotation import attached_rotations, is_rotation, rotated_encoder
 from ..utils.patching import restored_values
+from ..utils.tensor_bytes import headed_digest
 from ..utils.typed import short
 from .layer_quant import LayerTensors
 
-_PARTS = {
-    "weight": torch.int8,
-    "weight_scale": torch.float32,
-    "bias": torch.float32,
-}
+_PARTS = dict.fromkeys(("weight_scale", "bias"), torch.float32)
+_PARTS["weight"] = torch.int8
 
 
 @dataclass(frozen=True)
 class AdjustedTensors:
-    """All tensors of a plan: those of quantized layers, and changed float32
-    parameters (``floats``), by name in the state dict, rotations included."""
+    """Tensors of quantized layers, and changed float32 parameters by name."""
 
     layers: dict[str, LayerTensors] = field(default_factory=dict)
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -34,25 +28,19 @@ class AdjustedTensors:
         return bool(self.layers or self.floats)
 
     def cpu(self) -> "AdjustedTensors":
-        """Returns a copy in host memory."""
         return AdjustedTensors(
             {name: tensors.cpu() for name, tensors in self.layers.items()},
             {name: tensor.cpu() for name, tensor in self.floats.items()},
         )
 
     def digest(self) -> str:
-        """Identifies the content, in 32 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.flat().items()):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            head = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}"
-            digest.update(head.encode())
-            digest.update(flat.view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
+        flat = sorted(self.flat().items())
+        return headed_digest(
+            (f"{name}:{x.dtype}:{tuple(x.shape)}", x) for name, x in flat
+        )
 
     def flat(self) -> dict[str, torch.Tensor]:
-        """Returns all tensors by one name each, as :meth:`from_flat` takes
-        them."""
+        """Returns all tensors by one name each."""
         flat = {f"floats/{k}": v for k, v in self.floats.items()}
         for name, tensors in self.layers.items():
             for part, tensor in tensors.named().items():
@@ -61,7 +49,6 @@ class AdjustedTensors:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, torch.Tensor]) -> "AdjustedTensors":
-        """Restores and checks what :meth:`flat` returned."""
         floats: dict[str, torch.Tensor] = {}
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
@@ -84,18 +71,17 @@ class AdjustedTensors:
 
     def check_fits(
         self,
-        layers: Mapping[str, Layer],
+        shapes: Mapping[str, torch.Size],
         modules: Mapping[str, nn.Module],
         path: str,
     ) -> None:
-        """Raises unless each tensor fits its layer or parameter; ``path`` names
-        the plan."""
+        """Raises unless each tensor fits; ``shapes`` are those of weights."""
         for name, tensors in self.layers.items():
-            shape = layers[name].module.weight.shape
+            shape = shapes[name]
             for part, tensor in tensors.named().items():
                 needed = shape if part == "weight" else shape[:1]
                 _check_shape(f"{name}.{part}", tensor, needed, path)
-        state = _parameters(modules)
+        state = parameters_by_name(modules)
         for name, tensor in self.floats.items():
             try:
                 if is_rotation(name):
@@ -123,7 +109,9 @@ def _check_shape(
     )
 
 
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+def parameters_by_name(
+    modules: Mapping[str, nn.Module],
+) -> dict[str, torch.Tensor]:
     """Returns the live parameters by their name in the state dict."""
     return {
         f"{key}.{name}": parameter
@@ -137,7 +125,7 @@ def adjusted_floats(
     modules: Mapping[str, nn.Module], floats: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
     """Context in which parameters have other values and streams are rotated."""
-    state = _parameters(modules) if floats else {}
+    state = parameters_by_name(modules) if floats else {}
     # Look up all names before changing anything.
     targets = {name: state[name] for name in floats if not is_rotation(name)}
     with restored_values(targets.values()):

@@ -15,16 +15,14 @@ def calibrator_plan(
     calibration: Calibration,
     method: str | None = None,
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """The range of each layer's input by one calibrator, the block's method by
-    default."""
+    """The range of each layer's input by one calibrator."""
     config = session.config
     method = method or config.method
     options = {}
     if method == "percentile":
         options["percentile"] = config.calibration.percentile
-    weight_method = config.weight_method or (
-        "mse" if method == "mse" else "max"
-    )
+    own = "mse" if method == "mse" else "max"
+    weight_method = config.weight_method or own
     quants = {}
     for layer in tqdm(
         session.layers,

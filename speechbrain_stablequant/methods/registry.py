@@ -1,8 +1,4 @@
-"""The registry of methods, and the block that offers them.
-
-A method is a config class and a function, one line in ``METHODS``, and a preset
-in ``hparams/``.
-"""
+"""The methods and their block: one line in ``METHODS``, one in ``hparams/``."""
 
 import logging
 from collections.abc import Callable
@@ -14,9 +10,8 @@ from ..core.calibrators import CALIBRATORS
 from ..core.histogram import Histogram
 from ..core.plan import QuantizationPlan
 from ..utils.typed import choice
-from .adaround import adaround_plan
 from .calibrator import calibrator_plan
-from .layerwise import AdaRound
+from .layerwise.adaround import AdaRound, adaround_plan
 from .plus.config import PlusConfig
 from .plus.plan import plus_plan
 from .qat.config import QatConfig
@@ -33,11 +28,7 @@ Planned = tuple[QuantizationPlan, dict[str, Histogram]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a plan.
-
-    ``plan`` takes the session, the fingerprint of the float model and its
-    calibration; ``config`` holds the options.
-    """
+    """``plan`` takes a session, the fingerprint of its weights, histograms."""
 
     config: type[MethodConfig]
     plan: Callable[[Session, str, Calibration], Planned]
@@ -110,7 +101,6 @@ class QuantizeConfig(
         return tuple(name for name, decides in sets.items() if decides)
 
     def settings(self) -> dict[str, Any]:
-        """The keys that decide a plan, for its record."""
         settings = asdict(self)
         for key in ("output_folder", "plan", "variants", "inference"):
             del settings[key]

@@ -41,10 +41,12 @@ class StableQuantConfig(MethodConfig):
 def stablequant_plan(
     session: Session, weights: str, calibration: Calibration
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """Makes the plan of ``method: stablequant``; its ``search`` has the word
-    error rates before and after."""
+    """Makes the plan of ``method: stablequant``."""
     histograms = calibration.histograms
-    rank = ranking(session, weights, calibration)
+    rank = None
+    if session.by_divergence:
+        keep_float_outputs(session)
+        rank, *_ = search_evaluate(session, weights, calibration, "divergence")
     evaluate, journal, bar = search_evaluate(session, weights, calibration)
     started = time.monotonic()
     baseline, units = search_units(
@@ -99,17 +101,6 @@ def search_record(session: Session, baseline: Score, final: Score) -> dict:
     }
 
 
-def ranking(
-    session: Session, weights: str, calibration: Calibration
-) -> Evaluate | None:
-    """Measures the divergence of candidates, where it compares them."""
-    if not session.by_divergence:
-        return None
-    keep_float_outputs(session)
-    evaluate, *_ = search_evaluate(session, weights, calibration, "divergence")
-    return evaluate
-
-
 def search_units(
     session: Session,
     evaluate: Evaluate,
@@ -117,12 +108,11 @@ def search_units(
     rank: Evaluate | None,
     quantize: Callable[[Layer, float], LayerQuant],
 ) -> tuple[Score, list[UnitPlan]]:
-    """Steps 1 and 2: selection of units and their clipping percentiles.
+    """Steps 1 and 2: the float model's score, and a plan of each unit.
 
     ``quantize`` gives a layer's quant at a percentile; ``rank`` compares
-    candidates, by default ``evaluate``; ``bar`` is closed at the end. Returns
-    the float model's score and a plan of each unit. Units without an input to
-    clip are not searched.
+    candidates, by default ``evaluate``; ``bar`` is closed at the end. Units
+    without an input to clip are not searched.
     """
     search = session.config.search
     searched = group_units(session.clipped_layers)

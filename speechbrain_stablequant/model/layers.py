@@ -8,7 +8,7 @@ head. In other models items of a ``ModuleList`` of like modules are blocks, and
 any other layer is a unit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,18 +16,22 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from . import products
-from .weight_only import recurrent_linear
 
 HEAD = "head"
 
 #: Kinds of layers by the class of their module.
 KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 
+# Child whose product is recurrent, by class.
+_RECURRENT = {
+    "speechbrain.nnet.RNN.LiGRU_Layer": "u",
+    "speechbrain.nnet.RNN.SLiGRU_Layer": "u",
+}
+_LEAST = 1 << 14  # smaller weights stay float: they would save nothing
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantizable layer."""
-
     name: str  # path in the Brain's modules' state dict
     module: nn.Module = field(repr=False)  # the Linear or convolution
     kind: str  # "linear", "conv1d" or "conv2d"
@@ -37,7 +41,6 @@ class Layer:
 
     @property
     def numel(self) -> int:
-        """Number of weights without the bias."""
         return self.module.weight.numel()
 
 
@@ -101,7 +104,6 @@ class Encoder:
         ]
 
     def conv_geometry(self) -> list[tuple[int, int]]:
-        """Kernel and stride of each feature-extractor convolution."""
         return [
             (layer.conv.kernel_size[0], layer.conv.stride[0])
             for layer in self.model.feature_extractor.conv_layers
@@ -120,8 +122,7 @@ def conv_frames(samples: int, geometry: Iterable[tuple[int, int]]) -> int:
 
 
 def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
-    """Finds HuggingFace wav2vec 2.0 and HuBERT models by their structure, each
-    once, under its first key."""
+    """Finds wav2vec 2.0 and HuBERT models, each once, under its first key."""
     encoders: dict[int, Encoder] = {}
     for key, module in modules.items():
         for path, child in module.named_modules(prefix=key):
@@ -140,13 +141,16 @@ def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """By base class: a convolution parametrized by weight norm has a class of
-    its own."""
+    """By base class: a convolution with a weight norm has its own class."""
     return next((v for k, v in KINDS.items() if isinstance(module, k)), None)
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _wanted(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    chosen, left_out = (
+        any(fnmatchcase(name, pattern) for pattern in patterns)
+        for patterns in (include, exclude)
+    )
+    return chosen and not left_out
 
 
 def _selected(
@@ -162,11 +166,7 @@ def _selected(
                     f"quantize.{key}: pattern '{pattern}' matches no layer; "
                     f"layers are named like '{next(iter(found))}'"
                 )
-    kept = {
-        name: module
-        for name, module in found.items()
-        if _matches(name, include) and not _matches(name, exclude)
-    }
+    kept = {n: m for n, m in found.items() if _wanted(n, include, exclude)}
     if not kept:
         key, patterns = ("exclude", exclude) if include else ("include", [])
         raise ValueError(
@@ -202,7 +202,7 @@ def find_layers(
     left_out = _idle(encoders)
     for key in target:
         for name, module in products.named_modules(modules[key], key):
-            left_out.add(recurrent_linear(module))
+            left_out |= {module.get_submodule(n) for n in _recurrent(module)}
             if module not in left_out and layer_kind(module) is not None:
                 found.setdefault(module, name)
     if not found:
@@ -228,9 +228,46 @@ def find_layers(
     return _network_order(layers, encoders)
 
 
+def _recurrent(module: nn.Module) -> list[str]:
+    """Names of the children that a recurrent module calls at each step."""
+    known = map(_RECURRENT.get, products.class_names(module))
+    return [name for name in known if name]
+
+
+def weight_only_parameters(
+    modules: Mapping[str, nn.Module],
+    target: Sequence[str],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> list[str]:
+    """Weights that are stored as integers and multiplied in floating point:
+    recurrent ones, whose steps depend on each other, and embeddings.
+
+    Names in the state dict, each parameter once; patterns as for layers.
+    """
+    found: dict[nn.Parameter, str] = {}
+    for key in target:
+        for path, module in modules[key].named_modules(prefix=key):
+            for name in _weights(module):
+                full, weight = f"{path}.{name}", module.get_parameter(name)
+                if weight.numel() >= _LEAST and _wanted(full, include, exclude):
+                    found.setdefault(weight, full)
+    return list(found.values())
+
+
+def _weights(module: nn.Module) -> Iterator[str]:
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        for name, _ in module.named_parameters(recurse=False):
+            if name.startswith("weight_"):
+                yield name
+    elif isinstance(module, nn.Embedding):
+        yield "weight"
+    else:
+        yield from (f"{name}.weight" for name in _recurrent(module))
+
+
 def _idle(encoders: Iterable[Encoder]) -> set[nn.Module]:
-    """Modules that transformers creates and never calls: the positional
-    convolution of Conformers, which use other positions."""
+    """The positional convolution of Conformers is made and never called."""
     return {
         child
         for encoder in encoders
@@ -276,8 +313,7 @@ def _unit(name: str, encoders: Sequence[Encoder], blocks: set[str]) -> str:
 def _network_order(
     layers: list[Layer], encoders: Sequence[Encoder]
 ) -> list[Layer]:
-    """Encoder layers first and by position: the positional convolution is
-    declared out of order."""
+    """The positional convolution is declared out of order."""
     if len(encoders) != 1:
         return layers
     order = {"conv": 0, "projection": 1, "pos_conv": 2, "block": 3, HEAD: 5}
@@ -291,13 +327,11 @@ def _network_order(
 
 
 def visible_layers(layers: Iterable[Layer]) -> AbstractContextManager[None]:
-    """Context in which the modules of layers are called, see
-    :func:`.products.visible`."""
+    """Context in which layers are called, see :func:`.products.visible`."""
     return products.visible(x for layer in layers for x in layer.owners)
 
 
 def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """Groups layers by unit, in order of first appearance."""
     units: dict[str, list[Layer]] = {}
     for layer in layers:
         units.setdefault(layer.unit, []).append(layer)

@@ -13,14 +13,12 @@ from functools import partial
 import torch
 from torch import nn
 
-#: Name of the buffer of the HuggingFace encoder.
-BUFFER = "stream_rotation"
+BUFFER = "stream_rotation"  #: name of the buffer of the HuggingFace encoder
 _HANDLES = "_stream_rotation_handles"
 
 
 def random_rotation(size: int, seed: int = 0) -> torch.Tensor:
-    """A random orthogonal matrix, float32 [size, size], that preserves the
-    vector of ones: it commutes with a LayerNorm without gain and bias."""
+    """A random orthogonal matrix that preserves the vector of ones, float32."""
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator, "dtype": torch.float64}
     start = torch.randn(size, size, **options)
@@ -38,8 +36,7 @@ def rotation_of(encoder: nn.Module) -> torch.Tensor | None:
 
 
 def attach_rotation(encoder: nn.Module, rotation: torch.Tensor) -> None:
-    """Rotates the stream of an encoder between its first and last block,
-    which must normalize before each sublayer."""
+    """Rotates a pre-norm stream between the first and the last block."""
     if hasattr(encoder, BUFFER):
         raise ValueError("the encoder's stream is rotated already")
     encoder.register_buffer(BUFFER, rotation)
@@ -63,7 +60,6 @@ def _turn(
 
 
 def detach_rotation(encoder: nn.Module) -> None:
-    """Removes the rotation of an encoder."""
     for handle in getattr(encoder, _HANDLES):
         handle.remove()
     delattr(encoder, _HANDLES)
@@ -79,8 +75,7 @@ def is_rotation(name: str) -> bool:
 
 
 def rotated_encoder(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
-    """The encoder that a rotation of this name belongs to; KeyError if there
-    is none."""
+    """The encoder that a rotation belongs to; KeyError if there is none."""
     key, _, rest = name.partition(".")
     try:
         encoder = modules[key].get_submodule(rest.rpartition(".")[0])
@@ -107,7 +102,6 @@ def attach_rotations(
 def attached_rotations(
     modules: Mapping[str, nn.Module], floats: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Context with the rotations among named tensors attached."""
     encoders = attach_rotations(modules, floats)
     try:
         yield

@@ -16,38 +16,24 @@ from ..utils.patching import on_meta
 _KINDS = ("wav2vec2", "hubert")
 
 _DEFAULTS = {
-    "add_adapter": False,
+    **dict.fromkeys(("add_adapter", "conv_pos_batch_norm"), False),
     "adapter_attn_dim": None,
-    "conv_pos_batch_norm": False,
 }
 #: Values that a configuration must have.
 _PLAIN = {
-    "hidden_act": "gelu",
-    "feat_extract_activation": "gelu",
+    **dict.fromkeys(("hidden_act", "feat_extract_activation"), "gelu"),
     **_DEFAULTS,
 }
 _NEEDED = (
-    "conv_bias",
-    "conv_dim",
-    "conv_kernel",
-    "conv_stride",
-    "do_stable_layer_norm",
-    "feat_extract_norm",
-    "hidden_size",
-    "intermediate_size",
-    "layer_norm_eps",
-    "mask_feature_prob",
-    "mask_time_prob",
-    "num_attention_heads",
-    "num_conv_pos_embedding_groups",
-    "num_conv_pos_embeddings",
-    "num_hidden_layers",
+    *("conv_bias", "conv_dim", "conv_kernel", "conv_stride"),
+    *("do_stable_layer_norm", "feat_extract_norm", "hidden_size"),
+    *("intermediate_size", "layer_norm_eps", "mask_feature_prob"),
+    *("mask_time_prob", "num_attention_heads", "num_conv_pos_embeddings"),
+    *("num_conv_pos_embedding_groups", "num_hidden_layers"),
 )
 
 
 class _Part(nn.Module):
-    """A module with named children."""
-
     def __init__(self, **children: Any):
         super().__init__()
         for name, child in children.items():
@@ -88,38 +74,29 @@ def _block(config: Mapping[str, Any]) -> nn.Module:
 
 def _transformer(config: Mapping[str, Any]) -> nn.Module:
     width, kernel = config["hidden_size"], config["num_conv_pos_embeddings"]
-    conv = nn.Conv1d(
-        width,
-        width,
-        kernel,
-        padding=kernel // 2,
-        groups=config["num_conv_pos_embedding_groups"],
+    geometry = {"padding": kernel // 2}
+    geometry["groups"] = config["num_conv_pos_embedding_groups"]
+    position = _Part(
+        conv=nn.Conv1d(width, width, kernel, **geometry),
+        padding=SimpleNamespace(num_pad_remove=1 - kernel % 2),
+        activation=nn.GELU(),
     )
+    blocks = [_block(config) for _ in range(config["num_hidden_layers"])]
+    norm = nn.LayerNorm(width, config["layer_norm_eps"])
     return _Part(
-        pos_conv_embed=_Part(
-            conv=conv,
-            padding=SimpleNamespace(num_pad_remove=1 - kernel % 2),
-            activation=nn.GELU(),
-        ),
-        layer_norm=nn.LayerNorm(width, config["layer_norm_eps"]),
-        layers=nn.ModuleList(
-            [_block(config) for _ in range(config["num_hidden_layers"])]
-        ),
+        pos_conv_embed=position, layer_norm=norm, layers=nn.ModuleList(blocks)
     )
 
 
 class EncoderSkeleton(nn.Module):
-    """The modules of an encoder, with weight norms folded (see
-    :func:`folded_norms`). A runtime replaces its forward."""
+    """The modules of an encoder, with :func:`folded_norms`."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
         self.config = SimpleNamespace(**config)
         features, width = config["conv_dim"][-1], config["hidden_size"]
         self.feature_extractor = _extractor(config)
-        self.feature_projection = _Part(
-            projection=nn.Linear(features, width),
-        )
+        self.feature_projection = _Part(projection=nn.Linear(features, width))
         if config.get("feat_proj_layer_norm", True):
             self.feature_projection.layer_norm = nn.LayerNorm(
                 features, config["layer_norm_eps"]
@@ -131,9 +108,7 @@ class EncoderSkeleton(nn.Module):
 
 
 def has_skeleton(config: Mapping[str, Any]) -> bool:
-    """Whether :class:`EncoderSkeleton` represents a model with this
-    ``config.json``: not for another family, an adapter or another
-    activation."""
+    """Whether :class:`EncoderSkeleton` represents a ``config.json``."""
     config = {**_DEFAULTS, **config}
     return (
         config.get("model_type") in _KINDS
@@ -152,8 +127,7 @@ def empty_skeleton(config: Mapping[str, Any]) -> EncoderSkeleton:
 def folded_norms(
     tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Weights in place of the parts of their weight norms, which are taken
-    over all but the last axis."""
+    """Weights in place of the parts of their weight norms."""
     out = dict(tensors)
     length, direction = (f".parametrizations.weight.original{i}" for i in "01")
     for name in tensors:

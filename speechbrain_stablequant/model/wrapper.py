@@ -8,8 +8,7 @@ WRAPPER_SETTINGS = ("normalize_wav", "output_norm", "output_all_hiddens")
 
 
 class StoredEncoder(Wav2Vec2):
-    """SpeechBrain's wrapper around a loaded wav2vec 2.0 or HuBERT model; it
-    downloads nothing."""
+    """SpeechBrain's wrapper around a loaded encoder; it downloads nothing."""
 
     def __init__(
         self,

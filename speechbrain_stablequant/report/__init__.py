@@ -1,4 +1,1 @@
-"""The report of a quantization run.
-
-``report.json`` is the only source of the Markdown, the HTML and the plots.
-"""
+"""The report of a run: ``report.json`` is the source of all its texts."""

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.account import account
+from ..core.account import account, layer_sizes
 from ..core.histogram import Histogram
-from ..core.plan import PLAN_FILE, QuantizationPlan, layer_sizes
+from ..core.plan import PLAN_FILE, QuantizationPlan
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..folder.weights_file import WEIGHTS_FILE
 from .results import Execution, SetResult, real_time_factors
 
 FORMAT = 1
-# Histogram bars in the report.
-COARSE_BINS = 128
+COARSE_BINS = 128  # histogram bars in the report
 
 
 def float_size(modules: Mapping[str, nn.Module]) -> int:
@@ -107,17 +106,12 @@ def build_report(
 def _units(
     plan: QuantizationPlan, modules: Mapping[str, nn.Module]
 ) -> list[dict]:
-    numels = layer_sizes(modules)
-    rows = []
+    sizes, rows = layer_sizes(plan, modules), []
     for unit in plan.units:
         names = [x.name for x in plan.layers if x.unit == unit.name]
-        rows.append(
-            {
-                **asdict(unit),
-                "layers": len(names),
-                "parameters": sum(numels[name] for name in names),
-            }
-        )
+        numel = sum(sizes[name] for name in names)
+        row = {"layers": len(names), "parameters": numel}
+        rows.append({**asdict(unit), **row})
     return rows
 
 

@@ -14,18 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colors that color-blind readers can tell apart.
-_COLORS = [
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#8a6d3b",
-    "#1c2733",
-    "#b3001e",
-    "#7a5195",
-]
+_COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
+    *("#56b4e9", "#8a6d3b", "#1c2733", "#b3001e", "#7a5195"),
+)
 _MARKERS = "osD^vPX*hp"
 # Sizes closer than this ratio differ only in the bits of activations.
 _SAME_SIZE = 1.02
@@ -79,7 +71,6 @@ def write_comparison(table: dict, folder: Path) -> None:
 
 
 def comparison_markdown(table: Mapping) -> str:
-    """Render the comparison as a Markdown table."""
     rows = table["rows"]
     optional: dict[str, Callable[[Mapping], str]] = {}
     if any("operations" in row for row in rows):
@@ -169,11 +160,9 @@ def draw_comparison(table: dict) -> "Figure":
     axes.axhline(floor, color=GREY, lw=1, ls="--", label=label)
     for index, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
         points = sorted(_point(row) for row in rows if row["method"] == method)
-        style = {
-            "color": _COLORS[index % len(_COLORS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "markersize": 5,
-        }
+        color = _COLORS[index % len(_COLORS)]
+        marker = _MARKERS[index % len(_MARKERS)]
+        style = {"color": color, "marker": marker, "markersize": 5}
         axes.plot(*zip(*points, strict=True), lw=0, **style)
         line = zip(*_best_by_size(points), strict=True)
         axes.plot(*line, lw=1, label=shorten(method), **style)

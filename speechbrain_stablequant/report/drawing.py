@@ -1,8 +1,4 @@
-"""Style and helpers of the plots, which are PNG data.
-
-matplotlib is imported when something is drawn, and without pyplot, to leave
-the user's backend and open figures alone.
-"""
+"""Style and helpers of the plots; no pyplot, to leave the user's figures."""
 
 import io
 import logging
@@ -40,8 +36,7 @@ _STYLE = {
 
 @contextmanager
 def _few_log_lines() -> Iterator[None]:
-    """Keep matplotlib's hundreds of DEBUG lines about fonts out of a recipe's
-    log.txt."""
+    """Keeps matplotlib's many lines about fonts out of a recipe's log."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(max(logger.getEffectiveLevel(), logging.INFO))
@@ -74,7 +69,6 @@ def to_png(
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

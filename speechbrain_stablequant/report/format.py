@@ -12,7 +12,6 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def both(pair: dict, digits: int) -> tuple[str, str]:
-    """The numbers of the float and of the quantized model."""
     return number(pair["float"], digits), number(pair["quantized"], digits)
 
 
@@ -25,12 +24,10 @@ def signed(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A percentage with all its nines."""
     return NOT_MEASURED if value is None else f"{value:.10g}"
 
 
 def interval(ends: Sequence[float] | None) -> str:
-    """A confidence interval."""
     if ends is None:
         return NOT_MEASURED
     return f"{signed(ends[0])} to {signed(ends[1])}"
@@ -54,7 +51,6 @@ def gain(pair: dict) -> float | None:
 
 
 def is_simulated(report: dict) -> bool:
-    """Whether the quantized model was simulated in floating point."""
     return report["backend"] == "simulated"
 
 
@@ -65,7 +61,6 @@ def decisive_rate(report: dict) -> str:
 
 
 def precision(report: dict) -> str:
-    """Method, bits and backend in a few words."""
     bits = report["bits"]
     return (
         f"{report['method']} W{bits['weight']}A{bits['activation']}, "
@@ -81,7 +76,6 @@ def delta(value: float | None, ends: Sequence[float] | None) -> str:
 
 
 def word_errors(rates: dict) -> str:
-    """Substitutions, deletions and insertions."""
     keys = ("substitutions", "deletions", "insertions")
     if any(rates.get(key) is None for key in keys):
         return NOT_MEASURED
@@ -89,5 +83,4 @@ def word_errors(rates: dict) -> str:
 
 
 def count(value: float | None) -> str:
-    """An integer with thousands separators."""
     return NOT_MEASURED if value is None else f"{value:,}"

@@ -207,12 +207,8 @@ def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
     axes.set_xlim(0, 1.03 * max(top, *(place for _, place, *_ in marks)))
     axes.set_title(shorten(name, 60), loc="left")
     # Left of the largest value, which is usually at the right edge.
-    legend = axes.legend(
-        loc="upper right",
-        bbox_to_anchor=(0.955, 1),
-        frameon=True,
-        fontsize=8,
-    )
+    place = {"loc": "upper right", "bbox_to_anchor": (0.955, 1)}
+    legend = axes.legend(frameon=True, fontsize=8, **place)
     legend.get_frame().set(edgecolor="none", alpha=0.85)
 
 

@@ -1,5 +1,4 @@
-"""Writes a report: ``report.json``, the plots, Markdown, and one self-contained
-HTML file."""
+"""Writes a report: JSON, plots, Markdown, and one self-contained HTML file."""
 
 import base64
 import re
@@ -27,10 +26,7 @@ _MARKUP = re.compile(r"[\\`*<>|\[\]#~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def write_report(report: dict, folder: Path) -> list[Path]:
-    """Write all files of a report; return them, ``report.json`` first.
-
-    Plots of an earlier run that this report has no data for are removed.
-    """
+    """Writes all files, the JSON first; removes plots of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     # The numbers come first: if a plot fails, they are safe.
     written = [write_json(folder / "report.json", report)]

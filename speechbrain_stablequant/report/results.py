@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..core.error_rates import (
     paired_interval,
     score,
 )
+from ..core.layer_quant import quants_json
 from ..core.plan import QuantizationPlan
 from ..utils.files import identity
 from ..utils.store import Store
@@ -19,10 +21,8 @@ from ..utils.typed import typed
 
 
 def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
-    """Key of what was measured with a plan; ``measured``: any JSON content
-    that tells such measurements apart."""
-    quants = {name: q.to_dict() for name, q in plan.quants().items()}
-    content = [plan.fingerprint, *measured, quants]
+    """Key of what was measured with a plan."""
+    content = [plan.fingerprint, *measured, quants_json(plan.quants())]
     if plan.weight_only:
         content.append(plan.weight_only)
     if plan.tensors:
@@ -36,28 +36,20 @@ def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
 class Counts:
     """What a metric of the recipe counted, by utterance."""
 
-    #: Such as WER, CER or PER.
-    rate: str
+    rate: str  #: such as WER, CER or PER
     ids: Sequence[str]
-    #: Substituted, deleted and inserted tokens.
-    errors: Sequence[int]
-    #: Tokens of the reference.
-    tokens: Sequence[int]
+    errors: Sequence[int]  #: substituted, deleted and inserted tokens
+    tokens: Sequence[int]  #: tokens of the reference
 
     @property
     def percent(self) -> float | None:
-        """The error rate; None without a reference."""
         total = sum(self.tokens)
         return 100 * sum(self.errors) / total if total else None
 
     def compared(self, other: "Counts") -> dict:
-        """The rates of this (float) and another (quantized) evaluation of the
-        same utterances, with the interval of the difference."""
-        row = {
-            "rate": self.rate,
-            "float": self.percent,
-            "quantized": other.percent,
-        }
+        """The rates of a float and a quantized evaluation of a set."""
+        row = {"rate": self.rate, "float": self.percent}
+        row["quantized"] = other.percent
         errors = dict(zip(other.ids, other.errors, strict=True))
         if row["float"] is None or sorted(self.ids) != sorted(errors):
             return row
@@ -70,44 +62,30 @@ class Counts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one test set."""
-
-    #: In the order of the loader.
-    transcripts: Sequence[Transcript]
-    #: Time spent recognizing.
-    seconds: float
-    #: Duration of the audio recognized in that time.
-    audio_seconds: float
+    transcripts: Sequence[Transcript]  #: in the order of the loader
+    seconds: float  #: time spent recognizing
+    audio_seconds: float  #: duration of the audio recognized in that time
     #: The inference folder's transcripts, where its decoder differs from the
     #: recipe's.
     folder: tuple[Transcript, ...] = ()
-    #: Digest of the audio and of its batching.
-    audio: str = ""
+    audio: str = ""  #: digest of the audio and of its batching
     #: All metrics of the recipe, by attribute.
     counts: Mapping[str, Counts] = field(default_factory=dict)
-    #: What the metric counts that the transcripts are from.
-    rate: str = "WER"
+    rate: str = "WER"  #: what the metric counts that the transcripts are from
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
-        """Key of the quantized evaluation of the same batches.
-
-        ``execution`` is any JSON content that says how the plan is executed.
-        The float transcripts are part of the key: they reveal changes that
-        nothing else does.
-        """
+        """Key of the quantized evaluation, by how a plan is executed."""
         heard = [asdict(transcript) for transcript in self.transcripts]
         return plan_key(plan, self.audio, heard, execution)
 
     def write(self, store: Store, file: str, key: str) -> None:
-        """Store the evaluation for a restarted run."""
         store.write(file, key, asdict(self))
 
     @classmethod
     def read(cls, store: Store, file: str, key: str) -> "Evaluation | None":
         """Load what :meth:`write` stored under the same key, if anything."""
-        return store.read(
-            file, key, "transcripts", lambda raw: typed(raw, cls, "content")
-        )
+        parse = partial(typed, hint=cls, where="content")
+        return store.read(file, key, "transcripts", parse)
 
 
 @dataclass(frozen=True)
@@ -137,7 +115,6 @@ class SetResult:
         )
 
     def to_dict(self) -> dict:
-        """The set's entry in ``report.json``."""
         before = self.baseline.transcripts
         after = self.quantized.transcripts
         wer = bootstrap_delta_wer(before, after)
@@ -149,8 +126,8 @@ class SetResult:
             "delta_wer_ci": [wer.low, wer.high],
             "delta_cer": cer.delta,
             "delta_cer_ci": [cer.low, cer.high],
+            "rate": self.baseline.rate,
         }
-        row["rate"] = self.baseline.rate
         if self.baseline.counts:
             row["metrics"] = {
                 name: counts.compared(self.quantized.counts[name])
@@ -167,38 +144,27 @@ class SetResult:
 
 
 def real_time_factors(results: Iterable[SetResult]) -> dict[str, float]:
-    """Real-time factors of both models over all sets."""
-    pairs = {
-        "float": [result.baseline for result in results],
-        "quantized": [result.quantized for result in results],
-    }
+    models = ("float", "quantized")
+    pairs = [(result.baseline, result.quantized) for result in results]
     return {
-        name: sum(e.seconds for e in evaluations)
-        / sum(e.audio_seconds for e in evaluations)
-        for name, evaluations in pairs.items()
+        name: sum(e.seconds for e in row) / sum(e.audio_seconds for e in row)
+        for name, row in zip(models, zip(*pairs, strict=True), strict=True)
     }
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What it took to make a plan."""
-
     #: Variants share calibration and evaluations: the first one pays for
     #: them. Time of killed runs is not included.
     seconds: float
     #: Counts by ``calibration``, ``search`` and ``train``, where used.
     utterances: Mapping[str, int]
-    #: The sets whose transcripts were used.
-    transcribed: Sequence[str] = ()
+    transcribed: Sequence[str] = ()  #: the sets whose transcripts were used
 
     def remembered(self, store: Store, file: str, key: str) -> "Effort":
         """The stored effort of the same plan; else store and return this."""
-        known = store.read(
-            file,
-            key,
-            "effort of a plan",
-            lambda raw: typed(raw, Effort, "content"),
-        )
+        parse = partial(typed, hint=Effort, where="content")
+        known = store.read(file, key, "effort of a plan", parse)
         if known is None:
             store.write(file, key, asdict(self))
         return known or self
@@ -206,19 +172,12 @@ class Effort:
 
 @dataclass(frozen=True)
 class Execution:
-    """What was evaluated as the quantized model."""
-
-    #: The runtime.
-    backend: str
-    #: Storage type of everything that is not quantized.
-    float_dtype: str
-    #: Bytes of ``model.safetensors``.
-    size: int
-    #: Keys of the stored modules; None: all.
-    keys: Sequence[str] | None = None
+    backend: str  #: the runtime
+    float_dtype: str  #: storage type of everything that is not quantized
+    size: int  #: bytes of ``model.safetensors``
+    keys: Sequence[str] | None = None  #: keys of the stored modules; None: all
     #: Whether the runtime imitates integers in floating point.
     simulated: bool = False
-    #: SpeechBrain's class that loads the folder.
-    interface: str = "EncoderASR"
+    interface: str = "EncoderASR"  #: SpeechBrain's class for it
     #: Multiply-adds of one batch, see ``core.account``.
     products: Mapping[str, int] | None = None

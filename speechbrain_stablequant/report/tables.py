@@ -1,5 +1,6 @@
 """A report's tables as text: their rows, and the summary that a run prints."""
 
+from ..utils.typed import one_line
 from .format import (
     NOT_A_SPEED_CLAIM,
     NOT_MEASURED,
@@ -17,13 +18,11 @@ from .format import (
     word_errors,
 )
 
-# Columns of the terminal.
-_WIDTH = 80
+_WIDTH = 80  # columns of the terminal
 
 
 def rates(entry: dict) -> dict[str, str]:
-    """The error rates of a test set: keys of its figures, by name. Words may
-    be phonemes or characters; then characters have no meaning."""
+    """Keys of a set's rates by name; characters of phonemes have no meaning."""
     name = entry.get("rate", "WER")
     return {"WER": "WER", "CER": "CER"} if name == "WER" else {name: "WER"}
 
@@ -53,28 +52,24 @@ def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
         ]
     }
     entries = list(tests.values())
+    models = ("float", "quantized")
     for name, rate in rates(entries[0]).items():
-        for label, model in (("Float", "float"), ("Quantized", "quantized")):
-            columns[f"{label} {name} %"] = [
+        for model in models:
+            columns[f"{model.capitalize()} {name} %"] = [
                 number(entry[model][rate]) for entry in entries
             ]
         key = f"delta_{rate.lower()}"
         columns[f"\u0394 {name}, 95 % interval"] = [
             delta(entry.get(key), entry.get(f"{key}_ci")) for entry in entries
         ]
-    for label, model in (("Float", "float"), ("Quantized", "quantized")):
-        columns[f"{label} S / D / I"] = [
+    for model in models:
+        columns[f"{model.capitalize()} S / D / I"] = [
             word_errors(entry[model]) for entry in entries
         ]
     # Drop columns that are empty in every row.
-    filled = {
-        name: cells
-        for name, cells in columns.items()
-        if set(cells) != {NOT_MEASURED}
-    }
-    return list(filled), [
-        list(row) for row in zip(*filled.values(), strict=True)
-    ]
+    empty = {NOT_MEASURED}
+    filled = {k: cells for k, cells in columns.items() if set(cells) != empty}
+    return list(filled), list(map(list, zip(*filled.values(), strict=True)))
 
 
 def folder(tests: dict) -> list[list[str]]:
@@ -87,7 +82,6 @@ def folder(tests: dict) -> list[list[str]]:
 
 
 def size(report: dict) -> list[list[str]]:
-    """Size and speed of both models."""
     mb, rtf = report["size_mb"], report["rtf"]
     speed = times(gain(rtf), "faster", "slower")
     return [
@@ -133,7 +127,6 @@ def largest_float(report: dict) -> list[list[str]]:
 
 
 def units(rows: list[dict]) -> list[list[str]]:
-    """What was measured of each unit, and its clipping percentile."""
     return [
         [
             unit["name"],
@@ -149,7 +142,6 @@ def units(rows: list[dict]) -> list[list[str]]:
 
 
 def selected(rows: list[dict]) -> list[int]:
-    """Indices of the units that were selected."""
     return [i for i, unit in enumerate(rows) if unit["selected"]]
 
 
@@ -177,7 +169,6 @@ def search(found: dict) -> list[list[str]]:
 
 
 def training(epochs: list[dict]) -> list[list[str]]:
-    """Loss and WER of each epoch."""
     return [
         [str(row["epoch"]), number(row["loss"], 4), number(row["wer"])]
         for row in epochs
@@ -185,7 +176,6 @@ def training(epochs: list[dict]) -> list[list[str]]:
 
 
 def environment(report: dict) -> list[list[str]]:
-    """Machine and libraries."""
     return [
         [key, NOT_MEASURED if value is None else str(value)]
         for key, value in report["environment"].items()
@@ -195,12 +185,12 @@ def environment(report: dict) -> list[list[str]]:
 def summary_table(report: dict) -> str:
     """Float against quantized as plain text, at most 80 columns wide."""
     lines = [
-        _shorten(precision(report), _WIDTH),
+        one_line(precision(report), _WIDTH),
         _line("", "float", "quantized", "difference", "95 % interval"),
     ]
     for name, entry in report["test"].items():
         utterances = f" ({entry['float']['utterances']} utterances)"
-        lines.append(_shorten(name, _WIDTH - len(utterances)) + utterances)
+        lines.append(one_line(name, _WIDTH - len(utterances)) + utterances)
         for label, rate in rates(entry).items():
             key = f"delta_{rate.lower()}"
             change = signed(entry.get(key)), interval(entry.get(f"{key}_ci"))
@@ -230,8 +220,3 @@ def _line(
     if not ci:
         return f"{numbers}  {change}".rstrip()
     return f"{numbers}{change:>12}{ci:>20}"
-
-
-def _shorten(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -11,11 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core.affine import (
-    dequantize,
-    fake_quantize,
-    weight_scale,
-)
+from ..core.affine import dequantize, fake_quantize, weight_scale
 from ..core.integer_layer import check_offset, offset_bias, simulate
 from ..core.layer_quant import LayerQuant, LayerTensors
 from ..model.layers import Layer, visible_layers
@@ -28,8 +24,6 @@ _NOTHING = LayerTensors()
 
 
 def quantize_input(x: torch.Tensor, quant: LayerQuant) -> torch.Tensor:
-    """Returns a layer's float32 input on its quantization grid, if it has
-    one."""
     if quant.weight_only:
         return x
     scale = quant.input_scale(x.device)
@@ -45,8 +39,7 @@ def quantized_forward(
     weight: torch.Tensor,
     new_bias: torch.Tensor | None = None,
 ) -> Forward:
-    """Returns the simulated forward of a layer's module, whose output has the
-    input's dtype."""
+    """The simulated forward of a layer's module."""
     scale = quant.input_scale(weight.device)
     offset, shift = quant.activation_offset, None
     if offset:
@@ -104,7 +97,6 @@ class Simulator:
         self._kept: dict[str, _Kept] = {}
 
     def _forward(self, name: str, quant: LayerQuant) -> Forward:
-        """Returns the layer's simulated forward, reusing its last weight."""
         tensors = self.tensors.get(name, _NOTHING)
         kept = self._kept.get(name)
         if kept and kept.quant == quant and kept.tensors is tensors:
@@ -126,8 +118,7 @@ class Simulator:
 
     @contextmanager
     def apply(self, quants: Mapping[str, LayerQuant]) -> Iterator[None]:
-        """Context in which the named layers compute quantized; others stay
-        float."""
+        """Context in which the named layers compute quantized."""
         forwards = {
             self.layers[name].module: self._forward(name, quant)
             for name, quant in quants.items()

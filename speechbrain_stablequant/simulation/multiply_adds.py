@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..model.layers import Layer, visible_layers
 from ..model.products import attention_forward
 
-#: Key of products of two activations, such as attention scores.
-NO_WEIGHT = ""
+NO_WEIGHT = ""  #: key of products of two activations, such as attention scores
 
 _Found = Iterator[tuple[int, torch.Tensor | None]]
 
@@ -26,8 +25,7 @@ def count_multiply_adds(
     modules: Mapping[str, nn.Module],
     run: Callable[[], Any],
 ) -> dict[str, int]:
-    """Multiply-adds while ``run`` computes: by layer; of other weights by the
-    name of the parameter; of activations with one another."""
+    """Multiply-adds of ``run`` by layer, else by parameter."""
     counter = _Counting(modules)
     with ExitStack() as stack:
         stack.enter_context(visible_layers(layers))
@@ -55,11 +53,9 @@ class _Counting(TorchFunctionMode):
         }
 
     def begin(self, name: str, module: nn.Module, args: tuple) -> None:
-        """A layer is called: what follows is its own."""
         self._layer = name
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The layer has its result."""
         self._layer = None
 
     def __torch_function__(
@@ -87,36 +83,27 @@ class _Counting(TorchFunctionMode):
         return self._names.get(place, NO_WEIGHT)
 
 
-def _linear(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *_: Any
-) -> _Found:
+# -- rules: the output of a function and its arguments -------------------------
+
+
+def _linear(out, x, weight, *_) -> _Found:
     yield x.numel() * len(weight), weight
 
 
-def _conv(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *_: Any
-) -> _Found:
+def _conv(out, x, weight, *_) -> _Found:
     yield out.numel() * weight[0].numel(), weight
 
 
-def _matmul(
-    out: torch.Tensor, x: torch.Tensor, y: torch.Tensor, *_: Any
-) -> _Found:
+def _matmul(out, x, y, *_) -> _Found:
     weight = x if isinstance(x, nn.Parameter) else y
     yield out.numel() * x.shape[-1], weight
 
 
-def _added(out: torch.Tensor, start: Any, *args: Any) -> _Found:
+def _added(out, start, *args) -> _Found:
     return _matmul(out, *args)
 
 
-def _attention(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *_: Any,
-) -> _Found:
+def _attention(out, query, key, *_) -> _Found:
     yield (query.numel() + out.numel()) * key.shape[-2], None
 
 
@@ -152,9 +139,6 @@ _RULES: dict[str, Callable[..., _Found]] = {
     "baddbmm": _added,
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
-    **dict.fromkeys(
-        ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-        _recurrent,
-    ),
 }
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _RULES |= {_name: _recurrent, f"{_name}_cell": _recurrent}

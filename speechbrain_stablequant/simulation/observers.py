@@ -1,5 +1,4 @@
-"""Collects a histogram of |input| for each layer in one pass over the data,
-without the padding of [batch, time, channels] and [batch, channels, time]."""
+"""Histograms of |input| of each layer in one pass, without padding."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,11 @@ def real_frames(
     lengths: Sequence[int],
     geometry: Sequence[tuple[int, int]],
 ) -> list[int] | None:
-    """Returns the real frames of each utterance in a layer's input: behind the
-    first convolutions of ``geometry`` that give as many, or as a plain fraction
-    of the samples; None if it has no padding or no time."""
+    """The real frames of each utterance in a layer's input.
+
+    Behind the first convolutions of ``geometry`` that give as many, else a
+    fraction of the samples; None if there is no padding or no time.
+    """
     padded = any(n < total for n in lengths)
     if not padded or x.dim() != 3 or x.shape[0] != len(lengths):
         return None
@@ -58,7 +59,6 @@ class Observer:
 
     @contextmanager
     def watch(self) -> Iterator["Observer"]:
-        """Context in which forward passes are observed."""
         hooks = ((layer.module, self._hook(layer)) for layer in self.layers)
         with visible_layers(self.layers), hooked(hooks):
             yield self
@@ -91,7 +91,6 @@ class Observer:
             histogram.add(row.narrow(time_axis - 1, 0, count))
 
     def join(self) -> None:
-        """Merges the histograms of all processes."""
         for name, histogram in self.histograms.items():
             parts = gathered(histogram)
             for part in parts[1:]:
@@ -99,8 +98,7 @@ class Observer:
             self.histograms[name] = parts[0]
 
     def check_all_called(self) -> None:
-        """Raises if a layer was never called, since it must not count as
-        quantized."""
+        """A layer that was never called must not count as quantized."""
         for layer in self.layers:
             if self.histograms[layer.name].count == 0:
                 raise ValueError(

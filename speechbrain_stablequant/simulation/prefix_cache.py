@@ -1,5 +1,4 @@
-"""Reuses the results of earlier units while a search changes a later one: they
-are kept for each batch, and the modules before it are skipped."""
+"""Keeps the results of earlier units while a search changes a later one."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors of a nested output."""
     found: list[torch.Tensor] = []
     map_tensors(value, found.append)
     return found
@@ -48,8 +46,7 @@ def _half_free(device: torch.device) -> float:
 
 
 class Replay:
-    """Keeps the result at one cut for every batch of a data set, unless larger
-    than ``limit_bytes`` or half of a GPU's free memory."""
+    """Keeps the result at one cut for every batch, if memory allows."""
 
     def __init__(
         self, cuts: Sequence[Cut], units: Sequence[str], limit_bytes: int
@@ -65,15 +62,12 @@ class Replay:
         self._too_large: set[str] = set()
 
     def start_batch(self, index: int) -> None:
-        """Sets the batch of the next forward pass."""
         self._batch = index
 
     def holds(self, unit: str) -> bool:
-        """Whether the results before a unit are kept."""
         return self._cut is not None and self._cut.unit == unit
 
     def drop(self) -> None:
-        """Releases all kept results."""
         self._cut, self._prefix = None, {}
         self._kept, self._shapes = [], {}
 
@@ -156,9 +150,7 @@ class Replay:
             # computed from it. Only the shape matters.
             shape = self._shapes[id(module)][self._batch]
             device = _tensors(self._kept[self._batch])[0].device
-            return map_tensors(
-                shape, lambda t: torch.empty_like(t, device=device)
-            )
+            return map_tensors(shape, partial(torch.empty_like, device=device))
 
         results = {self._cut.module: lambda: self._kept[self._batch]}
         results |= {m: partial(blank, m) for m in self._cut.skip}

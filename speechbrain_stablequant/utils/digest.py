@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import sys
 import sysconfig
 import types
@@ -20,10 +21,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .files import identity
+from .files import file_digest, identity
+from .store import Store
+from .tensor_bytes import headed_digest
 
-#: Nesting depth; deeper objects are described by their class.
-DEPTH = 8
+DEPTH = 8  #: nesting depth; deeper objects are described by their class
 #: Attributes that name a model's origin, not its content.
 _PLACES = {
     *("source", "save_path", "cache_dir"),
@@ -34,6 +36,7 @@ _NESTED = object()
 _OF_MODULES = set(vars(nn.Module()))
 #: Variables of a module that are described where a function names them.
 _SETTINGS = (bool, int, float, str, tuple, list, dict, set, frozenset)
+_FILE_DIGESTS = "file_digests.json"
 #: Code below these folders is known by its version; that of this package
 #: decides nothing that a recipe does.
 _LIBRARIES = (
@@ -65,12 +68,7 @@ def structure_digest(modules: Mapping[str, nn.Module]) -> str:
 
 def tensor_digest(*tensors: torch.Tensor) -> str:
     """Identifies tensors by dtype, shape and values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(f"{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        found.update(flat.view(torch.uint8).numpy())
-    return found.hexdigest()[:32]
+    return headed_digest((f"{x.dtype}:{tuple(x.shape)};", x) for x in tensors)
 
 
 class Code:
@@ -94,8 +92,7 @@ class Code:
         self.names: set[str] = set()
         for function in functions:
             self._add(function)
-        #: 32 hexadecimal digits.
-        self.digest = identity(self._rows)
+        self.digest = identity(self._rows)  #: 32 hexadecimal digits
 
     def _add(self, function: Any) -> None:
         function = getattr(function, "__func__", function)
@@ -321,3 +318,36 @@ def _name(thing: Any) -> str:
     module = "" if module == "__main__" or not is_library(thing) else module
     name = getattr(thing, "__qualname__", getattr(thing, "__name__", ""))
     return f"{module}.{name}"
+
+
+class FileDigests:
+    """Identifies files by content, remembered by path, size and time."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        known = store.read(_FILE_DIGESTS, _FILE_DIGESTS, "digests of files")
+        self._known: dict[str, list] = known or {}
+        self._found: dict[str, list] = {}
+
+    def of(self, value: Any) -> Any:
+        """Returns the digest of the file that a value names, or the value."""
+        if not isinstance(value, str) or os.sep not in value:
+            return value
+        try:
+            state = os.stat(value)
+            if not os.path.isfile(value):
+                return value
+        except (OSError, ValueError):
+            return value
+        row = [state.st_size, state.st_mtime_ns]
+        known = self._known.get(value)
+        if known is None or known[:2] != row:
+            known = [*row, file_digest(value)]
+        self._found[value] = known
+        return f"file {known[2]}"
+
+    def keep(self) -> None:
+        """Stores the digests that were computed."""
+        if not self._found.items() <= self._known.items():
+            self._known |= self._found
+            self.store.write(_FILE_DIGESTS, _FILE_DIGESTS, self._known)

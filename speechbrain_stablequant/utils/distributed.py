@@ -62,7 +62,6 @@ class _Peer(NamedTuple):
 
 
 def size() -> int:
-    """Number of processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     return distributed.get_world_size()
@@ -74,7 +73,6 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and logs."""
     return rank() == 0
 
 

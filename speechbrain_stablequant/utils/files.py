@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any
 
 from .typed import inside, one_line, short
 
+logger = logging.getLogger(__name__)
+
 # Levels of lists and objects in a JSON file.
 _MAX_DEPTH = 64
 _NUMBERS = (int, float)
@@ -27,10 +30,8 @@ _TOKEN = secrets.token_hex(3)
 _TEMPORARY = re.compile(
     r"\..+?\.(?:([0-9a-f]{6})-([0-9]+)-([0-9a-f]{6})\.)?[0-9a-f]{8}\.tmp"
 )
-#: Seconds after which any temporary file is stale.
-_STALE_AFTER = 24 * 3600
-# Write permissions of other users.
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_STALE_AFTER = 24 * 3600  #: seconds after which any temporary file is stale
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH  # write permissions of other users
 
 
 def write_atomic(
@@ -65,8 +66,7 @@ def write_atomic(
 
 
 def process_place() -> str:
-    """Returns the host and the namespace that a process id belongs to: two
-    containers may have the same of either."""
+    """The host and the namespace that a process id belongs to."""
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
@@ -84,8 +84,7 @@ def _temporary(path: Path) -> Path:
 
 
 def remove_stale(folder: str | Path) -> None:
-    """Removes temporary files that killed processes left in a folder; those
-    of other machines and containers after a day."""
+    """Removes killed processes' files; other machines' after a day."""
     # Files that cannot be removed do no harm.
     with contextlib.suppress(OSError):
         for path in Path(folder).iterdir():
@@ -158,7 +157,6 @@ def identity(content: Any) -> str:
 
 
 def file_digest(path: str | Path) -> str:
-    """Returns the SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -322,3 +320,32 @@ def _check_content(content: Any) -> None:
             elif type(value) is str and not value.isascii():
                 value.encode()
         level = following
+
+
+class Outputs:
+    """Records which files could not be written, so that the run continues."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Context whose failure to write is recorded."""
+        try:
+            yield
+        except OSError as error:
+            file = str(error.filename or "a file")
+            reason = error.strerror or str(error)
+            self._failed[file] = reason
+            logger.warning("%s: %s; the run goes on", file, reason)
+
+    def check(self) -> None:
+        """Raises if a file could not be written."""
+        if not self._failed:
+            return
+        reasons = "; ".join(dict.fromkeys(self._failed.values()))
+        files, self._failed = ", ".join(self._failed), {}
+        raise OSError(
+            f"{files}: {reasons}; make room and start the same command again: "
+            "it goes on from what could be kept"
+        )

@@ -1,7 +1,4 @@
-"""What a forked process must not take over from its parent.
-
-A fork copies only the thread that forks; waiting for others blocks forever.
-"""
+"""What a forked process, which has one thread, must not take over."""
 
 import ctypes
 import functools
@@ -41,14 +38,10 @@ def keep_in_child(pid: int, *objects: Any) -> None:
             keep(thing)
 
 
-def keep(thing: Any) -> None:
-    """Keeps an object until the process ends, without destroying it then."""
-    _add_reference(thing)
-
-
-_add_reference = ctypes.pythonapi.Py_IncRef
-_add_reference.argtypes = [ctypes.py_object]
-_add_reference.restype = None
+#: Keeps an object until the process ends, without destroying it then.
+keep = ctypes.PYFUNCTYPE(None, ctypes.py_object)(
+    ("Py_IncRef", ctypes.pythonapi)
+)
 
 _in_child = False
 

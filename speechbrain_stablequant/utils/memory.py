@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-#: Tensors of at least this many bytes get their own pages.
-_LARGE = 1 << 16
+_LARGE = 1 << 16  #: tensors of at least this many bytes get their own pages
 
 # Windows does not have or need this flag.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}

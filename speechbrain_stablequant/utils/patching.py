@@ -28,8 +28,7 @@ def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
 def shadowed_forwards(
     forwards: Mapping[nn.Module, Callable[..., Any]],
 ) -> Iterator[None]:
-    """Lets modules compute by other functions; refuses one whose forward is
-    replaced already, by such a context or by the user."""
+    """Lets modules compute by other functions; refuses replaced ones."""
     with ExitStack() as stack:
         for module, forward in forwards.items():
             if "forward" in vars(module):
@@ -43,7 +42,6 @@ def shadowed_forwards(
 
 @contextmanager
 def restored(owner: Any) -> Iterator[None]:
-    """Restores all attributes of an object."""
     attributes = vars(owner).copy()
     try:
         yield
@@ -54,7 +52,6 @@ def restored(owner: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced_item(mapping: dict, key: Any, value: Any) -> Iterator[None]:
-    """Replaces one item of a dictionary."""
     before, mapping[key] = mapping[key], value
     try:
         yield

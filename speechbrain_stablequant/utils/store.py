@@ -145,7 +145,6 @@ class Store:
         tensors: Mapping[str, torch.Tensor],
         content: Any = None,
     ) -> None:
-        """Stores tensors, and a value that belongs to them."""
         data = tensors_to_bytes(tensors, {})
         metadata = {"key": key, "content": json.dumps(content)}
         digest = json_digest([metadata, tensors_digest(data)])
@@ -154,7 +153,6 @@ class Store:
     def read_tensors(
         self, name: str, key: str, what: str
     ) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """Returns stored tensors and their value, or None."""
         data = self._get(name, what)
         if data is None:
             return None
@@ -200,7 +198,6 @@ class Store:
         return rows
 
     def damaged_row(self, name: str, number: int) -> ValueError:
-        """Returns the error about a damaged line."""
         return ValueError(
             f"{self.folder / name}: line {number} is damaged; delete the "
             "file, and it is measured again"
@@ -225,7 +222,6 @@ class Store:
             store.flush()
 
     def delete(self, name: str) -> None:
-        """Deletes a file, if there is one."""
         self._unwritten.pop(name, None)
         self._unwritten_rows.pop(name, None)
         if self.folder is not None:
@@ -282,11 +278,8 @@ class Store:
                 raise
 
     def _make_folder(self) -> None:
-        if self.private:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        mode = 0o700 if self.private else 0o777
+        self.folder.mkdir(mode, parents=True, exist_ok=True)
 
     def _try(self, name: str, write: Callable, *arguments: Any) -> bool:
         """Whether something could be written; warns of the first failure."""

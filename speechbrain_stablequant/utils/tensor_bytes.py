@@ -1,18 +1,27 @@
-"""safetensors files with sorted metadata, so that bytes are reproducible."""
+"""Tensors as reproducible bytes: digests, and safetensors files."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 
+def headed_digest(rows: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Identifies the values of tensors and what stands before each."""
+    found = hashlib.sha256()
+    for head, tensor in rows:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(head.encode())
+        found.update(flat.view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+
 def tensors_to_bytes(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> bytes:
-    """Returns a safetensors file as bytes."""
     own = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in tensors.items()
@@ -21,7 +30,6 @@ def tensors_to_bytes(
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Replaces the metadata of a safetensors file."""
     rows, start = _header(data)
     rows.pop("__metadata__", None)
     if metadata:
@@ -44,7 +52,6 @@ def tensors_digest(data: bytes) -> str:
 def bytes_to_tensors(
     data: bytes,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a safetensors file."""
     try:
         return load(data), metadata_of(data)
     except (SafetensorError, OverflowError, MemoryError) as error:
@@ -52,7 +59,6 @@ def bytes_to_tensors(
 
 
 def metadata_of(data: bytes) -> dict[str, str]:
-    """Returns the metadata without reading the tensors."""
     rows, _ = _header(data)
     found = rows.get("__metadata__", {})
     if not isinstance(found, dict) or not all(

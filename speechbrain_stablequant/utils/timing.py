@@ -25,8 +25,7 @@ class Preparation:
             self.seconds += time.perf_counter() - start
 
 
-#: The counter of this process.
-PREPARATION = Preparation()
+PREPARATION = Preparation()  #: the counter of this process
 
 
 class BatchTimes:

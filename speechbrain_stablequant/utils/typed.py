@@ -12,8 +12,7 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-#: Limit of integers.
-_MOST = 1 << 63
+_MOST = 1 << 63  #: limit of integers
 _MAX_TEXT = 200
 
 
@@ -48,29 +47,24 @@ def option(default: Any, good: Callable[[Any], bool], rule: str) -> Any:
 
 
 def choice(default: str | None, *names: str, repr: bool = True) -> Any:
-    """A field whose value must be one of some names."""
     return field(default=default, repr=repr, metadata={"choices": names})
 
 
 def positive(default: float) -> Any:
-    """A field whose value must be positive and finite."""
     return option(default, lambda x: 0 < x < math.inf, "positive and finite")
 
 
 def not_negative(default: float) -> Any:
-    """A field whose value must be finite and not negative."""
     return option(
         default, lambda x: 0 <= x < math.inf, "finite and not negative"
     )
 
 
 def fraction(default: float) -> Any:
-    """A field whose value must be from 0 to 1."""
     return option(default, lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
 
 
 def count(default: int | None, least: int = 1) -> Any:
-    """A field whose value must be at least ``least``."""
     return option(default, lambda n: n >= least, f"at least {least}")
 
 
@@ -106,7 +100,6 @@ def typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def inside(where: str, key: Any) -> str:
-    """Returns the place of a key's value."""
     name = one_line(key, 80)
     return f"{where}.{name}" if where else name
 

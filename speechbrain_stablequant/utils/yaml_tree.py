@@ -55,7 +55,6 @@ class _Reader:
         self.count = 0
 
     def read(self, node: Node, depth: int) -> Any:
-        """Returns the value of a node."""
         self.count += 1
         if self.count > _MAX_NODES or depth > _MAX_DEPTH:
             raise ValueError("its YAML is too large or nested too deeply")

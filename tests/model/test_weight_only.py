@@ -1,4 +1,4 @@
-"""Tests of speechbrain_stablequant.model.weight_only, and of their storage."""
+"""Tests of weights that are stored as integers alone, and of their storage."""
 
 from dataclasses import replace
 
@@ -19,8 +19,10 @@ from speechbrain_stablequant.folder.weights_file import (
     load_checkpoint,
     save_checkpoint,
 )
-from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.model.weight_only import weight_only_parameters
+from speechbrain_stablequant.model.layers import (
+    find_layers,
+    weight_only_parameters,
+)
 
 LSTM_WEIGHTS = {"m.rnn.rnn.weight_ih_l0", "m.rnn.rnn.weight_hh_l0"}
 

@@ -12,8 +12,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from speechbrain_stablequant.core.account import account
 from speechbrain_stablequant.core.affine import FLOAT_BITS
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import find_layers
-from speechbrain_stablequant.model.weight_only import weight_only_parameters
+from speechbrain_stablequant.model.layers import (
+    find_layers,
+    weight_only_parameters,
+)
 from speechbrain_stablequant.simulation.multiply_adds import (
     NO_WEIGHT,
     count_multiply_adds,

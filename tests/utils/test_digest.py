@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from speechbrain_stablequant.utils import digest as digest_module
 from speechbrain_stablequant.utils.digest import (
     Code,
+    FileDigests,
     digest,
     structure_digest,
     tensor_digest,
 )
-from speechbrain_stablequant.utils.file_digests import FileDigests
 from speechbrain_stablequant.utils.store import Store
 
 BEAM = 8
@@ -272,11 +273,9 @@ def test_files_are_read_again_when_they_change(tmp_path, monkeypatch):
     first = digests.of(str(path))
     digests.keep()
     calls = []
-    from speechbrain_stablequant.utils import file_digests
-
-    original = file_digests.file_digest
+    original = digest_module.file_digest
     monkeypatch.setattr(
-        file_digests, "file_digest", lambda p: calls.append(p) or original(p)
+        digest_module, "file_digest", lambda p: calls.append(p) or original(p)
     )
     again = FileDigests(Store(tmp_path / "store"))
     assert again.of(str(path)) == first

@@ -10,8 +10,8 @@ import filelock
 import pytest
 
 from speechbrain_stablequant.utils import lock as lock_module
+from speechbrain_stablequant.utils.files import Outputs
 from speechbrain_stablequant.utils.lock import FolderInUse, FolderLock
-from speechbrain_stablequant.utils.outputs import Outputs
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(

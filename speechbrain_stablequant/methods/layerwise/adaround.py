@@ -11,14 +11,21 @@ iterations follow with ever larger regularizers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...config import MethodConfig
 from ...core.affine import qmax, weight_scale
 from ...core.calibrators import CALIBRATORS
+from ...core.histogram import Histogram
+from ...core.plan import QuantizationPlan
+from ...core.plan_tensors import AdjustedTensors
 from ...utils.typed import choice, count, fraction, positive
+from ..calibrator import calibrator_plan
+from ..session.calibration import Calibration
+from ..session.session import Session
+from .reconstruct import rounded_layers
 
 _LOW, _HIGH = -0.1, 1.1
 # Of Adam.
@@ -148,8 +155,6 @@ def _soft(sigmoid: torch.Tensor) -> torch.Tensor:
 
 
 class _Adam:
-    """Adam on one tensor, in place."""
-
     def __init__(self, value: torch.Tensor, lr: float):
         self.value, self.lr, self.steps = value, lr, 0
         self.first = torch.zeros_like(value)
@@ -170,3 +175,20 @@ def _errors(
     """Mean squared output error of each row, up to a constant."""
     grid = grid.double()
     return (grid * (grid @ gram.double() - 2 * aim.double())).sum(1)
+
+
+def adaround_plan(
+    session: Session, weights: str, calibration: Calibration
+) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+    """``method: adaround``, on the scales of a calibrator."""
+    options, in_order = session.config.adaround, calibration.in_order
+    plan, histograms = calibrator_plan(
+        session, weights, calibration, options.calibrator
+    )
+    tensors = rounded_layers(
+        session, weights, in_order, plan.quants(), "adaround", lambda _: options
+    )
+    reason = f"{options.calibrator} calibration, then adaptive rounding"
+    layers = [replace(layer, reason=reason) for layer in plan.layers]
+    tensors = AdjustedTensors(layers=tensors)
+    return replace(plan, layers=layers, tensors=tensors), histograms

@@ -69,10 +69,7 @@ def _aimed_at_float_output(
     ridge: float,
     dead: torch.Tensor,
 ) -> torch.Tensor:
-    """The weights whose output on quantized inputs is nearest to the float one.
-
-    W (E[x q'] + r) (E[q q'] + r)^-1; for a large ridge r the float weights.
-    """
+    """W (E[x q'] + r) (E[q q'] + r)^-1; for a large r the float weights."""
     right = cross.clone()
     right.diagonal().add_(ridge)
     factor = _cholesky(damped)

@@ -36,11 +36,6 @@ class Moments:
     cross: Sequence[torch.Tensor] | None = None
 
 
-def conv_groups(module: nn.Module) -> int:
-    """Groups of a layer whose outputs see different inputs; 1 for a Linear."""
-    return getattr(module, "groups", 1)
-
-
 def unfolded(
     module: nn.Module,
     x: torch.Tensor,
@@ -99,14 +94,12 @@ class MomentSum:
         self.sums: dict[str, torch.Tensor] = {}
 
     def sum_up(self, name: str, value: torch.Tensor) -> None:
-        """Adds to a sum; takes over the first value."""
         if name in self.sums:
             self.sums[name] += value
         else:
             self.sums[name] = value
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
-        """Adds a batch of both models."""
         self.rows += q.shape[1]
         inside = x.clamp(*self.edges)
         self.sum_up("float_mean", inside.sum(1, dtype=torch.float64))
@@ -127,7 +120,6 @@ class MomentSum:
         return {name: (self.sums[name] / self.rows).float() for name in names}
 
     def result(self) -> Moments:
-        """The moments of all that was added, in all processes."""
         return Moments(**self.means("float_mean", "mean", *self.pairs))
 
 
@@ -149,10 +141,7 @@ def signals(
     frames: Sequence[int] | None = None,
     groups: slice = slice(None),
 ) -> list[torch.Tensor]:
-    """The signal of each utterance, padded: [groups, in / groups, time].
-
-    ``x`` is [batch, in, time]; utterances without a window are left out.
-    """
+    """Padded signals [groups, in / groups, time] that have a window."""
     (padding,), (kernel,) = module.padding, module.kernel_size
     x = x.view(x.shape[0], module.groups, -1, x.shape[2])[:, groups]
     padded = F.pad(x, (padding, padding))
@@ -212,10 +201,7 @@ class LagMoments:
 
 
 class LagSum(MomentSum):
-    """Sums the moments batch by batch, of :func:`signals`.
-
-    ``kernel``: frames of a window.
-    """
+    """Sums the moments batch by batch, of :func:`signals`."""
 
     def __init__(
         self,
@@ -233,7 +219,6 @@ class LagSum(MomentSum):
     def add(
         self, floats: Sequence[torch.Tensor], integers: Sequence[torch.Tensor]
     ) -> None:
-        """Adds a batch of both models."""
         for x, q in zip(floats, integers, strict=True):
             rows = x.shape[2] - self.kernel + 1
             self.rows += rows
@@ -259,10 +244,7 @@ class LagSum(MomentSum):
     def _products(
         self, first: torch.Tensor, other: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """Sums of a window's first frame times all frames of the other's.
-
-        [groups, in, in, kernel]
-        """
+        """First frames times windows: [groups, in, in, kernel]."""
         windows = other.unfold(2, self.kernel, 1).permute(0, 2, 1, 3)
         # Group by group, since windows are copied.
         found = torch.stack(
@@ -274,7 +256,6 @@ class LagSum(MomentSum):
         return found.unflatten(2, (-1, self.kernel)).double()
 
     def result(self) -> Moments:
-        """The moments of all that was added, in all processes."""
         means = self.means("float_mean", "mean")
         heads, tails = (
             {

@@ -4,33 +4,24 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ...model.layers import visible_layers
+from ...core.layer_quant import LayerQuant
+from ...model.layers import Layer, visible_layers
 from ...simulation.fake_quant import quantize_input
 from ...simulation.observers import real_frames
 from ...simulation.prefix_cache import Replay, StopForward
 from ...utils.patching import hooked
+from ..session.session import Session
 from .hessian import LagSum, Moments, MomentSum, signals, slides, unfolded
-
-if TYPE_CHECKING:
-    from ...core.layer_quant import LayerQuant
-    from ...model.layers import Layer
-    from ..session.session import Session
 
 
 class PrefixWalk:
-    """Computes moments of each layer's inputs, behind a quantized prefix.
+    """Computes moments of each layer's inputs, behind a quantized prefix."""
 
-    The session's simulator computes the decided layers; its ``tensors`` hold
-    their integers. ``in_order``: whether layers are called in the order of
-    their units.
-    """
-
-    def __init__(self, session: "Session", in_order: bool):
+    def __init__(self, session: Session, in_order: bool):
         self.session = session
         self.simulator = session.simulator
         self.forward = partial(session.recognizer.forward, "calibration")
@@ -44,17 +35,13 @@ class PrefixWalk:
             for _ in range(2)
         )
 
-    def groups(self) -> list[list["Layer"]]:
-        """Layers in call order; those that read the same tensor together.
-
-        Query, key and value are one group. Raises a ValueError for a layer
-        that is called twice in a pass.
-        """
+    def groups(self) -> list[list[Layer]]:
+        """Layers in call order; those that read the same tensor together."""
         groups: list[list[Layer]] = []
         seen: set[str] = set()
         last: torch.Tensor | None = None
 
-        def note(layer: "Layer", module: nn.Module, args: tuple) -> None:
+        def note(layer: Layer, module: nn.Module, args: tuple) -> None:
             nonlocal last
             if layer.name in seen:
                 raise ValueError(
@@ -76,9 +63,9 @@ class PrefixWalk:
 
     def moments(
         self,
-        layer: "Layer",
-        quant: "LayerQuant",
-        decided: Mapping[str, "LayerQuant"],
+        layer: Layer,
+        quant: LayerQuant,
+        decided: Mapping[str, LayerQuant],
         second: bool = True,
         cross: bool = True,
         groups: slice = slice(None),
@@ -139,7 +126,7 @@ class PrefixWalk:
             raise ValueError(f"{layer.name}: {error}") from error
 
     def _frames(
-        self, layer: "Layer", x: torch.Tensor, batch: int
+        self, layer: Layer, x: torch.Tensor, batch: int
     ) -> list[int] | None:
         """Real frames of each utterance; None if there is no padding."""
         total, lengths = self.session.recognizer.lengths("calibration", batch)

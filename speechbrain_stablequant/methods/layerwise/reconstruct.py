@@ -4,22 +4,20 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from ...core.affine import dequantize, quantize, weight_scale
-from ...core.layer_quant import LayerQuant, LayerTensors
+from ...core.layer_quant import LayerQuant, LayerTensors, quants_json
 from ...model.layers import Layer
 from ...utils import distributed
 from ...utils.files import identity
 from ...utils.precision import full_float32
 from ...utils.store import Store
-from .hessian import Moments, conv_groups, slides
+from ..session.session import Session
+from .hessian import Moments, slides
 from .prefix_walk import PrefixWalk
-
-if TYPE_CHECKING:
-    from ..session.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +31,7 @@ MOMENT_BYTES = 2 * 10**9
 class Solve(Protocol):
     """Finds the integers of weight rows that see the same inputs."""
 
-    #: Whether it needs E[x q'].
-    cross: bool
+    cross: bool  #: whether it needs E[x q']
 
     def __call__(
         self,
@@ -61,11 +58,7 @@ class Solve(Protocol):
 
 @dataclass
 class LayerStore:
-    """Finished layers on disk, so that a killed run resumes.
-
-    ``key`` identifies all that decides the result; ``reused`` counts the layers
-    that were found.
-    """
+    """Finished layers on disk, under a key of all that decides the result."""
 
     store: Store
     key: str
@@ -76,7 +69,6 @@ class LayerStore:
         return f"{identity([self.key, name])}.safetensors"
 
     def read(self, name: str) -> LayerTensors | None:
-        """A finished layer, or None."""
         known = self.store.read_tensors(
             self._file(name), self.key, "finished layer"
         )
@@ -87,7 +79,6 @@ class LayerStore:
         return found
 
     def write(self, name: str, tensors: LayerTensors) -> None:
-        """Stores a finished layer."""
         parts = tensors.named()
         self.store.write_tensors(self._file(name), self.key, parts, name)
 
@@ -111,7 +102,7 @@ class _Problem:
 
 
 def rounded_layers(
-    session: "Session",
+    session: Session,
     weights: str,
     in_order: bool,
     quants: Mapping[str, LayerQuant],
@@ -131,7 +122,7 @@ def rounded_layers(
         "means of what is in the range",
         weights,
         session.recognizer.key("calibration", "inputs"),
-        {name: quant.to_dict() for name, quant in quants.items()},
+        quants_json(quants),
         [
             [layer.name, repr(solve(layer)), corrects_bias(layer)]
             for layer in session.layers
@@ -173,12 +164,7 @@ def refine(
     corrects_bias: Callable[[Layer], bool] = lambda _: False,
     on_layer: Callable[[str], None] = lambda _: None,
 ) -> dict[str, LayerTensors]:
-    """Decides layer by layer, each behind the decided ones before it.
-
-    Layers that are not in ``quants`` stay float; ``solve`` gives the solver of
-    a layer, None for the nearest integers; ``on_layer`` is called with the name
-    of each finished layer.
-    """
+    """Decides layer by layer, each behind the decided ones before it."""
     decided: dict[str, LayerQuant] = {}
     result: dict[str, LayerTensors] = {}
     for group in walk.groups():
@@ -223,7 +209,6 @@ def _solve_together(
     problems: list[_Problem],
     decided: Mapping[str, LayerQuant],
 ) -> list[LayerTensors]:
-    """Solves problems with the same inputs."""
     first = problems[0]
     module = first.layer.module
     weights = [p.layer.module.weight.detach().float() for p in problems]
@@ -234,7 +219,7 @@ def _solve_together(
             for problem, weight in zip(problems, weights, strict=True)
         ]
     cross = any(solve.cross for solve in solves)
-    count, inputs = conv_groups(module), module.weight[0].numel()
+    count, inputs = getattr(module, "groups", 1), module.weight[0].numel()
     step = count
     # Lags are compact: one pass for all groups.
     if solves and not slides(module):
@@ -285,7 +270,6 @@ def _solve_rows(
 def _joined(
     problem: _Problem, weight: torch.Tensor, parts: list[tuple]
 ) -> LayerTensors:
-    """A layer from its groups."""
     integers, scale, error = map(torch.cat, zip(*parts, strict=True))
     bias = None
     if problem.centered:

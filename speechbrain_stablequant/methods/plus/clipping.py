@@ -6,6 +6,7 @@ from functools import partial
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
 from ...model.layers import Layer
+from ...utils.files import identity
 from ..search.score import Evaluate
 from ..stablequant import layer_cutoffs, search_units
 from .work import Work
@@ -52,23 +53,20 @@ def _by_layer(work: Work) -> None:
 
 
 def _groups(work: Work) -> list[list[Layer]]:
-    """Layers that are clipped together: where passes are expensive, those of a
-    unit with the same inputs (query, key, value)."""
+    """Layers that are clipped together: where passes are expensive, q, k, v."""
     histograms = work.calibration.histograms
     groups: list[list[Layer]] = []
     alone = work.session.weights_alone
     for layers in work.units.values():
-        first = len(groups)
+        alike: dict[str, list[Layer]] = {}
         for layer in layers:
             if layer.name in alone:
                 continue
-            own = histograms[layer.name].to_dict()
-            for group in groups[first:] if work.session.by_divergence else ():
-                if histograms[group[0].name].to_dict() == own:
-                    group.append(layer)
-                    break
-            else:
-                groups.append([layer])
+            key = layer.name
+            if work.session.by_divergence:
+                key = identity(histograms[layer.name].to_dict())
+            alike.setdefault(key, []).append(layer)
+        groups += alike.values()
     return groups
 
 
@@ -87,14 +85,8 @@ def _confirm(work: Work) -> None:
     confirmed = found.errors <= whole.errors
     if confirmed:
         work.percentiles = percentiles
-    work.parts.append(
-        {
-            "part": "confirmation",
-            "wer": found.wer,
-            "wer_without_clipping": whole.wer,
-            "confirmed": confirmed,
-        }
-    )
+    row = {"wer": found.wer, "wer_without_clipping": whole.wer}
+    work.parts.append({"part": "confirmation", **row, "confirmed": confirmed})
 
 
 def _curve(
@@ -102,10 +94,7 @@ def _curve(
     quants: Iterable[tuple[float, LayerQuant]],
     evaluate: Evaluate,
 ) -> list[list[float]]:
-    """Percentiles with their divergences, until one is worse than the best.
-
-    Clipping more only gets worse from there. Equal quants are tried once.
-    """
+    """Percentiles with their divergences, until one is worse than the best."""
     curve: list[list[float]] = []
     last: LayerQuant | None = None
     for percentile, quant in quants:

@@ -106,11 +106,9 @@ class PlusConfig(MethodConfig):
 
     @property
     def sets(self) -> dict[str, bool]:
-        """See :class:`.config.MethodConfig`."""
         return {"search": self.cutoffs == "units"}
 
     def check(self) -> None:
-        """See :class:`.config.MethodConfig`."""
         if self.adaround and self.cutoffs != "units":
             raise ValueError(
                 "adaround: rounds the units that are selected; set "

@@ -21,7 +21,9 @@ from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer
-from ..layerwise import AdaRound, Compensate, rounded_layers
+from ..layerwise.adaround import AdaRound
+from ..layerwise.gptq import Compensate
+from ..layerwise.reconstruct import rounded_layers
 from ..session.calibration import Calibration
 from ..session.search_set import keep_float_outputs
 from ..session.session import Session

@@ -21,8 +21,7 @@ from ...utils.patching import restored_values
 
 
 def can_rotate(encoder: Encoder) -> bool:
-    """Whether an encoder normalizes before each sublayer, for nothing but
-    the linears of :func:`_readers`."""
+    """Whether normalizations feed the linears of :func:`_readers` alone."""
     blocks = encoder.model.encoder.layers
     return (
         bool(getattr(encoder.model.config, "do_stable_layer_norm", False))
@@ -53,12 +52,10 @@ def _readers(block: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
 
 
 def _writers(block: nn.Module) -> list[nn.Module]:
-    """Linears that add to the stream."""
     return [block.attention.out_proj, block.feed_forward.output_dense]
 
 
 def _touched(encoder: Encoder) -> dict[str, nn.Module]:
-    """All modules whose parameters change, by path."""
     found: set[nn.Module] = set()
     for block in encoder.model.encoder.layers:
         found.update(_writers(block))
@@ -86,10 +83,7 @@ def _fold(encoder: Encoder, rotation: torch.Tensor) -> None:
 
 @contextmanager
 def rotated(encoders: Sequence[Encoder], seed: int = 0) -> Iterator[None]:
-    """Context in which residual streams are rotated and outputs unchanged.
-
-    ``encoders``: those for which :func:`can_rotate` holds.
-    """
+    """Context in which residual streams are rotated and outputs unchanged."""
     parameters = [
         parameter
         for encoder in encoders

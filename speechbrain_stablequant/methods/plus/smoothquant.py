@@ -21,8 +21,7 @@ from ...utils.distributed import gathered_tensors
 from ...utils.patching import hooked, restored_values
 from ..session.recognizer import Recognizer
 
-# Larger factors only move rounding noise.
-_MAX_FACTOR = 1e4
+_MAX_FACTOR = 1e4  # larger factors only move rounding noise
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,7 @@ class Site:
 def find_sites(
     encoders: Iterable[Encoder], layers: Iterable[Layer]
 ) -> list[Site]:
-    """Sites of wav2vec 2.0 and HuBERT encoders, in network order.
-
-    All consumers of a site must be among ``layers``.
-    """
+    """Sites whose consumers are all among ``layers``, in network order."""
     by_id = {id(layer.module): layer for layer in layers}
     sites = []
     for encoder in encoders:
@@ -104,10 +100,7 @@ def channel_maxima(
 
 
 def factors(site: Site, maxima: torch.Tensor, strength: float) -> torch.Tensor:
-    """Divisors [channels] of a site, from the maxima of its activations.
-
-    ``strength`` 1: activations are equally large afterwards.
-    """
+    """Divisors [channels]; strength 1 makes activations equally large."""
     weights = torch.stack(
         [c.module.weight.detach().float().abs().amax(0) for c in site.consumers]
     ).amax(0)
@@ -121,7 +114,6 @@ def factors(site: Site, maxima: torch.Tensor, strength: float) -> torch.Tensor:
 
 @contextmanager
 def equalized(by_site: Mapping[Site, torch.Tensor]) -> Iterator[None]:
-    """Context in which the float model is equalized by these factors."""
     parameters = [
         parameter
         for site in by_site
@@ -156,9 +148,8 @@ def changed_floats(
     quantized = set(quantized)
     changed = {}
     for site in sites:
-        modules = {site.name: site.producer}
-        modules |= {c.name: c.module for c in site.consumers}
-        for name, module in modules.items():
+        consumers = {c.name: c.module for c in site.consumers}
+        for name, module in {site.name: site.producer, **consumers}.items():
             if name not in quantized:
                 changed[f"{name}.weight"] = module.weight
         if site.producer.bias is not None:

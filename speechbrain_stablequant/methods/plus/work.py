@@ -50,10 +50,8 @@ class Work:
         }
         #: Clipping percentile by layer.
         self.percentiles = {layer.name: 100.0 for layer in session.layers}
-        #: Bits by unit, of a mixed precision.
-        self.bits: dict[str, int] = {}
-        #: What each part brought, for the plan.
-        self.parts: list[dict] = []
+        self.bits: dict[str, int] = {}  #: bits by unit, of a mixed precision
+        self.parts: list[dict] = []  #: what each part brought, for the plan
 
     def reset_simulator(self) -> None:
         """Drops the fake-quantized weights of another form of the model."""
@@ -82,8 +80,7 @@ class Work:
         bits: int | None = None,
         least_error: bool = True,
     ) -> LayerQuant:
-        """Scales below a percentile: of least squared error, or of the whole
-        range, as StableQuant's search tries them."""
+        """Scales of least squared error, or of the range below a percentile."""
         config, ratio = self.session.config, percentile / 100
         activation_bits = max(bits or 0, config.activation_bits)
         zero_point, shifted = 0.0, self.shifted.get(layer.name)
@@ -106,7 +103,6 @@ class Work:
         )
 
     def quants(self) -> dict[str, LayerQuant]:
-        """All quantized layers, as decided so far."""
         return {
             x.name: self.quant(
                 x, self.percentiles[x.name], self.bits.get(x.unit)
@@ -121,7 +117,6 @@ class Work:
         metric: str | None = None,
         tensors: Mapping[str, LayerTensors] | None = None,
     ) -> tuple[Evaluate, tqdm]:
-        """Measures the model with decided tensors."""
         self.session.simulator.tensors = dict(tensors or {})
         weights = self.weights
         if tensors:
@@ -151,7 +146,6 @@ class Work:
         quants: Mapping[str, LayerQuant],
         tensors: Mapping[str, LayerTensors],
     ) -> tuple[Score, Score]:
-        """Scores of the float model and of the quantized one."""
         # Rotation and equalization do not change the float model's output.
         evaluate, _, bar = search_evaluate(
             self.session, self.first_weights, self.first_calibration

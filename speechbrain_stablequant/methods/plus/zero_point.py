@@ -17,8 +17,7 @@ from ...model.layers import Encoder, Layer
 from ...simulation.observers import Observer
 
 _CANDIDATES = 192
-# Points in a bin, which may be as wide as a quantization step.
-_POINTS = 4
+_POINTS = 4  # points in a bin, which may be as wide as a quantization step
 
 
 def behind_gelu(encoders: list[Encoder], layers: list[Layer]) -> set[str]:

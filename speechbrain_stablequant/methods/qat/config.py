@@ -55,6 +55,5 @@ class QatConfig(MethodConfig):
 
     @property
     def sets(self) -> dict[str, bool]:
-        """See :class:`.config.MethodConfig`."""
         search = {"search": True} if self.keep == "best" else {}
         return {"train": self.distill < 1, **search}

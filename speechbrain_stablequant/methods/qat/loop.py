@@ -1,5 +1,4 @@
-"""The epochs of quantization-aware training, on disk too, and which one is
-kept."""
+"""The epochs of quantization-aware training, and which one is kept."""
 
 import logging
 import math
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ...core.layer_quant import LayerQuant
-from ...core.plan import check_quant
+from ...core.layer_quant import LayerQuant, quants_json
 from ...core.plan_tensors import AdjustedTensors
 from ...utils.store import Store
-from ...utils.typed import one_line, typed
 from ..search.score import Score
 from ..session.recognizer import Optimizers, Trainer
 from .config import QatConfig
@@ -27,17 +24,12 @@ Measure = Callable[[Quants, AdjustedTensors], Score]
 
 @dataclass
 class EpochStore:
-    """Finished epochs on disk, so that a killed training resumes.
-
-    An epoch's file holds all that the next one needs. A finished training
-    keeps its result only. ``key`` identifies all that decides the result.
-    """
+    """Finished epochs on disk; a finished training keeps its result only."""
 
     store: Store
     key: str
 
     def _file(self, epoch: int | None = None) -> str:
-        """The file of an epoch, or of the result."""
         ending = "" if epoch is None else f"_epoch{epoch}"
         return f"{self.key[:16]}{ending}.safetensors"
 
@@ -73,38 +65,21 @@ class EpochStore:
     def finish(
         self, quants: Quants, tensors: AdjustedTensors, history: list[dict]
     ) -> None:
-        """Stores the result and deletes all epochs."""
-        content = {
-            "quants": {name: quant.to_dict() for name, quant in quants.items()},
-            "history": history,
-        }
-        self.store.write_tensors(
-            self._file(), self.key, tensors.flat(), content
-        )
+        content = {"quants": quants_json(quants), "history": history}
+        flat = tensors.flat()
+        self.store.write_tensors(self._file(), self.key, flat, content)
         for epoch in self._epochs():
             self.store.delete(self._file(epoch))
 
     def finished(self) -> tuple[Quants, AdjustedTensors, list[dict]] | None:
-        """The result that :meth:`finish` stored, if any."""
-        known = self.store.read_tensors(
-            self._file(), self.key, "result of a training"
-        )
+        what = "result of a training"
+        known = self.store.read_tensors(self._file(), self.key, what)
         if known is None:
             return None
-        flat, raw = known
-        try:
-            rows = typed(raw, dict, "content")
-            kind = dict[str, LayerQuant]
-            quants = typed(rows.get("quants"), kind, "quants")
-            for name, quant in quants.items():
-                check_quant(quant, name)
-            history = typed(rows.get("history"), list[dict], "history")
-            return quants, AdjustedTensors.from_flat(flat), history
-        except ValueError as error:
-            raise ValueError(
-                f"{self.store.folder / self._file()}: is damaged "
-                f"({one_line(error)}); delete it to train again"
-            ) from error
+        # As it was written: the store has checked its digest.
+        flat, rows = known
+        quants = {n: LayerQuant(**row) for n, row in rows["quants"].items()}
+        return quants, AdjustedTensors.from_flat(flat), rows["history"]
 
 
 def train(
@@ -201,7 +176,6 @@ def _run(
     optimizers: Optimizers,
     on_batch: Callable[[int, int], None],
 ) -> float:
-    """Trains for one epoch; returns the mean loss."""
 
     def before_batch(index: int) -> None:
         done = epoch - 1 + index / len(trainer)
@@ -225,7 +199,6 @@ def _log(entry: Mapping) -> None:
 
 
 def _state_of(optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """The state of optimizers as named tensors."""
     return {
         f"optimizers/{name}/{index}/{what}": value
         for name, optimizer in optimizers.items()

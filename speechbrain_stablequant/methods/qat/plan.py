@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from ...core.histogram import Histogram
-from ...core.layer_quant import LayerQuant
+from ...core.layer_quant import LayerQuant, quants_json
 from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors, adjusted_floats
 from ...simulation.fake_quant import Simulator
@@ -23,10 +23,7 @@ EPOCH_FOLDER = "finished_epochs"
 def qat_plan(
     session: Session, weights: str, calibration: Calibration
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """Trains a calibrated model, and keeps one of its epochs.
-
-    ``search["training"]`` of the plan has an entry for each epoch.
-    """
+    """Trains a calibrated model; ``search["training"]`` has all epochs."""
     settings, recognizer = session.config.qat, session.recognizer
     start, histograms = calibrator_plan(
         session, weights, calibration, settings.calibrator
@@ -73,11 +70,8 @@ def qat_plan(
 
 def _student(session: Session, start: QuantizationPlan) -> Student:
     settings, modules = session.config.qat, session.recognizer.modules
-    frozen: tuple[str, ...] = ()
-    if settings.freeze_feature_extractor:
-        frozen = tuple(
-            f"{encoder.path}.feature_extractor." for encoder in session.encoders
-        )
+    encoders = session.encoders if settings.freeze_feature_extractor else ()
+    frozen = tuple(f"{x.path}.feature_extractor." for x in encoders)
     return Student(
         session.layers,
         start.quants(),
@@ -91,7 +85,6 @@ def _student(session: Session, start: QuantizationPlan) -> Student:
 def _score(
     session: Session, quants: Mapping[str, LayerQuant], tensors: AdjustedTensors
 ) -> Score:
-    """Scores trained integers on the search set."""
     simulator = Simulator(session.layers, tensors.layers)
     with (
         simulator.apply(quants),
@@ -101,11 +94,10 @@ def _score(
 
 
 def _key(session: Session, start: QuantizationPlan) -> str:
-    """Identifies all that decides the outcome."""
     config, recognizer = session.config, session.recognizer
     content = [
         start.fingerprint,
-        {name: quant.to_dict() for name, quant in start.quants().items()},
+        quants_json(start.quants()),
         asdict(config.qat),
         config.seed,
         recognizer.training_key(session.store),

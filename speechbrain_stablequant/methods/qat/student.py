@@ -59,11 +59,10 @@ class _Quantize(torch.autograd.Function):
 def straight_through(
     x: torch.Tensor, scale: torch.Tensor, bits: int, numbers: int = 0
 ) -> torch.Tensor:
-    """Fake quantization with a straight-through gradient, LSQ's for the scale.
+    """Fake quantization with a straight-through gradient.
 
-    ``x`` is float32, ``scale`` broadcasts to it. LSQ divides the scale's
-    gradient by ``sqrt(numbers * qmax)``, where ``numbers`` values share a
-    scale; 0 leaves it as it is.
+    LSQ divides the scale's gradient by ``sqrt(numbers * qmax)``, where
+    ``numbers`` values share a scale; 0 leaves it as it is.
     """
     limit = qmax(bits)
     factor = (numbers * limit) ** -0.5 if numbers else 1.0
@@ -139,7 +138,6 @@ class _TrainedLayer:
 
     @torch.no_grad()
     def result(self) -> tuple[LayerQuant, LayerTensors]:
-        """The trained layer as integers."""
         scale, inputs = self.scales()
         bits = self.quant.weight_bits
         tensors = LayerTensors(
@@ -163,11 +161,7 @@ class _Float:
 
 
 class Student:
-    """A model in training: layers on the grid, everything else float.
-
-    Layers without a quant stay float. ``frozen`` says of the name of a layer
-    or parameter whether it is not trained.
-    """
+    """A model in training: layers with a quant on the grid, all else float."""
 
     def __init__(
         self,
@@ -256,13 +250,11 @@ class Student:
             self._enter()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the ``parameters`` of another student of the same model."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
     def result(self) -> tuple[Quants, AdjustedTensors]:
-        """The trained model: quants, and the integers and changed floats."""
         found = {name: layer.result() for name, layer in self.layers.items()}
         floats = {
             name: parameter.trained.detach().float().clone()

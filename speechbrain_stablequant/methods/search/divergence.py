@@ -82,10 +82,7 @@ class Divergence:
     def score(
         self, before_batch: BeforeBatch, give_up_above: int | None = None
     ) -> Score:
-        """A score whose loss is the mean divergence per frame.
-
-        ``give_up_above`` is unused: no words are counted.
-        """
+        """The mean divergence per frame, as a score's loss."""
         batches = zip(self._reference, self._run(before_batch), strict=True)
         parts = gathered(
             [

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ...core.layer_quant import LayerQuant
+from ...core.layer_quant import LayerQuant, quants_json
 from ...utils.distributed import from_main
 from ...utils.files import identity
 from ...utils.store import Store
@@ -16,9 +16,7 @@ def evaluation_key(
     quants: Mapping[str, LayerQuant],
     give_up_above: int | None = None,
 ) -> str:
-    """Identifies an evaluation by all that decides its result."""
-    content = {name: quant.to_dict() for name, quant in quants.items()}
-    return identity([fingerprint, content, give_up_above])
+    return identity([fingerprint, quants_json(quants), give_up_above])
 
 
 class Journal:
@@ -49,12 +47,6 @@ class Journal:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise store.damaged_row(JOURNAL_FILE, number) from error
 
-    def _serves(self, score: Score | None) -> bool:
-        if score is None:
-            return False
-        counted = score.utterance_errors or not score.complete
-        return bool(counted) or not self.by_utterance
-
     def wrap(self, evaluate: Evaluate) -> Evaluate:
         """Evaluates unless the journal has the result."""
 
@@ -66,7 +58,7 @@ class Journal:
         ) -> Score:
             key = evaluation_key(self.fingerprint, quants, give_up_above)
             known = from_main(self._scores.get(key))
-            if self._serves(known):
+            if known and not (self.by_utterance and known.lacks_utterances):
                 self.reused += 1
                 return known
             score = evaluate(quants, start, give_up_above, label)

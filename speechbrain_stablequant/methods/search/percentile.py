@@ -6,19 +6,13 @@ from dataclasses import replace
 from ...config import SearchConfig
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
-from .paired import better
-from .score import Evaluate, Score
+from .score import Evaluate, Score, better
 
-#: Percentiles that were tried.
-Curve = Sequence[tuple[float, Score]]
+Curve = Sequence[tuple[float, Score]]  #: percentiles that were tried
 
 
 def best_cutoff(curve: Curve) -> float:
-    """The percentile with the fewest word errors.
-
-    Ties go to the smaller loss, then to the larger percentile. Evaluations that
-    gave up never win.
-    """
+    """Fewest word errors, then the smaller loss, then the larger percentile."""
     ratio, _ = min(
         (row for row in curve if row[1].complete),
         key=lambda row: (row[1].errors, row[1].loss, -row[0]),
@@ -27,11 +21,7 @@ def best_cutoff(curve: Curve) -> float:
 
 
 def surest_cutoff(curve: Curve, level: float) -> float:
-    """The percentile that no smaller one beats beyond noise.
-
-    From the largest down, each replaces the best so far only if it is better in
-    a paired comparison.
-    """
+    """From the largest down, the last that beats the best beyond noise."""
     (best, fewest), *rest = sorted(curve, key=lambda row: -row[0])
     for ratio, score in rest:
         if better(score, fewest, level):
@@ -46,15 +36,11 @@ def search_cutoffs(
     search: SearchConfig,
     rank: Evaluate | None = None,
 ) -> list[UnitPlan]:
-    """Searches the clipping percentile of each selected unit.
+    """Searches the clipping percentile of each selected unit, in network order.
 
-    In network order, with earlier decisions in place and later units float.
-
-    ``quantize_unit`` gives the layers of a unit, clipped at a percentile. Rule
-    ``threshold`` chooses by :func:`best_cutoff`; ``interval`` chooses by
-    :func:`surest_cutoff`, which needs every evaluation to be complete. With
-    ``rank`` a unit takes the percentile of the least loss in it, if its WER is
-    not worse than that of the largest percentile.
+    Earlier decisions are in place, later units float. With ``rank`` a unit
+    takes the percentile of the least loss in it, if its WER is not worse than
+    that of the largest percentile.
     """
     decided: dict[str, LayerQuant] = {}
     by_interval = search.selection == "interval"
@@ -101,8 +87,7 @@ def search_cutoffs(
 def _confirmed(
     curve: Curve, measure: Callable[[float], Score], search: SearchConfig
 ) -> tuple[float, list[dict]]:
-    """The percentile of the least divergence, or the largest one if the words
-    contradict; and the curve, with the WER of both."""
+    """The least divergence's if the words agree, else the largest; all rows."""
     largest = curve[0][0]
     best, _ = min(curve, key=lambda row: (row[1].loss, -row[0]))
     rows = {

@@ -1,12 +1,18 @@
-"""The result of one evaluation on the search set."""
+"""The result of one evaluation on the search set, and comparisons of two."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
+from ...core.error_rates import DeltaInterval, paired_interval
 from ...core.layer_quant import LayerQuant
 from ...utils.typed import typed
+
+# Enough for the levels in use, and below 10 ms: the search compares often.
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,12 @@ class Score:
 
     @property
     def wer(self) -> float:
-        """Word error rate in percent."""
         return 100.0 * self.errors / self.words
+
+    @property
+    def lacks_utterances(self) -> bool:
+        """Whether a whole set was counted, but not by utterance."""
+        return self.complete and not self.utterance_errors
 
     def to_dict(self) -> dict:
         """JSON-safe: an infinite loss is None, empty fields are left out."""
@@ -94,8 +104,7 @@ class Evaluate(Protocol):
 def check_float_wer(
     wer: float, name: str, limit: float, rate: str = "WER"
 ) -> None:
-    """Raises a ValueError if the error rate of the float model is above the
-    limit; ``rate``: its name."""
+    """Raises if the float model's error rate (``rate``) is above the limit."""
     if wer > limit:
         raise ValueError(
             f"quantize: the float model's {rate} on {name} is {wer:.2f} %, "
@@ -103,3 +112,42 @@ def check_float_wer(
             "checkpoint, the transcripts and quantize.metric_attribute, or "
             "raise the limit"
         )
+
+
+# -- paired: hard utterances are hard for both, so differences vary little -----
+
+
+def wer_rise(before: Score, after: Score, level: float) -> DeltaInterval | None:
+    """Rise of the WER in points; None without counts by utterance."""
+    errors, words = before.utterance_errors, before.utterance_words
+    return _rise(errors, after.utterance_errors, words, level)
+
+
+def loss_rise(
+    before: Score, after: Score, level: float
+) -> DeltaInterval | None:
+    """Rise of the loss; None without a finite loss for each batch."""
+    losses = before.batch_losses
+    found = _rise(losses, after.batch_losses, np.ones(len(losses)), level)
+    return found and DeltaInterval(*(end / 100 for end in found))
+
+
+def _rise(
+    before: Sequence[float],
+    after: Sequence[float],
+    lengths: Sequence[float],
+    level: float,
+) -> DeltaInterval | None:
+    if not before or len(before) != len(after):
+        return None
+    extra = np.asarray(after) - np.asarray(before)
+    return paired_interval(extra, np.asarray(lengths), _RESAMPLES, level)
+
+
+def better(one: Score, two: Score, level: float) -> bool:
+    """By the WER if its interval excludes zero, else by the loss."""
+    for rise in (wer_rise, loss_rise):
+        found = rise(two, one, level)
+        if found is not None and (found.high < 0 or found.low > 0):
+            return found.high < 0
+    return False

@@ -7,8 +7,7 @@ from ...config import SearchConfig
 from ...core.error_rates import DeltaInterval
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
-from .paired import loss_rise, wer_rise
-from .score import Evaluate, Score
+from .score import Evaluate, Score, loss_rise, wer_rise
 
 
 def select_units(

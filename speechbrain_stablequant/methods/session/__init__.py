@@ -1,4 +1,1 @@
-"""What all methods share: one recognizer, its calibration and its search set.
-
-Independent of any toolkit: protocols describe the recognizer and the trainer.
-"""
+"""What all methods share, independent of any toolkit."""

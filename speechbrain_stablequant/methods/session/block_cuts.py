@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...model.layers import Cut, Layer
+from ...model.products import modules_by_name
 from ...simulation.prefix_cache import Replay
 from ..search.divergence import BeforeBatch
 from .recognizer import Recognizer
@@ -27,13 +28,8 @@ def block_cuts(
     units: Mapping[str, Sequence[Layer]],
     limit_bytes: int,
 ) -> list[Cut]:
-    """Cuts before units, from the first block on that a pass can resume
-    behind."""
-    by_name = {
-        name: module
-        for key, top in recognizer.modules.items()
-        for name, module in top.named_modules(prefix=key)
-    }
+    """Cuts before units, from the first block that a pass can resume behind."""
+    by_name = modules_by_name(recognizer.modules)
     found: list[Cut] = []
     before: list[nn.Module] = []
     expected: Sequence[torch.Tensor] | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...core.histogram import Histogram
 from ...model.layers import Layer
@@ -12,13 +12,10 @@ from ...simulation.observers import Observer
 from ...utils.distributed import from_main, share
 from ...utils.files import identity
 from ...utils.typed import typed
-
-if TYPE_CHECKING:
-    from .session import Session
+from .session import Session
 
 HISTOGRAM_FILE = "histograms.json"
-#: What error messages call such a file.
-WHAT = "calibration histograms"
+WHAT = "calibration histograms"  #: what error messages call such a file
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,6 @@ class Calibration:
     in_order: bool
 
     def to_dict(self) -> dict:
-        """JSON-safe."""
         rows = {name: x.to_dict() for name, x in self.histograms.items()}
         return {"in_order": self.in_order, "layers": rows}
 
@@ -55,15 +51,14 @@ class Calibration:
         )
 
 
-def calibrate(session: "Session", weights: str) -> Calibration:
-    """Histograms of all layers from one pass, cached on disk."""
+def calibrate(session: Session, weights: str) -> Calibration:
     wanted = {HISTOGRAM_FILE: (session.layers, Observer)}
     (found,) = calibrations(session, weights, wanted)
     return found
 
 
 def calibrations(
-    session: "Session",
+    session: Session,
     weights: str,
     wanted: Mapping[str, tuple[Sequence[Layer], type[Observer]]],
 ) -> list[Calibration]:
@@ -96,7 +91,7 @@ def calibrations(
     return [known[file] for file in wanted]
 
 
-def _observe(session: "Session", observers: Sequence[Observer]) -> None:
+def _observe(session: Session, observers: Sequence[Observer]) -> None:
     recognizer = session.recognizer
     size = session.config.calibration.batch_size
     batches = -(-len(recognizer.ids("calibration")) // size)

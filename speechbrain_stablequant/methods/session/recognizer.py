@@ -1,6 +1,5 @@
 """What methods need of a toolkit: protocols; the fingerprint of weights."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from ...utils.store import Store
+from ...utils.tensor_bytes import headed_digest
 from ..search.divergence import BeforeBatch
 from ..search.score import Score
 
@@ -19,8 +19,7 @@ class Trainer(Protocol):
     """A toolkit's training loop with its data."""
 
     ids: list[str]
-    #: What else decides the outcome; JSON-safe.
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  #: what else decides the outcome; JSON-safe
 
     def __len__(self) -> int:
         """Number of batches of an epoch."""
@@ -109,12 +108,9 @@ class Recognizer(Protocol):
 
 def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
     """Identifies names and values of weights: 32 hex digits of a SHA-256."""
-    digest = hashlib.sha256()
-    for key, module in modules.items():
-        for name, tensor in module.state_dict().items():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{key}.{name}:{tuple(tensor.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return headed_digest(
+        (f"{key}.{name}:{tuple(value.shape)}", value)
+        for key, module in modules.items()
+        for name, value in module.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    )

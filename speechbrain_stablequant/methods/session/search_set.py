@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -15,13 +14,11 @@ from ...model.layers import Cut
 from ...simulation.prefix_cache import Replay
 from ...utils.files import identity
 from ...utils.store import Store
-from ..search.divergence import BeforeBatch, Divergence
+from ..search.divergence import Divergence
 from ..search.journal import Journal
 from ..search.score import Evaluate, Score, check_float_wer
 from .calibration import HISTOGRAM_FILE, WHAT, Calibration
-
-if TYPE_CHECKING:
-    from .session import Session
+from .session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def check_earlier_run(folder: Path) -> None:
 
 
 def search_evaluate(
-    session: "Session",
+    session: Session,
     weights: str,
     calibration: Calibration,
     metric: str | None = None,
@@ -47,20 +44,19 @@ def search_evaluate(
     as a score's loss; by default the block's.
     """
     search, recognizer = session.config.search, session.recognizer
-    key = [weights, metric or search.metric]
+    key, subset = [weights, metric or search.metric], "search"
     if metric == "divergence":
-        key += [session.reference, recognizer.key(session.ranked, "outputs")]
-        score_of = session.divergence.score
+        subset, score_of = session.ranked, session.divergence.score
+        key += [session.reference, recognizer.key(subset, "outputs")]
     else:
-        key.append(recognizer.key("search", "scores"))
         score_of = recognizer.score
+        key.append(recognizer.key(subset, "scores"))
     journal = Journal(
         session.store,
         identity(key),
         metric is None and search.selection == "interval",
         metric or "wer",
     )
-    subset = session.ranked if metric == "divergence" else "search"
     replay = _replay(session, calibration.in_order)
     bar = session.bar(1, "search")
 
@@ -90,8 +86,7 @@ def search_evaluate(
         bar.update(1)
         if not quants:
             if metric != "divergence":
-                limit = search.max_float_wer
-                rate = session.rate
+                limit, rate = search.max_float_wer, session.rate
                 check_float_wer(score.wer, "the search set", limit, rate)
             float_words.append(score.words)
         elif not score.complete:
@@ -102,7 +97,7 @@ def search_evaluate(
     return counted, journal, bar
 
 
-def keep_float_outputs(session: "Session") -> None:
+def keep_float_outputs(session: Session) -> None:
     """Runs the unchanged float model over the search set, for divergences.
 
     Before rotation and equalization: a resumed run must compare with the same
@@ -114,27 +109,21 @@ def keep_float_outputs(session: "Session") -> None:
     session.reference = session.fingerprint()
 
 
-def _replay(session: "Session", in_order: bool) -> Replay:
+def _replay(session: Session, in_order: bool) -> Replay:
     if session.exact_cuts is None:
-        cuts = session.cuts(in_order)
-        if len(session.encoders) == 1:
-            cuts = _exact_cuts(session, cuts)
-        session.exact_cuts = cuts
+        session.exact_cuts = _exact_cuts(session, session.cuts(in_order))
     return Replay(session.exact_cuts, list(session.units), session.cache_bytes)
 
 
-def _exact_cuts(session: "Session", cuts: list[Cut]) -> list[Cut]:
+def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
     """Drops the cuts from which a replay is not exact.
 
     A model that reads more than the cut's output (all hidden states, for
     instance) gives another result for the first batch.
     """
-
-    def first(before: BeforeBatch) -> torch.Tensor:
-        return session.recognizer.forward("search", before, first_only=True)
-
-    if not cuts:
-        return []
+    if not cuts or len(session.encoders) != 1:
+        return cuts
+    first = partial(session.recognizer.forward, "search", first_only=True)
     expected = first(lambda _: None)
     good = []
     for cut in cuts:

@@ -12,8 +12,14 @@ from ...core.affine import FLOAT_BITS
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
-from ...model.layers import Cut, Layer, find_encoders, find_layers, group_units
-from ...model.weight_only import weight_only_parameters
+from ...model.layers import (
+    Cut,
+    Layer,
+    find_encoders,
+    find_layers,
+    group_units,
+    weight_only_parameters,
+)
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
 from ...utils.store import Store
@@ -27,9 +33,7 @@ _ALONE = "its part is as fast in floating point: weights alone"
 class Session:
     """A recognizer being quantized: its layers, units, config and store.
 
-    ``store`` keeps histograms, evaluations and finished layers; ``runtimes``
-    are named in a plan's record; only the weights of the layers that
-    ``weights_alone`` names are quantized.
+    Only the weights of the layers in ``weights_alone`` are quantized.
     """
 
     def __init__(
@@ -85,7 +89,6 @@ class Session:
         return getattr(self.recognizer, "ranked", "search")
 
     def fingerprint(self) -> str:
-        """Identifies the present weights of the model."""
         return from_main(fingerprint_modules(self.recognizer.modules))
 
     @property
@@ -103,11 +106,7 @@ class Session:
         reason: Callable[[Layer], str],
         search: dict,
     ) -> QuantizationPlan:
-        """A plan with this session's precision and settings.
-
-        ``histograms`` and ``cutoffs``: of the input of each layer; ``reason``
-        says in a sentence why it is quantized so.
-        """
+        """A plan with this session's settings; ``reason`` explains a layer."""
         layers = []
         for layer in self.layers:
             quant = quants.get(layer.name)
@@ -167,16 +166,12 @@ class Session:
         }
 
     def geometry(self) -> list[tuple[int, int]]:
-        """Kernel and stride of the convolutions of the feature extractor."""
         if len(self.encoders) != 1:
             return []
         return self.encoders[0].conv_geometry()
 
     def cuts(self, in_order: bool) -> list[Cut]:
-        """Where a forward pass can resume, if there is memory for it.
-
-        Empty if layers are not called in the order of their units.
-        """
+        """Where a pass can resume if layers are called in order."""
         if not in_order or not self.cache_bytes:
             return []
         if len(self.encoders) != 1:
@@ -190,11 +185,9 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for cached activations."""
         return int(self.config.search.cache_gb * 1e9)
 
     def bar(self, total: int, what: str, **options: Any) -> tqdm:
-        """A progress bar."""
         return tqdm(
             total=total,
             desc=what,
