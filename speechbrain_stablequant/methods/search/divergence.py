@@ -9,9 +9,7 @@ from itertools import zip_longest
 import torch
 
 from ...utils.distributed import gathered
-from .score import Score
-
-BeforeBatch = Callable[[int], None]
+from .score import BeforeBatch, Score
 
 
 def divergence(

@@ -1,7 +1,7 @@
 """The result of one evaluation on the search set, and comparisons of two."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from ...core.error_rates import DeltaInterval, paired_interval
 from ...core.layer_quant import LayerQuant
 from ...utils.typed import typed
 
+BeforeBatch = Callable[[int], None]
 # Enough for the levels in use, and below 10 ms: the search compares often.
 _RESAMPLES = 2000
 

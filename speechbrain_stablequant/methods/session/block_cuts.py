@@ -17,7 +17,7 @@ from torch import nn
 from ...model.layers import Cut, Layer
 from ...model.products import modules_by_name
 from ...simulation.prefix_cache import Replay
-from ..search.divergence import BeforeBatch
+from ..search.score import BeforeBatch
 from .recognizer import Recognizer
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from torch import nn
 
 from ...utils.store import Store
 from ...utils.tensor_bytes import headed_digest
-from ..search.divergence import BeforeBatch
-from ..search.score import Score
+from ..search.score import BeforeBatch, Score
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
