@@ -16,7 +16,10 @@ from speechbrain_stablequant.brain.rebuilt import describe_modules
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
-from speechbrain_stablequant.folder.stored_floats import rounded_floats
+from speechbrain_stablequant.folder.stored_floats import (
+    rounded_floats,
+    rounded_weights,
+)
 from speechbrain_stablequant.folder.write import write_folder
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.simulated import simulated_forwards
@@ -526,6 +529,10 @@ def folder_of(brain, config, folder):
     folder.mkdir()
     with rounded_floats(modules, names, "float16"):
         integers = {x.name: integer_layer(x, quant) for x in layers}
+    with (
+        rounded_floats(modules, names, "float16"),
+        rounded_weights(modules, integers),
+    ):
         forwards = simulated_forwards(dict(brain.modules.items()), integers)
         with shadowed_forwards(forwards), torch.no_grad():
             *_, ids = brain.compute_forward(batch(), None)

@@ -6,7 +6,12 @@ from typing import Any
 from torch import nn
 
 from ..model.layers import layer_kind
-from ..model.products import RowsLinear, modules_by_name, virtual_linears
+from ..model.products import (
+    RowsLinear,
+    modules_by_name,
+    tied_parameters,
+    virtual_linears,
+)
 from .plan import QuantizationPlan
 
 _ROWS = 8  #: rows of the largest float parts
@@ -32,7 +37,11 @@ def account(
     counts = {"parameters": dict(shares), "products": dict(shares)}
     products = dict(products or {})
     left = _parameters(modules)
-    for name in plan.weight_only:
+    tied = tied_parameters(modules, plan.quants())
+    for name, layer in tied.items():
+        # Counted by the parameter: the caller of its owner multiplies.
+        products[layer] = products.get(layer, 0) + products.pop(name, 0)
+    for name in (x for x in plan.weight_only if x not in tied):
         counts["parameters"]["weight_only"] += left.pop(name, 0)
         counts["products"]["weight_only"] += products.pop(name, 0)
     for name, quant in plan.quants().items():

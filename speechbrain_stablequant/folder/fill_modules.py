@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -50,10 +51,14 @@ def fill_modules(
                 # A bias correction for a layer without a bias.
                 module.bias = nn.Parameter(torch.empty_like(layer.bias))
         integers = in_integers(integers)
-        for place in products.covered_parameters(modules, integers).values():
-            products.free_parameter(*place)
+        tied = products.tied_parameters(modules, integers)
+        covered = products.covered_parameters(modules, integers)
+        for name in covered.keys() - tied.keys():
+            products.free_parameter(*covered[name])
         _rotate(modules, floats)
         _check_floats(float_state(modules, integers), floats)
+        for name, layer in tied.items():
+            floats[name] = integers[layer].loaded().float_weight()
     for key, module in modules.items():
         prefix = f"{key}."
         state = {
@@ -105,7 +110,7 @@ def _dequantize(
     for attribute, place, value in rows:
         full = f"{name.rpartition('.')[0]}.{attribute}"
         if full not in floats:
-            whole = getattr(module.owner, attribute)
+            whole = attrgetter(attribute)(module.owner)
             floats[full] = torch.empty(whole.shape)
         floats[full][place] = value
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ..core.affine import dequantize, quantize, weight_scale
 from ..core.integer_layer import IntegerLayer
-from ..model.products import covered_parameters
+from ..model.products import covered_parameters, tied_parameters
 from ..runtimes.base import modules_by_name
 from ..runtimes.simulated import make_layer
 from ..utils.patching import restored_values, shadowed_forwards
@@ -100,8 +100,11 @@ def rounded_floats(
 def rounded_weights(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> Iterator[None]:
-    """Context in which weight-only layers compute with their integers."""
+    """Context in which weight-only layers compute with their integers, and
+    embeddings look up rows of those that share their weight."""
     alone = {name: x for name, x in integers.items() if x.weight_only}
+    tied = tied_parameters(modules, integers).values()
+    alone |= {name: integers[name] for name in tied}
     found = modules_by_name(modules, alone)
     holders = nn.ModuleList(modules.values()).modules()
     uses = Counter(x for m in holders for x in m._parameters.values())
@@ -119,7 +122,7 @@ def rounded_weights(
         with torch.no_grad():
             for module, layer in filled:
                 module.weight.copy_(layer.float_weight())
-                if layer.bias is not None:
+                if layer.bias is not None and module.bias is not None:
                     module.bias.copy_(layer.bias)
         yield
 

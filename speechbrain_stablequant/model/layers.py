@@ -40,6 +40,11 @@ class Layer:
     owners: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
+    def least_bits(self) -> int:
+        """Least width of its weights: 8 if an embedding looks up their rows."""
+        return 8 if getattr(self.module, "tied", False) else 0
+
+    @property
     def numel(self) -> int:
         return self.module.weight.numel()
 
@@ -210,7 +215,9 @@ def find_layers(
             f"quantize.target: no layer to quantize below {list(target)}; "
             "name the keys of `modules` that hold the recognizer"
         )
-    named = {name: module for module, name in found.items()}
+    # What multiplies its owner's output comes after all of its children.
+    by_place = sorted(found, key=lambda x: getattr(x, "tied", False))
+    named = {found[module]: module for module in by_place}
     kept = _selected(named, include, exclude)
     _refuse_own_forwards(kept)
     targets = {key: modules[key] for key in target}

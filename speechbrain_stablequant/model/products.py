@@ -3,12 +3,15 @@
 Attention multiplies by raw parameters, so hooks and replaced forwards of a
 child would never be reached. Rows of such a parameter are a *virtual* linear,
 :class:`RowsLinear`. Inside of :func:`visible` the owner's own code calls the
-module of each product: ``F.linear`` is intercepted while the owner runs.
+module of each product: ``F.linear`` is intercepted while the owner runs. Of a
+tied output projection the caller multiplies the owner's output by an
+embedding's weight: there the output intercepts that product.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import attrgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -28,6 +31,9 @@ class RowsLinear(nn.Linear):
     It is no registered child of its owner: the state dict keeps its names.
     """
 
+    #: Whether an embedding has the same weight, of which it looks up rows.
+    tied = False
+
     def __init__(
         self, owner: nn.Module, weight: str, rows: slice, bias: str, at: slice
     ):
@@ -41,7 +47,7 @@ class RowsLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         """Rows of the owner's parameter."""
-        return getattr(self.owner, self.weight_name)[self.rows]
+        return attrgetter(self.weight_name)(self.owner)[self.rows]
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -51,10 +57,16 @@ class RowsLinear(nn.Linear):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The owner's parameters that it has rows of."""
-        for name in (self.weight_name, self.bias_name):
-            parameter = getattr(self.owner, name, None)
-            if parameter is not None:
-                yield parameter
+        yield attrgetter(self.weight_name)(self.owner)
+        bias = getattr(self.owner, self.bias_name, None)
+        if bias is not None:
+            yield bias
+
+
+class TiedLinear(RowsLinear):
+    """The output projection by the weight of a child of its owner."""
+
+    tied = True
 
 
 # -- owners --------------------------------------------------------------------
@@ -90,6 +102,11 @@ def _one_product(owner: nn.Module) -> _Rows:
     return {"in_proj": ("in_proj_weight", rows, "in_proj_bias", rows)}
 
 
+def _embedding(owner: nn.Module) -> _Rows:
+    rows = slice(None)
+    return {"output_projection": ("embed_tokens.weight", rows, "", rows)}
+
+
 def _none(owner: nn.Module) -> _Rows:
     return {}
 
@@ -101,6 +118,8 @@ class _Kind(NamedTuple):
     rows: Callable[[nn.Module], _Rows] = _none
     #: Its children whose weights it reads, as paths.
     children: tuple[str, ...] = ()
+    #: Whether its rows multiply its output, after it has returned.
+    tied: bool = False
 
 
 _TORCH = "torch.nn.modules"
@@ -115,6 +134,9 @@ _KINDS = {
     f"{_TORCH}.transformer.TransformerEncoder": _Kind(),
     "speechbrain.nnet.attention.RelPosMHAXL": _Kind(_one_product),
     "speechbrain.nnet.attention.RoPEMHA": _Kind(_one_product),
+    "transformers.models.whisper.modeling_whisper.WhisperDecoder": _Kind(
+        _embedding, tied=True
+    ),
     "transformers.models.wavlm.modeling_wavlm.WavLMAttention": _Kind(
         children=(*_QKV, "out_proj")
     ),
@@ -142,8 +164,9 @@ def virtual_linears(owner: nn.Module) -> dict[str, RowsLinear]:
         return {}
     cache = vars(owner)
     if _CACHE not in cache:
+        linear = TiedLinear if kind.tied else RowsLinear
         found = {
-            name: RowsLinear(owner, *rows)
+            name: linear(owner, *rows)
             for name, rows in kind.rows(owner).items()
         }
         # Another thread may have been faster.
@@ -179,10 +202,27 @@ def owners_of(
 ) -> tuple[nn.Module, ...]:
     """Modules around a layer that may compute it without calling it, from the
     outermost; they belong into :func:`visible`."""
-    parts = name.split(".")
-    around = (".".join(parts[:i]) for i in range(1, len(parts)))
-    found = (by_name.get(path) for path in around)
-    return tuple(x for x in found if x is not None and _kind(x) is not None)
+    parts, owners = name.split("."), []
+    for i in range(1, len(parts)):
+        owner = by_name.get(".".join(parts[:i]))
+        kind = None if owner is None else _kind(owner)
+        if kind and not (kind.tied and i < len(parts) - 1):
+            owners.append(owner)
+    return tuple(owners)
+
+
+def tied_parameters(
+    modules: Mapping[str, nn.Module], names: Collection[str]
+) -> dict[str, str]:
+    """Layer among ``names`` by the parameter that it shares with an
+    embedding."""
+    by_name = modules_by_name(modules)
+    found = ((name, by_name.get(name)) for name in names)
+    return {
+        f"{name.rpartition('.')[0]}.{linear.weight_name}": name
+        for name, linear in found
+        if getattr(linear, "tied", False)
+    }
 
 
 def covered_parameters(
@@ -242,6 +282,12 @@ def _run_visible(
 ) -> Any:
     forward = forward or partial(type(owner).forward, owner)
     products = dict(virtual_linears(owner))
+    if _kind(owner).tied:
+        output = forward(*args, **kwargs)
+        hidden = output.last_hidden_state.as_subclass(_Projected)
+        (hidden.product,) = products.values()
+        output.last_hidden_state = hidden
+        return output
     for path in _kind(owner).children:
         parent, _, name = path.rpartition(".")
         holder = owner.get_submodule(parent)
@@ -250,6 +296,40 @@ def _run_visible(
         )
     with _Intercept(tuple(products.values())):
         return forward(*args, **kwargs)
+
+
+class _Projected(torch.Tensor):
+    """An output whose product with the weight of ``product`` calls that module;
+    all else is computed as of a plain tensor."""
+
+    product: nn.Module
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _PRODUCTS and isinstance(args[0], cls):
+                module = args[0].product
+                places = (
+                    x.untyped_storage().data_ptr()
+                    for x in (args[1], module.weight)
+                )
+                if len(set(places)) == 1:
+                    return module(args[0].as_subclass(torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = (
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    F.linear,
+)
 
 
 class _Intercept(TorchFunctionMode):

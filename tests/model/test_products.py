@@ -5,11 +5,13 @@ import threading
 
 import pytest
 import torch
+from speechbrain.integrations.huggingface.whisper import Whisper
 from speechbrain.nnet.attention import (
     MultiheadAttention,
     RelPosEncXL,
     RelPosMHAXL,
 )
+from tiny_whisper import save_whisper
 from torch import nn
 from torch.nn import functional as F
 from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
@@ -17,7 +19,13 @@ from transformers import WavLMConfig
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from speechbrain_stablequant.core.affine import fake_quantize, scale_from_amax
+from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.folder.fill_modules import fill_modules
+from speechbrain_stablequant.folder.stored_floats import (
+    float_state,
+    rounded_weights,
+)
 from speechbrain_stablequant.model.layers import find_layers, visible_layers
 from speechbrain_stablequant.model.products import (
     RowsLinear,
@@ -396,3 +404,52 @@ def test_names():
     assert linear.weight.data_ptr() == model["a"].in_proj_weight.data_ptr()
     assert len(find_layers({"m": model, "again": model}, ["m", "again"])) == 3
     assert linear not in set(model.modules())
+
+
+@pytest.fixture
+def whisper(tmp_path):
+    save_whisper(tmp_path)
+    arguments = {"save_path": str(tmp_path / "saved"), "freeze": False}
+    return Whisper(source=str(tmp_path), **arguments).float().eval()
+
+
+@torch.no_grad()
+def test_tied_output_projection(whisper):
+    """SpeechBrain's Whisper multiplies by the embedding's weight outside of
+    any module."""
+    torch.manual_seed(0)
+    modules, states = {"w": whisper}, torch.randn(1, 1500, 16)
+    tokens = torch.tensor([[1, 2, 3]])
+
+    def logits(*_):
+        return whisper.forward_decoder(states, tokens)[0]
+
+    *others, projection = find_layers(modules, ["w"])
+    assert projection.name == "w.model.decoder.output_projection"
+    assert not any(x.owners for x in others)
+    calls, expected = [], logits()
+    with visible_layers([projection]), recorded([projection], calls):
+        torch.testing.assert_close(logits(), expected, atol=0, rtol=0)
+    ((_, hidden),) = calls
+    assert type(hidden) is torch.Tensor
+
+    quant = LayerQuant(8, 4, 4.0)
+    integers = {projection.name: integer_layer(projection, quant)}
+    rows = integers[projection.name].float_weight()
+    grid = fake_quantize(hidden, scale_from_amax(torch.tensor(4.0), 4), 4)
+    with Simulator([projection]).apply({projection.name: quant}):
+        simulated = logits()
+    torch.testing.assert_close(simulated, F.linear(grid, rows))
+    assert (simulated - expected).abs().max() > 1e-3
+
+    # The embedding of a loaded model looks up rows of the same integers.
+    floats = float_state(modules, integers)
+    shared = "w.model.decoder.embed_tokens.weight"
+    assert shared not in floats
+    with rounded_weights(modules, integers):
+        stored = logits()
+    whisper.model.decoder.embed_tokens.weight.zero_()
+    fill_modules(modules, integers, floats, "here")
+    assert torch.equal(modules_by_name(modules)[projection.name].weight, rows)
+    torch.testing.assert_close(logits(), stored, atol=0, rtol=0)
+    assert (stored - expected).abs().max() > 0

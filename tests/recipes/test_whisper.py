@@ -81,6 +81,7 @@ def test_whisper(run, corpus, checkpoint, tmp_path, beam, method):
         "encoder.conv1",
         "encoder.layers.1.fc2",
         "decoder.layers.1.fc2",
+        "decoder.output_projection",
     ):
         assert f"whisper.model.{part}" in names
     assert (plan["method"], report["method"]) == (method, method)

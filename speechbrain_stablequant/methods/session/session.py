@@ -146,6 +146,7 @@ class Session:
         weights and activations."""
         config = self.config
         weight, inputs = bits or (config.weight_bits, config.activation_bits)
+        weight = max(weight, self.simulator.layers[layer].least_bits)
         if layer in self.weights_alone:
             return LayerQuant(weight, FLOAT_BITS, 0.0, weight_method)
         return LayerQuant(
