@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..utils.patching import shadowed
+from .projected import projected
 
 _CACHE = "_stablequant_products"
 
@@ -283,11 +284,8 @@ def _run_visible(
     forward = forward or partial(type(owner).forward, owner)
     products = dict(virtual_linears(owner))
     if _kind(owner).tied:
-        output = forward(*args, **kwargs)
-        hidden = output.last_hidden_state.as_subclass(_Projected)
-        (hidden.product,) = products.values()
-        output.last_hidden_state = hidden
-        return output
+        (product,) = products.values()
+        return projected(forward(*args, **kwargs), product)
     for path in _kind(owner).children:
         parent, _, name = path.rpartition(".")
         holder = owner.get_submodule(parent)
@@ -296,40 +294,6 @@ def _run_visible(
         )
     with _Intercept(tuple(products.values())):
         return forward(*args, **kwargs)
-
-
-class _Projected(torch.Tensor):
-    """An output whose product with the weight of ``product`` calls that module;
-    all else is computed as of a plain tensor."""
-
-    product: nn.Module
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _PRODUCTS and isinstance(args[0], cls):
-                module = args[0].product
-                places = (
-                    x.untyped_storage().data_ptr()
-                    for x in (args[1], module.weight)
-                )
-                if len(set(places)) == 1:
-                    return module(args[0].as_subclass(torch.Tensor))
-            return func(*args, **(kwargs or {}))
-
-
-_PRODUCTS = (
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    F.linear,
-)
 
 
 class _Intercept(TorchFunctionMode):
