@@ -32,9 +32,6 @@ class RowsLinear(nn.Linear):
     It is no registered child of its owner: the state dict keeps its names.
     """
 
-    #: Whether an embedding has the same weight, of which it looks up rows.
-    tied = False
-
     def __init__(
         self, owner: nn.Module, weight: str, rows: slice, bias: str, at: slice
     ):
@@ -44,6 +41,11 @@ class RowsLinear(nn.Linear):
         self.weight_name, self.rows = weight, rows
         self.bias_name, self.bias_rows = bias, at
         self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def tied(self) -> bool:
+        """Whether an embedding, a child of its owner, has the same weight."""
+        return "." in self.weight_name
 
     @property
     def weight(self) -> torch.Tensor:
@@ -62,12 +64,6 @@ class RowsLinear(nn.Linear):
         bias = getattr(self.owner, self.bias_name, None)
         if bias is not None:
             yield bias
-
-
-class TiedLinear(RowsLinear):
-    """The output projection by the weight of a child of its owner."""
-
-    tied = True
 
 
 # -- owners --------------------------------------------------------------------
@@ -165,9 +161,8 @@ def virtual_linears(owner: nn.Module) -> dict[str, RowsLinear]:
         return {}
     cache = vars(owner)
     if _CACHE not in cache:
-        linear = TiedLinear if kind.tied else RowsLinear
         found = {
-            name: linear(owner, *rows)
+            name: RowsLinear(owner, *rows)
             for name, rows in kind.rows(owner).items()
         }
         # Another thread may have been faster.

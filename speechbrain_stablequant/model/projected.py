@@ -1,5 +1,5 @@
-"""Products of a module's output that its caller computes, outside of any module:
-by the weight of an embedding, of which no child knows."""
+"""Products of a module's output that its caller computes, outside of any
+module, by the weight of an embedding."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
