@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 from torch import nn
@@ -23,7 +23,6 @@ from ..folder.stored_floats import (
 from ..folder.weights_file import WEIGHTS_FILE
 from ..folder.write import write_folder
 from ..folder.write_modules import ModulesSource
-from ..methods.registry import QuantizeConfig
 from ..model.layers import Layer, find_layers
 from ..report.build import build_report, float_size
 from ..report.comparison import variant_rows
@@ -36,6 +35,9 @@ from ..utils.files import Outputs
 from ..utils.store import Store
 from .data import Batches
 
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+
 # File in a run's folder.
 EFFORT_FILE = "effort.json"
 
@@ -47,7 +49,7 @@ class Run:
     brain: sb.Brain
     #: Empty without variants.
     name: str
-    config: QuantizeConfig
+    config: "QuantizeConfig"
     folder: Path
     #: Of that folder.
     store: Store

@@ -10,7 +10,7 @@ names raises instead.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
@@ -24,7 +24,6 @@ from ..core.encoder_spec import (
 )
 from ..core.integer_layer import IntegerLayer
 from ..folder.write_modules import ModulesSource
-from ..methods.registry import QuantizeConfig
 from ..model.layers import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision
 from ..runtimes.build import build_forwards, check_probe, executed_form
@@ -43,13 +42,16 @@ from .passes import recognize
 from .rebuilt import live_network
 from .run import Run
 
+if TYPE_CHECKING:
+    from ..methods.registry import QuantizeConfig
+
 # Largest difference of a description, relative to the largest value: far above
 # float rounding, far below the effect of another activation or norm.
 _TOLERANCE = 1e-3
 
 
 def choose_runtime(
-    brain: sb.Brain, config: QuantizeConfig
+    brain: sb.Brain, config: "QuantizeConfig"
 ) -> tuple[str, list[str]]:
     """Choose the runtime of a variant, with warnings for the report."""
     try:
@@ -71,7 +73,7 @@ def _simulated(reason: str) -> tuple[str, list[str]]:
     return "torch", [f"Evaluated by simulation: {reason}."]
 
 
-def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
+def seven_bits_notes(name: str, config: "QuantizeConfig") -> list[str]:
     """Warn if a runtime executes weights with fewer bits than the plan's."""
     cpu, bits = cpu_class(), config.weight_bits
     if cpu.exact or RUNTIMES[name].device != "cpu" or bits <= PAIR_SUM_BITS:
@@ -83,7 +85,7 @@ def seven_bits_notes(name: str, config: QuantizeConfig) -> list[str]:
 
 
 def try_descriptions(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig, backend: str
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig", backend: str
 ) -> tuple[str, list[str]]:
     """Compare what a runtime would compute with the modules, on a batch.
 
@@ -101,7 +103,7 @@ def try_descriptions(
 
 
 def check_descriptions(
-    brain: sb.Brain, batch: Any, config: QuantizeConfig
+    brain: sb.Brain, batch: Any, config: "QuantizeConfig"
 ) -> None:
     """Raise unless the descriptions of encoders compute what they do."""
     modules = dict(brain.modules.items())
