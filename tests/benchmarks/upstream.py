@@ -198,7 +198,10 @@ class RowRun:
     def command(self) -> list[str]:
         """The command line of the recipe."""
         values = {
-            key: value if isinstance(value, str) else json.dumps(value)
+            key: value
+            if isinstance(value, str) and "=" not in value
+            # It reads `=` as a space.
+            else json.dumps(value).replace("=", "\\u003d")
             for key, value in self.overrides.items()
         }
         return [
