@@ -27,6 +27,10 @@ from .sites import Sites
 
 logger = logging.getLogger(__name__)
 
+#: Entries of OpenVINO's cache of prepared shapes: lengths are not padded to a
+#: few here, so that most are new, and what is kept of them only takes memory.
+CACHE_CAPACITY = 100
+
 
 class CapturedExecutor(CompiledGraph):
     """Computes a part by its graph. Any number of threads may call it."""
@@ -34,6 +38,7 @@ class CapturedExecutor(CompiledGraph):
     def __init__(self, graph: Captured, *options: Any, **named: Any):
         super().__init__(OpenVinoOptions(*options, **named))
         self._outputs = graph.outputs
+        self.settings["CPU_RUNTIME_CACHE_CAPACITY"] = CACHE_CAPACITY
         self.compile(_finished(graph.model, self._half))
 
     def __deepcopy__(self, memo: dict) -> "CapturedExecutor":
