@@ -146,7 +146,8 @@ class Session:
         weights and activations."""
         config = self.config
         weight, inputs = bits or (config.weight_bits, config.activation_bits)
-        weight = max(weight, self.simulator.layers[layer].least_bits)
+        least = self.simulator.layers[layer].least_bits
+        weight, inputs = max(weight, least), max(inputs, least)
         if layer in self.weights_alone:
             return LayerQuant(weight, FLOAT_BITS, 0.0, weight_method)
         return LayerQuant(
