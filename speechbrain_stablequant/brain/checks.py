@@ -190,7 +190,7 @@ class RecipeChecks:
         """Describe a run's folder; raise why there is none."""
         names = [layer.name for layer in run.layers]
         first = None
-        if run.config.inference is None:
+        if run.config.inference is None and not run.parts:
             try:
                 return describe_recognizer(self.brain, batch, run.config, names)
             except Exception as error:
