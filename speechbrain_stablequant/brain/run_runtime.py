@@ -262,7 +262,7 @@ def _first_passing(
         if probe is not None:
             with evaluating(modules):
                 place = torch.device(run.device)
-                check_probe(name, probe, network(forwards), place)
+                check_probe(name, probe, network(forwards), place, options)
         return name, forwards
 
     names = candidates(run.config.backend, run.device)

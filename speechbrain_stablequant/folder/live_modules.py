@@ -153,7 +153,7 @@ class LiveModules:
             )
         if self._probe is not None:
             with self.trying(forwards):
-                check_probe(name, self._probe, self.compute, device)
+                check_probe(name, self._probe, self.compute, device, options)
         return BuiltRuntime(name, device, os.getpid(), forwards)
 
     def _install(self, built: BuiltRuntime | None) -> None:

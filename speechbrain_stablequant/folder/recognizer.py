@@ -225,7 +225,7 @@ class QuantizedRecognizer(nn.Module):
         forwards = build_forwards(name, parts, integers, **options)
         if self._probe is not None:
             compute = chain(parts, self._use_lengths, forwards)
-            check_probe(name, self._probe, compute, device)
+            check_probe(name, self._probe, compute, device, options)
         encoder = parts[self._key]
         return BuiltRuntime(name, device, os.getpid(), forwards, encoder)
 

@@ -170,11 +170,29 @@ def executed_form(backend: str, cpu: CpuClass | None = None) -> str:
     return OWN if exact or RUNTIMES[backend].device != "cpu" else SEVEN_BITS
 
 
+def rounds_to_half(backend: str, options: Mapping[str, Any]) -> bool:
+    """Whether a runtime may round to 16 bits between integer products."""
+    runtime = RUNTIMES[backend]
+    chosen = vars(runtime.options(**options))
+    if runtime.simulates:
+        return False
+    if "dtype" in chosen:
+        return chosen["dtype"] != "float32"
+    precision = chosen.get("precision", "auto")
+    return cpu_class().bf16 if precision == "auto" else precision == "bf16"
+
+
 def check_probe(
-    backend: str, probe: Probe, compute: Compute, device: torch.device
+    backend: str,
+    probe: Probe,
+    compute: Compute,
+    device: torch.device,
+    options: Mapping[str, Any],
 ) -> None:
-    """Raise :class:`ProbeError` unless a runtime answers a probe correctly."""
-    difference = probe.difference(compute, executed_form(backend), device)
+    """Raise :class:`ProbeError` unless a runtime with these options answers a
+    probe correctly."""
+    half = rounds_to_half(backend, options)
+    difference = probe.difference(compute, executed_form(backend), device, half)
     if difference is not None:
         raise ProbeError(
             f"backend: {backend} computes something else on this machine: "

@@ -1,6 +1,7 @@
 """Makes a probe: generates speech-like sound, and measures what a network
 answers to it and how far the answers move."""
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,16 +28,24 @@ from .probe import (
     encoder_alone,
     float_waves,
     run_network,
+    snippet_run,
 )
 from .simulated import simulated_forwards
+from .snippets import ALLOWED, COUNT, Snippets, answers_of, distances
 
 #: Number of perturbed inputs, relative perturbation, and number of passes with
 #: outputs rounded to bfloat16.
 DISTURBED, DISTURBANCE, ROUNDED = 3, 1e-6, 4
 
+#: Short utterances that are tried in turns, and their frames: attention needs
+#: two.
+_TURNS, _TRIED, _SHORT_FRAMES = 5, 48, 2
+
+#: Passes with relative noise that they must endure: eight roundings to float32.
+_PASSES, _NOISE = 3, 2.0**-20
+
 #: Maximum bytes in a file of the values of each output.
 _MOST_BYTES = {"encoder": 3 << 14, "head": 1 << 14}
-
 
 #: Range of an input that is all zeros.
 _LEAST_RANGE = 1e-6
@@ -196,7 +205,53 @@ def make_probe(
             )
             for place, value in values.items()
         }
+        snippets = frames and _snippets(compute, modules, frames, rate, device)
+        if snippets:
+            probe.snippets[form] = snippets
     return probe
+
+
+def _snippets(
+    compute: Compute,
+    modules: Mapping[str, nn.Module],
+    frames: Callable[[int], int],
+    rate: int,
+    device: str | torch.device,
+) -> Snippets | None:
+    """Short utterances whose answers endure noise; None without enough."""
+    samples = next(n for n in itertools.count(1) if frames(n) >= _SHORT_FRAMES)
+    run = snippet_run(compute, device)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def enduring(wave: torch.Tensor) -> tuple[tuple, list[torch.Tensor]]:
+        """Those that endure, and their answers by place."""
+        answers = answers_of(run, wave)
+        kept = [wave, *answers.values()]
+        for _ in range(_PASSES):
+            if not len(kept[0]):
+                break
+            with rounded_outputs(modules, generator, _NOISE, torch.float32):
+                found = answers_of(run, kept[0]).values()
+            off = map(distances, found, kept[1:])
+            good = torch.stack(list(off)).amax(0) < ALLOWED
+            kept = [x[good] for x in kept]
+        return tuple(answers), kept
+
+    waves = speech_like(_TURNS * _TRIED * samples, rate, len(SECONDS))
+    turns = []
+    for wave in waves.view(_TURNS, _TRIED, samples):
+        places, kept = enduring(wave)
+        turns.append(kept)
+        most = sum(len(kept[0]) for kept in turns)
+        if most >= COUNT:
+            break
+        # Deep networks have next to none.
+        if most * _TURNS < COUNT // 2:
+            return None
+    if most < COUNT:
+        return None
+    wave, *values = (torch.cat(x)[:COUNT] for x in zip(*turns, strict=True))
+    return Snippets(wave, dict(zip(places, values, strict=True)))
 
 
 def _spread(rows: int, channels: int, place: str) -> torch.Tensor:
@@ -235,12 +290,14 @@ def _disturbed(
 
 @contextmanager
 def rounded_outputs(
-    modules: Mapping[str, nn.Module], generator: torch.Generator
+    modules: Mapping[str, nn.Module],
+    generator: torch.Generator,
+    unit: float = torch.finfo(torch.bfloat16).eps / 2,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[None]:
-    """Context in which outputs of modules are rounded to bfloat16, up or
-    down at random: twice the error of rounding to nearest, an upper bound
-    for a runtime's own rounding."""
-    unit = torch.finfo(torch.bfloat16).eps / 2
+    """Context in which outputs of modules are rounded to a type, up or down
+    at random: twice the error of rounding to nearest, an upper bound for a
+    runtime's own rounding."""
 
     def rounded(value: Any) -> Any:
         if type(value) is tuple:
@@ -249,7 +306,7 @@ def rounded_outputs(
             return value
         chance = torch.rand(value.shape, generator=generator, device="cpu")
         chance = chance.mul_(2).sub_(1).mul_(unit).add_(1)
-        return (value * chance.to(value.device)).bfloat16().float()
+        return (value * chance.to(value.device)).to(dtype).float()
 
     with ExitStack() as stack:
         for module in modules.values():

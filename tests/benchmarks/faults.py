@@ -28,7 +28,11 @@ from wer import transcribe, utterances
 from speechbrain_stablequant import Recognizer, load
 from speechbrain_stablequant.core.error_rates import score
 from speechbrain_stablequant.core.integer_layer import IntegerLayer
-from speechbrain_stablequant.runtimes.build import build_forwards, executed_form
+from speechbrain_stablequant.runtimes.build import (
+    build_forwards,
+    executed_form,
+    rounds_to_half,
+)
 from speechbrain_stablequant.runtimes.probe import Distance, chain
 from speechbrain_stablequant.runtimes.registry import select_options
 
@@ -90,11 +94,15 @@ def distances(
     device = next(model.parameters()).device
     model._remove_forwards()
     parts = dict(model.parts.items())
-    forwards = build_forwards(
-        backend, parts, integers, **select_options(backend, model.options)
-    )
+    options = select_options(backend, model.options)
+    forwards = build_forwards(backend, parts, integers, **options)
     compute = chain(parts, model._use_lengths, forwards)
-    found = model._probe.compare(compute, executed_form(backend), device)
+    found = model._probe.compare(
+        compute,
+        executed_form(backend),
+        device,
+        rounds_to_half(backend, options),
+    )
     if install:
         for module, forward in forwards.items():
             module.forward = forward

@@ -14,6 +14,7 @@ from speechbrain_stablequant.runtimes.build import (
     build_forwards,
     check_probe,
     executed_form,
+    rounds_to_half,
 )
 from speechbrain_stablequant.runtimes.cpu import CpuClass
 from speechbrain_stablequant.runtimes.probe import (
@@ -26,6 +27,7 @@ from speechbrain_stablequant.runtimes.probe import (
     chain,
     check_size,
     encoder_alone,
+    snippet_run,
 )
 from speechbrain_stablequant.runtimes.probe_make import (
     encoder_probe,
@@ -37,6 +39,7 @@ from speechbrain_stablequant.runtimes.probe_make import (
     utterances,
     weight_forms,
 )
+from speechbrain_stablequant.runtimes.snippets import ALLOWED, Snippets
 
 CPU = torch.device("cpu")
 RATE = 16000
@@ -59,7 +62,8 @@ def difference(probe, modules, integers, backend, form=None):
     """What the probe says of a runtime with some integers."""
     forwards = build_forwards(backend, modules, integers)
     compute = chain(dict(modules), True, forwards)
-    return probe.difference(compute, form or executed_form(backend), CPU)
+    half = rounds_to_half(backend, {})
+    return probe.difference(compute, form or executed_form(backend), CPU, half)
 
 
 # -- the sound -----------------------------------------------------------------
@@ -210,6 +214,48 @@ def test_faults_are_seen(tiny_modules, backend):
 
 
 @pytest.mark.parametrize("variant", ["wav2vec2-large"])
+@pytest.mark.parametrize("backend", ["torch_int8", "openvino", "onnx"])
+def test_short_utterances_find_what_drowns(tiny_modules, backend):
+    """A fault in any layer moves each answer."""
+    if backend != "torch_int8":
+        pytest.importorskip(backend.replace("onnx", "onnxruntime"))
+    integers = quantized(tiny_modules)
+    probe = probe_of(tiny_modules, integers)
+    form = executed_form(backend)
+
+    def closest(rows):
+        forwards = build_forwards(backend, tiny_modules, rows)
+        compute = chain(dict(tiny_modules), True, forwards)
+        off = probe.snippets[form].compare(snippet_run(compute, CPU))
+        return off["encoder"] / ALLOWED
+
+    if not rounds_to_half(backend, {}):
+        assert closest(integers) < 0.5
+    for part in ("conv_layers.3", "layers.0.attention.q_proj", FEED):
+        (name,) = (x for x in integers if part in x)
+        for fault in (twice_the_scale, swapped_rows):
+            wrong = {**integers, name: fault(integers[name])}
+            assert closest(wrong) > 1, (part, fault.__name__)
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2-large"])
+def test_a_runtime_in_16_bits_skips_short_utterances(tiny_modules):
+    integers = quantized(tiny_modules)
+    probe = probe_of(tiny_modules, integers)
+    snippets = probe.snippets[OWN]
+    wrong = {place: 2 * x for place, x in snippets.answers.items()}
+    probe.snippets[OWN] = replace(snippets, answers=wrong)
+    forwards = build_forwards("torch", tiny_modules, integers)
+    compute = chain(dict(tiny_modules), True, forwards)
+    found = probe.difference(compute, OWN, CPU)
+    assert "off by 50 % in every short utterance" in found
+    assert probe.difference(compute, OWN, CPU, half=True) is None
+    assert rounds_to_half("triton", {})
+    assert not rounds_to_half("triton", {"dtype": "float32"})
+    assert rounds_to_half("openvino", {"precision": "bf16"})
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2-large"])
 def test_a_mask_that_is_ignored_is_seen(tiny_modules):
     integers = quantized(tiny_modules)
     probe = probe_of(tiny_modules, integers)
@@ -231,7 +277,7 @@ def test_a_runtime_that_is_wrong_raises_one_line(tiny_modules):
     forwards = build_forwards("torch", tiny_modules, wrong)
     compute = chain(tiny_modules, True, forwards)
     with pytest.raises(ProbeError) as caught:
-        check_probe("torch", probe, compute, CPU)
+        check_probe("torch", probe, compute, CPU, {})
     text = str(caught.value)
     assert text.startswith("backend: torch computes something else on this")
     assert "is allowed" in text and "\n" not in text
@@ -335,6 +381,12 @@ def test_what_is_stored_comes_back():
             assert torch.allclose(one.values, two.values, atol=2e-3)
             for part in ("distance", "channels", "rows"):
                 assert torch.equal(getattr(one, part), getattr(two, part))
+    wave, values = torch.ones(16, 720).short(), torch.ones(16, 8)
+    probe.snippets[SEVEN_BITS] = Snippets(wave, {"encoder": values})
+    again = Probe.from_tensors(probe.tensors()).snippets
+    assert set(again) == {SEVEN_BITS}
+    assert torch.equal(again[SEVEN_BITS].wave, wave)
+    assert torch.equal(again[SEVEN_BITS].answers["encoder"], values)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +405,8 @@ def test_what_is_stored_comes_back():
         ("own.encoder.distance", torch.zeros(1)),
         ("own.encoder.more", torch.zeros(1)),
         ("other.encoder.values", torch.zeros(1)),
+        ("own.short.encoder", torch.zeros(16, 8)),
+        ("own.short.wave", torch.zeros(16, 8)),
         ("own.encoder.values", None),
     ],
 )
