@@ -355,9 +355,8 @@ def wide_probe(channels=1024, labels=32, frames=50):
     """Of a network of two answers that computes nothing."""
 
     def compute(wavs, relative):
-        count = len(wavs)
-        hidden = torch.randn(count, frames, channels)
-        return hidden, torch.randn(count, frames, labels)
+        shape = len(wavs), min(wavs.shape[1] // 190, frames)
+        return torch.randn(*shape, channels), torch.randn(*shape, labels)
 
     forms = {OWN: compute, SEVEN_BITS: compute}
     return make_probe(forms, {}, lambda n: n // 320, RATE)
@@ -367,7 +366,7 @@ def wide_probe(channels=1024, labels=32, frames=50):
 def test_it_is_small(labels):
     tensors = wide_probe(labels=labels).tensors()
     size = sum(x.numel() * x.element_size() for x in tensors.values())
-    assert size < (230_000 if labels > 1000 else 160_000)
+    assert size < (450_000 if labels > 1000 else 300_000)
 
 
 def test_what_is_stored_comes_back():
