@@ -21,7 +21,7 @@ COUNT = 24
 ALLOWED = 2e-3
 
 #: Maximum number of values of an answer, which are evenly spread.
-_MOST = 1024
+_MOST = 256
 
 _PLACES = ("encoder", "head")
 
