@@ -45,6 +45,7 @@ def build_report(
     percent, differences in points; what was not measured is null::
 
         {"format": 1, "created": ISO time, "title", "method", "backend",
+         "model": {"modules": {KEY: class}, "parameters"},
          "bits": {"weight": 8, "activation": 8},
          "environment": {"python": "3.11.7", ...},
          "test": {SET: {"float": RATES, "quantized": RATES,
@@ -75,6 +76,10 @@ def build_report(
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "title": f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}",
+        "model": {
+            "modules": {k: type(m).__name__ for k, m in stored.items()},
+            "parameters": float_size(stored) // torch.float32.itemsize,
+        },
         "method": plan.method,
         "bits": {
             "weight": plan.weight_bits,

@@ -126,19 +126,35 @@ def largest_float(report: dict) -> list[list[str]]:
     ]
 
 
-def units(rows: list[dict]) -> list[list[str]]:
-    return [
-        [
-            unit["name"],
-            count(unit.get("layers")),
-            count(unit.get("parameters")),
-            number(unit.get("wer")),
-            delta(unit["delta_wer"], unit.get("delta_wer_ci")),
-            "yes" if unit["selected"] else "no",
-            percent(unit["cutoff"]),
-        ]
-        for unit in rows
-    ]
+def units(rows: list[dict], rate: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the units; without a search only their sizes."""
+    columns = {
+        "Unit": [unit["name"] for unit in rows],
+        "Layers": [count(unit.get("layers")) for unit in rows],
+        "Parameters": [count(unit.get("parameters")) for unit in rows],
+    }
+    if any(unit["selected"] or unit.get("wer") is not None for unit in rows):
+        columns |= {
+            f"{rate} alone %": [number(unit.get("wer")) for unit in rows],
+            f"\u0394 {rate} alone": [
+                delta(unit["delta_wer"], unit.get("delta_wer_ci"))
+                for unit in rows
+            ],
+            "Selected": ["yes" if x["selected"] else "no" for x in rows],
+            "Clipping percentile": [percent(x["cutoff"]) for x in rows],
+        }
+    return list(columns), list(map(list, zip(*columns.values(), strict=True)))
+
+
+def described(report: dict) -> str:
+    """The model in one line; earlier reports do not say which."""
+    parts = [precision(report), report["created"]]
+    if "model" in report:
+        model = report["model"]
+        names = [f"{k} ({kind})" for k, kind in model["modules"].items()]
+        millions = model["parameters"] / 1e6
+        parts = [*names, f"{millions:.1f} million parameters", *parts]
+    return ", ".join(parts)
 
 
 def selected(rows: list[dict]) -> list[int]:

@@ -268,6 +268,11 @@ def test_built_report(tmp_path):
         ["said"],
     )
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
+    modules = {"enc": "Linear", "lin": "Linear"}
+    assert report["model"] == {"modules": modules, "parameters": 8 + 6}
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "enc (Linear), lin (Linear), 0.0 million parameters" in text
     assert report["backend"] == "simulated"
     assert report["test"] == {"clean": result.to_dict()}
     assert report["size_mb"] == {
