@@ -31,7 +31,14 @@ from .probe import (
     snippet_run,
 )
 from .simulated import simulated_forwards
-from .snippets import ALLOWED, COUNT, Snippets, answers_of, distances
+from .snippets import (
+    ALLOWED,
+    COUNT,
+    STEP,
+    Snippets,
+    answers_of,
+    distances,
+)
 
 #: Number of perturbed inputs, relative perturbation, and number of passes with
 #: outputs rounded to bfloat16.
@@ -237,7 +244,8 @@ def _snippets(
             kept = [x[good] for x in kept]
         return tuple(answers), kept
 
-    waves = speech_like(_TURNS * _TRIED * samples, rate, len(SECONDS))
+    sound = speech_like(_TURNS * _TRIED * samples, rate, len(SECONDS))
+    waves = (sound / STEP).round().clamp(-127, 127).to(torch.int8)
     turns = []
     for wave in waves.view(_TURNS, _TRIED, samples):
         places, kept = enduring(wave)

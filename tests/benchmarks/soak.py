@@ -123,7 +123,7 @@ def answer(asr: Recognizer, wave: torch.Tensor) -> Answer:
     whole = torch.ones(1)
     found = asr.encode_batch(wave[None], whole)
     (tokens,) = ctc_greedy_decode(found, whole, blank_id=asr.spec.blank_index)
-    return Answer(asr._text(tokens), found)
+    return Answer(asr.text(tokens), found)
 
 
 def answers(

@@ -83,6 +83,7 @@ GRAPH = {"graph": 1.0, "layers": 2.0, "float": 3.0}
 FLOAT = {"graph": 3.0, "layers": 2.0, "float": 1.0}
 
 
+@pytest.mark.slow
 def test_parts_are_executed_here_and_from_the_folder(evaluated, caplog):
     times = {None: GRAPH, "ctc_lin": FLOAT}
     with caplog.at_level(logging.WARNING):
