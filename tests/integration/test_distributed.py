@@ -113,7 +113,8 @@ def test_two_processes_make_the_same_plan(trained, alone, tmp_path):
     assert reports == [output / "quantized" / "report.json"]
 
 
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_one_is_killed_and_the_next_start_goes_on(
     trained, alone, tmp_path, killed
 ):

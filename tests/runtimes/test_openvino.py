@@ -437,6 +437,7 @@ t.assert_exact(layer, q, t.strided)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_a_signal_after_executors_have_gone(tmp_path):
     """What OpenVINO gave to signal handlers is still there."""
