@@ -190,9 +190,14 @@ class RecipeChecks:
         """Describe a run's folder; raise why there is none."""
         names = [layer.name for layer in run.layers]
         first = None
-        if run.config.inference is None and not run.parts:
+        if run.config.inference is None:
             try:
-                return describe_recognizer(self.brain, batch, run.config, names)
+                found = describe_recognizer(
+                    self.brain, batch, run.config, names
+                )
+                # What reads that folder does not know parts.
+                if not run.parts:
+                    return found
             except Exception as error:
                 first = error
         # Variants of the same modules have the same folder.

@@ -149,7 +149,8 @@ def test_comparison(run, few, stand_in, monkeypatch, tmp_path):
     names = [row["variant"] for row in table["rows"]]
     assert names == ["divergence", "modelopt"]
     for row in table["rows"]:
-        assert row["size_mb"] <= 0.19 * table["float_mb"] + 0.1
+        # Beside the weights that the budget counts: the probe, and headers.
+        assert row["size_mb"] <= 0.19 * table["float_mb"] + 0.16
     for name in names:
         plan = json.loads((folder / name / "plan.json").read_text("utf-8"))
         parts = plan["search"]["parts"]
