@@ -109,9 +109,12 @@ def draw_subsets(
                 )
         return drawn[key]
 
-    names = {True: ("calibration", "search"), False: ("calibration",)}
     return [
-        {name: draw(config, name) for name in names[config.needs_search]}
+        {
+            name: draw(config, name)
+            for name in DEFAULT_UTTERANCES
+            if name == "calibration" or config.needs_search
+        }
         for config in configs
     ]
 
@@ -124,7 +127,8 @@ def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
             f"quantize.signal: a batch has no '{signal}'; name the attribute "
             "that holds the audio and its lengths"
         )
-    return tuple(audio)
+    wavs, relative = audio
+    return wavs, relative
 
 
 def _content(batch: Any, names: Collection[str] | None) -> Any:

@@ -243,8 +243,8 @@ def _remarks(
             "There are no transcripts: the references are what the float "
             "model recognizes, and WER is how far the quantized one departs."
         )
-    decided, tested = ({x["wav"] for x in y.values()} for y in (decision, test))
-    both = decided & tested
+    both = {x["wav"] for x in decision.values()}
+    both &= {x["wav"] for x in test.values()}
     if both:
         found.append(
             f"{len(both)} of the {len(test)} evaluated utterances also decided "
@@ -266,5 +266,9 @@ def _remarks(
 def _result(run: Run) -> QuantizedSource:
     (result,) = run.results.values()
     rates = result.to_dict()
-    wers = (rates[kind]["WER"] for kind in ("float", "quantized"))
-    return QuantizedSource(run.folder, run.folder / "report.json", *wers)
+    return QuantizedSource(
+        run.folder,
+        run.folder / "report.json",
+        rates["float"]["WER"],
+        rates["quantized"]["WER"],
+    )

@@ -20,17 +20,20 @@ def load(path: Path) -> QuantizationPlan:
 def units(plan: QuantizationPlan) -> str:
     """What was decided for each unit."""
     rows = [["unit", "layers", "bits", "alone", "clipped at", "searched"]]
-    for unit in plan.units:
-        layers = [row for row in plan.layers if row.unit == unit.name]
-        alone = "" if unit.delta_wer is None else f"{unit.delta_wer:+.2f}"
+    measured = {unit.name: unit for unit in plan.units}
+    for name in dict.fromkeys(row.unit for row in plan.layers):
+        layers = [row for row in plan.layers if row.unit == name]
+        unit = measured.get(name)
+        delta = unit and unit.delta_wer
+        alone = "" if delta is None else f"{delta:+.2f}"
         rows.append(
             [
-                unit.name,
+                name,
                 str(len(layers)),
                 " ".join(sorted({_bits(row) for row in layers})),
                 alone,
                 _clipped([row.cutoff for row in layers if row.quant]),
-                "yes" if unit.selected else "no",
+                "yes" if unit and unit.selected else "no",
             ]
         )
     title = f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}"

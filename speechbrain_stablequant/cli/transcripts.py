@@ -30,24 +30,31 @@ def show(
     words: Iterable[Word], file: str, form: str, title: str | None
 ) -> None:
     """Print a transcript; ``title`` stands before a line of text."""
+    texts = _started(words, file, form)
     if title is not None and form == "txt":
         click.echo(f"{title}\t", nl=False)
-    for part in _FORMS[form](words, file):
-        click.echo(part, nl=False)
+    for text in texts:
+        click.echo(text, nl=False)
 
 
 def save(words: Iterable[Word], file: str, form: str, folder: Path) -> None:
     """Write a transcript; what is there of an unfinished one ends in .part."""
     place = folder / f"{Path(file).stem}.{form}"
     part = place.with_name(f"{place.name}.part")
-    texts = _FORMS[form](words, file)
-    # A file that cannot be read leaves nothing.
-    first = next(texts, "")
+    texts = _started(words, file, form)
     with open(part, "w", encoding="utf-8") as out:
-        for text in chain([first], texts):
+        for text in texts:
             out.write(text)
             out.flush()
     part.replace(place)
+
+
+def _started(words: Iterable[Word], file: str, form: str) -> Iterator[str]:
+    """The parts of a transcript; the first one is there already, so that a
+    file that cannot be read leaves nothing."""
+    texts = _FORMS[form](words, file)
+    first = next(texts)
+    return chain([first], texts)
 
 
 def _text(words: Iterable[Word], file: str) -> Iterator[str]:

@@ -5,7 +5,6 @@ and a folder, and returns the lines of code that use it, and a line in
 ``ENGINES``.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,9 @@ speechbrain_stablequant. {exact}
 ```
 """
 _EXACT = {
-    7: "Weights of 7 bits are exact on every CPU.",
-    8: "Weights of 8 bits are exact on ARM and on x86 CPUs with VNNI; without "
-    "it sums saturate: export again with a weight range of 7.",
+    7: "With weights of 7 bits no sum of products saturates.",
+    8: "On x86 CPUs without VNNI sums of products saturate with weights of 8 "
+    "bits: for these export again with a weight range of 7.",
 }
 
 
@@ -96,5 +95,5 @@ transformers.js
             code=code,
         )
         (made / "README.md").write_text(text, encoding="utf-8")
-        shutil.move(made, out)
+        made.rename(out)
     return out

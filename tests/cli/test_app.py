@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from quantized_folder import SETTINGS, write
 from speechbrain_stablequant.cli.app import app, main
 from speechbrain_stablequant.cli.columns import columns
 from speechbrain_stablequant.export import ENGINES
+from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.transcribe.load import load
 
 
@@ -123,6 +125,16 @@ def test_what_was_transcribed_is_there_after_an_interrupt(
     assert (tmp_path / "short.txt.part").read_text("utf-8") == "ONE"
 
 
+def test_a_file_that_cannot_be_read_prints_nothing(folder, audio, capsys):
+    missing = audio / "missing.wav"
+    command = ("transcribe", folder, missing, audio / "short.wav")
+    code, out, err = run(capsys, *command, "--backend", "torch")
+    assert code == 1
+    assert f"{missing}: there is no such audio file" in err
+    assert str(missing) not in out
+    assert out.startswith(f"{audio / 'short.wav'}\t")
+
+
 def test_two_files_of_one_name(folder, tmp_path, capsys):
     code, _, err = run(
         capsys,
@@ -139,8 +151,9 @@ def test_inspect(folder, capsys):
     code, out, _ = run(capsys, "inspect", folder)
     assert code == 0
     plan = json.loads((folder / "plan.json").read_text("utf-8"))
-    rows = [line.split()[0] for line in out.splitlines()]
-    assert {layer["unit"] for layer in plan["layers"]} <= set(rows) or rows
+    rows = [line.split() for line in out.splitlines()]
+    counts = Counter(layer["unit"] for layer in plan["layers"])
+    assert {row[0]: int(row[1]) for row in rows[2 : 2 + len(counts)]} == counts
     name = plan["layers"][0]["name"]
     code, out, _ = run(capsys, "inspect", folder, "--layer", name)
     assert out.startswith(f"{name}\n")
@@ -254,9 +267,13 @@ def test_export(folder, tmp_path, capsys):
     assert f"{out}: exists" in err
 
 
-def test_targets_are_those_of_the_package():
-    (option,) = [x for x in app.commands["export"].params if x.name == "target"]
-    assert list(option.type.choices) == list(ENGINES)
+def test_choices_are_those_of_the_package():
+    def choices(command: str, name: str) -> list[str]:
+        options = {x.name: x for x in app.commands[command].params}
+        return list(options[name].type.choices)
+
+    assert choices("export", "target") == list(ENGINES)
+    assert set(choices("transcribe", "backend")) == {"auto", *RUNTIMES}
 
 
 def test_benchmark(folder, capsys):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from speechbrain_stablequant.methods.plus.bits import (
+from speechbrain_stablequant.methods.search.bit_allocation import (
     Option,
     choose_bits,
     monotone,

@@ -11,21 +11,14 @@ iterations follow with ever larger regularizers.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ...config import MethodConfig
 from ...core.affine import qmax, weight_scale
 from ...core.calibrators import CALIBRATORS
-from ...core.histogram import Histogram
-from ...core.plan import QuantizationPlan
-from ...core.plan_tensors import AdjustedTensors
 from ...utils.typed import choice, count, fraction, positive
-from ..calibrator import calibrator_plan
-from ..session.calibration import Calibration
-from ..session.session import Session
-from .reconstruct import rounded_layers
 
 _LOW, _HIGH = -0.1, 1.1
 # Of Adam.
@@ -175,20 +168,3 @@ def _errors(
     """Mean squared output error of each row, up to a constant."""
     grid = grid.double()
     return (grid * (grid @ gram.double() - 2 * aim.double())).sum(1)
-
-
-def adaround_plan(
-    session: Session, weights: str, calibration: Calibration
-) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """``method: adaround``, on the scales of a calibrator."""
-    options, in_order = session.config.adaround, calibration.in_order
-    plan, histograms = calibrator_plan(
-        session, weights, calibration, options.calibrator
-    )
-    tensors = rounded_layers(
-        session, weights, in_order, plan.quants(), "adaround", lambda _: options
-    )
-    reason = f"{options.calibrator} calibration, then adaptive rounding"
-    layers = [replace(layer, reason=reason) for layer in plan.layers]
-    tensors = AdjustedTensors(layers=tensors)
-    return replace(plan, layers=layers, tensors=tensors), histograms

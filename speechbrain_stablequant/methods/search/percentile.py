@@ -6,7 +6,8 @@ from dataclasses import replace
 from ...config import SearchConfig
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
-from .score import Evaluate, Score, better
+from .paired import better
+from .score import Evaluate, Score
 
 Curve = Sequence[tuple[float, Score]]  #: percentiles that were tried
 

@@ -1,19 +1,14 @@
-"""The result of one evaluation on the search set, and comparisons of two."""
+"""The result of one evaluation on the search set."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
-from ...core.error_rates import DeltaInterval, paired_interval
 from ...core.layer_quant import LayerQuant
 from ...utils.typed import typed
 
 BeforeBatch = Callable[[int], None]
-# Enough for the levels in use, and below 10 ms: the search compares often.
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -113,42 +108,3 @@ def check_float_wer(
             "checkpoint, the transcripts and quantize.metric_attribute, or "
             "raise the limit"
         )
-
-
-# -- paired: hard utterances are hard for both, so differences vary little -----
-
-
-def wer_rise(before: Score, after: Score, level: float) -> DeltaInterval | None:
-    """Rise of the WER in points; None without counts by utterance."""
-    errors, words = before.utterance_errors, before.utterance_words
-    return _rise(errors, after.utterance_errors, words, level)
-
-
-def loss_rise(
-    before: Score, after: Score, level: float
-) -> DeltaInterval | None:
-    """Rise of the loss; None without a finite loss for each batch."""
-    losses = before.batch_losses
-    found = _rise(losses, after.batch_losses, np.ones(len(losses)), level)
-    return found and DeltaInterval(*(end / 100 for end in found))
-
-
-def _rise(
-    before: Sequence[float],
-    after: Sequence[float],
-    lengths: Sequence[float],
-    level: float,
-) -> DeltaInterval | None:
-    if not before or len(before) != len(after):
-        return None
-    extra = np.asarray(after) - np.asarray(before)
-    return paired_interval(extra, np.asarray(lengths), _RESAMPLES, level)
-
-
-def better(one: Score, two: Score, level: float) -> bool:
-    """By the WER if its interval excludes zero, else by the loss."""
-    for rise in (wer_rise, loss_rise):
-        found = rise(two, one, level)
-        if found is not None and (found.high < 0 or found.low > 0):
-            return found.high < 0
-    return False

@@ -7,7 +7,8 @@ from ...config import SearchConfig
 from ...core.error_rates import DeltaInterval
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
-from .score import Evaluate, Score, loss_rise, wer_rise
+from .paired import loss_rise, wer_rise
+from .score import Evaluate, Score
 
 
 def select_units(
