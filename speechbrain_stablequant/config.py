@@ -16,8 +16,12 @@ from .utils.typed import (
     short,
     typed,
 )
+from .utils.yaml_tree import parse_yaml
 
 logger = logging.getLogger(__name__)
+
+#: A block for each method, by the name that ``preset`` takes.
+PRESETS = {x.stem: x for x in Path(__file__).parent.glob("presets/*.yaml")}
 
 #: Formats of parameters that are not quantized.
 FLOAT_DTYPES = ("float16", "float32")
@@ -50,14 +54,6 @@ class ConfigError(ValueError):
 
 def _bits(default: int) -> Any:
     return option(default, lambda n: 2 <= n <= 8, "2 to 8")
-
-
-def _percentiles(default: tuple[float, ...]) -> Any:
-    return option(
-        default,
-        lambda row: len(row) > 0 and all(0 < x <= 100 for x in row),
-        "a list of percentiles above 0 and at most 100, such as 99.9",
-    )
 
 
 @dataclass(frozen=True)
@@ -135,8 +131,10 @@ class SearchConfig:
     level: float = option(
         0.8, lambda x: 0 < x < 1, "a coverage between 0 and 1, such as 0.8"
     )
-    cutoffs: tuple[float, ...] = _percentiles(
-        (100.0, 99.999, 99.99, 99.9, 99.8, 99.5, 99.0)
+    cutoffs: tuple[float, ...] = option(
+        (100.0, 99.999, 99.99, 99.9, 99.8, 99.5, 99.0),
+        lambda row: len(row) > 0 and all(0 < x <= 100 for x in row),
+        "a list of percentiles above 0 and at most 100, such as 99.9",
     )
     cache_gb: float = not_negative(4.0)
     max_float_wer: float = option(90.0, lambda x: x > 0, "positive, in percent")
@@ -168,6 +166,8 @@ class MethodConfig:
 @dataclass(frozen=True)
 class CommonConfig:
     """The keys of the ``quantize:`` block that all methods share.
+
+    ``preset: NAME`` adds the keys of a file of ``presets/``.
 
     Arguments
     ---------
@@ -331,11 +331,13 @@ unknown key; did you mean 'weight_bits'?
 
     @classmethod
     def _with_new_keys(cls, block: Any, said: dict[str, None]) -> Any:
-        """A copy of a block and its variants with paths as text and without
-        old keys; adds what to warn of to ``said``."""
+        """A copy of a block and its variants with paths as text, the keys of
+        presets, and without old keys; adds what to warn of to ``said``."""
         if not isinstance(block, Mapping):
             return block
         result = {key: _plain(value) for key, value in block.items()}
+        if "preset" in result:
+            result = _with_preset(result, result.pop("preset"))
         for part in fields(cls):
             keys = result.get(part.name)
             old_keys = getattr(part.type, "old_keys", {})
@@ -352,6 +354,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+def _with_preset(block: dict, name: Any) -> dict:
+    """The keys of a preset, without ``target``; a block's own come first."""
+    if name not in PRESETS:
+        known = ", ".join(sorted(PRESETS))
+        raise ConfigError(
+            f"quantize.preset: {short(name)} is not one of {known}"
+        )
+    preset = parse_yaml(PRESETS[name].read_text("utf-8"))["quantize"].value
+    del preset["target"]
+    if block.get("method", preset["method"]) != preset["method"]:
+        raise ConfigError(
+            f"quantize.preset: {name} is of method {preset['method']}, not "
+            f"{short(block['method'])}; leave out preset or method"
+        )
+    return _merged(preset, block)
 
 
 def _rename(keys: dict, part: str, old: str, new: str | None) -> str:

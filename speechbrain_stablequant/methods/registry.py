@@ -1,4 +1,4 @@
-"""The methods and their block: one line in ``METHODS``, one in ``hparams/``."""
+"""Methods and their blocks: a line in ``METHODS``, a file in ``presets/``."""
 
 import logging
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """Each preset is a valid block of the method that it is named after."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.block import read_block, variant_configs
+from speechbrain_stablequant.config import PRESETS as BY_NAME
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESETS = sorted((ROOT / "hparams").glob("*.yaml"))
+PRESETS = sorted(BY_NAME.values())
 
 
 def load(path: Path) -> dict:
@@ -51,6 +53,34 @@ def test_precision_of_a_preset(path, tmp_path):
     copy.write_text(text, encoding="utf-8")
     config = load(copy)["quantize"]
     assert (config.weight_bits, config.activation_bits) == (4, 6)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_as_a_key(path):
+    """In the block and in its variants; the block's own keys come first."""
+    block = {"target": ["model"], "preset": path.stem, "weight_bits": 4}
+    block["variants"] = [{"name": "more", "preset": "qat", "weight_bits": 6}]
+    found = variant_configs(read_block(block))["more"]
+    assert (found.method, found.weight_bits) == ("qat", 6)
+    whole = load(path)["quantize"]
+    del block["variants"]
+    found = read_block(block)
+    assert found == replace(whole, target=("model",), weight_bits=4)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"preset": "fast"},
+            "preset: 'fast' is not one of adaround,",
+        ),
+        ({"preset": "mse", "method": "max"}, "preset: mse is of method mse"),
+    ],
+)
+def test_wrong_preset(block, message):
+    with pytest.raises(ConfigError, match=message):
+        read_block(block)
 
 
 def test_preset_with_a_wrong_key_is_refused(tmp_path):
