@@ -35,9 +35,8 @@ def built(tmp_path_factory) -> Path:
     demo.write_bytes(b"")
     out.mkdir()
     code = BUILD.format(str(out))
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=source, check=True, stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
     return out
 
 
@@ -64,6 +63,7 @@ def test_wheel(built):
         entry = archive.read(f"{info}/entry_points.txt").decode("utf-8")
     assert metadata["Version"] == speechbrain_stablequant.__version__
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
     assert "stablequant = speechbrain_stablequant.cli.app:main" in entry
 
 
