@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import sysconfig
 import types
@@ -42,7 +43,10 @@ _FILE_DIGESTS = "file_digests.json"
 _LIBRARIES = (
     *(sysconfig.get_paths()[x] for x in ("stdlib", "purelib", "platlib")),
     str(Path(__file__).resolve().parents[1]),
+    "<frozen",
 )
+# Of other prefixes: a virtual environment may see those of the system.
+_SITE_PACKAGES = re.compile(r"[\\/](site|dist)-packages[\\/]")
 
 
 def digest(value: Any, known: Mapping[int, str] | None = None) -> str:
@@ -143,9 +147,13 @@ def is_library(thing: Any) -> bool:
     # A class of functions has a descriptor there.
     if isinstance(code, types.CodeType):
         file = code.co_filename
-        return file.startswith((*_LIBRARIES, "<frozen"))
-    file = _file_of(getattr(thing, "__module__", None) or "")
-    return file is None or file.startswith(_LIBRARIES)
+    else:
+        file = _file_of(getattr(thing, "__module__", None) or "")
+    return (
+        file is None
+        or file.startswith(_LIBRARIES)
+        or _SITE_PACKAGES.search(file) is not None
+    )
 
 
 @functools.cache

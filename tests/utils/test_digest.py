@@ -227,6 +227,14 @@ def test_code_counts_and_not_how_it_is_written():
     assert len({one.digest, *found}) == 1 + len(others)
 
 
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages", "recipe"])
+def test_packages_of_another_prefix_are_libraries(folder):
+    """As a virtual environment sees those of the system."""
+    space = {}
+    exec(compile("def f(x): ...", f"/opt/{folder}/torch/x.py", "exec"), space)
+    assert digest_module.is_library(space["f"]) == (folder != "recipe")
+
+
 def test_variables_and_closures_count():
     source = "def f(x):\n    return x in NAMES"
     names = [{"a", "b"}, {"a", "c"}, ["a", "b"]]
