@@ -15,6 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Of tests side by side, each has a core. Read when torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Where a test computes in two threads, the ones that wait would otherwise
+    # spin on the cores that other tests need: ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
 from pathlib import Path
@@ -39,7 +42,19 @@ from speechbrain_stablequant.model.layers import find_encoders, find_layers
 
 # Helpers of several tests.
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
-collect_ignore = ["quantized_folder.py", "small_recipes.py"]
+
+from starter import Starter  # noqa: E402
+
+collect_ignore = ["quantized_folder.py", "small_recipes.py", "starter.py"]
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory):
+    """Runs scripts without paying for their imports each time."""
+    starter = Starter(tmp_path_factory.mktemp("streams"))
+    yield starter
+    starter.close()
+
 
 FAMILIES = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "integration")]
+sys.path[:0] = [str(ROOT / "tests")]
 
 from starter import Process, Starter  # noqa: E402
 

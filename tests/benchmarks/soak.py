@@ -41,7 +41,8 @@ from speechbrain_stablequant import Recognizer, load
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "integration")]
+tests = ROOT / "tests"
+sys.path[:0] = [str(tests), str(tests / "integration")]
 
 from forks import fork, wait  # noqa: E402
 

@@ -8,7 +8,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "recipe_without_mention")]
 
-from starter import Finished, Starter  # noqa: E402
+from starter import Finished  # noqa: E402
 from trained_recipe import RECIPE, Trained  # noqa: E402
 
 # Scripts of the tests, not modules with doctests.
@@ -19,18 +19,9 @@ collect_ignore = [
     "faulty_recipe.py",
     "forks.py",
     "slow_recipe.py",
-    "starter.py",
     "recipe_without_mention/material.py",
     "recipe_without_mention/train.py",
 ]
-
-
-@pytest.fixture(scope="session")
-def starter(tmp_path_factory):
-    """Runs scripts without paying for their imports each time."""
-    starter = Starter(tmp_path_factory.mktemp("streams"))
-    yield starter
-    starter.close()
 
 
 @pytest.fixture(scope="session")

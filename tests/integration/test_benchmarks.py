@@ -59,6 +59,18 @@ def run_script(*arguments: object, **environment: str):
     )
 
 
+@pytest.mark.parametrize(
+    "script", sorted(BENCHMARKS.glob("*.py")), ids=lambda x: x.stem
+)
+def test_each_says_what_it_takes(starter, script):
+    """Started as the README says, from another folder."""
+    if "__main__" not in script.read_text(encoding="utf-8"):
+        pytest.skip("no command")
+    said = starter.run(script, "--help", cwd=BENCHMARKS.parent)
+    assert said.code == 0, said.err
+    assert said.out.startswith("usage: ")
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     """Their modules can be imported."""

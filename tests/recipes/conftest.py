@@ -1,23 +1,22 @@
 """The recipe's scripts as a user starts them."""
 
 import importlib
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from starter import Finished
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[..., subprocess.CompletedProcess]:
-    """Starts a script of a recipe on one core, with an output folder and more
+def run(starter) -> Callable[..., Finished]:
+    """Runs a script of a recipe on one core, with an output folder and more
     of the command line."""
 
     def start(
@@ -26,22 +25,9 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
         script: str = "train.py",
         hparams: str = "hparams/quant.yaml",
         recipe: Path = RECIPE,
-    ) -> subprocess.CompletedProcess:
-        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, script, hparams, "--output_folder", output]
-        return subprocess.run(
-            [str(part) for part in (*command, "--device", "cpu", *options)],
-            cwd=recipe,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path),
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    ) -> Finished:
+        command = [script, hparams, "--output_folder", output]
+        return starter.run(*command, "--device", "cpu", *options, cwd=recipe)
 
     return start
 

@@ -143,7 +143,7 @@ def test_comparison(run, few, stand_in, monkeypatch, tmp_path):
         script="compare_modelopt.py",
         hparams="hparams/compare_modelopt.yaml",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     folder = tmp_path / "out" / "quantized"
     table = json.loads((folder / "comparison.json").read_text("utf-8"))
     names = [row["variant"] for row in table["rows"]]

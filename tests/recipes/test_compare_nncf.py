@@ -164,7 +164,7 @@ def test_comparison(run, few, tmp_path):
         script="compare_nncf.py",
         hparams="hparams/compare_nncf.yaml",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     folder = tmp_path / "out" / "quantized"
     table = json.loads((folder / "comparison.json").read_text("utf-8"))
     assert [row["variant"] for row in table["rows"]] == [
@@ -186,6 +186,4 @@ def test_comparison(run, few, tmp_path):
     assert (folder / "nncf" / "wer_test-demo.txt").is_file()
     text = (folder / "comparison.md").read_text(encoding="utf-8")
     assert "| w8a8-nncf_accuracy_control |" in text
-    assert done.stdout.rstrip().endswith(
-        f"comparison: {folder / 'comparison.md'}"
-    )
+    assert done.out.rstrip().endswith(f"comparison: {folder / 'comparison.md'}")

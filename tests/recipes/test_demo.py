@@ -32,7 +32,7 @@ def check_run(
     dict
         What ``report.json`` holds.
     """
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     folder = output / "quantized"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert list(report["test"]) == [name]
@@ -52,7 +52,7 @@ def check_run(
     for unit in report["units"]:
         assert unit.keys() >= {"name", "delta_wer", "selected", "cutoff"}
     # The last words are the table and where the report is.
-    lines = done.stdout.rstrip().splitlines()
+    lines = done.out.rstrip().splitlines()
     assert lines[-1] == f"report: {folder / 'report.html'}"
     table = "\n".join(lines[-12:])
     assert name in table
@@ -103,8 +103,8 @@ def test_demo_shorthands(run, tmp_path, few):
 
 def test_demo_with_a_wrong_method(run, tmp_path):
     done = run(tmp_path / "wrong", "--method", "maximum")
-    assert done.returncode != 0
-    log = done.stdout + done.stderr
+    assert done.code != 0
+    log = done.out + done.err
     assert "quantize.method: 'maximum' is not one of" in log
     assert "stablequant" in log
     assert not (tmp_path / "wrong" / "quantized").exists()

@@ -119,7 +119,7 @@ def ran(request, run, tmp_path_factory):
         *("--method", "max", "--quantize", BLOCK),
         hparams=f"hparams/quant_{name}.yaml",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     return name, root
 
 

@@ -62,7 +62,7 @@ def test_whisper(run, corpus, checkpoint, tmp_path, beam, method):
         hparams="hparams/quant_whisper.yaml",
         recipe=WHISPER,
     )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.code == 0, finished.err[-3000:]
     folder = tmp_path / "quantized"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     row = report["test"]["test-demo"]
