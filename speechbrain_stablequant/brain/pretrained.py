@@ -19,6 +19,8 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 
 from ..config import ConfigError
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
+from ..folder.weights_file import MODEL_FOLDER
+from ..report.card import Origin
 from .attach import StableQuant
 from .block import read_block
 from .manifest import Manifest, ManifestError, Rows, named, read_manifest
@@ -36,7 +38,7 @@ class QuantizedSource:
     Arguments
     ---------
     folder : Path
-        The inference folder, with plan, report and journal.
+        Holds the inference folder (``model``), plan, report and journal.
     report : Path
         ``report.json`` in it; ``report.html`` and others lie beside it.
     float_wer, quantized_wer : float
@@ -47,6 +49,11 @@ class QuantizedSource:
     report: Path
     float_wer: float
     quantized_wer: float
+
+    @property
+    def model(self) -> Path:
+        """The inference folder, ready to be uploaded."""
+        return self.folder / MODEL_FOLDER
 
 
 def quantize_pretrained(
@@ -143,10 +150,12 @@ is no file a.wav
         quantized = StableQuant.attach(
             brain, valid_set=_dataset(decision, recognizer), **block
         )
-        for remark in _remarks(recognizer, decision, test, told):
+        remarks = _remarks(recognizer, decision, test, told)
+        for remark in remarks:
             logger.warning("quantize: %s", remark)
-            for run in quantized.runs:
-                run.warnings.append(remark)
+        for run in quantized.runs:
+            run.warnings += remarks
+            run.origin = Origin.of(source, remarks)
         brain.evaluate(
             _dataset(test, recognizer), test_loader_kwargs={"batch_size": 1}
         )

@@ -14,24 +14,29 @@ from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.parts import Part, in_float
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
-from ..folder.recognizer_spec import RecognizerSource
+from ..folder.recognizer_spec import (
+    HYPERPARAMS_FILE,
+    RECOGNIZER_FILE,
+    RecognizerSource,
+)
 from ..folder.stored_floats import (
     rounded_floats,
     rounded_weights,
     stored_layer,
 )
-from ..folder.weights_file import WEIGHTS_FILE
+from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from ..folder.write import write_folder
 from ..folder.write_modules import ModulesSource
 from ..model.layers import Layer, find_layers
 from ..report.build import build_report, float_size
+from ..report.card import CARD_FILE, Origin, model_card
 from ..report.comparison import variant_rows
 from ..report.render import write_report
 from ..report.results import Effort, Execution, SetResult, plan_key
 from ..report.tables import summary_table
 from ..runtimes.probe import Probe
 from ..runtimes.registry import RUNTIMES
-from ..utils.files import Outputs
+from ..utils.files import Outputs, remove_stale, write_atomic
 from ..utils.store import Store
 from .data import Batches
 
@@ -57,6 +62,7 @@ class Run:
     backend: str
     #: For the readers of the report.
     warnings: list[str]
+    origin: Origin | None = None
     #: The calibration and search sets.
     subsets: dict[str, Batches] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
@@ -71,6 +77,11 @@ class Run:
     products: Mapping[str, int] | None = None
     results: dict[str, SetResult] = field(default_factory=dict)
     effort: Effort | None = None
+
+    @property
+    def model_folder(self) -> Path:
+        """The inference folder: what can be uploaded, and nothing else."""
+        return self.folder / MODEL_FOLDER
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -138,9 +149,15 @@ class Run:
 
     def write_folder(self) -> None:
         """Write the inference folder, with a probe where it is complete."""
+        self.model_folder.mkdir(exist_ok=True)
+        (self.model_folder / CARD_FILE).unlink(missing_ok=True)
+        remove_stale(self.model_folder)
+        # Earlier versions wrote the model beside the report.
+        for name in (WEIGHTS_FILE, HYPERPARAMS_FILE, RECOGNIZER_FILE):
+            (self.folder / name).unlink(missing_ok=True)
         with self.adjusted():
             self.probe = write_folder(
-                self.folder,
+                self.model_folder,
                 self.stored_modules,
                 self.plan,
                 self.integers,
@@ -162,7 +179,7 @@ class Run:
         return Execution(
             self.backend,
             self.config.float_dtype,
-            (self.folder / WEIGHTS_FILE).stat().st_size,
+            (self.model_folder / WEIGHTS_FILE).stat().st_size,
             None if self.source is None else self.source.keys,
             RUNTIMES[self.backend].simulates,
             getattr(self.source, "interface", "EncoderASR"),
@@ -188,6 +205,7 @@ class Run:
                 print(f"warning: {warning}")
             print(summary_table(report), flush=True)
             write_report(report, self.folder)
+            self._write_card(report)
             print(f"report: {self.folder / 'report.html'}", flush=True)
             return
         # Reached if the report could not be made: its main figures at least.
@@ -198,6 +216,26 @@ class Run:
                 f"{rates['quantized']['WER']:.2f} % quantized",
                 flush=True,
             )
+
+    def _write_card(self, report: dict) -> None:
+        """Write the card of a folder that loads."""
+        if self.source is None:
+            return
+        origin = self.origin or _origin(self.modules)
+        as_data = (self.model_folder / RECOGNIZER_FILE).is_file()
+        interface = self.execution().interface
+        card = model_card(report, origin, interface, as_data)
+        write_atomic(self.model_folder / CARD_FILE, card)
+
+
+def _origin(modules: Mapping[str, nn.Module]) -> Origin:
+    """Of the first HuggingFace model among a recipe's modules."""
+    for module in modules.values():
+        config = getattr(getattr(module, "model", None), "config", None)
+        source = getattr(config, "_name_or_path", None)
+        if source:
+            return Origin.of(source)
+    return Origin()
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:

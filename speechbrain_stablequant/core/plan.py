@@ -137,10 +137,11 @@ class QuantizationPlan:
         """Returns the quantized layers by name."""
         return {x.name: x.quant for x in self.layers if x.quant is not None}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, with_tensors: bool = True) -> None:
         """Writes the plan as JSON, atomically.
 
-        Tensors are written beside it, with the ending ``.safetensors``.
+        Tensors are written beside it, with the ending ``.safetensors``, or
+        only referred to.
         """
         path = Path(path)
         raw: dict[str, Any] = {"format": PLAN_FORMAT}
@@ -160,7 +161,8 @@ class QuantizationPlan:
             bits = {n: q.weight_bits for n, q in self.quants().items()}
             file = path.with_suffix(".safetensors")
             # Tensors first, so that a plan never names a missing file.
-            sha256 = write_tensors(file, self.tensors, bits)
+            place = file if with_tensors else None
+            sha256 = write_tensors(place, self.tensors, bits)
             raw["tensors"] = {"file": file.name, "sha256": sha256}
         write_json(path, raw)
 
@@ -300,9 +302,10 @@ def _require(row: Any, where: str, **checks: bool) -> None:
 
 
 def write_tensors(
-    path: str | Path, adjusted: AdjustedTensors, bits: Mapping[str, int]
+    path: Path | None, adjusted: AdjustedTensors, bits: Mapping[str, int]
 ) -> str:
-    """Writes tensors, weights packed; returns the file's SHA-256."""
+    """Writes tensors, weights packed, if there is a path; returns the SHA-256
+    of their file."""
     tensors, weights = adjusted.flat(), {}
     for name, layer in adjusted.layers.items():
         if layer.weight is not None:
@@ -312,7 +315,8 @@ def write_tensors(
     description = {"format": TENSORS_FORMAT, "weights": weights}
     header = {"description": json.dumps(description, sort_keys=True)}
     data = tensors_to_bytes(tensors, header)
-    write_atomic(path, data)
+    if path is not None:
+        write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -31,7 +31,12 @@ from .fill_modules import fill_modules
 from .recognizer_spec import RecognizerSpec, read_spec
 from .runtime_slot import BuiltRuntime, RuntimeSlot
 from .tokenizer_file import Tokenizer, read_tokenizer
-from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
+from .weights_file import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    load_checkpoint,
+    model_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -286,6 +291,7 @@ def load_folder(
             f"{folder}: there is no such folder; download it first, or give "
             "another"
         )
+    folder = model_folder(folder)
     spec, name = read_spec(folder)
     try:
         heads = spec.build_heads()

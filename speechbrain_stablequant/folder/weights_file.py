@@ -32,6 +32,14 @@ FORMAT = "speechbrain_stablequant"
 #: Format versions of files with and without a probe.
 VERSION, VERSION_WITHOUT_PROBE = 2, 1
 WEIGHTS_FILE = "model.safetensors"
+#: Where a run writes a model, below its folder.
+MODEL_FOLDER = "model"
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder of a model: itself, or the one inside a run's folder."""
+    inner = Path(folder) / MODEL_FOLDER
+    return inner if (inner / WEIGHTS_FILE).is_file() else Path(folder)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ def save_checkpoint(
     """
     folder = Path(folder)
     _check_layers(integers, plan, "the model to save")
-    plan.save(folder / PLAN_FILE)
+    # The integers already hold the tensors of the plan.
+    plan.save(folder / PLAN_FILE, with_tensors=False)
     files = {
         name: file_digest(folder / plain_name(name))
         for name in (PLAN_FILE, *companions)
@@ -148,7 +157,7 @@ def load_checkpoint(
     Files in ``needs`` must be among those whose checksums it has. Raises
     CheckpointError for what is missing, damaged, mixed up or foreign.
     """
-    path = Path(folder) / WEIGHTS_FILE
+    path = model_folder(folder) / WEIGHTS_FILE
     file, description = _open(path)
     for name in sorted({PLAN_FILE, *needs} - set(description.files)):
         raise CheckpointError(
@@ -163,7 +172,7 @@ def load_checkpoint(
             "its header; copy or make it again"
         )
     for name, digest in description.files.items():
-        _check_companion(Path(folder) / name, digest, path)
+        _check_companion(path.with_name(name), digest, path)
     try:
         # The plan's tensors are already part of the integers.
         plan = QuantizationPlan.load(path.with_name(PLAN_FILE), False)

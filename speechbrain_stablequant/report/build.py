@@ -12,7 +12,7 @@ from ..core.account import account, layer_sizes
 from ..core.histogram import Histogram
 from ..core.plan import PLAN_FILE, QuantizationPlan
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
-from ..folder.weights_file import WEIGHTS_FILE
+from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from .results import Execution, SetResult, real_time_factors
 
 FORMAT = 1
@@ -98,11 +98,14 @@ def build_report(
         "units": _units(plan, modules),
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
-        "files": {"plan": PLAN_FILE, "quantized model": WEIGHTS_FILE},
+        "files": {
+            "plan": PLAN_FILE,
+            "quantized model": f"{MODEL_FOLDER}/{WEIGHTS_FILE}",
+        },
     }
     if execution.keys is not None:
         name = f"recognizer, for {execution.interface}"
-        report["files"][name] = HYPERPARAMS_FILE
+        report["files"][name] = f"{MODEL_FOLDER}/{HYPERPARAMS_FILE}"
     if plan.search:
         report["search"] = plan.search
     return report

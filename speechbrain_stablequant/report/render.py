@@ -2,8 +2,9 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -40,17 +41,17 @@ def write_report(report: dict, folder: Path) -> list[Path]:
         name: base64.b64encode(data).decode("ascii")
         for name, data in figures.items()
     }
-    markdown = _render("markdown", report, images)
-    texts = {
-        "report.md": re.sub(r"\n{3,}", "\n\n", markdown),
-        "report.html": _render("html", report, images),
-    }
-    for name, text in texts.items():
-        written.append(write_atomic(folder / name, text.strip() + "\n"))
+    markdown, html = (
+        render(form, "report.jinja", report, figures=images)
+        for form in ("markdown", "html")
+    )
+    for name, text in {"report.md": markdown, "report.html": html}.items():
+        written.append(write_atomic(folder / name, text))
     return written
 
 
-def _render(form: str, report: dict, figures: Mapping[str, str]) -> str:
+def render(form: str, template: str, report: dict, **more: Any) -> str:
+    """A report in ``markdown`` or ``html``."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=form == "html",
@@ -70,9 +71,10 @@ def _render(form: str, report: dict, figures: Mapping[str, str]) -> str:
         tables=tables,
         tone=tone,
     )
-    return environment.get_template("report.jinja").render(
-        report=report, figures=figures, markup=f"{form}.jinja"
+    text = environment.get_template(template).render(
+        report=report, markup=f"{form}.jinja", **more
     )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def tone(ends: Sequence[float]) -> str:

@@ -29,7 +29,7 @@ from starter import Process, Starter  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "CTC"
 #: Compared byte by byte.
-FILES = ("plan.json", "plan.safetensors", "model.safetensors")
+FILES = ("plan.json", "plan.safetensors", "model/model.safetensors")
 
 
 def make_corpus(split: Path, folder: Path, count: int) -> None:

@@ -278,7 +278,7 @@ class RowRun:
             "WER": [rates[k]["WER"] for k in ("float", "quantized")],
             "size": report["size_mb"]["quantized"] / report["size_mb"]["float"],
             "time": rtf["quantized"] / rtf["float"] if rtf["float"] else None,
-            "folder": (folder / "hyperparams.yaml").exists(),
+            "folder": (folder / "model/hyperparams.yaml").exists(),
             "share": {
                 kind: shares(report["account"][kind])
                 for kind in ("parameters", "products")

@@ -523,7 +523,7 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog, capsys):
             run(tmp_path / "full", recipe)
     text = str(caught.value)
     assert "\n" not in text and "No space left on device" in text
-    for name in ("plan.json", "wer_test.txt", "model.safetensors"):
+    for name in ("plan.json", "wer_test.txt", "model/model.safetensors"):
         assert str(tmp_path / "full/quantized" / name) in text
     warned = [
         r.getMessage() for r in caplog.records if r.levelname == "WARNING"

@@ -100,7 +100,7 @@ def test_parts_are_executed_here_and_from_the_folder(evaluated, caplog):
     assert "another way" not in caplog.text
     saved = QuantizationPlan.load(run.folder / "plan.json")
     assert saved.parts == run.plan.parts
-    asr = EncoderASR.from_hparams(source=run.folder)
+    asr = EncoderASR.from_hparams(source=run.model_folder)
     heard = [asr.transcribe_file(row["wav"]) for row in data.data.values()]
     transcripts = run.results["test"].quantized.transcripts
     assert heard == [x.hypothesis for x in transcripts]
@@ -121,7 +121,7 @@ def test_what_does_not_gain_is_small_and_float(evaluated):
     shares = report["account"]["parameters"]
     assert shares["quantized"] == 0
     assert shares["weight_only"] == sum(x.numel for x in run.layers)
-    asr = EncoderASR.from_hparams(source=run.folder)
+    asr = EncoderASR.from_hparams(source=run.model_folder)
     heard = [asr.transcribe_file(row["wav"]) for row in data.data.values()]
     transcripts = run.results["test"].quantized.transcripts
     assert heard == [x.hypothesis for x in transcripts]

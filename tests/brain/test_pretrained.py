@@ -218,9 +218,9 @@ def test_equal_to_a_brain(place, made, tmp_path):
     (run,) = attached.runs
     assert run.source is not None
     for name in (
-        *("plan.json", "model.safetensors", "hyperparams.yaml"),
-        *("config.json", "recognizer.json", "label_encoder.txt"),
-        "wer_test.txt",
+        *("plan.json", "model/plan.json", "model/model.safetensors"),
+        *("model/hyperparams.yaml", "model/config.json", "wer_test.txt"),
+        *("model/recognizer.json", "model/label_encoder.txt"),
     ):
         own, other = (x / name for x in (made.folder, run.folder))
         assert own.read_bytes() == other.read_bytes(), name
@@ -243,7 +243,7 @@ def test_result(made):
     wave = torch.randn(1, 12000)
     texts = [
         EncoderASR.from_hparams(
-            source=str(made.folder), overrides={"backend": "torch"}
+            source=str(made.model), overrides={"backend": "torch"}
         ).transcribe_batch(wave, torch.ones(1))[0][0],
         speechbrain_stablequant.load(
             made.folder, backend="torch"
@@ -414,7 +414,7 @@ def test_encoder_and_decoder(seq2seq, tmp_path):
     names = {layer.name.split(".")[0] for layer in plan.layers}
     assert names == {"CNN", "Transformer", "seq_lin"}
     asr = EncoderDecoderASR.from_hparams(
-        source=str(made.folder), overrides={"backend": "torch"}
+        source=str(made.model), overrides={"backend": "torch"}
     )
     rows = json.loads(
         (made.folder / "transcripts_test.json").read_text(encoding="utf-8")

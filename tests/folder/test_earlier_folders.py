@@ -1,5 +1,6 @@
 """Folders of earlier versions load with today's code."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def test_from_hparams(wave, tmp_path):
 def test_load(wave):
     recognizer = load(FOLDER, backend="torch")
     assert recognizer.transcribe_batch(wave, torch.ones(1))[0] == [TEXT]
+
+
+def test_a_run_s_folder_and_the_model_in_it(wave, tmp_path):
+    """Today's layout; its parent may still hold a model of an earlier run."""
+    shutil.copytree(FOLDER, tmp_path / "model")
+    (tmp_path / "model.safetensors").write_bytes(b"stale")
+    for folder in (tmp_path, tmp_path / "model"):
+        recognizer = load(folder, backend="torch")
+        assert recognizer.transcribe_batch(wave, torch.ones(1))[0] == [TEXT]

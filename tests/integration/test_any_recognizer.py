@@ -57,7 +57,7 @@ def test_the_folder_transcribes_as_the_evaluation_did(tmp_path):
     report = json.loads((run.folder / "report.json").read_text())
     assert "recognizer, for EncoderDecoderASR" in report["files"]
     asr = EncoderDecoderASR.from_hparams(
-        source=run.folder, overrides={"backend": "torch"}
+        source=run.model_folder, overrides={"backend": "torch"}
     )
     heard = [asr.transcribe_file(row["wav"]) for row in data.data.values()]
     assert all(heard)

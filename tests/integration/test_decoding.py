@@ -52,7 +52,7 @@ def test_underscores_become_spaces(trained, run):
     assert not any("decodes differently" in w for w in report["warnings"])
     assert all("folder" not in row for row in report["test"].values())
     asr = EncoderASR.from_hparams(
-        source=str(folder), overrides={"backend": "torch_int8"}
+        source=str(folder / "model"), overrides={"backend": "torch_int8"}
     )
     with open(trained.root / "corpus/clean.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -121,4 +121,4 @@ def test_silence_and_another_activation(run):
     words = "No inference folder (EncoderASR cannot load it): 'wav2vec2.model."
     (warning,) = (w for w in report["warnings"] if w.startswith(words))
     assert first(finished.out, warning) < first(finished.out, "test WER")
-    assert not (folder / "hyperparams.yaml").exists()
+    assert not (folder / "model/hyperparams.yaml").exists()

@@ -72,7 +72,7 @@ def written(trained) -> Path:
 @pytest.fixture
 def folder(written, tmp_path) -> Path:
     """A copy of its quantized folder."""
-    return Path(shutil.copytree(written / "quantized", tmp_path / "copy"))
+    return Path(shutil.copytree(written / "quantized/model", tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
@@ -115,39 +115,41 @@ def padded(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_files_of_the_folder(written):
-    folder = written / "quantized"
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {
+    folder = written / "quantized/model"
+    assert {path.name for path in folder.iterdir()} == {
         "model.safetensors",
         "plan.json",
         "hyperparams.yaml",
+        "recognizer.json",
         "config.json",
         "label_encoder.txt",
+        "README.md",
     }
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    run = folder.parent
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     size = (folder / "model.safetensors").stat().st_size
     assert report["size_mb"]["quantized"] == size / 1e6
     assert report["backend"] == "simulated"
     assert report["warnings"] == []
     assert set(report["files"].values()) == {
-        "model.safetensors",
+        "model/model.safetensors",
         "plan.json",
-        "hyperparams.yaml",
+        "model/hyperparams.yaml",
     }
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text = (run / "report.md").read_text(encoding="utf-8")
     assert "all else as float16, as it was evaluated" in text
 
 
 def test_no_path_of_the_training_machine(trained, written):
     root = str(trained.root)
-    folder = written / "quantized"
-    for name in ("hyperparams.yaml", "config.json", "label_encoder.txt"):
+    folder = written / "quantized/model"
+    for name in ("hyperparams.yaml", "config.json", "README.md"):
         assert root not in (folder / name).read_text(encoding="utf-8")
     assert root.encode() not in (folder / "model.safetensors").read_bytes()
 
 
 def test_no_float_weight_of_a_quantized_layer(written):
-    folder = written / "quantized"
+    folder = written / "quantized/model"
     tensors = load_file(folder / "model.safetensors")
     layers = load_checkpoint(folder).integers
     assert "ctc_lin.w" in layers and len(layers) > 10
@@ -467,11 +469,11 @@ def test_savedir_of_another_model(trained, written, folder, tmp_path):
         )
         assert finished.code == 0, finished.err
     with pytest.raises(CheckpointError, match="give from_hparams no savedir"):
-        load(output / "quantized", savedir=str(savedir))
+        load(output / "quantized/model", savedir=str(savedir))
     # And with links that lead nowhere the new one is found.
     shutil.rmtree(folder)
-    asr = load(output / "quantized", savedir=str(savedir))
-    assert asr.mods.encoder.folder == (output / "quantized").absolute()
+    asr = load(output / "quantized/model", savedir=str(savedir))
+    assert asr.mods.encoder.folder == (output / "quantized/model").absolute()
 
 
 # -- folders that were damaged or mixed up -------------------------------------

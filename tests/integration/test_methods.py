@@ -49,7 +49,7 @@ def test_comparison(written):
     rows = {row["variant"]: row for row in table["rows"]}
     assert set(rows) == {"ada", "plus", "mixed"}
     for name, row in rows.items():
-        size = (written / name / "model.safetensors").stat().st_size
+        size = (written / name / "model/model.safetensors").stat().st_size
         assert row["size_mb"] == size / 1e6
         # The probe has one size, and this model is smaller than it.
         model = size - probe_size(written / name)
@@ -83,12 +83,12 @@ def test_the_plan_is_used_again(trained, written, tmp_path):
     block = BLOCK + f"    plan: {plan}\n"
     finished = trained.run(output, *ONE_SET, block=block)
     assert finished.code == 0, finished.out + finished.err
-    names = ("plan.safetensors", "wer_clean.txt", "model.safetensors")
+    names = ("plan.safetensors", "wer_clean.txt", "model/model.safetensors")
     for name in names:
         one = (output / "quantized" / name).read_bytes()
         two = (written / "plus" / name).read_bytes()
         assert len(one) == len(two)
-        if name != "model.safetensors":  # its header is in any order
+        if name != "model/model.safetensors":  # its header is in any order
             assert one == two
     damaged = tmp_path / "plan.json"
     damaged.write_bytes(plan.read_bytes())

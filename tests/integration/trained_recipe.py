@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def probe_size(folder: Path) -> int:
     """Bytes of the probe in a folder's model.safetensors."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
+    with safe_open(folder / "model/model.safetensors", framework="pt") as file:
         return sum(
             file.get_tensor(name).nbytes
             for name in file.keys()  # noqa: SIM118
@@ -89,7 +89,7 @@ def check_integers_near_simulation(folder: Path, audio: Path) -> None:
     wave = torch.from_numpy(soundfile.read(audio, dtype="float32")[0])[None]
     simulated, integer = (
         EncoderASR.from_hparams(
-            source=str(folder), overrides={"backend": backend}
+            source=str(folder / "model"), overrides={"backend": backend}
         ).encode_batch(wave, torch.ones(1))
         for backend in ("torch", "torch_int8")
     )

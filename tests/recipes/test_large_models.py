@@ -162,7 +162,7 @@ def test_report(ran):
 
 def test_folder_transcribes(ran):
     name, root = ran
-    folder = root / "output" / "quantized"
+    folder = root / "output" / "quantized" / "model"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == name.partition("_")[0]
     asr = EncoderASR.from_hparams(source=str(folder))
@@ -177,7 +177,7 @@ def test_folder_transcribes(ran):
 
 def test_folder_has_the_checkpoint_s_weights(ran):
     _, root = ran
-    folder = root / "output" / "quantized"
+    folder = root / "output" / "quantized" / "model"
     with (
         safe_open(folder / "model.safetensors", framework="pt") as found,
         safe_open(

@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+from huggingface_hub import ModelCard
 
 from speechbrain_stablequant.report import plots
+from speechbrain_stablequant.report.card import Origin, model_card
 from speechbrain_stablequant.report.comparison import _best_by_size
 from speechbrain_stablequant.report.format import (
     interval,
@@ -524,3 +526,46 @@ def test_phonemes(report, tmp_path):
     assert "WER" not in html
     assert "cer_metric" in html
     assert "0.25 (+0.10 to +0.40)" in html
+
+
+# -- the model card ------------------------------------------------------------
+
+
+def test_card_is_read_as_it_was_meant(report, tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: [en]\nbase_model: a/base\n---\n"
+    )
+    origin = Origin.of(tmp_path, ["The references are the float model's."])
+    text = model_card(report, origin, "EncoderASR", True)
+    card = ModelCard(text)
+    data, (result,) = card.data, card.data.eval_results
+    assert (data.license, data.language, data.base_model) == (
+        *("apache-2.0", ["en"]),
+        "a/base",
+    )
+    assert data.library_name == "speechbrain" and "w8a6" in data.tags
+    assert (result.dataset_name, result.metric_type) == ("test-clean", "wer")
+    assert result.metric_value == 2.19
+    assert result.metric_args["change_interval_95"] == [-0.03, 0.07]
+    assert "The references are the float model's." in card.text
+    codes = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert ["load(" in x or "EncoderASR" in x for x in codes] == [True, True]
+    for code in codes:
+        compile(code, "card", "exec")
+    only = model_card(report, Origin(), "WhisperASR", False)
+    assert "speechbrain_stablequant.load" not in only
+    assert "base_model" not in only and "license" not in only
+
+
+@pytest.mark.parametrize(
+    "source, base",
+    [("facebook/hubert-base-ls960", True), ("/home/me/model", False), ("", 0)],
+)
+def test_card_names_no_path(source, base):
+    assert Origin.of(source).base_model == (source if base else None)
+
+
+def test_a_broken_card_of_the_source_ends_no_run(tmp_path, caplog):
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert Origin.of(tmp_path) == Origin()
+    assert "README.md tells no license" in caplog.text

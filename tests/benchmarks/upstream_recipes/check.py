@@ -41,7 +41,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as savedir:
         recognizer = getattr(ASR, name).from_hparams(
-            source=str(folder), savedir=savedir
+            source=str(folder / "model"), savedir=savedir
         )
         files, (reported, same) = read_manifest(manifest), texts_of(folder)
         started, heard = time.monotonic(), {}
