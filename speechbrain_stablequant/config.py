@@ -39,6 +39,7 @@ _SHARED_KEYS = (
     "sample_rate",
     "require_checkpoint",
     "inference",
+    "report",
 )
 _MAX_MESSAGE = 1000
 # A variant's name is a folder's name.
@@ -141,6 +142,19 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """``quantize.report``.
+
+    Arguments
+    ---------
+    utterances : bool
+        Whether the report shows the transcripts that became worse.
+    """
+
+    utterances: bool = True
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """Options of a method, a block of keys, and what follows from them.
 
@@ -217,6 +231,8 @@ class CommonConfig:
         A YAML for SpeechBrain's ``EncoderASR``, ``EncoderDecoderASR`` or
         ``WhisperASR`` with the recipe's modules, to be the folder's; None to
         generate one.
+    report : ReportConfig
+        What the report shows.
     variants : tuple of dict
         Changes to this block, each with a ``name``: each is evaluated in a
         folder of its own, and one table compares them.
@@ -245,6 +261,7 @@ class CommonConfig:
     sample_rate: int = count(16000)
     require_checkpoint: bool = True
     inference: str | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
     variants: tuple[dict, ...] = ()
 
     def variant_configs(self) -> dict[str, "CommonConfig"]:

@@ -190,6 +190,7 @@ class Run:
         self, environment: Mapping[str, Any], outputs: Outputs
     ) -> None:
         """Write the report, and print its summary."""
+        origin = self.origin or _origin(self.modules)
         with outputs.writing():
             report = build_report(
                 self.plan,
@@ -199,13 +200,15 @@ class Run:
                 environment,
                 execution=self.execution(),
                 warnings=self.warnings,
+                name=origin.base_model,
+                utterances=self.config.report.utterances,
             )
             # Print results before writing: the disk may be full.
             for warning in self.warnings:
                 print(f"warning: {warning}")
             print(summary_table(report), flush=True)
             write_report(report, self.folder)
-            self._write_card(report)
+            self._write_card(report, origin)
             print(f"report: {self.folder / 'report.html'}", flush=True)
             return
         # Reached if the report could not be made: its main figures at least.
@@ -217,11 +220,10 @@ class Run:
                 flush=True,
             )
 
-    def _write_card(self, report: dict) -> None:
+    def _write_card(self, report: dict, origin: Origin) -> None:
         """Write the card of a folder that loads."""
         if self.source is None:
             return
-        origin = self.origin or _origin(self.modules)
         as_data = (self.model_folder / RECOGNIZER_FILE).is_file()
         interface = self.execution().interface
         card = model_card(report, origin, interface, as_data)

@@ -54,8 +54,8 @@ class DeltaInterval(NamedTuple):
 
 def score(transcripts: Sequence[Transcript]) -> ErrorRates:
     """Counts the errors of a set; all is inserted for an empty reference."""
-    words = _count_errors(transcripts, "word").sum(axis=0)
-    chars = _count_errors(transcripts, "char").sum(axis=0)
+    words = count_errors(transcripts, "word").sum(axis=0)
+    chars = count_errors(transcripts, "char").sum(axis=0)
     return ErrorRates(
         float(100 * words[1:].sum() / words[0]),
         float(100 * chars[1:].sum() / chars[0]),
@@ -78,8 +78,8 @@ def bootstrap_delta_wer(
                 f"utterance {(one or two).id!r}: the two evaluations do not "
                 "have it in the same place, with the same reference"
             )
-    before = _count_errors(baseline, unit)
-    after = _count_errors(other, unit)
+    before = count_errors(baseline, unit)
+    after = count_errors(other, unit)
     # The references are the same, so the difference of the rates is the rate
     # of the differences, and one sum serves both systems.
     extra = after[:, 1:].sum(axis=1) - before[:, 1:].sum(axis=1)
@@ -122,7 +122,7 @@ def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
     return float(100 * math.sqrt(variance / count) / lengths.mean())
 
 
-def _count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
+def count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:
     """Reference length, substitutions, deletions, insertions by utterance."""
     align = jiwer.process_words if unit == "word" else jiwer.process_characters
     rows = []

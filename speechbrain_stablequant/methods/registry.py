@@ -103,7 +103,7 @@ class QuantizeConfig(
 
     def settings(self) -> dict[str, Any]:
         settings = asdict(self)
-        for key in ("output_folder", "plan", "variants", "inference"):
+        for key in ("output_folder", "plan", "variants", "inference", "report"):
             del settings[key]
         # These do not change the outcome.
         del settings["search"]["cache_gb"], settings["search"]["max_float_wer"]

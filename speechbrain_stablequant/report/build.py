@@ -1,5 +1,7 @@
 """Assembles what a run measured into the dictionary of ``report.json``."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,6 +16,7 @@ from ..core.plan import PLAN_FILE, QuantizationPlan
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from .results import Execution, SetResult, real_time_factors
+from .utterances import worst_utterances
 
 FORMAT = 1
 COARSE_BINS = 128  # histogram bars in the report
@@ -37,6 +40,8 @@ def build_report(
     environment: Mapping[str, Any],
     execution: Execution,
     warnings: Sequence[str] = (),
+    name: str | None = None,
+    utterances: bool = True,
 ) -> dict:
     """Assemble the content of ``report.json``.
 
@@ -45,7 +50,7 @@ def build_report(
     percent, differences in points; what was not measured is null::
 
         {"format": 1, "created": ISO time, "title", "method", "backend",
-         "model": {"modules": {KEY: class}, "parameters"},
+         "model": {"name", "modules": {KEY: class}, "parameters"},
          "bits": {"weight": 8, "activation": 8},
          "environment": {"python": "3.11.7", ...},
          "test": {SET: {"float": RATES, "quantized": RATES,
@@ -60,8 +65,13 @@ def build_report(
                      "products": likewise, "largest_float": [{"name",
                      "parameters", "products", "why"}]},
          "units": [{"name", "layers", "parameters", "wer", "delta_wer",
-                    "delta_wer_ci", "selected", "cutoff",
+                    "delta_wer_ci", "selected", "cutoff", "bits", "bytes",
                     "curve": [{"cutoff", "wer", "secondary"}]}],
+         "layers": [{"name", "unit", "bits": "W8A8", "parameters", "bytes",
+                     "cutoff", "why"}],
+         "utterances": {SET: [{"id", "reference", "float", "quantized",
+                               "errors": [float, quantized]}]},
+         "command": what started the process,
          "histograms": {LAYER: {"unit", "range", "counts", "max",
                                 "cutoff_amax", "amax"}},
          "warnings": [str], "files": {"plan": "plan.json"}}
@@ -77,6 +87,7 @@ def build_report(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "title": f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}",
         "model": {
+            **({"name": name} if name else {}),
             "modules": {k: type(m).__name__ for k, m in stored.items()},
             "parameters": float_size(stored) // torch.float32.itemsize,
         },
@@ -96,8 +107,10 @@ def build_report(
         "rtf": real_time_factors(results.values()),
         "account": account(plan, stored, execution.products),
         "units": _units(plan, modules),
+        "layers": _layers(plan, modules),
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "files": {
             "plan": PLAN_FILE,
             "quantized model": f"{MODEL_FOLDER}/{WEIGHTS_FILE}",
@@ -108,18 +121,44 @@ def build_report(
         report["files"][name] = f"{MODEL_FOLDER}/{HYPERPARAMS_FILE}"
     if plan.search:
         report["search"] = plan.search
+    if utterances:
+        report["utterances"] = {
+            name: worst_utterances(result) for name, result in results.items()
+        }
     return report
 
 
 def _units(
     plan: QuantizationPlan, modules: Mapping[str, nn.Module]
 ) -> list[dict]:
-    sizes, rows = layer_sizes(plan, modules), []
+    layers, rows = _layers(plan, modules), []
     for unit in plan.units:
-        names = [x.name for x in plan.layers if x.unit == unit.name]
-        numel = sum(sizes[name] for name in names)
-        row = {"layers": len(names), "parameters": numel}
+        own = [x for x in layers if x["unit"] == unit.name]
+        row = {"layers": len(own), "bits": sorted({x["bits"] for x in own})}
+        for key in ("parameters", "bytes"):
+            row[key] = sum(x[key] for x in own)
         rows.append({**asdict(unit), **row})
+    return rows
+
+
+def _layers(
+    plan: QuantizationPlan, modules: Mapping[str, nn.Module]
+) -> list[dict]:
+    """What was decided for each layer; ``bytes``: of its packed weights."""
+    sizes, rows = layer_sizes(plan, modules), []
+    for layer in plan.layers:
+        quant, numel = layer.quant, sizes[layer.name]
+        bits = f"W{quant.weight_bits}" if quant else "float"
+        if quant and not quant.weight_only:
+            bits += f"A{quant.activation_bits}"
+        rows.append(
+            {
+                **{"name": layer.name, "unit": layer.unit, "bits": bits},
+                "parameters": numel,
+                "bytes": numel * (quant.weight_bits if quant else 32) / 8,
+                **{"cutoff": layer.cutoff, "why": layer.reason},
+            }
+        )
     return rows
 
 

@@ -2,9 +2,10 @@
 
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,8 +13,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#8a96a3", "#1c2733"
+FILL, _EDGE, _GRID = "#a9cce3", "#b9c4cf", "#e6ebf0"
+#: Inches of a figure, on a page and on a phone.
+WIDE, NARROW = 10, 4
+#: What follows the page's colors in SVG: its variables by our colors.
+_VARIABLES = {
+    **{BLUE: "blue", ORANGE: "orange", GREY: "dim", INK: "ink", FILL: "fill"},
+    **{_EDGE: "edge", _GRID: "rule", "#ffffff": "card"},
+}
 _STYLE = {
-    "axes.edgecolor": "#b9c4cf",
+    "axes.edgecolor": _EDGE,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.labelcolor": INK,
@@ -22,14 +31,14 @@ _STYLE = {
     "axes.titlesize": 9,
     "figure.labelsize": 9,
     "font.size": 9,
-    "grid.color": "#e6ebf0",
+    "grid.color": _GRID,
     "legend.frameon": False,
     "text.color": INK,
     # Names may contain dollar signs.
     "text.parse_math": False,
-    "xtick.color": "#b9c4cf",
+    "xtick.color": _EDGE,
     "xtick.labelcolor": INK,
-    "ytick.color": "#b9c4cf",
+    "ytick.color": _EDGE,
     "ytick.labelcolor": INK,
 }
 
@@ -46,25 +55,55 @@ def _few_log_lines() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def to_png(
-    draw: Callable[[dict], "Figure | None"], report: dict
-) -> bytes | None:
+def to_png(draw: Callable[..., "Figure | None"], report: dict) -> bytes | None:
     """PNG data of what ``draw`` makes of a report."""
+    # Without matplotlib's version, the same report gives the same bytes.
+    return _saved(draw, [report], {}, format="png", metadata={"Software": None})
+
+
+def to_svg(draw: Callable[..., "Figure | None"], report: dict) -> str | None:
+    """Elements of a page that show a plot on wide and on narrow screens."""
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    found = ""
+    for name in ("wide", "narrow"):
+        style = {"svg.fonttype": "none", "svg.hashsalt": draw.__name__ + name}
+        data = _saved(
+            draw,
+            [report, name == "narrow"],
+            style,
+            format="svg",
+            metadata=nothing,
+            transparent=True,
+        )
+        if data is None:
+            return None
+        text = data.decode("utf-8")
+        text = text[text.index("<svg") :].replace("xlink:href", "href")
+        text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+        for color, variable in _VARIABLES.items():
+            text = text.replace(color, f"var(--{variable})")
+        found += f'<div class="{name}">{text}</div>'
+    return found
+
+
+def _saved(
+    draw: Callable[..., "Figure | None"],
+    arguments: list,
+    style: dict,
+    **options: Any,
+) -> bytes | None:
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # after_reset: the user's matplotlibrc must not change the report.
-    style = matplotlib.style.context(_STYLE, after_reset=True)
+    style = matplotlib.style.context({**_STYLE, **style}, after_reset=True)
     with _few_log_lines(), style:
-        figure = draw(report)
+        figure = draw(*arguments)
         if figure is None:
             return None
         FigureCanvasAgg(figure)
         buffer = io.BytesIO()
-        # Without matplotlib's version, the same report gives the same bytes.
-        figure.savefig(
-            buffer, format="png", dpi=150, metadata={"Software": None}
-        )
+        figure.savefig(buffer, dpi=150, **options)
     return buffer.getvalue()
 
 
@@ -78,7 +117,8 @@ def panels(count: int, columns: int, base: float, height: float) -> list:
     """Axes of ``count`` panels, filled row by row."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = new_figure(10, base + height * rows)
+    width = NARROW if columns == 1 else WIDE
+    figure = new_figure(width, base + height * rows)
     return [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 

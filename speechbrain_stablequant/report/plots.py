@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING
 
 from .drawing import (
     BLUE,
+    FILL,
     GREY,
     INK,
+    NARROW,
     ORANGE,
     new_figure,
     no_minor_ticks,
     panels,
     shorten,
-    to_png,
     use_log_rates,
 )
 from .format import decisive_rate, number, percent, signed
@@ -25,13 +26,14 @@ _MAX_HISTOGRAMS = 6
 _MAX_LABELS = 12
 
 
-def draw_figures(report: dict) -> dict[str, bytes]:
-    """PNG data of each plot that the report has data for, by file name."""
-    images = {name: to_png(draw, report) for name, draw in FIGURES.items()}
+def draw_figures(report: dict, to: Callable) -> dict:
+    """Each plot that the report has data for, by file name, as ``to_png`` or
+    ``to_svg`` makes it."""
+    images = {name: to(draw, report) for name, draw in FIGURES.items()}
     return {name: image for name, image in images.items() if image is not None}
 
 
-def draw_sensitivity(report: dict) -> "Figure | None":
+def draw_sensitivity(report: dict, narrow: bool = False) -> "Figure | None":
     """Bars of each unit's rise in WER, in network order from the top."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -42,7 +44,7 @@ def draw_sensitivity(report: dict) -> "Figure | None":
     if not measured:
         return None
     threshold = report.get("search", {}).get("threshold")
-    figure = new_figure(10, 1.4 + 0.23 * len(units))
+    figure = new_figure(NARROW if narrow else 10, 1.4 + 0.23 * len(units))
     axes = figure.add_subplot()
     colors = [ORANGE if unit["selected"] else BLUE for unit in units]
     rows = range(len(units))
@@ -60,7 +62,9 @@ def draw_sensitivity(report: dict) -> "Figure | None":
     # If all values are zero the axis still needs a width.
     axes.set_xlim(1.08 * low, 1.08 * high or linear)
     axes.set_ylim(len(units) - 0.4, -0.6)
-    axes.set_yticks(rows, [shorten(unit["name"]) for unit in units])
+    axes.set_yticks(
+        rows, [shorten(unit["name"], 18 if narrow else 44) for unit in units]
+    )
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     # Values are written in a column to the right of all bars.
@@ -76,8 +80,9 @@ def draw_sensitivity(report: dict) -> "Figure | None":
             color=GREY if delta is None else color,
         )
     axes.set_xlabel(
-        f"rise of the {decisive_rate(report)} in points, "
-        "this unit alone quantized"
+        f"rise of the {decisive_rate(report)} in points,"
+        + "\n "[not narrow]
+        + "this unit alone quantized"
     )
     handles = [Patch(color=ORANGE, label="selected")]
     handles.append(Patch(color=BLUE, label="not selected"))
@@ -85,11 +90,11 @@ def draw_sensitivity(report: dict) -> "Figure | None":
         axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
         label = f"threshold {percent(threshold)}"
         handles.append(Line2D([], [], color=INK, ls="--", lw=1, label=label))
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3 - narrow)
     return figure
 
 
-def draw_cutoffs(report: dict) -> "Figure | None":
+def draw_cutoffs(report: dict, narrow: bool = False) -> "Figure | None":
     """WER against the clipping percentile, one panel per searched unit."""
     units = [(unit, _curve(unit)) for unit in report["units"] if _curve(unit)]
     if not units:
@@ -98,11 +103,12 @@ def draw_cutoffs(report: dict) -> "Figure | None":
     # Percentiles crowd toward 100: space them evenly, not to scale.
     percentiles = sorted({p for _, curve in units for p, _ in curve})[::-1]
     places = {percentile: i for i, percentile in enumerate(percentiles)}
-    grid = panels(len(units), 3, 1.1, 1.75)
+    columns = 1 if narrow else 3
+    grid = panels(len(units), columns, 1.1, 1.75)
     for axes, (unit, curve) in zip(grid, units, strict=True):
         _draw_curve(axes, unit, curve, places, baseline)
     # Labels below the last panel of each column.
-    for axes in grid[:-3]:
+    for axes in grid[:-columns]:
         axes.tick_params(axis="x", labelbottom=False)
     figure = grid[0].figure
     figure.supxlabel("clipping percentile, %")
@@ -156,14 +162,14 @@ def _draw_curve(
     axes.set_title(title, loc="left")
 
 
-def draw_histograms(report: dict) -> "Figure | None":
+def draw_histograms(report: dict, narrow: bool = False) -> "Figure | None":
     """Histograms of |x| of the most clipped layers."""
     layers = most_clipped(report["histograms"])
     if not layers:
         return None
-    grid = panels(len(layers), 2, 0.6, 2.3)
+    grid = panels(len(layers), 1 if narrow else 2, 0.6, 2.3)
     for axes, (name, entry) in zip(grid, layers, strict=True):
-        _draw_histogram(axes, name, entry)
+        _draw_histogram(axes, shorten(name, 40 if narrow else 60), entry)
     grid[0].figure.supxlabel("|x| at the layer's input")
     grid[0].figure.supylabel("values")
     return grid[0].figure
@@ -184,12 +190,12 @@ def most_clipped(histograms: dict) -> list[tuple[str, dict]]:
     return sorted(drawable, key=lost, reverse=True)[:_MAX_HISTOGRAMS]
 
 
-def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
+def _draw_histogram(axes: "Axes", title: str, entry: dict) -> None:
     counts, top = entry["counts"], entry["range"]
     edges = [top * index / len(counts) for index in range(len(counts) + 1)]
     # The logarithmic axis starts at 0.5, so that empty bins are flat.
     heights = [max(count, 0.5) for count in counts]
-    axes.stairs(heights, edges, baseline=0.5, fill=True, color="#a9cce3")
+    axes.stairs(heights, edges, baseline=0.5, fill=True, color=FILL)
     axes.set_yscale("log")
     no_minor_ticks(axes.yaxis)
     axes.yaxis.set_major_formatter(
@@ -201,11 +207,13 @@ def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
         ("clipping percentile at", entry["cutoff_amax"], ORANGE, "--", 1.6),
         ("amax", entry["amax"], INK, ":", 1.6),
     )
+    if entry["cutoff_amax"] >= entry["max"]:
+        marks = (marks[0], marks[2])  # nothing was clipped
     for what, place, color, style, width in marks:
         label = f"{what} {place:.4g}"
         axes.axvline(place, color=color, ls=style, lw=width, label=label)
     axes.set_xlim(0, 1.03 * max(top, *(place for _, place, *_ in marks)))
-    axes.set_title(shorten(name, 60), loc="left")
+    axes.set_title(title, loc="left")
     # Left of the largest value, which is usually at the right edge.
     place = {"loc": "upper right", "bbox_to_anchor": (0.955, 1)}
     legend = axes.legend(frameon=True, fontsize=8, **place)
@@ -213,7 +221,7 @@ def _draw_histogram(axes: "Axes", name: str, entry: dict) -> None:
 
 
 # Drawing functions by file name, in the order of the report.
-FIGURES: dict[str, Callable[[dict], "Figure | None"]] = {
+FIGURES: dict[str, Callable[..., "Figure | None"]] = {
     "sensitivity.png": draw_sensitivity,
     "cutoffs.png": draw_cutoffs,
     "histograms.png": draw_histograms,

@@ -1,6 +1,5 @@
 """Writes a report: JSON, plots, Markdown, and one self-contained HTML file."""
 
-import base64
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +9,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..utils.files import write_atomic, write_json
 from . import tables
+from .drawing import to_png, to_svg
 from .format import (
     NOT_A_SPEED_CLAIM,
     decisive_rate,
     interval,
     is_simulated,
     number,
-    precision,
     signed,
 )
 from .plots import FIGURES, draw_figures
+from .utterances import aligned, as_lines
 
 # Characters that Markdown or HTML would take for markup. Underscores inside
 # words are not markup, and most names have one.
@@ -31,19 +31,16 @@ def write_report(report: dict, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # The numbers come first: if a plot fails, they are safe.
     written = [write_json(folder / "report.json", report)]
-    figures = draw_figures(report)
+    figures = draw_figures(report, to_png)
     for name, image in figures.items():
         written.append(write_atomic(folder / name, image))
     for name in FIGURES:
         if name not in figures:
             (folder / name).unlink(missing_ok=True)
-    images = {
-        name: base64.b64encode(data).decode("ascii")
-        for name, data in figures.items()
-    }
+    drawn = {"markdown": figures, "html": draw_figures(report, to_svg)}
     markdown, html = (
-        render(form, "report.jinja", report, figures=images)
-        for form in ("markdown", "html")
+        render(form, "report.jinja", report, figures=drawn[form])
+        for form in drawn
     )
     for name, text in {"report.md": markdown, "report.html": html}.items():
         written.append(write_atomic(folder / name, text))
@@ -62,11 +59,12 @@ def render(form: str, template: str, report: dict, **more: Any) -> str:
     environment.filters["markdown"] = escape_markdown
     environment.globals.update(
         NOT_A_SPEED_CLAIM=NOT_A_SPEED_CLAIM,
+        aligned=aligned,
+        as_lines=as_lines,
         decisive_rate=decisive_rate,
         interval=interval,
         is_simulated=is_simulated,
         number=number,
-        precision=precision,
         signed=signed,
         tables=tables,
         tone=tone,

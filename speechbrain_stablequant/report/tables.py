@@ -8,17 +8,17 @@ from .format import (
     count,
     delta,
     gain,
-    interval,
     is_simulated,
     number,
     percent,
     precision,
-    signed,
     times,
     word_errors,
 )
 
 _WIDTH = 80  # columns of the terminal
+_ERRORS = "S / D / I"
+_GREEDY = "decoded greedily, unlike the recipe"
 
 
 def rates(entry: dict) -> dict[str, str]:
@@ -27,71 +27,54 @@ def rates(entry: dict) -> dict[str, str]:
     return {"WER": "WER", "CER": "CER"} if name == "WER" else {name: "WER"}
 
 
-def others(tests: dict) -> list[list[str]]:
-    """Metrics of the recipe beside those of :func:`verdict`."""
-    return [
-        [
-            name,
-            metric,
-            row["rate"],
-            *both(row, 2),
-            delta(row.get("delta"), row.get("delta_ci")),
-        ]
-        for name, entry in tests.items()
-        for metric, row in entry.get("metrics", {}).items()
-        if row["rate"] not in rates(entry)
-    ]
-
-
-def verdict(tests: dict) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of both models' error rates."""
-    columns = {
-        "Test set": [
-            f"{name} ({count(entry['float']['utterances'])} utterances)"
-            for name, entry in tests.items()
-        ]
-    }
-    entries = list(tests.values())
-    models = ("float", "quantized")
-    for name, rate in rates(entries[0]).items():
-        for model in models:
-            columns[f"{model.capitalize()} {name} %"] = [
-                number(entry[model][rate]) for entry in entries
-            ]
-        key = f"delta_{rate.lower()}"
-        columns[f"\u0394 {name}, 95 % interval"] = [
-            delta(entry.get(key), entry.get(f"{key}_ci")) for entry in entries
-        ]
-    for model in models:
-        columns[f"{model.capitalize()} S / D / I"] = [
-            word_errors(entry[model]) for entry in entries
-        ]
-    # Drop columns that are empty in every row.
-    empty = {NOT_MEASURED}
-    filled = {k: cells for k, cells in columns.items() if set(cells) != empty}
-    return list(filled), list(map(list, zip(*filled.values(), strict=True)))
-
-
-def folder(tests: dict) -> list[list[str]]:
-    """Error rates of inference folders that decode unlike the recipe."""
-    found = {n: e["folder"] for n, e in tests.items() if e.get("folder")}
-    return [
-        [name, *_rates(entry, "WER"), *_rates(entry, "CER")]
-        for name, entry in found.items()
-    ]
-
-
-def size(report: dict) -> list[list[str]]:
+def results(report: dict) -> tuple[list[str], list[list[str]], list[int]]:
+    """Columns and rows of what was measured, and which rows are headings."""
+    rows, headings = [], []
+    for name, entry in report["test"].items():
+        headings.append(len(rows))
+        utterances = count(entry["float"]["utterances"])
+        rows.append([f"{name} ({utterances} utterances)", "", "", ""])
+        for label, rate in rates(entry).items():
+            key = f"delta_{rate.lower()}"
+            change = delta(entry.get(key), entry.get(f"{key}_ci"))
+            rows.append([f"{label} %", *_rates(entry, rate), change])
+        for metric, row in entry.get("metrics", {}).items():
+            if row["rate"] not in rates(entry):
+                change = delta(row.get("delta"), row.get("delta_ci"))
+                rows.append([f"{row['rate']} % ({metric})", *both(row, 2)])
+                rows[-1].append(change)
+        cells = [word_errors(entry[name]) for name in ("float", "quantized")]
+        rows.append([_ERRORS, *cells, ""])
+        if entry.get("folder"):
+            cells = _rates(entry["folder"], "WER")
+            rows.append(["WER % of folder", *cells, _GREEDY])
+    if rows:
+        headings.append(len(rows))
+        rows.append(["Size and speed", "", "", ""])
     mb, rtf = report["size_mb"], report["rtf"]
     speed = times(gain(rtf), "faster", "slower")
-    return [
-        ["Size in MB", *both(mb, 1), times(gain(mb), "smaller", "larger")],
-        [
-            "Real-time factor",
-            *both(rtf, 3),
-            NOT_A_SPEED_CLAIM if is_simulated(report) else speed,
-        ],
-    ]
+    if is_simulated(report):
+        speed = NOT_A_SPEED_CLAIM
+    smaller = times(gain(mb), "smaller", "larger")
+    rows.append(["Size, MB", *both(mb, 1), smaller])
+    rows.append(["Real-time factor", *both(rtf, 3), speed])
+    columns = ["", "Float", "Quantized", "Change, 95 % interval"]
+    # Leave out what nothing is known of.
+    kept = [i for i, row in enumerate(rows) if {*row[1:3]} != {NOT_MEASURED}]
+    marked = [place for place, i in enumerate(kept) if i in headings]
+    return columns, [rows[i] for i in kept], marked
+
+
+def gains(report: dict) -> str:
+    """Size and speed in words, the first sentence of a report."""
+    mb, rtf = report["size_mb"], report["rtf"]
+    before, after = both(mb, 1)
+    text = times(gain(mb), "smaller", "larger")
+    text += f" ({after} instead of {before} MB)"
+    if gain(rtf) is not None and not is_simulated(report):
+        speed = times(gain(rtf), "faster", "slower")
+        text += f", {speed} ({report['backend']})"
+    return f"{text}."
 
 
 def account(report: dict) -> list[list[str]]:
@@ -133,22 +116,49 @@ def units(rows: list[dict], rate: str) -> tuple[list[str], list[list[str]]]:
         "Layers": [count(unit.get("layers")) for unit in rows],
         "Parameters": [count(unit.get("parameters")) for unit in rows],
     }
+    if any("bits" in unit for unit in rows):
+        columns |= {
+            "Bits": [" ".join(unit["bits"]) for unit in rows],
+            "kB": [number(unit["bytes"] / 1e3, 1) for unit in rows],
+        }
     if any(unit["selected"] or unit.get("wer") is not None for unit in rows):
         columns |= {
-            f"{rate} alone %": [number(unit.get("wer")) for unit in rows],
             f"\u0394 {rate} alone": [
                 delta(unit["delta_wer"], unit.get("delta_wer_ci"))
                 for unit in rows
             ],
-            "Selected": ["yes" if x["selected"] else "no" for x in rows],
-            "Clipping percentile": [percent(x["cutoff"]) for x in rows],
+            "Clipped at %": [percent(x["cutoff"]) for x in rows],
         }
     return list(columns), list(map(list, zip(*columns.values(), strict=True)))
 
 
+def layers(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of what was decided for each layer."""
+    columns = ["Layer", "Bits", "kB", "Clipped at %", "Why"]
+    return columns, [
+        [
+            row["name"],
+            row["bits"],
+            number(row["bytes"] / 1e3, 1),
+            percent(row["cutoff"]),
+            row["why"],
+        ]
+        for row in rows
+    ]
+
+
+def title(report: dict) -> str:
+    """Names the model, of which earlier reports say nothing."""
+    model = report.get("model", {})
+    kinds = list(model.get("modules", {}).values())
+    name = model.get("name") or " ".join(kinds[:1])
+    return f"{name}: {report['title']}" if name else report["title"]
+
+
 def described(report: dict) -> str:
-    """The model in one line; earlier reports do not say which."""
-    parts = [precision(report), report["created"]]
+    """The model in one line."""
+    made = f"{report['created'][:16].replace('T', ' ')} UTC"
+    parts = [precision(report), made]
     if "model" in report:
         model = report["model"]
         names = [f"{k} ({kind})" for k, kind in model["modules"].items()]
@@ -200,26 +210,18 @@ def environment(report: dict) -> list[list[str]]:
 
 def summary_table(report: dict) -> str:
     """Float against quantized as plain text, at most 80 columns wide."""
+    _, rows, headings = results(report)
     lines = [
         one_line(precision(report), _WIDTH),
-        _line("", "float", "quantized", "difference", "95 % interval"),
+        _line("", "float", "quantized", "change, 95 % interval"),
     ]
-    for name, entry in report["test"].items():
-        utterances = f" ({entry['float']['utterances']} utterances)"
-        lines.append(one_line(name, _WIDTH - len(utterances)) + utterances)
-        for label, rate in rates(entry).items():
-            key = f"delta_{rate.lower()}"
-            change = signed(entry.get(key)), interval(entry.get(f"{key}_ci"))
-            lines.append(_line(f"  {label} %", *_rates(entry, rate), *change))
-        for _, _, label, *cells, _ in others({name: entry}):
-            lines.append(_line(f"  {label} %", *cells, ""))
-        if entry.get("folder"):
-            cells = _rates(entry["folder"], "WER")
-            said = "(it decodes greedily, unlike the recipe)"
-            lines.append(_line("  folder's WER %", *cells, said))
-    labels = ("size, MB", "real-time factor")
-    for label, (_, *cells) in zip(labels, size(report), strict=True):
-        lines.append(_line(label, *cells))
+    for i, (label, *cells) in enumerate(rows):
+        if i in headings:
+            name, _, utterances = label.rpartition(" (")
+            tail = f" ({utterances}" if name else ""
+            lines.append(one_line(name or label, _WIDTH - len(tail)) + tail)
+        elif label != _ERRORS:
+            lines.append(_line(f"  {one_line(label, 17)}", *cells))
     return "\n".join(lines)
 
 
@@ -228,11 +230,5 @@ def _rates(entry: dict, rate: str) -> tuple[str, str]:
     return both({name: entry[name][rate] for name in ("float", "quantized")}, 2)
 
 
-def _line(
-    label: str, before: str, after: str, change: str, ci: str = ""
-) -> str:
-    numbers = f"{label:<16}{before:>8}{after:>11}"
-    # Without an interval the change is text, which may be long.
-    if not ci:
-        return f"{numbers}  {change}".rstrip()
-    return f"{numbers}{change:>12}{ci:>20}"
+def _line(label: str, before: str, after: str, change: str) -> str:
+    return f"{label:<19}{before:>9}{after:>11}  {change}".rstrip()

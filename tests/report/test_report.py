@@ -1,18 +1,18 @@
 """The report: one source, three forms, nothing claimed that was not shown."""
 
-import base64
 import copy
 import json
 import re
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 from huggingface_hub import ModelCard
 
-from speechbrain_stablequant.report import plots
+from speechbrain_stablequant.report import drawing, plots, render
 from speechbrain_stablequant.report.card import Origin, model_card
 from speechbrain_stablequant.report.comparison import _best_by_size
 from speechbrain_stablequant.report.format import (
@@ -23,7 +23,8 @@ from speechbrain_stablequant.report.format import (
     times,
 )
 from speechbrain_stablequant.report.render import escape_markdown, write_report
-from speechbrain_stablequant.report.tables import summary_table, verdict
+from speechbrain_stablequant.report.tables import results, summary_table
+from speechbrain_stablequant.report.utterances import aligned
 from speechbrain_stablequant.utils.files import read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -64,6 +65,24 @@ def make_unit(name, delta, selected=False, cutoff=100.0, curve=()):
             for ratio, wer in curve
         ],
     }
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    """The same plot of the same numbers is drawn once in all tests."""
+    for name in ("to_png", "to_svg"):
+        monkeypatch.setattr(render, name, partial(remembered, name))
+
+
+def remembered(name, draw, report):
+    keys = ("units", "histograms", "search", "test")
+    key = name, draw, json.dumps([report.get(key) for key in keys])
+    if key not in DRAWN:
+        DRAWN[key] = getattr(drawing, name)(draw, report)
+    return DRAWN[key]
+
+
+DRAWN = {}
 
 
 @pytest.fixture
@@ -170,6 +189,7 @@ def test_write_report_writes_all_files(report, tmp_path):
 
 def test_the_same_report_gives_the_same_bytes(report, tmp_path):
     first = write_report(report, tmp_path / "a")
+    DRAWN.clear()
     second = write_report(copy.deepcopy(report), tmp_path / "b")
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes(), one.name
@@ -197,10 +217,8 @@ def test_all_forms_state_the_same_numbers(report, tmp_path):
             "plan.json",
         ):
             assert fact in text, (name, fact)
-        places = [
-            text.index(heading)
-            for heading in ("Verdict", "Units", "How it was", "Warnings")
-        ]
+        headings = ("Verdict", "Warnings", "Sensitivity", "Bits", "How it was")
+        places = [text.index(heading) for heading in headings]
         assert places == sorted(places), name
 
 
@@ -211,11 +229,13 @@ def test_html_is_self_contained(report, tmp_path):
     assert not page.tags & {"script", "link", "a", "iframe", "object"}
     assert "http://" not in source and "https://" not in source
     assert not [name for name in page.attributes if name.startswith("on")]
-    prefix = "data:image/png;base64,"
-    embedded = [base64.b64decode(src[len(prefix) :]) for src in page.images]
-    assert all(src.startswith(prefix) for src in page.images)
-    names = ("sensitivity.png", "cutoffs.png", "histograms.png")
-    assert embedded == [(tmp_path / name).read_bytes() for name in names]
+    # Each plot for a wide and for a narrow screen, in the page's colors.
+    assert page.images == [] and source.count("<svg") == 2 * 3
+    drawn = source[source.index("<svg") :]
+    assert not re.search(
+        "#[0-9a-f]{6}", re.sub(r"#[pm][0-9a-f]{10}", "", drawn)
+    )
+    assert all(f"var(--{name})" in drawn for name in ("ink", "blue", "rule"))
 
 
 def test_markup_in_names_stays_text(report, tmp_path):
@@ -229,14 +249,15 @@ def test_markup_in_names_stays_text(report, tmp_path):
     forms = texts(tmp_path)
     page = Page(forms["report.html"])
     assert "script" not in page.tags
-    assert page.text.count(nasty) == 6  # twice as title, once elsewhere
+    # The title twice; a test set in the verdict's text, not alone.
+    assert page.text.count(nasty) == 5
     markdown = forms["report.md"]
     assert not re.search(r"(?<!\\)<script", markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     for row, following in pairwise(rows):
         if set(following) <= set("|-: "):  # a table's head
             assert cells(row) == cells(following)
-    assert cells(rows[0]) == cells(rows[2]) == 9
+    assert cells(rows[0]) == cells(rows[2]) == 4
 
 
 def cells(row):
@@ -260,7 +281,7 @@ def test_without_optional_parts(report, tmp_path):
     for text in texts(tmp_path).values():
         assert "CER %" not in text  # nothing to put in that column
         assert "No search was made" in text
-        assert "<img" not in text and "![" not in text
+        assert "<svg" not in text and "![" not in text
 
 
 def test_no_test_set_is_said(report, tmp_path):
@@ -332,10 +353,11 @@ def test_summary_fits_the_terminal(report):
     lines = summary_table(report).splitlines()
     assert lines[0] == "stablequant W8A6, openvino"
     assert [" ".join(line.split()) for line in lines[3:]] == [
-        "WER % 2.17 2.19 +0.02 -0.03 to +0.07",
-        "CER % 0.61 0.62 +0.01 -0.01 to +0.03",
-        "size, MB 1262.1 315.5 4.00x smaller",
-        "real-time factor 0.400 0.200 2.00x faster",
+        "WER % 2.17 2.19 +0.02 (-0.03 to +0.07)",
+        "CER % 0.61 0.62 +0.01 (-0.01 to +0.03)",
+        "Size and speed",
+        "Size, MB 1262.1 315.5 4.00x smaller",
+        "Real-time factor 0.400 0.200 2.00x faster",
     ]
     entry = report["test"]["test-clean"]
     entry["delta_wer_ci"] = [-100.0, 100.0]
@@ -345,8 +367,8 @@ def test_summary_fits_the_terminal(report):
     report["size_mb"] = {"float": 123456.7, "quantized": 1.2}
     lines = summary_table(report).splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) == 7
-    assert "(2620 utterances)" in lines[2]
+    assert len(lines) == 8
+    assert "(2,620 utterances)" in lines[2]
 
 
 def bars(figure):
@@ -465,8 +487,8 @@ def with_folder(report):
 def test_rates_of_the_folder_stand_beside_those_of_the_recipe(report, tmp_path):
     write_report(with_folder(report), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| test-clean | 2.91 | 2.96 | 0.81 | 0.83 |" in text
-    assert "The inference folder decodes greedily" in text
+    greedily = "decoded greedily, unlike the recipe"
+    assert f"| WER % of folder | 2.91 | 2.96 | {greedily} |" in text
     (line,) = (x for x in summary_table(report).splitlines() if "folder" in x)
     assert "2.91" in line
     assert "2.96" in line
@@ -516,16 +538,43 @@ def test_phonemes(report, tmp_path):
     text = summary_table(report)
     assert "PER %" in text
     assert "WER" not in text
-    assert "CER %             1.50       1.75" in text
-    columns, rows = verdict(report["test"])
-    assert columns[1:3] == ["Float PER %", "Quantized PER %"]
-    assert rows[0][1] == "2.17"
-    assert not any("CER" in name for name in columns)
+    _, rows, _ = results(report)
+    assert [row[:2] for row in rows[1:3]] == [
+        ["PER %", "2.17"],
+        ["CER % (cer_metric)", "1.50"],
+    ]
     write_report(report, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "WER" not in html
     assert "cer_metric" in html
     assert "0.25 (+0.10 to +0.40)" in html
+
+
+# -- utterances ----------------------------------------------------------------
+
+
+def test_words_are_aligned_under_the_reference(report, tmp_path):
+    row = {
+        "reference": "THE CAT SAT DOWN",
+        "float": "THE CAT SAT",
+        "quantized": "OH THE <b>KAT</b> DOWN",
+    }
+    columns = aligned(row)
+    assert [" ".join(filter(None, x)) for x in zip(*columns, strict=True)] == [
+        *row.values()
+    ]
+    assert columns[0] == ("", "", "OH")
+    assert ("CAT", "CAT", "<b>KAT</b>") in columns
+    assert aligned({"reference": "", "float": "", "quantized": "A"}) == [
+        ("", "", "A")
+    ]
+    report["utterances"] = {
+        "test-clean": [{"id": "u1", "errors": [1, 3], **row}]
+    }
+    write_report(report, tmp_path)
+    html, markdown = (texts(tmp_path)[f"report.{x}"] for x in ("html", "md"))
+    assert "<b>&lt;b&gt;KAT&lt;/b&gt;</b>" in html
+    assert "    quantized OH THE <b>KAT</b>" in markdown
 
 
 # -- the model card ------------------------------------------------------------

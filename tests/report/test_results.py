@@ -293,6 +293,10 @@ def test_built_report(tmp_path):
     assert next(iter(report["files"])) == "plan"
     # All of it can be written, and is complete.
     assert read_json(write_report(report, tmp_path)[0], "report") == report
+    assert [row["bits"] for row in report["layers"]] == ["W8A8", "float"]
+    assert [row["bytes"] for row in report["layers"]] == [6, 16]
+    (row,) = report["utterances"]["clean"]
+    assert (row["id"], row["errors"]) == ("", [])
 
 
 # -- variants side by side -----------------------------------------------------
