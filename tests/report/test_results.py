@@ -296,7 +296,7 @@ def test_built_report(tmp_path):
     assert [row["bits"] for row in report["layers"]] == ["W8A8", "float"]
     assert [row["bytes"] for row in report["layers"]] == [6, 16]
     (row,) = report["utterances"]["clean"]
-    assert (row["id"], row["errors"]) == ("", [])
+    assert (row["id"], row["errors"]) == ("u1", [0, 2])
 
 
 # -- variants side by side -----------------------------------------------------
