@@ -19,7 +19,6 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from tqdm import tqdm
 
 from ..core.plan import PLAN_FILE
 from ..methods.registry import QuantizeConfig, make_plan
@@ -31,6 +30,7 @@ from ..simulation.multiply_adds import count_multiply_adds
 from ..utils import distributed
 from ..utils.files import Outputs, write_atomic
 from ..utils.patching import restored, shadowed
+from ..utils.progress import progress_bar
 from ..utils.store import Store
 from .block import run_configs
 from .checks import RecipeChecks, check_checkpoint
@@ -86,7 +86,9 @@ class Evaluator:
             )
             for name, variant in run_configs(config, brain.debug).items()
         ]
-        for warning in dict.fromkeys(w for r in self.runs for w in r.warnings):
+        # Runtimes say themselves how they execute a plan.
+        simulated = [r for r in self.runs if RUNTIMES[r.backend].simulates]
+        for warning in dict.fromkeys(w for r in simulated for w in r.warnings):
             logger.warning("quantize: %s", warning)
         #: The trainer of methods that train.
         self.trainer: BrainTrainer | None = None
@@ -308,12 +310,11 @@ class Evaluator:
         batches = islice(loader, mine.start, mine.stop, mine.step)
         metric = self.config.metric_attribute
         steps = evaluation_steps(self.brain, batches, sb.Stage.TEST, metric)
-        bar = tqdm(
+        bar = progress_bar(
             steps,
             f"{test.name}, quantized {run.name}".strip(),
-            len(mine),
-            dynamic_ncols=True,
-            disable=not distributed.is_main() or self.brain.noprogressbar,
+            distributed.is_main() and not self.brain.noprogressbar,
+            total=len(mine),
         )
         return [count for _, _, count in bar]
 

@@ -1,10 +1,9 @@
 """One calibrator for every layer: max, percentile, entropy or mse."""
 
-from tqdm import tqdm
-
 from ..core.calibrators import calibrate
 from ..core.histogram import Histogram
 from ..core.plan import QuantizationPlan, UnitPlan
+from ..utils.progress import progress_bar
 from .session.calibration import Calibration
 from .session.session import Session
 
@@ -24,11 +23,8 @@ def calibrator_plan(
     own = "mse" if method == "mse" else "max"
     weight_method = config.weight_method or own
     quants = {}
-    for layer in tqdm(
-        session.layers,
-        "calibrators",
-        disable=not session.recognizer.show_progress,
-    ):
+    shown = session.recognizer.show_progress
+    for layer in progress_bar(session.layers, "calibrators", shown):
         histogram = calibration.histograms[layer.name]
         amax = calibrate(method, histogram, config.activation_bits, **options)
         quants[layer.name] = session.quant(layer.name, amax, weight_method)

@@ -191,13 +191,17 @@ def executed_integers(
     if cpu.exact:
         return dict(integers)
     out = {name: narrowed(layer) for name, layer in integers.items()}
-    changed = sum(out[name] is not layer for name, layer in integers.items())
-    if changed:
-        logger.warning(
-            "this CPU (class %s) has no VNNI: int8 sums would saturate, so "
-            "the weights of %d layers are executed with %d bits",
-            cpu.name,
-            changed,
-            PAIR_SUM_BITS,
-        )
+    if any(out[name] is not layer for name, layer in integers.items()):
+        _say_narrowed(cpu.name)
     return out
+
+
+@lru_cache
+def _say_narrowed(name: str) -> None:
+    """Warn once in a process."""
+    logger.warning(
+        "this CPU (class %s) has no VNNI: int8 sums would saturate, so "
+        "weights of 8 bits are executed with %d",
+        name,
+        PAIR_SUM_BITS,
+    )

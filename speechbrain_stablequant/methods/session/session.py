@@ -22,6 +22,7 @@ from ...model.layers import (
 )
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
+from ...utils.progress import progress_bar
 from ...utils.store import Store
 from ..search.divergence import Divergence
 from .block_cuts import block_cuts
@@ -190,10 +191,5 @@ class Session:
         return int(self.config.search.cache_gb * 1e9)
 
     def bar(self, total: int, what: str, **options: Any) -> tqdm:
-        return tqdm(
-            total=total,
-            desc=what,
-            dynamic_ncols=True,
-            disable=not self.recognizer.show_progress,
-            **options,
-        )
+        shown = self.recognizer.show_progress
+        return progress_bar(None, what, shown, total=total, **options)

@@ -6,6 +6,7 @@ int32 sums exactly. A layer's own zero point is added.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from ..algorithms import FLOAT
 
 #: The byte that stands for the integer 0.
 ZERO = 128
+
+# Deprecated in torch 2.14; who uses this package can do nothing about it.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
 
 #: torch quantizes through int32 without saturation. With a smaller scale (a
 #: layer with almost no input in calibration) inputs are clipped before.
