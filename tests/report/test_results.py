@@ -270,7 +270,7 @@ def test_built_report(tmp_path):
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
     modules = {"enc": "Linear", "lin": "Linear"}
     assert report["model"] == {"modules": modules, "parameters": 8 + 6}
-    write_report(report, tmp_path)
+    written = write_report(report, tmp_path)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "enc (Linear), lin (Linear), 0.0 million parameters" in text
     assert report["backend"] == "simulated"
@@ -292,7 +292,7 @@ def test_built_report(tmp_path):
     assert report["warnings"] == ["said"]
     assert next(iter(report["files"])) == "plan"
     # All of it can be written, and is complete.
-    assert read_json(write_report(report, tmp_path)[0], "report") == report
+    assert read_json(written[0], "report") == report
     assert [row["bits"] for row in report["layers"]] == ["W8A8", "float"]
     assert [row["bytes"] for row in report["layers"]] == [6, 16]
     (row,) = report["utterances"]["clean"]
