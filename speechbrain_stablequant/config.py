@@ -31,15 +31,8 @@ DEFAULT_METRIC = "wer_metric"
 
 # Keys that a variant cannot change.
 _SHARED_KEYS = (
-    "variants",
-    "output_folder",
-    "metric_attribute",
-    "signal",
-    "audio",
-    "sample_rate",
-    "require_checkpoint",
-    "inference",
-    "report",
+    *("variants", "output_folder", "metric_attribute", "signal", "audio"),
+    *("sample_rate", "require_checkpoint", "inference", "report"),
 )
 _MAX_MESSAGE = 1000
 # A variant's name is a folder's name.
@@ -143,14 +136,6 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """``quantize.report``.
-
-    Arguments
-    ---------
-    utterances : bool
-        Whether the report shows the transcripts that became worse.
-    """
-
     utterances: bool = True
 
 
@@ -232,7 +217,7 @@ class CommonConfig:
         ``WhisperASR`` with the recipe's modules, to be the folder's; None to
         generate one.
     report : ReportConfig
-        What the report shows.
+        ``utterances``: whether it shows the transcripts that became worse.
     variants : tuple of dict
         Changes to this block, each with a ``name``: each is evaluated in a
         folder of its own, and one table compares them.
@@ -286,9 +271,8 @@ class CommonConfig:
                 )
             if name in configs:
                 raise ConfigError(f"{where}.name: '{name}' is used twice")
-            for key in _SHARED_KEYS:
-                if key in changes:
-                    raise ConfigError(f"{where}.{key}: belongs to the block")
+            for key in filter(changes.__contains__, _SHARED_KEYS):
+                raise ConfigError(f"{where}.{key}: belongs to the block")
             # Options of a runtime are one value, not a sub-block.
             options = changes.pop("backend_options", base["backend_options"])
             merged = _merged(base, changes) | {"backend_options": options}
