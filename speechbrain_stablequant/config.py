@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .utils.presets import merged, with_preset
 from .utils.typed import (
     choice,
     count,
@@ -16,12 +17,8 @@ from .utils.typed import (
     short,
     typed,
 )
-from .utils.yaml_tree import parse_yaml
 
 logger = logging.getLogger(__name__)
-
-#: A block for each method, by the name that ``preset`` takes.
-PRESETS = {x.stem: x for x in Path(__file__).parent.glob("presets/*.yaml")}
 
 #: Formats of parameters that are not quantized.
 FLOAT_DTYPES = ("float16", "float32")
@@ -31,8 +28,15 @@ DEFAULT_METRIC = "wer_metric"
 
 # Keys that a variant cannot change.
 _SHARED_KEYS = (
-    *("variants", "output_folder", "metric_attribute", "signal", "audio"),
-    *("sample_rate", "require_checkpoint", "inference", "report"),
+    "variants",
+    "output_folder",
+    "metric_attribute",
+    "signal",
+    "audio",
+    "sample_rate",
+    "require_checkpoint",
+    "inference",
+    "report",
 )
 _MAX_MESSAGE = 1000
 # A variant's name is a folder's name.
@@ -136,6 +140,14 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
+    """``quantize.report``: what the report shows.
+
+    Arguments
+    ---------
+    utterances : bool
+        The transcripts of the utterances that became worse.
+    """
+
     utterances: bool = True
 
 
@@ -166,7 +178,7 @@ class MethodConfig:
 class CommonConfig:
     """The keys of the ``quantize:`` block that all methods share.
 
-    ``preset: NAME`` adds the keys of a file of ``presets/``.
+    ``preset: NAME`` adds the keys of a file of ``hparams/``.
 
     Arguments
     ---------
@@ -217,7 +229,7 @@ class CommonConfig:
         ``WhisperASR`` with the recipe's modules, to be the folder's; None to
         generate one.
     report : ReportConfig
-        ``utterances``: whether it shows the transcripts that became worse.
+        What the report shows.
     variants : tuple of dict
         Changes to this block, each with a ``name``: each is evaluated in a
         folder of its own, and one table compares them.
@@ -271,12 +283,13 @@ class CommonConfig:
                 )
             if name in configs:
                 raise ConfigError(f"{where}.name: '{name}' is used twice")
-            for key in filter(changes.__contains__, _SHARED_KEYS):
-                raise ConfigError(f"{where}.{key}: belongs to the block")
+            for key in _SHARED_KEYS:
+                if key in changes:
+                    raise ConfigError(f"{where}.{key}: belongs to the block")
             # Options of a runtime are one value, not a sub-block.
             options = changes.pop("backend_options", base["backend_options"])
-            merged = _merged(base, changes) | {"backend_options": options}
-            configs[name] = self._built(merged, where)
+            variant = merged(base, changes) | {"backend_options": options}
+            configs[name] = self._built(variant, where)
         return configs
 
     @classmethod
@@ -309,7 +322,10 @@ class CommonConfig:
 unknown key; did you mean 'weight_bits'?
         """
         said: dict[str, None] = {}
-        block = cls._with_new_keys(block, said)
+        try:
+            block = cls._with_new_keys(block, said)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         for message in said:
             logger.warning("%s", message)
         config = cls._built(block, "quantize")
@@ -338,7 +354,7 @@ unknown key; did you mean 'weight_bits'?
             return block
         result = {key: _plain(value) for key, value in block.items()}
         if "preset" in result:
-            result = _with_preset(result, result.pop("preset"))
+            result = with_preset(result, result.pop("preset"))
         for part in fields(cls):
             keys = result.get(part.name)
             old_keys = getattr(part.type, "old_keys", {})
@@ -357,23 +373,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _with_preset(block: dict, name: Any) -> dict:
-    """The keys of a preset, without ``target``; a block's own come first."""
-    if name not in PRESETS:
-        known = ", ".join(sorted(PRESETS))
-        raise ConfigError(
-            f"quantize.preset: {short(name)} is not one of {known}"
-        )
-    preset = parse_yaml(PRESETS[name].read_text("utf-8"))["quantize"].value
-    del preset["target"]
-    if block.get("method", preset["method"]) != preset["method"]:
-        raise ConfigError(
-            f"quantize.preset: {name} is of method {preset['method']}, not "
-            f"{short(block['method'])}; leave out preset or method"
-        )
-    return _merged(preset, block)
-
-
 def _rename(keys: dict, part: str, old: str, new: str | None) -> str:
     """Replaces an old key; returns what to warn of."""
     where, value = f"quantize.{part}.{old}", keys.pop(old)
@@ -389,12 +388,3 @@ def _rename(keys: dict, part: str, old: str, new: str | None) -> str:
     if value:
         raise ConfigError(message)
     return message
-
-
-def _merged(base: Mapping, changes: Mapping) -> dict:
-    """A copy of ``base`` with some keys changed, sub-blocks key by key."""
-    result = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-        result[key] = _merged(base[key], value) if both else value
-    return result

@@ -1,4 +1,4 @@
-"""Methods and their blocks: a line in ``METHODS``, a file in ``presets/``."""
+"""Methods and their blocks: a line in ``METHODS``, one in ``hparams/``."""
 
 import logging
 from collections.abc import Callable

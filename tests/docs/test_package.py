@@ -28,7 +28,7 @@ def built(tmp_path_factory) -> Path:
     ignore = shutil.ignore_patterns(
         *("__pycache__", ".*", "*.egg-info", "build", "results", "recipes")
     )
-    shutil.copytree(ROOT, source, ignore=ignore)
+    shutil.copytree(ROOT, source, ignore=ignore, symlinks=True)
     # The demo is left out of the copy but for one file: 5 MB.
     demo = source / "recipes" / "demo.flac"
     demo.parent.mkdir()
@@ -43,7 +43,9 @@ def built(tmp_path_factory) -> Path:
 def files_of_package() -> set[str]:
     """What the package has in the checkout."""
     kinds = (".py", ".yaml", ".jinja")
-    files = (ROOT / PACKAGE).rglob("*")
+    package = ROOT / PACKAGE
+    # rglob() does not follow the link to hparams/.
+    files = [*package.rglob("*"), *package.glob("hparams/*")]
     return {str(x.relative_to(ROOT)) for x in files if x.suffix in kinds}
 
 

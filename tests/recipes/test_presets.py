@@ -10,13 +10,12 @@ from ruamel.yaml.comments import TaggedScalar
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.block import read_block, variant_configs
-from speechbrain_stablequant.config import PRESETS as BY_NAME
 from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESETS = sorted(BY_NAME.values())
+PRESETS = sorted((ROOT / "hparams").glob("*.yaml"))
 
 
 def load(path: Path) -> dict:
