@@ -256,8 +256,14 @@ def _first_passing(
 
     def attempt(name: str) -> tuple[str, dict[nn.Module, Callable]]:
         options = select_options(name, run.config.backend_options)
+        peak = run.plan and run.plan.residual_amax
         forwards = build_forwards(
-            name, modules, integers, parts=run.parts, **options
+            name,
+            modules,
+            integers,
+            parts=run.parts,
+            residual_amax=peak,
+            **options,
         )
         if probe is not None:
             with evaluating(modules):

@@ -91,6 +91,8 @@ class EncoderSpec:
     pre_norm: bool  # stable layer norm, of large models
     # float32 [channels, channels], orthogonal; with pre_norm only
     rotation: torch.Tensor | None = field(default=None, repr=False)
+    # largest value of the residual stream while calibrating, if known
+    residual_amax: float | None = None
 
     def layers(self) -> Iterator[AnyLayer]:
         for stage in self.convs:

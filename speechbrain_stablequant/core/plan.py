@@ -117,6 +117,9 @@ class QuantizationPlan:
         multiplied in floating point.
     parts : list of Part
         What is executed as a whole; empty where a runtime has its own way.
+    residual_amax : float or None
+        The largest value of an encoder's residual stream while calibrating;
+        None if it was not recorded.
     """
 
     method: str
@@ -132,6 +135,7 @@ class QuantizationPlan:
     )
     weight_only: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    residual_amax: float | None = None
 
     def quants(self) -> dict[str, LayerQuant]:
         """Returns the quantized layers by name."""
@@ -154,7 +158,7 @@ class QuantizationPlan:
         raw["parts"] = [asdict(part) for part in self.parts]
         del raw["tensors"]
         # Files of plans without them stay the same.
-        for key in ("weight_only", "parts"):
+        for key in ("weight_only", "parts", "residual_amax"):
             if not raw[key]:
                 del raw[key]
         if self.tensors:

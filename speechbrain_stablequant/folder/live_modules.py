@@ -117,6 +117,7 @@ class LiveModules:
             for owner, forward in products.visible_forwards(owners).items():
                 owner.forward = forward
         self._plan_parts = checkpoint.plan.parts
+        self._residual_amax = checkpoint.plan.residual_amax
         graphs = [x.name for x in self._plan_parts if x.executes == "graph"]
         for module in modules_by_name(self.modules, graphs).values():
             module.forward = _Dispatch(self, module)
@@ -149,7 +150,12 @@ class LiveModules:
         # Parts are captured with the modules' own forwards.
         with self.trying({}):
             forwards = build_forwards(
-                name, self.modules, integers, parts=self._plan_parts, **options
+                name,
+                self.modules,
+                integers,
+                parts=self._plan_parts,
+                residual_amax=self._residual_amax,
+                **options,
             )
         if self._probe is not None:
             with self.trying(forwards):

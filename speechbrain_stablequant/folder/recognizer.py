@@ -227,7 +227,10 @@ class QuantizedRecognizer(nn.Module):
             parts[self._key] = self._encoder_with_code(device)
         integers = {n: x.to(device) for n, x in self.integers().items()}
         options = select_options(name, self.options)
-        forwards = build_forwards(name, parts, integers, **options)
+        peak = self.plan.residual_amax
+        forwards = build_forwards(
+            name, parts, integers, residual_amax=peak, **options
+        )
         if self._probe is not None:
             compute = chain(parts, self._use_lengths, forwards)
             check_probe(name, self._probe, compute, device, options)

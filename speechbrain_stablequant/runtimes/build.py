@@ -3,6 +3,7 @@ checks it by a probe."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def build_forwards(
     integers: Mapping[str, IntegerLayer],
     cpu: CpuClass | None = None,
     parts: Iterable[Part] = (),
+    residual_amax: float | None = None,
     **options: Any,
 ) -> dict[nn.Module, Callable[..., Any]]:
     """Build a runtime, with its options: the function that replaces the
@@ -55,7 +57,8 @@ def build_forwards(
 
     Weights of integer layers in ``modules`` are not read; they may be on the
     ``meta`` device; those of weight-only layers are used. ``cpu`` is the one
-    whose integers are executed, by default this one; ``parts`` are the plan's.
+    whose integers are executed, by default this one; ``parts`` and
+    ``residual_amax`` are the plan's.
     ValueError for a layer that is not in the model, an encoder or layer that
     this runtime cannot execute, and :class:`UnusableRuntime` if it is wrong on
     this machine.
@@ -75,6 +78,7 @@ def build_forwards(
         make_executor = load_function(runtime.encoder)
         for encoder in _encoders(modules, integers):
             spec = describe_encoder(encoder.model, encoder.path, integers)
+            spec = replace(spec, residual_amax=residual_amax)
             if runtime.layer_runner is not None:
                 runner = load_function(runtime.layer_runner)(**options)
                 spec = with_algorithms(spec, runner)

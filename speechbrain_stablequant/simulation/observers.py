@@ -35,6 +35,33 @@ def real_frames(
     return [min(frames, max(n * frames // total, 1)) for n in lengths]
 
 
+class ResidualPeak:
+    """The largest |x| in the residual streams of encoders: what the norms of
+    their blocks take, and the one behind them."""
+
+    def __init__(self, encoders: Iterable[nn.Module]):
+        self.norms = [
+            module
+            for encoder in encoders
+            for module in encoder.modules()
+            if isinstance(module, nn.LayerNorm)
+        ]
+        self.value: float | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator["ResidualPeak"]:
+        with hooked((norm, self._hook) for norm in self.norms):
+            yield self
+
+    def _hook(self, module: nn.Module, args: tuple) -> None:
+        self.value = max(self.value or 0.0, float(args[0].abs().max()))
+
+    def join(self) -> None:
+        """Takes the largest of all processes."""
+        values = [x for x in gathered(self.value) if x is not None]
+        self.value = max(values, default=None)
+
+
 class Observer:
     """Collects a histogram for each layer while a model runs."""
 

@@ -29,24 +29,26 @@ from resources import (
 )
 from shapes import MODELS, SAMPLE_RATE, Op, operators
 
-from speechbrain_stablequant.runtimes.triton.kernels import tiles
+from speechbrain_stablequant.runtimes.triton.kernels import architectures
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What the cards of a compute capability have in common, for a
-    multiprocessor."""
+class Occupied:
+    """What a multiprocessor of a compute capability holds."""
 
     shared_kb: int  # of shared memory; a block may have 1 kB less
     max_warps: int
     max_blocks: int
-    products: int  # of int8, in a cycle
 
 
-ARCHITECTURES = {
-    80: Architecture(164, 64, 32, 2048),
-    86: Architecture(100, 48, 16, 1024),
-    90: Architecture(228, 64, 32, 4096),
+_BIG, _SMALL = (64, 32), (48, 24)
+HOLDS = {
+    80: Occupied(164, *_BIG),
+    86: Occupied(100, 48, 16),
+    89: Occupied(100, *_SMALL),
+    90: Occupied(228, *_BIG),
+    100: Occupied(228, *_BIG),
+    120: Occupied(100, *_SMALL),
 }
 REGISTERS = 65536
 #: Of a multiprocessor; each issues an instruction of a warp in a cycle.
@@ -73,15 +75,25 @@ class Card:
     @property
     def clock(self) -> float:
         """MHz at which its multiprocessors reach the int8 peak."""
-        products = self.processors * ARCHITECTURES[self.arch].products
+        products = self.processors * self.limits.architecture.products
         return self.tops * 1e6 / (2 * products)
+
+    @property
+    def limits(self) -> architectures.Card:
+        """As the choice of tiles sees it."""
+        row = architectures.ARCHITECTURES[divmod(self.arch, 10)]
+        return architectures.Card(row, self.processors)
 
 
 CARDS = {
+    "RTX3090": Card(86, 82, 936, 284, 71),
+    "RTX4090": Card(89, 128, 1008, 661, 165),
+    "L4": Card(89, 58, 300, 242, 121),
     "A100": Card(80, 108, 2039, 624, 312),
     "H100": Card(90, 132, 3350, 1979, 989),
     "H200": Card(90, 132, 4800, 1979, 989),
-    "RTX3090": Card(86, 82, 936, 284, 71),
+    "B200": Card(100, 148, 8000, 4500, 2250),
+    "RTX5090": Card(120, 170, 1792, 838, 210),
 }
 
 
@@ -96,7 +108,7 @@ class Occupancy:
 
 def occupancy(found: Resources, launch: Launch, card: Card) -> Occupancy:
     """What registers and shared memory allow."""
-    arch = ARCHITECTURES[card.arch]
+    arch = HOLDS[card.arch]
     # registers are handed out to a warp by 256, shared memory by 128 bytes,
     # and each block takes 1 kB of it for itself
     per_warp = -(-found.registers * 32 // 256) * 256
@@ -136,11 +148,7 @@ def issue_microseconds(found: Resources, launch: Launch, card: Card) -> float:
 
 def choose(op: Op, card: Card) -> Launch:
     """The launch with the tile that the rule chooses for a card."""
-    arch = ARCHITECTURES[card.arch]
-    limits = tiles.Limits(
-        card.processors, (arch.shared_kb - 1) * 1024, arch.products
-    )
-    with mock.patch.object(tiles, "ASSUMED", limits):
+    with mock.patch.object(architectures, "ASSUMED", card.limits):
         (launch,) = launches_of(op.launch, *op.arguments)
     return launch
 
@@ -154,7 +162,7 @@ def compile_once(launch: Launch, arch: int) -> Resources:
     parts = (source.name, source.signature, source.constants, source.attrs)
     key = (arch, *map(str, parts), *launch.options.items())
     if key not in _compiled:
-        _compiled[key] = compile_launch(launch, arch)
+        _compiled[key] = compile_launch(launch, arch, count=True)
     return _compiled[key]
 
 

@@ -5,9 +5,7 @@
 resources from the assembler that comes with Triton.
 """
 
-import inspect
 import math
-import os
 import re
 import subprocess
 import tempfile
@@ -20,12 +18,18 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*")
+_TENSOR_CORE = re.compile(
+    r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b[\w.:]*"
+)
+#: What orders shared memory between copies and asynchronous products.
+_ORDER = re.compile(
+    r"cp\.async\.wait_group\s+(\d+)|st\.shared|fence\.proxy\.async"
+    r"|wgmma\.mma_async|tcgen05\.mma\b"
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,36 @@ class Resources:
     """What a compiled kernel uses."""
 
     registers: int  # of a thread
-    spill_bytes: int  # of registers stored to and loaded from local memory
-    stack_bytes: int  # of a thread
+    stack_bytes: int  # of a thread; spilled registers go there
     shared_bytes: int  # of a block
     warps: int  # of a block
-    tensor_core: tuple[str, ...]  # distinct matrix instructions in the PTX
     instructions: int  # of a thread, outside of loops
     loop_instructions: int  # of a thread, one pass through each loop
     ptx: str = field(repr=False)
+
+    @property
+    def tensor_core(self) -> tuple[str, ...]:
+        """Distinct matrix instructions."""
+        return tuple(sorted(set(_TENSOR_CORE.findall(self.ptx))))
+
+    @property
+    def waits(self) -> list[int]:
+        """Copies that may be in flight behind each wait, in order."""
+        found = re.findall(r"cp\.async\.wait_group\s+(\d+)", self.ptx)
+        return [int(count) for count in found]
+
+
+def is_fenced(ptx: str) -> bool:
+    """Whether a proxy fence stands between all writes to shared memory and the
+    asynchronous products that read it, in the order of the text."""
+    written = False
+    for found in _ORDER.finditer(ptx):
+        if "mma" in found[0]:
+            if written:
+                return False
+        else:
+            written = "fence" not in found[0]
+    return True
 
 
 @contextmanager
@@ -135,19 +161,6 @@ def _tool(
     return done
 
 
-def _assemble(ptx: str, arch: int) -> str:
-    """The assembler's report on a kernel."""
-    name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-    # Triton comes with two assemblers. Which of them reads its code depends on
-    # the architecture, and early versions ask without it.
-    takes_arch = inspect.signature(get_ptxas).parameters
-    path = get_ptxas(*([arch] if takes_arch else [])).path
-    output = ("-o", os.devnull)
-    return _tool(
-        path, "-v", name, *output, suffix="ptx", content=ptx.encode()
-    ).stderr
-
-
 #: A label, or an instruction and its operands.
 _LINE = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*\w+\*/\s+(?:@\S+\s+)?(\S+)(.*))")
 
@@ -177,31 +190,31 @@ def count_instructions(listing: str) -> tuple[int, int]:
     return in_loop.count(False), in_loop.count(True)
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compiles a launch for an architecture, such as 80, 86 or 90."""
+def compile_launch(launch: Launch, arch: int, count: bool = False) -> Resources:
+    """Compiles a launch for an architecture, such as 80, 86 or 90; counts its
+    instructions if asked."""
     compiled = triton.compile(
         specialize(launch),
         target=GPUTarget("cuda", arch, 32),
         options=launch.options,
     )
-    ptx = compiled.asm["ptx"]
-    report = _assemble(ptx, arch)
-    listing = _tool(
-        "nvdisasm", "-c", suffix="cubin", content=compiled.asm["cubin"]
-    ).stdout
-    once, loops = count_instructions(listing)
+    binary = {"suffix": "cubin", "content": compiled.asm["cubin"]}
+    usage = _tool("cuobjdump", "--dump-resource-usage", **binary).stdout
+    once = loops = 0
+    if count:
+        once, loops = count_instructions(
+            _tool("nvdisasm", "-c", **binary).stdout
+        )
 
-    def number(pattern: str) -> int:
-        return sum(int(n) for n in re.findall(pattern, report))
+    def number(name: str) -> int:
+        return int(re.search(rf"\b{name}:(\d+)", usage)[1])
 
     return Resources(
-        registers=number(r"Used (\d+) registers"),
-        spill_bytes=number(r"(\d+) bytes spill"),
-        stack_bytes=number(r"(\d+) bytes stack frame"),
+        registers=number("REG"),
+        stack_bytes=number("STACK") + number("LOCAL"),
         shared_bytes=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(ptx)))),
         instructions=once,
         loop_instructions=loops,
-        ptx=ptx,
+        ptx=compiled.asm["ptx"],
     )

@@ -13,6 +13,7 @@ from speechbrain_stablequant.model.layers import (
 )
 from speechbrain_stablequant.simulation.observers import (
     Observer,
+    ResidualPeak,
     real_frames,
 )
 
@@ -277,3 +278,20 @@ def test_num_bins():
     layer = Layer("a", nn.Linear(2, 2), "linear", "head")
     observer = Observer([layer], num_bins=256)
     assert observer.histograms["a"].num_bins == 256
+
+
+def test_largest_value_of_the_residual_stream(make_tiny_model):
+    """Between the blocks of a model that normalizes first."""
+    model = make_tiny_model("hubert-large")
+    wavs, values = torch.randn(2, 2000), []
+    with ResidualPeak([model.encoder]).watch() as peak, torch.no_grad():
+        found = model(wavs, output_hidden_states=True).hidden_states
+        values = [float(x.abs().max()) for x in found[:-1]]
+    peak.join()
+    assert peak.value >= max(values) > 0
+    with torch.no_grad():
+        model(100 * wavs)
+    assert peak.value < 100 * max(values)
+    empty = ResidualPeak([])
+    empty.join()
+    assert empty.value is None

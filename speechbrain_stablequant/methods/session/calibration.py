@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.histogram import Histogram
 from ...model.layers import Layer
-from ...simulation.observers import Observer
+from ...simulation.observers import Observer, ResidualPeak
 from ...utils.distributed import from_main, share
 from ...utils.files import identity
 from ...utils.typed import typed
@@ -23,15 +23,18 @@ class Calibration:
     """Result of a pass over the calibration set.
 
     ``histograms``: of |input|, by layer name. ``in_order``: whether layers were
-    first called in the order of their units.
+    first called in the order of their units. ``residual``: the largest value of
+    the residual streams; earlier versions did not record it.
     """
 
     histograms: dict[str, Histogram]
     in_order: bool
+    residual: float | None = None
 
     def to_dict(self) -> dict:
         rows = {name: x.to_dict() for name, x in self.histograms.items()}
-        return {"in_order": self.in_order, "layers": rows}
+        residual = {} if self.residual is None else {"residual": self.residual}
+        return {"in_order": self.in_order, "layers": rows, **residual}
 
     @classmethod
     def from_dict(
@@ -48,6 +51,7 @@ class Calibration:
         return cls(
             {name: Histogram.from_dict(layers[name]) for name in names},
             typed(rows.get("in_order"), bool, "in_order"),
+            typed(rows.get("residual"), float | None, "residual"),
         )
 
 
@@ -80,18 +84,24 @@ def calibrations(
         known[file] = from_main(found)
         if known[file] is None:
             missing[file] = kind(layers, session.geometry(), num_bins)
+    peak = ResidualPeak(x.model.encoder for x in session.encoders)
     if missing:
-        _observe(session, list(missing.values()))
+        _observe(session, list(missing.values()), peak)
     unit_of = {layer.name: layer.unit for layer in session.layers}
     order = list(session.units)
     for file, observer in missing.items():
         called = [order.index(unit_of[name]) for name in observer.call_order]
-        known[file] = Calibration(observer.histograms, called == sorted(called))
+        in_order = called == sorted(called)
+        known[file] = Calibration(observer.histograms, in_order, peak.value)
         session.store.write(file, keys[file], known[file].to_dict())
-    return [known[file] for file in wanted]
+    found = [known[file] for file in wanted]
+    session.residual_amax = found[0].residual
+    return found
 
 
-def _observe(session: Session, observers: Sequence[Observer]) -> None:
+def _observe(
+    session: Session, observers: Sequence[Observer], peak: ResidualPeak
+) -> None:
     recognizer = session.recognizer
     size = session.config.calibration.batch_size
     batches = -(-len(recognizer.ids("calibration")) // size)
@@ -104,9 +114,10 @@ def _observe(session: Session, observers: Sequence[Observer]) -> None:
         bar.update(1)
 
     with bar, ExitStack() as stack:
-        for observer in observers:
+        for observer in (*observers, peak):
             stack.enter_context(observer.watch())
         recognizer.forward("calibration", before_batch)
+    peak.join()
     for observer in observers:
         observer.join()
         observer.check_all_called()

@@ -70,6 +70,8 @@ class Session:
             {key: recognizer.modules[key] for key in config.target}
         )
         self.simulator = Simulator(self.layers)
+        #: The largest value of a residual stream while calibrating.
+        self.residual_amax: float | None = None
         #: Evaluations on the search set, those from the journal included.
         self.evaluations = 0
         #: Cuts where resuming is exact, see :mod:`.search_set`.
@@ -133,6 +135,7 @@ class Session:
             units=units,
             layers=layers,
             weight_only=self.weight_only,
+            residual_amax=self.residual_amax,
         )
 
     def quant(

@@ -20,11 +20,15 @@ class TritonOptions:
 
     #: Where it runs; by default the device that the model is on.
     device: str | None = None
-    #: Of the residual stream and of the attention.
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    #: Of the residual stream and of the attention. "auto": float16 if the
+    #: stream stayed far below its largest value while calibrating, else
+    #: bfloat16.
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     #: CUDA graphs to keep, one for each (batch, length) bucket; 0: none. The
     #: default holds all lengths up to 40 s at one batch size.
     max_graphs: int = count(48, 0)
+    #: Memory of these graphs, in MB; what needs more runs without one.
+    max_graph_mb: int = count(8192, 0)
     #: Whether tiles are measured when a shape is first met.
     tune: bool = True
     #: JSON file of measured tiles; by default one for each card in the user's

@@ -1,6 +1,7 @@
 """Whether a device runs the kernels; packs an encoder or a layer for them."""
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,23 @@ from ...utils.store import Store, machine_store
 from . import TritonOptions
 from .executor import TritonExecutor
 from .kernels import library
-from .kernels.trial import card_file, failure_on_card, kernels_digest
+from .kernels.architectures import card_of
+from .kernels.trial import (
+    card_file,
+    driver,
+    failure_on_card,
+    kernels_digest,
+)
 from .kernels.tuning import Tuner
 from .layers import Head, check_plain_conv
 
+logger = logging.getLogger(__name__)
+
 #: Kernels of earlier versions need more shared memory than a card has.
 MIN_TRITON = (3, 6)
+#: Largest recorded value of a float16 residual stream: a quarter of what
+#: float16 holds.
+MAX_HALF_RESIDUAL = 2.0**14
 #: Lowest compute capability with the integer instructions of the kernels.
 MIN_CAPABILITY = (8, 0)
 
@@ -70,15 +82,29 @@ def _device(device: str | torch.device | None) -> torch.device:
 def make_tuner(
     device: torch.device, tune: bool, cache: str | Path | None
 ) -> Tuner | None:
-    """The tuner of a device; None without tuning or CUDA."""
-    if not tune or device.type != "cuda":
+    """What chooses the tiles of a device; None without CUDA."""
+    if device.type != "cuda":
         return None
     card = torch.cuda.get_device_name(device)
+    about = f"{card}, {driver()}"
     if cache is not None:
-        return Tuner(Store(Path(cache).parent), Path(cache).name, card)
+        place = Store(Path(cache).parent)
+        return Tuner(place, Path(cache).name, about, tune=tune)
     # the best tiles change with the kernels
     version = f"{triton.__version__}-{kernels_digest()[:8]}"
-    return Tuner(machine_store("triton"), card_file(card, version), card)
+    version += "" if tune else "-untuned"
+    name = card_file(card, version)
+    return Tuner(machine_store("triton"), name, about, tune=tune)
+
+
+def residual_dtype(spec: EncoderSpec, asked: str) -> torch.dtype:
+    """Of the residual stream: float16 where it cannot overflow. A rotation
+    moves its values, for which there is no record."""
+    if asked != "auto":
+        return getattr(torch, asked)
+    peak = spec.residual_amax if spec.rotation is None else None
+    fits = peak is not None and peak <= MAX_HALF_RESIDUAL
+    return torch.float16 if fits else torch.bfloat16
 
 
 def make_executor(
@@ -91,9 +117,15 @@ def make_executor(
     if device is None and spec.norm.weight.is_cuda:
         device = spec.norm.weight.device
     device = _device(device)
+    remark = card_of(device).remark()
+    if remark is not None and device.type == "cuda":
+        logger.warning(
+            "triton: %s: %s", torch.cuda.get_device_name(device), remark
+        )
     tuner = make_tuner(device, chosen.tune, chosen.cache)
-    dtype = getattr(torch, chosen.dtype)
-    return TritonExecutor(spec, device, dtype, chosen.max_graphs, tuner)
+    dtype = residual_dtype(spec, chosen.dtype)
+    graphs = (chosen.max_graphs, chosen.max_graph_mb)
+    return TritonExecutor(spec, device, dtype, *graphs, tuner)
 
 
 def make_layer(

@@ -1,10 +1,6 @@
 """Executes an encoder on CUDA, with one CUDA graph per bucket of lengths."""
 
 import threading
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +8,7 @@ from ...core.encoder_spec import EncoderSpec
 from ...utils.timing import PREPARATION
 from ..base import require_frame, round_frames
 from .forms import Place
+from .graphs import Inputs, cuda_graphs
 from .kernels.tuning import Tuner
 from .network import Network
 
@@ -33,126 +30,6 @@ def bucket_samples(spec: EncoderSpec, samples: int) -> int:
     return samples_for(spec, frames)
 
 
-class LeastRecent:
-    """LRU cache that discards an item before it makes the next one."""
-
-    def __init__(self, limit: int, discard: Callable[[Any], None]):
-        self.limit = limit
-        self.discard = discard
-        self.items: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[Any], Any]) -> Any:
-        """The item of a key, made if it is missing."""
-        if key in self.items:
-            self.items.move_to_end(key)
-            return self.items[key]
-        while len(self.items) >= self.limit:
-            # not in a variable: its memory is free before the next one's
-            self.discard(self.items.popitem(last=False)[1])
-        self.items[key] = make(key)
-        return self.items[key]
-
-
-class Inputs(NamedTuple):
-    """What `Network` takes, of a fixed shape, such as of a captured graph."""
-
-    wave: torch.Tensor  # float32 [batch, samples of the bucket]
-    samples: torch.Tensor  # int64 scalar
-    lengths: torch.Tensor  # int64 [batch]
-
-    @classmethod
-    def empty(cls, batch: int, samples: int, device: torch.device) -> "Inputs":
-        """Allocates silence of a shape."""
-        return cls(
-            torch.zeros((batch, samples), device=device),
-            torch.full((), samples, device=device),
-            torch.full((batch,), samples, device=device),
-        )
-
-    def fill(self, wavs: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Copies and pads a batch, without waiting for the device."""
-        samples = wavs.shape[1]
-        self.wave[:, :samples].copy_(wavs)
-        self.wave[:, samples:].zero_()
-        self.samples.fill_(samples)
-        self.lengths.copy_(self.samples if lengths is None else lengths)
-
-
-class Capture(NamedTuple):
-    """A captured graph with its inputs and output."""
-
-    inputs: Inputs
-    graph: "torch.cuda.CUDAGraph"
-    output: torch.Tensor
-
-
-class Graphs:
-    """LRU cache of CUDA graphs by shape, which share their scratch memory.
-
-    A graph's output is valid until another one runs.
-    """
-
-    def __init__(
-        self,
-        network: Callable[[Inputs], torch.Tensor],
-        device: torch.device,
-        limit: int,
-    ):
-        self.network = network
-        self.device = device
-        self.kept = LeastRecent(limit, self._discard)
-        self.side = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-        # A pool is freed for good with the last graph that uses it; an empty
-        # graph keeps it alive.
-        self._holder = torch.cuda.CUDAGraph()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with self._capturing(self._holder):
-                pass
-
-    def _capturing(self, graph: "torch.cuda.CUDAGraph"):
-        # "thread_local" lets other threads use CUDA, such as a loader's
-        # thread that pins memory.
-        return torch.cuda.graph(
-            graph,
-            pool=self.pool,
-            stream=self.side,
-            capture_error_mode="thread_local",
-        )
-
-    def _discard(self, capture: Capture) -> None:
-        torch.cuda.synchronize(self.device)
-        capture.graph.reset()
-
-    @PREPARATION.running(torch.cuda.synchronize)
-    def _capture(self, key: tuple[int, int]) -> Capture:
-        inputs = Inputs.empty(*key, self.device)
-        current = torch.cuda.current_stream(self.device)
-        self.side.wait_stream(current)
-        with torch.cuda.stream(self.side):
-            # A warm-up loads kernels and allocates workspaces of libraries,
-            # which must not happen during the capture.
-            self.network(inputs)
-        current.wait_stream(self.side)
-        graph = torch.cuda.CUDAGraph()
-        with self._capturing(graph):
-            output = self.network(inputs)
-        return Capture(inputs, graph, output)
-
-    def __call__(
-        self,
-        key: tuple[int, int],
-        wavs: torch.Tensor,
-        lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Runs a batch on the graph of its shape, captured if it is new."""
-        capture = self.kept.get(key, self._capture)
-        capture.inputs.fill(wavs, lengths)
-        capture.graph.replay()
-        return capture.output
-
-
 class TritonExecutor:
     """Executes an encoder with int8 kernels in Triton.
 
@@ -170,6 +47,7 @@ class TritonExecutor:
         device: torch.device,
         dtype: torch.dtype,
         max_graphs: int,
+        max_graph_mb: int,
         tuner: Tuner | None,
     ):
         self.spec = spec
@@ -181,7 +59,9 @@ class TritonExecutor:
         self._turn = threading.Lock()
         if device.type == "cuda" and max_graphs > 0:
             with torch.cuda.device(device):
-                self.graphs = Graphs(self._run, device, max_graphs)
+                self.graphs = cuda_graphs(
+                    self._run, device, max_graphs, max_graph_mb * 10**6
+                )
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
         if self.tuner is None:
@@ -211,17 +91,16 @@ class TritonExecutor:
         on_cuda = self.device.type == "cuda"
         # Without effect on a CPU.
         with self._turn, torch.cuda.device(self.device if on_cuda else -1):
-            seen = key in self._seen
+            seen, out = key in self._seen, None
             self._seen.add(key)
             if self.graphs is not None and seen:
-                out = self.graphs(key, wavs, lengths)
-            else:
-                inputs = Inputs.empty(*key, self.device)
+                out = self.graphs(key, wavs, lengths, frames)
+            if out is None:
+                inputs = Inputs.empty(key, self.device)
                 inputs.fill(wavs, lengths)
                 if on_cuda and not seen:
-                    # compiles kernels and measures tiles
+                    # compiles kernels and tries tiles
                     with PREPARATION.running(torch.cuda.synchronize):
                         self._run(inputs)
-                out = self._run(inputs)
-            # a copy: the next replay overwrites the graph's output
-            return out[:, :frames].to(torch.float32, copy=True)
+                out = self._run(inputs)[:, :frames].to(torch.float32)
+            return out

@@ -14,9 +14,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 #: One process for each: most of a short one's time would go into imports.
 GROUPS = {
-    "operators": HERE / "cases",
-    "runtime": HERE / "test_triton_runtime.py",
+    "trial": [HERE / "cases" / "test_trial.py"],
+    "operators": [HERE / "cases"],
+    "runtime": [HERE / "test_triton_runtime.py"],
 }
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.skipif(
@@ -28,13 +30,17 @@ GROUPS = {
 )
 @pytest.mark.parametrize(
     "group",
-    ["runtime", pytest.param("operators", marks=pytest.mark.slow)],
+    [
+        "trial",
+        pytest.param("operators", marks=SLOW),
+        pytest.param("runtime", marks=SLOW),
+    ],
 )
 def test_in_the_interpreter(group):
     done = subprocess.run(
         [
             sys.executable,
-            *("-m", "pytest", "-q", str(GROUPS[group])),
+            *("-m", "pytest", "-q", *map(str, GROUPS[group])),
             *("-n0", "-p", "no:cacheprovider", "--durations=10"),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

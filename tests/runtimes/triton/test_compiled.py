@@ -1,22 +1,22 @@
 """Every kernel compiled for GPUs that need not be there.
 
-Shapes are those of HuBERT-Large and wav2vec2-Base at 10 s. What is checked:
-products run on the integer tensor cores, nothing is spilled, and the block
-fits onto the multiprocessor.
+Shapes are those of HuBERT-Large at 10 s. What is checked for each architecture:
+products run on its matrix instruction, in integers; asynchronous products are
+fenced, and copies waited for; nothing is spilled, and the block fits onto the
+multiprocessor.
 """
 
 import os
-from dataclasses import replace
 from inspect import signature as signature_of
 
 import pytest
 import torch
-import triton
-from resources import compile_launch, launches_of, specialize
+from resources import compile_launch, is_fenced, launches_of, specialize
 from shapes import meta
 
 from speechbrain_stablequant.runtimes.triton.build import MIN_TRITON
 from speechbrain_stablequant.runtimes.triton.kernels import (
+    architectures,
     attention,
     group_conv,
     layer_norm,
@@ -24,9 +24,12 @@ from speechbrain_stablequant.runtimes.triton.kernels import (
     quantize,
     wave_conv,
 )
+from speechbrain_stablequant.runtimes.triton.kernels.architectures import (
+    ARCHITECTURES,
+    VERSION,
+    Card,
+)
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
-
-VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 pytestmark = [
     pytest.mark.skipif(
@@ -38,214 +41,186 @@ pytestmark = [
     ),
 ]
 
-#: Architecture -> bytes of shared memory that a block may have.
-ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 65536
-INT8, HALF = torch.int8, torch.float16
+INT8, HALF, FLOAT = torch.int8, torch.float16, torch.float32
 FRAMES = 499
 #: After a product: GELU, quantized; or 16 bit.
-ACTIVATED, FLOAT = (True, INT8, 2.0, 127, -113), (False, HALF)
+ACTIVATED, PLAIN = (True, INT8, 2.0, 127, -113), (False, HALF)
+
+ROWS, ONE = 8 * FRAMES, (meta(512), meta(512))
+NORM = (meta(1024), meta(1024), 1e-5)
+WAVE = (meta(1, 160000), 3.0, 127)
+HIDDEN = meta(ROWS, 1024, dtype=HALF)
 
 
-def compiled(arch: int, function, *args, **kwargs):
-    """Resources of the one kernel that a call launches."""
-    (launch,) = launches_of(function, *args, **kwargs)
-    return compile_launch(launch, arch)
+def linear(columns: int, depth: int, end: tuple, residual=None) -> tuple:
+    """Arguments of a linear layer on a batch of 8 utterances."""
+    q, weight = meta(ROWS, depth, dtype=INT8), meta(columns, depth, dtype=INT8)
+    return (q, weight, meta(columns), meta(columns), residual, *end)
 
 
-def check(arch: int, found, kind: str | None = ".s32.s8.s8") -> None:
-    """What holds for every kernel; ``kind`` is that of its products."""
-    assert found.spill_bytes == 0
+#: Kernel -> launch, arguments, and the type of its products; None: no product.
+KERNELS = {
+    "up": (matmul.launch_linear, linear(4096, 1024, ACTIVATED), "s8"),
+    "down": (matmul.launch_linear, linear(1024, 4096, PLAIN, HIDDEN), "s8"),
+    "odd depth": (matmul.launch_linear, linear(32, 1000, PLAIN), "s8"),
+    "conv": (
+        matmul.launch_conv,
+        (
+            *(meta(1, 31999, 512, dtype=INT8), meta(512, 1536, dtype=INT8)),
+            *(*ONE, 3, 2, *ONE, 1e-5, *ACTIVATED),
+        ),
+        "s8",
+    ),
+    "first conv": (
+        wave_conv.launch,
+        (*WAVE, meta(512, 10, dtype=INT8), *ONE, 5, *ONE, 1e-5, *ACTIVATED),
+        "s8",
+    ),
+    "first conv, own scales": (
+        wave_conv.launch,
+        (
+            *(*WAVE, meta(512, 10, dtype=HALF), meta(1, 512), meta(1, 512), 5),
+            *(None, None, 0.0, *ACTIVATED),
+        ),
+        "f16",
+    ),
+    "sums": (
+        wave_conv.launch_gram,
+        (*WAVE, INT8, 10, 5, meta(dtype=torch.int64)),
+        None,
+    ),
+    "position": (
+        group_conv.launch,
+        (
+            meta(1, FRAMES, 1024, dtype=INT8),
+            meta(16, 64, 128, 64, dtype=INT8),
+            *(meta(1024), meta(1024), meta(1, FRAMES, 1024, dtype=HALF)),
+            *(64, 1, True, HALF),
+        ),
+        "s8",
+    ),
+    "attention": (
+        attention.launch,
+        (
+            *(meta(1, 512, 3072, dtype=HALF), 16),
+            *(meta(1, dtype=torch.int64), INT8, 2.0, 127),
+        ),
+        "f16",
+    ),
+    "norm": (layer_norm.launch, (HIDDEN, *NORM, False, *ACTIVATED[1:]), None),
+    "both norms": (
+        layer_norm.launch_both,
+        (HIDDEN, *NORM, HALF, 2.0, 127, -113),
+        None,
+    ),
+    "quantize": (quantize.launch, (HIDDEN, 2.0, 127, True, -113), None),
+}
+
+#: How a matrix instruction names the type of its factors.
+KINDS = {
+    ("mma.sync", "s8"): ".s32.s8.s8.s32",
+    ("wgmma", "s8"): ".s32.s8.s8",
+    ("tcgen05", "s8"): "kind::i8",
+    ("mma.sync", "f16"): ".f32.f16.f16.f32",
+    ("wgmma", "f16"): ".f32.f16.f16",
+    ("tcgen05", "f16"): "kind::f16",
+}
+
+
+@pytest.fixture
+def card(request, monkeypatch):
+    """A card of an architecture, for which tiles are chosen."""
+    found = Card(ARCHITECTURES[request.param], 132)
+    monkeypatch.setattr(architectures, "ASSUMED", found)
+    return found
+
+
+def check(card: Card, name: str, tile: Config | None = None):
+    """Compiles a kernel, by default with the tile that the rule chooses, and
+    checks what holds for every one."""
+    launch, arguments, kind = KERNELS[name]
+    options = {} if tile is None else {"config": tile}
+    (recorded,) = launches_of(launch, *arguments, **options)
+    row = card.architecture
+    (major, minor) = next(k for k, v in ARCHITECTURES.items() if v is row)
+    found = compile_launch(recorded, 10 * major + minor)
     assert found.stack_bytes == 0
-    assert found.shared_bytes <= ARCHITECTURES[arch]
+    assert found.shared_bytes <= card.shared_bytes
     assert found.registers * found.warps * 32 <= REGISTERS
+    assert is_fenced(found.ptx)
     if kind is None:
         assert found.tensor_core == ()
-        return
+        return found
+    if kind == "s8" and not row.int8_pays and "first" not in name:
+        kind = "f16"
+    # the others multiply too few rows
+    rows = recorded.arguments["BLOCK_M"]
+    small = rows < 64 or (card.instruction == "tcgen05" and kind == "f16")
+    used = {"mma.sync", card.instruction} if small else {card.instruction}
+    for instruction in found.tensor_core:
+        family = next(x for x in used if instruction.startswith(x))
+        assert KINDS[family, kind] in instruction
     assert found.tensor_core
-    assert all(kind in name for name in found.tensor_core)
+    if "cp.async" in found.ptx:
+        stages = recorded.options["num_stages"]
+        # copies of two factors in each step; the last wait is for all
+        assert found.waits[0] == 2 * (stages - 2)
+        assert found.waits[-1] == 0
+    return found
 
 
-def is_wgmma(found) -> bool:
-    """Whether the product runs on a whole warp group (Hopper)."""
-    return all(name.startswith("wgmma") for name in found.tensor_core)
+def of(*capabilities):
+    """Parametrizes the card."""
+    ids = "sm_{}{}".format
+    return pytest.mark.parametrize(
+        "card", capabilities, indirect=True, ids=lambda c: ids(*c)
+    )
 
 
-def linear(arch, columns, depth, has_residual, end, tile=None):
-    """Resources of a linear layer on a batch of 8 utterances."""
-    rows = 8 * FRAMES
-    q, weight = meta(rows, depth, dtype=INT8), meta(columns, depth, dtype=INT8)
-    residual = meta(rows, columns, dtype=HALF) if has_residual else None
-    rest = (meta(columns), meta(columns), residual, *end)
-    return compiled(arch, matmul.launch_linear, q, weight, *rest, config=tile)
+@pytest.mark.slow
+@of(*ARCHITECTURES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel(card, name):
+    found = check(card, name)
+    if name == "attention":
+        # integers leave in whole vectors
+        assert "st.global.v4.b32" in found.ptx
 
 
-def convolution(arch, tile):
-    """Resources of a convolution with a LayerNorm."""
-    q, weight = meta(1, 31999, 512, dtype=INT8), meta(512, 1536, dtype=INT8)
-    two = (meta(512), meta(512))
-    rest = (*two, 3, 2, *two, 1e-5, *ACTIVATED)
-    return compiled(arch, matmul.launch_conv, q, weight, *rest, config=tile)
+@pytest.mark.slow
+@of((8, 0), (9, 0), (10, 0), (12, 0))
+@pytest.mark.parametrize("name", ["up", "down", "conv"])
+def test_every_outline(card, name):
+    """The first form of each; and of the largest, one that goes on."""
+    _, arguments, _ = KERNELS[name]
+    columns, depth = arguments[1].shape
+    product = (8 * 31999, columns, depth, name == "conv", name == "down", card)
+    tiles = matmul._candidates(*product)
+    forms = {(t.outline, t.persistent): t for t in reversed(tiles)}
+    lasting = [t for t in tiles if t.persistent][:1]
+    for tile in [*lasting, *(t for t in forms.values() if not t.persistent)]:
+        check(card, name, tile)
 
 
-def lasting(tiles):
-    """The same tiles, by blocks that go on to the next one."""
-    return [replace(tile, persistent=True) for tile in tiles]
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "tile", [*matmul.TILES, *lasting(matmul.TILES[:3])], ids=str
-)
-def test_gelu_and_quantize(arch, tile):
-    found = linear(arch, 4096, 1024, False, ACTIVATED, tile)
-    check(arch, found)
-    assert is_wgmma(found) == (arch == 90)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "tile",
-    [*matmul.TILES[:4], matmul.TILES[-1], *lasting(matmul.TILES[1:3])],
-    ids=str,
-)
-def test_residual(arch, tile):
-    found = linear(arch, 1024, 4096, True, FLOAT, tile)
-    check(arch, found)
-    assert is_wgmma(found) == (arch == 90)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("channels", [768, 1024])
-def test_projections(arch, channels):
-    check(arch, linear(arch, 3 * channels, channels, False, FLOAT))
-
-
-@pytest.mark.parametrize("tile", matmul.RAGGED_TILES, ids=str)
-def test_depth_that_is_no_multiple_of_the_tile(tile):
-    for arch in ARCHITECTURES:
-        check(arch, linear(arch, 32, 1000, False, FLOAT, tile))
-
-
-def test_fits_onto_cards_with_little_shared_memory():
-    """What the candidates are chosen by is an upper bound of what they need."""
-    for m, k, warps, stages in matmul.ROW_TILES:
-        tile = Config(m, 512, k, warps, stages)
-        if tile.shared_bytes() > 99 * 1024:
-            continue
-        found = convolution(86, tile)
-        assert found.spill_bytes == 0
-        assert found.shared_bytes <= tile.shared_bytes()
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "m, k, warps, stages, persistent",
+    ("card", "name", "tile"),
     [
-        *((*tile, False) for tile in matmul.ROW_TILES),
-        *((*tile, True) for tile in matmul.PERSISTENT_ROWS),
+        ((8, 6), "quantize", None),
+        ((9, 0), "up", Config(64, 64, 128, 4, 3)),
+        ((10, 3), "odd depth", Config(64, 32, 64, 4, 3)),
+        ((12, 0), "sums", None),
     ],
+    indirect=["card"],
 )
-def test_convolution_with_layer_norm(arch, m, k, warps, stages, persistent):
-    found = convolution(arch, Config(m, 512, k, warps, stages, persistent))
-    check(arch, found)
-    # an instruction of a warp group multiplies 64 rows
-    assert is_wgmma(found) == (arch == 90 and m >= 64)
-
-
-def first_convolution(arch, kind, by_utterance: bool, tile):
-    """Resources of the first convolution on 10 s, with a scale of each
-    utterance or else with a LayerNorm."""
-    one = meta(1, 512) if by_utterance else meta(512)
-    norm = (None, None) if by_utterance else (meta(512), meta(512))
-    rest = (meta(512, 10, dtype=kind), one, one, 5, *norm, 1e-5, *ACTIVATED)
-    wave = (meta(1, 160000), 3.0, 127)
-    return compiled(arch, wave_conv.launch, *wave, *rest, config=tile)
-
-
-#: Of the weights of the first convolution -> what multiplies them.
-WAVE_PRODUCTS = {INT8: ".s32.s8.s8", HALF: ".f32.f16.f16"}
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
-@pytest.mark.parametrize("m, warps", wave_conv.ROW_TILES)
-def test_first_convolution_with_layer_norm(arch, kind, m, warps):
-    tile = Config(m, 512, 32, warps, 1)
-    found = first_convolution(arch, kind, False, tile)
-    check(arch, found, WAVE_PRODUCTS[kind])
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
-@pytest.mark.parametrize("m, n, warps", wave_conv.TILES)
-def test_first_convolution_with_a_scale_of_its_own(arch, kind, m, n, warps):
-    tile = Config(m, n, 32, warps, 1)
-    found = first_convolution(arch, kind, True, tile)
-    check(arch, found, WAVE_PRODUCTS[kind])
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kind", WAVE_PRODUCTS, ids=str)
-def test_sums_for_group_norm(arch, kind):
-    window = (kind, 10, 5, meta(dtype=torch.int64))
-    found = compiled(
-        arch, wave_conv.launch_gram, *(meta(1, 160000), 3.0, 127), *window
-    )
-    check(arch, found, kind=None)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("m, k, warps, stages", group_conv.TILES)
-@pytest.mark.parametrize("channels", [48, 64])
-def test_positional_convolution(arch, m, k, warps, stages, channels):
-    if channels == 48 and m != 64:
-        pytest.skip("the smaller tile stands for wav2vec2-Base")
-    width = 16 * channels
-    found = compiled(
-        arch,
-        group_conv.launch,
-        meta(1, FRAMES, width, dtype=INT8),
-        meta(16, channels, 128, 64, dtype=INT8),
-        meta(width),
-        meta(width),
-        meta(1, FRAMES, width, dtype=HALF),
-        *(64, 1, True, HALF),
-        config=Config(m, 64, k, warps, stages),
-    )
-    check(arch, found)
-    assert is_wgmma(found) == (arch == 90)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("m, n, warps, stages", attention.TILES)
-def test_attention(arch, m, n, warps, stages):
-    found = compiled(
-        arch,
-        attention.launch,
-        *(meta(1, 512, 3072, dtype=HALF), 16, meta(1, dtype=torch.int64)),
-        *(INT8, 2.0, 127),
-        config=Config(m, n, 64, warps, stages),
-    )
-    check(arch, found, kind=".f32.f16.f16")
-    assert is_wgmma(found) == (arch == 90 and m >= 64)
-    # integers leave in whole vectors
-    assert "st.global.v4.b32" in found.ptx
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_what_is_no_product(arch):
-    x, vector = meta(FRAMES, 1024, dtype=HALF), meta(1024)
-    norm = (x, vector, vector, 1e-5)
-    one, many = (INT8, 2.0, 127, -113), (HALF, 2.0, 127, -113)
-    for tile in layer_norm._candidates(1024):
-        for function, arguments in (
-            (layer_norm.launch, (*norm, False, *one, tile)),
-            (layer_norm.launch_both, (*norm, *many, tile)),
-        ):
-            check(arch, compiled(arch, function, *arguments), kind=None)
-    found = compiled(arch, quantize.launch, x, 2.0, 127, True, -113)
-    check(arch, found, kind=None)
+def test_some_kernels(card, name, tile):
+    """For every day; the marked tests compile all of them."""
+    found = check(card, name, tile)
+    if name != "up" or card.races:
+        return
+    # a fence taken out is found
+    assert "fence.proxy.async" in found.ptx
+    assert not is_fenced(found.ptx.replace("fence.proxy.async", "nop"))
 
 
 def _launches(batch: int, frames: int):

@@ -64,7 +64,7 @@ def test_a_card_that_passed_is_not_tried_again(asked, tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("changed", ["kernels", "triton", "torch"])
+@pytest.mark.parametrize("changed", ["kernels", "driver", "triton"])
 def test_other_kernels_are_tried_again(asked, tmp_path, changed, monkeypatch):
     trial.failure_on_card(CPU, "card", store(tmp_path))
     version = {**trial._version(), changed: "others"}

@@ -1,6 +1,8 @@
 """Tiles: the rule, the measurements and their file; buckets of lengths."""
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,6 @@ import torch
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
 from speechbrain_stablequant.runtimes.triton.executor import (
-    LeastRecent,
     bucket_samples,
     round_frames,
     samples_for,
@@ -16,20 +17,32 @@ from speechbrain_stablequant.runtimes.triton.executor import (
 from speechbrain_stablequant.runtimes.triton.kernels import (
     attention,
     group_conv,
+    layer_norm,
     matmul,
     tiles,
+    trial,
     tuning,
+    wave_conv,
 )
+from speechbrain_stablequant.runtimes.triton.kernels.architectures import (
+    ARCHITECTURES,
+    Card,
+    architecture_of,
+)
+from speechbrain_stablequant.runtimes.triton.kernels.library import OPERATORS
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 from speechbrain_stablequant.runtimes.triton.kernels.tuning import Tuner
 from speechbrain_stablequant.runtimes.triton.network import count_frames
 from speechbrain_stablequant.utils.store import Store
 
 SLOW, FAST = Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)
-HOPPER = tiles.Limits(132, 227 * 1024, 4096)
+HOPPER = Card(ARCHITECTURES[9, 0], 132, (3, 8))
+#: Of torch 2.11, whose Triton may not use Hopper's own instruction.
+EARLY = replace(HOPPER, version=(3, 6))
+SMALL = Card(ARCHITECTURES[8, 6], 82)
 
 
-def make_tuner(path, log, device="a card", fail=()):
+def make_tuner(path, log, device="a card", fail=(), tune=True):
     """A tuner whose clock says how large the tile is."""
 
     def measure(run):
@@ -39,7 +52,7 @@ def make_tuner(path, log, device="a card", fail=()):
         return float("inf") if config in fail else float(config.block_m)
 
     folder, name = (path.parent, path.name) if path else (None, "tiles.json")
-    return Tuner(Store(folder), name, device, measure)
+    return Tuner(Store(folder), name, device, measure, tune)
 
 
 def test_measures_a_shape_once_and_keeps_the_fastest(tmp_path):
@@ -66,12 +79,25 @@ def test_a_kept_tile_that_is_gone_is_measured_anew(tmp_path):
     assert again.choose("key", [SLOW, FAST], log.append) == FAST
 
 
-def test_only_the_rules_best_are_measured():
+def test_the_best_outlines_are_measured_then_forms_of_the_fastest():
     log, many = [], [Config(2**i, 64, 64, 4, 2) for i in range(12, 2, -1)]
-    tuner = make_tuner(None, log)
-    found = tuner.choose("key", many, log.append)
-    assert [c for c in log if c] == many[: tuning.MEASURED]
-    assert found == many[tuning.MEASURED - 1]
+    forms = [replace(c, num_stages=n) for c in many for n in (2, 3)]
+    found = make_tuner(None, log).choose("key", forms, log.append)
+    best = many[tuning.MEASURED - 1]
+    other = replace(best, num_stages=3)
+    assert [c for c in log if c] == [*many[: tuning.MEASURED], other]
+    assert found.outline == best.outline
+
+
+def test_without_tuning_the_first_right_tile_is_taken(caplog):
+    log = []
+    tuner = make_tuner(None, log, fail=(SLOW,), tune=False)
+    wrong = iter(["differs", None])
+    many = [SLOW, FAST, replace(FAST, block_k=64), replace(FAST, block_k=32)]
+    found = tuner.choose("key", many, log.append, lambda: next(wrong))
+    assert found == many[2]
+    assert [c for c in log if c] == many[:3]
+    assert "differs; it is not used" in caplog.text
 
 
 def test_a_file_that_cannot_be_written_is_only_warned_of(tmp_path, caplog):
@@ -89,7 +115,7 @@ def test_a_tile_that_cannot_run_is_not_chosen():
     tuner = make_tuner(None, log, fail=(FAST,))
     assert tuner.choose("key", [SLOW, FAST], log.append) == SLOW
     tuner = make_tuner(None, log, fail=(FAST, SLOW))
-    with pytest.raises(RuntimeError, match="key: this device can run none"):
+    with pytest.raises(RuntimeError, match="key: this device runs none of"):
         tuner.choose("key", [SLOW, FAST], log.append)
 
 
@@ -106,32 +132,72 @@ def test_a_tile_that_a_compiler_refuses_is_left_out(caplog):
         tuning.time_on_device(fill)
 
 
-def test_a_tile_that_computes_something_else_is_not_chosen(caplog):
-    log, written = [], torch.zeros(100, dtype=torch.int8)
-    right, other = torch.arange(100).to(torch.int8), torch.ones(100)
-    values = {SLOW: right, FAST: other.to(torch.int8)}
-    tuner = make_tuner(None, log)
+def swapped(x):
+    """Two rows of each entry in the place of each other."""
+    wrong = x.clone()
+    wrong[:, [0, 1]] = wrong[:, [1, 0]]
+    return wrong
+
+
+@pytest.mark.parametrize("first_is_wrong", [True, False])
+def test_a_tile_that_swaps_two_rows_is_not_chosen(first_is_wrong, caplog):
+    """Also the first one, with which nothing could be compared before."""
+    right = torch.randint(-127, 128, (3, 9, 40), dtype=torch.int8)
+    out, log = torch.empty_like(right), []
+    wrong = SLOW if first_is_wrong else FAST
 
     def run(tile):
         log.append(tile)
-        written.copy_(values[tile])
+        out.copy_(swapped(right) if tile == wrong else right)
 
-    with tuner.active():
-        assert tuning.select("key", [SLOW, FAST], run, lambda: written) == SLOW
-        assert "key: the result of Config(block_m=64, " in caplog.text
-        values[FAST] = right
-        assert (
-            tuning.select("other", [SLOW, FAST], run, lambda: written) == FAST
-        )
+    check = tuning.compared(out, right.__getitem__)
+    with make_tuner(None, log).active():
+        found = tuning.select("key", [SLOW, FAST], run, check)
+    assert found == (FAST if first_is_wrong else SLOW)
+    assert f"key: the result of {wrong}" in caplog.text
+    assert "it is not used, please report" in caplog.text
+    with (
+        pytest.raises(
+            RuntimeError, match=r"key: .* none of the tiles correctly"
+        ),
+        make_tuner(None, log).active(),
+    ):
+        tuning.select("key", [wrong], run, check)
 
 
 def test_a_large_result_is_compared_in_part(monkeypatch):
     monkeypatch.setattr(tuning, "_COMPARED", 100)
-    rows = torch.arange(64).expand(100, 64)
-    found = tuning._sample(rows)
-    assert 90 <= len(found) < 200
-    assert len(found.unique()) == 64
-    assert torch.equal(tuning._sample(rows[:1]), rows[0])
+    asked, right = [], torch.arange(640.0).reshape(64, 10)
+
+    def reference(entries):
+        asked.append(entries)
+        return right[entries]
+
+    check = tuning.compared(right.clone(), reference)
+    assert check() is check() is None
+    (entries,) = asked
+    assert len(entries) == 10 and entries.max() == 63 and entries.min() == 0
+    last = right.clone()
+    last[63] += 1
+    assert "differs by up to 1" in tuning.compared(last, reference)()
+
+
+def test_every_kernel_is_compared_with_its_reference(monkeypatch):
+    """On a CPU the kernel does not run: what is there is found wrong."""
+    seen = {}
+
+    def refuse(key, candidates, run, check):
+        seen[key.partition("/")[0]] = check()
+        raise LookupError
+
+    kinds = (attention, group_conv, layer_norm, matmul, wave_conv)
+    for kind in kinds:
+        monkeypatch.setattr(kind, "select", refuse)
+    for name, arguments, _ in trial.trials():
+        if name not in ("quantize", "wave_gram"):
+            with suppress(LookupError):
+                OPERATORS[name].launch(*arguments)
+    assert len(seen) == 6 and all(seen.values())
 
 
 def test_saving_keeps_what_another_process_measured(tmp_path):
@@ -171,14 +237,13 @@ def test_a_file_of_another_card_is_refused(tmp_path):
 
 def test_the_rule_fills_the_device():
     def best(rows, columns):
-        return tiles.rank(matmul.TILES, rows, columns, HOPPER)[0]
+        found = matmul._candidates(rows, columns, 1024, False, False, HOPPER)
+        return found[0].block_m, found[0].block_n
 
-    assert best(32 * 1499, 4096) == matmul.TILES[0]
+    assert best(32 * 1499, 4096) == (128, 256)
     # 128 tiles for 132 multiprocessors
-    wide = best(499, 4096)
-    assert (wide.block_m, wide.block_n) == (128, 128)
-    short = best(249, 1024)
-    assert short.block_m * short.block_n <= 64 * 64
+    assert best(499, 4096) == (128, 128)
+    assert best(249, 1024) == (64, 64)
 
 
 def test_shapes_that_share_a_tile():
@@ -189,27 +254,76 @@ def test_shapes_that_share_a_tile():
 def test_blocks_go_on_where_not_all_fit_at_once():
     def lasting(*product):
         found = matmul._candidates(*product, HOPPER)
-        return sum(tile.persistent for tile in found)
+        return [tile for tile in found if tile.persistent]
 
-    assert lasting(8000, 4096, 1024, False, False) == 3
-    assert lasting(8000, 4096, 1024, False, True) == 2
-    assert lasting(499, 4096, 1024, False, False) == 0
-    assert lasting(128000, 512, 1536, True, False) == 1
+    assert lasting(8000, 4096, 1024, False, False)
+    wide = lasting(8000, 4096, 1024, False, True)
+    assert wide and all(tile.block_n < 256 for tile in wide)
+    assert not lasting(249, 1024, 1024, False, False)
+    assert lasting(128000, 512, 1536, True, False)
 
 
-def test_every_kernel_has_a_tile_for_small_shared_memory():
-    small = tiles.Limits(82, 99 * 1024, 1024)
-    assert matmul._candidates(499, 512, 1536, True, False, small)
-    assert len(matmul._candidates(499, 1024, 4096, False, True, small)) > 2
-    assert matmul._candidates(499, 1024, 1000, False, False, small)
-    assert attention._candidates(499, 16, 64, 2, small)
-    some = tuple(Config(m, 64, k, w, s) for m, k, w, s in group_conv.TILES)
-    assert tiles.rank(some, 499, 1024, small)
-    none = tiles.Limits(1, 100, 1024)
-    with pytest.raises(ValueError, match="no tile of this kernel fits"):
-        tiles.rank(matmul.TILES, 1, 1, none)
-    with pytest.raises(ValueError, match="fits into 100 bytes"):
-        attention._candidates(499, 16, 64, 2, none)
+@pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=str)
+@pytest.mark.parametrize("version", [(3, 6), (3, 8)])
+def test_every_kernel_has_tiles_that_fit(row, version):
+    card = Card(row, 100, version)
+    taps = torch.empty(512, 10, dtype=torch.int8)
+    wide = {
+        "linear": matmul._candidates(499, 4096, 1024, False, True, card),
+        "odd depth": matmul._candidates(499, 32, 1000, False, False, card),
+        "conv": matmul._candidates(31999, 512, 1536, True, False, card),
+        "narrow conv": matmul._candidates(31999, 32, 96, True, False, card),
+        "attention": attention._candidates(499, 16, 64, 2, card),
+        "float attention": attention._candidates(499, 16, 64, 4, card),
+        "wide heads": attention._candidates(499, 16, 256, 2, card),
+        "first": wave_conv._tiles(taps, False, card),
+        "first, norm": wave_conv._tiles(taps, True, card),
+    }
+    for name, found in wide.items():
+        assert found, name
+        for tile in found:
+            assert not card.races or tile.block_m < 64 or tile.num_warps < 4
+            if "attention" not in name and "heads" not in name:
+                assert tile.shared_bytes(card) <= card.shared_bytes
+    # copies overlap products, also behind a norm
+    assert max(card.buffers(t.num_stages) for t in wide["conv"]) >= 2
+
+
+def test_tiles_that_mma_sync_fits_into_little_memory():
+    """It keeps one buffer less than there are stages."""
+    found = matmul._candidates(499, 4096, 1024, False, False, SMALL)
+    large = Config(128, 256, 128, 8, 3)
+    assert large in found and large.shared_bytes(SMALL) == 98304
+
+
+def test_what_does_not_fit_anywhere_is_refused():
+    none = Card(replace(SMALL.architecture, shared_kb=1), 1)
+    with pytest.raises(ValueError, match="no tile of this kernel fits into 10"):
+        matmul._candidates(1, 64, 64, False, False, none)
+
+
+@pytest.mark.parametrize(
+    ("card", "instruction", "said"),
+    [
+        (SMALL, "mma.sync", None),
+        (HOPPER, "wgmma", None),
+        (EARLY, "mma.sync", "Triton 3.6 does not compile int8 for wgmma corr"),
+        (replace(EARLY, architecture=ARCHITECTURES[10, 0]), "mma.sync", "2.14"),
+        (
+            replace(HOPPER, architecture=ARCHITECTURES[10, 3]),
+            "tcgen05",
+            "in float16",
+        ),
+    ],
+)
+def test_what_a_user_is_told_of_a_card(card, instruction, said):
+    assert card.instruction == instruction
+    assert card.remark() is said or said in card.remark()
+
+
+def test_an_unknown_card_is_taken_for_the_one_below():
+    assert architecture_of((8, 7)) is ARCHITECTURES[8, 6]
+    assert architecture_of((12, 1)) is ARCHITECTURES[12, 0]
 
 
 def test_buckets_hold_what_they_must(make_tiny_model):
@@ -235,28 +349,3 @@ def test_receptive_field_of_stacked_convolutions():
     ]
     counts = count_frames(torch.tensor([19, 20, 29, 30]), stages)
     assert counts.tolist() == [0, 1, 1, 2]
-
-
-def test_what_is_not_used_is_discarded():
-    gone = []
-    kept = LeastRecent(2, gone.append)
-    for key in "abacab":
-        assert kept.get(key, str.upper) == key.upper()
-    assert gone == ["B", "C"]
-
-
-def test_what_is_discarded_is_gone_before_its_successor_is_made():
-    class Memory:
-        taken = 0
-
-        def __init__(self, key):
-            assert Memory.taken == 0
-            Memory.taken = 1
-
-        def __del__(self):
-            Memory.taken = 0
-
-    kept = LeastRecent(1, lambda old: None)
-    for key in "ab":
-        kept.get(key, Memory)
-    assert Memory.taken == 1

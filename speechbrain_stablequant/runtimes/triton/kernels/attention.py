@@ -10,21 +10,13 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from .architectures import Card, card_of
 from .device import store_tile
 from .library import check_contiguous, declare
-from .plain import finish
-from .tiles import Config, Limits, device_limits, shape_bucket, sort_fitting
-from .tuning import select, tuning_key
+from .plain import HALF_TOLERANCE, finish
+from .tiles import Config, generate, shape_bucket
+from .tuning import compared, select, tuning_key
 
-#: (queries, keys of a step, warps, stages)
-TILES = (
-    (128, 128, 8, 2),
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (64, 64, 4, 3),
-    (64, 32, 4, 2),
-    (32, 32, 4, 2),
-)
 #: Widest head.
 MAX_HEAD = 256
 _LOG2_E = 1.4426950408889634
@@ -138,26 +130,34 @@ def attention_kernel(
     store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
+def _half_bytes(tile: Config, card: Card) -> int:
+    """Shared memory of queries, keys and values in 16 bit."""
+    loaded = 2 * card.buffers(tile.num_stages) * tile.block_n
+    return (tile.block_m + loaded) * tile.block_k * 2
+
+
+def _float_bytes(tile: Config, card: Card) -> int:
+    return 2 * _half_bytes(tile, card)
+
+
 def _candidates(
-    frames: int, instances: int, width: int, item: int, limits: Limits
+    frames: int, instances: int, width: int, item: int, card: Card
 ) -> list[Config]:
     """Tiles that fit, the fastest by estimate first; ``item`` is the number of
     bytes of a value."""
 
-    def shared(tile: Config) -> int:
-        loaded = 2 * tile.num_stages * tile.block_n
-        return (tile.block_m + loaded) * width * item
-
     def cycles(tile: Config) -> float:
         blocks = triton.cdiv(frames, tile.block_m) * instances
         # each tile loads its own queries and all the keys
-        return triton.cdiv(blocks, limits.processors) * (tile.block_m + 32)
+        return triton.cdiv(blocks, card.processors) * (tile.block_m + 32)
 
-    # float32 is for comparisons only and does not use the tensor cores: only
-    # the smallest tile fits into the registers
-    usable = TILES if item < 4 else TILES[-1:]
-    tiles = [Config(m, n, width, w, s) for m, n, w, s in usable]
-    return sort_fitting(tiles, limits, shared, cycles)
+    if item == 4:
+        # float32 is for comparisons only and does not use the tensor cores:
+        # larger tiles do not fit into the registers
+        return list(generate(card, (32,), (32,), (width,), _float_bytes, 32))
+    sizes, sums = (128, 64, 32), 32 if card.races else 64
+    tiles = generate(card, sizes, sizes, (width,), _half_bytes, sums)
+    return sorted(tiles, key=cycles)
 
 
 def launch(
@@ -188,14 +188,20 @@ def launch(
     key = tuning_key("attention", sizes, (), qkv.dtype, dtype)
     tiles = _candidates(
         frames, batch * heads, width, qkv.element_size(),
-        device_limits(qkv.device),
+        card_of(qkv.device),
     )  # fmt: skip
 
-    def result() -> torch.Tensor:
-        # values behind the real frames depend on the tile
-        return out[:, : int(real.min())]
+    def expected(entries: torch.Tensor) -> torch.Tensor:
+        return reference(
+            qkv[entries], heads, real[entries], dtype, inverse, limit, zero
+        )
 
-    run(config or select(key, tiles, run, result))
+    def certain(x: torch.Tensor) -> torch.Tensor:
+        # values behind the real frames depend on the tile
+        return x[:, : int(real.min())]
+
+    check = compared(out, expected, HALF_TOLERANCE, certain)
+    run(config or select(key, tiles, run, check))
     return out
 
 

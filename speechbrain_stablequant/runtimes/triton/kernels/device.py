@@ -75,6 +75,27 @@ def affine_columns(y, weight, bias, column, inside):
 
 
 @triton.jit
+def empty_sums(
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):
+    """A tile of zeros for `add_products`."""
+    if WIDE:
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+
+
+@triton.jit
+def add_products(acc, a, b, WIDE: tl.constexpr):
+    """``acc + a @ b.T`` of integers, multiplied as float16, which holds
+    them exactly, if ``WIDE``."""
+    if WIDE:
+        return tl.dot(a.to(tl.float16), b.to(tl.float16).T, acc)
+    else:
+        return tl.dot(a, b.T, acc, out_dtype=tl.int32)
+
+
+@triton.jit
 def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of a tile's columns.
 

@@ -9,20 +9,18 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from .device import gelu_erf, scale_and_bias, store_tile
+from .architectures import card_of
+from .device import (
+    add_products,
+    empty_sums,
+    gelu_erf,
+    scale_and_bias,
+    store_tile,
+)
 from .library import check_contiguous, check_dtype, declare, output_frames
 from .plain import finish, scaled
-from .tiles import Config, device_limits, rank, shape_bucket
-from .tuning import select, tuning_key
-
-#: (block_m, channels of one step, warps, stages)
-TILES = (
-    (128, 128, 4, 4),
-    (128, 64, 4, 4),
-    (64, 256, 4, 3),
-    (64, 128, 4, 4),
-    (64, 64, 4, 4),
-)
+from .tiles import Config, generate, rank, shape_bucket
+from .tuning import compared, select, tuning_key
 
 
 def pack_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -78,6 +76,7 @@ def group_conv_kernel(
     COLUMNS: tl.constexpr, TAPS: tl.constexpr, PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     # COLUMNS and CHANNELS are those of one group.
     step: tl.constexpr = BLOCK_K // WIDTH
@@ -103,7 +102,7 @@ def group_conv_kernel(
         + (group * COLUMNS + n)[:, None] * (TAPS * WIDTH)
         + depth[None, :]
     )
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    acc = empty_sums(BLOCK_M, BLOCK_N, WIDE)
     for tap in range(0, TAPS, step):
         here = (under >= 0) & (under < frames_in)
         if CHANNELS != WIDTH:
@@ -115,7 +114,7 @@ def group_conv_kernel(
             # Taps beyond the last have no weight; they must count as zero.
             left = (depth // WIDTH)[None, :] < TAPS - tap
             b = tl.load(w_tile, mask=left, other=0)
-        acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        acc = add_products(acc, a, b, WIDE)
         under += step
         x_tile += step * GROUPS * CHANNELS
         w_tile += BLOCK_K
@@ -147,9 +146,9 @@ def launch(
     out = torch.empty(out_shape, dtype=dtype, device=q.device)
     rows = batch * frames
     block_n = min(max(triton.next_power_of_2(columns), 16), 128)
-    tiles = tuple(
-        Config(m, block_n, max(k, width), w, s) for m, k, w, s in TILES
-    )
+    steps = tuple(dict.fromkeys(max(k, width) for k in (128, 64, 256)))
+    card = card_of(q.device)
+    tiles = generate(card, (128, 64), (block_n,), steps)
 
     def run(tile: Config) -> None:
         grid = (
@@ -164,15 +163,22 @@ def launch(
             GROUPS=groups, CHANNELS=channels // groups, WIDTH=width,
             COLUMNS=columns, TAPS=taps, PADDING=padding,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            GELU=gelu, **tile.options(),
+            GELU=gelu, WIDE=not card.architecture.int8_pays, **tile.options(),
         )  # fmt: skip
 
     key = tuning_key(
         "group_conv1d", (shape_bucket(rows), groups, columns, taps, width),
         (gelu, residual is not None), dtype,
     )  # fmt: skip
-    ranked = rank(tiles, rows, groups * columns, device_limits(q.device))
-    run(config or select(key, ranked, run, lambda: out))
+    ranked = rank(tiles, rows, groups * columns, card)
+
+    def expected(entries: torch.Tensor) -> torch.Tensor:
+        old = None if residual is None else residual[entries]
+        return reference(
+            q[entries], weight, scale, bias, old, padding, trim, gelu, dtype
+        )
+
+    run(config or select(key, ranked, run, compared(out, expected)))
     return out
 
 

@@ -12,7 +12,7 @@ from .device import affine_columns, gelu_erf, standardize_rows, store_tile
 from .library import check_rows, declare
 from .plain import finish
 from .tiles import Config, shape_bucket
-from .tuning import select, tuning_key
+from .tuning import compared, select, tuning_key
 
 
 def reference(
@@ -94,7 +94,14 @@ def launch(
         "layer_norm", (shape_bucket(count), columns), (gelu, both),
         x.dtype, dtype,
     )  # fmt: skip
-    run(config or select(key, _candidates(columns), run, lambda: out))
+
+    def expected(entries: torch.Tensor) -> torch.Tensor:
+        return reference(
+            x[entries], weight, bias, eps, gelu, dtype, inverse, limit, zero
+        )
+
+    tiles = _candidates(columns)
+    run(config or select(key, tiles, run, compared(out, expected)))
     return (out, out_int8) if both else out
 
 

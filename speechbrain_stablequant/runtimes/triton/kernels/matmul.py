@@ -16,8 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .architectures import Card, card_of
 from .device import (
+    add_products,
     affine_columns,
+    empty_sums,
     gelu_erf,
     halves,
     scale_and_bias,
@@ -32,39 +35,9 @@ from .library import (
     output_frames,
 )
 from .plain import finish, scaled
-from .tiles import Config, Limits, device_limits, rank, shape_bucket
-from .tuning import select, tuning_key
+from .tiles import Config, generate, rank, shape_bucket
+from .tuning import Check, compared, select, tuning_key
 
-#: Candidates, the better one first where the estimate is equal. In Triton 3.6
-#: the compiler waits for each step's integer product (it pipelines products
-#: with float sums only), so two blocks should share a multiprocessor or a step
-#: should be long.
-TILES = (
-    Config(128, 256, 128, 8, 3),
-    Config(128, 128, 128, 8, 3),
-    Config(128, 128, 128, 4, 3),
-    Config(128, 128, 64, 8, 4),
-    Config(64, 256, 128, 4, 2),
-    Config(128, 64, 128, 4, 4),
-    Config(64, 128, 128, 4, 3),
-    Config(64, 64, 256, 4, 3),
-    Config(64, 64, 128, 4, 4),
-    Config(64, 32, 256, 4, 3),
-)
-#: For depths that no ``block_k`` divides: the masks take registers.
-RAGGED_TILES = (Config(64, 64, 64, 4, 3), Config(64, 32, 64, 4, 3))
-#: (block_m, block_k, warps, stages) where one tile holds whole rows.
-ROW_TILES = (
-    (64, 128, 8, 2),
-    (64, 64, 8, 3),
-    (64, 64, 8, 2),
-    (32, 128, 8, 2),
-    (32, 64, 8, 2),
-)
-#: Tiles that are also tried as persistent blocks. The others, and the first
-#: one with a residual, would spill registers.
-PERSISTENT = {TILES[0], TILES[1], TILES[2]}
-PERSISTENT_ROWS = {(64, 64, 8, 3)}
 #: Widest row that one tile holds.
 MAX_NORM_CHANNELS = 512
 
@@ -88,6 +61,7 @@ def _tile(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result."""
     # In groups of GROUP rows: neighbors share operands in the cache.
@@ -111,7 +85,7 @@ def _tile(
         start = m.to(tl.int64) * x_inner
     x_tile = x + start[:, None] + depth[None, :]
     w_tile = weight + n[:, None] * DEPTH + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    acc = empty_sums(BLOCK_M, BLOCK_N, WIDE)
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             a = tl.load(x_tile)
@@ -120,7 +94,7 @@ def _tile(
             left = depth[None, :] < DEPTH - k
             a = tl.load(x_tile, mask=left, other=0)
             b = tl.load(w_tile, mask=left, other=0)
-        acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        acc = add_products(acc, a, b, WIDE)
         x_tile += BLOCK_K
         w_tile += BLOCK_K
 
@@ -163,7 +137,7 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    WIDE: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
         # Every so many tiles. Both loops become one, so that the first steps
@@ -177,7 +151,7 @@ def matmul_kernel(
                 norm_bias, rows, period, x_outer, x_inner, residual_stride,
                 eps, inverse, limit, zero, COLUMNS, DEPTH, OVERLAP, HAS_BIAS,
                 HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M, BLOCK_N, BLOCK_K,
-                GROUP,
+                GROUP, WIDE,
             )  # fmt: skip
     else:
         _tile(
@@ -185,31 +159,40 @@ def matmul_kernel(
             norm_weight, norm_bias, rows, period, x_outer, x_inner,
             residual_stride, eps, inverse, limit, zero, COLUMNS, DEPTH,
             OVERLAP, HAS_BIAS, HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M,
-            BLOCK_N, BLOCK_K, GROUP,
+            BLOCK_N, BLOCK_K, GROUP, WIDE,
         )  # fmt: skip
 
 
-def _candidates(
-    rows: int, columns: int, depth: int, norm: bool, residual: bool,
-    limits: Limits,
-) -> list[Config]:  # fmt: skip
-    """Tiles for a product, best guess first."""
+def _tiles(
+    columns: int, depth: int, norm: bool, card: Card
+) -> tuple[Config, ...]:
+    """Tiles of a product; with a norm, such that hold whole rows."""
     if norm:
+        rows = tuple(m for m in (64, 32) if m <= card.architecture.norm_rows)
         width = max(triton.next_power_of_2(columns), 32)
-        tiles = [Config(m, width, k, w, s) for m, k, w, s in ROW_TILES]
-        persistent = {
-            Config(m, width, k, w, s) for m, k, w, s in PERSISTENT_ROWS
-        }
-    else:
-        tiles = [c for c in TILES if depth % c.block_k == 0] or RAGGED_TILES
-        persistent = PERSISTENT - {TILES[0]} if residual else PERSISTENT
+        return generate(card, rows, (width,), (64, 128))
+    rows = (64, 32) if card.races else (128, 64)
+    for steps in ((128, 256), (128,), (64,)):
+        if depth % steps[-1] == 0:
+            return generate(card, rows, (256, 128, 64), steps)
+    # the masks of a depth that no step divides take registers
+    return generate(card, (64, 32), (64, 32), (64,))
+
+
+def _candidates(
+    rows: int, columns: int, depth: int, norm: bool, residual: bool, card: Card
+) -> list[Config]:
+    """Tiles for a product, best guess first."""
     found = []
-    for tile in rank(tuple(tiles), rows, columns, limits):
+    for tile in rank(_tiles(columns, depth, norm, card), rows, columns, card):
         found.append(tile)
+        # others would spill registers
+        lasting = tile.block_k == 64 if norm else tile.block_k == 128
+        lasting &= tile.block_m >= 64 and (tile.block_n < 256 or not residual)
         # the same candidates for all row counts that share a tuning key
         blocks = _blocks(tile, shape_bucket(rows), columns)
         # if all blocks run at once, none has a second tile to go on to
-        if tile in persistent and blocks > _at_once(tile, limits):
+        if lasting and blocks > _at_once(tile, card):
             found.append(replace(tile, persistent=True))
     return found
 
@@ -220,11 +203,11 @@ def _blocks(tile: Config, rows: int, columns: int) -> int:
     return triton.cdiv(rows, tile.block_m) * across
 
 
-def _at_once(tile: Config, limits: Limits) -> int:
+def _at_once(tile: Config, card: Card) -> int:
     """Number of blocks that run concurrently: a multiprocessor has registers
     for the sums of eight warps, and shared memory for some tiles."""
-    fit = limits.shared_bytes // tile.shared_bytes()
-    return limits.processors * max(min(8 // tile.num_warps, fit), 1)
+    fit = card.shared_bytes // tile.shared_bytes(card)
+    return card.processors * max(min(8 // tile.num_warps, fit), 1)
 
 
 def _launch(
@@ -232,12 +215,12 @@ def _launch(
     scale: torch.Tensor, bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     norm: tuple[torch.Tensor | None, torch.Tensor | None, float], gelu: bool,
-    form: tuple[float, int, int], config: Config | None,
+    form: tuple[float, int, int], config: Config | None, check: Check,
 ) -> None:  # fmt: skip
     """Fills ``out`` [rows, columns]; ``form`` is inverse scale, largest
     integer and zero point of an int8 result."""
     rows, columns = out.shape
-    depth, limits = weight.shape[1], device_limits(out.device)
+    depth, card = weight.shape[1], card_of(out.device)
     inverse, limit, zero = form
     norm_weight, norm_bias, eps = norm
     has_norm, has_residual = norm_weight is not None, residual is not None
@@ -245,7 +228,7 @@ def _launch(
     def run(tile: Config) -> None:
         blocks = _blocks(tile, rows, columns)
         if tile.persistent:
-            blocks = min(blocks, _at_once(tile, limits))
+            blocks = min(blocks, _at_once(tile, card))
         # A pointer whose constexpr flag is off is never read: any will do.
         matmul_kernel[(blocks,)](
             left.x, weight, out,
@@ -259,14 +242,15 @@ def _launch(
             COLUMNS=columns, DEPTH=depth, OVERLAP=left.period is not None,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=has_residual,
             NORM=has_norm, GELU=gelu, QUANTIZE=out.dtype == torch.int8,
-            GROUP=8, PERSISTENT=tile.persistent, **tile.options(),
+            GROUP=8, WIDE=not card.architecture.int8_pays,
+            PERSISTENT=tile.persistent, **tile.options(),
         )  # fmt: skip
 
     switches = (has_norm, gelu, has_residual)
     sizes = (shape_bucket(rows), columns, depth)
     key = tuning_key(name, sizes, switches, out.dtype)
-    tiles = _candidates(rows, columns, depth, has_norm, has_residual, limits)
-    run(config or select(key, tiles, run, lambda: out))
+    tiles = _candidates(rows, columns, depth, has_norm, has_residual, card)
+    run(config or select(key, tiles, run, check))
 
 
 def linear_reference(
@@ -292,11 +276,20 @@ def launch_linear(
     rows = check_rows("linear", q)
     columns = weight.shape[0]
     out = torch.empty((*q.shape[:-1], columns), dtype=dtype, device=q.device)
+
+    def expected(entries: torch.Tensor) -> torch.Tensor:
+        old = None if residual is None else residual[entries]
+        return linear_reference(
+            q[entries], weight, scale, bias, old, gelu, dtype, inverse, limit,
+            zero,
+        )  # fmt: skip
+
     _launch(
         "linear", Rows(rows, rows.stride(0)), weight,
         out.view(-1, columns), scale, bias,
         None if residual is None else check_rows("linear", residual),
         (None, None, 0.0), gelu, (inverse, limit, zero), config,
+        compared(out, expected),
     )  # fmt: skip
     return out
 
@@ -349,10 +342,18 @@ def launch_conv(
     columns = weight.shape[0]
     out_shape = (q.shape[0], frames, columns)
     out = torch.empty(out_shape, dtype=dtype, device=q.device)
+
+    def expected(entries: torch.Tensor) -> torch.Tensor:
+        return conv_reference(
+            q[entries], weight, scale, bias, kernel, stride, norm_weight,
+            norm_bias, eps, gelu, dtype, inverse, limit, zero,
+        )  # fmt: skip
+
     _launch(
         "conv1d", Rows(q, stride * q.shape[2], frames, q.stride(0)), weight,
         out.view(-1, columns), scale, bias, None,
         (norm_weight, norm_bias, eps), gelu, (inverse, limit, zero), config,
+        compared(out, expected),
     )  # fmt: skip
     return out
 

@@ -5,17 +5,18 @@ other, and each takes as long as its products or its loads, whichever is longer.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 
-import torch
 import triton
 
-#: int8 products that a multiprocessor finishes per cycle, by capability.
-_PRODUCTS = {(8, 0): 2048, (9, 0): 4096}
-_OTHER_PRODUCTS = 1024
+from .architectures import Card
+
 #: Bytes per cycle that it loads from the L2 cache, in practice.
 _LOADED_BYTES = 40
+#: int32 sums of a thread; more of them would spill registers.
+_MAX_SUMS = 128
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,18 @@ class Config:
     block_n: int  # columns of the result
     block_k: int  # of the reduction in one step
     num_warps: int
-    num_stages: int  # steps whose operands are in shared memory at once
+    num_stages: int  # steps in flight at once
     persistent: bool = False  # whether a block computes one tile after another
 
-    def shared_bytes(self) -> int:
+    @property
+    def outline(self) -> tuple[int, int, int]:
+        """What its forms (steps, stages, persistence) have in common."""
+        return self.block_m, self.block_n, self.num_warps
+
+    def shared_bytes(self, card: Card) -> int:
         """Shared memory of the int8 operands."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k
+        step = (self.block_m + self.block_n) * self.block_k
+        return card.buffers(self.num_stages) * step
 
     def options(self) -> dict[str, int]:
         """Constants and launch options of a kernel for this tile."""
@@ -44,35 +51,6 @@ class Config:
         }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the estimate needs to know about a card."""
-
-    processors: int
-    shared_bytes: int  # that a block may use
-    products: int  # of int8, that a multiprocessor finishes per cycle
-
-
-#: Assumed where there is no card to ask: an A100's.
-ASSUMED = Limits(108, 163 * 1024, 2048)
-
-
-@functools.cache
-def _card_limits(device: torch.device) -> Limits:
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    return Limits(
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        _PRODUCTS.get(capability, _OTHER_PRODUCTS),
-    )
-
-
-def device_limits(device: torch.device) -> Limits:
-    """Limits of a tensor's device."""
-    return _card_limits(device) if device.type == "cuda" else ASSUMED
-
-
 def shape_bucket(size: int) -> int:
     """Rounds up to 64, 96, 128, 192, 256 ...: shapes that share a tile."""
     power = 64
@@ -83,35 +61,56 @@ def shape_bucket(size: int) -> int:
     return power
 
 
-def sort_fitting(
-    tiles: Sequence[Config],
-    limits: Limits,
-    shared: Callable[[Config], int],
-    cycles: Callable[[Config], float],
-) -> list[Config]:
-    """The tiles that fit into shared memory, the fastest by estimate first;
-    raises if there is none."""
-    fitting = [tile for tile in tiles if shared(tile) <= limits.shared_bytes]
-    if not fitting:
+@functools.lru_cache(4096)
+def generate(
+    card: Card,
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    steps: tuple[int, ...],
+    shared: Callable[[Config, Card], int] = Config.shared_bytes,
+    sums: int = _MAX_SUMS,
+) -> tuple[Config, ...]:
+    """The tiles of some sizes that a card can run, the larger first: with as
+    many stages as fit, also such that two share a multiprocessor.
+
+    ``shared`` computes the shared memory of a tile, ``sums`` limits those of a
+    thread. Raises if there is none.
+    """
+    found: dict[Config, None] = {}
+    largest = max(rows) * max(columns) // (32 * min(card.warps))
+    least = min(sums // 4, largest)
+    for m, n, warps, k in product(rows, columns, card.warps[::-1], steps):
+        if not least <= m * n // (32 * warps) <= sums:
+            continue
+        if not card.allows(m, warps):
+            continue
+        for room in (card.shared_bytes, card.shared_bytes // 2):
+            for stages in range(card.architecture.stages, 1, -1):
+                tile = Config(m, n, k, warps, stages)
+                if shared(tile, card) <= room:
+                    found[tile] = None
+                    break
+    if not found:
         raise ValueError(
-            f"no tile of this kernel fits into {limits.shared_bytes} bytes of "
+            f"no tile of this kernel fits into {card.shared_bytes} bytes of "
             "shared memory; use backend: torch on this device"
         )
-    return sorted(fitting, key=cycles)
+    return tuple(found)
 
 
-@functools.lru_cache(4096)
 def rank(
-    tiles: tuple[Config, ...], rows: int, columns: int, limits: Limits
+    tiles: Iterable[Config], rows: int, columns: int, card: Card
 ) -> list[Config]:
-    """Sorts the tiles of an int8 product, see `sort_fitting`; of equal ones the
-    first stays first. ``rows`` and ``columns`` are those of the result."""
+    """Sorts the tiles of an int8 product, the fastest by estimate first; of
+    equal ones the first stays first. ``rows`` and ``columns`` are those of the
+    result."""
 
     def cycles(tile: Config) -> float:
         """Of the busiest multiprocessor, for one step of the reduction."""
         m, n = tile.block_m, tile.block_n
         blocks = triton.cdiv(rows, m) * triton.cdiv(columns, n)
-        share = triton.cdiv(blocks, limits.processors)
-        return share * max(m * n / limits.products, (m + n) / _LOADED_BYTES)
+        share = triton.cdiv(blocks, card.processors)
+        products = m * n / card.architecture.products
+        return share * max(products, (m + n) / _LOADED_BYTES)
 
-    return sort_fitting(tiles, limits, Config.shared_bytes, cycles)
+    return sorted(tiles, key=cycles)

@@ -2,12 +2,14 @@
 
 A kernel miscompiled for a card gives wrong words and no error. So before the
 first use of a card, every operator is compared with its plain-torch reference,
-with the default tile. A card that passed is remembered until the kernels,
-Triton or torch change.
+with the default tile. A card that passed is remembered until the kernels, the
+driver, Triton or torch change. The tiles of a checkpoint's own layers are tried
+where they are chosen, see ``tuning``.
 """
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from .plain import HALF_TOLERANCE, difference
 logger = logging.getLogger(__name__)
 
 OPS = torch.ops.stablequant
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def trials() -> Iterator[tuple[str, tuple, float]]:
@@ -106,10 +109,17 @@ def kernels_digest() -> str:
     return code_identity(Path(__file__).parent)
 
 
+def driver() -> str:
+    """The driver's version, as far as it can be read."""
+    with suppress(OSError):
+        return _DRIVER.read_text().partition("\n")[0]
+    return f"CUDA {torch.version.cuda}"
+
+
 def _version() -> dict[str, str]:
     """Versions for which a passed trial holds."""
     versions = {"triton": triton.__version__, "torch": torch.__version__}
-    return {"kernels": kernels_digest(), **versions}
+    return {"kernels": kernels_digest(), "driver": driver(), **versions}
 
 
 def card_file(card: str, what: str) -> str:

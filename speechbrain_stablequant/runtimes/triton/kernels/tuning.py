@@ -1,16 +1,18 @@
 """Which tile a kernel runs with: the estimate's, or a measured one.
 
 A kernel lists its candidates, best guess first. Without a tuner it takes the
-first. Inside ``Tuner.active()`` each new shape is measured once on the device
-and the fastest kept, in memory and, after ``save``, in a JSON file.
+first. Inside ``Tuner.active()`` a new shape is tried once on the device: a tile
+is used only after its result there equaled the exact one, and the fastest of
+these is kept, in memory and, after ``save``, in a JSON file.
 """
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, fields
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ import triton
 from ....utils.files import identity
 from ....utils.store import Store
 from ....utils.typed import typed
-from .plain import HALF_TOLERANCE, difference
+from .plain import difference
 from .tiles import Config
 
 logger = logging.getLogger(__name__)
@@ -29,11 +31,17 @@ FORMAT = 1
 #: Idle cycles of the device before a timed launch: about 100 microseconds.
 _AHEAD_CYCLES = 200_000
 
-#: Candidates that are measured: compiling each takes a second or two.
-MEASURED = 5
+#: Outlines that are measured, and then the other forms of the fastest one:
+#: compiling each takes a second or two.
+MEASURED = 6
 
-#: Largest number of values of a result that are compared, to save memory.
+#: Values of a result that are compared, to save memory; at least one entry.
 _COMPARED = 1 << 22
+
+_WRONG = "%s: the result of %s %s; it is not used, please report"
+
+#: What is wrong with the last result, or None.
+Check = Callable[[], str | None]
 
 
 def _parse(raw: Any) -> dict[str, Config]:
@@ -53,13 +61,13 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
             run()
     except triton.OutOfResources:
         logger.debug("a tile does not fit onto this device")
-        return float("inf")
+        return math.inf
     except torch.OutOfMemoryError:
         raise
     # A compiler that cannot compile one tile may raise anything.
     except Exception as error:
         logger.warning("a tile is left out: %s", str(error).strip())
-        return float("inf")
+        return math.inf
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     cache = torch.empty(
         2 * properties.L2_cache_size, dtype=torch.int8, device="cuda"
@@ -82,8 +90,9 @@ def time_on_device(run: Callable[[], None], repeats: int = 9) -> float:
 
 
 class Tuner:
-    """Measures tiles and remembers the fastest in a file of a store; a file of
-    another card, given by name, is refused."""
+    """Tries tiles and remembers the fastest in a file of a store, or with
+    ``tune`` False the first that is right; a file of another card, given by
+    name, is refused."""
 
     def __init__(
         self,
@@ -91,10 +100,12 @@ class Tuner:
         name: str,
         card: str,
         measure: Callable[[Callable[[], None]], float] = time_on_device,
+        tune: bool = True,
     ):
         self.store = store
         self.name = name
         self.measure = measure
+        self.tune = tune
         self._key = identity([FORMAT, card, triton.__version__])
         self._changed = False
         self.table = store.read(name, self._key, "tuning cache", _parse) or {}
@@ -117,34 +128,40 @@ class Tuner:
         key: str,
         candidates: Sequence[Config],
         run: Callable[[Config], None],
-        result: Callable[[], torch.Tensor] | None = None,
+        check: Check | None = None,
     ) -> Config:
-        """The fastest candidate, measured at the first call for a key; see
-        `select`. Skips candidates whose result differs from the first's."""
+        """The fastest candidate with a right result, tried at the first call
+        for a key; see `select`."""
         known = self.table.get(key)
         # a file of an earlier version may hold a tile that no longer exists
         if known in candidates:
             return known
-        times, expected = {}, None
-        for tile in _worth_measuring(candidates):
-            times[tile] = self.measure(lambda tile=tile: run(tile))
-            if result is None or times[tile] == float("inf"):
-                continue
-            if expected is None:
-                expected = _sample(result()).clone()
-                continue
-            reason = difference(_sample(result()), expected, HALF_TOLERANCE)
-            if reason is not None:
-                logger.warning(
-                    "%s: the result of %s %s; it is not used, please report",
-                    key,
-                    tile,
-                    reason,
-                )
-                times[tile] = float("inf")
-        best = min(times, key=times.get)
-        if times[best] == float("inf"):
-            raise RuntimeError(f"{key}: this device can run none of the tiles")
+        times: dict[Config, float] = {}
+
+        def best_of(tiles: Iterable[Config]) -> Config:
+            for tile in tiles:
+                times[tile] = self.measure(lambda tile=tile: run(tile))
+                reason = times[tile] < math.inf and check and check()
+                if reason:
+                    times[tile] = math.inf
+                    logger.warning(_WRONG, key, tile, reason)
+                if not self.tune and times[tile] < math.inf:
+                    break
+            return min(times, key=times.get)
+
+        if self.tune:
+            forms: dict[tuple[int, ...], list[Config]] = {}
+            for tile in candidates:
+                forms.setdefault(tile.outline, []).append(tile)
+            leaders = [group[0] for group in forms.values()][:MEASURED]
+            best = best_of(forms[best_of(leaders).outline][1:])
+        else:
+            best = best_of(candidates)
+        if times[best] == math.inf:
+            raise RuntimeError(
+                f"{key}: this device runs none of the tiles correctly; write "
+                "backend: torch"
+            )
         logger.info("%s: %s, %.4f ms", key, best, times[best])
         self.table[key] = best
         self._changed = True
@@ -160,16 +177,27 @@ class Tuner:
             _current.reset(token)
 
 
-def _worth_measuring(candidates: Sequence[Config]) -> list[Config]:
-    """The first candidates, each with its persistent form if there is one."""
-    bases = [c for c in candidates if not c.persistent][:MEASURED]
-    return [c for c in candidates if replace(c, persistent=False) in bases]
+def compared(
+    out: torch.Tensor,
+    reference: Callable[[torch.Tensor], torch.Tensor],
+    tolerance: float = 1e-5,
+    part: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> Check:
+    """A check of ``out`` against ``reference(entries)`` at evenly spaced
+    entries of its first axis, the last among them; ``part`` of each is
+    compared."""
+    expected: list[torch.Tensor] = []
 
+    def check() -> str | None:
+        count = min(len(out), _COMPARED // max(out[0].numel(), 1))
+        last = len(out) - 1
+        entries = torch.linspace(last, 0, max(count, 1), device=out.device)
+        entries = entries.long()
+        if not expected:
+            expected.append(part(reference(entries)))
+        return difference(part(out[entries]), *expected, tolerance)
 
-def _sample(result: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced values; the step is odd so that all columns are sampled."""
-    flat = result.reshape(-1)
-    return flat[:: flat.numel() // _COMPARED | 1]
+    return check
 
 
 _current: ContextVar[Tuner | None] = ContextVar("tuner", default=None)
@@ -189,12 +217,12 @@ def select(
     key: str,
     candidates: Sequence[Config],
     run: Callable[[Config], None],
-    result: Callable[[], torch.Tensor] | None = None,
+    check: Check | None = None,
 ) -> Config:
     """The tile to run with: the active tuner's choice, else the first of the
-    candidates. ``run`` launches the kernel with a tile; ``result`` returns what
-    the last launch wrote, the same for every tile."""
+    candidates. ``run`` launches the kernel with a tile; ``check`` says what is
+    wrong with what the last launch wrote."""
     tuner = _current.get()
-    if tuner is None or len(candidates) == 1:
+    if tuner is None:
         return candidates[0]
-    return tuner.choose(key, candidates, run, result)
+    return tuner.choose(key, candidates, run, check)

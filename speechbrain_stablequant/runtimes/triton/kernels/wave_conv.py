@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .architectures import Card, card_of
 from .device import (
     affine_columns,
     gelu_erf,
@@ -24,15 +25,11 @@ from .device import (
 )
 from .library import check_contiguous, check_dtype, declare, output_frames
 from .plain import finish, scaled
-from .tiles import Config, device_limits, rank, shape_bucket
-from .tuning import select, tuning_key
+from .tiles import Config, generate, rank, shape_bucket
+from .tuning import compared, select, tuning_key
 
 #: Largest kernel size that is supported.
 MAX_TAPS = 128
-#: (block_m, block_n, warps) without a norm.
-TILES = ((128, 64, 4), (128, 128, 8), (64, 64, 4))
-#: (block_m, warps) where a tile holds whole rows, for a norm.
-ROW_TILES = ((64, 16), (64, 8), (32, 8), (16, 4))
 #: Frames of a block of sums: so many products of int8 are exact in float32.
 SUMMED_FRAMES = 256
 
@@ -139,15 +136,24 @@ def wave_conv_kernel(
         store_tile(out, offsets, y, inverse, limit, zero, mask, QUANTIZE)
 
 
-def _tiles(weight: torch.Tensor, has_norm: bool) -> tuple[Config, ...]:
+def _tiles(
+    weight: torch.Tensor, has_norm: bool, card: Card
+) -> tuple[Config, ...]:
+    """Tiles of one step, with a norm such that hold whole rows."""
     columns, taps = weight.shape
-    block_k = max(triton.next_power_of_2(taps), 32)
+    steps = (max(triton.next_power_of_2(taps), 32),)
     if not has_norm:
-        return tuple(Config(m, n, block_k, w, 1) for m, n, w in TILES)
-    width = max(triton.next_power_of_2(columns), 32)
+        return generate(card, (128, 64), (128, 64), steps, _one_step, 64)
+    width = (max(triton.next_power_of_2(columns), 32),)
     # float32 is for comparisons only; larger tiles take too many registers
-    tiles = ROW_TILES if weight.dtype != torch.float32 else ROW_TILES[-1:]
-    return tuple(Config(m, width, block_k, w, 1) for m, w in tiles)
+    wide = weight.dtype == torch.float32
+    rows = (16,) if wide else (card.architecture.norm_rows, 32, 16)
+    return generate(card, tuple(dict.fromkeys(rows)), width, steps, _one_step)
+
+
+def _one_step(tile: Config, card: Card) -> int:
+    """Shared memory of operands of at most 32 bit; nothing is in flight."""
+    return 4 * (tile.block_m + tile.block_n) * tile.block_k
 
 
 def launch(
@@ -188,9 +194,20 @@ def launch(
         (shape_bucket(batch * frames), columns, taps),
         (has_norm, gelu, by_utterance), dtype,
     )  # fmt: skip
-    limits = device_limits(wave.device)
-    tiles = rank(_tiles(weight, has_norm), batch * frames, columns, limits)
-    run(config or select(key, tiles, run, lambda: out))
+    card = card_of(wave.device)
+    tiles = rank(_tiles(weight, has_norm, card), batch * frames, columns, card)
+
+    def expected(entries: torch.Tensor) -> torch.Tensor:
+        own = [
+            x[entries] if by_utterance and x is not None else x
+            for x in (scale, bias)
+        ]
+        return reference(
+            wave[entries], wave_inverse, wave_limit, weight, *own, stride,
+            norm_weight, norm_bias, eps, gelu, dtype, inverse, limit, zero,
+        )  # fmt: skip
+
+    run(config or select(key, tiles, run, compared(out, expected)))
     return out
 
 

@@ -64,14 +64,15 @@ def test_equals_sdpa(shape, masked, dtype, out, surrounded, check_close):
         )
 
 
-@pytest.mark.parametrize(("m", "n", "warps", "stages"), attention.TILES)
-def test_every_tile(m, n, warps, stages, surrounded, check_close):
+@pytest.mark.parametrize("n", [128, 64, 32])
+@pytest.mark.parametrize("m", [128, 64])
+def test_every_tile(m, n, surrounded, check_close):
     qkv = torch.randn(1, 150, 3 * 16)
     real = torch.tensor([131])
     arguments = (1, real, FLOAT)
     found = attention.launch(
         surrounded(qkv), 1, surrounded(real), FLOAT,
-        config=Config(m, n, 16, warps, stages),
+        config=Config(m, n, 16, 4, 2),
     )  # fmt: skip
     expected = attention.reference(qkv, *arguments)
     check_close(found[:, :131].contiguous(), expected[:, :131].contiguous())

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechbrain_stablequant.runtimes.triton.kernels import matmul
+from speechbrain_stablequant.runtimes.triton.kernels import (
+    architectures,
+    matmul,
+)
+from speechbrain_stablequant.runtimes.triton.kernels.architectures import (
+    ARCHITECTURES,
+    ASSUMED,
+    Card,
+)
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -73,9 +81,24 @@ def _linear(*shape: int):
     return _int8(*shape), _int8(70, shape[-1]), scale, bias, *end
 
 
-@pytest.mark.parametrize("tile", matmul.TILES, ids=str)
+def _sizes(*arguments):
+    """Tiles of different sizes; warps and stages do not matter here."""
+    tiles = matmul._tiles(*arguments, ASSUMED)
+    return {(t.block_m, t.block_n, t.block_k): t for t in tiles}.values()
+
+
+@pytest.mark.parametrize("tile", _sizes(70, 1024, False), ids=str)
 def test_every_tile(tile, equals_reference):
-    equals_reference("linear", *_linear(3, 90, 272), config=tile)
+    equals_reference("linear", *_linear(3, 50, 272), config=tile)
+
+
+def test_cards_that_multiply_in_16_bit(launched, monkeypatch):
+    """Their sums are as exact."""
+    slow = Card(ARCHITECTURES[10, 3], 1)
+    monkeypatch.setattr(architectures, "ASSUMED", slow)
+    q, weight = _int8(70, 272), _int8(40, 272)
+    found = launched("linear", q, weight, torch.ones(40), *PLAIN, config=SMALL)
+    assert torch.equal(found.cpu().long(), q.long() @ weight.long().T)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 7])
@@ -131,8 +154,9 @@ def test_convolution_sums_are_exact(geometry, launched):
 
 
 @pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("has_norm", "dtype"), [(False, torch.int8), (True, torch.bfloat16)]
+)
 def test_convolution(geometry, has_norm, dtype, equals_reference):
     batch, frames, channels, columns, kernel, stride = geometry
     weight = matmul.pack_conv_weight(_int8(columns, channels, kernel))
@@ -144,12 +168,12 @@ def test_convolution(geometry, has_norm, dtype, equals_reference):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("m, k, warps, stages", matmul.ROW_TILES)
-def test_every_tile_of_whole_rows(m, k, warps, stages, equals_reference):
+@pytest.mark.parametrize("tile", _sizes(96, 120, True), ids=str)
+def test_every_tile_of_whole_rows(tile, equals_reference):
     equals_reference(
         "conv1d", _int8(2, 80, 40), _int8(96, 120), torch.rand(96) * 1e-3,
         torch.randn(96), 3, 2, *_norm(96), 1e-5, True, torch.int8, 40.0, 127,
-        config=Config(m, 128, k, warps, stages),
+        config=tile,
     )  # fmt: skip
 
 

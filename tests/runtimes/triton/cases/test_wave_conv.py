@@ -28,8 +28,9 @@ KINDS = [torch.int8, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@pytest.mark.parametrize(
+    ("has_norm", "dtype"), [(True, torch.int8), (False, torch.float16)]
+)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_convolution(geometry, has_norm, dtype, kind, equals_reference):
     batch, samples, columns, kernel, stride = geometry
