@@ -29,7 +29,7 @@ from resources import (
 )
 from shapes import MODELS, SAMPLE_RATE, Op, operators
 
-from speechbrain_stablequant.runtimes.triton.kernels import architectures
+from speechbrain_stablequant.runtimes.triton.kernels import architectures, tiles
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,24 @@ def compile_once(launch: Launch, arch: int) -> Resources:
     return _compiled[key]
 
 
+def tile_microseconds(op: Op, card: Card) -> float:
+    """Time of all launches of an integer product with the tile that the rule
+    chooses: products and loads of the busiest multiprocessor, side by side
+    where two steps have a buffer, else one after the other; of others, the
+    floor."""
+    floor = floors(op, card)[0]
+    if not op.integer_ops or "conv 1" in op.name:
+        return floor
+    launch = choose(op, card)
+    m, n = (launch.arguments[f"BLOCK_{axis}"] for axis in "MN")
+    share = -(-launch.blocks // card.processors)
+    products = m * n / card.limits.architecture.products
+    loads = (m + n) / tiles.LOADED_BYTES
+    buffers = card.limits.buffers(launch.options["num_stages"])
+    step = max(products, loads) if buffers > 1 else products + loads
+    return max(share * step * op.shape[2] / card.clock * op.count, floor)
+
+
 def floors(op: Op, card: Card) -> tuple[float, float]:
     """Microseconds of all launches of an operator: as it is, and with 16 bit in
     the place of int8."""
@@ -240,18 +258,23 @@ def _summary(
     sizes: Sequence[tuple[str, float, int]], cards: Sequence[str]
 ) -> Iterator[str]:
     """Totals of all models and shapes."""
-    yield "estimated floors, milliseconds: int8 / bf16 / ideal ratio"
+    yield (
+        "estimated milliseconds: floor in int8 / with the chosen tiles / floor "
+        "in bf16 / ideal ratio"
+    )
     yield f"{'model':14} {'seconds':>7} {'batch':>5} " + " ".join(
-        f"{name:>22}" for name in cards
+        f"{name:>28}" for name in cards
     )
     for model, seconds, batch in sizes:
         ops = operators(model, seconds, batch)
         cells = []
         for name in cards:
             int8, half = (us * 1e-3 for us in totals(ops, CARDS[name]))
-            cells.append(f"{int8:7.2f} {half:8.2f} {half / int8:5.2f}")
+            tiled = sum(tile_microseconds(op, CARDS[name]) for op in ops)
+            times = f"{int8:6.2f} {tiled * 1e-3:6.2f} {half:7.2f}"
+            cells.append(f"{times} {half / int8:5.2f}")
         yield f"{model:14} {seconds:7g} {batch:5} " + " ".join(
-            f"{cell:>22}" for cell in cells
+            f"{cell:>28}" for cell in cells
         )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import harness
 import torch
-from executors import ours, torch_cuda
+from executors import ours, tensorrt_, torch_cuda
 
-EXECUTORS = {**ours.CUDA, **torch_cuda.CUDA}
+EXECUTORS = {**ours.CUDA, **torch_cuda.CUDA, **tensorrt_.CUDA}
 
 
 def describe() -> dict[str, str]:

@@ -74,6 +74,8 @@ def _best(ops: float, calls: Iterable[Callable], rounds: int) -> float | None:
             found.append(time_us(call, rounds))
         except (RuntimeError, NotImplementedError) as error:
             print(f"ceiling left out: {first_line(error)}")
+    # infinity: the device cannot run it; zero: the clock saw nothing
+    found = [us for us in found if 0 < us < float("inf")]
     return ops / min(found) * 1e-6 if found else None
 
 
@@ -248,7 +250,8 @@ def library_line(ceilings: Ceilings, rounds: int) -> str:
         row.error = "does not run here"
         return line(row)
     row.us = PRODUCT.integer_ops / row.tops * 1e-6
-    row.of_compute = row.tops / ceilings.int8_tops
+    if ceilings.int8_tops:
+        row.of_compute = row.tops / ceilings.int8_tops
     return line(row)
 
 

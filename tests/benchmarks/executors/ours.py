@@ -6,6 +6,7 @@ from models import Encoder, Recognizer
 from torch import nn
 from workload import Executor, Prepared, Workload, size_of
 
+from speechbrain_stablequant.core.integer_layer import IntegerLayer
 from speechbrain_stablequant.folder.encoder_config import (
     CONFIG_FILE,
     empty_encoder,
@@ -20,32 +21,40 @@ from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.utils.files import read_json
 
 
-def _load(backend: str, workload: Workload, **options) -> Prepared:
-    """As ``speechbrain_stablequant.inference`` does it: the float weights of
-    integer layers never exist."""
+def integer_modules(
+    workload: Workload,
+) -> tuple[dict[str, nn.Module], dict[str, IntegerLayer]]:
+    """Modules of the quantized model without the weights of their integer
+    layers, and these; as ``speechbrain_stablequant.inference`` does it, the
+    float weights never exist."""
     folder = workload.integer_folder
-    device = workload.options.device
     checkpoint = load_checkpoint(folder)
     config = read_json(folder / CONFIG_FILE, "encoder configuration")
-    encoder = empty_encoder(config)
-    width = config["hidden_size"]
-    labels = config["vocab_size"]
     modules = {
-        "wav2vec2": Encoder(encoder),
-        "ctc_lin": nn.Linear(width, labels, device="meta"),
+        "wav2vec2": Encoder(empty_encoder(config)),
+        "ctc_lin": nn.Linear(
+            config["hidden_size"], config["vocab_size"], device="meta"
+        ),
     }
     fill_modules(modules, checkpoint.integers, checkpoint.floats, str(folder))
+    return modules, checkpoint.integers
+
+
+def _load(backend: str, workload: Workload, **options) -> Prepared:
+    device = workload.options.device
+    modules, integers = integer_modules(workload)
     modules = {key: module.to(device) for key, module in modules.items()}
     forwards = build_forwards(
         choose_backend(backend, device)[0],
         modules,
-        {k: v.to(device) for k, v in checkpoint.integers.items()},
+        {k: v.to(device) for k, v in integers.items()},
         **options,
     )
     for module, forward in forwards.items():
         module.forward = forward
     return Prepared(
-        Recognizer(modules).eval(), size_of([folder / WEIGHTS_FILE])
+        Recognizer(modules).eval(),
+        size_of([workload.integer_folder / WEIGHTS_FILE]),
     )
 
 

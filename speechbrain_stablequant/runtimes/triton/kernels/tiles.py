@@ -14,7 +14,7 @@ import triton
 from .architectures import Card
 
 #: Bytes per cycle that it loads from the L2 cache, in practice.
-_LOADED_BYTES = 40
+LOADED_BYTES = 40
 #: int32 sums of a thread; more of them would spill registers.
 _MAX_SUMS = 128
 
@@ -111,6 +111,6 @@ def rank(
         blocks = triton.cdiv(rows, m) * triton.cdiv(columns, n)
         share = triton.cdiv(blocks, card.processors)
         products = m * n / card.architecture.products
-        return share * max(products, (m + n) / _LOADED_BYTES)
+        return share * max(products, (m + n) / LOADED_BYTES)
 
     return sorted(tiles, key=cycles)
