@@ -164,8 +164,8 @@ def check(card: Card, name: str, tile: Config | None = None):
     assert found.tensor_core
     if "cp.async" in found.ptx:
         stages = recorded.options["num_stages"]
-        # copies of two factors in each step; the last wait is for all
-        assert found.waits[0] == 2 * (stages - 2)
+        # copies overlap products from three stages on; the last wait is for all
+        assert (found.waits[0] > 0) == (stages > 2)
         assert found.waits[-1] == 0
     return found
 

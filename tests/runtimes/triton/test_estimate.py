@@ -89,7 +89,7 @@ def test_the_floor_is_the_longer_of_moving_and_computing():
     ],
 )
 def test_occupancy(registers, shared, warps, blocks):
-    found = Resources(registers, 0, 0, shared, warps, (), 0, 0, "")
+    found = Resources(registers, 0, shared, warps, 0, 0, "")
     launch = Launch(None, (264, 2), {}, {})
     fit = estimate.occupancy(found, launch, estimate.CARDS["H100"])
     assert fit.blocks == blocks
@@ -158,7 +158,7 @@ def test_time_of_instructions():
     """100 once and 10 in each of 8 passes, by 4 warps of 66 blocks."""
     sizes = {"DEPTH": 1000, "BLOCK_K": 128}
     launch = Launch(matmul.matmul_kernel, (66,), sizes, {})
-    found = Resources(32, 0, 0, 0, 4, (), 100, 10, "")
+    found = Resources(32, 0, 0, 4, 100, 10, "")
     card = estimate.CARDS["H100"]
     assert card.clock == pytest.approx(1830, abs=1)
     microseconds = 180 * 4 * 66 / (132 * 4 * card.clock)
