@@ -30,8 +30,8 @@ class Part:
     #: Milliseconds of one pass over the batches that it was timed on, by what
     #: it may execute.
     ms: dict[str, float] = field(default_factory=dict)
-    #: How a graph is captured.
-    way: Literal["trace", "export", ""] = ""
+    #: How a graph is captured; a decoder's is one step.
+    way: Literal["trace", "export", "steps", ""] = ""
     #: Nesting of the arguments, as written by torch's pytree.
     structure: str = ""
     leaves: list[Leaf] = field(default_factory=list)

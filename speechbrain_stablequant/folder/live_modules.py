@@ -211,6 +211,8 @@ class LiveModules:
 class _Dispatch:
     """The forward of a module of :class:`LiveModules`."""
 
+    hidden = None  # see products.visible_forwards
+
     def __init__(self, owner: LiveModules, module: nn.Module):
         self.owner = owner
         self.module = module

@@ -263,6 +263,8 @@ def visible_forwards(
     forwards = {}
     for owner in dict.fromkeys(owners):
         before = vars(owner).get("forward")
+        # A forward that chooses between others tells which one it hides.
+        before = getattr(before, "hidden", before)
         twice = getattr(before, "func", None) is _run_visible
         forwards[owner] = (
             before if twice else partial(_run_visible, owner, before)

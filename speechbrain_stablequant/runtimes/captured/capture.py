@@ -340,12 +340,13 @@ def _compare(
             raise CaptureError("its output depends on more than tensors")
         found = request([x.numpy() for x in tensors])
         for i, place in enumerate(outputs.read):
-            _check_same(values[place], found[i], tensors[0].shape)
+            check_same(values[place], found[i], tensors[0].shape)
 
 
-def _check_same(
+def check_same(
     expected: torch.Tensor, found: np.ndarray, shape: Sequence[int]
 ) -> None:
+    """Raise unless a graph gives what a module does for an input."""
     what = f"for an input of {'x'.join(map(str, shape))}"
     if tuple(expected.shape) != found.shape:
         raise CaptureError(

@@ -23,6 +23,7 @@ from ..openvino_.core import CompiledGraph, name_by_place
 from ..openvino_.layer_runner import OpenVINORunner
 from .calls import Call, Signature
 from .capture import Captured, capture
+from .decoder import decoder_forward
 from .sites import Sites
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,10 @@ def part_forward(
         for name, layer in integers.items()
         if name.startswith(f"{part.name}.")
     }
+    if part.way == "steps":
+        start = len(part.name) + 1
+        layers = {name[start:]: x for name, x in inside.items()}
+        return decoder_forward(module, layers, **options)
     runner = OpenVINORunner(**options)
     places = {"linear": "linear", "conv1d": "position"}
     geometries = {

@@ -1,6 +1,7 @@
 """Which modules of a recognizer are computed as a graph, layer by layer in
 integers, or in float: decided by what can be captured, and by time."""
 
+import functools
 import logging
 import statistics
 import time
@@ -24,6 +25,8 @@ from ...utils.typed import one_line
 from ..cpu import cpu_class, executed_integers
 from .calls import Call, CaptureError
 from .capture import capture_part
+from .decoder import decode, decoder_part, first_calls
+from .decoder_graph import is_decoder
 from .executor import part_forward
 
 logger = logging.getLogger(__name__)
@@ -119,14 +122,13 @@ class Selection:
     def _visit(self, name: str) -> Iterator[Part | None]:
         """Parts at or below a module, the largest ones that can be captured;
         None where nothing was captured."""
-        inside = self._inside(name)
         calls, reason = self._calls[name], "called repeatedly"
         module = self._modules[name]
         if any(hasattr(module, entry) for entry in _ENTRIES):
             reason = "called by other methods than forward"
-        elif all(len(row) == 1 for row in calls):
+        elif is_decoder(module) or all(len(row) == 1 for row in calls):
             try:
-                yield self._captured(name, [row[0] for row in calls], inside)
+                yield self._captured(name, [c for r in calls for c in r])
                 return
             except CaptureError as error:
                 reason = f"not captured ({error})"
@@ -153,10 +155,11 @@ class Selection:
             if n.startswith(f"{name}.")
         }
 
-    def _captured(
-        self, name: str, calls: list[Call], inside: Mapping[str, Layer]
-    ) -> Part:
-        module = self._modules[name]
+    def _captured(self, name: str, calls: list[Call]) -> Part:
+        module, inside = self._modules[name], self._inside(name)
+        if is_decoder(module):
+            part = decoder_part(name, module, calls, list(inside))
+            return self._timed(part, calls)
         read = self._read(module, calls[0])
         part = capture_part(name, module, calls, inside, read)
         return self._timed(part, calls)
@@ -194,18 +197,23 @@ class Selection:
             cpu_class(),
         )
         ways: dict[str, AbstractContextManager] = {}
-        step = -(-len(calls) // _MOST_CALLS)
+        run: Callable[..., Any] = module
         try:
             if part.way:
-                ways["graph"] = lambda: shadowed(
-                    module,
-                    "forward",
-                    part_forward(part, module, integers, **self._options),
+                make = partial(
+                    part_forward, part, module, integers, **self._options
                 )
+                if is_decoder(module):  # its steps have one length
+                    make = functools.cache(make)
+                ways["graph"] = lambda: shadowed(module, "forward", make())
             forwards = self._in_place(integers)
             ways["layers"] = partial(shadowed_forwards, forwards)
             ways["float"] = nullcontext
-            ms = timed_ways(module, calls[::step], ways)
+            if is_decoder(module):
+                calls, steps = first_calls(calls)
+                run = partial(decode, module, steps)
+            step = -(-len(calls) // _MOST_CALLS)
+            ms = timed_ways(run, calls[::step], ways)
         except Exception as error:
             text = f"{part.reason}; it was not timed ({one_line(error)})"
             return replace(part, reason=text)
@@ -272,7 +280,7 @@ def _same(one: Any, two: Any) -> bool:
 
 @torch.no_grad()
 def timed_ways(
-    module: nn.Module,
+    run: Callable[..., Any],
     calls: Sequence[Call],
     ways: Mapping[str, Callable[[], AbstractContextManager]],
 ) -> dict[str, float]:
@@ -284,10 +292,10 @@ def timed_ways(
         for name, way in ways.items():
             with way():
                 first, *others = calls
-                module(*first.args, **first.kwargs)
+                run(*first.args, **first.kwargs)
                 start = time.perf_counter()
                 for call in others or calls:
-                    module(*call.args, **call.kwargs)
+                    run(*call.args, **call.kwargs)
                 seconds[name].append(time.perf_counter() - start)
     return {
         name: round(statistics.median(times) * 1e3, 3)
