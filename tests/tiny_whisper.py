@@ -7,6 +7,7 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    WhisperModel,
     WhisperTokenizer,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -23,32 +24,40 @@ SPECIAL = [
 ]
 
 
-def save_whisper(folder: Path) -> None:
+def _config() -> WhisperConfig:
     """Two blocks of width 16 on each side; the tokens are bytes."""
+    end = 256 + SPECIAL.index("<|endoftext|>")
+    return WhisperConfig(
+        vocab_size=256 + len(SPECIAL),
+        num_mel_bins=80,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=128,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=256 + SPECIAL.index("<|startoftranscript|>"),
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+
+
+def tiny_decoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return WhisperModel(_config()).decoder
+
+
+def save_whisper(folder: Path) -> None:
     labels = [*bytes_to_unicode().values(), *SPECIAL]
     vocabulary = {label: index for index, label in enumerate(labels)}
-    special = {name: vocabulary[name] for name in SPECIAL}
     torch.manual_seed(0)
-    WhisperForConditionalGeneration(
-        WhisperConfig(
-            vocab_size=len(labels),
-            num_mel_bins=80,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            max_target_positions=128,
-            pad_token_id=special["<|endoftext|>"],
-            bos_token_id=special["<|endoftext|>"],
-            eos_token_id=special["<|endoftext|>"],
-            decoder_start_token_id=special["<|startoftranscript|>"],
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    ).half().save_pretrained(folder)
+    model = WhisperForConditionalGeneration(_config())
+    model.half().save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
     WhisperTokenizer(
         vocab=vocabulary,

@@ -33,6 +33,7 @@ from .block import run_configs
 from .decoding import FolderDecoder, difference
 from .describe import describe_recognizer
 from .errors import NoFolderError
+from .generated import loading_class
 from .metrics import Row, rate_of, rows_of, transcripts_of
 from .passes import decoding_each_time, evaluation_steps, recognize
 from .rebuilt import describe_modules
@@ -176,8 +177,8 @@ class RecipeChecks:
                 # A recipe without an inference folder is still evaluated.
                 self.warn(
                     [run],
-                    "No inference folder (EncoderASR cannot load it): "
-                    f"{one_line(error, 500)}.",
+                    f"No inference folder ({loading_class(self.brain)} cannot "
+                    f"load it): {one_line(error, 500)}.",
                 )
         sources = [run.source for run in self.runs]
         sources = [x for x in sources if isinstance(x, RecognizerSource)]

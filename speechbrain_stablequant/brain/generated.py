@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import speechbrain as sb
 from speechbrain.decoders.ctc import CTCBaseSearcher, CTCBeamSearcher
 from speechbrain.decoders.seq2seq import (
+    S2SBaseSearcher,
     S2SWhisperBeamSearcher,
     S2SWhisperGreedySearcher,
 )
@@ -45,6 +46,16 @@ def named_modules(brain: sb.Brain) -> dict[str, nn.Module]:
         if isinstance(value, nn.Module):
             found.setdefault(id(value), (key, value))
     return dict(found.values())
+
+
+def loading_class(brain: sb.Brain) -> str:
+    """SpeechBrain's class for a recipe's folder, by its searchers."""
+    kinds = [type(module) for module in named_modules(brain).values()]
+    if any(issubclass(kind, _WHISPER) for kind in kinds):
+        return "WhisperASR"
+    searchers = S2SBaseSearcher, TransducerBeamSearcher
+    searches = any(issubclass(kind, searchers) for kind in kinds)
+    return "EncoderDecoderASR" if searches else "EncoderASR"
 
 
 def generated_source(

@@ -16,7 +16,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
-from ..folder.live_modules import encode
+from ..folder.live_modules import encode, probed
 from ..folder.module_state import hidden_state, set_hidden_state
 from ..folder.tokenizer_file import read_tokenizer
 from ..folder.write_modules import ModulesSource
@@ -170,9 +170,9 @@ def live_network(
 
     def compute(
         wavs: torch.Tensor, relative: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         placed = [part.to(wavs.device) for part in parts]
         with shadowed_forwards(forwards):
-            return encode(placed, wavs, relative), None
+            return probed(placed, wavs, relative)
 
     return compute

@@ -31,6 +31,10 @@ from .module_state import set_hidden_state, split_state, training_buffers
 from .runtime_slot import BuiltRuntime, RuntimeSlot
 from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
 
+#: Tokens that a probe gives a decoder, the step between them, and about how
+#: many logits it compares.
+_TOKENS, _TOKEN_STEP, _LOGITS = 8, 97, 512
+
 
 def encode(
     parts: Sequence[nn.Module],
@@ -46,6 +50,30 @@ def encode(
     for other in others:
         x = other.encode(x, relative)
     return x
+
+
+def probed(
+    parts: Sequence[nn.Module],
+    wavs: torch.Tensor,
+    relative: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a probe compares: the output of :func:`encode`, and some logits of
+    a Whisper's decoder for given tokens, one by one."""
+    hidden, whisper = encode(parts, wavs, relative), parts[0]
+    decoder = getattr(getattr(whisper, "model", None), "decoder", None)
+    decodes = decoder is not None and hasattr(whisper, "forward_decoder")
+    if not decodes or hidden.dim() > 3:
+        return hidden, None
+    size, start = decoder.embed_tokens.weight.shape[0], whisper.bos
+    ids = (start + _TOKEN_STEP * torch.arange(_TOKENS)) % size
+    ids = ids.to(hidden.device).expand(len(hidden), -1)
+    found, cache = [], None
+    for count in range(1, _TOKENS + 1):
+        logits, _, cache = whisper.forward_decoder(
+            hidden, ids[:, :count], past_key_values=cache
+        )
+        found.append(logits[:, -1:, :: -(-size // _LOGITS)])
+    return hidden, torch.cat(found, 1)
 
 
 def read_signed(
@@ -203,9 +231,9 @@ class LiveModules:
 
     def compute(
         self, wavs: torch.Tensor, relative: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What a probe compares."""
-        return encode(self.parts, wavs, relative), None
+        return probed(self.parts, wavs, relative)
 
 
 class _Dispatch:

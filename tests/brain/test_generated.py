@@ -12,6 +12,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.errors import NoFolderError
+from speechbrain_stablequant.brain.generated import loading_class
 from speechbrain_stablequant.brain.metrics import Row
 from speechbrain_stablequant.brain.rebuilt import check_texts, describe_modules
 from speechbrain_stablequant.inference import LabelTokenizer
@@ -56,6 +57,7 @@ def test_it_transcribes_as_the_recipe_does(family, tmp_path):
     kind, text, target, interface = FAMILIES[family]
     brain = recipes.make(kind, text, tmp_path)
     config = QuantizeConfig.from_dict({"target": target})
+    assert loading_class(brain) == interface
     heard = folder_of(brain, config, tmp_path / "folder")
     assert all(len(text) > 2 for text in heard)
     written = (tmp_path / "folder" / "hyperparams.yaml").read_text()

@@ -1,4 +1,4 @@
-"""A decoder as a part of a plan: whether its graphs compute it, and its forward."""
+"""A decoder as a part of a plan: whether its graphs compute it, its forward."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,14 +48,21 @@ def first_calls(calls: Sequence[Call]) -> tuple[list[Call], int]:
     """The calls that begin a decoding, and how many steps to time after each:
     none if the recipe's searcher keeps no keys and values."""
     names = "past_key_values", "cache"
-    first = [
-        call
-        for call in calls
-        if all(call.kwargs.get(name) is None for name in names)
+    begins = [
+        all(call.kwargs.get(name) is None for name in names) for call in calls
     ]
-    if not first or any(call.args for call in calls):
+    # Others are teacher-forced.
+    followed = [
+        call
+        for i, call in enumerate(calls[:-1])
+        if begins[i] and not begins[i + 1]
+    ]
+    first = followed or [x for x, yes in zip(calls, begins, strict=True) if yes]
+    if not first or any(
+        call.args or call.kwargs.get("output_attentions") for call in calls
+    ):
         raise CaptureError("it is called in another way than by SpeechBrain")
-    return first, min(len(calls) // len(first) - 1, _TIMED)
+    return first, min(begins.count(False) // len(first), _TIMED)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Whisper's decoder as two graphs: keys and values of the encoder's states, once
-for each utterance, and one step.
+"""Whisper's decoder as two graphs: one step, and the keys and values of the
+encoder's states, once for each utterance.
 
 Integers are multiplied as floats, with inputs on the plan's grid: a step reads
 its weights once, so that their bytes take the time, and the numbers are those
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import openvino as ov
-import torch
 from openvino import opset6
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
@@ -113,12 +112,9 @@ class DecoderGraphs:
 
     def _linear(self, x: ov.Node, path: str) -> ov.Node:
         layer = self._layer(path)
-        bias = layer.bias
-        y = op.matmul(_on_grid(x, layer), self._weight(layer), False, True)
-        return y if bias is None else op.add(y, _f32(bias))
-
-    def _weight(self, layer: AnyLayer) -> ov.Node:
-        return self._builder.weight(layer)
+        weight = self._builder.weight(layer)
+        y = op.matmul(_on_grid(x, layer), weight, False, True)
+        return y if layer.bias is None else op.add(y, _f32(layer.bias))
 
     def _query(self, x: ov.Node, path: str) -> ov.Node:
         scaling = self._decoder.get_submodule(path).scaling
@@ -180,7 +176,7 @@ def _norm(x: ov.Node, norm: nn.LayerNorm) -> ov.Node:
 def _on_grid(x: ov.Node, layer: AnyLayer) -> ov.Node:
     """A layer's input, rounded to the plan's grid, in floats: a FakeQuantize
     would be multiplied in integers."""
-    if not isinstance(layer, IntegerLayer) or layer.weight_only:
+    if not isinstance(layer, IntegerLayer):
         return x
     scale, offset = layer.activation_scale, layer.activation_offset
     edge = float(qmax(layer.activation_bits))

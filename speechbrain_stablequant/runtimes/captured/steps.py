@@ -19,10 +19,9 @@ from ..openvino_ import OpenVinoOptions
 from ..openvino_.core import CompiledGraph
 from .decoder_graph import PROJECTION, DecoderGraphs
 
-#: As of a captured part.
 _SETTINGS = {
     "CPU_RUNTIME_CACHE_CAPACITY": 100,
-    # A step reads floats, and whole cores would wait for memory.
+    # The bytes of weights take the time of a step, not what is computed.
     "INFERENCE_PRECISION_HINT": "f32",
     # OpenVINO would round the keys, values and inputs to 8 bits.
     "KV_CACHE_PRECISION": "f32",
@@ -191,9 +190,9 @@ class DecoderForward:
         **others: Any,
     ) -> Any:
         """As the module's."""
-        steps = others.pop("cache", None) or past_key_values
-        plain = steps is None or isinstance(steps, Steps)
-        if input_ids is None or any(others.values()) or not plain:
+        plain = past_key_values is None or isinstance(past_key_values, Steps)
+        asked = any(x is not None and x is not False for x in others.values())
+        if input_ids is None or asked or not plain:
             return self._own(
                 input_ids=input_ids,
                 encoder_hidden_states=encoder_hidden_states,
@@ -201,6 +200,7 @@ class DecoderForward:
                 use_cache=use_cache,
                 **others,
             )
+        steps = past_key_values
         if steps is None:
             steps = Steps(self._executor, encoder_hidden_states)
         module, start = self._module, steps.length
