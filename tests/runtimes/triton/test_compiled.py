@@ -154,10 +154,12 @@ def check(card: Card, name: str, tile: Config | None = None):
         return found
     if kind == "s8" and not row.int8_pays and "first" not in name:
         kind = "f16"
-    # the others multiply too few rows
-    rows = recorded.arguments["BLOCK_M"]
-    small = rows < 64 or (card.instruction == "tcgen05" and kind == "f16")
-    used = {"mma.sync", card.instruction} if small else {card.instruction}
+    used = {card.instruction}
+    if kind != "s8" and not card.races:
+        used.add(row.instruction)
+    # too few rows for the others; tcgen05 also wants many columns
+    if kind != "s8" or recorded.arguments["BLOCK_M"] < 64:
+        used.add("mma.sync")
     for instruction in found.tensor_core:
         family = next(x for x in used if instruction.startswith(x))
         assert KINDS[family, kind] in instruction
@@ -189,7 +191,7 @@ def test_every_kernel(card, name):
 
 
 @pytest.mark.slow
-@of((8, 0), (9, 0), (10, 0), (12, 0))
+@of((8, 0), (9, 0))
 @pytest.mark.parametrize("name", ["up", "down", "conv"])
 def test_every_outline(card, name):
     """The first form of each; and of the largest, one that goes on."""
@@ -215,6 +217,8 @@ def test_every_outline(card, name):
 )
 def test_some_kernels(card, name, tile):
     """For every day; the marked tests compile all of them."""
+    if card.races:
+        tile = None
     found = check(card, name, tile)
     if name != "up" or card.races:
         return

@@ -35,9 +35,7 @@ ARCHITECTURES = {
     (8, 9): Architecture(99, 1024),
     (9, 0): Architecture(227, 4096, "wgmma", (3, 8), "2.14"),
     (10, 0): Architecture(227, 8192, "tcgen05", (3, 8), "2.14", norm_rows=32),
-    (10, 3): Architecture(
-        227, 4096, "tcgen05", (3, 8), "2.14", norm_rows=32, int8_pays=False
-    ),
+    (10, 3): Architecture(227, 4096, "tcgen05", norm_rows=32, int8_pays=False),
     (12, 0): Architecture(99, 1024),
 }
 

@@ -168,9 +168,11 @@ def _tiles(
 ) -> tuple[Config, ...]:
     """Tiles of a product; with a norm, such that hold whole rows."""
     if norm:
-        rows = tuple(m for m in (64, 32) if m <= card.architecture.norm_rows)
-        width = max(triton.next_power_of_2(columns), 32)
-        return generate(card, rows, (width,), (64, 128))
+        width = (max(triton.next_power_of_2(columns), 32),)
+        found = generate(card, (32,), width, (64, 128), sums=64)
+        if card.architecture.norm_rows == 64 and not card.races:
+            found = generate(card, (64,), width, (64, 128)) + found
+        return found
     rows = (64, 32) if card.races else (128, 64)
     for steps in ((128, 256), (128,), (64,)):
         if depth % steps[-1] == 0:

@@ -70,8 +70,9 @@ def generate(
     shared: Callable[[Config, Card], int] = Config.shared_bytes,
     sums: int = _MAX_SUMS,
 ) -> tuple[Config, ...]:
-    """The tiles of some sizes that a card can run, the larger first: with as
-    many stages as fit, also such that two share a multiprocessor.
+    """The tiles of some sizes that a card can run, the larger first, of equal
+    ones that with up to 64 sums in a thread: with as many stages as fit, also
+    such that two share a multiprocessor.
 
     ``shared`` computes the shared memory of a tile, ``sums`` limits those of a
     thread. Raises if there is none.
@@ -79,7 +80,7 @@ def generate(
     found: dict[Config, None] = {}
     largest = max(rows) * max(columns) // (32 * min(card.warps))
     least = min(sums // 4, largest)
-    for m, n, warps, k in product(rows, columns, card.warps[::-1], steps):
+    for m, n, warps, k in product(rows, columns, card.warps, steps):
         if not least <= m * n // (32 * warps) <= sums:
             continue
         if not card.allows(m, warps):
@@ -95,7 +96,12 @@ def generate(
             f"no tile of this kernel fits into {card.shared_bytes} bytes of "
             "shared memory; use backend: torch on this device"
         )
-    return tuple(found)
+
+    def order(tile: Config) -> tuple[int, int, bool]:
+        m, n, warps = tile.outline
+        return -m * n, -m, m * n > 64 * 32 * warps
+
+    return tuple(sorted(found, key=order))
 
 
 def rank(
