@@ -47,7 +47,8 @@ def results(report: dict) -> tuple[list[str], list[list[str]], list[int]]:
         rows.append([_ERRORS, *cells, ""])
         if entry.get("folder"):
             cells = _rates(entry["folder"], "WER")
-            rows.append(["WER % of folder", *cells, _GREEDY])
+            label = next(iter(rates(entry)))
+            rows.append([f"folder's {label} %", *cells, _GREEDY])
     if rows:
         headings.append(len(rows))
         rows.append(["Size and speed", "", "", ""])

@@ -485,7 +485,7 @@ def test_rates_of_the_folder_stand_beside_those_of_the_recipe(report, tmp_path):
     write_report(with_folder(report), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     greedily = "decoded greedily, unlike the recipe"
-    assert f"| WER % of folder | 2.91 | 2.96 | {greedily} |" in text
+    assert f"| folder's WER % | 2.91 | 2.96 | {greedily} |" in text
     (line,) = (x for x in summary_table(report).splitlines() if "folder" in x)
     assert "2.91" in line
     assert "2.96" in line
