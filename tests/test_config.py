@@ -473,3 +473,9 @@ def test_wrong_value_of_a_variant(changes, key):
 )
 def test_whose_transcripts_decide(block, expected):
     assert QuantizeConfig.from_dict(block).transcribed == expected
+
+
+def test_what_the_report_shows_decides_nothing():
+    hidden = QuantizeConfig.from_dict({"report": {"utterances": False}})
+    assert not hidden.report.utterances
+    assert hidden.settings() == QuantizeConfig().settings()

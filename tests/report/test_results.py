@@ -258,7 +258,7 @@ def test_built_report(tmp_path):
     histogram = Histogram()
     histogram.add(torch.arange(1000) / 1000)
     result = SetResult.pair(evaluation(FLOAT), evaluation(QUANTIZED))
-    report = build_report(
+    given = (
         plan,
         {"clean": result},
         {"enc": nn.Linear(3, 2), "lin": nn.Linear(2, 2), "other": nn.ReLU()},
@@ -267,6 +267,8 @@ def test_built_report(tmp_path):
         Execution("torch", "float16", 5_000_000, ["enc", "lin"], True),
         ["said"],
     )
+    report = build_report(*given)
+    assert "utterances" not in build_report(*given, utterances=False)
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
     modules = {"enc": "Linear", "lin": "Linear"}
     assert report["model"] == {"modules": modules, "parameters": 8 + 6}
