@@ -25,9 +25,14 @@ from ..runtimes.probe import Compute, Probe
 from ..runtimes.probe_make import evaluating, make_probe, weight_forms
 from ..runtimes.registry import check_options, select_options
 from ..runtimes.simulated import simulated_forwards
-from .errors import CheckpointError
+from .errors import CheckpointError, reading
 from .fill_modules import fill_modules
-from .module_state import set_hidden_state, split_state, training_buffers
+from .module_state import (
+    set_hidden_state,
+    split_state,
+    take_computed,
+    training_buffers,
+)
 from .runtime_slot import BuiltRuntime, RuntimeSlot
 from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
 
@@ -129,7 +134,9 @@ class LiveModules:
     ) -> None:
         """Fills the modules; ``read`` reads the same checkpoint again."""
         floats, state = split_state(checkpoint.floats)
-        floats = {**training_buffers(self.modules), **floats}
+        with reading(path, "does not fit the model", "make it again"):
+            computed = take_computed(self.modules, floats)
+        floats = {**training_buffers(self.modules), **computed, **floats}
         fill_modules(self.modules, checkpoint.integers, floats, path)
         set_hidden_state(self.modules, state, path)
         self._read, self._probe = read, checkpoint.probe

@@ -14,9 +14,14 @@ from speechbrain.utils import checkpoints
 from torch import nn
 
 from .errors import CheckpointError
+from .stored_floats import stored_float
 
 #: Prefix of the tensors in a file; no module parameter begins with it.
 PREFIX = ".state."
+#: Of buffers that are computed when a module is made.
+COMPUTED = ".computed."
+#: Smallest number of their values.
+_LEAST = 1024
 
 
 def hidden_state(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -47,9 +52,50 @@ def training_buffers(
     much as weights; a folder does without."""
     return {
         name: buffer
+        for name, buffer in _buffers(modules).items()
+        if name.endswith(".drop_masks")
+    }
+
+
+def computed_buffers(
+    modules: Mapping[str, nn.Module],
+    made: Mapping[str, nn.Module],
+    float_dtype: str,
+) -> dict[str, torch.Tensor]:
+    """Larger buffers, such as tables of positions, that newly ``made`` modules
+    compute to the same stored values, by name: a file holds the bits of these
+    values in the place of each."""
+    found, fresh = {}, _buffers(made)
+    for name, buffer in _buffers(modules).items():
+        if buffer.numel() < _LEAST or name not in fresh:
+            continue
+        one, two = (stored_float(x, float_dtype) for x in (buffer, fresh[name]))
+        if one.is_floating_point() and torch.equal(one, two):
+            bits = torch.tensor([8 * one.element_size()], dtype=torch.uint8)
+            found[name] = bits
+    return found
+
+
+def take_computed(
+    modules: Mapping[str, nn.Module], floats: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Takes out what :func:`computed_buffers` has noted; returns the buffers
+    of newly made modules, rounded as a file stores them."""
+    fresh, found = _buffers(modules), {}
+    for name in [x for x in floats if x.startswith(COMPUTED)]:
+        bits, own = floats.pop(name), name.removeprefix(COMPUTED)
+        if own not in fresh or bits.tolist() not in ([16], [32]):
+            raise ValueError(f"it has no buffer '{own}' to compute")
+        dtype = f"float{int(bits)}"
+        found[own] = stored_float(fresh[own], dtype).float()
+    return found
+
+
+def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {
+        name: buffer
         for key, module in modules.items()
         for name, buffer in module.named_buffers(prefix=key)
-        if name.endswith(".drop_masks")
     }
 
 

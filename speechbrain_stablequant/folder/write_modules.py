@@ -13,7 +13,12 @@ from ..core.integer_layer import IntegerLayer
 from ..core.plan import QuantizationPlan
 from ..runtimes.probe import Probe
 from ..utils.files import write_atomic
-from .module_state import hidden_state, training_buffers
+from .module_state import (
+    COMPUTED,
+    computed_buffers,
+    hidden_state,
+    training_buffers,
+)
 from .recognizer_spec import HYPERPARAMS_FILE
 from .stored_floats import float_state
 from .weights_file import save_checkpoint
@@ -102,11 +107,17 @@ def write_modules(
     backend: str,
 ) -> Probe | None:
     """As :func:`~.write.write_folder`, for an inference YAML."""
-    noise = training_buffers(modules)
-    floats = {**float_state(modules, integers), **hidden_state(modules)}
-    floats = {k: x for k, x in floats.items() if k not in noise}
     for name, content in source.files.items():
         write_atomic(folder / name, content)
+    floats = float_state(modules, integers)
+    made = _newly_made(source, folder)
+    computed = computed_buffers(modules, made, float_dtype)
+    kept = floats.keys() - training_buffers(modules).keys() - computed.keys()
+    floats = {
+        **{name: x for name, x in floats.items() if name in kept},
+        **{COMPUTED + k: x for k, x in computed.items() if k in floats},
+        **hidden_state(modules),
+    }
     save = [folder, plan, integers, floats, float_dtype, list(source.files)]
     checksum = save_checkpoint(*save)
     with torch.random.fork_rng([]):
@@ -116,6 +127,15 @@ def write_modules(
     text = source.hyperparams(checksum, backend)
     write_atomic(folder / HYPERPARAMS_FILE, text)
     return probe
+
+
+def _newly_made(source: ModulesSource, folder: Path) -> dict[str, nn.Module]:
+    """The folder's modules before they are filled."""
+    with torch.random.fork_rng([]):
+        loader = load_hyperpyyaml(source.hyperparams(None))["pretrainer"]
+        for module in loader.late:
+            module.build(folder)
+    return loader.named_modules()
 
 
 def load_modules(text: str, folder: Path):

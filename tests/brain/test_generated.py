@@ -6,6 +6,7 @@ import pytest
 import small_recipes as recipes
 import speechbrain.inference.ASR as interfaces
 import torch
+from safetensors.torch import load_file
 from small_recipes import CONFORMER, FEATURES, folder_of, transcripts
 from tiny_whisper import save_whisper
 from transformers import Wav2Vec2FeatureExtractor
@@ -15,6 +16,7 @@ from speechbrain_stablequant.brain.errors import NoFolderError
 from speechbrain_stablequant.brain.generated import loading_class
 from speechbrain_stablequant.brain.metrics import Row
 from speechbrain_stablequant.brain.rebuilt import check_texts, describe_modules
+from speechbrain_stablequant.folder.module_state import COMPUTED
 from speechbrain_stablequant.inference import LabelTokenizer
 
 CTC = ["CNN", "Transformer", "ctc_lin"]
@@ -66,6 +68,10 @@ def test_it_transcribes_as_the_recipe_does(family, tmp_path):
         source=tmp_path / "folder", overrides={"backend": "torch"}
     )
     assert transcripts(asr) == heard
+    names = load_file(tmp_path / "folder" / "model.safetensors")
+    tables = [name for name in names if name.endswith("positional_encoding.pe")]
+    assert all(name.startswith(COMPUTED) for name in tables)
+    assert tables or family != "transformer"
 
 
 class Scaled(recipes.Conformer):

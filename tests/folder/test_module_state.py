@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from speechbrain.lobes.models.transformer.Transformer import PositionalEncoding
 from speechbrain.processing.features import InputNormalization
 from torch import nn
 
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.module_state import (
+    COMPUTED,
+    computed_buffers,
     hidden_state,
     set_hidden_state,
     split_state,
+    take_computed,
 )
 
 
@@ -40,3 +44,25 @@ def test_statistics_of_another_model():
         set_hidden_state({"b": InputNormalization()}, state, "here")
     with pytest.raises(CheckpointError, match="that the model does not take"):
         set_hidden_state({"a": nn.Linear(2, 2)}, state, "here")
+
+
+def test_tables_of_positions_are_computed():
+    def made():
+        return {"a": nn.Sequential(PositionalEncoding(8, 200), nn.Linear(8, 8))}
+
+    modules, name = made(), "a.0.pe"
+    table = modules["a"][0].pe
+    for dtype, expected in (
+        ("float16", table.half().float()),
+        ("float32", table),
+    ):
+        found = computed_buffers(modules, made(), dtype)
+        assert list(found) == [name]
+        floats = {COMPUTED + name: found[name], "a.1.bias": torch.ones(8)}
+        taken = take_computed(made(), floats)
+        assert list(floats) == ["a.1.bias"]
+        assert torch.equal(taken[name], expected)
+    table[0, 3, 0] += 1
+    assert not computed_buffers(modules, made(), "float16")
+    with pytest.raises(ValueError, match=r"no buffer 'a\.1\.pe'"):
+        take_computed(made(), {f"{COMPUTED}a.1.pe": found[name]})
