@@ -61,6 +61,7 @@ from .run_runtime import (
     try_descriptions,
     try_probes,
 )
+from .train_log import log_results
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Evaluator:
                 run.results[test.name] = SetResult.pair(baseline, quantized)
                 if distributed.is_main():
                     run.write_report(self._environment, self.outputs)
+                    log_results(run, test.name)
         if len(self.runs) > 1 and distributed.is_main():
             with self.outputs.writing():
                 write_comparison(comparison(self.runs), self.folder)

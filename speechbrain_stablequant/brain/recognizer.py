@@ -22,6 +22,7 @@ from .dependencies import Dependencies, Kind, dataset_digest
 from .metrics import rate_of
 from .passes import evaluation_steps, first_tensor, tensors
 from .teacher_forcing import TeacherForcing, compared_outputs
+from .train_log import log_search
 
 # Of a set that ranks, where the encoder takes most of the time.
 _RANKING = 8
@@ -43,6 +44,7 @@ class BrainRecognizer:
     trainer: Trainer | None = None
     dependencies: Dependencies | None = None
     _keys: dict[tuple[str, Kind], str] = field(default_factory=dict)
+    _evaluations: int = 0
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -169,7 +171,11 @@ class BrainRecognizer:
                 _in_all(errors, len(measured), subset.rounds) > limit
             ):
                 break
-        return _score(measured, subset.count, limit)
+        found = _score(measured, subset.count, limit)
+        self._evaluations += 1
+        if found.complete and distributed.is_main():
+            log_search(self.brain, self._evaluations, found)
+        return found
 
 
 def _in_all(errors: int, done: int, rounds: int) -> int:

@@ -1,6 +1,7 @@
 """A recipe script that knows nothing of quantization, and a YAML block."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,14 +154,34 @@ def test_quantized_errors_are_those_of_the_report(evaluated):
         assert round(report["test"][name]["quantized"]["WER"], 2) == rate
 
 
-def test_nothing_saved_annealed_or_logged(trained, evaluated):
+def logged(output: Path) -> tuple[list[str], list[str]]:
+    """Lines of the recipe's train_logger: its own, and ours."""
+    text = (output / "train_log.txt").read_text(encoding="utf-8")
+    rows: tuple[list[str], list[str]] = ([], [])
+    for line in text.splitlines():
+        rows[line.startswith("quantize ")].append(line)
+    return rows
+
+
+def test_nothing_saved_or_annealed(trained, evaluated):
     output, _, before = evaluated
     assert contents(trained.save) == before
     assert not list(output.rglob("CKPT*"))
-    lines = (output / "train_log.txt").read_text(encoding="utf-8").splitlines()
     # One for each set: what the recipe itself wrote.
-    ended = (trained.output / "train_log.txt").read_text(encoding="utf-8")
-    assert lines == ended.splitlines()[-len(SETS) :]
+    assert logged(output)[0] == logged(trained.output)[0][-len(SETS) :]
+
+
+def test_search_and_results_are_logged(evaluated):
+    output, _, _ = evaluated
+    *search, clean, noisy = logged(output)[1]
+    assert search[0].startswith("quantize evaluation: 1 - valid search WER: ")
+    report = read(output / "quantized/report.json")
+    for name, line in (("clean", clean), ("noisy", noisy)):
+        found = dict(re.findall(r"test (.+?): ([-+.e\d]+)", line))
+        for model in ("float", "quantized"):
+            rate = report["test"][name][model]["WER"]
+            got = float(found[f"{name} {model} WER"])
+            assert got == pytest.approx(rate, abs=0.006)
 
 
 def test_null_switches_off(trained, tmp_path):
@@ -218,9 +239,7 @@ def test_training_and_quantization_at_once(trained, evaluated, tmp_path):
     assert finished.code == 0, finished.err
     check_report(output / "quantized")
     # The block changes nothing of the training: losses and learning rates.
-    assert (output / "train_log.txt").read_bytes() == (
-        trained.output / "train_log.txt"
-    ).read_bytes()
+    assert logged(output)[0] == logged(trained.output)[0]
     assert len(list((output / "save").glob("CKPT*"))) == 1
     # And the freshly trained model gets the plan of its checkpoint.
     plan = read(output / "quantized/plan.json")

@@ -1,0 +1,71 @@
+"""Which numbers the recipe's train_logger gets."""
+
+from types import SimpleNamespace
+
+import pytest
+from speechbrain.utils.train_logger import FileTrainLogger, TrainLogger
+
+from speechbrain_stablequant.brain.train_log import log_results, log_search
+from speechbrain_stablequant.core.error_rates import Transcript
+from speechbrain_stablequant.methods.search.score import Score
+from speechbrain_stablequant.report.results import Evaluation, SetResult
+
+
+class Recorder(TrainLogger):
+    """As TensorBoard's: whatever is logged is a number."""
+
+    def __init__(self):
+        self.rows = []
+
+    def log_stats(self, stats_meta, verbose=False, **stats):
+        (part,) = stats.values()
+        assert all(
+            float(x) >= 0 for x in [*stats_meta.values(), *part.values()]
+        )
+        self.rows.append((stats_meta, stats))
+
+
+def brain_with(train_logger):
+    return SimpleNamespace(hparams=SimpleNamespace(train_logger=train_logger))
+
+
+def evaluation(text, seconds):
+    return Evaluation([Transcript("a", "ONE TWO", text)], seconds, 10.0)
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_results(simulated):
+    recorder = Recorder()
+    result = SetResult(evaluation("ONE TWO", 4.0), evaluation("ONE", 2.0))
+    run = SimpleNamespace(
+        brain=brain_with(recorder),
+        name="w8",
+        results={"clean": result},
+        plan=SimpleNamespace(weight_bits=8, activation_bits=6),
+        execution=lambda: SimpleNamespace(simulated=simulated, size=2_000_000),
+    )
+    log_results(run, "clean")
+    ((meta, stats),) = recorder.rows
+    assert list(meta.values()) == [8, 6]
+    expected = {
+        "clean w8 float WER": 0.0,
+        "clean w8 quantized WER": 50.0,
+        "clean w8 quantized MB": 2.0,
+    }
+    if not simulated:
+        expected["clean w8 float real-time factor"] = 0.4
+        expected["clean w8 quantized real-time factor"] = 0.2
+    assert stats == {"test_stats": expected}
+
+
+def test_search_and_a_disk_that_is_full(tmp_path, caplog):
+    file = tmp_path / "log.txt"
+    log_search(brain_with(FileTrainLogger(str(file))), 3, Score(1, 4, 0.5))
+    assert file.read_text() == (
+        "quantize evaluation: 3 - valid search WER: 25.00\n"
+    )
+    # A folder cannot be written.
+    log_search(brain_with(FileTrainLogger(str(tmp_path))), 4, Score(1, 4, 0.5))
+    assert "train_logger: " in caplog.text
+    # Recipes without one, or with one of their own kind.
+    log_search(brain_with(None), 1, Score(1, 4, 0.5))
