@@ -121,6 +121,8 @@ def test_edges_of_what_is_allowed(key, values):
         ("search.treshold", "threshold"),
         ("search.cutoff", "cutoffs"),
         ("calibration.num_utterance", "num_utterances"),
+        ("threshold", "search.threshold"),
+        ("learn_scales", "qat.learn_scales"),
     ],
 )
 def test_unknown_key_with_a_suggestion(key, known):

@@ -142,8 +142,8 @@ def quantize(
     found = made if isinstance(made, dict) else {"": made}
     for name, row in found.items():
         click.echo(
-            f"{name or row.folder}: WER {row.float_wer:.2f} -> "
-            f"{row.quantized_wer:.2f} %, {row.folder}"
+            f"{name}{': ' * bool(name)}WER {row.float_wer:.2f} -> "
+            f"{row.quantized_wer:.2f} %; the model: {row.model}"
         )
 
 
@@ -151,7 +151,10 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         block = YAML(typ="safe").load(text)
     except YAMLError as error:
-        raise ValueError(f"--quantize: {one_line(error)}") from error
+        raise ValueError(
+            f"--quantize: {text} is no YAML ({one_line(error)}); write it as "
+            'in "{weight_bits: 6}"'
+        ) from error
     if not isinstance(block, dict):
         raise ValueError(
             f"--quantize: is no mapping: {text}; write it as in "
@@ -204,8 +207,8 @@ def inspect(path: Path, pattern: str | None) -> None:
     names = fnmatch.filter(names, pattern)
     if not names:
         raise ValueError(
-            f"--layer {pattern}: no layer of {path} has such a name, the first "
-            f"is {plan.layers[0].name}"
+            f"--layer {pattern}: no layer of {path} has such a name; the first "
+            f"is {plan.layers[0].name}, and *{pattern}* finds parts of names"
         )
     click.echo("\n\n".join(plans.layer(plan, name) for name in names))
 

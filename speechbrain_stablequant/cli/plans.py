@@ -19,7 +19,7 @@ def load(path: Path) -> QuantizationPlan:
 
 def units(plan: QuantizationPlan) -> str:
     """What was decided for each unit."""
-    rows = [["unit", "layers", "bits", "alone", "clipped at", "searched"]]
+    rows = [["unit", "layers", "bits", "alone", "percentile", "searched"]]
     measured = {unit.name: unit for unit in plan.units}
     for name in dict.fromkeys(row.unit for row in plan.layers):
         layers = [row for row in plan.layers if row.unit == name]
@@ -37,8 +37,12 @@ def units(plan: QuantizationPlan) -> str:
             ]
         )
     title = f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}"
-    explained = "alone: points of WER with this unit alone quantized by MAX"
-    lines = [title, columns(rows), explained]
+    explained = (
+        "alone: points of WER with this unit alone quantized by MAX\n"
+        "percentile: of the inputs' sizes, at which they are cut before the "
+        "scale is chosen"
+    )
+    lines = [title, columns(rows), explained, *_search(plan)]
     lines += [f"{x.name}: {x.executes}, {x.reason}" for x in plan.parts]
     if plan.weight_only:
         names = ", ".join(plan.weight_only)
@@ -52,21 +56,45 @@ def layer(plan: QuantizationPlan, name: str) -> str:
     rows = [("unit", found.unit), ("bits", _bits(found))]
     if found.quant is not None:
         rows += [
-            ("clipped at", f"{found.cutoff:g} %, {_range(found)}"),
+            ("percentile", _percentile(found.cutoff)),
+            ("range", _range(found)),
             ("observed", f"at most {found.observed_max:.4g}"),
         ]
     rows.append(("because", found.reason))
     width = max(len(key) for key, _ in rows)
     lines = [f"  {key.ljust(width)}  {value}" for key, value in rows]
     curve = [
-        f"  {point['cutoff']:g} %: WER "
-        f"{'' if point.get('complete', True) else 'above '}{point['wer']:.2f}"
+        f"  {point['cutoff']:g} %: {_rate(point)}"
         for unit in plan.units
         if unit.name == found.unit
         for point in unit.curve
         if point["wer"] is not None
     ]
-    return "\n".join([name, *lines, *curve])
+    return "\n".join([name, *lines, *curve, *_search(plan) * bool(curve)])
+
+
+def _percentile(cutoff: float) -> str:
+    return f"{cutoff:g} %" + ", nothing is cut" * (cutoff == 100)
+
+
+def _rate(point: dict) -> str:
+    """The WER of a percentile, or the bound at which it was given up."""
+    if point.get("complete", True):
+        return f"WER {point['wer']:.2f}"
+    return f"WER above {point['wer']:.2f}, stopped there"
+
+
+def _search(plan: QuantizationPlan) -> list[str]:
+    """What the rates of a search are to be compared with."""
+    found = plan.search
+    if "baseline_wer" not in found:
+        return []
+    line = f"float: WER {found['baseline_wer']:.2f} on the search set"
+    if "num_utterances" in found:
+        line += f" of {found['num_utterances']} utterances"
+    if found.get("selection") == "threshold":
+        line += f"; searched: units above {found['threshold']:+g} alone"
+    return [line]
 
 
 def _clipped(cutoffs: list[float]) -> str:
@@ -148,7 +176,7 @@ def _described(rows: dict, name: str) -> str:
     row = rows[name]
     if row.quant is None:
         return "float"
-    return f"{_bits(row)} {row.cutoff:g} % {_range(row)}"
+    return f"{_bits(row)} {_range(row)} (percentile {row.cutoff:g})"
 
 
 def _compared_reports(first: dict, second: dict) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..core.plan import PLAN_FILE
 from ..utils.files import parse_json, plain_name, read_file
 from ..utils.typed import option, short, typed
 from ..utils.yaml_tree import Tagged, parse_yaml
@@ -175,10 +176,12 @@ def read_spec(folder: Path) -> tuple[RecognizerSpec, str]:
             wrong = "describes no recognizer that is made from data alone"
             with reading(path, wrong, "copy or make the folder again"):
                 return read(read_file(path).decode("utf-8")), name
-    raise CheckpointError(
-        f"{path}: there is no such file; the run that wrote the folder says "
-        "in its report why it has no recognizer"
+    why = (
+        "the report of the run that wrote it says why"
+        if (folder / PLAN_FILE).exists()
+        else "give the folder `quantized` of a run, or its `model`"
     )
+    raise CheckpointError(f"{folder}: holds no quantized recognizer; {why}")
 
 
 def _spec_of_json(text: str) -> RecognizerSpec:
@@ -200,6 +203,10 @@ def spec_of_yaml(text: str) -> RecognizerSpec:
         raise ValueError(
             "its decoder is code; load it with the class of SpeechBrain that "
             f"{HYPERPARAMS_FILE} names in its first lines"
+        )
+    if "speechbrain_stablequant." not in text:
+        raise ValueError(
+            "it is of a float model, which `stablequant quantize` takes"
         )
     encoder = _tagged(raw, "encoder", _RECOGNIZER)
     loader = _tagged(raw, "pretrainer", _LOADER)

@@ -72,7 +72,8 @@ def model_card(
     ``interface`` is SpeechBrain's class for it; ``as_data``: whether
     ``speechbrain_stablequant.load`` takes it too.
     """
-    name = (origin.base_model or "Speech recognizer").rpartition("/")[2]
+    own = report.get("model", {}).get("name") or "Speech recognizer"
+    name = (origin.base_model or own).rpartition("/")[2]
     title = f"{name}, {report['title']}"
     rate = decisive_rate(report)
     results = [

@@ -144,6 +144,13 @@ def _draw_curve(
         floor = min(floor, baseline)
     at = [places[percentile] for percentile, _ in curve]
     axes.plot(at, rates, color=BLUE, marker="o", markersize=3, lw=1.2)
+    bounds = [
+        (places[point["cutoff"]], point["wer"])
+        for point in unit["curve"]
+        if point["wer"] is not None and not point.get("complete", True)
+    ]
+    if bounds:
+        axes.plot(*zip(*bounds, strict=True), "^", color=BLUE, markersize=5)
     chosen = dict(curve).get(unit["cutoff"])
     if chosen is not None:
         place = places[unit["cutoff"]]

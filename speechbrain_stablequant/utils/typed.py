@@ -162,7 +162,13 @@ def _dataclass(value: Any, kind: type, where: str) -> Any:
     known = {f.name: f for f in fields(kind) if f.init}
     for key in rows:
         if key not in known:
-            hint = unknown_key(key, list(known))
+            blocks = [
+                f"{name}.{key}"
+                for name, block in get_type_hints(kind).items()
+                if is_dataclass(block)
+                and any(part.name == key for part in fields(block))
+            ]
+            hint = unknown_key(key, blocks or list(known))
             raise ValueError(f"{inside(where, key)}: {hint}")
     for name, found in known.items():
         required = found.default is found.default_factory is MISSING

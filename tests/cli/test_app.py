@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from click.testing import CliRunner
 from quantized_folder import SETTINGS, write
 
+from speechbrain_stablequant.cli import plans
 from speechbrain_stablequant.cli.app import app, main
 from speechbrain_stablequant.cli.columns import columns
+from speechbrain_stablequant.core.plan import UnitPlan
 from speechbrain_stablequant.export import ENGINES
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.transcribe.load import load
@@ -130,9 +133,36 @@ def test_a_file_that_cannot_be_read_prints_nothing(folder, audio, capsys):
     command = ("transcribe", folder, missing, audio / "short.wav")
     code, out, err = run(capsys, *command, "--backend", "torch")
     assert code == 1
-    assert f"{missing}: there is no such audio file" in err
+    assert f"{missing}: there is no such; give an audio file" in err
     assert str(missing) not in out
     assert out.startswith(f"{audio / 'short.wav'}\t")
+    code, _, err = run(capsys, "transcribe", folder, audio)
+    assert f"{audio}: is a folder; give an audio file" in err
+    empty = audio / "empty.wav"
+    empty.touch()
+    code, _, err = run(capsys, "transcribe", folder, empty)
+    assert (code, err) == (1, f"stablequant: {empty}: the file is empty\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({}, "holds no quantized recognizer; give the folder `quantized`"),
+        ({"plan.json": "{}"}, "holds no quantized recognizer; the report of"),
+        (
+            {"hyperparams.yaml": "modules: {}\n"},
+            "it is of a float model, which `stablequant quantize` takes",
+        ),
+    ],
+)
+def test_a_folder_without_a_quantized_model(
+    files, line, audio, tmp_path, capsys
+):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, _, err = run(capsys, "transcribe", tmp_path, audio / "short.wav")
+    assert code == 1
+    assert line in err and len(err.splitlines()) == 1
 
 
 def test_two_files_of_one_name(folder, tmp_path, capsys):
@@ -158,6 +188,26 @@ def test_inspect(folder, capsys):
     code, out, _ = run(capsys, "inspect", folder, "--layer", name)
     assert out.startswith(f"{name}\n")
     assert plan["layers"][0]["reason"] in out
+
+
+def test_why_a_percentile_was_chosen(folder):
+    """The rates of all, what they are compared with, and which are bounds."""
+    plan = plans.load(folder)
+    name, unit = plan.layers[0].name, plan.layers[0].unit
+    curve = [
+        {"cutoff": 100.0, "wer": 6.81, "complete": True},
+        {"cutoff": 99.9, "wer": 6.66, "complete": False},
+    ]
+    search = {"baseline_wer": 6.5, "selection": "threshold", "threshold": 0.25}
+    units = [UnitPlan(unit, 6.81, 0.31, None, True, 100.0, curve)]
+    text = plans.layer(replace(plan, units=units, search=search), name)
+    rows = [row.strip() for row in text.splitlines()]
+    assert "percentile  100 %, nothing is cut" in rows
+    assert rows[-3:] == [
+        "100 %: WER 6.81",
+        "99.9 %: WER above 6.66, stopped there",
+        "float: WER 6.50 on the search set; searched: units above +0.25 alone",
+    ]
 
 
 def test_a_layer_that_is_not_there(folder, capsys):
@@ -249,7 +299,7 @@ def test_a_pretrained_source(tmp_path, monkeypatch, capsys):
         *("--quantize", "{method: mse, weight_bits: 6}", "--trust-source"),
     )
     assert code == 0
-    assert out == f"{tmp_path}: WER 5.04 -> 5.19 %, {tmp_path}\n"
+    assert out == f"WER 5.04 -> 5.19 %; the model: {tmp_path / 'model'}\n"
     assert seen["args"] == ("some/model", tmp_path, Path("out"))
     assert (seen["method"], seen["weight_bits"]) == ("mse", 6)
     assert seen["trust_source"] and seen["run_opts"] == {"device": "cuda"}
