@@ -173,7 +173,7 @@ class BrainRecognizer:
                 break
         found = _score(measured, subset.count, limit)
         self._evaluations += 1
-        if found.complete and distributed.is_main():
+        if found.complete:
             log_search(self.brain, self._evaluations, found)
         return found
 

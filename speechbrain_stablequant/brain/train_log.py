@@ -1,5 +1,6 @@
 """Progress and results in the recipe's own ``train_logger``."""
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from speechbrain.utils.train_logger import TrainLogger
 from ..core.error_rates import score
 from ..methods.search.score import Score
 from ..report.results import real_time_factors
+from ..utils import distributed
 from ..utils.typed import one_line
 
 if TYPE_CHECKING:
@@ -45,12 +47,15 @@ def log_results(run: "Run", name: str) -> None:
 
 
 def _log(brain: sb.Brain, meta: Mapping, **stats: Mapping) -> None:
-    """TensorBoard takes numbers only, as ``meta`` too."""
+    """By the main process. TensorBoard takes numbers only, as ``meta`` too."""
     found = getattr(getattr(brain, "hparams", None), "train_logger", None)
-    if not isinstance(found, TrainLogger):
+    if not (isinstance(found, TrainLogger) and distributed.is_main()):
         return
+    # SpeechBrain's own decorator would wait for the other processes, which
+    # are not here, or wait for this one in vain if it fails.
+    log_stats = inspect.unwrap(type(found).log_stats)
     try:
-        found.log_stats(dict(meta), **stats, verbose=False)
+        log_stats(found, dict(meta), **stats, verbose=False)
     except OSError as error:
         # A full disk does not end a search.
         logger.warning("train_logger: %s", one_line(error))
