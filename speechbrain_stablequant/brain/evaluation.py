@@ -111,8 +111,9 @@ class Evaluator:
                     self._quantize(run)
                 quantized = self._evaluate_quantized(run, baseline, test)
                 run.results[test.name] = SetResult.pair(baseline, quantized)
-                if distributed.is_main():
-                    run.write_report(self._environment, self.outputs)
+                if distributed.is_main() and run.write_report(
+                    self._environment, self.outputs
+                ):
                     log_results(run, test.name)
         if len(self.runs) > 1 and distributed.is_main():
             with self.outputs.writing():

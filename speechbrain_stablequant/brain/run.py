@@ -188,8 +188,9 @@ class Run:
 
     def write_report(
         self, environment: Mapping[str, Any], outputs: Outputs
-    ) -> None:
-        """Write the report, and print its summary."""
+    ) -> bool:
+        """Write the report, and print its summary; whether it could be
+        made."""
         origin = self.origin or _origin(self.modules)
         with outputs.writing():
             report = build_report(
@@ -210,7 +211,7 @@ class Run:
             write_report(report, self.folder)
             self._write_card(report, origin)
             print(f"report: {self.folder / 'report.html'}", flush=True)
-            return
+            return True
         # Reached if the report could not be made: its main figures at least.
         for name, result in self.results.items():
             rates = result.to_dict()
@@ -219,6 +220,7 @@ class Run:
                 f"{rates['quantized']['WER']:.2f} % quantized",
                 flush=True,
             )
+        return False
 
     def _write_card(self, report: dict, origin: Origin) -> None:
         """Write the card of a folder that loads."""
