@@ -165,6 +165,9 @@ def _run(question: dict) -> None:
         os.environ.update(question["variables"])
         sys.argv = question["argv"]
         sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        # As a new process would; the rest of it is there already.
+        path = question["variables"].get("PYTHONPATH")
+        sys.path[1:1] = path.split(os.pathsep) if path else []
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as error:

@@ -20,6 +20,7 @@ from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.folder.stored_floats import float_state
 from speechbrain_stablequant.folder.weights_file import save_checkpoint
 from speechbrain_stablequant.model.layers import find_layers
+from speechbrain_stablequant.simulation.observers import ResidualPeak
 
 FAMILIES = {
     "hubert": (HubertConfig, HubertForCTC),
@@ -116,7 +117,9 @@ def save_quantized(
         layer.module.register_forward_pre_hook(ranges[layer.name])
         for layer in layers
     ]
-    Recognizer(modules)(wavs)
+    residual = ResidualPeak([modules["wav2vec2"].model.encoder])
+    with residual.watch():
+        Recognizer(modules)(wavs)
     for hook in hooks:
         hook.remove()
     rows, integers = [], {}
@@ -129,7 +132,10 @@ def save_quantized(
                 layer.name, layer.unit, layer.kind, quant, amax, 100.0, ""
             )
         )
-    plan = QuantizationPlan("max", bits, bits, "", {}, {}, [], rows)
+    plan = QuantizationPlan(
+        *("max", bits, bits, "", {}, {}, [], rows),
+        residual_amax=residual.value,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     floats = float_state(modules, list(integers))
     save_checkpoint(folder, plan, integers, floats)

@@ -25,9 +25,11 @@ def run(starter) -> Callable[..., Finished]:
         script: str = "train.py",
         hparams: str = "hparams/quant.yaml",
         recipe: Path = RECIPE,
+        **variables: str,
     ) -> Finished:
         command = [script, hparams, "--output_folder", output]
-        return starter.run(*command, "--device", "cpu", *options, cwd=recipe)
+        command += ["--device", "cpu", *options]
+        return starter.run(*command, cwd=recipe, **variables)
 
     return start
 

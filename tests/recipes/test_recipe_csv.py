@@ -42,6 +42,6 @@ def test_debug_flags(row, run, few, tmp_path):
         hparams=ROOT / row["Hparam_file"],
         recipe=(ROOT / row["Script_file"]).parent,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     (names,) = re.findall(r"file_exists=\[(.+?)\]", row["test_debug_checks"])
     assert not [x for x in names.split(",") if not (output / x).is_file()]

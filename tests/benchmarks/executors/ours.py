@@ -23,9 +23,9 @@ from speechbrain_stablequant.utils.files import read_json
 
 def integer_modules(
     workload: Workload,
-) -> tuple[dict[str, nn.Module], dict[str, IntegerLayer]]:
+) -> tuple[dict[str, nn.Module], dict[str, IntegerLayer], float | None]:
     """Modules of the quantized model without the weights of their integer
-    layers, and these; as ``speechbrain_stablequant.inference`` does it, the
+    layers, these, and the peak of its residual stream; as ``speechbrain_stablequant.inference`` does it, the
     float weights never exist."""
     folder = workload.integer_folder
     checkpoint = load_checkpoint(folder)
@@ -37,17 +37,18 @@ def integer_modules(
         ),
     }
     fill_modules(modules, checkpoint.integers, checkpoint.floats, str(folder))
-    return modules, checkpoint.integers
+    return modules, checkpoint.integers, checkpoint.plan.residual_amax
 
 
 def _load(backend: str, workload: Workload, **options) -> Prepared:
     device = workload.options.device
-    modules, integers = integer_modules(workload)
+    modules, integers, peak = integer_modules(workload)
     modules = {key: module.to(device) for key, module in modules.items()}
     forwards = build_forwards(
         choose_backend(backend, device)[0],
         modules,
         {k: v.to(device) for k, v in integers.items()},
+        residual_amax=peak,
         **options,
     )
     for module, forward in forwards.items():

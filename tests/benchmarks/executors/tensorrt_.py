@@ -20,7 +20,7 @@ from .ours import integer_modules
 
 
 def _export(workload: Workload, path: Path) -> None:
-    modules, integers = integer_modules(workload)
+    modules, integers, _ = integer_modules(workload)
     (encoder,) = find_encoders(modules)
     integers = {name: layer.loaded() for name, layer in integers.items()}
     export_onnx(

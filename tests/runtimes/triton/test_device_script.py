@@ -97,11 +97,12 @@ def test_a_ceiling_that_was_not_measured(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_the_probe_on_tiles_in_the_interpreter(make_tiny_modules, tmp_path):
     """As the first call does it, with two tiles."""
-    write(tmp_path, make_tiny_modules("hubert-large"))
+    folder = tmp_path / "model"
+    write(folder, make_tiny_modules("hubert-large"))
     done = subprocess.run(
         [
             *(sys.executable, str(HERE / "every_tile.py")),
-            *(str(tmp_path), "--device", "cpu", "--rounds", "2"),
+            *(str(folder), "--device", "cpu", "--rounds", "2"),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

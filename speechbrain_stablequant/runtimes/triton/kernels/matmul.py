@@ -176,7 +176,9 @@ def _tiles(
     rows = (64, 32) if card.races else (128, 64)
     for steps in ((128, 256), (128,), (64,)):
         if depth % steps[-1] == 0:
-            return generate(card, rows, (256, 128, 64), steps)
+            # integers as float16 take more registers
+            sums = 128 if card.architecture.int8_pays else 64
+            return generate(card, rows, (256, 128, 64), steps, sums=sums)
     # the masks of a depth that no step divides take registers
     return generate(card, (64, 32), (64, 32), (64,))
 
