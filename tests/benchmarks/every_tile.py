@@ -35,7 +35,7 @@ class Forced(Tuner):
         return candidates[self.index % len(candidates)]
 
 
-def rounds(folder: str, device: str, limit: int) -> list[dict]:
+def rounds(folder: str, device: str, limit: int, dtype: str) -> list[dict]:
     """A row for each round: whether the probe passed, or why not."""
     rows, longest = [], 1
     while len(rows) < min(longest, limit):
@@ -43,7 +43,11 @@ def rounds(folder: str, device: str, limit: int) -> list[dict]:
         failure = None
         try:
             with mock.patch.object(build, "make_tuner", return_value=tuner):
-                load(folder, backend="triton", device=device)
+                recognizer = load(
+                    folder, "triton", device, backend_options={"dtype": dtype}
+                )
+                # the runtime is made, and the probe computed, by the first call
+                recognizer.transcribe_batch(torch.zeros(1, 16000))
         # whatever a compiler or a driver raises: the others go on
         except Exception as error:
             failure = str(error).strip().splitlines()[0]
@@ -59,12 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument(
+        "--dtype", default="auto", help="the interpreter needs float16"
+    )
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         sys.path.append(str(Path(__file__).resolve().parents[1]))
         importlib.import_module("triton_interpreter")
     torch.manual_seed(0)
-    rows = rounds(options.folder, options.device, options.rounds)
+    rows = rounds(options.folder, options.device, options.rounds, options.dtype)
     sys.exit(any(row["failure"] for row in rows))
 
 

@@ -25,8 +25,9 @@ def integer_modules(
     workload: Workload,
 ) -> tuple[dict[str, nn.Module], dict[str, IntegerLayer], float | None]:
     """Modules of the quantized model without the weights of their integer
-    layers, these, and the peak of its residual stream; as ``speechbrain_stablequant.inference`` does it, the
-    float weights never exist."""
+    layers, these, and the peak of its residual stream; as
+    ``speechbrain_stablequant.inference`` does it, the float weights never
+    exist."""
     folder = workload.integer_folder
     checkpoint = load_checkpoint(folder)
     config = read_json(folder / CONFIG_FILE, "encoder configuration")

@@ -103,6 +103,7 @@ def test_the_probe_on_tiles_in_the_interpreter(make_tiny_modules, tmp_path):
         [
             *(sys.executable, str(HERE / "every_tile.py")),
             *(str(folder), "--device", "cpu", "--rounds", "2"),
+            *("--dtype", "float16"),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
