@@ -390,7 +390,7 @@ def test_weights_of_seven_bits(quantized_folder, tmp_path):
 def test_folder_without_recognizer(quantized_folder, tmp_path):
     for name in ("hyperparams.yaml", "recognizer.json"):
         (quantized_folder / name).unlink()
-    with pytest.raises(ValueError, match=r"hyperparams.yaml: there is no"):
+    with pytest.raises(ValueError, match=r"holds no quantized recognizer"):
         export_folder(quantized_folder, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
