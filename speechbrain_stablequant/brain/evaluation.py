@@ -39,6 +39,7 @@ from .data import TestSet
 from .decoding import as_scored, same_text
 from .dependencies import Dependencies
 from .environment import environment
+from .loggers import log_results
 from .metrics import (
     counts_of,
     error_metrics,
@@ -61,7 +62,6 @@ from .run_runtime import (
     try_descriptions,
     try_probes,
 )
-from .train_log import log_results
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)

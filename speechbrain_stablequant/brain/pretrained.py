@@ -18,9 +18,9 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 
 from ..config import ConfigError
+from ..folder.card import Origin
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..folder.weights_file import MODEL_FOLDER
-from ..report.card import Origin
 from .attach import StableQuant
 from .block import read_block
 from .manifest import Manifest, ManifestError, Rows, named, read_manifest

@@ -19,10 +19,10 @@ from ..utils.files import identity
 from ..utils.store import Store
 from .data import Batches, dataset_of
 from .dependencies import Dependencies, Kind, dataset_digest
+from .loggers import log_search
 from .metrics import rate_of
 from .passes import evaluation_steps, first_tensor, tensors
 from .teacher_forcing import TeacherForcing, compared_outputs
-from .train_log import log_search
 
 # Of a set that ranks, where the encoder takes most of the time.
 _RANKING = 8

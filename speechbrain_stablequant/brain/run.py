@@ -14,6 +14,7 @@ from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.parts import Part, in_float
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
+from ..folder.card import CARD_FILE, Origin
 from ..folder.recognizer_spec import (
     HYPERPARAMS_FILE,
     RECOGNIZER_FILE,
@@ -29,9 +30,8 @@ from ..folder.write import write_folder
 from ..folder.write_modules import ModulesSource
 from ..model.layers import Layer, find_layers
 from ..report.build import build_report, float_size
-from ..report.card import CARD_FILE, Origin, model_card
 from ..report.comparison import variant_rows
-from ..report.render import write_report
+from ..report.render import render_card, write_report
 from ..report.results import Effort, Execution, SetResult, plan_key
 from ..report.tables import summary_table
 from ..runtimes.probe import Probe
@@ -152,9 +152,6 @@ class Run:
         self.model_folder.mkdir(exist_ok=True)
         (self.model_folder / CARD_FILE).unlink(missing_ok=True)
         remove_stale(self.model_folder)
-        # Earlier versions wrote the model beside the report.
-        for name in (WEIGHTS_FILE, HYPERPARAMS_FILE, RECOGNIZER_FILE):
-            (self.folder / name).unlink(missing_ok=True)
         with self.adjusted():
             self.probe = write_folder(
                 self.model_folder,
@@ -164,6 +161,9 @@ class Run:
                 self.config.float_dtype,
                 self.source,
             )
+        # Earlier versions wrote the model beside the report.
+        for name in (WEIGHTS_FILE, HYPERPARAMS_FILE, RECOGNIZER_FILE):
+            (self.folder / name).unlink(missing_ok=True)
 
     def remember_effort(self, seconds: float, trained: Sequence[str]) -> None:
         """Keep what making the plan took; ``trained``: utterances it used."""
@@ -228,7 +228,7 @@ class Run:
             return
         as_data = (self.model_folder / RECOGNIZER_FILE).is_file()
         interface = self.execution().interface
-        card = model_card(report, origin, interface, as_data)
+        card = render_card(report, origin, interface, as_data)
         write_atomic(self.model_folder / CARD_FILE, card)
 
 

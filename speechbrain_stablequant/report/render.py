@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..folder.card import Origin, card_header
 from ..utils.files import write_atomic, write_json
 from . import tables
 from .drawing import to_png, to_svg
@@ -45,6 +46,30 @@ def write_report(report: dict, folder: Path) -> list[Path]:
     for name, text in {"report.md": markdown, "report.html": html}.items():
         written.append(write_atomic(folder / name, text))
     return written
+
+
+def render_card(
+    report: dict, origin: Origin, interface: str, as_data: bool
+) -> str:
+    """The model card of a report's model.
+
+    ``interface`` is SpeechBrain's class for it; ``as_data``: whether
+    ``speechbrain_stablequant.load`` takes it too.
+    """
+    own = report.get("model", {}).get("name") or "Speech recognizer"
+    name = (origin.base_model or own).rpartition("/")[2]
+    title, rate = f"{name}, {report['title']}", decisive_rate(report)
+    return card_header(
+        title, origin, rate, report["test"], report["bits"]
+    ) + render(
+        "markdown",
+        "card.jinja",
+        report,
+        title=title,
+        origin=origin,
+        interface=interface,
+        as_data=as_data,
+    )
 
 
 def render(form: str, template: str, report: dict, **more: Any) -> str:

@@ -14,8 +14,9 @@ from ..utils.typed import one_line
 def naming(path: str | Path) -> Iterator[None]:
     """Context whose errors name a file."""
     if not Path(path).is_file():
-        wrong = "is a folder" if Path(path).is_dir() else "there is no such"
-        raise ValueError(f"{path}: {wrong}; give an audio file")
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: is a folder; give its audio files")
+        raise ValueError(f"{path}: there is no such audio file")
     if not Path(path).stat().st_size:
         raise ValueError(f"{path}: the file is empty")
     try:

@@ -133,11 +133,11 @@ def test_a_file_that_cannot_be_read_prints_nothing(folder, audio, capsys):
     command = ("transcribe", folder, missing, audio / "short.wav")
     code, out, err = run(capsys, *command, "--backend", "torch")
     assert code == 1
-    assert f"{missing}: there is no such; give an audio file" in err
+    assert f"{missing}: there is no such audio file" in err
     assert str(missing) not in out
     assert out.startswith(f"{audio / 'short.wav'}\t")
     code, _, err = run(capsys, "transcribe", folder, audio)
-    assert f"{audio}: is a folder; give an audio file" in err
+    assert f"{audio}: is a folder; give its audio files" in err
     empty = audio / "empty.wav"
     empty.touch()
     code, _, err = run(capsys, "transcribe", folder, empty)

@@ -12,8 +12,8 @@ from itertools import pairwise
 import pytest
 from huggingface_hub import ModelCard
 
+from speechbrain_stablequant.folder.card import Origin
 from speechbrain_stablequant.report import drawing, plots, render
-from speechbrain_stablequant.report.card import Origin, model_card
 from speechbrain_stablequant.report.comparison import _best_by_size
 from speechbrain_stablequant.report.format import (
     interval,
@@ -22,7 +22,11 @@ from speechbrain_stablequant.report.format import (
     signed,
     times,
 )
-from speechbrain_stablequant.report.render import escape_markdown, write_report
+from speechbrain_stablequant.report.render import (
+    escape_markdown,
+    render_card,
+    write_report,
+)
 from speechbrain_stablequant.report.tables import results, summary_table
 from speechbrain_stablequant.report.utterances import aligned
 from speechbrain_stablequant.utils.files import read_json
@@ -581,7 +585,7 @@ def test_card_is_read_as_it_was_meant(report, tmp_path):
         "---\nlicense: apache-2.0\nlanguage: [en]\nbase_model: a/base\n---\n"
     )
     origin = Origin.of(tmp_path, ["The references are the float model's."])
-    text = model_card(report, origin, "EncoderASR", True)
+    text = render_card(report, origin, "EncoderASR", True)
     card = ModelCard(text)
     data, (result,) = card.data, card.data.eval_results
     assert (data.license, data.language, data.base_model) == (
@@ -597,7 +601,7 @@ def test_card_is_read_as_it_was_meant(report, tmp_path):
     assert ["load(" in x or "EncoderASR" in x for x in codes] == [True, True]
     for code in codes:
         compile(code, "card", "exec")
-    only = model_card(report, Origin(), "WhisperASR", False)
+    only = render_card(report, Origin(), "WhisperASR", False)
     assert "speechbrain_stablequant.load" not in only
     assert "base_model" not in only and "license" not in only
 

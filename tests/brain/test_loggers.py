@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from speechbrain.utils.train_logger import FileTrainLogger, TrainLogger
 
-from speechbrain_stablequant.brain.train_log import log_results, log_search
+from speechbrain_stablequant.brain.loggers import log_results, log_search
 from speechbrain_stablequant.core.error_rates import Transcript
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.report.results import Evaluation, SetResult

@@ -16,8 +16,6 @@ from huggingface_hub import (
 from yaml import YAMLError
 
 from ..utils.typed import one_line
-from .format import decisive_rate
-from .render import render
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +62,15 @@ def _own_base(data: ModelCardData) -> str | None:
     return base if isinstance(base, str) else None
 
 
-def model_card(
-    report: Mapping[str, Any], origin: Origin, interface: str, as_data: bool
+def card_header(
+    title: str,
+    origin: Origin,
+    rate: str,
+    tests: Mapping[str, Mapping[str, Any]],
+    bits: Mapping[str, int],
 ) -> str:
-    """The card of a report's model.
-
-    ``interface`` is SpeechBrain's class for it; ``as_data``: whether
-    ``speechbrain_stablequant.load`` takes it too.
-    """
-    own = report.get("model", {}).get("name") or "Speech recognizer"
-    name = (origin.base_model or own).rpartition("/")[2]
-    title = f"{name}, {report['title']}"
-    rate = decisive_rate(report)
+    """The card's metadata, in YAML; ``rate``, ``tests`` and ``bits`` as in
+    the report."""
     results = [
         EvalResult(
             _TASK,
@@ -92,8 +87,9 @@ def model_card(
                 ],
             },
         )
-        for test, entry in report["test"].items()
+        for test, entry in tests.items()
     ]
+    precision = f"w{bits['weight']}a{bits['activation']}"
     data = ModelCardData(
         **origin.metadata,
         base_model=origin.base_model,
@@ -102,20 +98,6 @@ def model_card(
         library_name="speechbrain",
         pipeline_tag=_TASK,
         metrics=[rate.lower()],
-        tags=["speechbrain", "stablequant", "quantized", *_bits(report)],
+        tags=["speechbrain", "stablequant", "quantized", precision],
     )
-    text = render(
-        "markdown",
-        "card.jinja",
-        report,
-        title=title,
-        origin=origin,
-        interface=interface,
-        as_data=as_data,
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
-def _bits(report: Mapping[str, Any]) -> list[str]:
-    bits = report["bits"]
-    return [f"w{bits['weight']}a{bits['activation']}"]
+    return f"---\n{data.to_yaml()}\n---\n\n"
