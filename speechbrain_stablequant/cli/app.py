@@ -103,15 +103,10 @@ class _RecipeOrSource(click.Command):
     "--trust-source", is_flag=True, help="Let SOURCE execute its own code."
 )
 def quantize(
-    source: str = "",
-    manifest: Path | None = None,
-    output: Path | None = None,
-    block: str = "{}",
-    test_manifest: Path | None = None,
-    data_root: Path | None = None,
-    device: str = "cpu",
-    trust_source: bool = False,
     recipe: Sequence[str] = (),
+    block: str = "{}",
+    device: str = "cpu",
+    **options: Any,
 ) -> None:
     """Quantize a recipe's recognizer, or a pretrained one.
 
@@ -130,14 +125,7 @@ def quantize(
     from .. import quantize_pretrained
 
     made = quantize_pretrained(
-        source,
-        manifest,
-        output,
-        test_manifest=test_manifest,
-        data_root=data_root,
-        trust_source=trust_source,
-        run_opts={"device": device},
-        **_mapping(block),
+        **options, run_opts={"device": device}, **_mapping(block)
     )
     found = made if isinstance(made, dict) else {"": made}
     for name, row in found.items():

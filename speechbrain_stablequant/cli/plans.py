@@ -1,13 +1,25 @@
 """Plans and reports as text, and what differs between two."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import QuantizationPlan
-from .columns import columns
 
 _PLAN, _REPORT = "plan.json", "report.json"
+_CLIPPING = "clipping percentile"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [x.rjust(n) for x, n in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def load(path: Path) -> QuantizationPlan:
@@ -19,28 +31,26 @@ def load(path: Path) -> QuantizationPlan:
 
 def units(plan: QuantizationPlan) -> str:
     """What was decided for each unit."""
-    rows = [["unit", "layers", "bits", "alone", "percentile", "searched"]]
+    heads = ("unit", "layers", "bits", "alone", _CLIPPING, "searched")
+    rows = [list(heads)]
     measured = {unit.name: unit for unit in plan.units}
     for name in dict.fromkeys(row.unit for row in plan.layers):
         layers = [row for row in plan.layers if row.unit == name]
         unit = measured.get(name)
         delta = unit and unit.delta_wer
         alone = "" if delta is None else f"{delta:+.2f}"
-        rows.append(
-            [
-                name,
-                str(len(layers)),
-                " ".join(sorted({_bits(row) for row in layers})),
-                alone,
-                _clipped([row.cutoff for row in layers if row.quant]),
-                "yes" if unit and unit.selected else "no",
-            ]
-        )
+        bits = " ".join(sorted({_bits(row) for row in layers}))
+        cutoffs = [row.cutoff for row in layers if row.quant]
+        ends = sorted({min(cutoffs), max(cutoffs)}) if cutoffs else []
+        clipped = " to ".join(f"{x:g}" for x in ends) + " %" * bool(ends)
+        searched = "yes" if unit and unit.selected else "no"
+        row = [name, str(len(layers)), bits, alone, clipped, searched]
+        rows.append(row)
     title = f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}"
     explained = (
         "alone: points of WER with this unit alone quantized by MAX\n"
-        "percentile: of the inputs' sizes, at which they are cut before the "
-        "scale is chosen"
+        f"{_CLIPPING}: of the inputs' sizes, at which they are cut before "
+        "the scale is chosen"
     )
     lines = [title, columns(rows), explained, *_search(plan)]
     lines += [f"{x.name}: {x.executes}, {x.reason}" for x in plan.parts]
@@ -55,8 +65,9 @@ def layer(plan: QuantizationPlan, name: str) -> str:
     found = next(row for row in plan.layers if row.name == name)
     rows = [("unit", found.unit), ("bits", _bits(found))]
     if found.quant is not None:
+        whole = ", nothing is cut" * (found.cutoff == 100)
         rows += [
-            ("percentile", _percentile(found.cutoff)),
+            (_CLIPPING, f"{found.cutoff:g} %{whole}"),
             ("range", _range(found)),
             ("observed", f"at most {found.observed_max:.4g}"),
         ]
@@ -71,10 +82,6 @@ def layer(plan: QuantizationPlan, name: str) -> str:
         if point["wer"] is not None
     ]
     return "\n".join([name, *lines, *curve, *_search(plan) * bool(curve)])
-
-
-def _percentile(cutoff: float) -> str:
-    return f"{cutoff:g} %" + ", nothing is cut" * (cutoff == 100)
 
 
 def _rate(point: dict) -> str:
@@ -95,12 +102,6 @@ def _search(plan: QuantizationPlan) -> list[str]:
     if found.get("selection") == "threshold":
         line += f"; searched: units above {found['threshold']:+g} alone"
     return [line]
-
-
-def _clipped(cutoffs: list[float]) -> str:
-    """The percentiles at which the inputs of a unit's layers are clipped."""
-    ends = sorted({min(cutoffs), max(cutoffs)}) if cutoffs else []
-    return " to ".join(f"{x:g}" for x in ends) + " %" * bool(ends)
 
 
 def _bits(row: Any) -> str:
@@ -176,7 +177,7 @@ def _described(rows: dict, name: str) -> str:
     row = rows[name]
     if row.quant is None:
         return "float"
-    return f"{_bits(row)} {_range(row)} (percentile {row.cutoff:g})"
+    return f"{_bits(row)} {_range(row)} ({_CLIPPING} {row.cutoff:g})"
 
 
 def _compared_reports(first: dict, second: dict) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from .. import Recognizer, load
 from ..utils.typed import one_line
-from .columns import columns
+from .plans import columns
 
 _CPU = ("openvino", "torch_int8", "onnx")
 

@@ -82,6 +82,7 @@ def build_report(
     """
     keys = modules if execution.keys is None else execution.keys
     stored = {key: modules[key] for key in keys}
+    layers = _layers(plan, modules)
     report = {
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -106,8 +107,8 @@ def build_report(
         },
         "rtf": real_time_factors(results.values()),
         "account": account(plan, stored, execution.products),
-        "units": _units(plan, modules),
-        "layers": _layers(plan, modules),
+        "units": _units(plan, layers),
+        "layers": layers,
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -128,10 +129,8 @@ def build_report(
     return report
 
 
-def _units(
-    plan: QuantizationPlan, modules: Mapping[str, nn.Module]
-) -> list[dict]:
-    layers, rows = _layers(plan, modules), []
+def _units(plan: QuantizationPlan, layers: list[dict]) -> list[dict]:
+    rows = []
     for unit in plan.units:
         own = [x for x in layers if x["unit"] == unit.name]
         row = {"layers": len(own), "bits": sorted({x["bits"] for x in own})}
@@ -151,14 +150,10 @@ def _layers(
         bits = f"W{quant.weight_bits}" if quant else "float"
         if quant and not quant.weight_only:
             bits += f"A{quant.activation_bits}"
-        rows.append(
-            {
-                **{"name": layer.name, "unit": layer.unit, "bits": bits},
-                "parameters": numel,
-                "bytes": numel * (quant.weight_bits if quant else 32) / 8,
-                **{"cutoff": layer.cutoff, "why": layer.reason},
-            }
-        )
+        row = {"name": layer.name, "unit": layer.unit, "bits": bits}
+        size = numel * (quant.weight_bits if quant else 32) / 8
+        row |= {"parameters": numel, "bytes": size, "cutoff": layer.cutoff}
+        rows.append({**row, "why": layer.reason})
     return rows
 
 

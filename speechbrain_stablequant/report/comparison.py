@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.files import write_atomic, write_json
-from .drawing import GREY, new_figure, shorten, to_png, use_log_rates
-from .format import interval, number, signed
+from .plots import GREY, new_figure, shorten, to_png, use_log_rates
 from .results import Effort, Execution, SetResult, real_time_factors
+from .tables import interval, number, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,6 @@
 """Writes a report: JSON, plots, Markdown, and one self-contained HTML file."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..folder.card import Origin, card_header
 from ..utils.files import write_atomic, write_json
-from . import tables
-from .drawing import to_png, to_svg
-from .format import (
-    NOT_A_SPEED_CLAIM,
-    decisive_rate,
-    interval,
-    is_simulated,
-    number,
-    signed,
-)
-from .plots import FIGURES, draw_figures
-from .utterances import aligned, as_lines
+from . import tables, utterances
+from .plots import FIGURES, draw_figures, to_png, to_svg
 
 # Characters that Markdown or HTML would take for markup. Underscores inside
 # words are not markup, and most names have one.
@@ -58,7 +47,8 @@ def render_card(
     """
     own = report.get("model", {}).get("name") or "Speech recognizer"
     name = (origin.base_model or own).rpartition("/")[2]
-    title, rate = f"{name}, {report['title']}", decisive_rate(report)
+    title = f"{name}, {report['title']}"
+    rate = tables.decisive_rate(report)
     return card_header(
         title, origin, rate, report["test"], report["bits"]
     ) + render(
@@ -82,28 +72,11 @@ def render(form: str, template: str, report: dict, **more: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["markdown"] = escape_markdown
-    environment.globals.update(
-        NOT_A_SPEED_CLAIM=NOT_A_SPEED_CLAIM,
-        aligned=aligned,
-        as_lines=as_lines,
-        decisive_rate=decisive_rate,
-        interval=interval,
-        is_simulated=is_simulated,
-        number=number,
-        signed=signed,
-        tables=tables,
-        tone=tone,
-    )
+    environment.globals.update(tables=tables, utterances=utterances)
     text = environment.get_template(template).render(
         report=report, markup=f"{form}.jinja", **more
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def tone(ends: Sequence[float]) -> str:
-    """What a confidence interval of the WER's change supports."""
-    low, high = ends
-    return "bad" if low > 0 else "good" if high < 0 else "same"
 
 
 def escape_markdown(text: str) -> str:

@@ -15,7 +15,6 @@ from quantized_folder import SETTINGS, write
 
 from speechbrain_stablequant.cli import plans
 from speechbrain_stablequant.cli.app import app, main
-from speechbrain_stablequant.cli.columns import columns
 from speechbrain_stablequant.core.plan import UnitPlan
 from speechbrain_stablequant.export import ENGINES
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
@@ -202,7 +201,7 @@ def test_why_a_percentile_was_chosen(folder):
     units = [UnitPlan(unit, 6.81, 0.31, None, True, 100.0, curve)]
     text = plans.layer(replace(plan, units=units, search=search), name)
     rows = [row.strip() for row in text.splitlines()]
-    assert "percentile  100 %, nothing is cut" in rows
+    assert "clipping percentile  100 %, nothing is cut" in rows
     assert rows[-3:] == [
         "100 %: WER 6.81",
         "99.9 %: WER above 6.66, stopped there",
@@ -284,8 +283,8 @@ def test_a_pretrained_source(tmp_path, monkeypatch, capsys):
 
     seen = {}
 
-    def stand_in(*args, **options):
-        seen.update(options, args=args)
+    def stand_in(**options):
+        seen.update(options)
         return speechbrain_stablequant.QuantizedSource(
             tmp_path, tmp_path / "report.json", 5.04, 5.19
         )
@@ -300,7 +299,8 @@ def test_a_pretrained_source(tmp_path, monkeypatch, capsys):
     )
     assert code == 0
     assert out == f"WER 5.04 -> 5.19 %; the model: {tmp_path / 'model'}\n"
-    assert seen["args"] == ("some/model", tmp_path, Path("out"))
+    given = seen["source"], seen["manifest"], seen["output"]
+    assert given == ("some/model", tmp_path, Path("out"))
     assert (seen["method"], seen["weight_bits"]) == ("mse", 6)
     assert seen["trust_source"] and seen["run_opts"] == {"device": "cuda"}
 
@@ -336,4 +336,6 @@ def test_benchmark(folder, capsys):
 
 
 def test_columns():
-    assert columns([["a", "b"], ["long", "1.5"]]) == "a       b\nlong  1.5"
+    assert (
+        plans.columns([["a", "b"], ["long", "1.5"]]) == "a       b\nlong  1.5"
+    )

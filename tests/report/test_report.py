@@ -13,21 +13,22 @@ import pytest
 from huggingface_hub import ModelCard
 
 from speechbrain_stablequant.folder.card import Origin
-from speechbrain_stablequant.report import drawing, plots, render
+from speechbrain_stablequant.report import plots, render
 from speechbrain_stablequant.report.comparison import _best_by_size
-from speechbrain_stablequant.report.format import (
-    interval,
-    number,
-    percent,
-    signed,
-    times,
-)
 from speechbrain_stablequant.report.render import (
     escape_markdown,
     render_card,
     write_report,
 )
-from speechbrain_stablequant.report.tables import results, summary_table
+from speechbrain_stablequant.report.tables import (
+    interval,
+    number,
+    percent,
+    results,
+    signed,
+    summary_table,
+    times,
+)
 from speechbrain_stablequant.report.utterances import aligned
 from speechbrain_stablequant.utils.files import read_json
 
@@ -82,7 +83,7 @@ def remembered(name, draw, report):
     keys = ("units", "histograms", "search", "test")
     key = name, draw, json.dumps([report.get(key) for key in keys])
     if key not in DRAWN:
-        DRAWN[key] = getattr(drawing, name)(draw, report)
+        DRAWN[key] = getattr(plots, name)(draw, report)
     return DRAWN[key]
 
 
@@ -214,6 +215,7 @@ def test_all_forms_state_the_same_numbers(report, tmp_path):
             "2,620 utterances",
             "4.00x smaller",
             "2.00x faster",
+            "Clipping percentile",
             "99.99",
             "256",
             "0.25",

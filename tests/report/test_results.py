@@ -25,7 +25,6 @@ from speechbrain_stablequant.report.comparison import (
     variant_rows,
     write_comparison,
 )
-from speechbrain_stablequant.report.format import interval
 from speechbrain_stablequant.report.render import write_report
 from speechbrain_stablequant.report.results import (
     Effort,
@@ -33,6 +32,7 @@ from speechbrain_stablequant.report.results import (
     Execution,
     SetResult,
 )
+from speechbrain_stablequant.report.tables import interval
 from speechbrain_stablequant.utils.files import read_json
 from speechbrain_stablequant.utils.store import Store
 
