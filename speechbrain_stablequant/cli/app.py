@@ -22,7 +22,13 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _PATH = click.Path(exists=True, path_type=Path)
 _BACKENDS = ("auto", "openvino", "torch_int8", "onnx", "triton", "torch")
 
-_ENGINES = ("onnxruntime", "openvino", "sherpa-onnx", "transformers.js")
+_ENGINES = (
+    "onnxruntime",
+    "openvino",
+    "sherpa-onnx",
+    "tensorrt",
+    "transformers.js",
+)
 
 _EXITS = """\b
 Exit codes: 0 done; 1 refused or failed, with one line on the standard error;
@@ -306,11 +312,12 @@ def transcribe(
 @click.option(
     "--weight-range",
     type=click.Choice(["7", "8"]),
-    default="7",
-    show_default=True,
-    help="Bits of weights; 8 saturates on x86 CPUs without VNNI.",
+    help="Bits of weights; 8 saturates on x86 CPUs without VNNI.  [default: 7, "
+    "for tensorrt 8]",
 )
-def export(folder: Path, out: Path, target: str, weight_range: str) -> None:
+def export(
+    folder: Path, out: Path, target: str, weight_range: str | None
+) -> None:
     """Write the folder that another engine loads, without torch there.
 
     Its README.md shows how it is used.
@@ -320,7 +327,7 @@ def export(folder: Path, out: Path, target: str, weight_range: str) -> None:
     """
     from ..export import export_for
 
-    made = export_for(folder, out, target, int(weight_range))
+    made = export_for(folder, out, target, weight_range and int(weight_range))
     size = sum(x.stat().st_size for x in made.rglob("*") if x.is_file())
     click.echo(f"{made}: {size / 1e6:.1f} MB, see {made / 'README.md'}")
 

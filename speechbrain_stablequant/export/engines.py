@@ -1,7 +1,7 @@
 """Exports a quantized folder to the folder that an engine loads.
 
 To add an engine, write a module with a function that takes a :class:`Model`
-and a folder, and returns the lines of code that use it, and a line in
+and a folder, and returns Markdown that shows its use, and a line in
 ``ENGINES``.
 """
 
@@ -9,7 +9,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import onnxruntime_, openvino_, sherpa_onnx_, transformers_js
+from . import (
+    onnxruntime_,
+    openvino_,
+    sherpa_onnx_,
+    tensorrt_,
+    transformers_js,
+)
 from .model import Model
 
 #: What writes the folder of each engine.
@@ -17,17 +23,16 @@ ENGINES: dict[str, Callable[[Model, Path], str]] = {
     "onnxruntime": onnxruntime_.write,
     "openvino": openvino_.write,
     "sherpa-onnx": sherpa_onnx_.write,
+    "tensorrt": tensorrt_.write,
     "transformers.js": transformers_js.write,
 }
 
 _README = """# {name}, for {target}
 
-Weights of {bits} bits and activations of 8, quantized by
+Weights of {bits} bits and activations of {activations}, quantized by
 speechbrain_stablequant. {exact}
 
-```{language}
-{code}
-```
+{use}
 """
 _EXACT = {
     7: "With weights of 7 bits no sum of products saturates.",
@@ -37,7 +42,10 @@ _EXACT = {
 
 
 def export_for(
-    folder: str | Path, out: str | Path, target: str, weight_range: int = 7
+    folder: str | Path,
+    out: str | Path,
+    target: str,
+    weight_range: int | None = None,
 ) -> Path:
     """Write the folder that an engine loads, without torch or SpeechBrain.
 
@@ -50,9 +58,10 @@ def export_for(
         none yet.
     target : str
         One of ``ENGINES``.
-    weight_range : int
+    weight_range : int, optional
         Bits of weights, 7 or 8. Engines add up products of 8 bits in 16 on x86
-        CPUs without VNNI, which saturates in silence.
+        CPUs without VNNI, which saturates in silence. By default 7, and 8 for
+        tensorrt.
 
     Returns
     -------
@@ -71,10 +80,13 @@ def export_for(
     >>> export_for("quantized", "out", "phone")
     Traceback (most recent call last):
     ValueError: target: 'phone' is none of onnxruntime, openvino, sherpa-onnx, \
-transformers.js
+tensorrt, transformers.js
     """
     if target not in ENGINES:
         raise ValueError(f"target: '{target}' is none of {', '.join(ENGINES)}")
+    on_gpu = target == "tensorrt"
+    if weight_range is None:
+        weight_range = 8 if on_gpu else 7
     if weight_range not in _EXACT:
         raise ValueError(f"weight_range: {weight_range} is neither 7 nor 8")
     out = Path(out)
@@ -85,14 +97,14 @@ transformers.js
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         made = Path(place) / out.name
         made.mkdir()
-        code = ENGINES[target](model, made)
+        use = ENGINES[target](model, made)
         text = _README.format(
             name=out.name,
             target=target,
             bits=min(weight_range, model.bits),
-            exact=_EXACT[weight_range] if model.bits == 8 else "",
-            language="js" if target == "transformers.js" else "python",
-            code=code,
+            activations=model.activation_bits,
+            exact="" if on_gpu or model.bits < 8 else _EXACT[weight_range],
+            use=use,
         )
         (made / "README.md").write_text(text, encoding="utf-8")
         made.rename(out)

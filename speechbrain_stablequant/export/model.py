@@ -8,6 +8,11 @@ from pathlib import Path
 from .onnx_file import described, export_folder
 
 
+def fenced(language: str, code: str) -> str:
+    """A code block of Markdown."""
+    return f"```{language}\n{code}\n```"
+
+
 @dataclass(frozen=True)
 class Model:
     """A quantized folder.
@@ -33,6 +38,11 @@ class Model:
         return self._described.model.plan.weight_bits
 
     @property
+    def activation_bits(self) -> int:
+        """Bits of the activations of the plan."""
+        return self._described.model.plan.activation_bits
+
+    @property
     def sample_rate(self) -> int:
         """In Hz."""
         return self._described.spec.sample_rate
@@ -52,6 +62,11 @@ class Model:
         """What each output stands for; one without a label is its index."""
         found = self._described.labels
         return [x or f"<{i}>" for i, x in enumerate(found)]
+
+    def lopsided(self) -> str | None:
+        """A layer whose input has a zero point."""
+        layers = self._described.model.integers().values()
+        return next((x.name for x in layers if x.activation_offset), None)
 
     def write(
         self,

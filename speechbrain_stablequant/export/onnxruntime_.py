@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .model import Model
+from .model import Model, fenced
 
 _CODE = """import itertools, json
 import onnxruntime, soundfile
@@ -16,7 +16,7 @@ print("".join(known["labels"][i] for i in best if i != known["blank"]))"""
 
 
 def write(model: Model, folder: Path) -> str:
-    """Write the folder; returns code that uses it."""
+    """Write the folder; returns Markdown that shows its use."""
     model.write(folder / "model.onnx")
     model.write_labels(folder / "labels.json")
-    return _CODE.format(rate=model.sample_rate)
+    return fenced("python", _CODE.format(rate=model.sample_rate))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .model import Model
+from .model import Model, fenced
 
 _CODE = """import itertools, json
 import openvino, soundfile
@@ -16,7 +16,7 @@ print("".join(known["labels"][i] for i in best if i != known["blank"]))"""
 
 
 def write(model: Model, folder: Path) -> str:
-    """Write the folder; returns code that uses it."""
+    """Write the folder; returns Markdown that shows its use."""
     try:
         import openvino
     except ImportError as error:
@@ -30,4 +30,4 @@ def write(model: Model, folder: Path) -> str:
     openvino.save_model(converted, folder / "model.xml", compress_to_fp16=False)
     graph.unlink()
     model.write_labels(folder / "labels.json")
-    return _CODE.format(rate=model.sample_rate)
+    return fenced("python", _CODE.format(rate=model.sample_rate))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .model import Model
+from .model import Model, fenced
 
 _CODE = """import sherpa_onnx, soundfile
 
@@ -19,7 +19,7 @@ _BLANK, _SPACE = "<blk>", "\u2581"
 
 
 def write(model: Model, folder: Path) -> str:
-    """Write the folder; returns code that uses it."""
+    """Write the folder; returns Markdown that shows its use."""
     if model.blank != 0:
         raise ValueError(
             f"{model.folder}: sherpa-onnx needs CTC's blank at index 0, here "
@@ -39,4 +39,4 @@ def write(model: Model, folder: Path) -> str:
     labels = [_BLANK, *(x.replace(" ", _SPACE) for x in model.labels[1:])]
     rows = [f"{label} {index}\n" for index, label in enumerate(labels)]
     (folder / "tokens.txt").write_text("".join(rows), encoding="utf-8")
-    return _CODE
+    return fenced("python", _CODE)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .model import Model
+from .model import Model, fenced
 
 _CODE = """import { pipeline, env } from "@huggingface/transformers";
 
@@ -21,7 +21,7 @@ _BLANK, _UNKNOWN, _DELIMITER = "<pad>", "<unk>", "|"
 
 
 def write(model: Model, folder: Path) -> str:
-    """Write the folder; returns code that uses it."""
+    """Write the folder; returns Markdown that shows its use."""
     (folder / "onnx").mkdir()
     model.write(
         folder / "onnx" / "model_quantized.onnx",
@@ -55,7 +55,7 @@ def write(model: Model, folder: Path) -> str:
         text = json.dumps(row, ensure_ascii=False, indent=1)
         (folder / name).write_text(f"{text}\n", encoding="utf-8")
     code = _CODE.replace("NAME", folder.name)
-    return code.replace("RATE", str(model.sample_rate))
+    return fenced("js", code.replace("RATE", str(model.sample_rate)))
 
 
 def _tokenizer(model: Model) -> dict[str, Any]:

@@ -208,6 +208,8 @@ class Graph:
         return self.add(
             "Conv",
             inputs,
+            # TensorRT's parser does not infer it from dequantized weights.
+            kernel_shape=[layer.weight.shape[-1]],
             strides=[layer.stride],
             pads=[layer.padding] * 2,
             dilations=[layer.dilation],

@@ -36,6 +36,10 @@ def _engine(path: Path, shape: tuple[int, ...]):
     """The engine of a file for inputs of one shape."""
     import tensorrt
 
+    if not hasattr(tensorrt.BuilderFlag, "FP16"):
+        raise RuntimeError(
+            "tensorrt: from version 11 on all but int8 would be float32"
+        )
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
     network = builder.create_network(0)
