@@ -117,11 +117,12 @@ class EncoderSpec:
             blocks=tuple(changed(b, _BLOCK_LAYERS) for b in self.blocks),
         )
 
-    def frames(self, samples: int) -> int:
+    def conv_geometry(self) -> list[tuple[int, int]]:
         convs = [stage.conv for stage in self.convs]
-        return conv_frames(
-            samples, [(conv.weight.shape[-1], conv.stride) for conv in convs]
-        )
+        return [(conv.weight.shape[-1], conv.stride) for conv in convs]
+
+    def frames(self, samples: int) -> int:
+        return conv_frames(samples, self.conv_geometry())
 
 
 def _unsupported(where: str, what: str, known: str = "") -> ValueError:

@@ -18,6 +18,11 @@ class Leaf:
     #: The constant; of a tensor its values if they are few, or its one value.
     value: Any = None
 
+    @property
+    def free(self) -> list[int]:
+        """Axes that are of any length."""
+        return [*([0] if self.batched else []), *self.dynamic]
+
 
 @dataclass(frozen=True)
 class Part:

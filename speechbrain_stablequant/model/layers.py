@@ -126,6 +126,13 @@ def conv_frames(samples: int, geometry: Iterable[tuple[int, int]]) -> int:
     return samples
 
 
+def conv_samples(frames: int, geometry: Sequence[tuple[int, int]]) -> int:
+    """Number of samples that give so many frames."""
+    for kernel, stride in reversed(geometry):
+        frames = (frames - 1) * stride + kernel
+    return frames
+
+
 def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
     """Finds wav2vec 2.0 and HuBERT models, each once, under its first key."""
     encoders: dict[int, Encoder] = {}
@@ -347,8 +354,6 @@ def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
 
 def min_samples(modules: Mapping[str, nn.Module]) -> int:
     """Samples that give one frame of the first encoder; 1 without one."""
-    samples = 1
-    for encoder in find_encoders(modules)[:1]:
-        for kernel, stride in reversed(encoder.conv_geometry()):
-            samples = (samples - 1) * stride + kernel
-    return samples
+    for encoder in find_encoders(modules):
+        return conv_samples(1, encoder.conv_geometry())
+    return 1

@@ -16,6 +16,7 @@ from ..model.layers import Encoder, find_encoders
 from ..utils import forks
 from . import simulated
 from .base import (
+    LayerExecutor,
     Runtime,
     encoder_forward,
     in_own_precision,
@@ -87,23 +88,18 @@ def build_forwards(
             forwards[encoder.model] = in_own_precision(execute)
             for layer in spec.layers():
                 heads.pop(layer.name, None)
-    planes = _take_planes(heads)
-    if runtime.layer == Runtime.layer:
-        runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
-        heads = heads_with_algorithms(heads, runner)
-    make_layer = load_function(runtime.layer)
-    made = {name: make_layer(layer) for name, layer in heads.items()}
-    made |= {n: simulated.make_layer(layer) for n, layer in planes.items()}
+    made = _made_layers(runtime.layer, heads)
     rest = {name: in_own_precision(forward) for name, forward in made.items()}
     return {**forwards, **layer_forwards(modules, rest)}
 
 
-def _take_planes(layers: dict[str, IntegerLayer]) -> dict[str, IntegerLayer]:
-    """Removes and returns the two-dimensional convolutions, which no runtime
-    multiplies in integers."""
+def _made_layers(
+    reference: str, layers: Mapping[str, IntegerLayer]
+) -> dict[str, LayerExecutor]:
+    """Executors of layers outside of encoders; two-dimensional convolutions,
+    which no runtime multiplies in integers, are simulated."""
     planes = {n: x for n, x in layers.items() if x.kind == "conv2d"}
-    for name in planes:
-        del layers[name]
+    layers = {n: x for n, x in layers.items() if n not in planes}
     if planes:
         logger.warning(
             "%s (%d layers): two-dimensional convolutions are computed in "
@@ -111,7 +107,12 @@ def _take_planes(layers: dict[str, IntegerLayer]) -> dict[str, IntegerLayer]:
             next(iter(planes)),
             len(planes),
         )
-    return planes
+    if reference == Runtime.layer:
+        runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
+        layers = heads_with_algorithms(layers, runner)
+    make_layer = load_function(reference)
+    made = {name: make_layer(layer) for name, layer in layers.items()}
+    return made | {n: simulated.make_layer(x) for n, x in planes.items()}
 
 
 def _forwards_of_parts(
@@ -149,23 +150,16 @@ class _InPlace:
 
     def __init__(self, layer: IntegerLayer):
         self._layer = layer
-        self._forward: Callable | None = None
+        self._forward: LayerExecutor | None = None
 
     def __deepcopy__(self, memo: dict) -> "_InPlace":
         return self
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._forward is None:
-            self._forward = self._made()
+            layers = {self._layer.name: self._layer}
+            (self._forward,) = _made_layers(Runtime.layer, layers).values()
         return self._forward(x)
-
-    def _made(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        rows = {self._layer.name: self._layer}
-        for layer in _take_planes(rows).values():
-            return simulated.make_layer(layer)
-        runner = load_function(RUNTIMES["torch_int8"].layer_runner)()
-        (layer,) = heads_with_algorithms(rows, runner).values()
-        return load_function(Runtime.layer)(layer)
 
 
 def executed_form(backend: str, cpu: CpuClass | None = None) -> str:

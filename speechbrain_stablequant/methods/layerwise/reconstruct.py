@@ -41,19 +41,8 @@ class Solve(Protocol):
         gram: torch.Tensor,
         cross: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers, int8 [out, inputs], and their float32 scales [out].
-
-        Arguments
-        ---------
-        weight : torch.Tensor
-            float32 [out, inputs].
-        bits : int
-            Bits of the integers.
-        method : str
-            Calibrator of their scales.
-        gram, cross : torch.Tensor
-            E[q q'] and E[x q'].
-        """
+        """Integers, int8 [out, inputs], and their float32 scales [out], of
+        float32 rows [out, inputs]; ``gram`` and ``cross``: E[q q'], E[x q']."""
 
 
 @dataclass

@@ -81,20 +81,10 @@ class Evaluate(Protocol):
         give_up_above: int | None = None,
         label: str = "",
     ) -> Score:
-        """Measures.
-
-        Arguments
-        ---------
-        quants : Mapping
-            LayerQuant by layer name; all others are float.
-        start : str or None
-            First unit that differs from previous evaluations: a hint to
-            reuse the activations of earlier units.
-        give_up_above : int or None
-            Word errors above which the evaluation may give up.
-        label : str
-            For the journal and the progress bar.
-        """
+        """Measures. ``start``, the first unit that differs from previous
+        evaluations, is a hint to reuse the activations of earlier ones; above
+        ``give_up_above`` word errors it may give up; ``label`` is for the
+        journal and the progress bar."""
 
 
 def check_float_wer(

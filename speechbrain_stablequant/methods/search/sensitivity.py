@@ -25,16 +25,6 @@ def select_units(
 
     ``units``: for each unit, in network order, its layers without clipping.
     Returns the float model's score and the units in that order.
-
-    Example
-    -------
-    >>> def measure(quants, start=None, give_up_above=None, label=""):
-    ...     return Score(errors=5 + 3 * ("a" in quants), words=100, loss=1.0)
-    >>> quant = LayerQuant(8, 8, 1.0)
-    >>> _, found = select_units({"u": {"a": quant}, "v": {"b": quant}},
-    ...     measure, SearchConfig(threshold=0.25))
-    >>> [(unit.name, unit.delta_wer, unit.selected) for unit in found]
-    [('u', 3.0, True), ('v', 0.0, False)]
     """
     baseline = evaluate({}, label="float")
     found = []

@@ -88,9 +88,8 @@ def _fits(value: Any, leaf: Leaf) -> bool:
         return False
     if _dtype(value) != leaf.dtype:
         return False
-    free = {*leaf.dynamic, *([0] if leaf.batched else [])}
     return all(
-        axis in free or size == value.shape[axis]
+        axis in leaf.free or size == value.shape[axis]
         for axis, size in enumerate(leaf.shape)
     )
 

@@ -122,7 +122,10 @@ def capture(
                 flat, example_input=tensors, extension=sites.extensions
             )
         else:
-            axes = tuple(_auto_axes(signature))
+            axes = tuple(
+                dict.fromkeys(leaf.free, torch.export.Dim.AUTO)
+                for leaf in signature.inputs
+            )
             program = torch.export.export(
                 flat, tensors, dynamic_shapes=(axes,), strict=False
             )
@@ -133,17 +136,10 @@ def capture(
     for leaf, parameter in zip(
         signature.inputs, model.get_parameters(), strict=True
     ):
-        free = {*leaf.dynamic, *([0] if leaf.batched else [])}
-        sizes = [-1 if i in free else n for i, n in enumerate(leaf.shape)]
+        sizes = [-1 if i in leaf.free else n for i, n in enumerate(leaf.shape)]
         parameter.set_partial_shape(ov.PartialShape(sizes))
     model.validate_nodes_and_infer_types()
     return Captured(model, outputs)
-
-
-def _auto_axes(signature: Signature) -> Iterator[dict[int, Any]]:
-    for leaf in signature.inputs:
-        free = [*([0] if leaf.batched else []), *leaf.dynamic]
-        yield dict.fromkeys(free, torch.export.Dim.AUTO)
 
 
 @contextmanager
@@ -225,31 +221,11 @@ def capture_part(
     sites: Iterable[str],
     read: Sequence[int] = (),
 ) -> Part:
-    """Find how a module can be captured.
-
-    Arguments
-    ---------
-    name : str
-        Path of the module.
-    module : torch.nn.Module
-        With its float weights, in evaluation mode.
-    calls : sequence of Call
-        Some of its calls, of several lengths if it takes them.
-    sites : iterable of str
-        Paths of the layers inside that a plan quantizes.
-    read : sequence of int
-        Positions of the outputs that are read; all by default.
-
-    Returns
-    -------
-    Part
-
-    Raises
-    ------
-    CaptureError
-        Neither way gives a graph that computes what the module does; in one
-        line.
-    """
+    """Find how a module in evaluation mode can be captured, from some of its
+    calls, of several lengths if it takes them. ``sites``: paths of the layers
+    inside that a plan quantizes; ``read``: positions of the outputs that are
+    read, all by default. CaptureError if neither way gives a graph that
+    computes what the module does."""
     signature = signature_of(calls)
     signature, trials = _trials(module, signature, calls)
     modules = {name: module}

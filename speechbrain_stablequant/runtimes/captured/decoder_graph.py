@@ -34,15 +34,8 @@ def is_decoder(module: nn.Module) -> bool:
 
 
 class DecoderGraphs:
-    """Builds the graphs of a decoder.
-
-    Arguments
-    ---------
-    decoder : torch.nn.Module
-        transformers' WhisperDecoder.
-    layers : mapping of str to IntegerLayer or FloatLayer
-        By path inside of it; others are float.
-    """
+    """Builds the graphs of a decoder, transformers' WhisperDecoder; ``layers``
+    by path inside of it, others are float."""
 
     def __init__(self, decoder: nn.Module, layers: Mapping[str, AnyLayer]):
         if decoder.config.activation_function != "gelu":
@@ -90,7 +83,7 @@ class DecoderGraphs:
         inputs, sinks = [hidden, rows, mask], []
         for i, block in enumerate(self._decoder.layers):
             path = f"layers.{i}."
-            y = _norm(x, block.self_attn_layer_norm)
+            y = self._builder.norm(x, block.self_attn_layer_norm)
             y, kept = self._attend_past(y, f"{path}self_attn", rows, mask)
             x, sinks = op.add(x, y), sinks + kept
             shapes = [-1, heads, size, -1], [-1, heads, -1, size]
@@ -99,12 +92,12 @@ class DecoderGraphs:
                 for shape, name in zip(shapes, ("keys", "values"), strict=True)
             ]
             inputs += given
-            y = _norm(x, block.encoder_attn_layer_norm)
+            y = self._builder.norm(x, block.encoder_attn_layer_norm)
             x = op.add(x, self._attend(y, f"{path}encoder_attn", *given))
-            y = _norm(x, block.final_layer_norm)
+            y = self._builder.norm(x, block.final_layer_norm)
             y = op.gelu(self._linear(y, f"{path}fc1"), "erf")
             x = op.add(x, self._linear(y, f"{path}fc2"))
-        x = _norm(x, self._decoder.layer_norm)
+        x = self._builder.norm(x, self._decoder.layer_norm)
         results = [op.result(x)]
         if self.projects:
             results.append(op.result(self._linear(x, PROJECTION)))
@@ -166,11 +159,6 @@ class DecoderGraphs:
         )
         y = op.reshape(y, op.shape_of(x), False)
         return self._linear(y, f"{path}.out_proj")
-
-
-def _norm(x: ov.Node, norm: nn.LayerNorm) -> ov.Node:
-    y = op.mvn(x, _i64(-1), True, norm.eps, "inside_sqrt")
-    return op.add(op.multiply(y, _f32(norm.weight)), _f32(norm.bias))
 
 
 def _on_grid(x: ov.Node, layer: AnyLayer) -> ov.Node:

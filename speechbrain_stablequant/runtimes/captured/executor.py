@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import openvino as ov
 import torch
 from openvino import opset13 as op
@@ -15,11 +14,10 @@ from torch import nn
 
 from ...core.integer_layer import IntegerLayer
 from ...core.parts import Part
-from ...utils import forks
 from ..algorithms import FLOAT, geometry_of
 from ..layer_check import find_algorithms
 from ..openvino_ import OpenVinoOptions
-from ..openvino_.core import CompiledGraph, name_by_place
+from ..openvino_.core import CompiledGraph, name_by_place, output
 from ..openvino_.layer_runner import OpenVINORunner
 from .calls import Call, Signature
 from .capture import Captured, capture
@@ -39,8 +37,8 @@ class CapturedExecutor(CompiledGraph):
     def __init__(self, graph: Captured, *options: Any, **named: Any):
         super().__init__(OpenVinoOptions(*options, **named))
         self._outputs = graph.outputs
-        self.settings["CPU_RUNTIME_CACHE_CAPACITY"] = CACHE_CAPACITY
-        self.compile(_finished(graph.model, self._half))
+        model = _finished(graph.model, self._half)
+        self.compile(model, CPU_RUNTIME_CACHE_CAPACITY=CACHE_CAPACITY)
 
     def __deepcopy__(self, memo: dict) -> "CapturedExecutor":
         """Copies of a module share its graph."""
@@ -49,14 +47,11 @@ class CapturedExecutor(CompiledGraph):
     @torch.no_grad()
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         """The module's output."""
-        forks.use_in_one_process("openvino")
         inputs = [x.detach().cpu().contiguous().numpy() for x in tensors]
         with self._request() as request:
             request.infer(inputs, share_inputs=True)
-            found = [
-                _tensor(request.get_output_tensor(i))
-                for i in range(len(self._outputs.read))
-            ]
+            places = range(len(self._outputs.read))
+            found = [output(request, place) for place in places]
         return self._outputs.build(found)
 
 
@@ -74,39 +69,15 @@ def _finished(model: ov.Model, half: bool) -> ov.Model:
     return name_by_place(model)
 
 
-def _tensor(found: ov.Tensor) -> torch.Tensor:
-    """A copy of an output; float32 if it is bfloat16, which numpy lacks."""
-    if found.element_type == ov.Type.bf16:
-        data = torch.from_numpy(found.data.view(np.int16).copy())
-        return data.view(torch.bfloat16).float()
-    return torch.from_numpy(found.data.copy())
-
-
 def part_forward(
     part: Part,
     module: nn.Module,
     integers: Mapping[str, IntegerLayer],
     **options: Any,
 ) -> Callable[..., Any]:
-    """The forward of a part that is executed as a graph.
-
-    Arguments
-    ---------
-    part : Part
-        From the plan.
-    module : torch.nn.Module
-        The part's module; weights of integer layers are not read.
-    integers : mapping of str to IntegerLayer
-        The layers of the whole plan.
-    **options : dict
-        Those of ``backend: openvino``.
-
-    Returns
-    -------
-    callable
-        Takes and returns what the module's forward does. A call unlike those
-        that the part was captured from is computed by the module itself.
-    """
+    """The forward of a part's module by its graph, with the options of
+    ``backend: openvino``; weights of ``integers``, the plan's, are not read. A
+    call unlike those that were captured is computed by the module itself."""
     inside = {
         name: layer
         for name, layer in integers.items()

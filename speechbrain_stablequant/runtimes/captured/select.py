@@ -46,23 +46,9 @@ _MOST_CALLS = 6
 
 
 class Selection:
-    """Decides the parts of a recognizer from its passes over some batches.
-
-    Arguments
-    ---------
-    modules : mapping of str to torch.nn.Module
-        By key, with their float weights, in evaluation mode.
-    layers : sequence of Layer
-        What the plan quantizes.
-    passes : sequence of callables
-        Each recognizes a batch, of different lengths.
-    in_place : callable
-        Makes the forwards of integer layers without a graph.
-    bits : tuple of int
-        Of weights and activations.
-    options : mapping
-        Of ``backend: openvino``.
-    """
+    """Decides the parts of a recognizer from its passes over some batches, of
+    different lengths. ``layers`` are what the plan quantizes, with ``bits`` of
+    weights and activations; ``options`` those of ``backend: openvino``."""
 
     def __init__(
         self,
@@ -77,7 +63,7 @@ class Selection:
         self._in_place = in_place
         self._options = options
         self._bits = bits
-        self._first = passes[0]
+        self._recognize = passes[0]
         self._modules = _around(modules, self._layers)
         self._calls: dict[str, list[list[Call]]] = defaultdict(list)
         self._ranges: dict[str, float] = dict.fromkeys(self._layers, 0.0)
@@ -96,6 +82,8 @@ class Selection:
             top = float(args[0].abs().max())
             self._ranges[name] = max(self._ranges[name], top)
 
+        layers = self._layers.items()
+        ranges = ((x.module, partial(note_range, name)) for name, x in layers)
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 hook = partial(note_call, name)
@@ -103,12 +91,7 @@ class Selection:
                     module.register_forward_pre_hook(hook, with_kwargs=True)
                 )
             stack.enter_context(visible_layers(self._layers.values()))
-            stack.enter_context(
-                hooked(
-                    (layer.module, partial(note_range, name))
-                    for name, layer in self._layers.items()
-                )
-            )
+            stack.enter_context(hooked(ranges))
             recognize()
         for name, calls in seen.items():
             self._calls[name].append(calls)
@@ -123,12 +106,13 @@ class Selection:
         """Parts at or below a module, the largest ones that can be captured;
         None where nothing was captured."""
         calls, reason = self._calls[name], "called repeatedly"
+        every = [call for row in calls for call in row]
         module = self._modules[name]
         if any(hasattr(module, entry) for entry in _ENTRIES):
             reason = "called by other methods than forward"
         elif is_decoder(module) or all(len(row) == 1 for row in calls):
             try:
-                yield self._captured(name, [c for r in calls for c in r])
+                yield self._captured(name, every)
                 return
             except CaptureError as error:
                 reason = f"not captured ({error})"
@@ -141,10 +125,8 @@ class Selection:
                     below += self._visit(f"{name}.{child}")
         if any(part is not None and part.way for part in below):
             yield from below
-        elif any(calls):
-            yield self._timed(
-                Part(name, "layers", reason), [c for r in calls for c in r]
-            )
+        elif every:
+            yield self._timed(Part(name, "layers", reason), every)
         else:
             yield from below
 
@@ -158,10 +140,10 @@ class Selection:
     def _captured(self, name: str, calls: list[Call]) -> Part:
         module, inside = self._modules[name], self._inside(name)
         if is_decoder(module):
-            part = decoder_part(name, module, calls, list(inside))
-            return self._timed(part, calls)
-        read = self._read(module, calls[0])
-        part = capture_part(name, module, calls, inside, read)
+            part = decoder_part(name, module, calls, inside)
+        else:
+            read = self._read(module, calls[0])
+            part = capture_part(name, module, calls, inside, read)
         return self._timed(part, calls)
 
     def _read(self, module: nn.Module, call: Call) -> list[int]:
@@ -174,11 +156,11 @@ class Selection:
             ]
             if len(places) < 2:
                 return []
-            expected = self._first()
+            expected = self._recognize()
             forward = partial(_poisoned, module.forward, places[0])
             try:
                 with shadowed(module, "forward", forward):
-                    found = self._first()
+                    found = self._recognize()
             # What reads such an output may raise anything.
             except Exception:
                 return []

@@ -17,9 +17,8 @@ from torch import nn
 
 from ...core.encoder_spec import AnyLayer
 from ...core.integer_layer import multiply
-from ...model import products
 from ...utils.patching import shadowed
-from ..base import modules_by_name
+from ..base import layer_forwards
 from ..openvino_.graph import GraphBuilder
 
 _LIBRARY = torch.library.Library("stablequant", "DEF")
@@ -42,23 +41,16 @@ torch.library.register_fake("stablequant::site", _like_output, lib=_LIBRARY)
 
 
 class Sites:
-    """The sites of a module that is captured.
-
-    ``modules``: the module by its path.
-    """
+    """The sites of a module that is captured; ``modules``: it by its path."""
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
         layers: Mapping[str, AnyLayer],
     ):
-        by_name = products.modules_by_name(modules)
-        self._modules = list(modules_by_name(modules, layers).values())
-        self._owners = [
-            owner
-            for name in layers
-            for owner in products.owners_of(name, by_name)
-        ]
+        site = torch.ops.stablequant.site
+        sites = {name: partial(site, number=i) for i, name in enumerate(layers)}
+        self._forwards = layer_forwards(modules, sites)
         self._layers = list(layers.values())
         self._builder = GraphBuilder(None)
         self._found: set[int] = set()
@@ -71,10 +63,8 @@ class Sites:
         _capturing[:] = self._layers
         with ExitStack() as stack:
             stack.callback(_capturing.clear)
-            for number, module in enumerate(self._modules):
-                site = partial(_site, number)
-                stack.enter_context(shadowed(module, "forward", site))
-            stack.enter_context(products.visible(self._owners))
+            for module, forward in self._forwards.items():
+                stack.enter_context(shadowed(module, "forward", forward))
             yield
 
     @property
@@ -93,12 +83,9 @@ class Sites:
         node = x.get_node()
         # With the node, so that its id stays its own.
         x, _ = self._inputs.setdefault((id(node), x.get_index()), (x, node))
-        return [self._product(x, layer).output(0)]
-
-    def _product(self, x: ov.Output, layer: AnyLayer) -> ov.Node:
-        if layer.kind == "linear":
-            return self._builder.linear(x, layer)
-        return self._builder.conv(x, layer)
+        linear, conv = self._builder.linear, self._builder.conv
+        compute = linear if layer.kind == "linear" else conv
+        return [compute(x, layer).output(0)]
 
     def check(self) -> None:
         """Raise for a site that the graph does not hold."""
@@ -108,7 +95,3 @@ class Sites:
                     f"layer '{layer.name}' is not in the graph that was "
                     "captured around it"
                 )
-
-
-def _site(number: int, x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.stablequant.site(x, number)

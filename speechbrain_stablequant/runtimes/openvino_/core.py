@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -40,11 +41,12 @@ def _core(process: int) -> ov.Core:
 
 
 def output(
-    request: ov.InferRequest, half: bool, frames: int | None = None
+    request: ov.InferRequest, place: int = 0, frames: int | None = None
 ) -> torch.Tensor:
-    """A copy, in float32, of the first ``frames`` of a graph's result."""
-    data = request.get_output_tensor(0).data[:, :frames]
-    if half:  # numpy has no bfloat16
+    """A copy of a graph's result, up to ``frames``; float32 if bfloat16."""
+    found = request.get_output_tensor(place)
+    data = found.data if frames is None else found.data[:, :frames]
+    if found.element_type == ov.Type.bf16:  # which numpy lacks
         data = torch.from_numpy(data.view(np.int16).copy())
         return data.view(torch.bfloat16).float()
     return torch.from_numpy(data.copy())
@@ -103,8 +105,9 @@ class CompiledGraph:
         if options.cache_folder is not None:
             self.settings["CACHE_DIR"] = str(options.cache_folder)
 
-    def compile(self, model: ov.Model) -> None:
-        """Compile the graph."""
+    def compile(self, model: ov.Model, **settings: Any) -> None:
+        """Compile the graph, with settings beside the usual ones."""
+        self.settings |= settings
         with PREPARATION.running():
             self._compiled = core().compile_model(model, "CPU", self.settings)
 
@@ -112,13 +115,20 @@ class CompiledGraph:
         if hasattr(self, "_compiled"):
             forks.keep_in_child(self._pid, self._compiled, *self._idle)
 
+    def take(self) -> ov.InferRequest:
+        """A request that no other call uses until it is given back."""
+        forks.use_in_one_process("openvino")
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._compiled.create_infer_request()
+
+    def give_back(self, request: ov.InferRequest) -> None:
+        self._idle.append(request)
+
     @contextmanager
     def _request(self) -> Iterator[ov.InferRequest]:
-        """A request that no other call uses meanwhile."""
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._compiled.create_infer_request()
+        request = self.take()
         yield request
         # Not after an error: its state is unknown then.
-        self._idle.append(request)
+        self.give_back(request)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from ...core.encoder_spec import EncoderSpec
-from ...utils import forks
 from ..base import require_frame, round_frames
 from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
@@ -63,7 +62,6 @@ class OpenVINOExecutor(CompiledGraph):
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As :class:`..base.EncoderExecutor`; padded frames are zero."""
-        forks.use_in_one_process("openvino")
         spec = self.spec
         wavs = wavs.detach().float().cpu()
         batch, samples = wavs.shape
@@ -102,4 +100,4 @@ class OpenVINOExecutor(CompiledGraph):
         inputs["keep"] = mask
         with self._request() as request:
             request.infer(inputs, share_inputs=True)
-            return output(request, self._half, frames)
+            return output(request, frames=frames)

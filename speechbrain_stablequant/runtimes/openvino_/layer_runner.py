@@ -73,7 +73,7 @@ class OpenVINORunner:
                 given["other"] = other.numpy()
             request.infer(given)
             frames = x.shape[1] if geometry.place == "position" else None
-            found.append(output(request, self._half, frames))
+            found.append(output(request, frames=frames))
         return Results(found)
 
     def _compiled(

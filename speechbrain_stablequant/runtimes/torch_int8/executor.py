@@ -16,8 +16,9 @@ from ...core.encoder_spec import BlockSpec, EncoderSpec
 from ...utils import forks
 from ..base import require_frame
 from ..cpu import cpu_class
+from ..reference import apply_norm
 from .conv import make_conv
-from .front import FeatureExtractor, layer_norm
+from .front import FeatureExtractor
 from .input_forms import Floats
 from .linear import ROWS, SharedInput, make_linear, rows_of
 
@@ -98,16 +99,16 @@ class Block:
     def __call__(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Run the block on float32 [frames, channels], which is overwritten;
         ``lengths``: frames of each utterance."""
-        y = layer_norm(x, self.norm1) if self.pre_norm else x
+        y = apply_norm(self.norm1, x) if self.pre_norm else x
         qkv = self.qkv(y, self.dtype)
         attended = attend(qkv, lengths, self.heads)
         x = self.out.add_(self.out.form.prepare(attended), x)
         if not self.pre_norm:
-            x = layer_norm(x, self.norm1)
-        y = layer_norm(x, self.norm2) if self.pre_norm else x
+            x = apply_norm(self.norm1, x)
+        y = apply_norm(self.norm2, x) if self.pre_norm else x
         y = self.up.gelu(self.up.form.prepare(y), self.down.form)
         x = self.down.add_(y, x)
-        return x if self.pre_norm else layer_norm(x, self.norm2)
+        return x if self.pre_norm else apply_norm(self.norm2, x)
 
 
 class TorchInt8Executor:
@@ -155,12 +156,12 @@ class TorchInt8Executor:
         x = torch.cat([*features, features[0][:1].expand(-frames % ROWS, -1)])
         del features
         if self.projection_norm is not None:
-            x = layer_norm(x, self.projection_norm)
+            x = apply_norm(self.projection_norm, x)
             x = self.projection.form.prepare(x)
         x = self.projection(x, torch.float32)
         self._add_position(x, lengths)
         if not self.pre_norm:
-            x = layer_norm(x, self.norm)
+            x = apply_norm(self.norm, x)
         if self.rotation is not None:
             x = x @ self.rotation.T
         for block in self.blocks:
@@ -168,7 +169,7 @@ class TorchInt8Executor:
         if self.rotation is not None:
             x = x @ self.rotation
         x = x[:frames]
-        return layer_norm(x, self.norm) if self.pre_norm else x
+        return apply_norm(self.norm, x) if self.pre_norm else x
 
     @torch.no_grad()
     def __call__(

@@ -5,17 +5,14 @@ import math
 import torch
 from torch.nn import functional as F
 
-from ...core.encoder_spec import ConvSpec, Norm
+from ...core.encoder_spec import ConvSpec
 from ...core.integer_layer import FloatLayer
+from ...model.layers import conv_frames, conv_samples
 from ..algorithms import check_front
 from ..group_norm import gain_and_shift
+from ..reference import apply_norm
 from .input_forms import Form
 from .linear import ROWS, GainShift, make_linear
-
-
-def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """LayerNorm over the last axis."""
-    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
 class Stage:
@@ -35,14 +32,6 @@ class Stage:
         self.form = self.product.form
         self.channels = conv.weight.shape[0]
 
-    def inputs(self, frames: int) -> int:
-        """Input frames that give ``frames`` output frames."""
-        return (frames - 1) * self.stride + self.kernel
-
-    def frames(self, inputs: int) -> int:
-        """Output frames of ``inputs`` input frames."""
-        return max((inputs - self.kernel) // self.stride + 1, 0)
-
     def windows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
         """Windows of [time, in], each flattened to the frames one after the
         other."""
@@ -59,7 +48,7 @@ class Stage:
     ) -> torch.Tensor:
         """Run the stage on a stretch of one utterance, contiguous [time, in]
         in its form; ``norm`` is that over time."""
-        frames = self.frames(x.shape[0])
+        frames = conv_frames(len(x), [(self.kernel, self.stride)])
         out = x.new_empty((frames, self.channels), dtype=self.then.dtype)
         # Parts of equal size: a short one takes a third of a full one's time.
         parts = max(-(-frames // self.rows), 1)
@@ -71,7 +60,7 @@ class Stage:
                 self.product.gelu(windows, self.then, norm, part)
             else:
                 y = self.product(windows, torch.float32)
-                self.then.prepare(F.gelu(layer_norm(y, self.norm)), part)
+                self.then.prepare(F.gelu(apply_norm(self.norm, y)), part)
         return out
 
 
@@ -90,21 +79,14 @@ class FeatureExtractor:
                 dtype = torch.float32  # keeps the wave exact
             self.stages.insert(0, Stage(spec, then, dtype))
             then = self.stages[0].form
+        self.geometry = [(stage.kernel, stage.stride) for stage in self.stages]
         norm = convs[0].norm
         over_time = norm is not None and norm.over_time
         self._over_time = convs[0] if over_time else None
 
     def frames(self, samples: int) -> int:
         """Number of frames of a wave."""
-        for stage in self.stages:
-            samples = stage.frames(samples)
-        return samples
-
-    def samples(self, frames: int) -> int:
-        """Samples that give ``frames`` frames."""
-        for stage in reversed(self.stages):
-            frames = stage.inputs(frames)
-        return frames
+        return conv_frames(samples, self.geometry)
 
     def _utterance(
         self, wave: torch.Tensor, norm: GainShift | None
@@ -112,12 +94,14 @@ class FeatureExtractor:
         first, *others = self.stages
         frames = self.frames(len(wave))
         rows = frames + -frames % ROWS
-        wave = F.pad(wave, (0, max(self.samples(rows) - len(wave), 0)))
+        samples = conv_samples(rows, self.geometry)
+        wave = F.pad(wave, (0, max(samples - len(wave), 0)))
         x = first.form.prepare(wave[:, None])
-        hop = math.prod(stage.stride for stage in self.stages)
+        hop = math.prod(stride for _, stride in self.geometry)
         parts = []
         for start in range(0, rows, self.stretch):
-            needed = self.samples(min(self.stretch, rows - start))
+            count = min(self.stretch, rows - start)
+            needed = conv_samples(count, self.geometry)
             part = first(x[start * hop : start * hop + needed], norm)
             for stage in others:
                 part = stage(part)

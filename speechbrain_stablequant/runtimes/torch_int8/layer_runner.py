@@ -87,9 +87,8 @@ class TorchInt8Runner:
             if geometry.then == "gelu":
                 return lambda x, _: [stage(ready(x[0]))[None]]
 
-            def multiply(x: torch.Tensor, _: torch.Tensor) -> Any:
-                frames = stage.frames(x.shape[1])
-                windows = stage.windows(ready(x[0]), 0, frames)
+            def multiply(x: torch.Tensor, other: torch.Tensor) -> Any:
+                windows = stage.windows(ready(x[0]), 0, other.shape[1])
                 return [stage.product(windows, full)[None]]
 
             return multiply
