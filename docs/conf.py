@@ -1,5 +1,6 @@
 """Sphinx: pip install -e ".[docs]" && sphinx-build -W docs docs/_build."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -27,10 +28,24 @@ html_title = f"StableQuant {version}"
 html_show_sphinx = False
 
 
+def notebook(path):
+    """A notebook's cells as Markdown."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            text = f"```python\n{text}\n```"
+        shown = "".join("".join(x["text"]) for x in cell.get("outputs", []))
+        parts += [text, *([f"```text\n{shown}```"] if shown else [])]
+    return "\n\n".join(parts)
+
+
 def read(app, name, source):
-    """Puts the README's text into its page, and names pages of the repository
-    that are not built."""
+    """Puts the texts of README and notebook into their pages, and names pages
+    of the repository that are not built."""
     text = source[0]
+    if name == "tutorial":
+        text = notebook(ROOT / "docs" / "tutorial.ipynb")
     if name == "start":
         text = (ROOT / "README.md").read_text(encoding="utf-8")
         text = re.sub(r"\]\((?!https?:|#)", "](../", text)
