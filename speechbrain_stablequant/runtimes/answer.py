@@ -17,6 +17,10 @@ PART_FACTOR = 2.75
 #: Share of the overall mean, added to the distance of a channel or row.
 PART_SHARE = 0.3
 
+#: Times the largest mean distance of any row: what one row may move. A Whisper
+#: with bfloat16 between its products: 0.99.
+JUMP_FACTOR = 1.25
+
 #: Share of the answer's norm that is always allowed: it is stored in 16 bits.
 FLOOR = 1e-3
 
@@ -80,7 +84,13 @@ class Answer:
             off = error.square().sum(axis).sqrt()
             allowed = PART_FACTOR * (usual + PART_SHARE * usual.mean())
             allowed = allowed + FLOOR * sizes.square().mean().sqrt()
-            i = int((off / allowed).nan_to_num(0.0).argmax())
+            i = _worst(off, allowed)
+            if what == "row":
+                # A value that rounds the other way moves one row by much, and
+                # which one differs between runtimes.
+                most = JUMP_FACTOR * usual.max()
+                allowed[i] = allowed[i].maximum(most)
+                i = _worst(off, allowed)
             where = f" in {what} {i}"
             distances.append(_distance(off[i], allowed[i], sizes[i], where))
         # Report the whole rather than a part of it.
@@ -88,6 +98,10 @@ class Answer:
             (distance for distance in distances if distance.ratio > 1),
             max(distances, key=by_ratio),
         )
+
+
+def _worst(off: torch.Tensor, allowed: torch.Tensor) -> int:
+    return int((off / allowed).nan_to_num(0.0).argmax())
 
 
 def _distance(

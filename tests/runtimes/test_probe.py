@@ -120,6 +120,22 @@ def test_a_difference_says_where_and_how_much(answer):
     assert "has shape [100, 19]" in answer.compare(found).text
 
 
+def test_one_row_may_move_like_another():
+    """As a runtime in bfloat16 did with one frame of a Whisper."""
+    values = torch.randn(100, 20)
+    moved = 0.01 * torch.randn(100, 20)
+    moved[5] *= 20
+    answer = Answer.measured(values, [[values + moved]])
+    found = values + moved.roll(60, 0)
+    assert answer.compare(found).ratio < 1
+    found[70] += 2 * moved[5]
+    assert "in row 65" not in answer.compare(found).text
+    assert answer.compare(found).ratio > 1
+    found = values + moved.roll(60, 0)
+    found[70] += moved[5]
+    assert "in row" in answer.compare(found).text
+
+
 # -- healthy runtimes ----------------------------------------------------------
 
 
