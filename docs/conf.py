@@ -19,11 +19,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+add_module_names = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"show-inheritance": False}
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"StableQuant {version}"
 html_show_sphinx = False
 
@@ -48,6 +51,7 @@ def read(app, name, source):
         text = notebook(ROOT / "docs" / "tutorial.ipynb")
     if name == "start":
         text = (ROOT / "README.md").read_text(encoding="utf-8")
+        text = text.replace(f"# {project}\n", "# Start\n", 1)
         text = re.sub(r"\]\((?!https?:|#)", "](../", text)
         text = text.replace("](../docs/", "](")
     text = text.replace("](../README.md", "](start.md")
