@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -27,8 +28,8 @@ _TENSOR_CORE = re.compile(
 )
 #: What orders shared memory between copies and asynchronous products.
 _ORDER = re.compile(
-    r"cp\.async\.wait_group\s+(\d+)|st\.shared|fence\.proxy\.async"
-    r"|wgmma\.mma_async|tcgen05\.mma\b"
+    r"cp\.async\.(?:cg|wait_group)|st\.shared|fence\.proxy\.async|bar\.sync"
+    r"|wgmma\.(?:mma_async|wait_group)|tcgen05\.mma\b"
 )
 
 
@@ -67,20 +68,43 @@ class Resources:
     @property
     def waits(self) -> list[int]:
         """Copies that may be in flight behind each wait, in order."""
-        found = re.findall(r"cp\.async\.wait_group\s+(\d+)", self.ptx)
+        return self._waits("cp.async.wait_group")
+
+    @property
+    def product_waits(self) -> list[int]:
+        """Groups of wgmma that may still run behind each wait, in order."""
+        return self._waits("wgmma.wait_group.sync.aligned")
+
+    def _waits(self, name: str) -> list[int]:
+        found = re.findall(rf"{re.escape(name)}\s+(\d+)", self.ptx)
         return [int(count) for count in found]
 
 
 def is_fenced(ptx: str) -> bool:
-    """Whether a proxy fence stands between all writes to shared memory and the
-    asynchronous products that read it, in the order of the text."""
-    written = False
+    """Whether, in the order of the text, a barrier and a proxy fence stand
+    between all writes to shared memory and the asynchronous products that read
+    it, and a barrier between the wait for products and the next copies, if
+    there are other groups of four warps."""
+    missing: set[str] = set()  # before products
+    read = False  # products of other groups may still read
+    groups = int(re.search(r"\.reqntid (\d+)", ptx)[1]) // 128
     for found in _ORDER.finditer(ptx):
-        if "mma" in found[0]:
-            if written:
-                return False
-        else:
-            written = "fence" not in found[0]
+        match found[0]:
+            case "cp.async.wait_group" | "st.shared":
+                missing = {"barrier", "fence"}
+            case "fence.proxy.async":
+                missing.discard("fence")
+            case "bar.sync":
+                missing.discard("barrier")
+                read = False
+            case "wgmma.wait_group":
+                read = groups > 1
+            case "cp.async.cg":
+                if read:
+                    return False
+            case _:
+                if missing:
+                    return False
     return True
 
 
@@ -93,7 +117,7 @@ def record_launches() -> Iterator[list[Launch]]:
     def run(self, *args, grid, warmup, **kwargs):
         options = {
             key: kwargs.pop(key)
-            for key in ("num_warps", "num_stages")
+            for key in ("num_warps", "num_stages", "enable_fp_fusion")
             if key in kwargs
         }
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
@@ -140,7 +164,8 @@ def specialize(launch: Launch) -> ASTSource:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if special and value % 16 == 0:
                 attributes[(index,)] = aligned
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return source(launch.kernel, signature, constants, attributes)
 
 
 def _tool(

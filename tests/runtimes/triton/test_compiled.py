@@ -19,6 +19,7 @@ from speechbrain_stablequant.runtimes.triton.kernels import (
     architectures,
     attention,
     group_conv,
+    hopper,
     layer_norm,
     matmul,
     quantize,
@@ -63,12 +64,21 @@ def linear(columns: int, depth: int, end: tuple, residual=None) -> tuple:
 KERNELS = {
     "up": (matmul.launch_linear, linear(4096, 1024, ACTIVATED), "s8"),
     "down": (matmul.launch_linear, linear(1024, 4096, PLAIN, HIDDEN), "s8"),
+    "qkv": (matmul.launch_linear, linear(3072, 1024, PLAIN), "s8"),
     "odd depth": (matmul.launch_linear, linear(32, 1000, PLAIN), "s8"),
     "conv": (
         matmul.launch_conv,
         (
             *(meta(1, 31999, 512, dtype=INT8), meta(512, 1536, dtype=INT8)),
             *(*ONE, 3, 2, *ONE, 1e-5, *ACTIVATED),
+        ),
+        "s8",
+    ),
+    "conv without norm": (
+        matmul.launch_conv,
+        (
+            *(meta(1, 31999, 512, dtype=INT8), meta(512, 1536, dtype=INT8)),
+            *(*ONE, 3, 2, None, None, 0.0, *ACTIVATED),
         ),
         "s8",
     ),
@@ -154,7 +164,8 @@ def check(card: Card, name: str, tile: Config | None = None):
         return found
     if kind == "s8" and not row.int8_pays and "first" not in name:
         kind = "f16"
-    used = {card.instruction}
+    gluon = tile is not None and tile.gluon
+    used = {row.instruction if gluon else card.instruction}
     if kind != "s8" and not card.races:
         used.add(row.instruction)
     # too few rows for the others; tcgen05 also wants many columns
@@ -169,6 +180,9 @@ def check(card: Card, name: str, tile: Config | None = None):
         # copies overlap products from three stages on; the last wait is for all
         assert (found.waits[0] > 0) == (stages > 2)
         assert found.waits[-1] == 0
+    if gluon:
+        # a product is waited for while the next one runs
+        assert found.product_waits == [1, 0]
     return found
 
 
@@ -205,9 +219,23 @@ def test_every_outline(card, name):
         check(card, name, tile)
 
 
+@pytest.mark.slow
+@of((9, 0))
+@pytest.mark.parametrize("name", ["qkv", "up", "down", "conv without norm"])
+def test_every_tile_for_hopper(card, name):
+    """With any Triton: the fence is in the kernel."""
+    _, (_, weight, *_), _ = KERNELS[name]
+    residual = name == "down"
+    tiles = hopper.tiles(card, weight.shape[1], residual)
+    assert len(tiles) > 8
+    for tile in tiles:
+        check(card, name, tile)
+
+
 @pytest.mark.parametrize(
     ("card", "name", "tile"),
     [
+        ((9, 0), "up", Config(64, 64, 128, 4, 4, gluon=True)),
         ((8, 6), "quantize", None),
         ((9, 0), "up", Config(64, 64, 128, 4, 3)),
         ((10, 3), "odd depth", Config(64, 32, 64, 4, 3)),
@@ -217,14 +245,16 @@ def test_every_outline(card, name):
 )
 def test_some_kernels(card, name, tile):
     """For every day; the marked tests compile all of them."""
-    if card.races:
+    gluon = tile is not None and tile.gluon
+    if card.races and not gluon:
         tile = None
     found = check(card, name, tile)
-    if name != "up" or card.races:
+    if name != "up" or (card.races and not gluon):
         return
-    # a fence taken out is found
-    assert "fence.proxy.async" in found.ptx
-    assert not is_fenced(found.ptx.replace("fence.proxy.async", "nop"))
+    # a fence or a barrier taken out is found
+    for what in ("fence.proxy.async", "bar.sync"):
+        assert what in found.ptx
+        assert not is_fenced(found.ptx.replace(what, "nop"))
 
 
 def _launches(batch: int, frames: int):
@@ -259,6 +289,9 @@ def _launches(batch: int, frames: int):
         if "config" in signature_of(function).parameters:
             options["config"] = Config(64, 64, 64, 4, 2)
         yield from launches_of(function, *arguments, **options)
+    options["config"] = Config(64, 64, 64, 4, 3, gluon=True)
+    linear = (q, square, vector, vector, x, *ends)
+    yield from launches_of(matmul.launch_linear, *linear, **options)
 
 
 def test_another_length_needs_no_compilation():
@@ -267,7 +300,7 @@ def test_another_length_needs_no_compilation():
         [specialize(launch) for launch in _launches(*size)]
         for size in ((1, 17), (3, 64), (16, 63))
     ]
-    assert len(sources[0]) == 9
+    assert len(sources[0]) == 10
     for same in zip(*sources, strict=True):
         kept = {
             (s.name, str(s.signature), str(s.constants), str(s.attrs))

@@ -15,8 +15,10 @@ from speechbrain_stablequant.runtimes.triton.executor import (
     samples_for,
 )
 from speechbrain_stablequant.runtimes.triton.kernels import (
+    architectures,
     attention,
     group_conv,
+    hopper,
     layer_norm,
     matmul,
     tiles,
@@ -238,7 +240,8 @@ def test_a_file_of_another_card_is_refused(tmp_path):
 def test_the_rule_fills_the_device():
     def best(rows, columns):
         found = matmul._candidates(rows, columns, 1024, False, False, HOPPER)
-        return found[0].block_m, found[0].block_n
+        plain = tuning.select("key", found, None)
+        return plain.block_m, plain.block_n
 
     assert best(32 * 1499, 4096) == (128, 256)
     # 128 tiles for 132 multiprocessors
@@ -282,11 +285,89 @@ def test_every_kernel_has_tiles_that_fit(row, version):
     for name, found in wide.items():
         assert found, name
         for tile in found:
-            assert not card.races or tile.block_m < 64 or tile.num_warps < 4
+            assert tile.gluon or card.allows(tile.block_m, tile.num_warps)
             if "attention" not in name and "heads" not in name:
                 assert tile.shared_bytes(card) <= card.shared_bytes
     # copies overlap products, also behind a norm
     assert max(card.buffers(t.num_stages) for t in wide["conv"]) >= 2
+
+
+@pytest.mark.parametrize("card", [HOPPER, EARLY], ids=["3.8", "3.6"])
+def test_gluon_is_for_hopper(card, monkeypatch):
+    def overlapped(card, depth=1024, norm=False):
+        found = matmul._candidates(4000, 512, depth, norm, False, card)
+        assert not all(tile.gluon for tile in found)
+        return [tile.outline for tile in found if tile.gluon]
+
+    assert len(set(overlapped(card))) == tuning.MEASURED // 2
+    assert not overlapped(card, norm=True)
+    assert not overlapped(card, depth=1088)
+    for row in ARCHITECTURES.values():
+        if row is not card.architecture:
+            assert not overlapped(Card(row, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "INTERPRETED", True)
+        assert not overlapped(card)
+    # a Triton without it
+    monkeypatch.setattr(matmul, "hopper", None)
+    assert not overlapped(card)
+
+
+class Kernel:
+    """In the place of a kernel that computes a linear layer."""
+
+    def __init__(self, wrong=False):
+        self.wrong, self.count = wrong, 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, x, weight, out, scale, bias, *rest, **options):
+        self.count += 1
+        arguments = (scale, bias, None, options["GELU"], out.dtype)
+        out.copy_(matmul.linear_reference(x, weight, *arguments))
+        if self.wrong:
+            out[7] = 0
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("tune", [False, True])
+@pytest.mark.parametrize("card", [HOPPER, EARLY], ids=["3.8", "3.6"])
+def test_gluon_is_used_only_after_its_trial(
+    card, tune, wrong, monkeypatch, caplog
+):
+    plain, overlapped = Kernel(), Kernel(wrong)
+    monkeypatch.setattr(architectures, "ASSUMED", card)
+    monkeypatch.setattr(matmul, "matmul_kernel", plain)
+    monkeypatch.setattr(hopper, "hopper_kernel", overlapped)
+    q = torch.randint(-127, 128, (128, 512), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (256, 512), dtype=torch.int8)
+    vector = torch.rand(256) * 1e-4
+    arguments = (q, weight, vector, vector, None, True, torch.float16)
+
+    def launches():
+        """How often the kernel is launched for a layer."""
+        overlapped.count = 0
+        matmul.launch_linear(*arguments)
+        return overlapped.count
+
+    assert launches() == 0 < plain.count
+    log = []
+
+    def measure(run):
+        """Each is slower than the one before."""
+        run()
+        log.append(overlapped.count)
+        return float(len(log))
+
+    tuner = Tuner(Store(None), "tiles.json", "a card", measure, tune)
+    with tuner.active():
+        assert launches() > 0
+        (chosen,) = tuner.table.values()
+        assert chosen.gluon != wrong
+        # from now on without a trial
+        assert launches() == (0 if wrong else 1)
+    assert ("it is not used, please report" in caplog.text) == wrong
 
 
 def test_tiles_that_mma_sync_fits_into_little_memory():

@@ -95,9 +95,10 @@ class Card:
             )
         if self.instruction != row.instruction:
             found = ".".join(map(str, self.version))
+            most = " outside of linear layers" if self.races else ""
             return (
                 f"Triton {found} does not compile int8 for {row.instruction} "
-                "correctly: the slower mma.sync is used; install torch "
+                f"correctly: the slower mma.sync is used{most}; install torch "
                 f"{row.torch} or later"
             )
         return None

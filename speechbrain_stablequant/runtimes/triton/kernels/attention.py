@@ -14,7 +14,7 @@ from .architectures import Card, card_of
 from .device import store_tile
 from .library import check_contiguous, declare
 from .plain import HALF_TOLERANCE, finish
-from .tiles import Config, generate, shape_bucket
+from .tiles import FUSED, Config, generate, shape_bucket
 from .tuning import compared, select, tuning_key
 
 #: Widest head.
@@ -181,7 +181,7 @@ def launch(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=width,
             # float32 is for comparisons, not for speed
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
         )  # fmt: skip
 
     sizes = (batch * heads, shape_bucket(frames), size)

@@ -11,7 +11,7 @@ import triton.language as tl
 from .device import affine_columns, gelu_erf, standardize_rows, store_tile
 from .library import check_rows, declare
 from .plain import finish
-from .tiles import Config, shape_bucket
+from .tiles import FUSED, Config, shape_bucket
 from .tuning import compared, select, tuning_key
 
 
@@ -87,7 +87,7 @@ def launch(
             eps, inverse, float(limit), float(zero),
             COLUMNS=columns, GELU=gelu, QUANTIZE=dtype == torch.int8,
             BOTH=both, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
+            num_warps=tile.num_warps, **FUSED,
         )  # fmt: skip
 
     key = tuning_key(

@@ -36,7 +36,12 @@ from .library import (
 )
 from .plain import finish, scaled
 from .tiles import Config, generate, rank, shape_bucket
-from .tuning import Check, compared, select, tuning_key
+from .tuning import MEASURED, Check, compared, select, tuning_key
+
+try:
+    from . import hopper
+except (ImportError, AttributeError):  # Triton without Gluon, or another one
+    hopper = None
 
 #: Widest row that one tile holds.
 MAX_NORM_CHANNELS = 512
@@ -55,8 +60,8 @@ class Rows(NamedTuple):
 
 @triton.jit
 def _tile(
-    tile, x, weight, out, scale, bias, residual, norm_weight, norm_bias, rows,
-    period, x_outer, x_inner, residual_stride, eps, inverse, limit, zero,
+    tile, x, weight, out, scale, bias, residual, rows, period, x_outer, x_inner,
+    residual_stride, inverse, limit, zero, norm_weight, norm_bias, eps,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -131,8 +136,8 @@ def _tile(
 # Sizes that change from input to input must not ask for a compilation.
 @triton.jit(do_not_specialize=["rows", "period"])
 def matmul_kernel(
-    x, weight, out, scale, bias, residual, norm_weight, norm_bias, rows, period,
-    x_outer, x_inner, residual_stride, eps, inverse, limit, zero,
+    x, weight, out, scale, bias, residual, rows, period, x_outer, x_inner,
+    residual_stride, inverse, limit, zero, norm_weight, norm_bias, eps,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -147,19 +152,19 @@ def matmul_kernel(
             tl.program_id(0), tiles, tl.num_programs(0), flatten=True
         ):
             _tile(
-                tile, x, weight, out, scale, bias, residual, norm_weight,
-                norm_bias, rows, period, x_outer, x_inner, residual_stride,
-                eps, inverse, limit, zero, COLUMNS, DEPTH, OVERLAP, HAS_BIAS,
+                tile, x, weight, out, scale, bias, residual, rows, period,
+                x_outer, x_inner, residual_stride, inverse, limit, zero,
+                norm_weight, norm_bias, eps, COLUMNS, DEPTH, OVERLAP, HAS_BIAS,
                 HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M, BLOCK_N, BLOCK_K,
                 GROUP, WIDE,
             )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0), x, weight, out, scale, bias, residual,
-            norm_weight, norm_bias, rows, period, x_outer, x_inner,
-            residual_stride, eps, inverse, limit, zero, COLUMNS, DEPTH,
-            OVERLAP, HAS_BIAS, HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M,
-            BLOCK_N, BLOCK_K, GROUP, WIDE,
+            tl.program_id(0), x, weight, out, scale, bias, residual, rows,
+            period, x_outer, x_inner, residual_stride, inverse, limit, zero,
+            norm_weight, norm_bias, eps, COLUMNS, DEPTH, OVERLAP, HAS_BIAS,
+            HAS_RESIDUAL, NORM, GELU, QUANTIZE, BLOCK_M, BLOCK_N, BLOCK_K,
+            GROUP, WIDE,
         )  # fmt: skip
 
 
@@ -188,6 +193,13 @@ def _candidates(
 ) -> list[Config]:
     """Tiles for a product, best guess first."""
     found = []
+    if hopper is not None and not norm:
+        product = (rows, columns, card)
+        ranked = rank(hopper.tiles(card, depth, residual), *product)
+        outlines = list(dict.fromkeys(tile.outline for tile in ranked))
+        # half of what is measured
+        few = outlines[: MEASURED // 2]
+        found = [tile for tile in ranked if tile.outline in few]
     for tile in rank(_tiles(columns, depth, norm, card), rows, columns, card):
         found.append(tile)
         # others would spill registers
@@ -233,21 +245,27 @@ def _launch(
         blocks = _blocks(tile, rows, columns)
         if tile.persistent:
             blocks = min(blocks, _at_once(tile, card))
+        if tile.gluon:
+            kernel, own = hopper.hopper_kernel, {"STAGES": tile.num_stages}
+        else:
+            kernel, own = matmul_kernel, {
+                "norm_weight": norm_weight if has_norm else scale,
+                "norm_bias": norm_bias if has_norm else scale,
+                "eps": eps if has_norm else 0.0, "NORM": has_norm,
+                "WIDE": not card.architecture.int8_pays,
+                "PERSISTENT": tile.persistent,
+            }  # fmt: skip
         # A pointer whose constexpr flag is off is never read: any will do.
-        matmul_kernel[(blocks,)](
+        kernel[(blocks,)](
             left.x, weight, out,
             scale, scale if bias is None else bias,
             residual if has_residual else out,
-            norm_weight if has_norm else scale,
-            norm_bias if has_norm else scale,
             rows, left.period or rows, left.outer, left.inner,
             residual.stride(0) if has_residual else 0,
-            eps if has_norm else 0.0, inverse, float(limit), float(zero),
+            inverse, float(limit), float(zero),
             COLUMNS=columns, DEPTH=depth, OVERLAP=left.period is not None,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=has_residual,
-            NORM=has_norm, GELU=gelu, QUANTIZE=out.dtype == torch.int8,
-            GROUP=8, WIDE=not card.architecture.int8_pays,
-            PERSISTENT=tile.persistent, **tile.options(),
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=has_residual, GELU=gelu,
+            QUANTIZE=out.dtype == torch.int8, GROUP=8, **own, **tile.options(),
         )  # fmt: skip
 
     switches = (has_norm, gelu, has_residual)

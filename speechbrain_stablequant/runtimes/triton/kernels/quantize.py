@@ -7,6 +7,7 @@ import triton.language as tl
 from .device import gelu_erf, store_tile
 from .library import check_rows, declare
 from .plain import finish
+from .tiles import FUSED
 
 
 def reference(
@@ -46,7 +47,7 @@ def launch(x, inverse, limit, gelu=False, zero=0) -> torch.Tensor:
     quantize_kernel[grid](
         rows, out, count, rows.stride(0), inverse, float(limit), float(zero),
         COLUMNS=columns, GELU=gelu, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=4, **FUSED,
     )  # fmt: skip
     return out
 

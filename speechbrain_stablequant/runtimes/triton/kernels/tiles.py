@@ -15,6 +15,9 @@ from .architectures import Card
 
 #: Bytes per cycle that it loads from the L2 cache, in practice.
 LOADED_BYTES = 40
+#: Launch option of every kernel. Triton 3.10 will no longer fuse by default,
+#: and a GELU would take twice the instructions.
+FUSED = {"enable_fp_fusion": True}
 #: int32 sums of a thread; more of them would spill registers.
 _MAX_SUMS = 128
 
@@ -29,11 +32,12 @@ class Config:
     num_warps: int
     num_stages: int  # steps in flight at once
     persistent: bool = False  # whether a block computes one tile after another
+    gluon: bool = False  # whether of ``hopper``, used only after its trial
 
     @property
-    def outline(self) -> tuple[int, int, int]:
+    def outline(self) -> tuple[int, int, int, bool]:
         """What its forms (steps, stages, persistence) have in common."""
-        return self.block_m, self.block_n, self.num_warps
+        return self.block_m, self.block_n, self.num_warps, self.gluon
 
     def shared_bytes(self, card: Card) -> int:
         """Shared memory of the int8 operands."""
@@ -48,6 +52,7 @@ class Config:
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **FUSED,
         }
 
 
@@ -98,7 +103,7 @@ def generate(
         )
 
     def order(tile: Config) -> tuple[int, int, bool]:
-        m, n, warps = tile.outline
+        m, n, warps, _ = tile.outline
         return -m * n, -m, m * n > 64 * 32 * warps
 
     return tuple(sorted(found, key=order))

@@ -26,7 +26,7 @@ from .tiles import Config
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 #: Idle cycles of the device before a timed launch: about 100 microseconds.
 _AHEAD_CYCLES = 200_000
@@ -221,8 +221,11 @@ def select(
 ) -> Config:
     """The tile to run with: the active tuner's choice, else the first of the
     candidates. ``run`` launches the kernel with a tile; ``check`` says what is
-    wrong with what the last launch wrote."""
+    wrong with what the last launch wrote. Without either, no tile of a kernel
+    that only a trial proves is taken."""
     tuner = _current.get()
+    if tuner is None or check is None:
+        candidates = [tile for tile in candidates if not tile.gluon]
     if tuner is None:
         return candidates[0]
     return tuner.choose(key, candidates, run, check)

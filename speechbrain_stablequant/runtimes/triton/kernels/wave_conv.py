@@ -25,7 +25,7 @@ from .device import (
 )
 from .library import check_contiguous, check_dtype, declare, output_frames
 from .plain import finish, scaled
-from .tiles import Config, generate, rank, shape_bucket
+from .tiles import FUSED, Config, generate, rank, shape_bucket
 from .tuning import compared, select, tuning_key
 
 #: Largest kernel size that is supported.
@@ -298,7 +298,7 @@ def launch_gram(
     wave_gram_kernel[(pieces, batch, taps)](
         wave, grams, frames, count, samples, wave_inverse, float(wave_limit),
         KIND=kind, TAPS=taps, STRIDE=stride, BLOCK=SUMMED_FRAMES,
-        num_warps=1,
+        num_warps=1, **FUSED,
     )  # fmt: skip
     return grams.sum(1)
 
