@@ -23,10 +23,10 @@ from speechbrain.utils.fetching import (
 )
 from torch import nn
 
-from .folder.live_modules import LiveModules, read_signed
+from .folder.live_modules import LiveModules
 from .folder.recognizer import QuantizedRecognizer
 from .folder.tokenizer_file import read_tokenizer
-from .folder.weights_file import WEIGHTS_FILE, signed_files
+from .folder.weights_file import WEIGHTS_FILE, load_checkpoint, signed_files
 
 QuantizedRecogniser = QuantizedRecognizer
 
@@ -158,7 +158,7 @@ class ModulesLoader(_Loader):
     def load_collected(self) -> None:
         """Reads the modules and the tokenizer."""
         needs = [] if self.tokenizer_file is None else [self.tokenizer_file]
-        read = partial(read_signed, self.folder, self.checksum, needs)
+        read = partial(load_checkpoint, self.folder, needs, self.checksum)
         checkpoint = read()
         for module in self.late:
             module.build(self.folder)

@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ class StableQuant:
             self.by_block,
         ):
             try:
-                self._unwrap_modules()
+                for key, module in self.brain.modules.items():
+                    if isinstance(module, DistributedDataParallel):
+                        self.brain.modules[key] = module.module
                 test = self._check_test_set(test_set, test_loader_kwargs or {})
                 if not self.runs[0].results:
                     self.brain.on_stage_start(sb.Stage.VALID, epoch=None)
@@ -215,18 +218,18 @@ class StableQuant:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
 
-    def _unwrap_modules(self) -> None:
-        """Unwrap the modules of a distributed training."""
-        for key, module in self.brain.modules.items():
-            if isinstance(module, DistributedDataParallel):
-                self.brain.modules[key] = module.module
-
     def _check_test_set(
         self, test_set: Dataset | DataLoader, options: Mapping[str, Any]
     ) -> TestSet:
         """Name and check a test set before it is evaluated."""
-        if self._needs_data:
-            self._require_subsets()
+        if self._needs_data and not self.runs[0].subsets:
+            raise ValueError(
+                "quantize.calibration: no validation set; the recipe's fit() "
+                "got none, so give one to StableQuant.attach(brain, "
+                "valid_set=...) or set quantize.plan"
+            )
+        if self._needs_data and self._evaluator.trainer is None:
+            self._make_trainer(None, {})
         test = TestSet(self.brain, test_set, dict(options), self._set_name())
         if len(test_set) == 0:
             raise ValueError(
@@ -236,25 +239,12 @@ class StableQuant:
         check_set_audio(self.brain, self.config, dataset_of(test_set))
         return test
 
-    def _require_subsets(self) -> None:
-        if not self.runs[0].subsets:
-            raise ValueError(
-                "quantize.calibration: no validation set; the recipe's fit() "
-                "got none, so give one to StableQuant.attach(brain, "
-                "valid_set=...) or set quantize.plan"
-            )
-        if self._evaluator.trainer is None:
-            self._make_trainer(None, {})
-
     def _set_name(self) -> str:
         """Name of a test set: of the recipe's WER file, else a number."""
         path = getattr(self.brain.hparams, "test_wer_file", None)
         name = Path(str(path)).stem.removeprefix("wer_") if path else "test"
-        unique, number = name, 1
-        while unique in self.runs[0].results:
-            number += 1
-            unique = f"{name}-{number}"
-        return unique
+        names = chain([name], (f"{name}-{i}" for i in count(2)))
+        return next(x for x in names if x not in self.runs[0].results)
 
     def _check_metric_early(self) -> None:
         """Check the metric before a training, if the recipe has it by then."""

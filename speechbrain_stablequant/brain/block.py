@@ -1,4 +1,4 @@
-"""Reads a ``quantize:`` block, with the options of the runtime it names."""
+"""Reads a ``quantize:`` block, with the runtime and the plan that it names."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ..runtimes.registry import RUNTIMES, check_options, select_options
 
 
 def read_block(block: Mapping[str, Any]) -> QuantizeConfig:
-    """A checked block, the options of its runtimes included."""
+    """A checked block, the options of its runtimes and its plans included."""
     config = QuantizeConfig.from_dict(block)
     variant_configs(config)
     return config
@@ -24,7 +24,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     A variant that names another runtime than its block inherits the options
     that this runtime knows.
     """
-    _check_runtime(config, "quantize")
+    _check(config, "quantize")
     if not config.variants:
         return config.variant_configs()
     found = {}
@@ -35,7 +35,7 @@ def variant_configs(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
         ):
             options = select_options(variant.backend, config.backend_options)
             variant = replace(variant, backend_options=options)
-        _check_runtime(variant, f"quantize.variants[{index}]")
+        _check(variant, f"quantize.variants[{index}]")
         found[name] = variant
     return found
 
@@ -59,7 +59,7 @@ def run_configs(
     return found
 
 
-def _check_runtime(config: QuantizeConfig, path: str) -> None:
+def _check(config: QuantizeConfig, path: str) -> None:
     known = ("auto", *RUNTIMES)
     if config.backend not in known:
         raise ConfigError(
@@ -70,3 +70,8 @@ def _check_runtime(config: QuantizeConfig, path: str) -> None:
         check_options(config.backend, config.backend_options)
     except ValueError as error:
         raise ConfigError(f"{path}.{error}") from error
+    if config.plan is not None:
+        try:
+            QuantizationPlan.load(config.plan, False)
+        except ValueError as error:
+            raise ConfigError(f"{path}.plan: {error}") from error

@@ -20,8 +20,9 @@ from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from ..config import ConfigError
 from ..core.error_rates import score
 from ..core.plan import QuantizationPlan
+from ..folder.errors import NoFolderError
 from ..folder.recognizer_spec import RecognizerSource
-from ..folder.write_modules import ModulesSource
+from ..folder.write import ModulesSource
 from ..methods.search.score import check_float_wer
 from ..methods.session.search_set import check_earlier_run
 from ..model.layers import find_layers, visible_layers
@@ -30,14 +31,19 @@ from ..utils.files import check_writable_folder
 from ..utils.patching import hooked
 from ..utils.typed import one_line
 from .block import run_configs
-from .decoding import FolderDecoder, difference
+from .decoding import (
+    SPACE,
+    FolderDecoder,
+    Tokenizer,
+    describe_tokenizer,
+    difference,
+    find_tokenizer,
+)
 from .describe import describe_recognizer
-from .errors import NoFolderError
 from .generated import loading_class
 from .metrics import Row, rate_of, rows_of, transcripts_of
 from .passes import decoding_each_time, evaluation_steps, recognize
 from .rebuilt import describe_modules
-from .tokenizer import SPACE, Tokenizer, describe_tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
@@ -257,7 +263,7 @@ class RecipeChecks:
             return []
         rows = rows_of(metric)
         texts = self._decoder.respelled(rows, texts)
-        *_, content = describe_tokenizer(self._decoder.tokenizer)
+        content = describe_tokenizer(self._decoder.tokenizer).content
         for run in self.runs:
             if isinstance(run.source, RecognizerSource):
                 run.source = replace(run.source, tokenizer=content)

@@ -5,13 +5,11 @@ observed on one batch, rebuilt from their description, and compared with their
 outputs.
 """
 
+import copy
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import speechbrain as sb
 import torch
@@ -19,55 +17,19 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
 
+from ..config import CommonConfig
 from ..folder.encoder_config import check_config, empty_encoder
+from ..folder.errors import NoFolderError
 from ..folder.recognizer_spec import RecognizerSource
 from ..model.wrapper import WRAPPER_SETTINGS, StoredEncoder
 from .data import audio_of
-from .errors import NoFolderError
-from .head_yaml import node_text, plain_node, recipe_nodes
-from .passes import recognize
-from .tokenizer import describe_tokenizer, find_tokenizer
-
-if TYPE_CHECKING:
-    from ..methods.registry import QuantizeConfig
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module of the Brain."""
-
-    key: str
-    args: tuple
-    kwargs: dict[str, Any]
-    output: Any
-
-    @property
-    def inputs(self) -> tuple:
-        """Positional arguments, then the values of keyword arguments."""
-        return *self.args, *self.kwargs.values()
-
-
-def observe(
-    brain: sb.Brain, batch: Any, modules: Mapping[str, nn.Module]
-) -> list[Call]:
-    """The calls of modules while the Brain recognizes a batch."""
-    calls: list[Call] = []
-
-    def record(key: str, _, args: tuple, kwargs: dict, output: Any) -> None:
-        calls.append(Call(key, args, kwargs, output))
-
-    with ExitStack() as stack:
-        for key, module in modules.items():
-            hook = partial(record, key)
-            stack.enter_context(
-                module.register_forward_hook(hook, with_kwargs=True)
-            )
-        recognize(brain, batch)
-    return calls
+from .decoding import describe_tokenizer, required_tokenizer
+from .passes import Call, observe, same
+from .recipe_yaml import dumped, makes_calls, plain_node, recipe_tree, tag_of
 
 
 def describe_recognizer(
-    brain: sb.Brain, batch: Any, config: "QuantizeConfig", names: Iterable[str]
+    brain: sb.Brain, batch: Any, config: CommonConfig, names: Iterable[str]
 ) -> RecognizerSource:
     """Describe a Brain's recognizer from any batch; ``names``: its quantized
     layers. Raises a NoFolderError that says what cannot be rebuilt."""
@@ -83,15 +45,10 @@ def describe_recognizer(
                 f"layer '{name}' was not used: the recipe calls "
                 f"{', '.join(keys)}"
             )
-    nodes = recipe_nodes(brain)
-    tokenizer = find_tokenizer(brain)
-    if tokenizer is None:
-        raise NoFolderError(
-            "neither the Brain nor its hparams hold a CTCTextEncoder or a "
-            "SentencePiece tokenizer; set brain.tokenizer"
-        )
+    nodes = (recipe_tree(brain) or {}).get("modules") or {}
+    tokenizer = required_tokenizer(brain)
     encoder, settings = _describe_encoder(first, modules[first.key], brain)
-    tokenizer_class, tokenizer_file, content = describe_tokenizer(tokenizer)
+    stored = describe_tokenizer(tokenizer)
     return RecognizerSource(
         encoder=encoder,
         config=settings,
@@ -99,9 +56,9 @@ def describe_recognizer(
             call.key: _describe_head(call, modules[call.key], nodes, brain)
             for call in rest
         },
-        tokenizer_class=tokenizer_class,
-        tokenizer_file=tokenizer_file,
-        tokenizer=content,
+        tokenizer_class=stored.kind,
+        tokenizer_file=stored.file,
+        tokenizer=stored.content,
         blank_index=_blank_index(brain, tokenizer),
         sample_rate=config.sample_rate,
     )
@@ -125,22 +82,17 @@ def _check_chain(calls: list[Call], wavs: torch.Tensor) -> None:
     for call in calls:
         if sum(other.key == call.key for other in calls) > 1:
             raise NoFolderError(f"the recipe calls '{call.key}' repeatedly")
-    if not _same(calls[0].inputs[:1], (wavs,)):
+    if not (calls[0].inputs and same(calls[0].inputs[0], wavs)):
         raise NoFolderError(
             f"'{calls[0].key}' gets something other than the audio: the "
             "recipe changes it first"
         )
     for before, after in itertools.pairwise(calls):
-        if not _same(after.inputs, (before.output,)):
+        if len(after.inputs) != 1 or not same(*after.inputs, before.output):
             raise NoFolderError(
                 f"'{after.key}' gets something other than the output of "
                 f"'{before.key}'"
             )
-
-
-def _same(one: tuple, two: tuple) -> bool:
-    tensors = all(isinstance(x, torch.Tensor) for x in (*one, *two))
-    return len(one) == len(two) and tensors and all(map(torch.equal, one, two))
 
 
 def _check_rebuilt(
@@ -228,17 +180,17 @@ def _describe_head(
     for name, child in module.named_modules(prefix=call.key):
         if getattr(child, "max_norm", None) is not None:
             raise NoFolderError(f"'{name}' has a max_norm: it needs its floats")
-    text = plain_node(module)
-    if text is not None:
-        text = f"{call.key}: {text}"
-    elif call.key in nodes:
-        text = node_text(call.key, nodes[call.key])
-    else:
+    node = plain_node(module)
+    if node is None:
+        # A copy has no anchors that other nodes refer to.
+        node = copy.deepcopy(nodes.get(call.key))
+    if not tag_of(node).startswith("!new:") or makes_calls(node):
         raise NoFolderError(
             f"'{call.key}' ({type(module).__name__}) has no `!new:` node in "
             "the hyperparams.yaml of the recipe's output_folder; write it as "
             "one in the recipe's YAML"
         )
+    text = dumped({call.key: node})
     rebuilt = load_hyperpyyaml(text)[call.key]
     try:
         rebuilt.load_state_dict(module.state_dict())

@@ -8,11 +8,13 @@ test set, and reported.
 
 import io
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,20 @@ from ..methods.registry import QuantizeConfig, make_plan
 from ..methods.session.session import Session
 from ..report.comparison import write_comparison
 from ..report.results import Evaluation, SetResult
+from ..runtimes.cpu import cpu_class, cpu_name
 from ..runtimes.registry import RUNTIMES, code_digest
 from ..simulation.multiply_adds import count_multiply_adds
 from ..utils import distributed
 from ..utils.files import Outputs, write_atomic
 from ..utils.patching import restored, shadowed
+from ..utils.precision import allows_tf32
 from ..utils.progress import progress_bar
 from ..utils.store import Store
 from .block import run_configs
 from .checks import RecipeChecks, check_checkpoint
-from .clock import ForwardClock
 from .data import TestSet
 from .decoding import as_scored, same_text
 from .dependencies import Dependencies
-from .environment import environment
 from .loggers import log_results
 from .metrics import (
     counts_of,
@@ -50,13 +52,13 @@ from .metrics import (
     rows_of,
     transcripts_of,
 )
-from .parts import decide_parts
-from .passes import evaluation_steps
+from .passes import ForwardClock, evaluation_steps
 from .recognizer import BrainRecognizer
 from .run import Run, comparison
 from .run_runtime import (
     change_runtime,
     choose_runtime,
+    decide_parts,
     executed,
     make_probe,
     try_descriptions,
@@ -65,6 +67,14 @@ from .run_runtime import (
 from .trainer import BrainTrainer
 
 logger = logging.getLogger(__name__)
+
+
+# SpeechBrain's names of precisions.
+_ARITHMETIC = {
+    "fp32": "float32",
+    "fp16": "autocast to float16",
+    "bf16": "autocast to bfloat16",
+}
 
 
 class Evaluator:
@@ -346,3 +356,26 @@ def evaluation_of(
         folder,
         clock.audio_digest,
     )
+
+
+def environment(
+    device: str, precision: str | None = None
+) -> dict[str, str | int]:
+    """Describe a device and SpeechBrain's ``eval_precision`` (default fp32)."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "speechbrain": version("speechbrain"),
+        "cpu": cpu_name(),
+        "cpu class": cpu_class().name,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "processes": distributed.size(),
+        "float arithmetic": _ARITHMETIC[precision or "fp32"],
+    }
+    if device.startswith("cuda"):
+        found["device"] = torch.cuda.get_device_name(device)
+        allowed = zip(("products", "convolutions"), allows_tf32(), strict=True)
+        found["TF32"] = " and ".join(n for n, yes in allowed if yes) or "off"
+        found["CUDA"] = str(torch.version.cuda)
+    return found

@@ -8,7 +8,7 @@ What is written is verified by what it transcribes, see :mod:`.rebuilt`.
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import speechbrain as sb
 from speechbrain.decoders.ctc import CTCBaseSearcher, CTCBeamSearcher
@@ -23,17 +23,22 @@ from speechbrain.integrations.huggingface.huggingface import (
 )
 from torch import nn
 
-from ..folder.write_modules import ModulesSource
-from .errors import NoFolderError
-from .huggingface import TWO_WRAPPERS, huggingface_files
-from .inference_yaml import dumped, live_modules
+from ..config import CommonConfig
+from ..folder.errors import NoFolderError
+from ..folder.write import ModulesSource
+from .decoding import find_tokenizer, folder_tokenizer, markers_of
+from .inference_yaml import check_one_wrapper, live_modules
 from .metrics import Row
 from .recipe_chain import Observed, chain_to
-from .recipe_yaml import OURS, Nodes, recipe_tree, reference, tagged
-from .tokenizer import find_tokenizer, folder_tokenizer, markers_of
-
-if TYPE_CHECKING:
-    from ..methods.registry import QuantizeConfig
+from .recipe_yaml import (
+    OURS,
+    Nodes,
+    dumped,
+    huggingface_files,
+    recipe_tree,
+    reference,
+    tagged,
+)
 
 _WHISPER = (S2SWhisperBeamSearcher, S2SWhisperGreedySearcher)
 
@@ -60,7 +65,7 @@ def loading_class(brain: sb.Brain) -> str:
 
 def generated_source(
     brain: sb.Brain,
-    config: "QuantizeConfig",
+    config: CommonConfig,
     names: Iterable[str],
     seen: Observed,
     rows: Sequence[Row],
@@ -74,7 +79,13 @@ def generated_source(
         for key, module in modules.items()
         if isinstance(module, HFTransformersInterface)
     }
-    nodes = Nodes(recipe_tree(brain), wrappers)
+    tree = recipe_tree(brain)
+    if tree is None:
+        raise NoFolderError(
+            "there is no hyperparams.yaml in the recipe's output_folder to "
+            "generate an inference YAML from; give quantize.inference"
+        )
+    nodes = Nodes(tree, wrappers)
     searcher = seen.searcher and modules[seen.searcher.key]
     if isinstance(searcher, _WHISPER):
         _add_whisper(brain, nodes, seen)
@@ -171,7 +182,7 @@ def _add_ctc(
 
 def _source(
     brain: sb.Brain,
-    config: "QuantizeConfig",
+    config: CommonConfig,
     names: Iterable[str],
     nodes: Nodes,
     wrappers: Mapping[str, nn.Module],
@@ -186,8 +197,7 @@ def _source(
     live = {k: m for k, m in live.items() if nodes.key_of(k) in out}
     places = {key: (nodes.key_of(key), "") for key in live}
     used = [key for key in wrappers if nodes.key_of(key) in out]
-    if len(used) > 1:
-        raise NoFolderError(TWO_WRAPPERS.format(" and ".join(used)))
+    check_one_wrapper(used)
     files = {}
     for key in used:
         files = huggingface_files(wrappers[key])

@@ -4,12 +4,11 @@ The YAML's objects are made once, in memory: its modules are found in the recipe
 by their keys, or by the shapes of their tensors.
 """
 
-import io
 import pydoc
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ruamel.yaml
 import speechbrain as sb
@@ -20,17 +19,21 @@ from speechbrain.integrations.huggingface.huggingface import (
 )
 from torch import nn
 
+from ..config import CommonConfig
+from ..folder.errors import NoFolderError
 from ..folder.module_state import hooked_modules
-from ..folder.write_modules import ModulesSource
-from .errors import NoFolderError
-from .head_yaml import makes_calls, tag_of
-from .huggingface import TWO_WRAPPERS, huggingface_files
+from ..folder.write import ModulesSource
+from .decoding import folder_tokenizer
 from .metrics import Row
-from .recipe_yaml import PLACES, late_node
-from .tokenizer import folder_tokenizer
-
-if TYPE_CHECKING:
-    from ..methods.registry import QuantizeConfig
+from .recipe_yaml import (
+    PLACES,
+    dumped,
+    huggingface_files,
+    late_node,
+    makes_calls,
+    parts_of,
+    tag_of,
+)
 
 #: Keys of what SpeechBrain's classes compute with.
 _ROOTS = ("modules", "decoding_function", "tokenizer", "encoder", "decoder")
@@ -40,7 +43,7 @@ _OURS = ("backend", "backend_options")
 
 def given_source(
     brain: sb.Brain,
-    config: "QuantizeConfig",
+    config: CommonConfig,
     names: Iterable[str],
     rows: Sequence[Row],
 ) -> tuple[ModulesSource, dict[str, nn.Module]]:
@@ -111,6 +114,15 @@ def live_modules(brain: sb.Brain) -> dict[str, nn.Module]:
     return {key: m for key, m in found.items() if contents_of(m)}
 
 
+def check_one_wrapper(keys: Sequence[str]) -> None:
+    """Raise if a folder would need the configuration of several models."""
+    if len(keys) > 1:
+        raise NoFolderError(
+            f"{' and '.join(keys)} are models of HuggingFace, and a folder "
+            "holds the configuration of one"
+        )
+
+
 def contents_of(module: nn.Module) -> set[int]:
     """Parameters, and modules that keep something else."""
     owners = [x for _, x in hooked_modules({"": module})]
@@ -156,13 +168,6 @@ def key_of(hparams: Mapping[str, Any], value: Any, name: str) -> str:
 # -- the tree -----------------------------------------------------------------
 
 
-def dumped(tree: Mapping[str, Any]) -> str:
-    """The text of a tree."""
-    out = io.StringIO()
-    ruamel.yaml.YAML().dump(dict(tree), out)
-    return out.getvalue()
-
-
 def _kept(tree: Any) -> set[str]:
     """Keys that a folder's YAML keeps: all but those that only the pretrainer
     reads, or that call something and that nothing reads."""
@@ -200,14 +205,9 @@ def _reached(tree: Any, keys: Iterable[str]) -> set[str]:
 
 
 def _references(node: Any) -> Iterator[str]:
-    if tag_of(node) in ("!ref", "!copy"):
-        yield from _REFERENCE.findall(str(node.value))
-    elif isinstance(node, dict):
-        for value in node.values():
-            yield from _references(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _references(value)
+    for part in parts_of(node):
+        if tag_of(part) in ("!ref", "!copy"):
+            yield from _REFERENCE.findall(str(part.value))
 
 
 def _late_keys(
@@ -220,8 +220,7 @@ def _late_keys(
         for key, value in hparams.items()
         if isinstance(value, HFTransformersInterface)
     )
-    if len(wrappers) > 1:
-        raise NoFolderError(TWO_WRAPPERS.format(" and ".join(wrappers)))
+    check_one_wrapper(wrappers)
     reached = {
         key: _reached(tree, [key])
         for key in hparams

@@ -122,7 +122,15 @@ def _checked(row: Mapping[str, Any], where: str, root: Path) -> dict[str, str]:
                 f"{where}: has a '{column}', and segments of a file are not "
                 "read; cut the audio into one file for each utterance"
             )
-    _check_duration(row, where)
+    duration = row.get("duration")
+    try:
+        valid = duration in (None, "") or 0 < float(duration) < float("inf")
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ManifestError(
+            f"{where}: its duration is {short(duration)}, not seconds"
+        )
     path = row.get("wav")
     if not isinstance(path, str) or not path:
         raise ManifestError(f"{where}: has no path in 'wav'")
@@ -139,18 +147,6 @@ def _checked(row: Mapping[str, Any], where: str, root: Path) -> dict[str, str]:
             raise ManifestError(f"{where}: '{column}' is not text: {value}")
         found["wrd"] = row[column]
     return found
-
-
-def _check_duration(row: Mapping[str, Any], where: str) -> None:
-    value = row.get("duration")
-    try:
-        valid = value in (None, "") or 0 < float(value) < float("inf")
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise ManifestError(
-            f"{where}: its duration is {short(value)}, not seconds"
-        )
 
 
 def _librispeech_rows(texts: Path) -> Iterator[_Row]:

@@ -1,14 +1,20 @@
-"""Passes of a Brain over batches, which leave the batches as they are."""
+"""Passes of a Brain over batches, which they leave as they are; their time."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import speechbrain as sb
 import torch
+from torch import nn
 
+from ..utils.digest import digest, tensor_digest
 from ..utils.patching import shadowed
+from ..utils.timing import BatchTimes
+from .data import audio_of
 from .metrics import metric_of
 
 
@@ -69,3 +75,104 @@ def tensors(output: Any) -> Iterator[torch.Tensor]:
 def first_tensor(output: Any) -> torch.Tensor | None:
     """The first of :func:`tensors`, if any."""
     return next(tensors(output), None)
+
+
+class ForwardClock:
+    """Sums the time of ``compute_forward``: model and decoding, no scoring.
+
+    Excludes warm-up: the first of several batches, and what a runtime compiles
+    for a new length.
+    """
+
+    def __init__(self, brain: sb.Brain, signal: str, sample_rate: int):
+        self.brain = brain
+        self.signal = signal
+        self.sample_rate = sample_rate
+        self._times = BatchTimes(self._synchronize)
+        self._audio: list[float] = []
+        self._digests: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        """Computing time."""
+        return sum(self._times.counted(self._times.seconds))
+
+    @property
+    def audio_seconds(self) -> float:
+        """Duration of the audio recognized in this time."""
+        return sum(self._times.counted(self._audio))
+
+    @property
+    def audio_digest(self) -> str:
+        """Digest of the audio and of its batching."""
+        return digest(self._digests)
+
+    @contextmanager
+    def running(self) -> Iterator["ForwardClock"]:
+        """Measure while the context is open."""
+        inner = self.brain.compute_forward
+
+        def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            wavs, relative = audio_of(batch, self.signal)
+            samples = float((relative * wavs.shape[1]).sum())
+            self._digests.append(tensor_digest(wavs, relative))
+            with self._times.batch():
+                result = inner(batch, *args, **kwargs)
+            self._audio.append(samples / self.sample_rate)
+            return result
+
+        with shadowed(self.brain, "compute_forward", timed):
+            yield self
+
+    def _synchronize(self) -> None:
+        if str(self.brain.device).startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module of the Brain."""
+
+    key: str
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def inputs(self) -> tuple:
+        """Positional arguments, then the values of keyword arguments."""
+        return *self.args, *self.kwargs.values()
+
+
+@contextmanager
+def recording(
+    modules: Mapping[str, nn.Module], record: Callable[[Call], Any]
+) -> Iterator[None]:
+    """Context that records the calls of modules, in order of their ends."""
+
+    def hook(key: str, _, args: tuple, kwargs: dict, output: Any) -> None:
+        record(Call(key, args, kwargs, output))
+
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            handle = module.register_forward_hook(
+                partial(hook, key), with_kwargs=True
+            )
+            stack.enter_context(handle)
+        yield
+
+
+def observe(
+    brain: sb.Brain, batch: Any, modules: Mapping[str, nn.Module]
+) -> list[Call]:
+    """The calls of modules while the Brain recognizes a batch."""
+    calls: list[Call] = []
+    with recording(modules, calls.append):
+        recognize(brain, batch)
+    return calls
+
+
+def same(one: Any, two: Any) -> bool:
+    """Whether two values are equal tensors."""
+    tensors = isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
+    return tensors and torch.equal(one, two)

@@ -136,7 +136,6 @@ is no file a.wav
         brain = PretrainedBrain(recognizer, run_opts or {})
         brain.hparams.output_folder = place
         if not told:
-            test = _transcribed(test, recognizer)
             decision = {k: {**v, "wrd": ""} for k, v in decision.items()}
         # A chain is described by its modules.
         yaml = None if recognizer.chain else str(folder / HYPERPARAMS_FILE)
@@ -150,6 +149,9 @@ is no file a.wav
         quantized = StableQuant.attach(
             brain, valid_set=_dataset(decision, recognizer), **block
         )
+        # After the block was checked against the modules.
+        if not told:
+            test = _transcribed(test, recognizer)
         remarks = _remarks(recognizer, decision, test, told)
         for remark in remarks:
             logger.warning("quantize: %s", remark)

@@ -8,33 +8,29 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import speechbrain as sb
 import speechbrain.inference.ASR as interfaces
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
+from ..config import CommonConfig
+from ..folder.errors import NoFolderError
 from ..folder.live_modules import encode, probed
 from ..folder.module_state import hidden_state, set_hidden_state
 from ..folder.tokenizer_file import read_tokenizer
-from ..folder.write_modules import ModulesSource
+from ..folder.write import ModulesSource, made_objects
 from ..runtimes.probe import Compute
 from ..utils.patching import shadowed_forwards
 from ..utils.typed import short
 from .data import audio_of
-from .decoding import as_scored, same_text
-from .errors import NoFolderError
+from .decoding import SPACE, as_scored, same_text
 from .generated import generated_source, named_modules
 from .inference_yaml import given_source
 from .metrics import Row, rows_of
 from .passes import evaluation_steps
 from .recipe_chain import observing
-from .tokenizer import SPACE
-
-if TYPE_CHECKING:
-    from ..methods.registry import QuantizeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +39,7 @@ _CLOSE = 1e-3
 
 
 def describe_modules(
-    brain: sb.Brain, batch: Any, config: "QuantizeConfig", names: Iterable[str]
+    brain: sb.Brain, batch: Any, config: CommonConfig, names: Iterable[str]
 ) -> tuple[ModulesSource, dict[str, nn.Module]]:
     """Describe a Brain's recognizer by an inference YAML, and the modules that
     fill it; ``names``: its quantized layers.
@@ -111,12 +107,10 @@ def _distance(one: torch.Tensor, two: torch.Tensor | None) -> float:
 
 def _made(source: ModulesSource) -> dict[str, Any]:
     """A folder's objects, without the content of its weights."""
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+    with tempfile.TemporaryDirectory() as folder:
         for name, content in source.files.items():
             (Path(folder) / name).write_bytes(content)
-        hparams = load_hyperpyyaml(source.hyperparams(None))
-        for module in hparams["pretrainer"].late:
-            module.build(Path(folder))
+        hparams = made_objects(source, Path(folder))
         if source.tokenizer_file is not None:
             path = Path(folder) / source.tokenizer_file
             read_tokenizer(hparams["pretrainer"].tokenizer, path)

@@ -4,10 +4,9 @@ Modules are those that the Brain or its hparams hold under a key. The chain is
 followed from the decoder back to the audio by comparing tensors.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import speechbrain as sb
@@ -17,9 +16,9 @@ from speechbrain.decoders.seq2seq import S2SBaseSearcher
 from speechbrain.decoders.transducer import TransducerBeamSearcher
 from torch import nn
 
+from ..folder.errors import NoFolderError
 from ..utils.patching import shadowed
-from .describe import Call
-from .errors import NoFolderError
+from .passes import Call, recording, same
 
 _SEARCHERS = (S2SBaseSearcher, TransducerBeamSearcher)
 _CONSTANTS = bool | int | float | None
@@ -54,14 +53,14 @@ def observing(
     """Context that observes calls of modules and of SpeechBrain's decoders."""
     seen = Observed(audio)
 
-    def record(key: str, module, args: tuple, kwargs: dict, output: Any):
-        call = Call(key, args, kwargs, output)
-        if isinstance(module, _SEARCHERS):
+    def record(call: Call) -> None:
+        if isinstance(modules[call.key], _SEARCHERS):
             seen.searcher = call
         else:
             seen.calls.append(call)
 
-    greedy, beam = ctc_decoders.ctc_greedy_decode, _ctc_call()
+    greedy, kind = ctc_decoders.ctc_greedy_decode, ctc_decoders.CTCBaseSearcher
+    beam = kind.__call__
 
     def greedily(scores: torch.Tensor, lengths: Any, blank_id: int = -1):
         seen.ctc, seen.scores = blank_id, scores
@@ -74,21 +73,12 @@ def observing(
         return beam(searcher, scores, *args, **kwargs)
 
     with ExitStack() as stack:
-        for key, module in modules.items():
-            hook = partial(record, key)
-            stack.enter_context(
-                module.register_forward_hook(hook, with_kwargs=True)
-            )
+        stack.enter_context(recording(modules, record))
         for owner in (sb.decoders, ctc_decoders):
             stack.enter_context(shadowed(owner, "ctc_greedy_decode", greedily))
-        kind = ctc_decoders.CTCBaseSearcher
         kind.__call__ = beamwise
         stack.callback(setattr, kind, "__call__", beam)
         yield seen
-
-
-def _ctc_call() -> Callable[..., Any]:
-    return vars(ctc_decoders.CTCBaseSearcher)["__call__"]
 
 
 def chain_to(
@@ -101,12 +91,12 @@ def chain_to(
     wavs, lengths = (x.to(brain.device) for x in seen.audio)
     steps: list[dict[str, Any]] = []
     x, until = target, len(seen.calls)
-    while not _same(x, wavs):
+    while not same(x, wavs):
         found = [
             (i, key)
             for i in range(until)
             for key, value in _outputs(seen.calls[i].output)
-            if _same(value, x)
+            if same(value, x)
         ]
         if not found:
             raise NoFolderError(
@@ -136,7 +126,9 @@ def _step(
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return "input" if _same(value, x) else _lengths(value, lengths)
+            if same(value, x):
+                return "input"
+            return "lengths" if same(value, lengths) else _Other
         return value if isinstance(value, _CONSTANTS) else _Other
 
     args = [plain(value) for value in call.args]
@@ -166,10 +158,6 @@ class _Other:
     """Stands for a value that a YAML cannot hold."""
 
 
-def _lengths(value: torch.Tensor, lengths: torch.Tensor) -> Any:
-    return "lengths" if _same(value, lengths) else _Other
-
-
 def _outputs(output: Any) -> list[tuple[Any, Any]]:
     """A module's outputs by position or key; one has neither."""
     if isinstance(output, tuple | list):
@@ -177,12 +165,3 @@ def _outputs(output: Any) -> list[tuple[Any, Any]]:
     if isinstance(output, Mapping):
         return list(output.items())
     return [(None, output)]
-
-
-def _same(one: Any, two: Any) -> bool:
-    return (
-        isinstance(one, torch.Tensor)
-        and isinstance(two, torch.Tensor)
-        and one.shape == two.shape
-        and torch.equal(one, two)
-    )

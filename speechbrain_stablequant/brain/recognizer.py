@@ -1,13 +1,18 @@
 """A SpeechBrain Brain with its data, as a recognizer to quantize."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import speechbrain as sb
 import torch
+from speechbrain.decoders.seq2seq import S2SBaseSearcher
+from speechbrain.decoders.transducer import TransducerBeamSearcher
 from torch import nn
 
 from ..methods.search.score import Score
@@ -16,18 +21,105 @@ from ..simulation.prefix_cache import StopForward
 from ..utils import distributed
 from ..utils.distributed import from_main, gathered
 from ..utils.files import identity
+from ..utils.patching import shadowed
 from ..utils.store import Store
+from ..utils.typed import one_line
 from .data import Batches, dataset_of
 from .dependencies import Dependencies, Kind, dataset_digest
 from .loggers import log_search
-from .metrics import rate_of
-from .passes import evaluation_steps, first_tensor, tensors
-from .teacher_forcing import TeacherForcing, compared_outputs
+from .metrics import objects_of, rate_of
+from .passes import (
+    decoding_each_time,
+    evaluation_steps,
+    first_tensor,
+    recognize,
+    tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+# Rows of outputs kept of a batch: the joint network of a transducer has one for
+# each frame and token.
+_MOST_VALUES = 1 << 23
+
 
 # Of a set that ranks, where the encoder takes most of the time.
 _RANKING = 8
 # Processes sum their word errors after this many batches.
 _TOGETHER = 8
+
+
+class TeacherForcing:
+    """Keeps the searchers of a Brain from decoding.
+
+    ``batch``: tried in the VALID stage, to see whether it calls any.
+    """
+
+    def __init__(self, brain: sb.Brain, batch: Any):
+        self.brain = brain
+        self._called = False
+        self._searchers = _searchers(brain)
+        if self._searchers:
+            self._try(batch)
+        #: Whether the Brain decodes token by token.
+        self.autoregressive = self._called
+
+    def _try(self, batch: Any) -> None:
+        try:
+            output = self.recognize(batch)
+        except Exception as error:
+            if not self._called:
+                raise
+            logger.warning(
+                "quantize: the recipe reads what it decodes (%s), so each pass "
+                "of the search decodes, which takes longer",
+                one_line(error),
+            )
+            self._searchers = []
+            return
+        if self._called and not compared_outputs(output):
+            logger.warning(
+                "quantize: the recipe computes no probabilities of the "
+                "reference's tokens, so each pass of the search decodes"
+            )
+            self._searchers, self._called = [], False
+
+    def recognize(self, batch: Any) -> Any:
+        """The output of ``compute_forward`` in the VALID stage."""
+        with ExitStack() as stack:
+            for searcher in self._searchers:
+                nothing = shadowed(searcher, "forward", self._nothing)
+                stack.enter_context(nothing)
+            stack.enter_context(decoding_each_time(self.brain))
+            return recognize(self.brain, batch)
+
+    def _nothing(self, states: torch.Tensor, *_: Any, **__: Any) -> tuple:
+        """What searchers return, without a token for any utterance."""
+        self._called = True
+        empty = torch.zeros(len(states), 1)
+        return [[] for _ in states], empty, empty, empty
+
+
+def _searchers(brain: sb.Brain) -> list[nn.Module]:
+    kinds = (S2SBaseSearcher, TransducerBeamSearcher)
+    modules = getattr(brain, "modules", None) or {}
+    found = [*(value for _, value in objects_of(brain)), *modules.values()]
+    known = {id(x): x for x in found if isinstance(x, kinds)}
+    return list(known.values())
+
+
+def compared_outputs(output: Any) -> list[torch.Tensor]:
+    """Each tensor of an output with a row for each frame or token, [rows,
+    labels]; of a large one every so many rows. Logits of a joint network, of
+    frames and tokens, become log probabilities."""
+    found = []
+    for x in tensors(output):
+        if x.dim() > 2 and x.is_floating_point():
+            rows = x.reshape(-1, x.shape[-1])
+            rows = rows[:: max(1, -(-rows.numel() // _MOST_VALUES))]
+            rows = rows.float()
+            found.append(rows.log_softmax(-1) if x.dim() > 3 else rows)
+    return found
 
 
 @dataclass(eq=False)

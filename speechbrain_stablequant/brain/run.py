@@ -26,12 +26,10 @@ from ..folder.stored_floats import (
     stored_layer,
 )
 from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
-from ..folder.write import write_folder
-from ..folder.write_modules import ModulesSource
+from ..folder.write import ModulesSource, write_folder
 from ..model.layers import Layer, find_layers
-from ..report.build import build_report, float_size
+from ..report.build import build_report, float_size, render_card, write_report
 from ..report.comparison import variant_rows
-from ..report.render import render_card, write_report
 from ..report.results import Effort, Execution, SetResult, plan_key
 from ..report.tables import summary_table
 from ..runtimes.probe import Probe

@@ -279,13 +279,15 @@ def transcribe(
     stablequant transcribe results/quant/1986/quantized a.flac b.wav
     stablequant transcribe quantized *.wav --format json --output texts
     """
-    from .. import load
+    from ..transcribe.load import leave_out_stated, load
     from . import transcripts
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         transcripts.check_names(files)
     recognizer = load(folder, backend, device)
+    # It would come with every call.
+    leave_out_stated(recognizer)
     failed = 0
     for file in files:
         words = recognizer.words(

@@ -53,13 +53,9 @@ class Origin:
             logger.warning("quantize: %s tells no license: %s", card, reason)
             return cls(name, {}, remarks)
         found = {key: data.get(key) for key in _INHERITED if data.get(key)}
-        return cls(name or _own_base(data), found, remarks)
-
-
-def _own_base(data: ModelCardData) -> str | None:
-    """What the card of a local folder says it was made from."""
-    base = data.get("base_model")
-    return base if isinstance(base, str) else None
+        base = data.get("base_model")
+        base = base if isinstance(base, str) else None
+        return cls(name or base, found, remarks)
 
 
 def card_header(

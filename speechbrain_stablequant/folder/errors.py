@@ -1,4 +1,4 @@
-"""The error about a folder on disk."""
+"""Errors about a folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,10 @@ from ..utils.typed import one_line
 
 class CheckpointError(ValueError):
     """A quantized model on disk is damaged, mixed up or something else."""
+
+
+class NoFolderError(ValueError):
+    """A recipe that cannot be rebuilt from a folder, and why, in one line."""
 
 
 @contextmanager

@@ -5,7 +5,6 @@ instances of quantized layers.
 """
 
 import copy
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,16 +24,16 @@ from ..runtimes.probe import Compute, Probe
 from ..runtimes.probe_make import evaluating, make_probe, weight_forms
 from ..runtimes.registry import check_options, select_options
 from ..runtimes.simulated import simulated_forwards
-from .errors import CheckpointError, reading
-from .fill_modules import fill_modules
+from .errors import reading
 from .module_state import (
+    PREFIX,
     set_hidden_state,
-    split_state,
     take_computed,
     training_buffers,
 )
 from .runtime_slot import BuiltRuntime, RuntimeSlot
-from .weights_file import WEIGHTS_FILE, Checkpoint, load_checkpoint
+from .stored_floats import fill_modules
+from .weights_file import Checkpoint
 
 #: Tokens that a probe gives a decoder, the step between them, and about how
 #: many logits it compares.
@@ -81,21 +80,6 @@ def probed(
     return hidden, torch.cat(found, 1)
 
 
-def read_signed(
-    folder: Path, checksum: str | None, needs: Sequence[str]
-) -> Checkpoint:
-    """Reads a folder's weights, which must be those of its YAML."""
-    checkpoint = load_checkpoint(folder, needs)
-    if checksum not in (None, checkpoint.checksum):
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: is not the model that "
-            "hyperparams.yaml was written for; copy the whole folder, and "
-            "give from_hparams no savedir that another model was loaded "
-            "with"
-        )
-    return checkpoint
-
-
 class LiveModules:
     """Gives modules what a folder stores, and forwards of a runtime.
 
@@ -133,7 +117,8 @@ class LiveModules:
         path: Path,
     ) -> None:
         """Fills the modules; ``read`` reads the same checkpoint again."""
-        floats, state = split_state(checkpoint.floats)
+        floats = dict(checkpoint.floats)
+        state = {n: floats.pop(n) for n in list(floats) if n.startswith(PREFIX)}
         with reading(path, "does not fit the model", "make it again"):
             computed = take_computed(self.modules, floats)
         floats = {**training_buffers(self.modules), **computed, **floats}
@@ -195,7 +180,7 @@ class LiveModules:
         if self._probe is not None:
             with self.trying(forwards):
                 check_probe(name, self._probe, self.compute, device, options)
-        return BuiltRuntime(name, device, os.getpid(), forwards)
+        return BuiltRuntime(name, device, forwards)
 
     def _install(self, built: BuiltRuntime | None) -> None:
         if built is not None:

@@ -99,14 +99,6 @@ def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     }
 
 
-def split_state(
-    floats: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The parameters of a file, and its :func:`hidden_state`."""
-    state = {n: x for n, x in floats.items() if n.startswith(PREFIX)}
-    return {n: x for n, x in floats.items() if n not in state}, state
-
-
 def set_hidden_state(
     modules: Mapping[str, nn.Module],
     state: Mapping[str, torch.Tensor],

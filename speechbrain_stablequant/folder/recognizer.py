@@ -6,7 +6,6 @@ as floats.
 
 import copy
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,9 +26,9 @@ from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils.typed import one_line
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
 from .errors import CheckpointError
-from .fill_modules import fill_modules
 from .recognizer_spec import RecognizerSpec, read_spec
 from .runtime_slot import BuiltRuntime, RuntimeSlot
+from .stored_floats import fill_modules
 from .tokenizer_file import Tokenizer, read_tokenizer
 from .weights_file import (
     WEIGHTS_FILE,
@@ -121,7 +120,7 @@ class QuantizedRecognizer(nn.Module):
         self.parts = nn.ModuleDict(heads)
         self.folder: Path | None = None
         self._integers: dict[str, IntegerLayer] | None = None
-        self._probe: Probe | None = None
+        self.probe: Probe | None = None
         self._slot = self._new_slot()
 
     def _new_slot(self) -> RuntimeSlot:
@@ -166,8 +165,8 @@ class QuantizedRecognizer(nn.Module):
         fill_modules(parts, checkpoint.integers, floats, path)
         self.parts = nn.ModuleDict(parts)
         self._integers = checkpoint.integers
-        self._probe = checkpoint.probe
-        if self._probe is None:
+        self.probe = checkpoint.probe
+        if self.probe is None:
             logger.warning(
                 "%s: was written without a probe, so that runtimes are not "
                 "checked with it on this machine; quantize again to have one",
@@ -184,15 +183,9 @@ class QuantizedRecognizer(nn.Module):
 
     def _read(self, needs: Iterable[str] = ()) -> Checkpoint:
         """Reads the folder; integer weights stay in the file."""
-        checkpoint = load_checkpoint(self.folder, (CONFIG_FILE, *needs))
-        self.checksum = self.checksum or checkpoint.checksum
-        if checkpoint.checksum != self.checksum:
-            raise CheckpointError(
-                f"{self.folder / WEIGHTS_FILE}: is not the model that "
-                "hyperparams.yaml was written for; copy the whole folder, and "
-                "give from_hparams no savedir that another model was loaded "
-                "with"
-            )
+        needs = (CONFIG_FILE, *needs)
+        checkpoint = load_checkpoint(self.folder, needs, self.checksum)
+        self.checksum = checkpoint.checksum
         return checkpoint
 
     def _with_code(self) -> nn.Module:
@@ -231,11 +224,11 @@ class QuantizedRecognizer(nn.Module):
         forwards = build_forwards(
             name, parts, integers, residual_amax=peak, **options
         )
-        if self._probe is not None:
+        if self.probe is not None:
             compute = chain(parts, self._use_lengths, forwards)
-            check_probe(name, self._probe, compute, device, options)
+            check_probe(name, self.probe, compute, device, options)
         encoder = parts[self._key]
-        return BuiltRuntime(name, device, os.getpid(), forwards, encoder)
+        return BuiltRuntime(name, device, forwards, encoder)
 
     def _install(self, built: BuiltRuntime | None) -> None:
         """Replaces the forwards of the modules by those of a runtime."""

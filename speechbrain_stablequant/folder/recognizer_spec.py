@@ -17,6 +17,7 @@ from ..core.plan import PLAN_FILE
 from ..utils.files import parse_json, plain_name, read_file
 from ..utils.typed import option, short, typed
 from ..utils.yaml_tree import Tagged, parse_yaml
+from .encoder_config import CONFIG_FILE
 from .errors import CheckpointError, reading
 from .module_tree import Node, build_module, node_of_json, node_of_yaml
 
@@ -37,17 +38,22 @@ _NORMALIZER = "new:speechbrain.dataio.preprocess.AudioNormalizer"
 _MAX_KEY = 100
 
 
-_HYPERPARAMS = """\
+#: How a ``hyperparams.yaml`` of ours begins.
+HEAD = """\
 # A quantized speech recognizer, written by speechbrain_stablequant:
 #
-#   from speechbrain.inference.ASR import EncoderASR
-#   asr = EncoderASR.from_hparams(source="this folder")
+#   from speechbrain.inference.ASR import {interface}
+#   asr = {interface}.from_hparams(source="this folder")
 #   print(asr.transcribe_file("speech.flac"))
 #
 # The runtime is chosen by device; run_opts={{"device": "cuda"}} and
 # overrides={{"backend": "torch"}} force one.
 backend: {backend}
 backend_options: {{}}
+
+"""
+
+_HYPERPARAMS = """\
 sample_rate: {sample_rate}
 blank_index: {blank_index}
 
@@ -148,6 +154,11 @@ class RecognizerSource:
         """Keys of the modules, the encoder first."""
         return (self.encoder["key"], *self.heads)
 
+    @property
+    def files(self) -> dict[str, str | bytes]:
+        """Content of files by name."""
+        return {CONFIG_FILE: self.config, self.tokenizer_file: self.tokenizer}
+
     def hyperparams(self, checksum: str, backend: str) -> str:
         """Returns the text of ``hyperparams.yaml``."""
         heads = [
@@ -155,8 +166,8 @@ class RecognizerSource:
             for text in self.heads.values()
             for line in text.strip("\n").splitlines()
         ]
-        return _HYPERPARAMS.format(
-            backend=backend,
+        head = HEAD.format(interface="EncoderASR", backend=backend)
+        return head + _HYPERPARAMS.format(
             sample_rate=self.sample_rate,
             blank_index=self.blank_index,
             checksum=json.dumps(checksum),

@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ class BuiltRuntime:
 
     name: str
     device: torch.device
-    pid: int
     forwards: Mapping[nn.Module, Callable[..., Any]]
     encoder: nn.Module | None = None
+    pid: int = field(default_factory=os.getpid)
 
     def serves(self, device: torch.device) -> bool:
         """Whether it computes on a device, in this process."""
@@ -58,8 +58,7 @@ class RuntimeSlot:
     @property
     def name(self) -> str | None:
         """The runtime in use; None before the first batch."""
-        built = self.built
-        return None if built is None else built.name
+        return self.built and self.built.name
 
     def ready(self, device: torch.device) -> BuiltRuntime:
         """The runtime for a device, built unless there is one."""

@@ -150,12 +150,15 @@ def _digest(
 
 
 def load_checkpoint(
-    folder: str | Path, needs: Iterable[str] = ()
+    folder: str | Path,
+    needs: Iterable[str] = (),
+    expected: str | None = None,
 ) -> Checkpoint:
     """Reads a quantized model and checks all of it.
 
-    Files in ``needs`` must be among those whose checksums it has. Raises
-    CheckpointError for what is missing, damaged, mixed up or foreign.
+    Files in ``needs`` must be among those whose checksums it has; ``expected``
+    is its own, if known. Raises CheckpointError for what is missing, damaged,
+    mixed up or foreign.
     """
     path = model_folder(folder) / WEIGHTS_FILE
     file, description = _open(path)
@@ -170,6 +173,12 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: is damaged: its content does not have the checksum in "
             "its header; copy or make it again"
+        )
+    if expected not in (None, checksum):
+        raise CheckpointError(
+            f"{path}: is not the model that hyperparams.yaml was written for; "
+            "copy the whole folder, and give from_hparams no savedir that "
+            "another model was loaded with"
         )
     for name, digest in description.files.items():
         _check_companion(path.with_name(name), digest, path)

@@ -1,5 +1,6 @@
 """Loads a recognizer from a quantized folder."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import Tokenizer, labels_of
 from ..model.layers import find_encoders, min_samples
+from ..runtimes import cpu
 from .audio import naming, read_audio
 from .long import Word, words_of_file
 
@@ -203,6 +205,13 @@ class Recognizer:
         if isinstance(self.tokenizer, CTCTextEncoder):
             return "".join(known[index] for index in tokens)
         return self.tokenizer.decode_ids(list(tokens))
+
+
+def leave_out_stated(recognizer: Recognizer) -> None:
+    """Leaves out the line about weights of 7 bits on CPUs without VNNI, if the
+    folder's probe has an answer for them."""
+    if recognizer.model.probe is not None:
+        cpu.logger.setLevel(logging.ERROR)
 
 
 def load(

@@ -97,7 +97,7 @@ def distances(
     options = select_options(backend, model.options)
     forwards = build_forwards(backend, parts, integers, **options)
     compute = chain(parts, model._use_lengths, forwards)
-    found = model._probe.compare(
+    found = model.probe.compare(
         compute,
         executed_form(backend),
         device,

@@ -99,3 +99,22 @@ def test_unknown_scores_of_a_variant():
         "quantize.variants[0].plus.budget.scores: 'wer' is not one of "
         "divergence"
     )
+
+
+def test_a_plan_is_read_with_the_block(tmp_path):
+    """Not only when there is something to quantize."""
+    missing = str(tmp_path / "missing.json")
+    damaged = tmp_path / "plan.json"
+    damaged.write_text("{}", encoding="utf-8")
+    for where, block in (
+        ("quantize.plan: ", {"plan": missing}),
+        ("quantize.plan: ", {"plan": damaged}),
+        (
+            "quantize.variants[0].plan: ",
+            {"variants": [{"name": "a", "plan": missing}]},
+        ),
+    ):
+        with pytest.raises(ConfigError) as error:
+            read_block(block)
+        assert str(error.value).startswith(where)
+        assert str(tmp_path) in str(error.value)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from speechbrain_stablequant.brain.clock import ForwardClock
+from speechbrain_stablequant.brain.passes import ForwardClock
 from speechbrain_stablequant.utils.timing import PREPARATION
 
 

@@ -12,16 +12,14 @@ from speechbrain_stablequant.brain.checks import check_references
 from speechbrain_stablequant.brain.decoding import (
     FolderDecoder,
     as_scored,
+    describe_tokenizer,
     difference,
+    find_tokenizer,
     same_text,
+    with_spaces,
     writes_underscores,
 )
 from speechbrain_stablequant.brain.metrics import Row
-from speechbrain_stablequant.brain.tokenizer import (
-    describe_tokenizer,
-    find_tokenizer,
-    with_spaces,
-)
 
 
 def label_encoder(labels: str) -> CTCTextEncoder:
@@ -224,7 +222,7 @@ def test_respelled_for_good():
 
 
 def test_the_file_of_a_respelled_encoder(tmp_path):
-    content = describe_tokenizer(with_spaces(label_encoder("AB_")))[2]
+    content = describe_tokenizer(with_spaces(label_encoder("AB_"))).content
     path = tmp_path / "labels.txt"
     path.write_bytes(content)
     loaded = CTCTextEncoder()

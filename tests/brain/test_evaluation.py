@@ -7,9 +7,8 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.metric_stats import ErrorRateStats, MetricStats
 
-from speechbrain_stablequant.brain import environment as module
-from speechbrain_stablequant.brain.environment import environment
-from speechbrain_stablequant.brain.evaluation import evaluation_of
+from speechbrain_stablequant.brain import evaluation as module
+from speechbrain_stablequant.brain.evaluation import environment, evaluation_of
 from speechbrain_stablequant.brain.metrics import (
     counts_of,
     error_metrics,

@@ -12,10 +12,10 @@ from tiny_whisper import save_whisper
 from transformers import Wav2Vec2FeatureExtractor
 
 from speechbrain_stablequant import QuantizeConfig
-from speechbrain_stablequant.brain.errors import NoFolderError
 from speechbrain_stablequant.brain.generated import loading_class
 from speechbrain_stablequant.brain.metrics import Row
 from speechbrain_stablequant.brain.rebuilt import check_texts, describe_modules
+from speechbrain_stablequant.folder.errors import NoFolderError
 from speechbrain_stablequant.folder.module_state import COMPUTED
 from speechbrain_stablequant.inference import LabelTokenizer
 

@@ -14,9 +14,8 @@ from small_recipes import folder_of, transcripts
 from speechbrain.inference.ASR import EncoderASR
 
 from speechbrain_stablequant import QuantizeConfig, load
-from speechbrain_stablequant.brain.errors import NoFolderError
 from speechbrain_stablequant.folder import live_modules
-from speechbrain_stablequant.folder.errors import CheckpointError
+from speechbrain_stablequant.folder.errors import CheckpointError, NoFolderError
 from speechbrain_stablequant.runtimes.probe import ProbeError
 
 

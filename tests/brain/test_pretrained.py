@@ -30,6 +30,7 @@ from speechbrain_stablequant import (
     StableQuant,
     quantize_pretrained,
 )
+from speechbrain_stablequant.brain import pretrained
 from speechbrain_stablequant.brain.manifest import ManifestError
 
 HYPERPARAMS = """\
@@ -301,6 +302,19 @@ def test_refused_before_loading(place, block, line):
     files = sorted(place.glob("u*.wav"))
     with pytest.raises(ConfigError, match=line):
         quantize_pretrained(place / "nowhere", files, place / "x", **block)
+
+
+def test_a_wrong_target_is_found_before_any_work(place, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("the audio was transcribed first")
+
+    monkeypatch.setattr(pretrained, "_transcribed", never)
+    files = sorted(place.glob("u*.wav"))
+    options = {"method": "mse", "backend": "torch", "run_opts": RUN}
+    with pytest.raises(ValueError, match=r"quantize.target.*encoderr"):
+        quantize_pretrained(
+            place / "source", files, tmp_path, target=["encoderr"], **options
+        )
 
 
 def test_data_that_does_not_fit(place):

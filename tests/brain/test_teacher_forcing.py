@@ -9,7 +9,7 @@ from speechbrain.decoders.seq2seq import S2SBaseSearcher
 from torch import nn
 
 from speechbrain_stablequant.brain.passes import decoding_each_time
-from speechbrain_stablequant.brain.teacher_forcing import (
+from speechbrain_stablequant.brain.recognizer import (
     TeacherForcing,
     compared_outputs,
 )

@@ -17,7 +17,9 @@ from speechbrain_stablequant.cli import plans
 from speechbrain_stablequant.cli.app import app, main
 from speechbrain_stablequant.core.plan import UnitPlan
 from speechbrain_stablequant.export import ENGINES
+from speechbrain_stablequant.runtimes import cpu
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
+from speechbrain_stablequant.transcribe import load as load_module
 from speechbrain_stablequant.transcribe.load import load
 
 
@@ -73,6 +75,24 @@ def test_transcribe(folder, audio, capsys):
     )
     assert code == 0
     assert out.split() == expected.split()
+
+
+@pytest.mark.parametrize("probed", [True, False])
+def test_no_line_about_a_cpu_whose_answer_the_folder_has(
+    folder, audio, capsys, caplog, monkeypatch, probed
+):
+    """Each call is a process, and would say it again."""
+    caplog.set_level("WARNING", cpu.logger.name)  # as it was, at the end
+    recognizer = load(folder, "torch")
+    layers = {n: x.loaded() for n, x in recognizer.model.integers().items()}
+    if not probed:
+        recognizer.model.probe = None
+    monkeypatch.setattr(load_module, "load", lambda *_: recognizer)
+    arguments = (folder, audio / "short.wav", "--backend", "torch")
+    assert run(capsys, "transcribe", *arguments)[0] == 0
+    cpu._say_narrowed.cache_clear()
+    cpu.executed_integers(layers, cpu.CpuClass("avx2", False))
+    assert ("has no VNNI" in caplog.text) == (not probed)
 
 
 def test_files_are_written_and_a_wrong_one_is_a_line(

@@ -22,8 +22,8 @@ from speechbrain_stablequant.core.plan_tensors import (
     AdjustedTensors,
     adjusted_floats,
 )
-from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.stored_floats import (
+    fill_modules,
     float_state,
     stored_layer,
 )

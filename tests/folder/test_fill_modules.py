@@ -1,4 +1,4 @@
-"""Tests of speechbrain_stablequant.folder.fill_modules."""
+"""Tests of speechbrain_stablequant.folder.stored_floats."""
 
 import copy
 
@@ -12,9 +12,9 @@ from speechbrain_stablequant.core.affine import FLOAT_BITS
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.folder.errors import CheckpointError
-from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.live_modules import LiveModules
 from speechbrain_stablequant.folder.stored_floats import (
+    fill_modules,
     float_state,
     rounded_weights,
 )

@@ -21,8 +21,8 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from speechbrain_stablequant.core.affine import fake_quantize, scale_from_amax
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.stored_floats import (
+    fill_modules,
     float_state,
     rounded_weights,
 )

@@ -7,8 +7,8 @@ from torch import nn
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.folder.encoder_config import empty_encoder
-from speechbrain_stablequant.folder.fill_modules import fill_modules
 from speechbrain_stablequant.folder.recognizer import RuntimeEncoder
+from speechbrain_stablequant.folder.stored_floats import fill_modules
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.skeleton import (
     empty_skeleton,

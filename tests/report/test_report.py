@@ -13,13 +13,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from speechbrain_stablequant.folder.card import Origin
-from speechbrain_stablequant.report import plots, render
-from speechbrain_stablequant.report.comparison import _best_by_size
-from speechbrain_stablequant.report.render import (
+from speechbrain_stablequant.report import build, plots
+from speechbrain_stablequant.report.build import (
     escape_markdown,
     render_card,
     write_report,
 )
+from speechbrain_stablequant.report.comparison import _best_by_size
 from speechbrain_stablequant.report.tables import (
     interval,
     number,
@@ -76,7 +76,7 @@ def make_unit(name, delta, selected=False, cutoff=100.0, curve=()):
 def drawn_once(monkeypatch):
     """The same plot of the same numbers is drawn once in all tests."""
     for name in ("to_png", "to_svg"):
-        monkeypatch.setattr(render, name, partial(remembered, name))
+        monkeypatch.setattr(build, name, partial(remembered, name))
 
 
 def remembered(name, draw, report):
@@ -459,7 +459,7 @@ def test_matplotlib_is_imported_late_and_without_pyplot(report, tmp_path):
         "import json, logging, sys\n"
         "logging.basicConfig(filename='log.txt', level=logging.DEBUG)\n"
         "from pathlib import Path\n"
-        "from speechbrain_stablequant.report.render import write_report\n"
+        "from speechbrain_stablequant.report.build import write_report\n"
         "assert 'matplotlib' not in sys.modules\n"
         "write_report(json.load(open('in.json')), Path('out'))\n"
         "assert 'matplotlib' in sys.modules\n"

@@ -19,13 +19,16 @@ from speechbrain_stablequant.core.plan import (
     QuantizationPlan,
     UnitPlan,
 )
-from speechbrain_stablequant.report.build import build_report, float_size
+from speechbrain_stablequant.report.build import (
+    build_report,
+    float_size,
+    write_report,
+)
 from speechbrain_stablequant.report.comparison import (
     comparison_markdown,
     variant_rows,
     write_comparison,
 )
-from speechbrain_stablequant.report.render import write_report
 from speechbrain_stablequant.report.results import (
     Effort,
     Evaluation,

@@ -11,7 +11,7 @@ from speechbrain_stablequant.folder.encoder_config import (
     CONFIG_FILE,
     empty_encoder,
 )
-from speechbrain_stablequant.folder.fill_modules import fill_modules
+from speechbrain_stablequant.folder.stored_floats import fill_modules
 from speechbrain_stablequant.folder.weights_file import (
     WEIGHTS_FILE,
     load_checkpoint,

@@ -36,9 +36,8 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant import StableQuant
-from speechbrain_stablequant.brain.clock import ForwardClock
 from speechbrain_stablequant.brain.evaluation import evaluation_of
-from speechbrain_stablequant.brain.passes import evaluation_steps
+from speechbrain_stablequant.brain.passes import ForwardClock, evaluation_steps
 from speechbrain_stablequant.brain.run import comparison
 from speechbrain_stablequant.report.comparison import (
     variant_rows,
