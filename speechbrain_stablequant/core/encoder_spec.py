@@ -14,9 +14,7 @@ from torch import nn
 
 from ..model.layers import Encoder, conv_frames, find_encoders
 from ..model.rotation import rotation_of
-from .integer_layer import FloatLayer, IntegerLayer, float_layer
-
-AnyLayer = IntegerLayer | FloatLayer
+from .integer_layer import AnyLayer, IntegerLayer, float_layer
 
 #: The layers of a block in execution order, and where transformers has them.
 _BLOCK_LAYERS = {

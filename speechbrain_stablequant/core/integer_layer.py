@@ -118,6 +118,9 @@ class FloatLayer:
         return self.bias
 
 
+AnyLayer = IntegerLayer | FloatLayer
+
+
 def in_integers(
     layers: Mapping[str, IntegerLayer],
 ) -> dict[str, IntegerLayer]:
@@ -175,17 +178,13 @@ def integer_layer(
 
 
 def float_layer(name: str, module: nn.Module) -> FloatLayer:
-    return FloatLayer(
-        name=name,
-        kind=layer_kind(module),
-        weight=module.weight.detach().float(),
-        bias=_bias(module),
-        **layer_geometry(module),
-    )
+    kind, weight = layer_kind(module), module.weight.detach().float()
+    geometry = layer_geometry(module)
+    return FloatLayer(name, kind, weight, _bias(module), **geometry)
 
 
 def multiply(
-    layer: nn.Module | IntegerLayer | FloatLayer,
+    layer: nn.Module | AnyLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,

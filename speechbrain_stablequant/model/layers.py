@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from torch import nn
 
@@ -317,11 +318,9 @@ def _unit(name: str, encoders: Sequence[Encoder], blocks: set[str]) -> str:
         unit = encoder.unit_of(name)
         if unit is not None:
             return f"{encoder.key}.{unit}" if len(encoders) > 1 else unit
-    parts = name.split(".")
-    for i in range(1, len(parts) + 1):
-        if ".".join(parts[:i]) in blocks:
-            return ".".join(parts[:i])
-    return HEAD if encoders else name
+    paths = accumulate(name.split("."), "{}.{}".format)
+    block = next((path for path in paths if path in blocks), None)
+    return block or (HEAD if encoders else name)
 
 
 def _network_order(

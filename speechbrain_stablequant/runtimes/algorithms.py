@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.encoder_spec import AnyLayer, EncoderSpec
-from ..core.integer_layer import IntegerLayer
+from ..core.integer_layer import AnyLayer, IntegerLayer
 
 #: As the runtime usually computes it.
 NATIVE = "native"
@@ -25,6 +24,10 @@ FLOAT = "float"
 
 #: Channels of a group from which on the kernels of all CPUs are right.
 WIDE_GROUP = 32
+
+
+#: Of a layer and of its geometry.
+WINDOW = ("stride", "padding", "dilation", "groups")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Geometry:
             "x".join(map(str, self.shape)),
             *(
                 f"{key} {getattr(self, key)}"
-                for key in ("stride", "padding", "dilation", "groups")
+                for key in WINDOW
                 if getattr(self, key) != getattr(Geometry, key)
             ),
             bits if self.weight_bits else "float",
@@ -89,35 +92,12 @@ def geometry_of(layer: AnyLayer, place: str, then: str = "") -> Geometry:
         place,
         then,
         tuple(layer.weight.shape),
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
+        *(getattr(layer, key) for key in WINDOW),
         layer.bias is not None,
         layer.weight_bits if integer else 0,
         layer.activation_bits if integer else 0,
         integer and bool(layer.zero_point()),
     )
-
-
-def encoder_geometries(spec: EncoderSpec) -> dict[str, Geometry]:
-    """Geometry by layer name of an encoder that is executed."""
-    rows: list[tuple] = []
-    for index, stage in enumerate(spec.convs):
-        if not plain_windows(stage.conv):
-            continue  # refused by the runtimes, in their own words
-        at_once = stage.norm is None or stage.norm.over_time
-        place = "front" if index else "first"
-        rows.append((stage.conv, place, "gelu" if at_once else ""))
-    rows.append((spec.projection, "linear"))
-    rows.append((spec.pos_conv, "position"))
-    for block in spec.blocks:
-        for layer in (block.query, block.key, block.value):
-            rows.append((layer, "linear", "shared"))
-        rows.append((block.out, "linear", "sum"))
-        rows.append((block.up, "linear", "gelu"))
-        rows.append((block.down, "linear", "sum"))
-    return {layer.name: geometry_of(layer, *row) for layer, *row in rows}
 
 
 def plain_windows(conv: AnyLayer) -> bool:

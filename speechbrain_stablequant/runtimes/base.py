@@ -29,10 +29,8 @@ class EncoderExecutor(Protocol):
         the model is to see no mask."""
 
 
-class LayerExecutor(Protocol):
-    """Executes one Linear or Conv1d: float input, float32 output."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+#: Executes one Linear or Conv1d: float input, float32 output.
+LayerExecutor = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

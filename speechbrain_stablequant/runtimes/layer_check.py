@@ -19,7 +19,7 @@ from ..core.integer_layer import IntegerLayer
 from ..utils.files import code_identity, identity
 from ..utils.store import machine_store
 from ..utils.typed import one_line, typed
-from .algorithms import NATIVE, Geometry, encoder_geometries, geometry_of
+from .algorithms import NATIVE, Geometry, geometry_of, plain_windows
 from .cpu import machine_identity
 from .trial_layer import (
     Results,
@@ -156,6 +156,26 @@ def find_algorithms(
 @functools.cache
 def _say_once(line: str) -> None:
     logger.warning(line)
+
+
+def encoder_geometries(spec: EncoderSpec) -> dict[str, Geometry]:
+    """Geometry by layer name of an encoder that is executed."""
+    rows: list[tuple] = []
+    for index, stage in enumerate(spec.convs):
+        if not plain_windows(stage.conv):
+            continue  # refused by the runtimes, in their own words
+        at_once = stage.norm is None or stage.norm.over_time
+        place = "front" if index else "first"
+        rows.append((stage.conv, place, "gelu" if at_once else ""))
+    rows.append((spec.projection, "linear"))
+    rows.append((spec.pos_conv, "position"))
+    for block in spec.blocks:
+        for layer in (block.query, block.key, block.value):
+            rows.append((layer, "linear", "shared"))
+        rows.append((block.out, "linear", "sum"))
+        rows.append((block.up, "linear", "gelu"))
+        rows.append((block.down, "linear", "sum"))
+    return {layer.name: geometry_of(layer, *row) for layer, *row in rows}
 
 
 def with_algorithms(spec: EncoderSpec, runner: LayerRunner) -> EncoderSpec:

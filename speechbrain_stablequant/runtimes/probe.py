@@ -81,20 +81,18 @@ def run_network(
     cuda = [wavs.device] if wavs.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(cuda), plain_float32(wavs):
         hidden, labels = compute(wavs, relative)
-        return (
-            hidden.float().cpu(),
-            None if labels is None else labels.float().cpu(),
-        )
+        labels = None if labels is None else labels.float().cpu()
+        return hidden.float().cpu(), labels
 
 
 def snippet_run(compute: Compute, device: str | torch.device) -> Run:
     """A network's computation of very short utterances."""
-    return lambda wave: run_network(
-        compute,
-        float_waves(wave),
-        torch.full((len(wave),), wave.shape[1]),
-        device,
-    )
+
+    def run(wave: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lengths = torch.full((len(wave),), wave.shape[1])
+        return run_network(compute, float_waves(wave), lengths, device)
+
+    return run
 
 
 def chain(

@@ -6,8 +6,13 @@ Slow; the reference from which other runtimes differ by rounding only.
 import torch
 from torch.nn import functional as F
 
-from ..core.encoder_spec import AnyLayer, BlockSpec, EncoderSpec, Norm
-from ..core.integer_layer import FloatLayer, multiply, reference_forward
+from ..core.encoder_spec import BlockSpec, EncoderSpec, Norm
+from ..core.integer_layer import (
+    AnyLayer,
+    FloatLayer,
+    multiply,
+    reference_forward,
+)
 
 
 def apply_layer(layer: AnyLayer, x: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from ..core.affine import qmax
-from ..core.encoder_spec import AnyLayer
-from ..core.integer_layer import FloatLayer, IntegerLayer
-from .algorithms import Geometry
+from ..core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
+from .algorithms import WINDOW, Geometry
 
 #: Output frames of each trial.
 ROWS = (50, 500)
@@ -93,10 +92,7 @@ def make_trial(geometry: Geometry, half: bool = False) -> Trial:
         "name": str(geometry),
         "kind": "conv1d" if geometry.is_conv else "linear",
         "bias": bias,
-        "stride": geometry.stride,
-        "padding": geometry.padding,
-        "dilation": geometry.dilation,
-        "groups": geometry.groups,
+        **{key: getattr(geometry, key) for key in WINDOW},
     }
     zero = 0
     if integer:

@@ -23,7 +23,6 @@ from speechbrain_stablequant.runtimes.algorithms import (
     JOINED_GROUPS,
     NATIVE,
     Geometry,
-    encoder_geometries,
     join_groups,
 )
 from speechbrain_stablequant.runtimes.build import build_forwards
@@ -34,6 +33,7 @@ from speechbrain_stablequant.runtimes.cpu import (
 )
 from speechbrain_stablequant.runtimes.layer_check import (
     UnusableRuntime,
+    encoder_geometries,
     exact_algorithm,
     find_algorithms,
     with_algorithms,

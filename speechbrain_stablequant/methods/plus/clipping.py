@@ -1,6 +1,6 @@
 """The clipping percentile of each layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from ...core.layer_quant import LayerQuant
@@ -35,20 +35,18 @@ def choose_percentiles(work: Work) -> list[UnitPlan]:
 def _by_layer(work: Work) -> None:
     """By the divergence that each layer causes, everything else float."""
     evaluate, bar = work.evaluator("divergence")
-    grid = sorted(work.session.config.search.cutoffs, reverse=True)
     groups = _groups(work)
     curves = {}
     with bar:
         # Most layers need the first percentile and a worse one only.
         bar.total = 2 * len(groups)
-        for layer, *alike in groups:
-            quants = ((x, work.quant(layer, x)) for x in grid)
-            curve = _curve([layer, *alike], quants, evaluate)
+        for layers in groups:
+            curve = _curve(work, layers, evaluate)
             # Ties go to the larger percentile.
             best, _ = min(curve, key=lambda row: (row[1], -row[0]))
-            for each in (layer, *alike):
-                curves[each.name] = curve
-                work.percentiles[each.name] = best
+            for layer in layers:
+                curves[layer.name] = curve
+                work.percentiles[layer.name] = best
     work.parts.append({"part": "cutoffs", "layers": curves})
 
 
@@ -90,14 +88,13 @@ def _confirm(work: Work) -> None:
 
 
 def _curve(
-    layers: Sequence[Layer],
-    quants: Iterable[tuple[float, LayerQuant]],
-    evaluate: Evaluate,
+    work: Work, layers: Sequence[Layer], evaluate: Evaluate
 ) -> list[list[float]]:
     """Percentiles with their divergences, until one is worse than the best."""
     curve: list[list[float]] = []
     last: LayerQuant | None = None
-    for percentile, quant in quants:
+    for percentile in sorted(work.session.config.search.cutoffs, reverse=True):
+        quant = work.quant(layers[0], percentile)
         if quant == last:
             continue
         last = quant

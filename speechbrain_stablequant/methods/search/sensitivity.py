@@ -35,15 +35,9 @@ def select_units(
             selected = _is_surely_worse(baseline, score, interval, search)
         else:
             selected = _is_worse(baseline, score, search.threshold)
-        found.append(
-            UnitPlan(
-                name=name,
-                wer=score.wer,
-                delta_wer=score.wer - baseline.wer,
-                delta_wer_ci=interval and [interval.low, interval.high],
-                selected=selected,
-            )
-        )
+        rise = score.wer - baseline.wer
+        ends = interval and [interval.low, interval.high]
+        found.append(UnitPlan(name, score.wer, rise, ends, selected))
     return baseline, found
 
 

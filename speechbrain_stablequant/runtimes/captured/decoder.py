@@ -12,8 +12,7 @@ import openvino as ov
 import torch
 from torch import nn
 
-from ...core.encoder_spec import AnyLayer
-from ...core.integer_layer import IntegerLayer, float_layer
+from ...core.integer_layer import AnyLayer, IntegerLayer, float_layer
 from ...core.parts import Part
 from ...model import products
 from ...model.projected import projected

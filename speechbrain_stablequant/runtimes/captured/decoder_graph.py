@@ -16,8 +16,7 @@ from openvino.op.util import Variable, VariableInfo
 from torch import nn
 
 from ...core.affine import qmax
-from ...core.encoder_spec import AnyLayer
-from ...core.integer_layer import IntegerLayer, float_layer
+from ...core.integer_layer import AnyLayer, IntegerLayer, float_layer
 from ...model import products
 from ..openvino_.core import name_by_place
 from ..openvino_.graph import GraphBuilder, _f32, _i64

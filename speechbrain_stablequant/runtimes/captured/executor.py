@@ -100,13 +100,8 @@ def part_forward(
         for name, x in inside.items()
     }
     signature = Signature.loads(part.structure, part.leaves)
-    graph = capture(
-        module,
-        signature,
-        part.way,
-        Sites({part.name: module}, layers),
-        part.read,
-    )
+    sites = Sites({part.name: module}, layers)
+    graph = capture(module, signature, part.way, sites, part.read)
     executor = CapturedExecutor(graph, **options)
     return partial(_forward, module, part.name, signature, executor)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...core.integer_layer import IntegerLayer, integer_layer
 from ...core.layer_quant import LayerQuant
 from ...core.parts import Part
 from ...model.layers import Layer, visible_layers
+from ...model.products import modules_by_name
 from ...utils.patching import hooked, shadowed, shadowed_forwards
 from ...utils.typed import one_line
 from ..cpu import cpu_class, executed_integers
@@ -213,17 +215,12 @@ def _around(
     modules: Mapping[str, nn.Module], layers: Iterable[str]
 ) -> dict[str, nn.Module]:
     """The modules around layers by path, from the outside to the inside."""
+    by_name = modules_by_name(modules)
     paths: dict[str, None] = {}
     for name in layers:
-        parts = name.split(".")
-        paths |= dict.fromkeys(
-            ".".join(parts[:i]) for i in range(1, len(parts))
-        )
-    found = {}
-    for path in sorted(paths, key=lambda p: p.count(".")):
-        key, _, rest = path.partition(".")
-        found[path] = modules[key].get_submodule(rest)
-    return found
+        *around, _ = accumulate(name.split("."), "{}.{}".format)
+        paths |= dict.fromkeys(around)
+    return {x: by_name[x] for x in sorted(paths, key=lambda x: x.count("."))}
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -15,8 +15,7 @@ import torch
 from openvino.frontend.pytorch import ConversionExtension
 from torch import nn
 
-from ...core.encoder_spec import AnyLayer
-from ...core.integer_layer import multiply
+from ...core.integer_layer import AnyLayer, multiply
 from ...utils.patching import shadowed
 from ..base import layer_forwards
 from ..openvino_.graph import GraphBuilder

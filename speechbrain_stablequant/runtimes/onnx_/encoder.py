@@ -3,7 +3,8 @@
 import numpy as np
 
 from ...core.affine import GELU_MIN
-from ...core.encoder_spec import AnyLayer, BlockSpec, EncoderSpec
+from ...core.encoder_spec import BlockSpec, EncoderSpec
+from ...core.integer_layer import AnyLayer
 from ..algorithms import CONVOLUTION, split_groups, window_rows
 from .graph import Graph
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ...core.affine import qmax
-from ...core.encoder_spec import AnyLayer, Norm
-from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...core.encoder_spec import Norm
+from ...core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
 from ..algorithms import FLOAT
 
 # The first opset with Gelu; the IR version that goes with it.

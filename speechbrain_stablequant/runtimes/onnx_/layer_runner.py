@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core.encoder_spec import AnyLayer
+from ...core.integer_layer import AnyLayer
 from ..algorithms import CONVOLUTION, FLOAT, NATIVE, Geometry
 from ..trial_layer import Results, Trial
 from .encoder import conv_as_product, position

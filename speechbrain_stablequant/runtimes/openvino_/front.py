@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ...core.encoder_spec import AnyLayer, EncoderSpec
+from ...core.encoder_spec import EncoderSpec
+from ...core.integer_layer import AnyLayer
 from ..algorithms import CONVOLUTION, window_rows
 
 

@@ -15,14 +15,8 @@ import torch
 from openvino import opset13 as op
 
 from ...core.affine import GELU_MIN, qmax
-from ...core.encoder_spec import (
-    AnyLayer,
-    BlockSpec,
-    ConvSpec,
-    EncoderSpec,
-    Norm,
-)
-from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...core.encoder_spec import BlockSpec, ConvSpec, EncoderSpec, Norm
+from ...core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
 from ..algorithms import (
     CONVOLUTION,
     FLOAT,

@@ -6,7 +6,7 @@ import openvino as ov
 import torch
 from openvino import opset13 as op
 
-from ...core.encoder_spec import AnyLayer
+from ...core.integer_layer import AnyLayer
 from ...utils import forks
 from ..algorithms import (
     CONVOLUTION,

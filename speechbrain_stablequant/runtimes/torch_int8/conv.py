@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from ...core.encoder_spec import AnyLayer
-from ...core.integer_layer import FloatLayer, IntegerLayer
+from ...core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
 from ..algorithms import (
     CONVOLUTION,
     FLOAT,
@@ -32,37 +31,19 @@ class IntegerConv:
 
     def __init__(self, layer: IntegerLayer):
         self.form: Grid = form_of(layer, torch.float32)
-        self._scale = layer.weight_scale.float()
-        self._bias = layer.bias
-        self._zeros = torch.zeros(self._scale.shape, dtype=torch.int64)
-        self._geometry = _geometry(layer)
-        self._weight = onednn_operators().qconv_prepack(
-            layer.loaded().weight.contiguous(),
-            self._scale,
-            self.form.scale,
-            self.form.zero,
-            *self._geometry,
-            None,
-        )
+        scale, geometry = layer.weight_scale.float(), _geometry(layer)
+        grid = (self.form.scale, self.form.zero)
+        prepack = onednn_operators().qconv_prepack
+        weight = layer.loaded().weight.contiguous()
+        weight = prepack(weight, scale, *grid, *geometry, None)
+        zeros = torch.zeros(scale.shape, dtype=torch.int64)
+        # What the operator takes after the input.
+        self._operands = (*grid, weight, scale, zeros, layer.bias, *geometry)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        out = torch.ops.onednn.qconv1d_pointwise.default(
-            x.transpose(1, 2),
-            self.form.scale,
-            self.form.zero,
-            self._weight,
-            self._scale,
-            self._zeros,
-            self._bias,
-            *self._geometry,
-            1.0,
-            0,
-            dtype,
-            "none",
-            [],
-            None,
-        )
-        return out.transpose(1, 2)
+        convolve = torch.ops.onednn.qconv1d_pointwise.default
+        result = (1.0, 0, dtype, "none", [], None)
+        return convolve(x.mT, *self._operands, *result).mT
 
 
 class GroupedConv:
@@ -89,6 +70,7 @@ class GroupedConv:
         self, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor
     ) -> None:
         width = x.shape[1] // self._groups
+        step = self._stride * width
         targets = out.chunk(self._groups, 1)
         rows = max(min(self.rows, len(out)), 1)
         # One buffer for all groups: allocation is slow.
@@ -98,13 +80,8 @@ class GroupedConv:
             for start in range(0, len(out), rows):
                 target = targets[index][start : start + rows]
                 windows = scratch[: len(target)]
-                windows.copy_(
-                    own.as_strided(
-                        windows.shape,
-                        (self._stride * width, 1),
-                        start * self._stride * width,
-                    )
-                )
+                steps, place = (step, 1), start * step
+                windows.copy_(own.as_strided(windows.shape, steps, place))
                 padded = scratch[: len(target) + -len(target) % ROWS]
                 target.copy_(product(padded, dtype)[: len(target)])
 
@@ -130,10 +107,8 @@ class FloatConv:
         self._geometry = _geometry(layer)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        out = F.conv1d(
-            x.transpose(1, 2), self._weight, self._bias, *self._geometry
-        )
-        return out.transpose(1, 2).to(dtype)
+        out = F.conv1d(x.mT, self._weight, self._bias, *self._geometry)
+        return out.mT.to(dtype)
 
 
 class ConvertedConv(FloatConv):

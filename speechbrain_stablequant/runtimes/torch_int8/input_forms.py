@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.affine import qmax
-from ...core.encoder_spec import AnyLayer
-from ...core.integer_layer import FloatLayer
+from ...core.integer_layer import AnyLayer, FloatLayer
 from ..algorithms import FLOAT
 
 #: The byte that stands for the integer 0.

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ...core.encoder_spec import AnyLayer, ConvSpec
-from ...core.integer_layer import FloatLayer
+from ...core.encoder_spec import ConvSpec
+from ...core.integer_layer import AnyLayer, FloatLayer
 from ..algorithms import FLOAT, NATIVE, Geometry
 from ..cpu import cpu_class
 from ..trial_layer import Results, Trial

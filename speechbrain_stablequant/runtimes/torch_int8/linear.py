@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ...core.affine import GELU_MIN
-from ...core.encoder_spec import AnyLayer
-from ...core.integer_layer import IntegerLayer
+from ...core.integer_layer import AnyLayer, IntegerLayer
 from ...utils.memory import transient
 from ..algorithms import FLOAT, NATIVE, window_rows
 from ..cpu import cpu_class
@@ -90,9 +89,10 @@ class IntegerLinear:
         self.scale = rows.scale
         self.bias = rows.bias
         self._zeros = torch.zeros(rows.scale.shape, dtype=torch.int64)
-        self._weight = onednn_operators().qlinear_prepack(
-            rows.weight.contiguous(), None
-        )
+        prepack = onednn_operators().qlinear_prepack
+        weight = prepack(rows.weight.contiguous(), None)
+        # What the operators take after the input.
+        self._operands = (self.form.scale, self.form.zero, weight)
 
     def _run(
         self,
@@ -101,16 +101,8 @@ class IntegerLinear:
         bias: torch.Tensor | None,
         *result: Any,
     ) -> torch.Tensor:
-        return torch.ops.onednn.qlinear_pointwise.default(
-            x,
-            self.form.scale,
-            self.form.zero,
-            self._weight,
-            scale,
-            self._zeros,
-            bias,
-            *result,
-        )
+        multiply = torch.ops.onednn.qlinear_pointwise.default
+        return multiply(x, *self._operands, scale, self._zeros, bias, *result)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Multiply [rows, in], prepared by ``form``, to [rows, out] of
@@ -137,26 +129,10 @@ class IntegerLinear:
 
     def add_(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """Add the product to ``total`` [rows, out] in place."""
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            x,
-            self.form.scale,
-            self.form.zero,
-            self._weight,
-            self.scale,
-            self._zeros,
-            total,
-            self.bias,
-            1.0,
-            0,
-            total.dtype,
-            1.0,
-            0,
-            "sum",
-            1.0,
-            "none",
-            [],
-            "",
-        )
+        result = (1.0, 0, total.dtype, 1.0, 0, "sum", 1.0, "none", [], "")
+        operands = (*self._operands, self.scale, self._zeros, total, self.bias)
+        multiply = torch.ops.onednn.qlinear_pointwise.binary
+        return multiply(x, *operands, *result)
 
 
 class FloatLinear:
@@ -224,12 +200,9 @@ class FewRows:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply float [rows, in] to float32."""
-        ops = torch.ops.quantized
+        ops, form = torch.ops.quantized, self._form
         return ops.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x.float().clamp(*self._edges),
-            self._form.scale,
-            self._form.zero,
-            self._packed,
+            x.float().clamp(*self._edges), form.scale, form.zero, self._packed
         )
 
 
