@@ -89,25 +89,21 @@ class Encoder:
         if getattr(self.wrapper, "output_all_hiddens", False):
             return [Cut(HEAD, self.wrapper)]
         extractor = self.model.feature_extractor
-        convs = list(extractor.conv_layers)
-        projection = self.model.feature_projection
-        encoder = self.model.encoder
-        blocks = list(encoder.layers)
+        projection, encoder = self.model.feature_projection, self.model.encoder
+        convs, blocks = list(extractor.conv_layers), list(encoder.layers)
         before = (extractor, projection, encoder.pos_conv_embed)
-        return [
-            *(
-                Cut(f"conv.{i + 1}", conv, tuple(convs[:i]))
-                for i, conv in enumerate(convs[:-1])
-            ),
-            Cut("projection", extractor),
-            Cut("pos_conv", projection, (extractor,)),
-            Cut("block.0", encoder.dropout, before),
-            *(
-                Cut(f"block.{i + 1}", block, (*before, *blocks[:i]))
-                for i, block in enumerate(blocks[:-1])
-            ),
-            Cut(HEAD, self.wrapper),
+        found = [
+            Cut(f"conv.{i + 1}", conv, tuple(convs[:i]))
+            for i, conv in enumerate(convs[:-1])
         ]
+        found.append(Cut("projection", extractor))
+        found.append(Cut("pos_conv", projection, (extractor,)))
+        found.append(Cut("block.0", encoder.dropout, before))
+        found += [
+            Cut(f"block.{i + 1}", block, (*before, *blocks[:i]))
+            for i, block in enumerate(blocks[:-1])
+        ]
+        return [*found, Cut(HEAD, self.wrapper)]
 
     def conv_geometry(self) -> list[tuple[int, int]]:
         return [

@@ -178,27 +178,22 @@ def make_probe(
     not finite.
     """
     wave, lengths = utterances(rate)
-    probe = None
+    outputs = {
+        form: run_network(compute, float_waves(wave), lengths, device)
+        for form, compute in forms.items()
+    }
+    hidden, labels = outputs[OWN]
+    share = hidden.shape[1] / wave.shape[1]
+    frames_of = frames or (lambda samples: max(int(samples * share), 1))
+    counts = enumerate(map(frames_of, lengths.tolist()))
+    every = torch.tensor([(i, t) for i, count in counts for t in range(count)])
+    rows = every[_spread(len(every), hidden.shape[2], "encoder")]
+    picked = torch.arange(0)
+    if labels is not None:
+        picked = _spread(*labels.shape[1:], "head")
+    probe = Probe(wave, lengths, rows, picked)
     for form, compute in forms.items():
-        outputs = run_network(compute, float_waves(wave), lengths, device)
-        if probe is None:
-            hidden, labels = outputs
-            share = hidden.shape[1] / wave.shape[1]
-            every = torch.tensor(
-                [
-                    (i, t)
-                    for i, count in enumerate(lengths.tolist())
-                    for t in range(
-                        frames(count) if frames else max(int(count * share), 1)
-                    )
-                ]
-            )
-            rows = every[_spread(len(every), hidden.shape[2], "encoder")]
-            picked = torch.arange(0)
-            if labels is not None:
-                picked = _spread(*labels.shape[1:], "head")
-            probe = Probe(wave, lengths, rows, picked)
-        values = probe.places(*outputs)
+        values = probe.places(*outputs[form])
         groups = _disturbed(probe, compute, modules, device)
         for place, value in values.items():
             if not value.isfinite().all():

@@ -13,8 +13,7 @@ from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
 from . import OpenVinoOptions
 from .core import CompiledGraph, output
-from .front import channels_first, first_inputs
-from .graph import GraphBuilder
+from .graph import GraphBuilder, channels_first, strides_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,29 @@ def batch_parts(batch: int) -> Iterator[slice]:
         count = min(MAX_BATCH, 1 << (batch - start).bit_length() - 1)
         yield slice(start, start + count)
         start += count
+
+
+def first_inputs(
+    spec: EncoderSpec, wavs: torch.Tensor, frames: int
+) -> np.ndarray:
+    """Windows of the first convolution, float32 [batch, windows, kernel], or
+    [batch, kernel, windows] if :func:`channels_first`, zero-padded at the end
+    to give ``frames`` frames."""
+    conv = spec.convs[0].conv
+    batch, samples = wavs.shape
+    kernel = conv.weight.shape[2]
+    windows = frames
+    for stage in reversed(spec.convs[1:]):  # these take whole strides
+        windows = (windows + strides_of(stage.conv) - 1) * stage.conv.stride
+    needed = (windows - 1) * conv.stride + kernel
+    # By numpy: torch's threads would spin and take cores from OpenVINO's.
+    padded = np.zeros((batch, needed), np.float32)
+    padded[:, : min(samples, needed)] = wavs.numpy()[:, :needed]
+    views = np.lib.stride_tricks.sliding_window_view(padded, kernel, 1)
+    views = views[:, :: conv.stride]
+    if channels_first(spec):
+        views = views.swapaxes(1, 2)
+    return np.ascontiguousarray(views)
 
 
 class OpenVINOExecutor(CompiledGraph):

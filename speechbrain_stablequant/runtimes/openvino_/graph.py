@@ -25,9 +25,9 @@ from ..algorithms import (
     check_front,
     join_groups,
     split_groups,
+    window_rows,
 )
 from .core import name_by_place
-from .front import channels_first, flat_windows, strides_of
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.
 MASKED = 1e4
@@ -55,11 +55,32 @@ def _as_floats(layer: AnyLayer) -> bool:
     return isinstance(layer, IntegerLayer) and layer.algorithm == FLOAT
 
 
+def flat_windows(layer: AnyLayer) -> AnyLayer:
+    """A convolution as a product with flattened windows."""
+    rows = window_rows(layer.weight)
+    return replace(layer, kind="linear", weight=rows, groups=1)
+
+
+def strides_of(layer: AnyLayer) -> int:
+    """Number of strides that a convolution's window spans."""
+    return -(-layer.weight.shape[2] // layer.stride)
+
+
+def channels_first(spec: EncoderSpec) -> bool:
+    """Whether the feature extractor computes [batch, channels, time]: its
+    convolutions by those of the library, without a transposition between."""
+    return all(
+        stage.conv.algorithm == CONVOLUTION
+        and (stage.norm is None or stage.norm.over_time)
+        for stage in spec.convs
+    )
+
+
 class GraphBuilder:
     """Builds the graph of one encoder.
 
-    Inputs: ``windows`` [batch, windows, kernel] of the first convolution, see
-    :mod:`.front`; ``keep`` [batch, frames, 1], 1 at real and 0 at padded
+    Inputs: ``windows`` [batch, windows, kernel] of the first convolution;
+    ``keep`` [batch, frames, 1], 1 at real and 0 at padded
     frames; ``gain`` and ``shift`` [batch, 1, channels] in place of a GroupNorm
     over time. If :func:`channels_first`, the last two axes of all but ``keep``
     are exchanged. Output: ``hidden`` [batch, frames, channels], bfloat16 if

@@ -111,6 +111,6 @@ class OpenVINORunner:
 
 
 def _turned(geometry: Geometry, layer: AnyLayer) -> bool:
-    """Whether a layer is computed as in :func:`.front.channels_first`."""
+    """Whether a layer is computed as in :func:`.graph.channels_first`."""
     front = geometry.place in ("first", "front") and geometry.then == "gelu"
     return front and layer.algorithm == CONVOLUTION
