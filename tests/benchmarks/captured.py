@@ -71,6 +71,23 @@ def wavlm_base() -> tuple[nn.Module, Callable]:
     return model, lambda seconds: (torch.randn(1, round(seconds * 16000)),)
 
 
+def wavlm_large() -> tuple[nn.Module, Callable]:
+    """The shape of WavLM-Large, from audio."""
+    from transformers import WavLMConfig, WavLMModel
+
+    config = WavLMConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        conv_bias=True,
+        do_stable_layer_norm=True,
+    )
+    model = WavLMModel(config)
+    return model, lambda seconds: (torch.randn(1, round(seconds * 16000)),)
+
+
 def whisper_encoder(folder: str) -> tuple[nn.Module, Callable]:
     """The encoder of a Whisper folder, which takes 30 s."""
     from transformers import WhisperModel
@@ -79,7 +96,11 @@ def whisper_encoder(folder: str) -> tuple[nn.Module, Callable]:
     return model.encoder, lambda seconds: (torch.randn(1, 80, 3000),)
 
 
-MODELS = {"conformer": conformer, "wavlm-base": wavlm_base}
+MODELS = {
+    "conformer": conformer,
+    "wavlm-base": wavlm_base,
+    "wavlm-large": wavlm_large,
+}
 
 
 @torch.no_grad()
