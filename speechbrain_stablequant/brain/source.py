@@ -86,6 +86,11 @@ def check_source(folder: Path, trust: bool) -> str:
             _check_tags(parse_yaml(resolved(path).getvalue()), path)
     except SourceError:
         raise
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"source: {folder} has no {path.name}: it must be in the layout "
+            "of SpeechBrain's pretrained models, not a HuggingFace checkpoint"
+        ) from error
     except (OSError, ValueError) as error:
         message = f"source: {path} cannot be read ({one_line(error)})"
         raise SourceError(message) from error

@@ -31,8 +31,8 @@ _ENGINES = (
 )
 
 _EXITS = """\b
-Exit codes: 0 done; 1 refused or failed, with one line on the standard error;
-2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 refused or failed, with one line on the standard error
+(a recipe's is the last one); 2 wrong usage; 130 interrupted.
 Completion: eval "$(_STABLEQUANT_COMPLETE=bash_source stablequant)", or
 zsh_source, fish_source."""
 

@@ -65,9 +65,11 @@ def layer(plan: QuantizationPlan, name: str) -> str:
     found = next(row for row in plan.layers if row.name == name)
     rows = [("unit", found.unit), ("bits", _bits(found))]
     if found.quant is not None:
-        whole = ", nothing is cut" * (found.cutoff == 100)
+        cut = f"{found.cutoff:g} %"
+        if found.cutoff == 100:
+            cut += ", nothing is cut before the scale is chosen"
         rows += [
-            (_CLIPPING, f"{found.cutoff:g} %{whole}"),
+            (_CLIPPING, cut),
             ("range", _range(found)),
             ("observed", f"at most {found.observed_max:.4g}"),
         ]

@@ -190,5 +190,5 @@ def test_no_source(tmp_path):
         source_folder(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="neither a folder nor a model"):
         source_folder("no/such-model")
-    with pytest.raises(SourceError, match=r"hyperparams\.yaml cannot be read"):
+    with pytest.raises(SourceError, match="not a HuggingFace checkpoint"):
         check_source(tmp_path, False)

@@ -221,7 +221,8 @@ def test_why_a_percentile_was_chosen(folder):
     units = [UnitPlan(unit, 6.81, 0.31, None, True, 100.0, curve)]
     text = plans.layer(replace(plan, units=units, search=search), name)
     rows = [row.strip() for row in text.splitlines()]
-    assert "clipping percentile  100 %, nothing is cut" in rows
+    whole = "100 %, nothing is cut before the scale is chosen"
+    assert f"clipping percentile  {whole}" in rows
     assert rows[-3:] == [
         "100 %: WER 6.81",
         "99.9 %: WER above 6.66, stopped there",
