@@ -3,7 +3,7 @@ SpeechBrain's class, quantized by us, and by CTranslate2 in int8.
 
 All take turns on each utterance. ``FOLDER`` is the ``model`` folder that the
 recipe has written; it decodes as its recipe did, so ``--beam`` must be the
-recipe's ``test_beam_size``. CTranslate2 needs ``pip install ctranslate2``.
+recipe's ``test_beam_size``. CTranslate2 comes with the extra ``bench``.
 
 Example
 -------
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from harness import machine
 from speechbrain.inference.ASR import WhisperASR
-from wer import batches, utterances
+from wer import SAMPLE_RATE, batches, utterances
 
 from speechbrain_stablequant.core.error_rates import Transcript, score
 from speechbrain_stablequant.runtimes.cpu import cpu_class
@@ -71,7 +71,9 @@ def in_float(checkpoint: str, language: str, beam: int) -> Transcribe:
         return by_speechbrain(folder)
 
 
-def by_ctranslate2(checkpoint: str, beam: int, threads: int) -> Transcribe:
+def by_ctranslate2(
+    checkpoint: str, language: str, beam: int, threads: int
+) -> Transcribe:
     """CTranslate2 with int8 weights."""
     import ctranslate2
     from transformers import WhisperFeatureExtractor, WhisperTokenizer
@@ -84,12 +86,15 @@ def by_ctranslate2(checkpoint: str, beam: int, threads: int) -> Transcribe:
             f"{folder}/ct2", compute_type="int8", intra_threads=threads
         )
     features = WhisperFeatureExtractor.from_pretrained(checkpoint)
-    tokenizer = WhisperTokenizer.from_pretrained(checkpoint)
-    names = "startoftranscript", "en", "transcribe", "notimestamps"
-    prompt = [f"<|{name}|>" for name in names]
+    tokenizer = WhisperTokenizer.from_pretrained(
+        checkpoint, language=language, task="transcribe"
+    )
+    prompt = tokenizer.prefix_tokens
 
     def transcribe(wavs: torch.Tensor) -> str:
-        mel = features(wavs[0].numpy(), 16000, return_tensors="np")
+        mel = features(
+            wavs[0].numpy(), sampling_rate=SAMPLE_RATE, return_tensors="np"
+        )
         view = ctranslate2.StorageView.from_array(mel.input_features)
         found = model.generate(view, [prompt], beam_size=beam)
         return tokenizer.decode(found[0].sequences_ids[0], True)
@@ -103,10 +108,12 @@ def ways(args: argparse.Namespace) -> Iterator[tuple[str, Transcribe]]:
     for folder in args.folders:
         yield folder, by_speechbrain(folder)
     try:
-        made = by_ctranslate2(args.checkpoint, args.beam, args.threads)
+        made = by_ctranslate2(
+            args.checkpoint, args.language, args.beam, args.threads
+        )
         yield "ctranslate2_int8", made
     except ImportError:
-        print("ctranslate2_int8: pip install ctranslate2")
+        print("ctranslate2_int8: pip install -e '.[bench]'")
 
 
 def main() -> None:
