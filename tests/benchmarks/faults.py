@@ -95,7 +95,10 @@ def distances(
     model._remove_forwards()
     parts = dict(model.parts.items())
     options = select_options(backend, model.options)
-    forwards = build_forwards(backend, parts, integers, **options)
+    peak = model.plan.residual_amax
+    forwards = build_forwards(
+        backend, parts, integers, residual_amax=peak, **options
+    )
     compute = chain(parts, model._use_lengths, forwards)
     found = model.probe.compare(
         compute,
@@ -162,7 +165,6 @@ def wer(asr: Recognizer, items: Sequence[tuple[Path, str]]) -> dict:
     """The word error rate, where there is something to transcribe."""
     if not items:
         return {}
-    asr.model._prepare = lambda: None  # what was installed computes
     made, _ = transcribe(asr, items, 1, "words")
     return {"wer": round(score(made).wer, 2)}
 

@@ -215,8 +215,8 @@ def test_few_shapes():
 
     assert padded(499) == 500  # 10 s
     lengths = range(1, 1500)  # up to 30 s
-    assert all(n <= padded(n) < n + max(10, n / 24) for n in lengths)
-    assert len({padded(n) for n in lengths}) == 86
+    assert all(n <= padded(n) < n + max(10, n / 16) for n in lengths)
+    assert len({padded(n) for n in lengths}) == 67
     sizes = {
         part.stop - part.start
         for batch in range(1, 100)

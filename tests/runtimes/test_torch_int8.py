@@ -51,6 +51,7 @@ from speechbrain_stablequant.runtimes.torch_int8.input_forms import (
 from speechbrain_stablequant.runtimes.torch_int8.linear import (
     SharedInput,
     make_linear,
+    padded_rows,
     rows_of,
 )
 from speechbrain_stablequant.utils.patching import shadowed_forwards
@@ -426,6 +427,13 @@ def test_what_follows_a_product(bits):
         assert (q - expected).abs().max() <= 1
         assert (q != expected).float().mean() < 0.01
         assert q.min() == expected.min() and q.max() == expected.max()
+
+
+def test_few_numbers_of_rows():
+    """What memory is bounded by, and what the bound costs."""
+    rows = range(1, 1500)  # up to 30 s
+    assert all(n <= padded_rows(n) < n + max(8, n / 16) for n in rows)
+    assert len({padded_rows(n) for n in rows}) == 72
 
 
 @torch.no_grad()

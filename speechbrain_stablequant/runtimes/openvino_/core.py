@@ -17,7 +17,7 @@ from ..cpu import cpu_class
 from . import OpenVinoOptions
 
 #: Entries of OpenVINO's cache of prepared shapes. A shape takes about 15, so
-#: that the 86 lengths up to 30 s fit.
+#: that the 67 lengths up to 30 s fit.
 CACHE_CAPACITY = 2000
 
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 #: Lengths are padded to multiples of this; 10 s give 499 frames.
 FRAME_UNIT = 10
 #: From twice as many units on: lengths before each doubling.
-FRAME_STEPS = 24
+FRAME_STEPS = 16
 #: Maximum batch of one call of the graph, a power of 2.
 MAX_BATCH = 16
 
@@ -61,9 +61,9 @@ class OpenVINOExecutor(CompiledGraph):
     """Executes an encoder by one graph for inputs of any length.
 
     OpenVINO prepares and caches something for each shape it meets. To bound
-    this, lengths are padded to a multiple of ``FRAME_UNIT`` frames or, from 480
-    frames (9.6 s) on, to one of 24 lengths before each doubling: 73 lengths up
-    to 20 s, 86 up to 30 s. Padding is masked, and no real frame depends on it.
+    this, lengths are padded to a multiple of ``FRAME_UNIT`` frames or, from 320
+    frames (6.4 s) on, to one of 16 lengths before each doubling: 57 lengths up
+    to 20 s, 67 up to 30 s. Padding is masked, and no real frame depends on it.
     Batches are computed in parts of 16, 8, 4, 2 and 1. Shapes beyond
     the capacity of its cache evict the least recently used.
     """

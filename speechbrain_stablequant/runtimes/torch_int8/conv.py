@@ -19,7 +19,7 @@ from ..algorithms import (
     split_groups,
 )
 from .input_forms import Grid, form_of
-from .linear import ROWS, make_linear, onednn_operators
+from .linear import make_linear, onednn_operators, padded_rows
 
 
 def _geometry(layer: AnyLayer) -> tuple[list[int], list[int], list[int], int]:
@@ -74,7 +74,7 @@ class GroupedConv:
         targets = out.chunk(self._groups, 1)
         rows = max(min(self.rows, len(out)), 1)
         # One buffer for all groups: allocation is slow.
-        scratch = x.new_zeros(rows + -rows % ROWS, self._kernel * width)
+        scratch = x.new_zeros(padded_rows(rows), self._kernel * width)
         for index, product in enumerate(self._products):
             own = x[:, index * width : (index + 1) * width].contiguous()
             for start in range(0, len(out), rows):
@@ -82,7 +82,7 @@ class GroupedConv:
                 windows = scratch[: len(target)]
                 steps, place = (step, 1), start * step
                 windows.copy_(own.as_strided(windows.shape, steps, place))
-                padded = scratch[: len(target) + -len(target) % ROWS]
+                padded = scratch[: padded_rows(len(target))]
                 target.copy_(product(padded, dtype)[: len(target)])
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ...core.integer_layer import IntegerLayer
 from ..base import LayerExecutor
 from .conv import make_conv
-from .linear import FEW, ROWS, FewRows, has_few_rows, make_linear
+from .linear import FEW, FewRows, has_few_rows, make_linear, padded_rows
 
 
 def make_layer(layer: IntegerLayer) -> LayerExecutor:
@@ -34,7 +34,8 @@ def make_layer(layer: IntegerLayer) -> LayerExecutor:
         if len(rows) <= most:
             out = few()(rows)
         else:
-            padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+            more = padded_rows(len(rows)) - len(rows)
+            padded = F.pad(rows, (0, 0, 0, more))
             out = linear(linear.form.prepare(padded), dtype)[: len(rows)]
         return out.view(*x.shape[:-1], out.shape[-1])
 

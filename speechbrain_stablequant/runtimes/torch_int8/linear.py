@@ -12,12 +12,15 @@ from ...core.affine import GELU_MIN
 from ...core.integer_layer import AnyLayer, IntegerLayer
 from ...utils.memory import transient
 from ..algorithms import FLOAT, NATIVE, window_rows
+from ..base import round_frames
 from ..cpu import cpu_class
 from .input_forms import Floats, Form, Grid, form_of
 
-#: Products have a multiple of this number of rows: oneDNN keeps a primitive of
-#: 0.1 MB for each number of rows, up to 1,024 of them.
+#: Products have a multiple of this number of rows, see :func:`padded_rows`.
 ROWS = 8
+
+#: From twice as many ROWS on: numbers of rows before each doubling.
+ROW_STEPS = 16
 
 #: Up to so many rows, as in the steps of a decoder, FBGEMM multiplies faster:
 #: 4 times on a CPU without VNNI, where oneDNN is slower than floats.
@@ -52,6 +55,12 @@ def rows_of(layer: AnyLayer, dtype: torch.dtype, gain: float = 1.0) -> Rows:
         return Rows(weight.to(form.dtype), None, bias, form)
     scale = layer.weight_scale.float() * gain
     return Rows(weight, scale, bias, form, layer.algorithm)
+
+
+def padded_rows(rows: int) -> int:
+    """A number of rows to compute at once: oneDNN keeps a primitive of 0.1 to
+    0.4 MB for each number that it meets, up to 1,024 of them."""
+    return round_frames(rows, ROWS, ROW_STEPS)
 
 
 def _stacked(rows: Sequence[Rows]) -> Rows:
