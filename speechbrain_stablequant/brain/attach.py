@@ -159,8 +159,8 @@ class StableQuant:
             No validation set, bad audio, bad metric attribute.
         """
         with explained(
-            "start the same command again to go on; what is finished is kept "
-            f"in {self.folder}",
+            "start the same command again; it goes on from what "
+            f"{self.folder} holds",
             self.by_block,
         ):
             try:

@@ -151,6 +151,8 @@ class Evaluator:
             shadowed(self.brain, "on_evaluate_start", on_evaluate_start),
             ExitStack() as stack,
         ):
+            if distributed.is_main():
+                logger.info("quantize: %s, the float model", test.name)
             loss = self._recipe_evaluate(
                 test.data,
                 # Brain.evaluate changes its argument.

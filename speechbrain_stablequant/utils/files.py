@@ -187,7 +187,7 @@ def read_json(path: str | Path, what: str) -> Any:
         reason = "it is not UTF-8 text"
     except ValueError as error:
         reason = f"it is not valid JSON ({one_line(error)})"
-    raise ValueError(f"{what}: cannot read '{path.absolute()}': {reason}")
+    raise ValueError(f"cannot read the {what} '{path.absolute()}': {reason}")
 
 
 def check_writable_folder(path: str | Path, key: str) -> Path:

@@ -114,18 +114,18 @@ def load_error(path) -> str:
 
 def test_missing_file(path):
     text = load_error(path)
-    assert text.startswith("quantization plan: ")
+    assert text.startswith("cannot read the quantization plan ")
     assert "no such file" in text
 
 
 def test_folder(tmp_path):
-    assert "quantization plan: " in load_error(tmp_path)
+    assert "cannot read the quantization plan " in load_error(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"{'a': 1}"])
 def test_not_json(path, content):
     path.write_bytes(content)
-    assert load_error(path).startswith("quantization plan: cannot read ")
+    assert load_error(path).startswith("cannot read the quantization plan ")
 
 
 def test_truncated(path):

@@ -38,8 +38,8 @@ def check_line(text: str, output: Path) -> None:
     said = [line for line in text.splitlines() if "interrupted;" in line]
     folder = output / "quantized"
     assert said == [
-        "quantize: interrupted; start the same command again to go on; what "
-        f"is finished is kept in {folder}"
+        "quantize: interrupted; start the same command again; it goes on from "
+        f"what {folder} holds"
     ]
     assert "Traceback" not in text
     assert not list(folder.glob(".*"))

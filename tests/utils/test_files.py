@@ -111,12 +111,12 @@ def test_read_json_names_file_and_reason(tmp_path, content, reason):
     with pytest.raises(ValueError, match=reason) as error:
         read_json(path, "plan")
     message = str(error.value)
-    assert message.startswith(f"plan: cannot read '{path}': ")
+    assert message.startswith(f"cannot read the plan '{path}': ")
     assert "\n" not in message
 
 
 def test_read_json_of_a_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"plan: cannot read"):
+    with pytest.raises(ValueError, match=r"cannot read the plan"):
         read_json(tmp_path, "plan")
 
 
@@ -208,5 +208,5 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_a_name_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match=r"plan: cannot read .* null"):
+    with pytest.raises(ValueError, match=r"cannot read the plan .* null"):
         read_json(tmp_path / "a\0b", "plan")
