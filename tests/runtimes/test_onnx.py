@@ -1,5 +1,6 @@
 """ONNX Runtime as a runtime: the same numbers, in integers."""
 
+import statistics
 from collections import Counter
 
 import pytest
@@ -54,11 +55,15 @@ def test_executor_is_the_reference(tiny_model, bits):
         frames = spec.frames(int(n))
         error = (row[:frames] - other[:frames]).abs().max()
         assert error <= 0.02 * other[:frames].abs().max()
-    # Without a mask, and with other shapes in the same session.
-    wavs = waves()[:1, :3333]
-    out, expected = execute(wavs, None), reference(wavs, None)
-    assert out.shape == expected.shape
-    assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
+    # Without a mask, and with other shapes in the same session. A tie that
+    # falls the other way moves all that comes after it; they are rare.
+    found = []
+    for samples in range(2222, 4000, 222):
+        wavs = waves()[:1, :samples]
+        out, expected = execute(wavs, None), reference(wavs, None)
+        assert out.shape == expected.shape
+        found.append((out - expected).norm() / expected.norm())
+    assert max(found) < 0.05 and statistics.median(found) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_the_card_decides_the_tile():
         for name, card in estimate.CARDS.items()
     }
     # whole rows of 512 channels do not fit twice into 99 kB
-    assert tiles["RTX3090"] != tiles["H100"]
+    assert tiles["RTX3090"] != tiles["A100"]
 
 
 def test_prints_every_operator_as_an_estimate(capsys):

@@ -17,10 +17,13 @@ import triton.language as tl
 
 from speechbrain_stablequant.runtimes.triton.kernels import (
     device,
-    hopper,
     matmul,
 )
 from speechbrain_stablequant.runtimes.triton.kernels.tiles import Config
+
+hopper = matmul.hopper
+if hopper is None:
+    pytest.skip("this Triton has no Gluon", allow_module_level=True)
 
 pytestmark = [
     pytest.mark.skipif(
