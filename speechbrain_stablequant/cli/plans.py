@@ -39,8 +39,8 @@ def units(plan: QuantizationPlan) -> str:
         unit = measured.get(name)
         delta = unit and unit.delta_wer
         alone = "" if delta is None else f"{delta:+.2f}"
-        bits = " ".join(sorted({_bits(row) for row in layers}))
-        cutoffs = [row.cutoff for row in layers if row.quant]
+        bits = " ".join(sorted({row.bits for row in layers}))
+        cutoffs = [row.cutoff for row in layers if _is_clipped(row)]
         ends = sorted({min(cutoffs), max(cutoffs)}) if cutoffs else []
         clipped = " to ".join(f"{x:g}" for x in ends) + " %" * bool(ends)
         searched = "yes" if unit and unit.selected else "no"
@@ -63,8 +63,8 @@ def units(plan: QuantizationPlan) -> str:
 def layer(plan: QuantizationPlan, name: str) -> str:
     """What was decided for a layer, and why."""
     found = next(row for row in plan.layers if row.name == name)
-    rows = [("unit", found.unit), ("bits", _bits(found))]
-    if found.quant is not None:
+    rows = [("unit", found.unit), ("bits", found.bits)]
+    if _is_clipped(found):
         cut = f"{found.cutoff:g} %"
         if found.cutoff == 100:
             cut += ", nothing is cut before the scale is chosen"
@@ -106,10 +106,9 @@ def _search(plan: QuantizationPlan) -> list[str]:
     return [line]
 
 
-def _bits(row: Any) -> str:
-    if row.quant is None:
-        return "float"
-    return f"W{row.quant.weight_bits}A{row.quant.activation_bits}"
+def _is_clipped(row: Any) -> bool:
+    """Whether a layer's input is quantized, and so has a percentile."""
+    return row.quant is not None and not row.quant.weight_only
 
 
 def _range(row: Any) -> str:
@@ -177,9 +176,9 @@ def _described(rows: dict, name: str) -> str:
     if name not in rows:
         return "absent"
     row = rows[name]
-    if row.quant is None:
-        return "float"
-    return f"{_bits(row)} {_range(row)} ({_CLIPPING} {row.cutoff:g})"
+    if not _is_clipped(row):
+        return row.bits
+    return f"{row.bits} {_range(row)} ({_CLIPPING} {row.cutoff:g})"
 
 
 def _compared_reports(first: dict, second: dict) -> str:

@@ -44,6 +44,16 @@ class LayerPlan:
     cutoff: float  # clipping percentile; 100: nothing is clipped
     reason: str  # one sentence
 
+    @property
+    def bits(self) -> str:
+        """Such as W8A8; W8 if the weight alone is in integers; or float."""
+        if self.quant is None:
+            return "float"
+        bits = f"W{self.quant.weight_bits}"
+        if not self.quant.weight_only:
+            bits += f"A{self.quant.activation_bits}"
+        return bits
+
 
 @dataclass(frozen=True)
 class UnitPlan:

@@ -22,7 +22,7 @@ from ..core.layer_quant import LayerQuant
 from ..core.plan import QuantizationPlan, UnitPlan
 from ..model.layers import Layer, group_units
 from .search.journal import JOURNAL_FILE
-from .search.percentile import search_cutoffs
+from .search.percentile import search_percentiles
 from .search.score import Evaluate, Score
 from .search.sensitivity import select_units
 from .session.calibration import Calibration
@@ -54,8 +54,8 @@ def stablequant_plan(
         evaluate,
         bar,
         rank,
-        lambda layer, ratio: session.quant(
-            layer.name, histograms[layer.name].quantile(ratio / 100), "max"
+        lambda layer, percentile: session.quant(
+            layer.name, histograms[layer.name].quantile(percentile / 100), "max"
         ),
     )
     cutoffs = layer_cutoffs(session, units)
@@ -117,9 +117,10 @@ def search_units(
     search = session.config.search
     searched = group_units(session.clipped_layers)
 
-    def cut_unit(unit: str, ratio: float) -> dict[str, LayerQuant]:
+    def cut_unit(unit: str, percentile: float) -> dict[str, LayerQuant]:
         return {
-            layer.name: quantize(layer, ratio) for layer in session.units[unit]
+            layer.name: quantize(layer, percentile)
+            for layer in session.units[unit]
         }
 
     with bar:
@@ -132,7 +133,7 @@ def search_units(
         selected = sum(unit.selected for unit in units)
         bar.total += selected * len(search.cutoffs)
         bar.refresh()
-        units = search_cutoffs(units, cut_unit, evaluate, search, rank)
+        units = search_percentiles(units, cut_unit, evaluate, search, rank)
         found = {unit.name: unit for unit in units}
         return baseline, [found.get(n) or UnitPlan(n) for n in session.units]
 

@@ -159,10 +159,7 @@ def _layers(
     sizes, rows = layer_sizes(plan, modules), []
     for layer in plan.layers:
         quant, numel = layer.quant, sizes[layer.name]
-        bits = f"W{quant.weight_bits}" if quant else "float"
-        if quant and not quant.weight_only:
-            bits += f"A{quant.activation_bits}"
-        row = {"name": layer.name, "unit": layer.unit, "bits": bits}
+        row = {"name": layer.name, "unit": layer.unit, "bits": layer.bits}
         size = numel * (quant.weight_bits if quant else 32) / 8
         row |= {"parameters": numel, "bytes": size, "cutoff": layer.cutoff}
         rows.append({**row, "why": layer.reason})

@@ -230,6 +230,17 @@ def test_why_a_percentile_was_chosen(folder):
     ]
 
 
+def test_a_layer_of_weights_alone_has_no_percentile(folder):
+    plan = plans.load(folder)
+    first = next(row for row in plan.layers if row.quant)
+    alone = replace(first, quant=replace(first.quant, activation_bits=16))
+    changed = replace(plan, layers=[alone])
+    row = plans.units(changed).splitlines()[2]
+    assert row.split() == [first.unit, "1", "W8", "no"]
+    text = plans.layer(changed, first.name)
+    assert "W8\n" in text and "percentile" not in text and "range" not in text
+
+
 def test_a_layer_that_is_not_there(folder, capsys):
     code, _, err = run(capsys, "inspect", folder, "--layer", "encoder.9")
     assert code == 1

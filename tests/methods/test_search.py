@@ -14,9 +14,9 @@ from speechbrain_stablequant.methods.search.journal import (
     evaluation_key,
 )
 from speechbrain_stablequant.methods.search.percentile import (
-    best_cutoff,
-    search_cutoffs,
-    surest_cutoff,
+    best_percentile,
+    search_percentiles,
+    surest_percentile,
 )
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.search.sensitivity import select_units
@@ -42,7 +42,7 @@ def cut(units, evaluate, grid=GRID, rule="threshold"):
     """Step 2 for units by name."""
     plans = [UnitPlan(unit, selected=True) for unit in units]
     search = SearchConfig(cutoffs=grid, selection=rule)
-    return search_cutoffs(plans, quantize_unit, evaluate, search)
+    return search_percentiles(plans, quantize_unit, evaluate, search)
 
 
 class Fake:
@@ -189,7 +189,7 @@ def test_limit_is_the_fewest_errors_so_far():
 def test_nothing_selected():
     fake = Fake(constant(1))
     units = [UnitPlan("head")]
-    found = search_cutoffs(units, quantize_unit, fake, SearchConfig())
+    found = search_percentiles(units, quantize_unit, fake, SearchConfig())
     assert found == units
     assert fake.calls == []
 
@@ -210,12 +210,12 @@ def test_nothing_selected():
 def test_ties(curve, best):
     rows = [(ratio, Score(errors, 50, loss)) for ratio, errors, loss in curve]
     for order in (rows, rows[::-1]):
-        assert best_cutoff(order) == best
+        assert best_percentile(order) == best
 
 
 def test_given_up_never_wins():
     low = Score(1, 50, 0.0, complete=False)
-    assert best_cutoff([(100, Score(9, 50, 1.0)), (99, low)]) == 100
+    assert best_percentile([(100, Score(9, 50, 1.0)), (99, low)]) == 100
 
 
 def test_giving_up_never_changes_the_choice():
@@ -265,7 +265,7 @@ def whole_search(path, fake, fingerprint="m"):
     evaluate = journal.wrap(fake)
     baseline, found = select(evaluate, 0.5)
     search = SearchConfig(cutoffs=GRID)
-    cuts = search_cutoffs(found, quantize_unit, evaluate, search)
+    cuts = search_percentiles(found, quantize_unit, evaluate, search)
     return (baseline, found, cuts), journal
 
 
@@ -528,10 +528,10 @@ def test_interval_needs_counts_by_utterance():
         ([(100, [5] * 40, 1.0), (99, [6] * 40, 0.1)], 100),
     ],
 )
-def test_surest_cutoff(curve, surest):
+def test_surest_percentile(curve, surest):
     rows = [(r, paired(errors, [loss] * 40)) for r, errors, loss in curve]
     for order in (rows, rows[::-1]):
-        assert surest_cutoff(order, 0.8) == surest
+        assert surest_percentile(order, 0.8) == surest
 
 
 def test_cutoffs_by_interval_give_up_nothing():
@@ -591,7 +591,7 @@ def ranked(losses, errors, rule="threshold"):
     words = Fake(lambda quants: ([errors[of(quants)]], 1.0))
     search = SearchConfig(cutoffs=list(losses), selection=rule)
     plans = [UnitPlan("u", selected=True)]
-    (plan,) = search_cutoffs(plans, quantize_unit, words, search, rank)
+    (plan,) = search_percentiles(plans, quantize_unit, words, search, rank)
     return plan, [call[0]["u.a"].activation_amax for call in words.calls]
 
 

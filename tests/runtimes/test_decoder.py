@@ -17,6 +17,7 @@ from speechbrain_stablequant.runtimes.build import (
     build_forwards,
     in_place_forwards,
 )
+from speechbrain_stablequant.runtimes.captured import calls
 from speechbrain_stablequant.runtimes.captured.calls import Call, CaptureError
 from speechbrain_stablequant.runtimes.captured.decoder import (
     decode,
@@ -130,8 +131,9 @@ def test_decodings_may_run_at_the_same_time(modules, graph):
 
 
 def test_what_searchers_do_not_ask_for_is_computed_in_place(
-    modules, integers, graph
+    modules, integers, graph, caplog
 ):
+    calls.say_uncaptured.cache_clear()
     decoder, given = modules["model"].decoder, inputs()
     mask = torch.tensor([[1, 1, 0]])
     found = []
@@ -140,6 +142,8 @@ def test_what_searchers_do_not_ask_for_is_computed_in_place(
             output = decoder(**given, attention_mask=mask)
         found.append(output.last_hidden_state @ decoder.embed_tokens.weight.T)
     assert torch.equal(*found)
+    (line,) = (x for x in caplog.messages if "in another way" in x)
+    assert line.startswith("'WhisperDecoder' is called")
 
 
 def test_a_decoder_is_selected_as_a_graph(modules, layers):

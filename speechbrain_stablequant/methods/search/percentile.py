@@ -12,25 +12,25 @@ from .score import Evaluate, Score
 Curve = Sequence[tuple[float, Score]]  #: percentiles that were tried
 
 
-def best_cutoff(curve: Curve) -> float:
+def best_percentile(curve: Curve) -> float:
     """Fewest word errors, then the smaller loss, then the larger percentile."""
-    ratio, _ = min(
+    percentile, _ = min(
         (row for row in curve if row[1].complete),
         key=lambda row: (row[1].errors, row[1].loss, -row[0]),
     )
-    return ratio
+    return percentile
 
 
-def surest_cutoff(curve: Curve, level: float) -> float:
+def surest_percentile(curve: Curve, level: float) -> float:
     """From the largest down, the last that beats the best beyond noise."""
     (best, fewest), *rest = sorted(curve, key=lambda row: -row[0])
-    for ratio, score in rest:
+    for percentile, score in rest:
         if better(score, fewest, level):
-            best, fewest = ratio, score
+            best, fewest = percentile, score
     return best
 
 
-def search_cutoffs(
+def search_percentiles(
     units: Iterable[UnitPlan],
     quantize_unit: Callable[[str, float], Mapping[str, LayerQuant]],
     evaluate: Evaluate,
@@ -54,31 +54,36 @@ def search_cutoffs(
         fewest: int | None = None
 
         def measure(
-            ratio: float, by: Evaluate, limit: int | None, name: str = unit.name
+            percentile: float,
+            by: Evaluate,
+            limit: int | None,
+            name: str = unit.name,
         ) -> Score:
             return by(
-                {**decided, **quantize_unit(name, ratio)},
+                {**decided, **quantize_unit(name, percentile)},
                 start=name,
                 give_up_above=limit,
-                label=f"{name} cut at {ratio:g} %",
+                label=f"{name} cut at {percentile:g} %",
             )
 
-        for ratio in sorted(search.cutoffs, reverse=True):
+        for percentile in sorted(search.cutoffs, reverse=True):
             limit = None if by_interval or rank else fewest
-            score = measure(ratio, rank or evaluate, limit)
-            curve.append((ratio, score))
+            score = measure(percentile, rank or evaluate, limit)
+            curve.append((percentile, score))
             if score.complete and (fewest is None or score.errors < fewest):
                 fewest = score.errors
         if rank:
             cutoff, rows = _confirmed(
-                curve, lambda ratio: measure(ratio, evaluate, None), search
+                curve,
+                lambda percentile: measure(percentile, evaluate, None),
+                search,
             )
         else:
-            rows = [_row(ratio, score) for ratio, score in curve]
+            rows = [_row(percentile, score) for percentile, score in curve]
             cutoff = (
-                surest_cutoff(curve, search.level)
+                surest_percentile(curve, search.level)
                 if by_interval
-                else best_cutoff(curve)
+                else best_percentile(curve)
             )
         decided.update(quantize_unit(unit.name, cutoff))
         found.append(replace(unit, cutoff=cutoff, curve=rows))
@@ -92,7 +97,8 @@ def _confirmed(
     largest = curve[0][0]
     best, _ = min(curve, key=lambda row: (row[1].loss, -row[0]))
     rows = {
-        ratio: {**_row(ratio, score), "wer": None} for ratio, score in curve
+        percentile: {**_row(percentile, score), "wer": None}
+        for percentile, score in curve
     }
     if best != largest:
         clipped, whole = measure(best), measure(largest)
@@ -105,9 +111,9 @@ def _confirmed(
     return best, list(rows.values())
 
 
-def _row(ratio: float, score: Score) -> dict:
+def _row(percentile: float, score: Score) -> dict:
     return {
-        "cutoff": ratio,
+        "cutoff": percentile,
         "wer": score.wer,
         "secondary": score.to_dict()["loss"],
         "complete": score.complete,

@@ -1,6 +1,8 @@
 """Calls of a module: their tensors, what changes between them, new ones."""
 
+import functools
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,12 +19,24 @@ from torch.utils._pytree import (
 from ...core.parts import Leaf
 from ...utils.typed import short
 
+logger = logging.getLogger(__name__)
+
 #: Tensors up to this size are stored by value.
 _FEW = 16
 
 
 class CaptureError(ValueError):
     """A module that cannot be captured, and why, in one line."""
+
+
+@functools.cache
+def say_uncaptured(name: str) -> None:
+    """Say once that a call is not one of those that were captured."""
+    logger.warning(
+        "'%s' is called in another way than when its plan was made: such "
+        "calls are computed layer by layer, which takes longer",
+        name,
+    )
 
 
 class Call(NamedTuple):

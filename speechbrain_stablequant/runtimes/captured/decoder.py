@@ -23,7 +23,7 @@ from ..layer_check import heads_with_algorithms
 from ..openvino_ import OpenVinoOptions
 from ..openvino_.core import CompiledGraph, output
 from ..openvino_.layer_runner import OpenVINORunner
-from .calls import Call, CaptureError
+from .calls import Call, CaptureError, say_uncaptured
 from .capture import check_same
 from .decoder_graph import PROJECTION, DecoderGraphs
 
@@ -205,6 +205,7 @@ class DecoderForward:
 
     def _own(self, **kwargs: Any) -> Any:
         module = self._module
+        say_uncaptured(type(module).__name__)
         output = type(module).forward(module, **kwargs)
         if not self._executor.projects:
             return output

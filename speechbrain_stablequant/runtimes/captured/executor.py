@@ -1,7 +1,5 @@
 """Executes a captured part of a recognizer."""
 
-import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,12 +17,10 @@ from ..layer_check import find_algorithms
 from ..openvino_ import OpenVinoOptions
 from ..openvino_.core import CompiledGraph, name_by_place, output
 from ..openvino_.layer_runner import OpenVINORunner
-from .calls import Call, Signature
+from .calls import Call, Signature, say_uncaptured
 from .capture import Captured, capture
 from .decoder import decoder_forward
 from .sites import Sites
-
-logger = logging.getLogger(__name__)
 
 #: Entries of OpenVINO's cache of prepared shapes: lengths are not padded to a
 #: few here, so that most are new, and what is kept of them only takes memory.
@@ -117,14 +113,5 @@ def _forward(
     tensors = signature.tensors(Call(args, kwargs))
     if tensors is not None:
         return executor(tensors)
-    _say_once(name)
+    say_uncaptured(name)
     return type(module).forward(module, *args, **kwargs)
-
-
-@functools.cache
-def _say_once(name: str) -> None:
-    logger.warning(
-        "'%s' is called in another way than when its plan was made: such "
-        "calls are computed layer by layer, which takes longer",
-        name,
-    )
