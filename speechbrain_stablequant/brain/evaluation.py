@@ -285,7 +285,9 @@ class Evaluator:
             join_metric(each, counts)
         self._write_errors(run, metric, test.name)
         heard = self.checks.compare(metric, texts, [run])
-        evaluation = self._evaluation(metric, clock, heard)
+        evaluation = replace(
+            self._evaluation(metric, clock, heard), float_rtf=baseline.rtf
+        )
         evaluation.write(run.store, file, key)
         return evaluation
 

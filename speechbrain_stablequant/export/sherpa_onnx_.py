@@ -4,9 +4,11 @@ from pathlib import Path
 
 from .model import Model, fenced
 
-_CODE = """import sherpa_onnx, soundfile
+_CODE = """# pip install sherpa-onnx soundfile; then in this folder:
+import sherpa_onnx, soundfile
 
 wave, rate = soundfile.read("speech.wav", dtype="float32")
+# its loader of any wav2vec 2.0 or HuBERT CTC graph
 make = sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc
 recognizer = make("model.onnx", "tokens.txt")
 stream = recognizer.create_stream()

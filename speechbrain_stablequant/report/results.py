@@ -72,6 +72,14 @@ class Evaluation:
     #: All metrics of the recipe, by attribute.
     counts: Mapping[str, Counts] = field(default_factory=dict)
     rate: str = "WER"  #: what the metric counts that the transcripts are from
+    #: The float model's real-time factor in the run that timed this one; times
+    #: of two runs are not compared.
+    float_rtf: float | None = None
+
+    @property
+    def rtf(self) -> float:
+        """Seconds for a second of audio."""
+        return self.seconds / self.audio_seconds
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
         """Key of the quantized evaluation, by how a plan is executed."""
@@ -107,6 +115,9 @@ class SetResult:
                 f"their utterances ({', '.join(missing[:3]) or 'more ran'}); "
                 "the test loader must give the same set each time"
             )
+        if quantized.float_rtf is not None:
+            seconds = quantized.float_rtf * baseline.audio_seconds
+            baseline = replace(baseline, seconds=seconds)
         ordered = [by_id[name] for name in ids]
         by_id = {item.id: item for item in quantized.folder}
         folder = tuple(by_id[name] for name in ids) if by_id else ()

@@ -190,5 +190,8 @@ def test_no_source(tmp_path):
         source_folder(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="neither a folder nor a model"):
         source_folder("no/such-model")
-    with pytest.raises(SourceError, match="not a HuggingFace checkpoint"):
+    with pytest.raises(SourceError, match=r"has no hyperparams\.yaml"):
+        check_source(tmp_path, False)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"make_hub_folder\.py OUT --check"):
         check_source(tmp_path, False)

@@ -34,6 +34,7 @@ from speechbrain_stablequant.report.results import (
     Evaluation,
     Execution,
     SetResult,
+    real_time_factors,
 )
 from speechbrain_stablequant.report.tables import interval
 from speechbrain_stablequant.utils.files import read_json
@@ -110,6 +111,15 @@ def test_pair_brings_into_order():
     )
     assert result.baseline == evaluation(FLOAT)
     assert result.quantized == evaluation(QUANTIZED, seconds=1.5)
+
+
+def test_times_of_two_runs_are_not_compared():
+    """A quantized evaluation that is reused was timed beside another float
+    evaluation."""
+    first = evaluation(FLOAT, seconds=4.0)
+    kept = replace(evaluation(QUANTIZED, 2.0), float_rtf=first.rtf)
+    result = SetResult.pair(evaluation(FLOAT, seconds=1.0), kept)
+    assert real_time_factors([result]) == {"float": 0.4, "quantized": 0.2}
 
 
 @pytest.mark.parametrize(
