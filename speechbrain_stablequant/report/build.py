@@ -22,7 +22,7 @@ from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from ..utils.files import write_atomic, write_json
 from . import tables, utterances
 from .plots import FIGURES, draw_figures, to_png, to_svg
-from .results import Execution, SetResult, real_time_factors
+from .results import Effort, Execution, SetResult, real_time_factors
 from .utterances import worst_utterances
 
 FORMAT = 1
@@ -54,6 +54,7 @@ def build_report(
     warnings: Sequence[str] = (),
     name: str | None = None,
     utterances: bool = True,
+    effort: Effort | None = None,
 ) -> dict:
     """Assemble the content of ``report.json``.
 
@@ -71,8 +72,10 @@ def build_report(
                         "folder": {"float": RATES, "quantized": RATES}}},
          "size_mb": {"float", "quantized", "quantized_floats": "float16"},
          "rtf": {"float", "quantized"},
-         "search": {"num_utterances", "baseline_wer", "threshold",
-                    "evaluations", "seconds", "metric", ...},
+         "search": {"num_utterances", "baseline_wer", "final_wer",
+                    "threshold", "evaluations", "metric", ...},
+         "calibration": {"num_utterances"},
+         "settings": those that decided the plan,
          "account": {"parameters": {"quantized", "weight_only", "float"},
                      "products": likewise, "largest_float": [{"name",
                      "parameters", "products", "why"}]},
@@ -90,7 +93,7 @@ def build_report(
 
     RATES are those of ``ErrorRates.to_dict``. ``folder`` is present where
     the inference folder's decoder differs from the recipe's, ``search``
-    where there was one.
+    where there was one, ``calibration`` where ``effort`` says it.
     """
     keys = modules if execution.keys is None else execution.keys
     stored = {key: modules[key] for key in keys}
@@ -119,6 +122,7 @@ def build_report(
         },
         "rtf": real_time_factors(results.values()),
         "account": account(plan, stored, execution.products),
+        "settings": plan.settings,
         "units": _units(plan, layers),
         "layers": layers,
         "histograms": _histograms(plan, histograms),
@@ -132,6 +136,9 @@ def build_report(
     if execution.keys is not None:
         name = f"recognizer, for {execution.interface}"
         report["files"][name] = f"{MODEL_FOLDER}/{HYPERPARAMS_FILE}"
+    if effort is not None and "calibration" in effort.utterances:
+        used = effort.utterances["calibration"]
+        report["calibration"] = {"num_utterances": used}
     if plan.search:
         report["search"] = plan.search
     if utterances:

@@ -309,7 +309,7 @@ def draw_histograms(report: dict, narrow: bool = False) -> "Figure | None":
 
 
 def most_clipped(histograms: dict) -> list[tuple[str, dict]]:
-    """The layers with the largest max / amax, at most six."""
+    """The clipped layers with the largest max / amax, at most six."""
 
     def lost(item: tuple[str, dict]) -> float:
         top, amax = item[1]["max"], item[1]["amax"]
@@ -318,7 +318,9 @@ def most_clipped(histograms: dict) -> list[tuple[str, dict]]:
     drawable = [
         (name, entry)
         for name, entry in histograms.items()
-        if entry["range"] and any(entry["counts"])
+        if entry["range"]
+        and any(entry["counts"])
+        and entry["max"] > entry["amax"]
     ]
     return sorted(drawable, key=lost, reverse=True)[:_MAX_HISTOGRAMS]
 

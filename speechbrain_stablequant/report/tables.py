@@ -97,6 +97,50 @@ def tone(ends: Sequence[float]) -> str:
     return "bad" if low > 0 else "good" if high < 0 else "same"
 
 
+def verdict_tone(entry: dict) -> str:
+    """That of the decisive rate, and bad if any other rate rose."""
+    others = [tone(ends) for ends in _other_intervals(entry).values()]
+    return "bad" if "bad" in others else tone(entry["delta_wer_ci"])
+
+
+def verdict(entry: dict) -> str:
+    """What the intervals of a set's rates show and leave possible."""
+    ends = entry["delta_wer_ci"]
+    shown = tone(ends)
+    words, place = {
+        "bad": ("Worse", "lies above zero"),
+        "good": ("Better", "lies below zero"),
+        "same": ("No difference shown", "includes zero"),
+    }[shown]
+    text = f"{words}: the 95 % interval, {interval(ends)}, {place}"
+    if shown == "same" and signed(ends[1]) != "0.00":
+        text += f"; a rise of up to {number(ends[1])} points is possible"
+    text += "."
+    for name, (low, high) in _other_intervals(entry).items():
+        found = tone((low, high))
+        if found != "same":
+            verb = {"bad": "rose", "good": "fell"}[found]
+            least, most = sorted((abs(low), abs(high)))
+            but = "" if found == shown else "But "
+            text += (
+                f" {but}{name} {verb} by {number(least)} to {number(most)} "
+                "points (95 % interval)."
+            )
+    return text
+
+
+def _other_intervals(entry: dict) -> dict[str, Sequence[float]]:
+    """Intervals of the rates in a set's table that do not decide, by name."""
+    found = {}
+    for name, key in rates(entry).items():
+        if key != "WER":
+            found[name] = entry.get(f"delta_{key.lower()}_ci")
+    for metric, row in entry.get("metrics", {}).items():
+        if row["rate"] not in rates(entry):
+            found[f"{row['rate']} ({metric})"] = row.get("delta_ci")
+    return {name: ends for name, ends in found.items() if ends is not None}
+
+
 def rates(entry: dict) -> dict[str, str]:
     """Keys of a set's rates by name; characters of phonemes have no meaning."""
     name = entry.get("rate", "WER")
@@ -183,7 +227,15 @@ def largest_float(report: dict) -> list[list[str]]:
     ]
 
 
-def units(rows: list[dict], rate: str) -> tuple[list[str], list[list[str]]]:
+def coverage(report: dict) -> str:
+    """Of the units' intervals, such as "80 % "; empty where unknown."""
+    level = report.get("search", {}).get("level")
+    return "" if level is None else f"{100 * level:.4g} % "
+
+
+def units(
+    rows: list[dict], rate: str, coverage: str = ""
+) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the units; without a search only their sizes."""
     columns = {
         "Unit": [unit["name"] for unit in rows],
@@ -196,8 +248,11 @@ def units(rows: list[dict], rate: str) -> tuple[list[str], list[list[str]]]:
             "kB": [number(unit["bytes"] / 1e3, 1) for unit in rows],
         }
     if any(unit["selected"] or unit.get("wer") is not None for unit in rows):
+        change = f"\u0394 {rate} alone"
+        if any(unit.get("delta_wer_ci") for unit in rows):
+            change += f", {coverage}interval"
         columns |= {
-            f"\u0394 {rate} alone": [
+            change: [
                 delta(unit["delta_wer"], unit.get("delta_wer_ci"))
                 for unit in rows
             ],
@@ -245,8 +300,64 @@ def selected(rows: list[dict]) -> list[int]:
     return [i for i, unit in enumerate(rows) if unit["selected"]]
 
 
+def curves(
+    rows: list[dict], rate: str
+) -> tuple[list[str], list[list[str]], list[int]]:
+    """Columns and rows of the percentiles that were tried, and which rows
+    are headings."""
+    columns = ["Clipping percentile", f"{rate} %", "Loss", "Outcome"]
+    found, headings = [], []
+    for unit in rows:
+        curve = unit.get("curve") or ()
+        if curve:
+            headings.append(len(found))
+            found.append([unit["name"], "", "", ""])
+        for point in sorted(curve, key=lambda point: -point["cutoff"]):
+            loss = point.get("secondary")
+            cells = [percent(point["cutoff"]), number(point["wer"])]
+            cells.append(NOT_MEASURED if loss is None else f"{loss:.6g}")
+            found.append([*cells, _outcome(unit, point)])
+    return columns, found, headings
+
+
+def _outcome(unit: dict, point: dict) -> str:
+    if point["cutoff"] == unit["cutoff"]:
+        return "chosen"
+    return "tried" if point.get("complete", True) else "stopped"
+
+
+def rule(search: dict, rate: str) -> str:
+    """How a percentile was chosen from those that were tried."""
+    sure = search.get("selection") == "interval"
+    if search.get("rule") == "divergence":
+        return (
+            "Loss: divergence from the float model's outputs. The percentile "
+            f"of the lowest is chosen, unless its {rate} is higher than at "
+            f"the largest percentile{' beyond the interval' if sure else ''}; "
+            f"{rate} was measured at these two alone, if they differ."
+        )
+    if sure:
+        return (
+            "From the largest percentile down, one is chosen if it is better "
+            f"than the best before it beyond the interval: in {rate}, or in "
+            f"the loss where the interval of {rate} includes zero."
+        )
+    return (
+        f"The lowest {rate} is chosen; a tie is decided by the lower loss, "
+        "then by the larger percentile. Stopped: the evaluation ended once it "
+        f"had more errors than the best; its {rate} is a lower bound, its "
+        "loss that of a part of the set."
+    )
+
+
 def search(found: dict) -> list[list[str]]:
-    """Settings and cost of a search."""
+    """Settings, outcome and cost of a search."""
+    metric = found.get("metric") or "WER"
+    before, after = found.get("baseline_wer"), found.get("final_wer")
+    final = number(after)
+    if before is not None and after is not None:
+        final += f" ({signed(after - before)} points)"
+    level = found.get("level")
     rows = [
         ["Utterances", count(found.get("num_utterances"))],
         ["Metric", str(found.get("metric") or NOT_MEASURED)],
@@ -256,12 +367,16 @@ def search(found: dict) -> list[list[str]]:
             count(found.get("ranking_utterances")),
         ],
         [
-            f"{found.get('metric') or 'WER'} of the float model, %",
-            number(found.get("baseline_wer")),
+            f"{metric} of the float model on the search set, %",
+            number(before),
         ],
+        [f"{metric} of the quantized model on the search set, %", final],
         ["Selection threshold, points", percent(found.get("threshold"))],
         ["Selected by", str(found.get("selection") or NOT_MEASURED)],
-        ["Coverage of the units' intervals", number(found.get("level"))],
+        [
+            "Coverage of the units' intervals",
+            NOT_MEASURED if level is None else f"{100 * level:.4g} %",
+        ],
         ["Evaluations", count(found.get("evaluations"))],
         ["Seconds", number(found.get("seconds"), 0)],
     ]
@@ -273,6 +388,33 @@ def training(epochs: list[dict]) -> list[list[str]]:
         [str(row["epoch"]), number(row["loss"], 4), number(row["wer"])]
         for row in epochs
     ]
+
+
+def calibration(report: dict) -> str:
+    """What the ranges were calibrated with; empty for earlier reports."""
+    settings = report.get("settings", {}).get("calibration", {})
+    found = report.get("calibration", {}).get("num_utterances")
+    asked = found or settings.get("num_utterances")
+    if asked is None and not settings:
+        return ""
+    number_of = "the default number of" if asked is None else count(asked)
+    text = f"Calibration: {number_of} utterances of the validation set"
+    if settings.get("batch_size"):
+        text += f", batches of {settings['batch_size']}"
+    return f"{text}."
+
+
+def settings(found: dict, prefix: str = "") -> list[list[str]]:
+    """Names in the block ``quantize``, and values."""
+    rows = []
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            rows += settings(value, f"{prefix}{name}.")
+            continue
+        if isinstance(value, list | tuple | dict):
+            value = ", ".join(map(str, value)) or "none"
+        rows.append([prefix + name, "default" if value is None else str(value)])
+    return rows
 
 
 def environment(report: dict) -> list[list[str]]:

@@ -25,6 +25,7 @@ from speechbrain_stablequant.report.tables import (
     number,
     percent,
     results,
+    rule,
     signed,
     summary_table,
     times,
@@ -253,7 +254,7 @@ def test_markup_in_names_stays_text(report, tmp_path):
     forms = texts(tmp_path)
     page = Page(forms["report.html"])
     assert "script" not in page.tags
-    assert page.text.count(nasty) == 6  # twice as title, once elsewhere
+    assert page.text.count(nasty) == 7  # twice as title, once elsewhere
     markdown = forms["report.md"]
     assert not re.search(r"(?<!\\)<script", markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -343,6 +344,110 @@ def test_verdict_claims_what_the_interval_allows(
     for text in texts(tmp_path).values():
         assert f"+0.02 points. {word}: " in " ".join(text.split())
         assert not any(f"{other}:" in text for other in others)
+
+
+def verdict_of(report, folder):
+    """The verdict in Markdown, and its class in HTML."""
+    write_report(report, folder)
+    forms = texts(folder)
+    (line,) = re.findall("test-clean: WER.*", forms["report.md"])
+    tones = re.findall('<p class="(good|same|bad)">', forms["report.html"])
+    return line, *tones
+
+
+def test_verdict_names_other_rates_that_changed(report, tmp_path):
+    entry = report["test"]["test-clean"]
+    entry["delta_wer_ci"], entry["delta_cer_ci"] = [-0.43, 2.2], [0.47, 1.35]
+    line, tone = verdict_of(report, tmp_path)
+    assert line.endswith(
+        "No difference shown: the 95 % interval, -0.43 to +2.20, includes "
+        "zero; a rise of up to 2.20 points is possible. But CER rose by 0.47 "
+        "to 1.35 points (95 % interval)."
+    )
+    assert tone == "bad"
+    entry["delta_wer_ci"], entry["delta_cer_ci"] = [-0.4, 0.0], [-0.3, -0.1]
+    row = {"rate": "PER", "float": 1.0, "quantized": 1.1, "delta": 0.1}
+    entry["metrics"] = {"per_metric": {**row, "delta_ci": [-0.1, 0.3]}}
+    line, tone = verdict_of(report, tmp_path)
+    assert line.endswith(
+        "includes zero. But CER fell by 0.10 to 0.30 points (95 % interval)."
+    )
+    assert tone == "same"
+
+
+def test_the_search_says_what_it_ended_with(report, tmp_path):
+    report["search"]["final_wer"] = 2.5
+    write_report(report, tmp_path)
+    row = (
+        "WER of the quantized model on the search set, % | 2.50 (+0.30 points)"
+    )
+    assert f"| {row} |" in texts(tmp_path)["report.md"]
+    del report["search"]["baseline_wer"]  # as training leaves it
+    write_report(report, tmp_path)
+    assert "% | 2.50 |" in texts(tmp_path)["report.md"]
+
+
+def test_why_a_percentile_was_chosen(report, tmp_path):
+    best, tie, stopped = report["units"][0]["curve"][1:]
+    best |= {"secondary": 0.25}
+    tie |= {"wer": 2.4, "secondary": 0.5}
+    stopped |= {"secondary": 0.75, "complete": False}
+    write_report(report, tmp_path)
+    text = texts(tmp_path)["report.md"]
+    start = text.index("| **conv.0** |")
+    assert text[start:].splitlines()[1:5] == [
+        "| 100 | 3.40 | n/a | tried |",
+        "| 99.99 | 2.40 | 0.25 | chosen |",
+        "| 99 | 2.40 | 0.5 | tried |",
+        "| 98 | 61.00 | 0.75 | stopped |",
+    ]
+    tied = "a tie is decided by the lower loss, then by the larger percentile"
+    for form in texts(tmp_path).values():
+        assert tied in " ".join(form.split())
+    # No other rule is said to have decided.
+    for other in ({"selection": "interval"}, {"rule": "divergence"}):
+        assert "a tie" not in rule(other, "WER")
+
+
+def test_intervals_of_units_say_their_coverage(report, tmp_path):
+    report["search"]["level"] = 0.8
+    report["units"][0]["delta_wer_ci"] = [0.9, 1.5]
+    write_report(report, tmp_path)
+    text = texts(tmp_path)["report.md"]
+    assert "\u0394 WER alone, 80 % interval |" in text
+    assert "paired 80 % interval of the rise" in text
+    assert "intervals | 80 % |" in text
+
+
+def test_calibration_and_settings_are_said(report, tmp_path):
+    block = {"num_utterances": None, "batch_size": 4, "num_bins": 4096}
+    report["settings"] = {"include": ["*"], "exclude": [], "calibration": block}
+    write_report(report, tmp_path)
+    text = texts(tmp_path)["report.md"]
+    assert "Calibration: the default number of utterances" in text
+    for row in (r"include | \*", "exclude | none", "num_bins | 4096"):
+        assert f"{row} |" in text
+    report["calibration"] = {"num_utterances": 80}
+    write_report(report, tmp_path)
+    for text in texts(tmp_path).values():
+        assert (
+            "Calibration: 80 utterances of the validation set, batches of 4."
+            in text
+        )
+
+
+def test_a_calibrator_clips_without_a_search(report, tmp_path):
+    """By least squares; the picture of one that clips nothing is left out."""
+    del report["search"]
+    report["units"] = [make_unit("conv.0", None)]
+    write_report(report, tmp_path)
+    text = texts(tmp_path)["report.md"]
+    assert "No clipping percentile was searched. At 100 % nothing" in text
+    assert "histograms.png" in text
+    report["histograms"]["conv.0.conv"]["amax"] = 7.9  # the largest
+    write_report(report, tmp_path)
+    text = texts(tmp_path)["report.md"]
+    assert "Sensitivity" not in text and "histograms.png" not in text
 
 
 def test_nan_is_named_before_anything_is_written(report, tmp_path):
@@ -599,6 +704,7 @@ def test_card_is_read_as_it_was_meant(report, tmp_path):
     assert result.metric_value == 2.19
     assert result.metric_args["change_interval_95"] == [-0.03, 0.07]
     assert "The references are the float model's." in card.text
+    assert "```bash\npip install " in card.text
     codes = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert ["load(" in x or "EncoderASR" in x for x in codes] == [True, True]
     for code in codes:

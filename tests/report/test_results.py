@@ -282,6 +282,9 @@ def test_built_report(tmp_path):
     )
     report = build_report(*given)
     assert "utterances" not in build_report(*given, utterances=False)
+    assert (report["settings"], "calibration" in report) == (plan.settings, 0)
+    used = build_report(*given, effort=Effort(1.0, {"calibration": 80}))
+    assert used["calibration"] == {"num_utterances": 80}
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
     modules = {"enc": "Linear", "lin": "Linear"}
     assert report["model"] == {"modules": modules, "parameters": 8 + 6}
