@@ -244,6 +244,10 @@ def test_wrong_choice_lists_the_right_ones():
     )
     text = error_of({"float_dtype": "int8"})
     assert text.endswith("'int8' is not one of float16, float32")
+    for key in ("method", "preset"):
+        text = error_of({key: "stablquant"})
+        assert text.startswith(f"quantize.{key}: 'stablquant' is not one of ")
+        assert text.endswith("; did you mean 'stablequant'?")
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+    except (click.Abort, KeyboardInterrupt) as error:
+        # A run says how to continue, and marks the interruption.
+        if not getattr(error.__cause__ or error, "is_explained", False):
+            _say("interrupted")
         code = 130
     except BrokenPipeError:
         # Of `stablequant ... | head`: Python flushes once more at its end.
@@ -158,7 +160,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _run_recipe(recipe: Sequence[str]) -> None:
-    """Become the recipe's process, as if Python had been called."""
+    """Become the recipe's process."""
     script, *options = recipe
     if not Path(script).is_file():
         raise ValueError(f"{script}: there is no such script")
@@ -170,7 +172,8 @@ def _run_recipe(recipe: Sequence[str]) -> None:
             f"{options[0]}: has no `quantize:` block; add "
             "`quantize: !apply:speechbrain_stablequant.register` and its keys"
         )
-    command = [sys.executable, *recipe]
+    runner = str(Path(__file__).with_name("recipe.py"))
+    command = [sys.executable, runner, *recipe]
     if os.name == "nt":
         # There execv returns to the shell before the recipe has ended.
         sys.exit(subprocess.call(command))
@@ -183,7 +186,11 @@ def _run_recipe(recipe: Sequence[str]) -> None:
 
 @app.command()
 @click.argument("path", type=_PATH, metavar="FOLDER|PLAN")
-@click.option("--layer", "pattern", help="Only layers of this name: *.q_proj")
+@click.option(
+    "--layer",
+    "pattern",
+    help="Only layers, or all of a unit, of this name: *.q_proj",
+)
 def inspect(path: Path, pattern: str | None) -> None:
     """Show what was decided for each unit, or for layers and why.
 
@@ -197,12 +204,17 @@ def inspect(path: Path, pattern: str | None) -> None:
     if pattern is None:
         click.echo(plans.units(plan))
         return
-    names = [layer.name for layer in plan.layers]
-    names = fnmatch.filter(names, pattern)
+    names = [
+        layer.name
+        for layer in plan.layers
+        if any(fnmatch.fnmatch(x, pattern) for x in (layer.name, layer.unit))
+    ]
     if not names:
+        first = plan.layers[0]
         raise ValueError(
-            f"--layer {pattern}: no layer of {path} has such a name; the first "
-            f"is {plan.layers[0].name}, and *{pattern}* finds parts of names"
+            f"--layer {pattern}: no layer or unit of {path} has such a name; "
+            f"the first layer is {first.name} of unit {first.unit}, and "
+            f"*{pattern}* finds parts of names"
         )
     click.echo("\n\n".join(plans.layer(plan, name) for name in names))
 
@@ -279,13 +291,14 @@ def transcribe(
     stablequant transcribe results/quant/1986/quantized a.flac b.wav
     stablequant transcribe quantized *.wav --format json --output texts
     """
-    from ..transcribe.load import leave_out_stated, load
+    from ..transcribe.load import check_backend, leave_out_stated, load
     from . import transcripts
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         transcripts.check_names(files)
     recognizer = load(folder, backend, device)
+    check_backend(recognizer)
     # It would come with every call.
     leave_out_stated(recognizer)
     failed = 0

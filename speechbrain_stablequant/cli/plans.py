@@ -25,6 +25,13 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def load(path: Path) -> QuantizationPlan:
     """The plan of a file or a folder."""
     if path.is_dir():
+        if not (path / _PLAN).exists():
+            inner = path / "quantized"
+            place = inner if (inner / _PLAN).exists() else "`quantized`"
+            raise ValueError(
+                f"{path}: holds no quantized recognizer; give the folder "
+                f"{place} of a run, or its {_PLAN}"
+            )
         path /= _PLAN
     return QuantizationPlan.load(path, with_tensors=False)
 
@@ -76,21 +83,46 @@ def layer(plan: QuantizationPlan, name: str) -> str:
     rows.append(("because", found.reason))
     width = max(len(key) for key, _ in rows)
     lines = [f"  {key.ljust(width)}  {value}" for key, value in rows]
-    curve = [
-        f"  {point['cutoff']:g} %: {_rate(point)}"
-        for unit in plan.units
-        if unit.name == found.unit
-        for point in unit.curve
-        if point["wer"] is not None
-    ]
+    unit = next((row for row in plan.units if row.name == found.unit), None)
+    curve = _curve(plan, unit) if unit and unit.curve else []
     return "\n".join([name, *lines, *curve, *_search(plan) * bool(curve)])
 
 
-def _rate(point: dict) -> str:
-    """The WER of a percentile, or the bound at which it was given up."""
-    if point.get("complete", True):
-        return f"WER {point['wer']:.2f}"
-    return f"WER above {point['wer']:.2f}, stopped there"
+def _curve(plan: QuantizationPlan, unit: Any) -> list[str]:
+    """What the percentiles of a unit were compared by, and what decided."""
+    by_divergence = plan.search.get("rule") == "divergence"
+    loss = "divergence" if by_divergence else "loss"
+    lines = [
+        f"  percentiles tried for {unit.name}; units searched before it are "
+        "quantized as decided, the rest of the model is float:"
+    ]
+    for point in unit.curve:
+        line = f"  {point['cutoff']:g} %: {_rates(point, loss)}"
+        lines.append(line + ", chosen" * (point["cutoff"] == unit.cutoff))
+    rows = {point["cutoff"]: point for point in unit.curve}
+    chosen, whole = rows.get(unit.cutoff), rows.get(100.0)
+    if chosen is None or whole is None or chosen is whole:
+        return lines
+    if chosen["wer"] is None or whole["wer"] is None:
+        return lines
+    points = whole["wer"] - chosen["wer"]
+    why = f"not clipping costs {points:+.2f} points of WER"
+    if by_divergence:
+        why = f"chosen by the least divergence; {why}"
+    elif points == 0:
+        why = f"chosen by the lower loss: {why}"
+    return [*lines, f"  {why}"]
+
+
+def _rates(point: dict, loss: str) -> str:
+    """The WER of a percentile, or the bound at which it was given up, and the
+    loss."""
+    if not point.get("complete", True):
+        return f"WER above {point['wer']:.2f}, stopped there"
+    rates = [] if point["wer"] is None else [f"WER {point['wer']:.2f}"]
+    if point.get("secondary") is not None:
+        rates.append(f"{loss} {point['secondary']:.5g}")
+    return ", ".join(rates) or "not measured"
 
 
 def _search(plan: QuantizationPlan) -> list[str]:

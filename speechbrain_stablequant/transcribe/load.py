@@ -17,6 +17,7 @@ from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import Tokenizer, labels_of
 from ..model.layers import find_encoders, min_samples
 from ..runtimes import cpu
+from ..runtimes.choice import candidates
 from .audio import naming, read_audio
 from .long import Word, words_of_file
 
@@ -205,6 +206,11 @@ class Recognizer:
         if isinstance(self.tokenizer, CTCTextEncoder):
             return "".join(known[index] for index in tokens)
         return self.tokenizer.decode_ids(list(tokens))
+
+
+def check_backend(recognizer: Recognizer) -> None:
+    """Raises a ValueError if the backend cannot run here, before any file."""
+    candidates(recognizer.model.backend, recognizer.device)
 
 
 def leave_out_stated(recognizer: Recognizer) -> None:

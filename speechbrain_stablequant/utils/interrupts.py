@@ -25,6 +25,8 @@ def explained(what: str, ends_process: bool) -> Iterator[None]:
     """Context whose interruption prints one line, ``what``.
 
     With ``ends_process``, SIGTERM interrupts too, and the process ends.
+    Otherwise the interruption gets ``is_explained``, so that nothing is said
+    again.
     """
     stack = _terminable() if ends_process else contextlib.nullcontext()
     try:
@@ -32,6 +34,7 @@ def explained(what: str, ends_process: bool) -> Iterator[None]:
             yield
     except KeyboardInterrupt as error:
         _say(what)
+        error.is_explained = True
         if not ends_process or isinstance(error, Interrupted):
             raise
         raise Interrupted(_ENDED + signal.SIGINT) from None

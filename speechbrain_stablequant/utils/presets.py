@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .typed import short
+from .typed import short, unknown_name
 from .yaml_tree import parse_yaml
 
 #: A block for each method, by the name that ``preset`` takes.
@@ -16,10 +16,8 @@ PRESETS = {
 def with_preset(block: dict[str, Any], name: Any) -> dict[str, Any]:
     """The keys of a preset, without ``target``; a block's own come first."""
     if name not in PRESETS:
-        known = ", ".join(sorted(PRESETS))
-        raise ValueError(
-            f"quantize.preset: {short(name)} is not one of {known}"
-        )
+        known = unknown_name(name, sorted(PRESETS))
+        raise ValueError(f"quantize.preset: {known}")
     preset = parse_yaml(PRESETS[name].read_text("utf-8"))["quantize"].value
     del preset["target"]
     if block.get("method", preset["method"]) != preset["method"]:

@@ -112,6 +112,13 @@ def unknown_key(key: Any, known: Sequence[str]) -> str:
     return f"unknown key; known keys: {', '.join(known)}"
 
 
+def unknown_name(name: Any, known: Sequence[str]) -> str:
+    """Returns the error text for an unknown choice, with the closest one."""
+    text = f"{short(name)} is not one of {', '.join(known)}"
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"{text}; did you mean '{close[0]}'?" if close else text
+
+
 def _one_of(value: Any, args: tuple, where: str) -> Any:
     if value is None and NoneType in args:
         return None
@@ -193,8 +200,7 @@ def _field(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
     if value is None or not rule:
         return value
     if "choices" in rule and value not in rule["choices"]:
-        names = ", ".join(rule["choices"])
-        raise ValueError(f"{where}: '{value}' is not one of {names}")
+        raise ValueError(f"{where}: {unknown_name(value, rule['choices'])}")
     if "good" in rule and not rule["good"](value):
         raise ValueError(f"{where}: must be {rule['rule']}, not {short(value)}")
     return value

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from speechbrain_stablequant.runtimes import cpu
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.transcribe import load as load_module
 from speechbrain_stablequant.transcribe.load import load
+from speechbrain_stablequant.utils.interrupts import explained
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,22 @@ def test_a_folder_without_a_quantized_model(
     assert line in err and len(err.splitlines()) == 1
 
 
+def test_a_backend_that_cannot_run_is_said_before_any_file(
+    folder, audio, monkeypatch, capsys
+):
+    absent = replace(RUNTIMES["openvino"], needs=("package_that_is_absent",))
+    monkeypatch.setitem(RUNTIMES, "openvino", absent)
+    files = (audio / "short.wav", audio / "long.wav")
+    options = ("--backend", "openvino")
+    code, out, err = run(capsys, "transcribe", folder, *files, *options)
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith(
+        "stablequant: backend: openvino cannot run: package "
+        "'package_that_is_absent' is not installed"
+    )
+
+
 def test_two_files_of_one_name(folder, tmp_path, capsys):
     code, _, err = run(
         capsys,
@@ -214,19 +232,40 @@ def test_why_a_percentile_was_chosen(folder):
     plan = plans.load(folder)
     name, unit = plan.layers[0].name, plan.layers[0].unit
     curve = [
-        {"cutoff": 100.0, "wer": 6.81, "complete": True},
-        {"cutoff": 99.9, "wer": 6.66, "complete": False},
+        {"cutoff": 100.0, "wer": 6.81, "secondary": 0.25, "complete": True},
+        {"cutoff": 99.9, "wer": 6.81, "secondary": 0.125, "complete": True},
+        {"cutoff": 99.5, "wer": 6.66, "secondary": 0.1, "complete": False},
     ]
     search = {"baseline_wer": 6.5, "selection": "threshold", "threshold": 0.25}
-    units = [UnitPlan(unit, 6.81, 0.31, None, True, 100.0, curve)]
-    text = plans.layer(replace(plan, units=units, search=search), name)
-    rows = [row.strip() for row in text.splitlines()]
+
+    def shown(cutoff: float) -> list[str]:
+        units = [UnitPlan(unit, 6.81, 0.31, None, True, cutoff, curve)]
+        text = plans.layer(replace(plan, units=units, search=search), name)
+        return [row.strip() for row in text.splitlines()]
+
+    rows = shown(100.0)
     whole = "100 %, nothing is cut before the scale is chosen"
     assert f"clipping percentile  {whole}" in rows
-    assert rows[-3:] == [
-        "100 %: WER 6.81",
-        "99.9 %: WER above 6.66, stopped there",
+    assert rows[-5:] == [
+        f"percentiles tried for {unit}; units searched before it are quantized "
+        "as decided, the rest of the model is float:",
+        "100 %: WER 6.81, loss 0.25, chosen",
+        "99.9 %: WER 6.81, loss 0.125",
+        "99.5 %: WER above 6.66, stopped there",
         "float: WER 6.50 on the search set; searched: units above +0.25 alone",
+    ]
+    costs = "not clipping costs {} points of WER"
+    assert shown(99.9)[-2] == "chosen by the lower loss: " + costs.format(
+        "+0.00"
+    )
+    curve[0]["wer"] = 7.01
+    assert shown(99.9)[-2] == costs.format("+0.20")
+    search["rule"] = "divergence"
+    curve[2] |= {"wer": None, "complete": True}
+    assert shown(99.9)[-4:-1] == [
+        "99.9 %: WER 6.81, divergence 0.125, chosen",
+        "99.5 %: divergence 0.1",
+        "chosen by the least divergence; " + costs.format("+0.20"),
     ]
 
 
@@ -244,7 +283,26 @@ def test_a_layer_of_weights_alone_has_no_percentile(folder):
 def test_a_layer_that_is_not_there(folder, capsys):
     code, _, err = run(capsys, "inspect", folder, "--layer", "encoder.9")
     assert code == 1
-    assert "--layer encoder.9: no layer of" in err
+    assert "--layer encoder.9: no layer or unit of" in err
+
+
+def test_layers_of_a_unit(folder, capsys):
+    rows = json.loads((folder / "plan.json").read_text("utf-8"))["layers"]
+    unit = rows[-1]["unit"]
+    expected = [row["name"] for row in rows if row["unit"] == unit]
+    for pattern in (unit, f"{unit[:-1]}[{unit[-1]}]"):
+        _, out, _ = run(capsys, "inspect", folder, "--layer", pattern)
+        names = [block.splitlines()[0] for block in out.split("\n\n")]
+        assert names == expected
+
+
+def test_inspect_says_what_is_no_quantized_folder(folder, tmp_path, capsys):
+    code, out, err = run(capsys, "inspect", tmp_path)
+    assert (code, out) == (1, "")
+    line = f"stablequant: {tmp_path}: holds no quantized recognizer; give the"
+    assert err == f"{line} folder `quantized` of a run, or its plan.json\n"
+    _, _, err = run(capsys, "inspect", folder.parent)
+    assert f"give the folder {folder} of a run" in err
 
 
 def test_compare(folder, tmp_path, capsys):
@@ -285,6 +343,73 @@ def test_a_recipe_is_run_as_by_python(tmp_path):
     )
     assert done.returncode == 5, done.stderr
     assert done.stdout.strip() == str([str(script), str(block), *options])
+
+
+BLOCK = "quantize: !apply:speechbrain_stablequant.register\n    {}\n"
+LOADS = """
+import logging, sys
+import beside
+from hyperpyyaml import load_hyperpyyaml
+
+logging.basicConfig(filename="log.txt", level="DEBUG")
+with open(sys.argv[1]) as file:
+    load_hyperpyyaml(file)
+raise ValueError("of the recipe")
+"""
+
+
+@pytest.mark.parametrize(
+    "key, line, traceback",
+    [
+        (
+            "activation_bit: 8",
+            "stablequant: quantize.activation_bit: unknown key; did you mean "
+            "'activation_bits'?",
+            False,
+        ),
+        ("activation_bits: 8", "ValueError: of the recipe", True),
+    ],
+)
+def test_a_wrong_block_is_one_line(tmp_path, key, line, traceback):
+    """And a recipe's own errors are as they were."""
+    (tmp_path / "train.py").write_text(LOADS)
+    (tmp_path / "beside.py").touch()
+    (tmp_path / "quant.yaml").write_text(BLOCK.format(key))
+    work = tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-m", "speechbrain_stablequant.cli", "quantize"]
+    files = [str(tmp_path / name) for name in ("train.py", "quant.yaml")]
+    done = subprocess.run(
+        [*command, *files],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == line
+    assert ("Traceback" in done.stderr) == traceback
+    log = (work / "log.txt").read_text()
+    assert ("ConfigError" in log) != traceback
+
+
+@pytest.mark.parametrize("explains", [True, False])
+def test_an_interruption_is_said_once(explains, tmp_path, monkeypatch, capsys):
+    import speechbrain_stablequant
+
+    def stand_in(**options):
+        with explained("go on", False) if explains else nullcontext():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        speechbrain_stablequant, "quantize_pretrained", stand_in, raising=False
+    )
+    code, _, err = run(capsys, "quantize", "some/model", tmp_path, "out")
+    assert code == 130
+    line = "quantize: interrupted; go on"
+    if not explains:
+        line = "stablequant: interrupted"
+    assert err.split("\n") == [*([line, ""] if explains else ["", line]), ""]
 
 
 @pytest.mark.parametrize(
