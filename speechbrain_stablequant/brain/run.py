@@ -197,6 +197,7 @@ class Run:
                 self.stored_modules,
                 self.histograms,
                 environment,
+                effort=self.effort,
                 execution=self.execution(),
                 warnings=self.warnings,
                 name=origin.base_model,
