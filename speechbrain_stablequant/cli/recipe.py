@@ -31,4 +31,5 @@ if __name__ == "__main__":
     # From Python 3.11; with it, the script's folder is not searched.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    run(sys.argv[0])
+    # As Python's own ``__file__``, for a script that changes the folder.
+    run(str(Path(sys.argv[0]).absolute()))

@@ -331,18 +331,21 @@ def test_compare(folder, tmp_path, capsys):
 
 def test_a_recipe_is_run_as_by_python(tmp_path):
     script, block = tmp_path / "train.py", tmp_path / "quant.yaml"
-    script.write_text("import sys; print(sys.argv); sys.exit(5)")
+    script.write_text(
+        "import sys; print([__file__, *sys.argv[1:]]); sys.exit(5)"
+    )
     block.write_text("quantize: !apply:speechbrain_stablequant.register\n")
     command = [sys.executable, "-m", "speechbrain_stablequant.cli", "quantize"]
     options = ["--device", "cpu", "--quantize", "{weight_bits: 6}"]
     done = subprocess.run(
-        [*command, str(script), str(block), *options],
+        [*command, script.name, block.name, *options],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 5, done.stderr
-    assert done.stdout.strip() == str([str(script), str(block), *options])
+    assert done.stdout.strip() == str([str(script), block.name, *options])
 
 
 BLOCK = "quantize: !apply:speechbrain_stablequant.register\n    {}\n"
