@@ -20,7 +20,7 @@ from ..folder.card import Origin, card_header
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from ..utils.files import write_atomic, write_json
-from . import tables, utterances
+from . import searched, tables, utterances
 from .plots import FIGURES, draw_figures, to_png, to_svg
 from .results import Effort, Execution, SetResult, real_time_factors
 from .utterances import worst_utterances
@@ -128,14 +128,8 @@ def build_report(
         "histograms": _histograms(plan, histograms),
         "warnings": list(warnings),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "files": {
-            "plan": PLAN_FILE,
-            "quantized model": f"{MODEL_FOLDER}/{WEIGHTS_FILE}",
-        },
+        "files": _files(execution),
     }
-    if execution.keys is not None:
-        name = f"recognizer, for {execution.interface}"
-        report["files"][name] = f"{MODEL_FOLDER}/{HYPERPARAMS_FILE}"
     if effort is not None and "calibration" in effort.utterances:
         used = effort.utterances["calibration"]
         report["calibration"] = {"num_utterances": used}
@@ -146,6 +140,18 @@ def build_report(
             name: worst_utterances(result) for name, result in results.items()
         }
     return report
+
+
+def _files(execution: Execution) -> dict[str, str]:
+    """What a run writes, by what it is."""
+    found = {
+        "plan": PLAN_FILE,
+        "quantized model": f"{MODEL_FOLDER}/{WEIGHTS_FILE}",
+    }
+    if execution.keys is not None:
+        name = f"recognizer, for {execution.interface}"
+        found[name] = f"{MODEL_FOLDER}/{HYPERPARAMS_FILE}"
+    return found
 
 
 def _units(plan: QuantizationPlan, layers: list[dict]) -> list[dict]:
@@ -250,7 +256,9 @@ def render(form: str, template: str, report: dict, **more: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["markdown"] = escape_markdown
-    environment.globals.update(tables=tables, utterances=utterances)
+    environment.globals.update(
+        tables=tables, searched=searched, utterances=utterances
+    )
     text = environment.get_template(template).render(
         report=report, markup=f"{form}.jinja", **more
     )
