@@ -392,11 +392,11 @@ def prepare(arguments: list) -> tuple:
         with open(hparams_file, encoding="utf-8") as fin:
             hparams = load_hyperpyyaml(fin, overrides)
     except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        sys.exit(
-            f"{hparams_file}: {reason}: check this path, and that wav2vec2_hub"
-            " is a folder with config.json or a hub id"
-        )
+        reason = error.strerror
+        if error.filename != hparams_file:
+            reason = str(error).splitlines()[0].rstrip(".")
+            reason += "; check wav2vec2_hub: a hub id, or a local folder"
+        sys.exit(f"{hparams_file}: {reason}")
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
