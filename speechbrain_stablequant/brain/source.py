@@ -87,16 +87,18 @@ def check_source(folder: Path, trust: bool) -> str:
     except SourceError:
         raise
     except FileNotFoundError as error:
-        known = (folder / "config.json").exists()
-        raise SourceError(
-            f"source: {folder} is a HuggingFace checkpoint: of a wav2vec 2.0 "
-            "or HuBERT with CTC, `make_hub_folder.py OUT --checkpoint "
-            f"{folder}` of the LibriSpeech CTC recipe makes a source, and "
-            f"that recipe quantizes it with `--wav2vec2_hub {folder}`"
-            if known
-            else f"source: {folder} has no {path.name}: give a folder in the "
+        message = (
+            f"source: {folder} has no {path.name}: give a folder in the "
             "layout of SpeechBrain's pretrained models"
-        ) from error
+        )
+        if (folder / "config.json").exists():
+            message = (
+                f"source: {folder} is a HuggingFace checkpoint: of a wav2vec "
+                "2.0 or HuBERT with CTC, `make_hub_folder.py OUT --checkpoint "
+                f"{folder}` of the LibriSpeech CTC recipe makes a source, and "
+                f"that recipe quantizes it with `--wav2vec2_hub {folder}`"
+            )
+        raise SourceError(message) from error
     except (OSError, ValueError) as error:
         message = f"source: {path} cannot be read ({one_line(error)})"
         raise SourceError(message) from error

@@ -77,9 +77,9 @@ class Evaluation:
     float_rtf: float | None = None
 
     @property
-    def rtf(self) -> float:
-        """Seconds for a second of audio."""
-        return self.seconds / self.audio_seconds
+    def rtf(self) -> float | None:
+        """Seconds for a second of audio, if this process recognized any."""
+        return self.seconds / self.audio_seconds if self.audio_seconds else None
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
         """Key of the quantized evaluation, by how a plan is executed."""

@@ -39,6 +39,16 @@ def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
+@pytest.fixture
+def hopper():
+    """The module of kernels in Gluon, where this Triton has what they need."""
+    from speechbrain_stablequant.runtimes.triton.kernels import matmul
+
+    if matmul.hopper is None:
+        pytest.skip("this Triton has no Gluon of Hopper")
+    return matmul.hopper
+
+
 def _poison(dtype: torch.dtype) -> float:
     return float("nan") if dtype.is_floating_point else 113
 

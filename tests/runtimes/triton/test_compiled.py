@@ -185,11 +185,6 @@ def check(card: Card, name: str, tile: Config | None = None):
     return found
 
 
-needs_gluon = pytest.mark.skipif(
-    matmul.hopper is None, reason="this Triton has no Gluon of Hopper"
-)
-
-
 def of(*capabilities):
     """Parametrizes the card."""
     ids = "sm_{}{}".format
@@ -224,14 +219,13 @@ def test_every_outline(card, name):
 
 
 @pytest.mark.slow
-@needs_gluon
 @of((9, 0))
 @pytest.mark.parametrize("name", ["qkv", "up", "down", "conv without norm"])
-def test_every_tile_for_hopper(card, name):
+def test_every_tile_for_hopper(card, name, hopper):
     """With any Triton that has Gluon: the fence is in the kernel."""
     _, (_, weight, *_), _ = KERNELS[name]
     residual = name == "down"
-    tiles = matmul.hopper.tiles(card, weight.shape[1], residual)
+    tiles = hopper.tiles(card, weight.shape[1], residual)
     assert len(tiles) > 8
     for tile in tiles:
         check(card, name, tile)
@@ -240,12 +234,7 @@ def test_every_tile_for_hopper(card, name):
 @pytest.mark.parametrize(
     ("card", "name", "tile"),
     [
-        pytest.param(
-            (9, 0),
-            "up",
-            Config(64, 64, 128, 4, 4, gluon=True),
-            marks=needs_gluon,
-        ),
+        ((9, 0), "up", Config(64, 64, 128, 4, 4, gluon=True)),
         ((8, 6), "quantize", None),
         ((9, 0), "up", Config(64, 64, 128, 4, 3)),
         ((10, 3), "odd depth", Config(64, 32, 64, 4, 3)),
@@ -253,9 +242,11 @@ def test_every_tile_for_hopper(card, name):
     ],
     indirect=["card"],
 )
-def test_some_kernels(card, name, tile):
+def test_some_kernels(card, name, tile, request):
     """For every day; the marked tests compile all of them."""
     gluon = tile is not None and tile.gluon
+    if gluon:
+        request.getfixturevalue("hopper")
     if card.races and not gluon:
         tile = None
     found = check(card, name, tile)

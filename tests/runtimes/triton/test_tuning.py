@@ -42,10 +42,6 @@ HOPPER = Card(ARCHITECTURES[9, 0], 132, (3, 8))
 EARLY = replace(HOPPER, version=(3, 6))
 SMALL = Card(ARCHITECTURES[8, 6], 82)
 
-needs_gluon = pytest.mark.skipif(
-    matmul.hopper is None, reason="this Triton has no Gluon of Hopper"
-)
-
 
 def make_tuner(path, log, device="a card", fail=(), tune=True):
     """A tuner whose clock says how large the tile is."""
@@ -295,9 +291,8 @@ def test_every_kernel_has_tiles_that_fit(row, version):
     assert max(card.buffers(t.num_stages) for t in wide["conv"]) >= 2
 
 
-@needs_gluon
 @pytest.mark.parametrize("card", [HOPPER, EARLY], ids=["3.8", "3.6"])
-def test_gluon_is_for_hopper(card, monkeypatch):
+def test_gluon_is_for_hopper(card, hopper, monkeypatch):
     def overlapped(card, depth=1024, norm=False):
         found = matmul._candidates(4000, 512, depth, norm, False, card)
         assert not all(tile.gluon for tile in found)
@@ -310,7 +305,7 @@ def test_gluon_is_for_hopper(card, monkeypatch):
         if row is not card.architecture:
             assert not overlapped(Card(row, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(matmul.hopper, "INTERPRETED", True)
+        patch.setattr(hopper, "INTERPRETED", True)
         assert not overlapped(card)
     # a Triton without it
     monkeypatch.setattr(matmul, "hopper", None)
@@ -334,17 +329,16 @@ class Kernel:
             out[7] = 0
 
 
-@needs_gluon
 @pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("tune", [False, True])
 @pytest.mark.parametrize("card", [HOPPER, EARLY], ids=["3.8", "3.6"])
 def test_gluon_is_used_only_after_its_trial(
-    card, tune, wrong, monkeypatch, caplog
+    card, tune, wrong, hopper, monkeypatch, caplog
 ):
     plain, overlapped = Kernel(), Kernel(wrong)
     monkeypatch.setattr(architectures, "ASSUMED", card)
     monkeypatch.setattr(matmul, "matmul_kernel", plain)
-    monkeypatch.setattr(matmul.hopper, "hopper_kernel", overlapped)
+    monkeypatch.setattr(hopper, "hopper_kernel", overlapped)
     q = torch.randint(-127, 128, (128, 512), dtype=torch.int8)
     weight = torch.randint(-127, 128, (256, 512), dtype=torch.int8)
     vector = torch.rand(256) * 1e-4
