@@ -20,12 +20,12 @@ from speechbrain_stablequant.report.build import (
     write_report,
 )
 from speechbrain_stablequant.report.comparison import _best_by_size
+from speechbrain_stablequant.report.searched import rule
 from speechbrain_stablequant.report.tables import (
     interval,
     number,
     percent,
     results,
-    rule,
     signed,
     summary_table,
     times,
