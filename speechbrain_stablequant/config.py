@@ -68,7 +68,7 @@ class CalibrationConfig:
     percentile : float
         Clipping percentile of ``method: percentile``.
     num_bins : int
-        Bins of each histogram, a power of two.
+        Bins of each histogram.
     """
 
     num_utterances: int | None = count(None)
@@ -95,7 +95,7 @@ class SearchConfig:
         Utterances in a batch. Padding changes the WER of these models, so
         the default is 1.
     metric : str
-        ``WER``.
+        ``WER``: the error rate that ``metric_attribute`` names.
     threshold : float
         A unit is selected when quantizing it alone raises the WER by more
         than this, in points.
@@ -184,10 +184,14 @@ class CommonConfig:
     ---------
     target : tuple of str
         Keys of the recipe's ``modules`` to quantize.
-    include, exclude : tuple of str
-        fnmatch patterns over layer names.
-    weight_bits, activation_bits : int
-        2 to 8.
+    include : tuple of str
+        fnmatch patterns over names of layers, which are quantized.
+    exclude : tuple of str
+        fnmatch patterns over names of layers, which stay float.
+    weight_bits : int
+        Bits of weights.
+    activation_bits : int
+        Bits of the inputs of layers.
     method : str
         See :class:`~speechbrain_stablequant.QuantizeConfig`.
     weight_method : str or None
@@ -203,9 +207,8 @@ class CommonConfig:
         CPU openvino, else torch_int8), ``torch`` (simulated), ``torch_int8``,
         ``openvino``, ``onnx`` or ``triton``.
     backend_options : dict
-        Options of the runtime, see
-        :mod:`speechbrain_stablequant.runtimes`; with ``auto`` those
-        of any runtime that it may choose.
+        Options of the runtime; with ``auto`` those of any runtime that it
+        may choose.
     float_dtype : str
         ``float16`` or ``float32``: how parameters that are not quantized are
         stored, and evaluated.

@@ -30,6 +30,11 @@ _ENGINES = (
     "transformers.js",
 )
 
+_METHODS = (
+    *("stablequant", "max", "percentile", "entropy", "mse", "adaround"),
+    *("stablequant_plus", "qat"),
+)
+
 _EXITS = """\b
 Exit codes: 0 done; 1 refused or failed, with one line on the standard error
 (a recipe's is the last one); 2 wrong usage; 130 interrupted.
@@ -179,6 +184,22 @@ def _run_recipe(recipe: Sequence[str]) -> None:
         sys.exit(subprocess.call(command))
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+@app.command()
+@click.argument("method", required=False, type=click.Choice(_METHODS))
+def keys(method: str | None) -> None:
+    """Show the keys of the block `quantize:`.
+
+    Each with its type, default and meaning; with METHOD without the options of
+    other methods. It is the Markdown of docs/keys.md.
+
+    \b
+    stablequant keys stablequant_plus
+    """
+    from ..brain.keys import keys_text
+
+    click.echo(keys_text(method))
 
 
 # -- what was decided ----------------------------------------------------------

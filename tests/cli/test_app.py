@@ -18,6 +18,7 @@ from speechbrain_stablequant.cli import plans
 from speechbrain_stablequant.cli.app import app, main
 from speechbrain_stablequant.core.plan import UnitPlan
 from speechbrain_stablequant.export import ENGINES
+from speechbrain_stablequant.methods.registry import METHODS
 from speechbrain_stablequant.runtimes import cpu
 from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.transcribe import load as load_module
@@ -484,6 +485,17 @@ def test_choices_are_those_of_the_package():
 
     assert choices("export", "target") == list(ENGINES)
     assert set(choices("transcribe", "backend")) == {"auto", *RUNTIMES}
+    assert choices("keys", "method") == list(METHODS)
+
+
+def test_keys(capsys):
+    code, out, _ = run(capsys, "keys", "qat")
+    assert code == 0
+    assert "- `qat.epochs` (int, default `3`; at least 1): " in out
+    assert "`adaround.lr`" not in out
+    code, out, err = run(capsys, "keys", "epochs")
+    assert (code, out) == (2, "")
+    assert "'epochs' is not one of 'stablequant', 'max'" in err
 
 
 def test_benchmark(folder, capsys):

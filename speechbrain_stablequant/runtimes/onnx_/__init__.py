@@ -9,11 +9,17 @@ from ..base import Runtime
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """``backend: onnx``."""
+    """``backend: onnx``.
 
-    #: Of an operator; torch's number by default.
+    Arguments
+    ---------
+    threads : int or None
+        Threads of an operator; None for torch's number.
+    provider : str
+        What computes: ``cpu`` or ``cuda``.
+    """
+
     threads: int | None = count(None)
-    #: What computes.
     provider: Literal["cpu", "cuda"] = "cpu"
 
 

@@ -9,16 +9,24 @@ from ..base import Runtime
 
 @dataclass(frozen=True)
 class OpenVinoOptions:
-    """``backend: openvino``."""
+    """``backend: openvino``.
 
-    #: Of one call; torch's number by default.
+    Arguments
+    ---------
+    threads : int or None
+        Threads of one call; None for torch's number.
+    cache_folder : str or None
+        Where compiled graphs are kept; None keeps none.
+    max_models : int or None
+        Has no effect any more.
+    precision : str
+        Of everything but the integer products: ``bf16``, ``f32``, or ``auto``,
+        which is bf16 where the CPU multiplies it.
+    """
+
     threads: int | None = count(None)
-    #: Where compiled graphs are kept.
     cache_folder: str | None = None
-    #: Has no effect any more.
     max_models: int | None = count(None, 0)
-    #: Of everything but the integer products; auto is bf16 where the CPU
-    #: multiplies it.
     precision: Literal["auto", "bf16", "f32"] = "auto"
 
 

@@ -8,9 +8,14 @@ from ..base import Runtime
 
 @dataclass(frozen=True)
 class TorchInt8Options:
-    """``backend: torch_int8``."""
+    """``backend: torch_int8``.
 
-    #: torch's number by default.
+    Arguments
+    ---------
+    threads : int or None
+        Threads of one call; None for torch's number.
+    """
+
     threads: int | None = count(None)
 
 

@@ -16,23 +16,33 @@ from ..base import Runtime
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """``backend: triton``."""
+    """``backend: triton``.
 
-    #: Where it runs; by default the device that the model is on.
+    Arguments
+    ---------
+    device : str or None
+        Where it runs; None for the device that the model is on.
+    dtype : str
+        Of the residual stream and of the attention: ``float16``,
+        ``bfloat16``, ``float32``, or ``auto``, which is float16 if the stream
+        stayed far below its largest value while calibrating, else bfloat16.
+    max_graphs : int
+        CUDA graphs to keep, one for each (batch, length) bucket; 0 for none.
+        The default holds all lengths up to 40 s at one batch size.
+    max_graph_mb : int
+        Memory of these graphs, in MB; what needs more runs without one.
+    tune : bool
+        Whether tiles are measured when a shape is first met.
+    cache : str or None
+        JSON file of measured tiles; None for one of each card in the user's
+        cache folder.
+    """
+
     device: str | None = None
-    #: Of the residual stream and of the attention. "auto": float16 if the
-    #: stream stayed far below its largest value while calibrating, else
-    #: bfloat16.
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    #: CUDA graphs to keep, one for each (batch, length) bucket; 0: none. The
-    #: default holds all lengths up to 40 s at one batch size.
     max_graphs: int = count(48, 0)
-    #: Memory of these graphs, in MB; what needs more runs without one.
     max_graph_mb: int = count(8192, 0)
-    #: Whether tiles are measured when a shape is first met.
     tune: bool = True
-    #: JSON file of measured tiles; by default one for each card in the user's
-    #: cache folder.
     cache: str | None = None
 
 
