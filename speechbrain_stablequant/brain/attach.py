@@ -21,6 +21,7 @@ from ..methods.registry import QuantizeConfig
 from ..utils import distributed
 from ..utils.interrupts import explained
 from ..utils.lock import FolderLock
+from ..utils.one_line_errors import end_in_one_line
 from .block import read_block
 from .checks import check_setting
 from .data import TestSet, check_set_audio, dataset_of, draw_subsets
@@ -262,7 +263,8 @@ def register(**block: Any) -> QuantizeConfig:
 
     Used as ``quantize: !apply:speechbrain_stablequant.register``. Brains that
     are made later with the returned value in their ``hparams`` are attached;
-    all others stay as they are.
+    all others stay as they are. An error of this package that ends the recipe
+    is one line; its traceback is in the recipe's log.
 
     Arguments
     ---------
@@ -285,6 +287,7 @@ def register(**block: Any) -> QuantizeConfig:
     'stablequant'
     """
     _hook_brain_init()
+    end_in_one_line()
     return read_block(block)
 
 
@@ -303,6 +306,8 @@ def _hook_brain_init() -> None:
         if len(blocks) > 1:
             raise ValueError("quantize: the recipe has two quantize blocks")
         if blocks:
+            # The experiment's folder was made meanwhile, with a hook.
+            end_in_one_line()
             StableQuant(self, blocks[0]).by_block = True
 
     init.looks_for_quantize_block = True

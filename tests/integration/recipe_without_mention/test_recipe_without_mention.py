@@ -19,13 +19,6 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def last_error(log: str) -> str:
-    """The line of a traceback that says what went wrong."""
-    lines = [line for line in log.splitlines() if "Error: " in line]
-    assert lines, log
-    return lines[-1]
-
-
 def check_report(folder: Path, sets=SETS) -> dict:
     """Asserts that a report is whole, and gives it."""
     report = read(folder / "report.json")
@@ -257,8 +250,10 @@ def test_missing_checkpoint(trained, tmp_path):
     script = RECIPE / "train.py"
     finished = trained.starter.run(script, *arguments, cwd=tmp_path)
     assert finished.code != 0
-    error = last_error(finished.out)
-    assert error.startswith("FileNotFoundError: ")
+    error = finished.err.splitlines()[-1]
+    assert error.startswith("stablequant: ")
+    assert "Traceback" not in finished.out + finished.err
+    assert "FileNotFoundError: " in (output / "log.txt").read_text("utf-8")
     assert str(output / "save") in error
     assert "require_checkpoint" in error
     assert not list((output / "quantized").iterdir())
