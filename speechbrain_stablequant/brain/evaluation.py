@@ -11,7 +11,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from ..core.plan import PLAN_FILE
 from ..methods.registry import QuantizeConfig, make_plan
 from ..methods.session.session import Session
 from ..report.comparison import write_comparison
-from ..report.results import Evaluation, SetResult
+from ..report.results import Evaluation, SetResult, Turns
 from ..runtimes.cpu import cpu_class, cpu_name
 from ..runtimes.registry import RUNTIMES, code_digest
 from ..simulation.multiply_adds import count_multiply_adds
@@ -52,7 +52,7 @@ from .metrics import (
     rows_of,
     transcripts_of,
 )
-from .passes import ForwardClock, evaluation_steps
+from .passes import FloatTurns, ForwardClock, evaluation_steps
 from .recognizer import BrainRecognizer
 from .run import Run, comparison
 from .run_runtime import (
@@ -270,7 +270,7 @@ class Evaluator:
         clock = ForwardClock(self.brain, config.signal, config.sample_rate)
         with (
             run.as_stored(),
-            executed(run),
+            executed(run) as in_float,
             clock.running(),
             self.checks.listening() as texts,
         ):
@@ -278,16 +278,15 @@ class Evaluator:
             key, known = look_up()
             if known is not None:
                 return known
-            counts = self._recognize(run, test)
+            counts, turns = self._recognize(run, test, clock, in_float)
         metric = metric_of(self.brain, config.metric_attribute)
         texts = join_rows(texts, counts)
         for each in error_metrics(self.brain).values():
             join_metric(each, counts)
         self._write_errors(run, metric, test.name)
         heard = self.checks.compare(metric, texts, [run])
-        evaluation = replace(
-            self._evaluation(metric, clock, heard), float_rtf=baseline.rtf
-        )
+        found = self._evaluation(metric, clock, heard)
+        evaluation = replace(found, turns=turns)
         evaluation.write(run.store, file, key)
         return evaluation
 
@@ -317,8 +316,15 @@ class Evaluator:
     def _environment(self) -> dict[str, str | int]:
         return environment(str(self.brain.device), self.brain.eval_precision)
 
-    def _recognize(self, run: Run, test: TestSet) -> list[int]:
-        """Evaluate this process's batches; return utterances per batch."""
+    def _recognize(
+        self,
+        run: Run,
+        test: TestSet,
+        clock: ForwardClock,
+        in_float: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[list[int], Turns | None]:
+        """Evaluate this process's batches; return utterances per batch, and
+        the times of those that the float model recognized, too."""
         loader = test.loader()
         total = len(loader)
         if self.brain.debug:
@@ -333,7 +339,10 @@ class Evaluator:
             distributed.is_main() and not self.brain.noprogressbar,
             total=len(mine),
         )
-        return [count for _, _, count in bar]
+        if RUNTIMES[run.backend].simulates:
+            return [count for _, _, count in bar], None
+        with FloatTurns(clock, len(mine), in_float).running() as turns:
+            return [count for _, _, count in bar], turns.times
 
     def _write_errors(self, run: Run, metric: Any, name: str) -> None:
         """Write SpeechBrain's word error file of a test set."""
@@ -353,13 +362,7 @@ def evaluation_of(
     if len(texts) == len(rows) and not same_text(rows, texts):
         pairs = zip(transcripts, as_scored(rows, texts), strict=True)
         folder = tuple(replace(t, hypothesis=text) for t, text in pairs)
-    return Evaluation(
-        transcripts,
-        clock.seconds,
-        clock.audio_seconds,
-        folder,
-        clock.audio_digest,
-    )
+    return Evaluation(transcripts, folder, clock.audio_digest)
 
 
 def environment(

@@ -1,21 +1,28 @@
 """Passes of a Brain over batches, which they leave as they are; their time."""
 
 import copy
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
+import numpy
 import speechbrain as sb
 import torch
 from torch import nn
 
+from ..report.results import Turns
 from ..utils.digest import digest, tensor_digest
 from ..utils.patching import shadowed
 from ..utils.timing import BatchTimes
 from .data import audio_of
 from .metrics import metric_of
+
+#: Batches of a test set that the float model recognizes once more.
+MOST_TURNS = 10
 
 
 @torch.no_grad()
@@ -24,6 +31,25 @@ def recognize(brain: sb.Brain, batch: Any) -> Any:
     brain.modules.eval()
     with brain.evaluation_ctx:
         return brain.compute_forward(copy.copy(batch), stage=sb.Stage.VALID)
+
+
+@contextmanager
+def reproducible(seed: int | None) -> Iterator[None]:
+    """Fork all random number generators; seed them unless ``seed`` is None."""
+    states = random.getstate(), numpy.random.get_state()
+    # fork_rng would fork the generators of all GPUs.
+    used = torch.cuda.is_initialized()
+    devices = [torch.cuda.current_device()] if used else []
+    try:
+        with torch.random.fork_rng(devices):
+            if seed is not None:
+                random.seed(seed)
+                numpy.random.seed(seed % 2**32)
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 @contextmanager
@@ -78,29 +104,25 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 class ForwardClock:
-    """Sums the time of ``compute_forward``: model and decoding, no scoring.
+    """Times ``compute_forward`` by batch: model and decoding, no scoring.
 
-    Excludes warm-up: the first of several batches, and what a runtime compiles
-    for a new length.
+    Excludes what a runtime compiles for a new length.
     """
 
     def __init__(self, brain: sb.Brain, signal: str, sample_rate: int):
         self.brain = brain
         self.signal = signal
         self.sample_rate = sample_rate
+        self.forward = brain.compute_forward
         self._times = BatchTimes(self._synchronize)
-        self._audio: list[float] = []
+        #: Seconds of audio in each batch.
+        self.audio: list[float] = []
         self._digests: list[str] = []
 
     @property
-    def seconds(self) -> float:
-        """Computing time."""
-        return sum(self._times.counted(self._times.seconds))
-
-    @property
-    def audio_seconds(self) -> float:
-        """Duration of the audio recognized in this time."""
-        return sum(self._times.counted(self._audio))
+    def seconds(self) -> list[float]:
+        """Computing time of each batch."""
+        return self._times.seconds
 
     @property
     def audio_digest(self) -> str:
@@ -110,23 +132,71 @@ class ForwardClock:
     @contextmanager
     def running(self) -> Iterator["ForwardClock"]:
         """Measure while the context is open."""
-        inner = self.brain.compute_forward
-
-        def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            wavs, relative = audio_of(batch, self.signal)
-            samples = float((relative * wavs.shape[1]).sum())
-            self._digests.append(tensor_digest(wavs, relative))
-            with self._times.batch():
-                result = inner(batch, *args, **kwargs)
-            self._audio.append(samples / self.sample_rate)
-            return result
-
-        with shadowed(self.brain, "compute_forward", timed):
+        with shadowed(self.brain, "compute_forward", self.timed):
             yield self
+
+    def timed(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``compute_forward``, measured."""
+        wavs, relative = audio_of(batch, self.signal)
+        samples = float((relative * wavs.shape[1]).sum())
+        self._digests.append(tensor_digest(wavs, relative))
+        with self._times.batch():
+            result = self.forward(batch, *args, **kwargs)
+        self.audio.append(samples / self.sample_rate)
+        return result
 
     def _synchronize(self) -> None:
         if str(self.brain.device).startswith("cuda"):
             torch.cuda.synchronize()
+
+
+class FloatTurns:
+    """Has the float model recognize some batches of a quantized evaluation,
+    each just before the quantized model does.
+
+    Both then meet the same load of the machine and the same caches. The batches
+    are spread evenly over the ``total`` of them. ``in_float`` is the context
+    in which the modules compute in floating point.
+    """
+
+    def __init__(
+        self,
+        clock: ForwardClock,
+        total: int,
+        in_float: Callable[[], AbstractContextManager[None]],
+    ):
+        self.clock = clock
+        self.in_float = in_float
+        self._step = max(-(-total // MOST_TURNS), 1)
+        self._float = ForwardClock(clock.brain, clock.signal, clock.sample_rate)
+        # Nothing else that replaces it sees the float model's pass.
+        self._float.forward = clock.forward
+
+    @contextmanager
+    def running(self) -> Iterator["FloatTurns"]:
+        """Take turns while the context, inside all others, is open."""
+        inner = self.clock.brain.compute_forward
+        counter = count()
+
+        def taking_turns(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if next(counter) % self._step == 0:
+                with self.in_float(), reproducible(None):
+                    self._float.timed(copy.copy(batch), *args, **kwargs)
+            return inner(batch, *args, **kwargs)
+
+        with shadowed(self.clock.brain, "compute_forward", taking_turns):
+            yield self
+
+    @property
+    def times(self) -> Turns:
+        """Those of both models, without the first turn of several, in which
+        memory is allocated."""
+        first = 1 if len(self._float.seconds) > 1 else 0
+        rows = (self._float.seconds, self.clock.seconds, self.clock.audio)
+        steps = (1, self._step, self._step)
+        return Turns(
+            *(row[::n][first:] for row, n in zip(rows, steps, strict=True))
+        )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ float.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ from ..runtimes.registry import (
 from ..utils import distributed
 from ..utils.digest import structure_digest
 from ..utils.files import identity
-from ..utils.patching import shadowed_forwards
+from ..utils.patching import own_forwards, shadowed_forwards
 from ..utils.precision import plain_float32
 from ..utils.typed import one_line, typed
 from .data import audio_of
@@ -248,8 +248,14 @@ def make_probe(run: Run) -> None:
             )
 
 
-def executed(run: Run) -> AbstractContextManager[None]:
-    """Execute the modules by the first runtime that passes its probe."""
+@contextmanager
+def executed(
+    run: Run,
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Execute the modules by the first runtime that passes its probe.
+
+    Yields a context in which they compute in floating point again.
+    """
     modules, source = run.modules, run.source
 
     def network(forwards: Mapping[nn.Module, Callable]) -> Compute:
@@ -261,7 +267,8 @@ def executed(run: Run) -> AbstractContextManager[None]:
         return chain(parts, source.encoder["use_lengths"], forwards)
 
     forwards, _ = _first_passing(run, modules, run.integers, run.probe, network)
-    return shadowed_forwards(forwards)
+    with shadowed_forwards(forwards):
+        yield partial(own_forwards, forwards)
 
 
 def _first_passing(

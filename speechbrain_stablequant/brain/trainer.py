@@ -6,13 +6,11 @@ with other parameters and optimizers. The recipe's own training state
 """
 
 import copy
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
 
-import numpy
 import speechbrain as sb
 import torch
 from speechbrain.processing.features import InputNormalization
@@ -23,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..utils.patching import restored, restored_values, shadowed
 from .data import audio_of, dataset_of, utterance_ids
-from .passes import first_tensor
+from .passes import first_tensor, reproducible
 
 # Modules that update statistics in training; here they stay the float model's.
 _STATISTICS = (_BatchNorm, InputNormalization)
@@ -195,25 +193,6 @@ def divergence(
     real = torch.arange(frames, device=teacher.device) < ends
     each = F.kl_div(student, teacher, reduction="none", log_target=True)
     return (each.sum(-1) * real).sum() / real.sum()
-
-
-@contextmanager
-def reproducible(seed: int | None) -> Iterator[None]:
-    """Fork all random number generators; seed them unless ``seed`` is None."""
-    states = random.getstate(), numpy.random.get_state()
-    # fork_rng would fork the generators of all GPUs.
-    used = torch.cuda.is_initialized()
-    devices = [torch.cuda.current_device()] if used else []
-    try:
-        with torch.random.fork_rng(devices):
-            if seed is not None:
-                random.seed(seed)
-                numpy.random.seed(seed % 2**32)
-                torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
 
 
 @contextmanager

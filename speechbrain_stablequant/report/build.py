@@ -22,7 +22,7 @@ from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from ..utils.files import write_atomic, write_json
 from . import searched, tables, utterances
 from .plots import FIGURES, draw_figures, to_png, to_svg
-from .results import Effort, Execution, SetResult, real_time_factors
+from .results import Effort, Execution, SetResult, real_time_factors, speedup
 from .utterances import worst_utterances
 
 FORMAT = 1
@@ -72,6 +72,7 @@ def build_report(
                         "folder": {"float": RATES, "quantized": RATES}}},
          "size_mb": {"float", "quantized", "quantized_floats": "float16"},
          "rtf": {"float", "quantized"},
+         "speedup": {"batches", "ratio", "ratio_ci": [low, high]},
          "search": {"num_utterances", "baseline_wer", "final_wer",
                     "threshold", "evaluations", "metric", ...},
          "calibration": {"num_utterances"},
@@ -121,6 +122,7 @@ def build_report(
             "quantized_floats": execution.float_dtype,
         },
         "rtf": real_time_factors(results.values()),
+        "speedup": speedup(results.values()),
         "account": account(plan, stored, execution.products),
         "settings": plan.settings,
         "units": _units(plan, layers),

@@ -19,6 +19,11 @@ from ..utils.files import identity
 from ..utils.store import Store
 from ..utils.typed import typed
 
+# Of stored evaluations; others are measured again.
+_FORMAT = 2
+# An interval over fewer batches would say nothing.
+_FEWEST_TURNS = 3
+
 
 def plan_key(plan: QuantizationPlan, *measured: Any) -> str:
     """Key of what was measured with a plan."""
@@ -61,10 +66,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Batches that both models recognized one right after the other, so that
+    whatever else the machine did met both."""
+
+    float: Sequence[float]  #: seconds of each batch
+    quantized: Sequence[float]  #: likewise
+    audio: Sequence[float]  #: duration of its utterances
+
+
+@dataclass(frozen=True)
 class Evaluation:
     transcripts: Sequence[Transcript]  #: in the order of the loader
-    seconds: float  #: time spent recognizing
-    audio_seconds: float  #: duration of the audio recognized in that time
     #: The inference folder's transcripts, where its decoder differs from the
     #: recipe's.
     folder: tuple[Transcript, ...] = ()
@@ -72,19 +85,13 @@ class Evaluation:
     #: All metrics of the recipe, by attribute.
     counts: Mapping[str, Counts] = field(default_factory=dict)
     rate: str = "WER"  #: what the metric counts that the transcripts are from
-    #: The float model's real-time factor in the run that timed this one; times
-    #: of two runs are not compared.
-    float_rtf: float | None = None
-
-    @property
-    def rtf(self) -> float | None:
-        """Seconds for a second of audio, if this process recognized any."""
-        return self.seconds / self.audio_seconds if self.audio_seconds else None
+    #: Of a quantized evaluation whose arithmetic is not simulated.
+    turns: Turns | None = None
 
     def key(self, plan: QuantizationPlan, *execution: Any) -> str:
         """Key of the quantized evaluation, by how a plan is executed."""
         heard = [asdict(transcript) for transcript in self.transcripts]
-        return plan_key(plan, self.audio, heard, execution)
+        return plan_key(plan, _FORMAT, self.audio, heard, execution)
 
     def write(self, store: Store, file: str, key: str) -> None:
         store.write(file, key, asdict(self))
@@ -115,9 +122,6 @@ class SetResult:
                 f"their utterances ({', '.join(missing[:3]) or 'more ran'}); "
                 "the test loader must give the same set each time"
             )
-        if quantized.float_rtf is not None:
-            seconds = quantized.float_rtf * baseline.audio_seconds
-            baseline = replace(baseline, seconds=seconds)
         ordered = [by_id[name] for name in ids]
         by_id = {item.id: item for item in quantized.folder}
         folder = tuple(by_id[name] for name in ids) if by_id else ()
@@ -154,13 +158,39 @@ class SetResult:
         return row
 
 
-def real_time_factors(results: Iterable[SetResult]) -> dict[str, float]:
-    models = ("float", "quantized")
-    pairs = [(result.baseline, result.quantized) for result in results]
+def real_time_factors(
+    results: Iterable[SetResult],
+) -> dict[str, float | None]:
+    """Seconds for a second of audio of both models, in their turns."""
+    turns = _turns(results)
+    audio = sum(turns.audio)
+    pair = {"float": turns.float, "quantized": turns.quantized}
+    return {k: sum(v) / audio if audio else None for k, v in pair.items()}
+
+
+def speedup(results: Iterable[SetResult]) -> dict | None:
+    """The float model's time over the quantized one's, with the 95 % interval
+    of a bootstrap over the batches; None where too few took turns."""
+    turns = _turns(results)
+    if len(turns.audio) < _FEWEST_TURNS:
+        return None
+    found = paired_interval(np.array(turns.float), np.array(turns.quantized))
     return {
-        name: sum(e.seconds for e in row) / sum(e.audio_seconds for e in row)
-        for name, row in zip(models, zip(*pairs, strict=True), strict=True)
+        "batches": len(turns.audio),
+        "ratio": found.delta / 100,
+        "ratio_ci": [found.low / 100, found.high / 100],
     }
+
+
+def _turns(results: Iterable[SetResult]) -> Turns:
+    """Those of all sets."""
+    every = [x.quantized.turns for x in results if x.quantized.turns]
+    return Turns(
+        *(
+            [x for turns in every for x in getattr(turns, name)]
+            for name in ("float", "quantized", "audio")
+        )
+    )
 
 
 @dataclass(frozen=True)

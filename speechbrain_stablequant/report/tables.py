@@ -173,12 +173,12 @@ def results(report: dict) -> tuple[list[str], list[list[str]], list[int]]:
         headings.append(len(rows))
         rows.append(["Size and speed", "", "", ""])
     mb, rtf = report["size_mb"], report["rtf"]
-    speed = times(gain(rtf), "faster", "slower")
+    found = speed(report)
     if is_simulated(report):
-        speed = NOT_A_SPEED_CLAIM
+        found = NOT_A_SPEED_CLAIM
     smaller = times(gain(mb), "smaller", "larger")
     rows.append(["Size, MB", *both(mb, 1), smaller])
-    rows.append(["Real-time factor", *both(rtf, 3), speed])
+    rows.append(["Real-time factor", *both(rtf, 3), found])
     columns = ["", "Float", "Quantized", "Change, 95 % interval"]
     # Leave out what nothing is known of.
     kept = [i for i, row in enumerate(rows) if {*row[1:3]} != {NOT_MEASURED}]
@@ -188,14 +188,27 @@ def results(report: dict) -> tuple[list[str], list[list[str]], list[int]]:
 
 def gains(report: dict) -> str:
     """Size and speed in words, the first sentence of a report."""
-    mb, rtf = report["size_mb"], report["rtf"]
+    mb = report["size_mb"]
     before, after = both(mb, 1)
     text = times(gain(mb), "smaller", "larger")
     text += f" ({after} instead of {before} MB)"
-    if gain(rtf) is not None and not is_simulated(report):
-        speed = times(gain(rtf), "faster", "slower")
-        text += f", {speed} ({report['backend']})"
+    found = speed(report)
+    if found != NOT_MEASURED and not is_simulated(report):
+        text += f", {found} ({report['backend']})"
     return f"{text}."
+
+
+def speed(report: dict) -> str:
+    """The gain in time in words, with its interval, which earlier reports
+    lack; no gain where the interval includes 1."""
+    text = times(gain(report["rtf"]), "faster", "slower")
+    found = report.get("speedup")
+    if found is None:
+        return text
+    low, high = found["ratio_ci"]
+    if low <= 1 <= high:
+        text = "no difference shown"
+    return f"{text} ({low:.2f}x to {high:.2f}x)"
 
 
 def account(report: dict) -> list[list[str]]:

@@ -41,6 +41,17 @@ def shadowed_forwards(
 
 
 @contextmanager
+def own_forwards(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Lets modules of :func:`shadowed_forwards` compute by themselves again."""
+    shadows = {module: vars(module).pop("forward") for module in modules}
+    try:
+        yield
+    finally:
+        for module, forward in shadows.items():
+            module.forward = forward
+
+
+@contextmanager
 def restored(owner: Any) -> Iterator[None]:
     attributes = vars(owner).copy()
     try:

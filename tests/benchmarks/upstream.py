@@ -64,6 +64,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help="default: all")
     parser.add_argument("--speech", type=Path, default=SPEECH)
     parser.add_argument(
+        "--splits",
+        nargs=3,
+        type=Path,
+        metavar=("TRAIN", "VALID", "TEST"),
+        help="all utterances of these folders instead, to train models that "
+        "recognize something",
+    )
+    parser.add_argument(
+        "--set", default="{}", help="more overrides of the recipes, as YAML"
+    )
+    parser.add_argument(
         "--installed",
         action="store_true",
         help="the recipes run with the installed SpeechBrain, not theirs",
@@ -122,8 +133,14 @@ class RowRun:
 
     def _overrides(self) -> dict[str, Any]:
         """Make the corpus and the models; returns the recipe's overrides."""
-        sizes = {"train": 8, "valid": 4, "test": 2}
-        splits = corpora.read_splits(self.args.speech, sizes)
+        if self.args.splits:
+            folders = zip(
+                ("train", "valid", "test"), self.args.splits, strict=True
+            )
+            splits = {name: corpora.read(folder) for name, folder in folders}
+        else:
+            sizes = {"train": 8, "valid": 4, "test": 2}
+            splits = corpora.read_splits(self.args.speech, sizes)
         overrides = {"data_folder": str(self.folder / "data")}
         overrides["output_folder"] = str(self.output)
         data = Path(overrides["data_folder"])
@@ -134,6 +151,7 @@ class RowRun:
         labels = self._labels(texts)
         sizes = scaled(self.row.sizes, self.args.scale)
         overrides |= {"output_neurons": labels, **COMMON, **sizes}
+        overrides |= yaml.safe_load(self.args.set)
         overrides = json.loads(
             json.dumps(overrides)
             .replace("{out}", str(self.output))

@@ -28,7 +28,7 @@ def collected(*texts):
     metric.append(
         ["u1", "u2"], [["ONE", "TWO"], ["SIX"]], [["ONE"], ["FIVE", "SIX"]]
     )
-    clock = SimpleNamespace(seconds=1.0, audio_seconds=2.0, audio_digest="a")
+    clock = SimpleNamespace(audio_digest="a")
     return evaluation_of(metric, clock, [tuple(text) for text in texts])
 
 

@@ -8,7 +8,7 @@ from speechbrain.utils.train_logger import FileTrainLogger, TrainLogger
 from speechbrain_stablequant.brain.loggers import log_results, log_search
 from speechbrain_stablequant.core.error_rates import Transcript
 from speechbrain_stablequant.methods.search.score import Score
-from speechbrain_stablequant.report.results import Evaluation, SetResult
+from speechbrain_stablequant.report.results import Evaluation, SetResult, Turns
 
 
 class Recorder(TrainLogger):
@@ -29,14 +29,15 @@ def brain_with(train_logger):
     return SimpleNamespace(hparams=SimpleNamespace(train_logger=train_logger))
 
 
-def evaluation(text, seconds):
-    return Evaluation([Transcript("a", "ONE TWO", text)], seconds, 10.0)
+def evaluation(text, turns=None):
+    return Evaluation([Transcript("a", "ONE TWO", text)], turns=turns)
 
 
 @pytest.mark.parametrize("simulated", [False, True])
 def test_results(simulated):
     recorder = Recorder()
-    result = SetResult(evaluation("ONE TWO", 4.0), evaluation("ONE", 2.0))
+    turns = None if simulated else Turns([4.0], [2.0], [10.0])
+    result = SetResult(evaluation("ONE TWO"), evaluation("ONE", turns))
     run = SimpleNamespace(
         brain=brain_with(recorder),
         name="w8",

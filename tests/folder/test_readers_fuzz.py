@@ -46,7 +46,7 @@ from speechbrain_stablequant.methods.search.journal import Journal
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.session.calibration import Calibration
 from speechbrain_stablequant.model.wrapper import StoredEncoder
-from speechbrain_stablequant.report.results import Effort, Evaluation
+from speechbrain_stablequant.report.results import Effort, Evaluation, Turns
 from speechbrain_stablequant.transcribe.load import load
 from speechbrain_stablequant.utils.files import file_digest, read_json
 from speechbrain_stablequant.utils.store import Store
@@ -283,7 +283,8 @@ def base(make_tiny_modules, tmp_path_factory) -> Path:
     histograms = Calibration({"enc": histogram}, True).to_dict()
     Store(other).write("histograms.json", "k", histograms)
     said = [Transcript("u1", "ONE TWO", "ONE"), Transcript("u2", "A", "A")]
-    Evaluation(said, 1.0, 2.0).write(Store(other), "transcripts.json", "k")
+    turns = Turns([2.0], [1.0], [3.0])
+    Evaluation(said, turns=turns).write(Store(other), "transcripts.json", "k")
     Effort(1.0, {"search": 3}).remembered(Store(other), "effort.json", "k")
     for errors in range(3):
         score = Score(errors, 9, 0.5, True, (errors,), (9,), (0.5,))

@@ -457,6 +457,20 @@ def test_nan_is_named_before_anything_is_written(report, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "ends, said",
+    [
+        ([1.9, 2.2], "2.00x faster (1.90x to 2.20x)"),
+        ([0.9, 3.1], "no difference shown (0.90x to 3.10x)"),
+    ],
+)
+def test_a_speed_has_an_interval(report, tmp_path, ends, said):
+    report["speedup"] = {"batches": 9, "ratio": 2.0, "ratio_ci": ends}
+    write_report(report, tmp_path)
+    for text in (*texts(tmp_path).values(), summary_table(report)):
+        assert said in text
+
+
 def test_summary_fits_the_terminal(report):
     lines = summary_table(report).splitlines()
     assert lines[0] == "stablequant W8A6, openvino"

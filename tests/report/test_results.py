@@ -34,7 +34,9 @@ from speechbrain_stablequant.report.results import (
     Evaluation,
     Execution,
     SetResult,
+    Turns,
     real_time_factors,
+    speedup,
 )
 from speechbrain_stablequant.report.tables import interval
 from speechbrain_stablequant.utils.files import read_json
@@ -102,7 +104,10 @@ QUANTIZED = [
 
 
 def evaluation(transcripts, seconds=2.0):
-    return Evaluation(transcripts, seconds, audio_seconds=10.0)
+    """One whose turns took as long in float, and seconds each when quantized,
+    for ten of audio."""
+    turns = Turns([2.0] * 4, [seconds] * 4, [10.0] * 4)
+    return Evaluation(transcripts, turns=turns)
 
 
 def test_pair_brings_into_order():
@@ -113,13 +118,28 @@ def test_pair_brings_into_order():
     assert result.quantized == evaluation(QUANTIZED, seconds=1.5)
 
 
-def test_times_of_two_runs_are_not_compared():
-    """A quantized evaluation that is reused was timed beside another float
-    evaluation."""
-    first = evaluation(FLOAT, seconds=4.0)
-    kept = replace(evaluation(QUANTIZED, 2.0), float_rtf=first.rtf)
-    result = SetResult.pair(evaluation(FLOAT, seconds=1.0), kept)
-    assert real_time_factors([result]) == {"float": 0.4, "quantized": 0.2}
+def test_the_speed_is_that_of_turns():
+    turns = Turns([2.0, 4.0, 6.0], [1.0, 1.0, 2.0], [10.0, 10.0, 20.0])
+    result = SetResult.pair(
+        evaluation(FLOAT), Evaluation(QUANTIZED, turns=turns)
+    )
+    assert real_time_factors([result]) == {"float": 0.3, "quantized": 0.1}
+    found = speedup([result])
+    assert (found["batches"], found["ratio"]) == (3, pytest.approx(3))
+    # Between those of the batches that gained least and most.
+    assert found["ratio_ci"] == pytest.approx([2, 4])
+    both = speedup([result, result])
+    assert (both["batches"], both["ratio"]) == (6, pytest.approx(3))
+
+
+def test_too_few_turns_have_no_interval():
+    turns = Turns([2.0, 4.0], [1.0, 1.0], [10.0, 10.0])
+    few = SetResult.pair(evaluation(FLOAT), Evaluation(QUANTIZED, turns=turns))
+    assert speedup([few]) is None
+    assert real_time_factors([few])["float"] == pytest.approx(0.3)
+    none = SetResult.pair(evaluation(FLOAT), Evaluation(QUANTIZED))
+    assert speedup([none]) is None
+    assert real_time_factors([none]) == {"float": None, "quantized": None}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from speechbrain_stablequant.utils.patching import on_meta, restored, shadowed
+from speechbrain_stablequant.utils.patching import (
+    on_meta,
+    own_forwards,
+    restored,
+    shadowed,
+    shadowed_forwards,
+)
 
 
 class Thing:
@@ -35,6 +41,17 @@ def test_all_attributes_are_restored():
         del thing.name
         raise RuntimeError
     assert vars(thing) == {"size": 3, "name": "a"}
+
+
+def test_modules_compute_by_themselves_for_a_while():
+    module, x = nn.ReLU(), torch.tensor([-1.0])
+    with shadowed_forwards({module: lambda x: x - 1}):
+        assert module(x) == -2
+        with pytest.raises(RuntimeError), own_forwards([module]):
+            assert module(x) == 0
+            raise RuntimeError
+        assert module(x) == -2
+    assert module(x) == 0
 
 
 def test_modules_without_storage():

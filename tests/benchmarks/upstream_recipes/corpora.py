@@ -44,9 +44,8 @@ class Utterance:
         soundfile.write(path, samples, rate)
 
 
-def read_splits(folder: Path, sizes: Mapping[str, int]) -> Splits:
-    """The shortest utterances of a folder in LibriSpeech's layout, whose
-    characters all occur in the first split."""
+def read(folder: Path) -> list[Utterance]:
+    """The utterances of a folder in LibriSpeech's layout, shortest first."""
     rows = []
     for file in sorted(folder.rglob("*.trans.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -55,7 +54,13 @@ def read_splits(folder: Path, sizes: Mapping[str, int]) -> Splits:
             if "'" not in text and len(text.split()) > 2:
                 audio = file.with_name(f"{name}.flac")
                 rows.append(Utterance(name, audio, text))
-    rows.sort(key=lambda row: (row.seconds, row.id))
+    return sorted(rows, key=lambda row: (row.seconds, row.id))
+
+
+def read_splits(folder: Path, sizes: Mapping[str, int]) -> Splits:
+    """The shortest utterances of a folder whose characters all occur in the
+    first split."""
+    rows = read(folder)
     splits, known = {}, set("".join(row.text for row in rows))
     for name, size in sizes.items():
         splits[name] = [row for row in rows if known >= set(row.text)][:size]

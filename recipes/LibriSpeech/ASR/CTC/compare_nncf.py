@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,11 @@ from torch import nn
 
 from speechbrain_stablequant import StableQuant
 from speechbrain_stablequant.brain.evaluation import evaluation_of
-from speechbrain_stablequant.brain.passes import ForwardClock, evaluation_steps
+from speechbrain_stablequant.brain.passes import (
+    FloatTurns,
+    ForwardClock,
+    evaluation_steps,
+)
 from speechbrain_stablequant.brain.run import comparison
 from speechbrain_stablequant.report.comparison import (
     variant_rows,
@@ -50,7 +56,10 @@ from speechbrain_stablequant.report.results import (
 )
 from speechbrain_stablequant.runtimes.cpu import cpu_class
 from speechbrain_stablequant.runtimes.openvino_.core import core
-from speechbrain_stablequant.utils.patching import shadowed_forwards
+from speechbrain_stablequant.utils.patching import (
+    own_forwards,
+    shadowed_forwards,
+)
 
 # Operations that quantization targets, and their number of factors.
 PRODUCTS = {
@@ -280,16 +289,25 @@ class Comparison:
         """Has the recipe evaluate a test set, as it did the float model."""
         brain, hparams = self.brain, self.brain.hparams
         hparams.test_wer_file = str(folder / f"wer_{test}.txt")
+        options = dict(hparams.test_dataloader_opts)
         clock = ForwardClock(brain, "sig", self.config.sample_rate)
-        with replaced(self.modules, forward), clock.running():
+        total = -(-len(self.tests[test]) // options["batch_size"])
+        turns = FloatTurns(clock, total, partial(own_forwards, self.modules))
+        with (
+            replaced(self.modules, forward),
+            clock.running(),
+            turns.running(),
+        ):
             # The class's: the instance's would quantize once more.
             type(brain).evaluate(
                 brain,
                 self.tests[test],
                 min_key="WER",
-                test_loader_kwargs=dict(hparams.test_dataloader_opts),
+                test_loader_kwargs=options,
             )
-        quantized = evaluation_of(brain.wer_metric, clock)
+        quantized = replace(
+            evaluation_of(brain.wer_metric, clock), turns=turns.times
+        )
         baseline = self.stablequant.runs[0].results[test].baseline
         return SetResult.pair(baseline, quantized)
 
