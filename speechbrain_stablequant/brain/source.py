@@ -17,6 +17,7 @@ from typing import Any
 import speechbrain.inference.ASR
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hyperpyyaml import resolve_references
 from speechbrain.inference.interfaces import Pretrained
 
@@ -45,6 +46,11 @@ _EXACT = (
     "speechbrain.utils.seed_everything",
 )
 _HARMLESS = ("ref", "copy", "tuple", "PLACEHOLDER")
+_NO_FOLDER = "there is no such folder"
+_SOURCES = (
+    "give a folder in the layout of SpeechBrain's pretrained models, or the "
+    "id of one on the Hub, such as speechbrain/asr-wav2vec2-librispeech"
+)
 _HINT = "if you trust its authors, pass trust_source=True"
 
 #: Keys of `modules`, and of the YAML, that tell SpeechBrain's classes apart.
@@ -64,12 +70,16 @@ def source_folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder.resolve()
+    wrong = f"source: {source}: {_NO_FOLDER}"
     try:
+        validate_repo_id(str(source))
         return Path(snapshot_download(str(source)))
+    except HFValidationError as error:
+        raise SourceError(f"{wrong}; {_SOURCES}") from error
     except Exception as error:
         raise SourceError(
-            f"source: {source} is neither a folder nor a model of the "
-            f"HuggingFace Hub that can be read here ({one_line(error)})"
+            f"{wrong}, and no such model that can be downloaded from the "
+            f"HuggingFace Hub ({one_line(error)}); {_SOURCES}"
         ) from error
 
 

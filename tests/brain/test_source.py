@@ -185,10 +185,25 @@ def test_wrong_sources(tmp_path, yaml, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["./hub", "a/b/hub", "nowhere/", "my model"])
+def test_a_folder_that_is_not_there(tmp_path, monkeypatch, name):
+    """No name of a model: the Hub is not asked, and not mentioned as cause."""
+    monkeypatch.chdir(tmp_path)
+    for source in (name, tmp_path / name):
+        with pytest.raises(SourceError) as caught:
+            source_folder(source)
+        text = str(caught.value)
+        assert text.startswith(f"source: {source}: there is no such folder; ")
+        assert "Repo id" not in text and "\n" not in text
+        assert "give a folder in the layout" in text
+
+
 def test_no_source(tmp_path):
-    with pytest.raises(SourceError, match="neither a folder nor a model"):
-        source_folder(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="neither a folder nor a model"):
+    line = (
+        "source: no/such-model: there is no such folder, and no such model "
+        r"that can be downloaded from the HuggingFace Hub \(.+\); give a folder"
+    )
+    with pytest.raises(SourceError, match=line):
         source_folder("no/such-model")
     with pytest.raises(SourceError, match=r"has no hyperparams\.yaml"):
         check_source(tmp_path, False)
