@@ -335,7 +335,8 @@ def shares(counts: Mapping[str, int]) -> dict[str, float]:
 def last_line(text: str) -> str:
     """The error that a process ended with."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [x for x in lines if re.match(r"[\w.]*(Error|Exit|Expired)\b", x)]
+    kinds = r"stablequant: |[\w.]*(Error|Exit|Expired)\b"
+    named = [x for x in lines if re.match(kinds, x)]
     return (named or lines or [""])[-1]
 
 
