@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import speechbrain as sb
 from torch import nn
 
+from ..core.float_reason import weights_alone
 from ..core.histogram import Histogram
 from ..core.integer_layer import IntegerLayer, integer_layer
-from ..core.parts import Part, in_float
+from ..core.parts import Part
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
 from ..folder.card import CARD_FILE, Origin
@@ -105,10 +106,9 @@ class Run:
         )
 
     @property
-    def weights_alone(self) -> set[str]:
-        """Layers whose weights alone are quantized."""
-        names = (layer.name for layer in self.layers)
-        return {name for name in names if in_float(self.parts, name)}
+    def weights_alone(self) -> dict[str, str]:
+        """Layers whose weights alone are quantized, with the reason."""
+        return weights_alone(self.parts, self.layers)
 
     def adjusted(self) -> AbstractContextManager[None]:
         """Apply the plan's changes to the parameters that stay float."""

@@ -1,24 +1,19 @@
 """What of a recognizer a plan quantizes, by parameters and multiply-adds."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..model.layers import layer_kind
-from ..model.products import (
-    RowsLinear,
-    modules_by_name,
-    tied_parameters,
-    virtual_linears,
-)
+from ..model.products import RowsLinear, modules_by_name, tied_parameters
+from .float_reason import ADDED, float_reason
 from .plan import QuantizationPlan
 
 _ROWS = 8  #: rows of the largest float parts
 
 # One row of that name stands for all of them.
 _SMALL = "biases and normalizations"
-_ADDED = "added or scaled, not multiplied as a matrix"
 
 
 def account(
@@ -56,7 +51,8 @@ def account(
         else:
             left.pop(weight, None)
     floats = {n: [size, 0] for n, size in left.items() if size}
-    small = [n for n in floats if _why(n, plan, by_name) == _ADDED]
+    reason = partial(float_reason, plan=plan, by_name=by_name)
+    small = [n for n in floats if reason(n) == ADDED]
     if small:
         floats[_SMALL] = [sum(floats.pop(n)[0] for n in small), 0]
     for name, count in products.items():
@@ -75,7 +71,7 @@ def account(
             "name": name or "products of activations",
             "parameters": floats[name][0],
             "products": floats[name][1],
-            "why": _ADDED if name == _SMALL else _why(name, plan, by_name),
+            "why": ADDED if name == _SMALL else reason(name),
         }
         for name in largest[:_ROWS]
     ]
@@ -104,27 +100,3 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
             name = name.partition(".parametrizations.")[0] + ".weight"
         sizes[name] = max(sizes.get(name, 0), parameter.numel())
     return sizes
-
-
-def _why(
-    name: str, plan: QuantizationPlan, by_name: Mapping[str, nn.Module]
-) -> str:
-    if not name:
-        return "both operands are activations"
-    owner, _, attribute = name.rpartition(".")
-    module = by_name.get(owner)
-    norm = "norm" in type(module).__name__.lower()
-    if norm or attribute.startswith(("bias", "in_proj_bias")):
-        return _ADDED
-    reasons = {x.name: x.reason for x in plan.layers if x.quant is None}
-    rows = [] if module is None else virtual_linears(module).items()
-    parts = [f"{owner}.{n}" for n, x in rows if x.weight_name == attribute]
-    for layer in (owner, *parts):
-        if layer in reasons:
-            return reasons[layer]
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
-        return "too small for integers to pay"
-    layer = module is not None and layer_kind(module) is not None
-    if parts or (layer and attribute == "weight"):
-        return "excluded, or not below quantize.target"
-    return "no product that is known by its module"

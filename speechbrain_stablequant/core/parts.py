@@ -1,6 +1,5 @@
 """Parts of a recognizer, as a plan decides how to execute them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,10 +41,3 @@ class Part:
     leaves: list[Leaf] = field(default_factory=list)
     #: Outputs that the recognizer reads, by position; empty: all.
     read: list[int] = field(default_factory=list)
-
-
-def in_float(parts: Iterable[Part], layer: str) -> bool:
-    """Whether a layer is in a part that is executed in float."""
-    return any(
-        x.executes == "float" and layer.startswith(f"{x.name}.") for x in parts
-    )

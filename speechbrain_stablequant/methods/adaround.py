@@ -18,7 +18,11 @@ def adaround_plan(
     """Learns for each weight whether it is rounded up or down."""
     options = session.config.adaround
     plan, histograms = calibrator_plan(
-        session, weights, calibration, options.calibrator
+        session,
+        weights,
+        calibration,
+        options.calibrator,
+        ", then adaptive rounding",
     )
     tensors = rounded_layers(
         session,
@@ -28,7 +32,5 @@ def adaround_plan(
         "adaround",
         lambda _: options,
     )
-    reason = f"{options.calibrator} calibration, then adaptive rounding"
-    layers = [replace(layer, reason=reason) for layer in plan.layers]
     tensors = AdjustedTensors(layers=tensors)
-    return replace(plan, layers=layers, tensors=tensors), histograms
+    return replace(plan, tensors=tensors), histograms

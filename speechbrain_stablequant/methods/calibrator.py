@@ -13,8 +13,10 @@ def calibrator_plan(
     weights: str,
     calibration: Calibration,
     method: str | None = None,
+    then: str = " of every layer",
 ) -> tuple[QuantizationPlan, dict[str, Histogram]]:
-    """The range of each layer's input by one calibrator."""
+    """The range of each layer's input by one calibrator; ``then``: how the
+    reason of each goes on."""
     config = session.config
     method = method or config.method
     options = {}
@@ -34,7 +36,7 @@ def calibrator_plan(
         quants=quants,
         histograms=calibration.histograms,
         cutoffs=dict.fromkeys(quants, options.get("percentile", 100.0)),
-        reason=lambda _: f"{method} calibration of every layer",
+        reason=lambda _: f"{method} calibration{then}",
         search={},
     )
     return plan, calibration.histograms

@@ -28,7 +28,8 @@ _RECURRENT = {
     "speechbrain.nnet.RNN.LiGRU_Layer": "u",
     "speechbrain.nnet.RNN.SLiGRU_Layer": "u",
 }
-_LEAST = 1 << 14  # smaller weights stay float: they would save nothing
+#: Weights of no layer that are fewer stay float: they would save nothing.
+LEAST_WEIGHTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -259,14 +260,16 @@ def weight_only_parameters(
     found: dict[nn.Parameter, str] = {}
     for key in target:
         for path, module in modules[key].named_modules(prefix=key):
-            for name in _weights(module):
+            for name in weight_only_names(module):
                 full, weight = f"{path}.{name}", module.get_parameter(name)
-                if weight.numel() >= _LEAST and _wanted(full, include, exclude):
+                wanted = _wanted(full, include, exclude)
+                if wanted and weight.numel() >= LEAST_WEIGHTS:
                     found.setdefault(weight, full)
     return list(found.values())
 
 
-def _weights(module: nn.Module) -> Iterator[str]:
+def weight_only_names(module: nn.Module) -> Iterator[str]:
+    """Names of weights of recurrent steps, or of an embedding."""
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         for name, _ in module.named_parameters(recurse=False):
             if name.startswith("weight_"):

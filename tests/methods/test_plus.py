@@ -500,6 +500,8 @@ def test_budget(large, tmp_path):
         for layer in plan.layers
     }
     assert len(set(bits.values())) > 1
+    for layer in plan.layers:
+        assert ("its unit suffers" in layer.reason) == (layer.quant is None)
     (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
     assert {u: row["bits"] for u, row in part["units"].items()} == bits
     chosen = sum(
@@ -548,7 +550,9 @@ def test_budget_by_another_estimate(large, tmp_path, monkeypatch):
 # -- weights alone -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["stablequant", "stablequant_plus"])
+@pytest.mark.parametrize(
+    "method", ["stablequant", "stablequant_plus", "adaround"]
+)
 def test_weights_alone_are_not_clipped(large, tmp_path, method):
     """Their units are not measured, and their integers are few bits."""
     session = session_of(
@@ -556,10 +560,13 @@ def test_weights_alone_are_not_clipped(large, tmp_path, method):
         tmp_path,
         method=method,
         plus={"cutoffs": "layers"},
+        adaround={"iterations": 2},
         include=["*encoder.layers.0.*", "ctc_lin.*"],
     )
     session.weights_alone = {
-        layer.name for layer in session.layers if layer.unit == "block.0"
+        layer.name: "weights alone"
+        for layer in session.layers
+        if layer.unit == "block.0"
     }
     plan, _ = make_plan(session)
     rows = {layer.name: layer for layer in plan.layers}
@@ -567,17 +574,18 @@ def test_weights_alone_are_not_clipped(large, tmp_path, method):
         alone = name in session.weights_alone
         assert row.quant.weight_only == alone
         assert row.quant.weight_bits == 4
-        assert ("weights alone" in row.reason) == alone
+        assert (row.reason == "weights alone") == alone
     assert {rows[n].cutoff for n in session.weights_alone} == {100.0}
     units = {unit.name: unit for unit in plan.units}
     assert list(units) == list(session.units)
     assert units["block.0"].wer is None
     if method == "stablequant":
         assert units["head"].wer is not None
-    else:
+    if method == "stablequant_plus":
         (found,) = (x for x in plan.search["parts"] if x["part"] == "cutoffs")
-        assert found["layers"].keys() == rows.keys() - session.weights_alone
-        assert plan.tensors.layers.keys() >= session.weights_alone
+        alone = session.weights_alone.keys()
+        assert found["layers"].keys() == rows.keys() - alone
+        assert plan.tensors.layers.keys() >= alone
 
 
 def test_training_of_weights_alone(large):

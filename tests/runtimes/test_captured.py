@@ -14,9 +14,10 @@ pytest.importorskip("openvino")
 from speechbrain.dataio.dataio import length_to_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from speechbrain_stablequant.core.float_reason import weights_alone
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.core.parts import Part, in_float
+from speechbrain_stablequant.core.parts import Part
 from speechbrain_stablequant.core.plan import QuantizationPlan
 from speechbrain_stablequant.model.layers import Layer
 from speechbrain_stablequant.runtimes.build import (
@@ -512,8 +513,11 @@ def test_parts_are_the_largest_that_are_captured(select_parts):
 def test_what_does_not_gain_stays_float(select_parts):
     parts = select_parts(graph=5.0, layers=4.0, float=3.0)
     assert {part.executes for part in parts} == {"float"}
-    assert in_float(parts, "model.encoder.blocks.0.up")
-    assert not in_float(parts, "model.encoder_two.up")
+    names = ("model.encoder.blocks.0.up", "model.encoder_two.up")
+    layers = [Layer(name, nn.Identity(), "linear", name) for name in names]
+    (name, reason), *others = weights_alone(parts, layers).items()
+    assert (name, others) == (names[0], [])
+    assert "'model.encoder' is as fast in floating point" in reason
 
 
 def test_timed_ways_take_turns():

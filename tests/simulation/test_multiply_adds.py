@@ -101,6 +101,13 @@ def test_account(recurrent):
     assert why["m.cell.weight_hh"] == "too small for integers to pay"
     assert why["biases and normalizations"].startswith("added")
     assert why["m.mixed"] == "no product that is known by its module"
+    without = account(replace(plan, weight_only=[]), modules, products)
+    (row,) = (
+        row
+        for row in without["largest_float"]
+        if row["name"] == "m.rnn.rnn.weight_hh_l0"
+    )
+    assert row["why"] == "excluded, or not below quantize.target"
 
 
 def test_account_of_weights_alone():

@@ -35,6 +35,10 @@ def choose_unit_bits(work: Work) -> None:
     counted = {unit: monotone(row) for unit, row in options.items()}
     room = _room(work, budget.size)
     work.bits = choose_bits(counted, room)
+    reason = "stays float: its unit suffers more than its size is worth"
+    for layer in work.session.layers:
+        if work.bits[layer.unit] == FLOAT_BITS:
+            work.float_layers.setdefault(layer.name, reason)
     units = {}
     for unit, row in options.items():
         pairs = zip(row, counted[unit], strict=True)

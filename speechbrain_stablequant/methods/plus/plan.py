@@ -165,10 +165,8 @@ def _convs_before_group_norm(session: Session) -> set[str]:
 
 
 def _reason(work: Work, layer: Layer, quant: LayerQuant | None) -> str:
-    if layer.name in work.float_layers:
-        return "stays float: it takes in the audio itself"
     if quant is None:
-        return "stays float: its unit suffers more than its size is worth"
+        return work.float_layers[layer.name]
     percentile = work.percentiles[layer.name]
     reason = f"cut at {percentile:g} %, then smallest squared error"
     if quant.activation_offset:

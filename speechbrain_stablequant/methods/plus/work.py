@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from ...core.affine import FLOAT_BITS, GELU_MIN
+from ...core.affine import GELU_MIN
 from ...core.calibrators import clipped_mse
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
@@ -37,9 +37,13 @@ class Work:
         self.rotated = [
             e for e in session.encoders if plus.rotate and can_rotate(e)
         ]
-        self.float_layers: set[str] = set()
+        #: Layers that stay float, with the reason.
+        self.float_layers: dict[str, str] = {}
         if plus.keep_first_conv_float:
-            self.float_layers = _first_convs(session)
+            self.float_layers = dict.fromkeys(
+                _first_convs(session),
+                "stays float: it takes in the audio itself",
+            )
         self.behind_gelu: set[str] = set()
         if plus.asymmetric:
             self.behind_gelu = behind_gelu(session.encoders, session.layers)
@@ -109,7 +113,6 @@ class Work:
             )
             for x in self.session.layers
             if x.name not in self.float_layers
-            and self.bits.get(x.unit) != FLOAT_BITS
         }
 
     def evaluator(

@@ -26,7 +26,7 @@ def qat_plan(
     """Trains a calibrated model; ``search["training"]`` has all epochs."""
     settings, recognizer = session.config.qat, session.recognizer
     start, histograms = calibrator_plan(
-        session, weights, calibration, settings.calibrator
+        session, weights, calibration, settings.calibrator, ", then training"
     )
     batches = len(recognizer.trainer)
     bar = session.bar(settings.epochs * batches, "qat", smoothing=0)
@@ -49,11 +49,7 @@ def qat_plan(
             on_batch,
         )
         bar.update(bar.total - bar.n)
-    reason = f"{settings.calibrator} calibration, then training"
-    layers = [
-        replace(layer, quant=quants[layer.name], reason=reason)
-        for layer in start.layers
-    ]
+    layers = [replace(x, quant=quants[x.name]) for x in start.layers]
     best = kept(settings, history)
     search = {
         "metric": session.config.search.metric,

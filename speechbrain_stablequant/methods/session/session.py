@@ -1,7 +1,7 @@
 """One recognizer that is being quantized."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +28,12 @@ from ..search.divergence import Divergence
 from .block_cuts import block_cuts
 from .recognizer import Recognizer, fingerprint_modules
 
-_ALONE = "its part is as fast in floating point: weights alone"
-
 
 class Session:
     """A recognizer being quantized: its layers, units, config and store.
 
-    Only the weights of the layers in ``weights_alone`` are quantized.
+    Only the weights of the layers in ``weights_alone``, which says why, are
+    quantized.
     """
 
     def __init__(
@@ -43,10 +42,10 @@ class Session:
         config: CommonConfig,
         store: Store,
         runtimes: Iterable[str],
-        weights_alone: Collection[str] = (),
+        weights_alone: Mapping[str, str] | None = None,
     ):
         self.recognizer = recognizer
-        self.weights_alone = weights_alone
+        self.weights_alone = weights_alone or {}
         if (
             config.plan is None
             and config.search.rule is None
@@ -113,7 +112,7 @@ class Session:
         layers = []
         for layer in self.layers:
             quant = quants.get(layer.name)
-            alone = quant is not None and quant.weight_only
+            alone = quant and self.weights_alone.get(layer.name)
             layers.append(
                 LayerPlan(
                     name=layer.name,
@@ -122,7 +121,7 @@ class Session:
                     quant=quant,
                     observed_max=histograms[layer.name].max,
                     cutoff=100.0 if alone else cutoffs[layer.name],
-                    reason=_ALONE if alone else reason(layer),
+                    reason=alone or reason(layer),
                 )
             )
         return QuantizationPlan(
