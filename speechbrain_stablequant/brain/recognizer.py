@@ -16,7 +16,7 @@ from speechbrain.decoders.transducer import TransducerBeamSearcher
 from torch import nn
 
 from ..methods.search.score import Score
-from ..methods.session.recognizer import Trainer
+from ..methods.session.protocols import Trainer
 from ..simulation.prefix_cache import StopForward
 from ..utils import distributed
 from ..utils.distributed import from_main, gathered
@@ -126,7 +126,7 @@ def compared_outputs(output: Any) -> list[torch.Tensor]:
 class BrainRecognizer:
     """A Brain with its ``calibration`` and ``search`` sets.
 
-    Implements the protocol of ``methods.session.recognizer``.
+    Implements the protocol of ``methods.session.protocols``.
     """
 
     brain: sb.Brain

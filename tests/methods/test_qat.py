@@ -28,7 +28,7 @@ from speechbrain_stablequant.methods.qat.student import (
     straight_through,
 )
 from speechbrain_stablequant.methods.search.score import Score
-from speechbrain_stablequant.methods.session.recognizer import (
+from speechbrain_stablequant.methods.session.session import (
     fingerprint_modules,
 )
 from speechbrain_stablequant.model.layers import Layer, find_layers

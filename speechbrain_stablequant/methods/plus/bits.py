@@ -45,7 +45,7 @@ def choose_unit_bits(work: Work) -> None:
         rows = [{**asdict(x), "counted": other.harm} for x, other in pairs]
         units[unit] = {"bits": work.bits[unit], "options": rows}
     part = {"part": "budget", "scores": budget.scores, "size": budget.size}
-    work.parts.append({**part, "bytes": room, "units": units})
+    work.measured.append({**part, "bytes": room, "units": units})
 
 
 def _measured_harm(

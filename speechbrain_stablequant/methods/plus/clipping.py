@@ -47,7 +47,7 @@ def _by_layer(work: Work) -> None:
             for layer in layers:
                 curves[layer.name] = curve
                 work.percentiles[layer.name] = best
-    work.parts.append({"part": "cutoffs", "layers": curves})
+    work.measured.append({"part": "cutoffs", "layers": curves})
 
 
 def _groups(work: Work) -> list[list[Layer]]:
@@ -84,7 +84,9 @@ def _confirm(work: Work) -> None:
     if confirmed:
         work.percentiles = percentiles
     row = {"wer": found.wer, "wer_without_clipping": whole.wer}
-    work.parts.append({"part": "confirmation", **row, "confirmed": confirmed})
+    work.measured.append(
+        {"part": "confirmation", **row, "confirmed": confirmed}
+    )
 
 
 def _curve(

@@ -69,7 +69,7 @@ def plus_plan(
         floats |= rotated_floats(work.rotated, quants)
         scores = work.word_errors(quants, tensors)
     record = search_record(session, *scores)
-    record |= {"parts": work.parts, "runtimes": list(session.runtimes)}
+    record |= {"parts": work.measured, "runtimes": list(session.runtimes)}
     histograms = work.calibration.histograms
     plan = session.assemble(
         weights,

@@ -19,7 +19,7 @@ from torch import nn
 from ...model.layers import Encoder, Layer, visible_layers
 from ...utils.distributed import gathered_tensors
 from ...utils.patching import hooked, restored_values
-from ..session.recognizer import Recognizer
+from ..session.protocols import Recognizer
 
 _MAX_FACTOR = 1e4  # larger factors only move rounding noise
 

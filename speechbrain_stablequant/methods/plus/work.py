@@ -55,7 +55,8 @@ class Work:
         #: Clipping percentile by layer.
         self.percentiles = {layer.name: 100.0 for layer in session.layers}
         self.bits: dict[str, int] = {}  #: bits by unit, of a mixed precision
-        self.parts: list[dict] = []  #: what each part brought, for the plan
+        #: What was measured of each part of the pipeline, for the plan.
+        self.measured: list[dict] = []
 
     def reset_simulator(self) -> None:
         """Drops the fake-quantized weights of another form of the model."""
@@ -141,7 +142,7 @@ class Work:
         evaluate, bar = self.evaluator("divergence", tensors)
         with bar:
             found = evaluate(quants, label=words).loss
-        self.parts.append({"part": part, **values, "divergence": found})
+        self.measured.append({"part": part, **values, "divergence": found})
         return found
 
     def word_errors(

@@ -13,7 +13,7 @@ from ...core.layer_quant import LayerQuant, quants_json
 from ...core.plan_tensors import AdjustedTensors
 from ...utils.store import Store
 from ..search.score import Score
-from ..session.recognizer import Optimizers, Trainer
+from ..session.protocols import Optimizers, Trainer
 from .config import QatConfig
 from .student import Quants, Student
 

@@ -18,7 +18,7 @@ from ...model.layers import Cut, Layer
 from ...model.products import modules_by_name
 from ...simulation.prefix_cache import Replay
 from ..search.score import BeforeBatch
-from .recognizer import Recognizer
+from .protocols import Recognizer
 
 logger = logging.getLogger(__name__)
 

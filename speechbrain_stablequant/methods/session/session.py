@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from ...config import CommonConfig
@@ -24,9 +26,10 @@ from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
 from ...utils.progress import progress_bar
 from ...utils.store import Store
+from ...utils.tensor_bytes import headed_digest
 from ..search.divergence import Divergence
 from .block_cuts import block_cuts
-from .recognizer import Recognizer, fingerprint_modules
+from .protocols import Recognizer
 
 
 class Session:
@@ -195,3 +198,13 @@ class Session:
     def bar(self, total: int, what: str, **options: Any) -> tqdm:
         shown = self.recognizer.show_progress
         return progress_bar(None, what, shown, total=total, **options)
+
+
+def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
+    """Identifies names and values of weights: 32 hex digits of a SHA-256."""
+    return headed_digest(
+        (f"{key}.{name}:{tuple(value.shape)}", value)
+        for key, module in modules.items()
+        for name, value in module.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    )

@@ -1,4 +1,4 @@
-"""What methods need of a toolkit: protocols; the fingerprint of weights."""
+"""What methods need of a toolkit: its recognizer and its training loop."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ...utils.store import Store
-from ...utils.tensor_bytes import headed_digest
 from ..search.score import BeforeBatch, Score
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
@@ -103,13 +102,3 @@ class Recognizer(Protocol):
         self, subset: str, before_batch: BeforeBatch
     ) -> Iterator[torch.Tensor | None]:
         """Runs the model over a subset and yields each batch's output."""
-
-
-def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
-    """Identifies names and values of weights: 32 hex digits of a SHA-256."""
-    return headed_digest(
-        (f"{key}.{name}:{tuple(value.shape)}", value)
-        for key, module in modules.items()
-        for name, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    )
