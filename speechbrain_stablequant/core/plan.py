@@ -1,34 +1,27 @@
 """The decisions of a run, with reasons: plan.json, and tensors beside it."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from ..model.layers import KINDS, Layer
-from ..utils.files import (
-    parse_json,
-    plain_name,
-    read_file,
-    read_json,
-    write_atomic,
-    write_json,
-)
-from ..utils.tensor_bytes import bytes_to_tensors, tensors_to_bytes
+from ..utils.files import plain_name, read_json, write_json
 from ..utils.typed import one_line, short, typed
 from .affine import FLOAT_BITS, MAX_BITS, MIN_BITS
 from .layer_quant import LayerQuant
-from .packing import pack, unpack
 from .parts import Part
-from .plan_tensors import AdjustedTensors, parameters_by_name
+from .plan_tensors import (
+    AdjustedTensors,
+    parameters_by_name,
+    read_tensors,
+    write_tensors,
+)
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1
-TENSORS_FORMAT = "speechbrain_stablequant.plan"
 
 _MAX_NAME = 500
 _LARGEST = 3.4028234663852886e38  # float32
@@ -89,14 +82,6 @@ class _Beside:
 
     file: str
     sha256: str
-
-
-@dataclass(frozen=True)
-class _Description:
-    """Header of that file: bits and shape of each packed weight."""
-
-    format: Literal["speechbrain_stablequant.plan"]
-    weights: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -313,53 +298,3 @@ def _require(row: Any, where: str, **checks: bool) -> None:
         if not good:
             value = short(getattr(row, key))
             raise ValueError(f"{where}: {key} cannot be {value}")
-
-
-def write_tensors(
-    path: Path | None, adjusted: AdjustedTensors, bits: Mapping[str, int]
-) -> str:
-    """Writes tensors, weights packed, if there is a path; returns the SHA-256
-    of their file."""
-    tensors, weights = adjusted.flat(), {}
-    for name, layer in adjusted.layers.items():
-        if layer.weight is not None:
-            weights[name] = [bits[name], *layer.weight.shape]
-            packed = pack(layer.weight.detach().cpu(), bits[name])
-            tensors[f"layers/{name}/weight"] = packed
-    description = {"format": TENSORS_FORMAT, "weights": weights}
-    header = {"description": json.dumps(description, sort_keys=True)}
-    data = tensors_to_bytes(tensors, header)
-    if path is not None:
-        write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def read_tensors(path: Path, sha256: str) -> AdjustedTensors:
-    """Reads and checks what :func:`write_tensors` wrote."""
-    try:
-        data = read_file(path)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot read the tensors of the plan beside it "
-            f"({error.strerror}); copy it together with its plan"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(
-            f"{path}: is not the file that the plan beside it was written "
-            "with: it is damaged or of another run; copy both again"
-        )
-    try:
-        tensors, header = bytes_to_tensors(data)
-        text = typed(header.get("description"), str, "description")
-        description = typed(parse_json(text), _Description, "description")
-        for layer, (bits, *shape) in description.weights.items():
-            name = f"layers/{layer}/weight"
-            if name not in tensors or min(shape, default=0) < 1:
-                raise ValueError(f"{short(name)} cannot be {shape}")
-            tensors[name] = unpack(tensors[name], bits, shape)
-        return AdjustedTensors.from_flat(tensors)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: holds no tensors of a plan ({one_line(error)}); "
-            "make it again"
-        ) from error

@@ -1,20 +1,40 @@
 """Tensors of a plan: integers, biases and parameters that a method chose."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ..model.rotation import attached_rotations, is_rotation, rotated_encoder
+from ..utils.files import parse_json, read_file, write_atomic
 from ..utils.patching import restored_values
-from ..utils.tensor_bytes import headed_digest
-from ..utils.typed import short
+from ..utils.tensor_bytes import (
+    bytes_to_tensors,
+    headed_digest,
+    tensors_to_bytes,
+)
+from ..utils.typed import one_line, short, typed
 from .layer_quant import LayerTensors
+from .packing import pack, unpack
+
+TENSORS_FORMAT = "speechbrain_stablequant.plan"
 
 _PARTS = dict.fromkeys(("weight_scale", "bias"), torch.float32)
 _PARTS["weight"] = torch.int8
+
+
+@dataclass(frozen=True)
+class _Description:
+    """Header of the file: bits and shape of each packed weight."""
+
+    format: Literal["speechbrain_stablequant.plan"]
+    weights: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -134,3 +154,53 @@ def adjusted_floats(
                 target.copy_(floats[name])
         with attached_rotations(modules, floats):
             yield
+
+
+def write_tensors(
+    path: Path | None, adjusted: AdjustedTensors, bits: Mapping[str, int]
+) -> str:
+    """Writes tensors, weights packed, if there is a path; returns the SHA-256
+    of their file."""
+    tensors, weights = adjusted.flat(), {}
+    for name, layer in adjusted.layers.items():
+        if layer.weight is not None:
+            weights[name] = [bits[name], *layer.weight.shape]
+            packed = pack(layer.weight.detach().cpu(), bits[name])
+            tensors[f"layers/{name}/weight"] = packed
+    description = {"format": TENSORS_FORMAT, "weights": weights}
+    header = {"description": json.dumps(description, sort_keys=True)}
+    data = tensors_to_bytes(tensors, header)
+    if path is not None:
+        write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str) -> AdjustedTensors:
+    """Reads and checks what :func:`write_tensors` wrote."""
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot read the tensors of the plan beside it "
+            f"({error.strerror}); copy it together with its plan"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(
+            f"{path}: is not the file that the plan beside it was written "
+            "with: it is damaged or of another run; copy both again"
+        )
+    try:
+        tensors, header = bytes_to_tensors(data)
+        text = typed(header.get("description"), str, "description")
+        description = typed(parse_json(text), _Description, "description")
+        for layer, (bits, *shape) in description.weights.items():
+            name = f"layers/{layer}/weight"
+            if name not in tensors or min(shape, default=0) < 1:
+                raise ValueError(f"{short(name)} cannot be {shape}")
+            tensors[name] = unpack(tensors[name], bits, shape)
+        return AdjustedTensors.from_flat(tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: holds no tensors of a plan ({one_line(error)}); "
+            "make it again"
+        ) from error

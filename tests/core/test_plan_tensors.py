@@ -13,14 +13,11 @@ from speechbrain_stablequant.core.integer_layer import (
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
-from speechbrain_stablequant.core.plan import (
-    LayerPlan,
-    QuantizationPlan,
-    write_tensors,
-)
+from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.core.plan_tensors import (
     AdjustedTensors,
     adjusted_floats,
+    write_tensors,
 )
 from speechbrain_stablequant.folder.stored_floats import (
     fill_modules,

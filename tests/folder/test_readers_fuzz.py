@@ -34,12 +34,12 @@ from speechbrain_stablequant.config import ConfigError
 from speechbrain_stablequant.core.error_rates import Transcript
 from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.layer_quant import LayerTensors
-from speechbrain_stablequant.core.plan import (
-    QuantizationPlan,
+from speechbrain_stablequant.core.plan import QuantizationPlan
+from speechbrain_stablequant.core.plan_tensors import (
+    AdjustedTensors,
     read_tensors,
     write_tensors,
 )
-from speechbrain_stablequant.core.plan_tensors import AdjustedTensors
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.methods.search.journal import Journal
