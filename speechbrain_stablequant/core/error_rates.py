@@ -65,12 +65,13 @@ def score(transcripts: Sequence[Transcript]) -> ErrorRates:
     )
 
 
-def bootstrap_delta_wer(
+def paired_delta(
     baseline: Sequence[Transcript],
     other: Sequence[Transcript],
     unit: Unit = "word",
 ) -> DeltaInterval:
-    """By a paired bootstrap over utterances (Bisani and Ney, ICASSP 2004)."""
+    """The difference of WERs or CERs, by a paired bootstrap over utterances
+    (Bisani and Ney, ICASSP 2004)."""
     for one, two in zip_longest(baseline, other):
         same = one and two and one.reference == two.reference
         if not same or one.id != two.id:

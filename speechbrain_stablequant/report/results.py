@@ -9,7 +9,7 @@ import numpy as np
 
 from ..core.error_rates import (
     Transcript,
-    bootstrap_delta_wer,
+    paired_delta,
     paired_interval,
     score,
 )
@@ -132,8 +132,8 @@ class SetResult:
     def to_dict(self) -> dict:
         before = self.baseline.transcripts
         after = self.quantized.transcripts
-        wer = bootstrap_delta_wer(before, after)
-        cer = bootstrap_delta_wer(before, after, unit="char")
+        wer = paired_delta(before, after)
+        cer = paired_delta(before, after, unit="char")
         row = {
             "float": score(before).to_dict(),
             "quantized": score(after).to_dict(),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from speechbrain_stablequant import Recognizer, load
 from speechbrain_stablequant.core.error_rates import (
     Transcript,
-    bootstrap_delta_wer,
+    paired_delta,
     score,
 )
 from speechbrain_stablequant.utils.timing import BatchTimes
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             what = f"{backend}, batch {size}"
             made, seconds = transcribe(asr, items, size, what)
             first = first or made
-            rates, delta = score(made), bootstrap_delta_wer(first, made)
+            rates, delta = score(made), paired_delta(first, made)
             rows.append(
                 {
                     "backend": backend,

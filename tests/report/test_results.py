@@ -9,7 +9,7 @@ from torch import nn
 
 from speechbrain_stablequant.core.error_rates import (
     Transcript,
-    bootstrap_delta_wer,
+    paired_delta,
     score,
 )
 from speechbrain_stablequant.core.histogram import Histogram
@@ -169,8 +169,8 @@ def test_result_in_the_report():
     # 7 reference words; one insertion and one deletion against two
     # substitutions and one deletion.
     assert raw["delta_wer"] == pytest.approx(100 / 7)
-    words = bootstrap_delta_wer(FLOAT, QUANTIZED)
-    chars = bootstrap_delta_wer(FLOAT, QUANTIZED, unit="char")
+    words = paired_delta(FLOAT, QUANTIZED)
+    chars = paired_delta(FLOAT, QUANTIZED, unit="char")
     assert raw["delta_wer_ci"] == [words.low, words.high]
     assert raw["delta_cer"] == chars.delta
     assert raw["delta_cer_ci"] == [chars.low, chars.high]
