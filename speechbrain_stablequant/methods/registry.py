@@ -10,9 +10,8 @@ from ..core.calibrators import CALIBRATORS
 from ..core.histogram import Histogram
 from ..core.plan import QuantizationPlan
 from ..utils.typed import choice
-from .adaround import adaround_plan
+from .adaround import AdaRound, adaround_plan
 from .calibrator import calibrator_plan
-from .layerwise.adaround import AdaRound
 from .plus.config import PlusConfig
 from .plus.plan import plus_plan
 from .qat.config import QatConfig

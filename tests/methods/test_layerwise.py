@@ -14,8 +14,8 @@ from speechbrain_stablequant.core.affine import (
     weight_scale,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
+from speechbrain_stablequant.methods.adaround import AdaRound
 from speechbrain_stablequant.methods.layerwise import reconstruct
-from speechbrain_stablequant.methods.layerwise.adaround import AdaRound
 from speechbrain_stablequant.methods.layerwise.gptq import Compensate
 from speechbrain_stablequant.methods.layerwise.hessian import (
     LagSum,

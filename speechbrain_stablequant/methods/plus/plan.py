@@ -21,7 +21,7 @@ from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer
-from ..layerwise.adaround import AdaRound
+from ..adaround import AdaRound
 from ..layerwise.gptq import Compensate
 from ..layerwise.reconstruct import rounded_layers
 from ..session.calibration import Calibration
