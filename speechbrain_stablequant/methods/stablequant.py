@@ -26,7 +26,11 @@ from .search.percentile import search_percentiles
 from .search.score import Evaluate, Score
 from .search.sensitivity import select_units
 from .session.calibration import Calibration
-from .session.search_set import keep_float_outputs, search_evaluate
+from .session.search_set import (
+    keep_float_outputs,
+    search_evaluate,
+    search_record,
+)
 from .session.session import Session
 
 logger = logging.getLogger(__name__)
@@ -76,29 +80,17 @@ def stablequant_plan(
         histograms=histograms,
         cutoffs=cutoffs,
         reason=lambda layer: reasons[layer.unit],
-        search=search_record(session, baseline, final),
+        search=search_record(session, baseline, final)
+        | selection_rules(session),
     )
     return plan, histograms
 
 
-def search_record(session: Session, baseline: Score, final: Score) -> dict:
-    """What a plan says of its search: rules, effort, float and final WER."""
+def selection_rules(session: Session) -> dict:
+    """What a plan's search says of step 1; the report explains it by these."""
     search = session.config.search
-    rule = {}
-    if session.by_divergence:
-        ranked = len(session.recognizer.ids(session.ranked))
-        rule = {"rule": search.rule, "ranking_utterances": ranked}
-    return {
-        "num_utterances": len(session.recognizer.ids("search")),
-        "metric": session.rate,
-        **rule,
-        "selection": search.selection,
-        "level": search.level,
-        "threshold": search.threshold,
-        "evaluations": session.evaluations,
-        "baseline_wer": baseline.wer,
-        "final_wer": final.wer,
-    }
+    keys = ("selection", "level", "threshold")
+    return {key: getattr(search, key) for key in keys}
 
 
 def search_units(

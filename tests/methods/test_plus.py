@@ -342,6 +342,8 @@ def test_cut_offs_of_layers_follow_the_divergence(large, tmp_path):
     (part,) = [p for p in plan.search["parts"] if p["part"] == "cutoffs"]
     by_name = {layer.name: layer for layer in plan.layers}
     assert set(part["layers"]) == set(by_name)
+    # No unit was selected by a threshold.
+    assert "threshold" not in plan.search
     for name, curve in part["layers"].items():
         ratio, _ = min(curve, key=lambda row: (row[1], -row[0]))
         assert by_name[name].cutoff == ratio

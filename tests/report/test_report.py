@@ -450,6 +450,19 @@ def test_a_calibrator_clips_without_a_search(report, tmp_path):
     assert "Sensitivity" not in text and "histograms.png" not in text
 
 
+def test_a_search_of_another_method_is_not_explained_by_thresholds(
+    report, tmp_path
+):
+    del report["search"]["threshold"]
+    report["search"]["final_wer"] = 2.5
+    report["units"] = [make_unit("conv.0", None)]
+    write_report(report, tmp_path)
+    text = texts(tmp_path)["report.md"]
+    assert "| Evaluations | 77 |" in text
+    for words in ("selected", "The lowest", "searched", "A unit's curve"):
+        assert words not in text
+
+
 def test_nan_is_named_before_anything_is_written(report, tmp_path):
     report["units"][1]["delta_wer"] = float("nan")
     with pytest.raises(ValueError, match=r"nan at 'units\.1\.delta_wer'"):

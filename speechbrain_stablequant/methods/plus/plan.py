@@ -25,9 +25,9 @@ from ..adaround import AdaRound
 from ..layerwise.gptq import Compensate
 from ..layerwise.reconstruct import rounded_layers
 from ..session.calibration import Calibration
-from ..session.search_set import keep_float_outputs
+from ..session.search_set import keep_float_outputs, search_record
 from ..session.session import Session
-from ..stablequant import search_record
+from ..stablequant import selection_rules
 from .bits import choose_unit_bits
 from .clipping import choose_percentiles
 from .quarot import is_rotated, rotated, rotated_floats
@@ -69,6 +69,8 @@ def plus_plan(
         floats |= rotated_floats(work.rotated, quants)
         scores = work.word_errors(quants, tensors)
     record = search_record(session, *scores)
+    if session.config.plus.cutoffs == "units":
+        record |= selection_rules(session)
     record |= {"parts": work.measured, "runtimes": list(session.runtimes)}
     histograms = work.calibration.histograms
     plan = session.assemble(

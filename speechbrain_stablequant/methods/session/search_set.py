@@ -109,6 +109,22 @@ def keep_float_outputs(session: Session) -> None:
     session.reference = session.fingerprint()
 
 
+def search_record(session: Session, baseline: Score, final: Score) -> dict:
+    """What a plan says of its search by any method: effort and WERs."""
+    rule = {}
+    if session.by_divergence:
+        ranked = len(session.recognizer.ids(session.ranked))
+        rule = {"rule": "divergence", "ranking_utterances": ranked}
+    return {
+        "num_utterances": len(session.recognizer.ids("search")),
+        "metric": session.rate,
+        **rule,
+        "evaluations": session.evaluations,
+        "baseline_wer": baseline.wer,
+        "final_wer": final.wer,
+    }
+
+
 def _replay(session: Session, in_order: bool) -> Replay:
     if session.exact_cuts is None:
         session.exact_cuts = _exact_cuts(session, session.cuts(in_order))
