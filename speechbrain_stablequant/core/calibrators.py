@@ -98,10 +98,6 @@ CALIBRATORS: dict[str, Callable[..., float]] = {
 }
 
 
-def calibrate(method: str, hist: Histogram, bits: int, **options) -> float:
-    return CALIBRATORS[method](hist, bits, **options)
-
-
 def clipped_mse(histogram: Histogram, edge: float, bits: int) -> float:
     """Step 3 of StableQuant: the MSE amax of a clipped histogram."""
     return mse_calibrator(histogram.clip(edge), bits) if edge > 0 else edge

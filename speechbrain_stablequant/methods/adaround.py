@@ -19,14 +19,12 @@ import torch
 from ..config import MethodConfig
 from ..core.affine import qmax, weight_scale
 from ..core.calibrators import CALIBRATORS
-from ..core.histogram import Histogram
-from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import AdjustedTensors
 from ..utils.typed import choice, count, fraction, positive
 from .calibrator import calibrator_plan
 from .layerwise.reconstruct import rounded_layers
 from .session.calibration import Calibration
-from .session.session import Session
+from .session.session import Planned, Session
 
 _LOW, _HIGH = -0.1, 1.1
 # Of Adam.
@@ -180,7 +178,7 @@ def _errors(
 
 def adaround_plan(
     session: Session, weights: str, calibration: Calibration
-) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+) -> Planned:
     """Learns for each weight whether it is rounded up or down."""
     options = session.config.adaround
     plan, histograms = calibrator_plan(

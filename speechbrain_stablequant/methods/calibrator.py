@@ -1,11 +1,10 @@
 """One calibrator for every layer: max, percentile, entropy or mse."""
 
-from ..core.calibrators import calibrate
-from ..core.histogram import Histogram
-from ..core.plan import QuantizationPlan, UnitPlan
+from ..core.calibrators import CALIBRATORS
+from ..core.plan import UnitPlan
 from ..utils.progress import progress_bar
 from .session.calibration import Calibration
-from .session.session import Session
+from .session.session import Planned, Session
 
 
 def calibrator_plan(
@@ -14,7 +13,7 @@ def calibrator_plan(
     calibration: Calibration,
     method: str | None = None,
     then: str = " of every layer",
-) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+) -> Planned:
     """The range of each layer's input by one calibrator; ``then``: how the
     reason of each goes on."""
     config = session.config
@@ -28,9 +27,10 @@ def calibrator_plan(
     shown = session.recognizer.show_progress
     for layer in progress_bar(session.layers, "calibrators", shown):
         histogram = calibration.histograms[layer.name]
-        amax = calibrate(method, histogram, config.activation_bits, **options)
+        bits = config.activation_bits
+        amax = CALIBRATORS[method](histogram, bits, **options)
         quants[layer.name] = session.quant(layer.name, amax, weight_method)
-    plan = session.assemble(
+    return session.assemble(
         weights,
         units=[UnitPlan(name) for name in session.units],
         quants=quants,
@@ -39,4 +39,3 @@ def calibrator_plan(
         reason=lambda _: f"{method} calibration{then}",
         search={},
     )
-    return plan, calibration.histograms

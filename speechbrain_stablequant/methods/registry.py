@@ -7,7 +7,6 @@ from typing import Any
 
 from ..config import CommonConfig, MethodConfig
 from ..core.calibrators import CALIBRATORS
-from ..core.histogram import Histogram
 from ..core.plan import QuantizationPlan
 from ..utils.typed import choice
 from .adaround import AdaRound, adaround_plan
@@ -17,13 +16,10 @@ from .plus.plan import plus_plan
 from .qat.config import QatConfig
 from .qat.plan import qat_plan
 from .session.calibration import Calibration, calibrate
-from .session.session import Session
+from .session.session import Planned, Session
 from .stablequant import StableQuantConfig, stablequant_plan
 
 logger = logging.getLogger(__name__)
-
-#: A plan, and histograms of its layers' inputs for the report.
-Planned = tuple[QuantizationPlan, dict[str, Histogram]]
 
 
 @dataclass(frozen=True)

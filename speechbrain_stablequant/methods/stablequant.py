@@ -19,7 +19,7 @@ from ..config import MethodConfig
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
-from ..core.plan import QuantizationPlan, UnitPlan
+from ..core.plan import UnitPlan
 from ..model.layers import Layer, group_units
 from .search.journal import JOURNAL_FILE
 from .search.percentile import search_percentiles
@@ -31,7 +31,7 @@ from .session.search_set import (
     search_evaluate,
     search_record,
 )
-from .session.session import Session
+from .session.session import Planned, Session
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class StableQuantConfig(MethodConfig):
 
 def stablequant_plan(
     session: Session, weights: str, calibration: Calibration
-) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+) -> Planned:
     """Makes the plan of ``method: stablequant``."""
     histograms = calibration.histograms
     rank = None
@@ -73,7 +73,7 @@ def stablequant_plan(
         time.monotonic() - started,
     )
     reasons = {x.name: _reason(x) for x in units if x.wer is not None}
-    plan = session.assemble(
+    return session.assemble(
         weights,
         units=units,
         quants=quants,
@@ -83,7 +83,6 @@ def stablequant_plan(
         search=search_record(session, baseline, final)
         | selection_rules(session),
     )
-    return plan, histograms
 
 
 def selection_rules(session: Session) -> dict:

@@ -350,6 +350,14 @@ def group_units(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     return units
 
 
+def layer_names(
+    layers: Iterable[Layer], modules: Iterable[nn.Module]
+) -> set[str]:
+    """Names of the layers of some modules."""
+    wanted = set(modules)
+    return {layer.name for layer in layers if layer.module in wanted}
+
+
 def min_samples(modules: Mapping[str, nn.Module]) -> int:
     """Samples that give one frame of the first encoder; 1 without one."""
     for encoder in find_encoders(modules):

@@ -12,8 +12,10 @@ from speechbrain_stablequant.core.affine import (
 )
 from speechbrain_stablequant.core.calibrators import (
     CALIBRATORS,
-    calibrate,
     clipped_mse,
+    entropy_calibrator,
+    mse_calibrator,
+    percentile_calibrator,
 )
 from speechbrain_stablequant.core.histogram import Histogram
 
@@ -80,7 +82,7 @@ def test_names():
 @pytest.mark.parametrize("method", CALIBRATORS)
 def test_no_data(method):
     with pytest.raises(ValueError, match="no values were collected"):
-        calibrate(method, Histogram(), 8)
+        CALIBRATORS[method](Histogram(), 8)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -99,7 +101,7 @@ def test_no_data(method):
 def test_degenerate_data(method, bits, values):
     hist = Histogram()
     hist.add(values)
-    amax = calibrate(method, hist, bits)
+    amax = CALIBRATORS[method](hist, bits)
     assert isinstance(amax, float)
     assert MIN_AMAX <= amax <= max(hist.max, MIN_AMAX)
 
@@ -108,7 +110,7 @@ def test_mse_of_silence_clipped_at_its_quantile():
     hist = Histogram()
     hist.add(torch.zeros(100))
     edge = hist.quantile(0.99)
-    assert calibrate("mse", hist.clip(edge), 8) == MIN_AMAX
+    assert mse_calibrator(hist.clip(edge), 8) == MIN_AMAX
     assert clipped_mse(hist, edge, 8) == 0.0
 
 
@@ -117,8 +119,8 @@ def test_scaling_by_a_power_of_two_scales_amax(method):
     x, hist = draw(laplace)
     other = Histogram()
     other.add(x / 1024)
-    expected = calibrate(method, hist, 8) / 1024
-    assert calibrate(method, other, 8) == pytest.approx(expected, rel=1e-9)
+    expected = CALIBRATORS[method](hist, 8) / 1024
+    assert CALIBRATORS[method](other, 8) == pytest.approx(expected, rel=1e-9)
 
 
 # -- percentile --------------------------------------------------------------
@@ -128,7 +130,7 @@ def test_scaling_by_a_power_of_two_scales_amax(method):
 def test_percentile_of_raw_values(percentile):
     x, hist = draw(laplace)
     expected = np.percentile(x.abs().double().numpy(), percentile)
-    amax = calibrate("percentile", hist, 8, percentile=percentile)
+    amax = percentile_calibrator(hist, 8, percentile=percentile)
     assert amax == pytest.approx(expected, abs=2 * hist.bin_width)
 
 
@@ -182,7 +184,7 @@ def test_entropy_equals_the_published_procedure(data, bits, monkeypatch):
     for start_bin in (16, 128):
         expected = reference_entropy(hist, bits, start_bin)
         monkeypatch.setattr(calibrators, "_ENTROPY_START", start_bin)
-        amax = calibrate("entropy", hist, bits)
+        amax = entropy_calibrator(hist, bits)
         assert amax == pytest.approx(expected, rel=1e-12)
 
 
@@ -194,7 +196,7 @@ def test_entropy_equals_the_published_procedure_at_full_size():
         hist.add(x)
         # Four bits: the direct loop over 128 levels takes too long here.
         expected = reference_entropy(hist, 4, 128)
-        assert calibrate("entropy", hist, 4) == pytest.approx(expected)
+        assert entropy_calibrator(hist, 4) == pytest.approx(expected)
 
 
 def test_entropy_takes_the_last_of_equal_candidates(monkeypatch):
@@ -203,12 +205,12 @@ def test_entropy_takes_the_last_of_equal_candidates(monkeypatch):
     monkeypatch.setattr(
         calibrators, "_kl_divergences", lambda *_: divergence.double()
     )
-    assert calibrate("entropy", hist, 8) == (128 + 3) * hist.bin_width
+    assert entropy_calibrator(hist, 8) == (128 + 3) * hist.bin_width
 
 
 def test_entropy_clips_outliers():
     _, hist = draw(outliers)
-    amax = calibrate("entropy", hist, 8)
+    amax = entropy_calibrator(hist, 8)
     assert 2 < amax < 30 < hist.max
 
 
@@ -216,13 +218,13 @@ def test_entropy_ignores_a_spike_at_zero():
     x, hist = draw(gaussian)
     spike = Histogram()
     spike.add(torch.cat([x, torch.zeros(10 * x.numel())]))
-    assert calibrate("entropy", spike, 8) == calibrate("entropy", hist, 8)
+    assert entropy_calibrator(spike, 8) == entropy_calibrator(hist, 8)
 
 
 def test_entropy_of_few_bins_is_the_maximum():
     _, hist = draw(gaussian)
     clipped = hist.clip(100.5 * hist.bin_width)
-    assert calibrate("entropy", clipped, 8) == clipped.max
+    assert entropy_calibrator(clipped, 8) == clipped.max
 
 
 # -- mse ---------------------------------------------------------------------
@@ -232,7 +234,7 @@ def test_entropy_of_few_bins_is_the_maximum():
 @pytest.mark.parametrize("data", DATA)
 def test_mse_against_brute_force(data, bits):
     x, hist = draw(data)
-    amax = calibrate("mse", hist, bits)
+    amax = mse_calibrator(hist, bits)
     candidates = hist.max * np.geomspace(1e-2, 1, 200)
     brute = min(mean_error(x, float(c), bits) for c in candidates)
     assert mean_error(x, amax, bits) <= 1.01 * brute
@@ -254,14 +256,14 @@ def test_mse_of_a_gaussian_is_the_textbooks(bits):
 
     grid = np.linspace(0.5, 6, 1101)
     best = float(grid[np.argmin([error(a) for a in grid])])
-    amax = calibrate("mse", hist, bits)
+    amax = mse_calibrator(hist, bits)
     assert amax == pytest.approx(best, rel=0.03)
     assert error(amax) <= 1.005 * error(best)
 
 
 def test_clipped_mse_is_at_most_its_edge():
     _, hist = draw(laplace)
-    free = calibrate("mse", hist, 8)
+    free = mse_calibrator(hist, 8)
     for fraction in (0.5, 0.9):
         amax = clipped_mse(hist, fraction * free, 8)
         assert 0.5 * fraction * free < amax <= fraction * free
@@ -273,7 +275,7 @@ def test_mse_of_saturated_data(bits):
     """The spike that saturation leaves at the edge is seen at the edge."""
     x, hist = draw(laplace)
     edge = 256 * hist.bin_width  # the left edge of a bin: a bin of no width
-    amax = calibrate("mse", hist.clip(edge), bits)
+    amax = mse_calibrator(hist.clip(edge), bits)
     saturated = x.clamp(-edge, edge)
     candidates = edge * np.linspace(0.1, 1, 150)
     brute = min(mean_error(saturated, float(c), bits) for c in candidates)
@@ -285,7 +287,7 @@ def test_mse_refines_a_coarse_grid(monkeypatch):
     found = []
     for size in (20, 3000):
         monkeypatch.setattr(calibrators, "_MSE_GRID", size)
-        found.append(calibrate("mse", hist, 4))
+        found.append(mse_calibrator(hist, 4))
     assert found[0] == pytest.approx(found[1], rel=0.01)
     errors = [mean_error(x, amax, 4) for amax in found]
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
@@ -296,5 +298,5 @@ def test_mse_of_many_bins():
     fine, usual = Histogram(1 << 17), Histogram()
     fine.add(x)
     usual.add(x)
-    errors = [mean_error(x, calibrate("mse", h, 6), 6) for h in (fine, usual)]
+    errors = [mean_error(x, mse_calibrator(h, 6), 6) for h in (fine, usual)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)

@@ -244,6 +244,7 @@ class Data:
     """A recognizer with batches for a tiny encoder."""
 
     show_progress = False
+    autoregressive = False
 
     def __init__(self, modules, padded=False):
         self.modules = dict(modules.items())

@@ -57,6 +57,7 @@ class Recognizer:
     says the same."""
 
     show_progress = False
+    rate, autoregressive, ranked = "WER", False, "search"
 
     def __init__(self, modules):
         self.modules = dict(modules.items())

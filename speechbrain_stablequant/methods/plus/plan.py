@@ -16,17 +16,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
-from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors
-from ...model.layers import Layer
+from ...model.layers import Layer, layer_names
 from ..adaround import AdaRound
 from ..layerwise.gptq import Compensate
 from ..layerwise.reconstruct import rounded_layers
 from ..session.calibration import Calibration
 from ..session.search_set import keep_float_outputs, search_record
-from ..session.session import Session
+from ..session.session import Planned, Session
 from ..stablequant import selection_rules
 from .bits import choose_unit_bits
 from .clipping import choose_percentiles
@@ -44,7 +42,7 @@ from .work import Work
 
 def plus_plan(
     session: Session, weights: str, calibration: Calibration
-) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+) -> Planned:
     """The plan, and histograms of the rotated and equalized model.
 
     ``calibration``: of the float model, before rotation and equalization.
@@ -72,12 +70,11 @@ def plus_plan(
     if session.config.plus.cutoffs == "units":
         record |= selection_rules(session)
     record |= {"parts": work.measured, "runtimes": list(session.runtimes)}
-    histograms = work.calibration.histograms
-    plan = session.assemble(
+    plan, histograms = session.assemble(
         weights,
         units=units,
         quants=quants,
-        histograms=histograms,
+        histograms=work.calibration.histograms,
         cutoffs=work.percentiles,
         reason=lambda layer: _reason(work, layer, quants.get(layer.name)),
         search=record,
@@ -157,13 +154,13 @@ def _rounded(
 
 def _convs_before_group_norm(session: Session) -> set[str]:
     """Convolutions whose bias a per-channel normalization removes."""
-    modules = {
-        id(part.conv)
+    modules = (
+        part.conv
         for encoder in session.encoders
         for part in encoder.model.feature_extractor.conv_layers
         if isinstance(getattr(part, "layer_norm", None), nn.GroupNorm)
-    }
-    return {x.name for x in session.layers if id(x.module) in modules}
+    )
+    return layer_names(session.layers, modules)
 
 
 def _reason(work: Work, layer: Layer, quant: LayerQuant | None) -> str:

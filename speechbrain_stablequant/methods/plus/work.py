@@ -9,7 +9,7 @@ from ...core.calibrators import clipped_mse
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
-from ...model.layers import Layer
+from ...model.layers import Layer, layer_names
 from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
 from ..search.score import Evaluate, Score
@@ -163,8 +163,6 @@ class Work:
 
 def _first_convs(session: Session) -> set[str]:
     """The first convolution of each encoder, whose input is the audio."""
-    first = {
-        id(encoder.model.feature_extractor.conv_layers[0].conv)
-        for encoder in session.encoders
-    }
-    return {layer.name for layer in session.layers if id(layer.module) in first}
+    extractors = (x.model.feature_extractor for x in session.encoders)
+    first = (extractor.conv_layers[0].conv for extractor in extractors)
+    return layer_names(session.layers, first)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ...core.affine import GELU_MIN, qmax
 from ...core.histogram import Histogram
-from ...model.layers import Encoder, Layer
+from ...model.layers import Encoder, Layer, layer_names
 from ...simulation.observers import Observer
 
 _CANDIDATES = 192
@@ -30,8 +30,8 @@ def behind_gelu(encoders: list[Encoder], layers: list[Layer]) -> set[str]:
         for block in model.encoder.layers:
             forward = block.feed_forward
             pairs.append((forward.intermediate_act_fn, forward.output_dense))
-    found = {id(layer) for activation, layer in pairs if _gelu(activation)}
-    return {layer.name for layer in layers if id(layer.module) in found}
+    found = (layer for activation, layer in pairs if _gelu(activation))
+    return layer_names(layers, found)
 
 
 def _gelu(activation: object) -> bool:

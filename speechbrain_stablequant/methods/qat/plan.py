@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 
-from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, quants_json
 from ...core.plan import QuantizationPlan
 from ...core.plan_tensors import AdjustedTensors, adjusted_floats
@@ -13,7 +12,7 @@ from ...utils.files import identity
 from ..calibrator import calibrator_plan
 from ..search.score import Score
 from ..session.calibration import Calibration
-from ..session.session import Session
+from ..session.session import Planned, Session
 from .loop import EpochStore, kept, train
 from .student import Student
 
@@ -22,7 +21,7 @@ EPOCH_FOLDER = "finished_epochs"
 
 def qat_plan(
     session: Session, weights: str, calibration: Calibration
-) -> tuple[QuantizationPlan, dict[str, Histogram]]:
+) -> Planned:
     """Trains a calibrated model; ``search["training"]`` has all epochs."""
     settings, recognizer = session.config.qat, session.recognizer
     start, histograms = calibrator_plan(
@@ -52,7 +51,7 @@ def qat_plan(
     layers = [replace(x, quant=quants[x.name]) for x in start.layers]
     best = kept(settings, history)
     search = {
-        "metric": session.config.search.metric,
+        "metric": recognizer.rate,
         "final_wer": best["wer"],
         "epoch": best["epoch"],
         "training": history,

@@ -51,11 +51,14 @@ class Trainer(Protocol):
 class Recognizer(Protocol):
     """A speech recognizer with its data.
 
-    ``subset`` is ``"calibration"`` or ``"search"``.
+    ``subset`` is ``"calibration"``, ``"search"`` or ``ranked``.
     """
 
     modules: Mapping[str, nn.Module]
     show_progress: bool
+    rate: str  #: what the metric counts, such as WER
+    autoregressive: bool  #: whether it decodes token by token
+    ranked: str  #: the subset that the divergence is measured on
     #: The training loop; None if the method does not train.
     trainer: Trainer | None
 

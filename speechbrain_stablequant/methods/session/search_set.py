@@ -46,7 +46,7 @@ def search_evaluate(
     search, recognizer = session.config.search, session.recognizer
     key, subset = [weights, metric or search.metric], "search"
     if metric == "divergence":
-        subset, score_of = session.ranked, session.divergence.score
+        subset, score_of = recognizer.ranked, session.divergence.score
         key += [session.reference, recognizer.key(subset, "outputs")]
     else:
         score_of = recognizer.score
@@ -86,7 +86,7 @@ def search_evaluate(
         bar.update(1)
         if not quants:
             if metric != "divergence":
-                limit, rate = search.max_float_wer, session.rate
+                limit, rate = search.max_float_wer, recognizer.rate
                 check_float_wer(score.wer, "the search set", limit, rate)
             float_words.append(score.words)
         elif not score.complete:
@@ -103,21 +103,22 @@ def keep_float_outputs(session: Session) -> None:
     Before rotation and equalization: a resumed run must compare with the same
     outputs as the run that was killed.
     """
+    recognizer = session.recognizer
     session.divergence = Divergence(
-        partial(session.recognizer.outputs, session.ranked)
+        partial(recognizer.outputs, recognizer.ranked)
     )
     session.reference = session.fingerprint()
 
 
 def search_record(session: Session, baseline: Score, final: Score) -> dict:
     """What a plan says of its search by any method: effort and WERs."""
-    rule = {}
+    recognizer, rule = session.recognizer, {}
     if session.by_divergence:
-        ranked = len(session.recognizer.ids(session.ranked))
+        ranked = len(recognizer.ids(recognizer.ranked))
         rule = {"rule": "divergence", "ranking_utterances": ranked}
     return {
-        "num_utterances": len(session.recognizer.ids("search")),
-        "metric": session.rate,
+        "num_utterances": len(recognizer.ids("search")),
+        "metric": recognizer.rate,
         **rule,
         "evaluations": session.evaluations,
         "baseline_wer": baseline.wer,

@@ -31,6 +31,9 @@ from ..search.divergence import Divergence
 from .block_cuts import block_cuts
 from .protocols import Recognizer
 
+#: A plan, and histograms of its layers' inputs for the report.
+Planned = tuple[QuantizationPlan, Mapping[str, Histogram]]
+
 
 class Session:
     """A recognizer being quantized: its layers, units, config and store.
@@ -52,13 +55,11 @@ class Session:
         if (
             config.plan is None
             and config.search.rule is None
-            and getattr(recognizer, "autoregressive", False)
+            and recognizer.autoregressive
         ):
             search = replace(config.search, rule="divergence")
             config = replace(config, search=search)
         self.config = config
-        #: What the recipe's metric counts.
-        self.rate = getattr(recognizer, "rate", config.search.metric)
         self.store = store
         self.runtimes = runtimes
         self.layers = find_layers(
@@ -88,11 +89,6 @@ class Session:
         """Whether the divergence compares candidates, and WER confirms."""
         return self.config.search.rule == "divergence"
 
-    @property
-    def ranked(self) -> str:
-        """The subset that the divergence is measured on."""
-        return getattr(self.recognizer, "ranked", "search")
-
     def fingerprint(self) -> str:
         return from_main(fingerprint_modules(self.recognizer.modules))
 
@@ -110,7 +106,7 @@ class Session:
         cutoffs: Mapping[str, float],
         reason: Callable[[Layer], str],
         search: dict,
-    ) -> QuantizationPlan:
+    ) -> Planned:
         """A plan with this session's settings; ``reason`` explains a layer."""
         layers = []
         for layer in self.layers:
@@ -127,7 +123,7 @@ class Session:
                     reason=alone or reason(layer),
                 )
             )
-        return QuantizationPlan(
+        plan = QuantizationPlan(
             method=self.config.method,
             weight_bits=self.config.weight_bits,
             activation_bits=self.config.activation_bits,
@@ -139,6 +135,7 @@ class Session:
             weight_only=self.weight_only,
             residual_amax=self.residual_amax,
         )
+        return plan, histograms
 
     def quant(
         self,
