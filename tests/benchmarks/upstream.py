@@ -139,7 +139,7 @@ class RowRun:
             )
             splits = {name: corpora.read(folder) for name, folder in folders}
         else:
-            sizes = {"train": 8, "valid": 4, "test": 2}
+            sizes = {"train": 8, "valid": 4, "test": 6}
             splits = corpora.read_splits(self.args.speech, sizes)
         overrides = {"data_folder": str(self.folder / "data")}
         overrides["output_folder"] = str(self.output)
