@@ -9,6 +9,7 @@ from torch import nn
 from ..model.products import RowsLinear, modules_by_name, tied_parameters
 from .float_reason import ADDED, float_reason
 from .plan import QuantizationPlan
+from .plan_tensors import parameters_by_name
 
 _ROWS = 8  #: rows of the largest float parts
 
@@ -91,9 +92,8 @@ def layer_sizes(
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Size of each parameter once; of a weight norm the larger part."""
     names: dict[nn.Parameter, str] = {}
-    for key, module in modules.items():
-        for name, parameter in module.named_parameters():
-            names.setdefault(parameter, f"{key}.{name}")
+    for name, parameter in parameters_by_name(modules).items():
+        names.setdefault(parameter, name)
     sizes: dict[str, int] = {}
     for parameter, name in names.items():
         if ".parametrizations.weight." in name:

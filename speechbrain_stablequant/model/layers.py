@@ -192,14 +192,7 @@ def find_layers(
     exclude: Sequence[str] = (),
 ) -> list[Layer]:
     """Finds every layer below the target keys, in network order; raises
-    ValueError for one that cannot be quantized.
-
-    Example
-    -------
-    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(1, 2, 3))
-    >>> [layer.name for layer in find_layers({"enc": model}, ["enc"])]
-    ['enc.0', 'enc.2']
-    """
+    ValueError for one that cannot be quantized."""
     for key in target:
         if key not in modules:
             raise ValueError(

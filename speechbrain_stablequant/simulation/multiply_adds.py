@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..core.plan_tensors import parameters_by_name
 from ..model.layers import Layer, visible_layers
 from ..model.products import attention_forward
 
@@ -46,10 +47,10 @@ class _Counting(TorchFunctionMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self._layer: str | None = None
+        # A parameter has its first name, as in core.account.
         self._names = {
-            parameter.untyped_storage().data_ptr(): f"{key}.{name}"
-            for key, module in modules.items()
-            for name, parameter in module.named_parameters()
+            parameter.untyped_storage().data_ptr(): name
+            for name, parameter in reversed(parameters_by_name(modules).items())
         }
 
     def begin(self, name: str, module: nn.Module, args: tuple) -> None:

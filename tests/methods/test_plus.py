@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
@@ -18,12 +19,12 @@ from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.plus.quarot import (
     is_rotated,
     rotated,
-    rotated_floats,
+    rotated_parameters,
 )
 from speechbrain_stablequant.methods.plus.smoothquant import (
-    changed_floats,
     channel_maxima,
     equalized,
+    equalized_parameters,
     factors,
     find_sites,
 )
@@ -33,6 +34,7 @@ from speechbrain_stablequant.methods.plus.zero_point import (
 )
 from speechbrain_stablequant.methods.qat.student import Student
 from speechbrain_stablequant.methods.registry import make_plan
+from speechbrain_stablequant.methods.search.divergence import Divergence
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.session.session import Session
 from speechbrain_stablequant.model.layers import find_encoders, find_layers
@@ -156,8 +158,12 @@ def loss_of(session, plan):
             return session.recognizer.score(lambda _: None, None).loss
 
 
+def copies(tensors):
+    return {name: value.clone() for name, value in tensors.items()}
+
+
 def state(modules):
-    return {k: v.clone() for k, v in modules.state_dict().items()}
+    return copies(modules.state_dict())
 
 
 def assert_unchanged(modules, before):
@@ -244,22 +250,16 @@ def test_equalized_float_model_is_the_same(tiny_modules, variant):
     maxima = channel_maxima(sites, recognizer)
     by_site = {site: factors(site, maxima[site], 0.5) for site in sites}
     assert all(f.max() / f.min() > 1.5 for f in by_site.values())
-    quantized = [layer.name for layer in layers[:-2]]
     with equalized(by_site):
         assert recognizer.score(lambda _: None, None).loss < 1e-5
-        floats = changed_floats(sites, quantized)
+        floats = copies(equalized_parameters(sites))
         changed = {
             name: value
             for name, value in state(tiny_modules).items()
             if not torch.equal(value, before[name])
         }
     assert_unchanged(tiny_modules, before)
-    # All that changed is in the floats, but for weights that are integers.
-    left = set(changed) - set(floats)
-    assert left <= {f"{name}.weight" for name in quantized}
-    assert all(
-        torch.equal(floats[n], changed[n]) for n in floats if n in changed
-    )
+    assert all(torch.equal(floats[n], changed[n]) for n in changed)
 
 
 def test_strength_one_makes_channels_equal(large):
@@ -281,12 +281,10 @@ def test_strength_one_makes_channels_equal(large):
 def test_rotated_float_model_is_the_same(large):
     recognizer = Recognizer(large)
     (encoder,) = find_encoders(recognizer.modules)
-    layers = find_layers(recognizer.modules, TARGET)
-    quantized = [layer.name for layer in layers[:-2]]
     before = state(large)
     with rotated([encoder]):
         assert recognizer.score(lambda _: None, None).loss < 1e-5
-        floats = rotated_floats([encoder], quantized)
+        floats = copies(rotated_parameters([encoder]))
         changed = {
             name: value
             for name, value in state(large).items()
@@ -297,11 +295,8 @@ def test_rotated_float_model_is_the_same(large):
         assert not is_rotated(encoder.model.encoder.layer_norm, [encoder])
     assert_unchanged(large, before)
     assert set(state(large)) == set(before)
-    left = set(changed) - set(floats)
-    assert left and left <= {f"{name}.weight" for name in quantized}
-    assert all(
-        torch.equal(floats[n], changed[n]) for n in changed if n in floats
-    )
+    assert changed
+    assert all(torch.equal(floats[n], changed[n]) for n in changed)
 
 
 @torch.no_grad()
@@ -385,6 +380,30 @@ def test_layers_behind_a_gelu(tiny_modules):
     downs = [f"layers.{i}.feed_forward.output_dense" for i in range(2)]
     assert len(found) == len(convs) + len(downs)
     assert all(any(n.endswith(e) for n in found) for e in convs + downs)
+
+
+# -- the divergence ------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_divergence_from_the_float_outputs():
+    """KL of log probabilities, relative squares of all else, per frame."""
+    linear, x = nn.Linear(3, 2), torch.randn(2, 4, 3)
+
+    def outputs(before_batch):
+        for index, batch in enumerate(x):
+            before_batch(index)
+            yield [linear(batch), linear(batch).log_softmax(-1)]
+
+    measure, before = Divergence(outputs), linear(x)
+    assert measure.score(lambda _: None).loss == 0
+    linear.weight.mul_(2)
+    after = linear(x)
+    logs = [y.log_softmax(-1) for y in (after, before)]
+    expected = F.kl_div(*logs, reduction="sum", log_target=True)
+    ratio = (after - before).square().sum(-1) / before.square().sum(-1)
+    found = measure.score(lambda _: None).loss
+    assert found == pytest.approx(float(expected + ratio.sum()) / 16, rel=1e-5)
 
 
 # -- the whole -----------------------------------------------------------------

@@ -85,6 +85,16 @@ def test_what_is_no_layer(recurrent):
     assert products["m.mixed"] == B * 40 * 60
 
 
+def test_a_module_behind_two_keys_has_its_first_name():
+    linear = nn.Linear(4, 3)
+    modules = {"a": linear, "b": linear}
+    x = torch.ones(2, 4)
+    products = count_multiply_adds([], modules, lambda: linear(x))
+    assert products == {"a.weight": 24}
+    found = account(plan_of([]), modules, products)
+    assert found["largest_float"][0]["products"] == 24
+
+
 def test_account(recurrent):
     modules, layers, products = recurrent
     names = weight_only_parameters(modules, ["m"])

@@ -21,14 +21,6 @@ class Compensate:
 
     ``damping`` is added to the diagonal of the Hessian, as a fraction of its
     mean; ``cross``: whether the output of the float model is the target.
-
-    Example
-    -------
-    >>> weight = torch.tensor([[1.0, 0.4, 0.4]])
-    >>> gram = torch.ones(3, 3) + 0.01 * torch.eye(3)  # inputs move together
-    >>> q, scale = Compensate(0.001, cross=False)(weight, 2, "max", gram)
-    >>> int(q.sum())  # the nearest integers are 1, 0, 0
-    2
     """
 
     damping: float = 0.01

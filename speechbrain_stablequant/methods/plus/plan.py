@@ -28,12 +28,12 @@ from ..session.session import Planned, Session
 from ..stablequant import selection_rules
 from .bits import choose_unit_bits
 from .clipping import choose_percentiles
-from .quarot import is_rotated, rotated, rotated_floats
+from .quarot import is_rotated, rotated, rotated_parameters
 from .smoothquant import (
     Site,
-    changed_floats,
     channel_maxima,
     equalized,
+    equalized_parameters,
     factors,
     find_sites,
 )
@@ -62,9 +62,14 @@ def plus_plan(
         work.divergence(quants, "scales")
         selected = {unit.name for unit in units if unit.selected}
         tensors = _rounded(work, quants, selected, bool(by_site))
-        floats = changed_floats(by_site, quants)
         # A parameter that both changed has its present value in both.
-        floats |= rotated_floats(work.rotated, quants)
+        changed = equalized_parameters(by_site)
+        changed |= rotated_parameters(work.rotated)
+        floats = {
+            name: value.detach().clone()
+            for name, value in changed.items()
+            if name.removesuffix(".weight") not in quants
+        }
         scores = work.word_errors(quants, tensors)
     record = search_record(session, *scores)
     if session.config.plus.cutoffs == "units":

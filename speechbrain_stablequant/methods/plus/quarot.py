@@ -104,20 +104,15 @@ def rotated(encoders: Sequence[Encoder], seed: int = 0) -> Iterator[None]:
         yield
 
 
-def rotated_floats(
-    encoders: Iterable[Encoder], quantized: Iterable[str]
+def rotated_parameters(
+    encoders: Iterable[Encoder],
 ) -> dict[str, torch.Tensor]:
-    """Rotations and changed parameters that are not quantized, as copies.
-
-    Called inside of :func:`rotated`; by name in the state dict.
-    """
-    quantized = set(quantized)
+    """Rotations and what :func:`rotated` changed, by name in the state dict."""
     changed = {}
     for encoder in encoders:
         rotation = getattr(encoder.model.encoder, BUFFER)
         changed[f"{encoder.path}.encoder.{BUFFER}"] = rotation
         for name, module in _touched(encoder).items():
             changed[f"{name}.bias"] = module.bias
-            if name not in quantized:
-                changed[f"{name}.weight"] = module.weight
-    return {name: value.detach().clone() for name, value in changed.items()}
+            changed[f"{name}.weight"] = module.weight
+    return changed

@@ -138,20 +138,13 @@ def _divide(producer: nn.Module, factor: torch.Tensor) -> None:
     producer.weight.div_(factor[:, None] if is_linear else factor)
 
 
-def changed_floats(
-    sites: Iterable[Site], quantized: Iterable[str]
-) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that equalization changed, if not quantized.
-
-    Called inside of :func:`equalized`; by name in the state dict.
-    """
-    quantized = set(quantized)
+def equalized_parameters(sites: Iterable[Site]) -> dict[str, torch.Tensor]:
+    """What :func:`equalized` changes, by name in the state dict."""
     changed = {}
     for site in sites:
-        consumers = {c.name: c.module for c in site.consumers}
-        for name, module in {site.name: site.producer, **consumers}.items():
-            if name not in quantized:
-                changed[f"{name}.weight"] = module.weight
+        changed[f"{site.name}.weight"] = site.producer.weight
+        for layer in site.consumers:
+            changed[f"{layer.name}.weight"] = layer.module.weight
         if site.producer.bias is not None:
             changed[f"{site.name}.bias"] = site.producer.bias
-    return {name: value.detach().clone() for name, value in changed.items()}
+    return changed

@@ -45,14 +45,6 @@ def choose_bits(
 
     ``options`` of each unit are monotone; ``budget``: bytes of all units
     together. Raises a ValueError if even the smallest options exceed it.
-
-    Example
-    -------
-    >>> options = {
-    ...     "a": [Option(4, 50, 0.9), Option(8, 100, 0.0)],
-    ...     "b": [Option(4, 50, 0.1), Option(8, 100, 0.0)]}
-    >>> choose_bits(options, 150)
-    {'a': 8, 'b': 4}
     """
     smallest = {u: min(row, key=lambda o: o.size) for u, row in options.items()}
     least = sum(option.size for option in smallest.values())

@@ -37,19 +37,6 @@ class Divergence:
 
     ``outputs`` runs the search set and yields each batch's output, a tensor or
     several; it calls its argument with the batch's index before each.
-
-    Example
-    -------
-    >>> linear = torch.nn.Linear(2, 2)
-    >>> x = torch.randn(3, 2)
-    >>> def outputs(before_batch):
-    ...     yield linear(x).detach()
-    >>> measure = Divergence(outputs)
-    >>> measure.score(lambda _: None).loss
-    0.0
-    >>> _ = linear.weight.data.mul_(2)
-    >>> measure.score(lambda _: None).loss > 0
-    True
     """
 
     def __init__(

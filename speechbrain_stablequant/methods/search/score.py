@@ -19,11 +19,6 @@ class Score:
     the evaluation gave up early (not ``complete``). ``loss``: mean loss of the
     recipe per utterance, infinite if it is not finite. The rest, for paired
     comparison, is empty if unknown or not finite.
-
-    Example
-    -------
-    >>> Score(errors=1, words=4, loss=0.5).wer
-    25.0
     """
 
     errors: int
