@@ -2,11 +2,11 @@
 
 import inspect
 import logging
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import speechbrain as sb
-from speechbrain.utils.train_logger import TrainLogger
 
 from ..core.error_rates import score
 from ..methods.search.score import Score
@@ -49,7 +49,11 @@ def log_results(run: "Run", name: str) -> None:
 def _log(brain: sb.Brain, meta: Mapping, **stats: Mapping) -> None:
     """By the main process. TensorBoard takes numbers only, as ``meta`` too."""
     found = getattr(getattr(brain, "hparams", None), "train_logger", None)
-    if not (isinstance(found, TrainLogger) and distributed.is_main()):
+    # Not imported, which warns where torchvision is not installed.
+    known = sys.modules.get("speechbrain.utils.train_logger")
+    if known is None or not isinstance(found, known.TrainLogger):
+        return
+    if not distributed.is_main():
         return
     # SpeechBrain's own decorator would wait for the other processes, which
     # are not here, or wait for this one in vain if it fails.

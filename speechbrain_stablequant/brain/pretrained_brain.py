@@ -37,6 +37,11 @@ class Recognizer:
         # Modules that nothing loads or uses may be random.
         used = [type(pretrained), self.hparams, pretrained.mods, normalize]
         self._content = digest(used)
+        labels = self.hparams["tokenizer"]
+        known = hasattr(labels, "expected_len")
+        if isinstance(labels, CTCTextEncoder) and not known:
+            # As the first decoding does, but that it warns.
+            labels.ignore_len()
 
     def to_str(self) -> str:
         """What it was when it was loaded: keys of measurements have it."""
@@ -220,6 +225,9 @@ class PretrainedBrain(sb.Brain):
         self.recognizer = recognizer
         #: Where the search finds what decodes.
         self.searcher = recognizer.searcher
+
+    def print_trainable_parameters(self) -> None:
+        """Nothing: none is trained."""
 
     def compute_forward(
         self, batch: Any, stage: sb.Stage

@@ -1,5 +1,7 @@
 """Which numbers the recipe's train_logger gets."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +72,17 @@ def test_search_and_a_disk_that_is_full(tmp_path, caplog):
     assert "train_logger: " in caplog.text
     # Recipes without one, or with one of their own kind.
     log_search(brain_with(None), 1, Score(1, 4, 0.5))
+
+
+def test_speechbrains_loggers_are_not_imported():
+    """Their import warns where torchvision is not installed."""
+    code = (
+        "import sys, speechbrain_stablequant\n"
+        "speechbrain_stablequant.quantize_pretrained\n"
+        "assert 'speechbrain.utils.train_logger' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stderr

@@ -12,6 +12,7 @@ import speechbrain as sb
 import torch
 from conftest import build_tiny_model
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.dataio import encoder as label_encoder
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CTCTextEncoder
@@ -32,6 +33,10 @@ from speechbrain_stablequant import (
 )
 from speechbrain_stablequant.brain import pretrained
 from speechbrain_stablequant.brain.manifest import ManifestError
+from speechbrain_stablequant.brain.pretrained_brain import (
+    PretrainedBrain,
+    Recognizer,
+)
 
 HYPERPARAMS = """\
 wav2vec2: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2
@@ -315,6 +320,21 @@ def test_a_wrong_target_is_found_before_any_work(place, tmp_path, monkeypatch):
         quantize_pretrained(
             place / "source", files, tmp_path, target=["encoderr"], **options
         )
+
+
+def test_nothing_warns_of_a_training(place, monkeypatch, caplog):
+    """Of labels whose count nobody told, and of no trainable parameters."""
+    said = []
+    monkeypatch.setattr(label_encoder.logger, "warning_once", said.append)
+    asr = EncoderASR.from_hparams(source=str(place / "source"))
+    assert not hasattr(asr.tokenizer, "expected_len")
+    recognizer = Recognizer(asr, None)
+    caplog.clear()
+    brain = PretrainedBrain(recognizer, RUN)
+    _, (text,) = recognizer.transcribe(torch.randn(1, 9000), torch.ones(1))
+    assert text and not said
+    assert not any(p.requires_grad for p in brain.modules.parameters())
+    assert "trainable" not in caplog.text
 
 
 def test_data_that_does_not_fit(place):

@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("openvino")
 
 from speechbrain.dataio.dataio import length_to_mask
+from transformers import modeling_utils
 from transformers.modeling_outputs import BaseModelOutput
 
 from speechbrain_stablequant.core.float_reason import weights_alone
@@ -113,6 +114,26 @@ def simulated(module, integers, *args):
 
 
 # -- signatures ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", capturing.WAYS)
+def test_capturing_reads_no_loss_of_transformers(
+    make_tiny_modules, monkeypatch, way
+):
+    """Reading it warns, where transformers knows none for the model."""
+    said = []
+    monkeypatch.setattr(
+        modeling_utils.logger, "warning_once", lambda x, *_: said.append(x)
+    )
+    module = make_tiny_modules("wav2vec2-large")["wav2vec2"]
+    model = module.model
+    monkeypatch.setattr(capturing, "WAYS", (way,))
+    calls = [Call((torch.randn(1, n),), {}) for n in (4000, 5600)]
+    part = capture_part("enc", module, calls, [])
+    assert (part.way, said) == (way, [])
+    assert "_loss_function" not in vars(model)
+    assert model.loss_function is not None
+    assert said == [x for x in said if "loss_type=None" in x] != []
 
 
 def test_signature_tells_what_changes():

@@ -115,6 +115,7 @@ def capture(
         stack.enter_context(_plain_masks(module))
         stack.enter_context(sites.replaced())
         stack.enter_context(_quiet())
+        stack.enter_context(_without_losses(module))
         flat(*tensors)
         outputs = flat.outputs
         if way == "trace":
@@ -153,6 +154,17 @@ def _quiet() -> Iterator[None]:
     finally:
         # OpenVINO's converter leaves the root logger at ERROR.
         logging.root.setLevel(level)
+
+
+@contextmanager
+def _without_losses(module: nn.Module) -> Iterator[None]:
+    """Context in which models of transformers have a loss, which is None:
+    tracing reads all attributes, and this one warns where it is unknown."""
+    with ExitStack() as stack:
+        for child in module.modules():
+            if hasattr(type(child), "loss_function"):
+                stack.enter_context(shadowed(child, "_loss_function", None))
+        yield
 
 
 # -- masks ---------------------------------------------------------------------
