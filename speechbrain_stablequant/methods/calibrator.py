@@ -35,6 +35,7 @@ def calibrator_plan(
         units=[UnitPlan(name) for name in session.units],
         quants=quants,
         histograms=calibration.histograms,
+        residual_amax=calibration.residual,
         cutoffs=dict.fromkeys(quants, options.get("percentile", 100.0)),
         reason=lambda _: f"{method} calibration{then}",
         search={},

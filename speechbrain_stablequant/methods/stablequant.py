@@ -26,11 +26,7 @@ from .search.percentile import search_percentiles
 from .search.score import Evaluate, Score
 from .search.sensitivity import select_units
 from .session.calibration import Calibration
-from .session.search_set import (
-    keep_float_outputs,
-    search_evaluate,
-    search_record,
-)
+from .session.search_set import SearchSet
 from .session.session import Planned, Session
 
 logger = logging.getLogger(__name__)
@@ -47,11 +43,11 @@ def stablequant_plan(
 ) -> Planned:
     """Makes the plan of ``method: stablequant``."""
     histograms = calibration.histograms
-    rank = None
+    search_set, rank = SearchSet(session), None
     if session.by_divergence:
-        keep_float_outputs(session)
-        rank, *_ = search_evaluate(session, weights, calibration, "divergence")
-    evaluate, journal, bar = search_evaluate(session, weights, calibration)
+        search_set.keep_float_outputs()
+        rank, _ = search_set.evaluator(weights, calibration, "divergence")
+    evaluate, bar = search_set.evaluator(weights, calibration)
     started = time.monotonic()
     baseline, units = search_units(
         session,
@@ -67,8 +63,8 @@ def stablequant_plan(
     final = evaluate(quants, label="final")
     logger.info(
         "search: %d evaluations, %d of them from %s, %.0f s",
-        session.evaluations,
-        journal.reused,
+        search_set.evaluations,
+        sum(journal.reused for journal in search_set.journals),
         JOURNAL_FILE,
         time.monotonic() - started,
     )
@@ -78,10 +74,10 @@ def stablequant_plan(
         units=units,
         quants=quants,
         histograms=histograms,
+        residual_amax=calibration.residual,
         cutoffs=cutoffs,
         reason=lambda layer: reasons[layer.unit],
-        search=search_record(session, baseline, final)
-        | selection_rules(session),
+        search=search_set.record(baseline, final) | selection_rules(session),
     )
 
 

@@ -96,6 +96,10 @@ class Simulator:
         self.tensors = dict(tensors or {})
         self._kept: dict[str, _Kept] = {}
 
+    def reset(self) -> None:
+        """Drops what was made of another form of the model."""
+        self.tensors, self._kept = {}, {}
+
     def _forward(self, name: str, quant: LayerQuant) -> Forward:
         tensors = self.tensors.get(name, _NOTHING)
         kept = self._kept.get(name)

@@ -23,7 +23,6 @@ from ..adaround import AdaRound
 from ..layerwise.gptq import Compensate
 from ..layerwise.reconstruct import rounded_layers
 from ..session.calibration import Calibration
-from ..session.search_set import keep_float_outputs, search_record
 from ..session.session import Planned, Session
 from ..stablequant import selection_rules
 from .bits import choose_unit_bits
@@ -49,9 +48,9 @@ def plus_plan(
     ``search["parts"]`` of the plan has the divergence after each part.
     """
     work = Work(session, weights, calibration)
-    keep_float_outputs(session)
+    work.search_set.keep_float_outputs()
     with ExitStack() as stack:
-        stack.callback(work.reset_simulator)
+        stack.callback(session.simulator.reset)
         stack.enter_context(rotated(work.rotated, session.config.seed))
         strength, by_site = _best_equalization(work)
         stack.enter_context(equalized(by_site))
@@ -71,7 +70,7 @@ def plus_plan(
             if name.removesuffix(".weight") not in quants
         }
         scores = work.word_errors(quants, tensors)
-    record = search_record(session, *scores)
+    record = work.search_set.record(*scores)
     if session.config.plus.cutoffs == "units":
         record |= selection_rules(session)
     record |= {"parts": work.measured, "runtimes": list(session.runtimes)}
@@ -80,6 +79,7 @@ def plus_plan(
         units=units,
         quants=quants,
         histograms=work.calibration.histograms,
+        residual_amax=work.calibration.residual,
         cutoffs=work.percentiles,
         reason=lambda layer: _reason(work, layer, quants.get(layer.name)),
         search=record,

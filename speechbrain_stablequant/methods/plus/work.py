@@ -10,11 +10,10 @@ from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer, layer_names
-from ...simulation.fake_quant import Simulator
 from ...simulation.observers import Observer
 from ..search.score import Evaluate, Score
 from ..session.calibration import Calibration, calibrations
-from ..session.search_set import search_evaluate
+from ..session.search_set import SearchSet
 from ..session.session import Session
 from .quarot import can_rotate
 from .zero_point import ShiftedObserver, asymmetric_range, behind_gelu
@@ -27,7 +26,7 @@ class Work:
         self, session: Session, weights: str, calibration: Calibration
     ):
         plus = session.config.plus
-        self.session = session
+        self.session, self.search_set = session, SearchSet(session)
         #: Of the model before rotation and equalization.
         self.first_weights, self.first_calibration = weights, calibration
         #: Of its present form, see :meth:`calibrate`.
@@ -58,14 +57,10 @@ class Work:
         #: What was measured of each part of the pipeline, for the plan.
         self.measured: list[dict] = []
 
-    def reset_simulator(self) -> None:
-        """Drops the fake-quantized weights of another form of the model."""
-        self.session.simulator = Simulator(self.session.layers)
-
     def calibrate(self, strength: float) -> None:
         """Calibrates the model as it is now, equalized by a strength."""
-        self.reset_simulator()
         session = self.session
+        session.simulator.reset()
         suffix = "_rotated" if self.rotated else ""
         if strength:
             suffix += f"_equalized_{strength:g}"
@@ -125,10 +120,7 @@ class Work:
         weights = self.weights
         if tensors:
             weights += AdjustedTensors(dict(tensors)).digest()
-        evaluate, _, bar = search_evaluate(
-            self.session, weights, self.calibration, metric
-        )
-        return evaluate, bar
+        return self.search_set.evaluator(weights, self.calibration, metric)
 
     def divergence(
         self,
@@ -151,8 +143,8 @@ class Work:
         tensors: Mapping[str, LayerTensors],
     ) -> tuple[Score, Score]:
         # Rotation and equalization do not change the float model's output.
-        evaluate, _, bar = search_evaluate(
-            self.session, self.first_weights, self.first_calibration
+        evaluate, bar = self.search_set.evaluator(
+            self.first_weights, self.first_calibration
         )
         with bar:
             baseline = evaluate({}, label="float")

@@ -94,9 +94,7 @@ def calibrations(
         in_order = called == sorted(called)
         known[file] = Calibration(observer.histograms, in_order, peak.value)
         session.store.write(file, keys[file], known[file].to_dict())
-    found = [known[file] for file in wanted]
-    session.residual_amax = found[0].residual
-    return found
+    return [known[file] for file in wanted]
 
 
 def _observe(

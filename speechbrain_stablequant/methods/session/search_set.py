@@ -31,105 +31,119 @@ def check_earlier_run(folder: Path) -> None:
     Journal(store, "")
 
 
-def search_evaluate(
-    session: Session,
-    weights: str,
-    calibration: Calibration,
-    metric: str | None = None,
-) -> tuple[Evaluate, Journal, tqdm]:
-    """The evaluate function of the search, its journal and its progress bar.
+class SearchSet:
+    """Evaluations of a session's recognizer on its search set."""
 
-    ``weights``: fingerprint of the model and of the tensors in its simulator.
-    ``metric``: ``"divergence"`` from the outputs of :func:`keep_float_outputs`,
-    as a score's loss; by default the block's.
-    """
-    search, recognizer = session.config.search, session.recognizer
-    key, subset = [weights, metric or search.metric], "search"
-    if metric == "divergence":
-        subset, score_of = recognizer.ranked, session.divergence.score
-        key += [session.reference, recognizer.key(subset, "outputs")]
-    else:
-        score_of = recognizer.score
-        key.append(recognizer.key(subset, "scores"))
-    journal = Journal(
-        session.store,
-        identity(key),
-        metric is None and search.selection == "interval",
-        metric or "wer",
-    )
-    replay = _replay(session, calibration.in_order)
-    bar = session.bar(1, "search")
+    def __init__(self, session: Session):
+        self.session = session
+        #: Those from a journal included.
+        self.evaluations = 0
+        self.journals: list[Journal] = []
+        self._exact_cuts: list[Cut] | None = None
+        self._divergence: Divergence | None = None
+        #: Fingerprint of the model that the divergence compares with.
+        self._reference = ""
 
-    def measure(
-        quants: Mapping[str, LayerQuant],
-        start: str | None = None,
-        give_up_above: int | None = None,
-        label: str = "",
-    ) -> Score:
-        bar.set_postfix_str(label)
-        with session.simulator.apply(quants):
-            if start is None or not replay.prepare(
-                start,
-                session.prefix(quants, start),
-                partial(recognizer.forward, subset),
-            ):
-                return score_of(lambda _: None, give_up_above)
-            with replay.active():
-                return score_of(replay.start_batch, give_up_above)
+    def keep_float_outputs(self) -> None:
+        """Runs the unchanged float model over the search set, for divergences.
 
-    remembered = journal.wrap(measure)
-    float_words: list[int] = []
+        Before rotation and equalization: a resumed run must compare with the
+        same outputs as the run that was killed.
+        """
+        recognizer = self.session.recognizer
+        self._divergence = Divergence(
+            partial(recognizer.outputs, recognizer.ranked)
+        )
+        self._reference = self.session.fingerprint()
 
-    def counted(quants: Mapping[str, LayerQuant], **options) -> Score:
-        score = remembered(quants, **options)
-        session.evaluations += 1
-        bar.update(1)
-        if not quants:
-            if metric != "divergence":
-                limit, rate = search.max_float_wer, recognizer.rate
-                check_float_wer(score.wer, "the search set", limit, rate)
-            float_words.append(score.words)
-        elif not score.complete:
-            # Errors so far over all words: a lower bound of the WER.
-            score = replace(score, words=float_words[0])
-        return score
+    def evaluator(
+        self,
+        weights: str,
+        calibration: Calibration,
+        metric: str | None = None,
+    ) -> tuple[Evaluate, tqdm]:
+        """The evaluate function of a search, and its progress bar.
 
-    return counted, journal, bar
+        ``weights``: fingerprint of the model and of its simulator's tensors.
+        ``metric``: ``"divergence"`` from :meth:`keep_float_outputs`, as a
+        score's loss; by default the block's.
+        """
+        session = self.session
+        search, recognizer = session.config.search, session.recognizer
+        key, subset = [weights, metric or search.metric], "search"
+        if metric == "divergence":
+            subset, score_of = recognizer.ranked, self._divergence.score
+            key += [self._reference, recognizer.key(subset, "outputs")]
+        else:
+            score_of = recognizer.score
+            key.append(recognizer.key(subset, "scores"))
+        journal = Journal(
+            session.store,
+            identity(key),
+            metric is None and search.selection == "interval",
+            metric or "wer",
+        )
+        self.journals.append(journal)
+        replay = self._replay(calibration.in_order)
+        bar = session.bar(1, "search")
 
+        def measure(
+            quants: Mapping[str, LayerQuant],
+            start: str | None = None,
+            give_up_above: int | None = None,
+            label: str = "",
+        ) -> Score:
+            bar.set_postfix_str(label)
+            with session.simulator.apply(quants):
+                if start is None or not replay.prepare(
+                    start,
+                    session.prefix(quants, start),
+                    partial(recognizer.forward, subset),
+                ):
+                    return score_of(lambda _: None, give_up_above)
+                with replay.active():
+                    return score_of(replay.start_batch, give_up_above)
 
-def keep_float_outputs(session: Session) -> None:
-    """Runs the unchanged float model over the search set, for divergences.
+        remembered = journal.wrap(measure)
+        float_words: list[int] = []
 
-    Before rotation and equalization: a resumed run must compare with the same
-    outputs as the run that was killed.
-    """
-    recognizer = session.recognizer
-    session.divergence = Divergence(
-        partial(recognizer.outputs, recognizer.ranked)
-    )
-    session.reference = session.fingerprint()
+        def counted(quants: Mapping[str, LayerQuant], **options) -> Score:
+            score = remembered(quants, **options)
+            self.evaluations += 1
+            bar.update(1)
+            if not quants:
+                if metric != "divergence":
+                    limit, rate = search.max_float_wer, recognizer.rate
+                    check_float_wer(score.wer, "the search set", limit, rate)
+                float_words.append(score.words)
+            elif not score.complete:
+                # Errors so far over all words: a lower bound of the WER.
+                score = replace(score, words=float_words[0])
+            return score
 
+        return counted, bar
 
-def search_record(session: Session, baseline: Score, final: Score) -> dict:
-    """What a plan says of its search by any method: effort and WERs."""
-    recognizer, rule = session.recognizer, {}
-    if session.by_divergence:
-        ranked = len(recognizer.ids(recognizer.ranked))
-        rule = {"rule": "divergence", "ranking_utterances": ranked}
-    return {
-        "num_utterances": len(recognizer.ids("search")),
-        "metric": recognizer.rate,
-        **rule,
-        "evaluations": session.evaluations,
-        "baseline_wer": baseline.wer,
-        "final_wer": final.wer,
-    }
+    def record(self, baseline: Score, final: Score) -> dict:
+        """What a plan says of its search by any method: effort and WERs."""
+        recognizer, rule = self.session.recognizer, {}
+        if self.session.by_divergence:
+            ranked = len(recognizer.ids(recognizer.ranked))
+            rule = {"rule": "divergence", "ranking_utterances": ranked}
+        return {
+            "num_utterances": len(recognizer.ids("search")),
+            "metric": recognizer.rate,
+            **rule,
+            "evaluations": self.evaluations,
+            "baseline_wer": baseline.wer,
+            "final_wer": final.wer,
+        }
 
-
-def _replay(session: Session, in_order: bool) -> Replay:
-    if session.exact_cuts is None:
-        session.exact_cuts = _exact_cuts(session, session.cuts(in_order))
-    return Replay(session.exact_cuts, list(session.units), session.cache_bytes)
+    def _replay(self, in_order: bool) -> Replay:
+        session = self.session
+        if self._exact_cuts is None:
+            self._exact_cuts = _exact_cuts(session, session.cuts(in_order))
+        units, limit = list(session.units), session.cache_bytes
+        return Replay(self._exact_cuts, units, limit)
 
 
 def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:

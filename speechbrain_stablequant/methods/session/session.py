@@ -27,7 +27,6 @@ from ...utils.distributed import from_main
 from ...utils.progress import progress_bar
 from ...utils.store import Store
 from ...utils.tensor_bytes import headed_digest
-from ..search.divergence import Divergence
 from .block_cuts import block_cuts
 from .protocols import Recognizer
 
@@ -73,16 +72,7 @@ class Session:
             {key: recognizer.modules[key] for key in config.target}
         )
         self.simulator = Simulator(self.layers)
-        #: The largest value of a residual stream while calibrating.
-        self.residual_amax: float | None = None
-        #: Evaluations on the search set, those from the journal included.
-        self.evaluations = 0
-        #: Cuts where resuming is exact, see :mod:`.search_set`.
-        self.exact_cuts: list[Cut] | None = None
-        self.divergence: Divergence | None = None
         self._block_cuts: list[Cut] | None = None
-        #: Fingerprint of the model that ``divergence`` compares with.
-        self.reference = ""
 
     @property
     def by_divergence(self) -> bool:
@@ -103,6 +93,7 @@ class Session:
         units: list[UnitPlan],
         quants: Mapping[str, LayerQuant],
         histograms: Mapping[str, Histogram],
+        residual_amax: float | None,
         cutoffs: Mapping[str, float],
         reason: Callable[[Layer], str],
         search: dict,
@@ -133,7 +124,7 @@ class Session:
             units=units,
             layers=layers,
             weight_only=self.weight_only,
-            residual_amax=self.residual_amax,
+            residual_amax=residual_amax,
         )
         return plan, histograms
 
