@@ -17,6 +17,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from .. import __version__
 from ..utils.typed import one_line
+from .recipe import INTERRUPTED, ending_while_importing
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _PATH = click.Path(exists=True, path_type=Path)
@@ -56,7 +57,10 @@ def main(args: Sequence[str] | None = None) -> None:
         # Of libraries, for those who write code with them.
         warnings.simplefilter("ignore")
     try:
-        code = app.main(args, prog_name="stablequant", standalone_mode=False)
+        with ending_while_importing():
+            code = app.main(
+                args, prog_name="stablequant", standalone_mode=False
+            )
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -64,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # A run says how to continue, and marks the interruption.
         if not getattr(error.__cause__ or error, "is_explained", False):
             _say("interrupted")
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # Of `stablequant ... | head`: Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,29 +1,68 @@
-"""Runs a recipe's script as ``python SCRIPT ARGUMENTS`` does, but that a wrong
-``quantize:`` block is one line; its traceback goes into the recipe's log.
+"""Runs a recipe's script as ``python SCRIPT ARGUMENTS`` does, but that Ctrl-C
+is one line also before a run begins, such as while weights load.
 
 Executed by its path, so that the script finds modules where it always does.
 """
 
-import logging
+import os
 import runpy
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-_PACKAGE = "speechbrain_stablequant"
+LINE = "stablequant: interrupted"
+INTERRUPTED = 130
+_IMPORTING = "<frozen importlib._bootstrap>"
+
+
+@contextmanager
+def ending_while_importing() -> Iterator[None]:
+    """Context in which Ctrl-C during an import ends the process at once.
+
+    There an exception may be swallowed, which leaves half a module, or abort
+    the process in C++. As soon as a run begins, which has something to tell,
+    ``utils.interrupts`` ends it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _end_or_raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_or_raise(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTING:
+            print(LINE, file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+_end_or_raise.before_a_run = True
 
 
 def run(script: str) -> None:
     """Run a script whose arguments are in ``sys.argv``."""
     try:
-        runpy.run_path(script, run_name="__main__")
-    except ValueError as error:
-        # If it is not loaded, the error is not of it.
-        config = sys.modules.get(f"{_PACKAGE}.config")
-        if config is None or not isinstance(error, config.ConfigError):
+        with ending_while_importing():
+            runpy.run_path(script, run_name="__main__")
+    except KeyboardInterrupt as error:
+        # A run says how to continue, and ends the process.
+        if isinstance(error, SystemExit):
             raise
-        logging.getLogger(_PACKAGE).debug("the block is wrong", exc_info=True)
-        print(f"stablequant: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(LINE, file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ def explained(what: str, ends_process: bool) -> Iterator[None]:
     Otherwise the interruption gets ``is_explained``, so that nothing is said
     again.
     """
+    if getattr(signal.getsignal(signal.SIGINT), "before_a_run", False):
+        # The command's, which ends the process at once while it imports.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     stack = _terminable() if ends_process else contextlib.nullcontext()
     try:
         with stack:

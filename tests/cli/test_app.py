@@ -1,11 +1,13 @@
 """The ``stablequant`` command, on a tiny folder."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -395,6 +397,50 @@ def test_a_wrong_block_is_one_line(tmp_path, key, line, traceback):
     assert ("Traceback" in done.stderr) == traceback
     log = (work / "log.txt").read_text()
     assert ("ConfigError" in log) != traceback
+
+
+LOAD = """
+import os, signal, time
+
+def load():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+
+"""
+RUN = """from speechbrain_stablequant.utils.interrupts import explained
+with explained("go on", True):
+    load()"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize(
+    "code, line",
+    [
+        ("load()", "stablequant: interrupted"),
+        (RUN, "quantize: interrupted; go on"),
+        ("try: load()\nexcept KeyboardInterrupt: raise SystemExit(130)", ""),
+        ("import swallows", "stablequant: interrupted"),
+    ],
+)
+def test_an_interrupted_recipe(tmp_path, code, line):
+    """While it loads weights, in its run, one that handles it itself, and
+    while a module is imported, which may catch everything."""
+    (tmp_path / "train.py").write_text(LOAD + code)
+    swallows = "try: load()\nexcept BaseException: pass"
+    (tmp_path / "swallows.py").write_text(LOAD + swallows)
+    (tmp_path / "quant.yaml").write_text(BLOCK.format(""))
+    command = [sys.executable, "-m", "speechbrain_stablequant.cli", "quantize"]
+    done = subprocess.run(
+        [*command, "train.py", "quant.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # What a shell starts in the background ignores it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == 130
+    assert done.stderr.strip() == line
 
 
 @pytest.mark.parametrize("explains", [True, False])

@@ -13,6 +13,7 @@ import pytest
 from starter import environment
 from trained_recipe import ATTACHED, BLOCK, ONE_SET
 
+from speechbrain_stablequant.cli.recipe import ending_while_importing
 from speechbrain_stablequant.utils.interrupts import Interrupted, explained
 
 HERE = Path(__file__).resolve().parent
@@ -133,3 +134,24 @@ def test_what_is_raised(capsys):
     with pytest.raises(ValueError, match="other"), explained("go on", True):
         raise ValueError("other")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_has_pythons_own_handler():
+    """Also where the command had another while it imported."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ending_while_importing():
+            own = signal.getsignal(signal.SIGINT)
+            assert own is not signal.default_int_handler
+            with pytest.raises(KeyboardInterrupt):
+                own(signal.SIGINT, None)
+            with explained("go on", True):
+                now = signal.getsignal(signal.SIGINT)
+        assert now is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is now
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with ending_while_importing():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
