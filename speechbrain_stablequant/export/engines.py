@@ -5,6 +5,7 @@ and a folder, and returns Markdown that shows its use, and a line in
 ``ENGINES``.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from . import (
     transformers_js,
 )
 from .model import Model
+
+logger = logging.getLogger(__name__)
 
 #: What writes the folder of each engine.
 ENGINES: dict[str, Callable[[Model, Path], str]] = {
@@ -39,6 +42,10 @@ _EXACT = {
     8: "On x86 CPUs without VNNI sums of products saturate with weights of 8 "
     "bits: for these export again with a weight range of 7.",
 }
+_NARROWED = (
+    "weights are rounded from 8 bits to 7, so that sums saturate on no CPU; a "
+    "weight range of 8 (--weight-range 8) keeps them, for ARM and x86 with VNNI"
+)
 
 
 def export_for(
@@ -60,8 +67,8 @@ def export_for(
         One of ``ENGINES``.
     weight_range : int, optional
         Bits of weights, 7 or 8. Engines add up products of 8 bits in 16 on x86
-        CPUs without VNNI, which saturates in silence. By default 7, and 8 for
-        tensorrt.
+        CPUs without VNNI, which saturates in silence. By default 7, which a
+        line says, and 8 for tensorrt.
 
     Returns
     -------
@@ -85,7 +92,8 @@ tensorrt, transformers.js
     if target not in ENGINES:
         raise ValueError(f"target: '{target}' is none of {', '.join(ENGINES)}")
     on_gpu = target == "tensorrt"
-    if weight_range is None:
+    chosen = weight_range is not None
+    if not chosen:
         weight_range = 8 if on_gpu else 7
     if weight_range not in _EXACT:
         raise ValueError(f"weight_range: {weight_range} is neither 7 nor 8")
@@ -108,4 +116,6 @@ tensorrt, transformers.js
         )
         (made / "README.md").write_text(text, encoding="utf-8")
         made.rename(out)
+    if not chosen and weight_range < model.bits:
+        logger.warning("%s: %s", out, _NARROWED)
     return out

@@ -183,6 +183,25 @@ def test_weights_of_seven_and_of_eight_bits(folder, tmp_path, target):
     assert {x.name for x in tmp_path.iterdir()} == {"7", "8"}
 
 
+@pytest.mark.parametrize(
+    "target, bits, said",
+    [
+        ("sherpa-onnx", None, True),
+        ("sherpa-onnx", 7, False),
+        ("sherpa-onnx", 8, False),
+        ("onnxruntime", None, True),
+        ("tensorrt", None, False),
+    ],
+)
+def test_a_line_says_that_weights_have_seven_bits(
+    folder, tmp_path, caplog, target, bits, said
+):
+    out = export_for(folder, tmp_path / "out", target, bits)
+    lines = [x for x in caplog.messages if "rounded from 8 bits to 7" in x]
+    assert len(lines) == said
+    assert all(x.startswith(f"{out}: ") and "\n" not in x for x in lines)
+
+
 def test_refusals(folder, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: exists"):
         export_for(folder, tmp_path, "openvino")
