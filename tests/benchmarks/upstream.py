@@ -290,12 +290,14 @@ class RowRun:
         """What a report says, and whether its folder says the same."""
         report = json.loads((folder / "report.json").read_text())
         rates = next(iter(report["test"].values()))
-        rtf = report["rtf"]
+        rtf, gain = report["rtf"], report["speedup"]
         row = {
             "backend": report["backend"],
             "WER": [rates[k]["WER"] for k in ("float", "quantized")],
             "size": report["size_mb"]["quantized"] / report["size_mb"]["float"],
             "time": rtf["quantized"] / rtf["float"] if rtf["float"] else None,
+            # Fewer turns have no interval.
+            "time_ci": gain and [1 / x for x in reversed(gain["ratio_ci"])],
             "folder": (folder / "model/hyperparams.yaml").exists(),
             "share": {
                 kind: shares(report["account"][kind])
@@ -359,11 +361,18 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{part['quantized']:.0f} + {part['weight_only']:.0f} %"
                 for part in last["share"].values()
             ]
-            figures += [f"{last['size']:.2f}", f"{last['time']:.2f}"]
+            figures += [f"{last['size']:.2f}", _time(last)]
         yes = ["yes" if row[key] else "no" for key in ("evaluated", "folder")]
         said = said.replace("|", "\\|")[:300]
         lines.append(f"| {' | '.join([name, *yes, equal, *figures, said])} |")
     return "\n".join(lines) + "\n"
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    """Time against float, with its 95 % interval."""
+    ends = row.get("time_ci")
+    more = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+    return f"{row['time']:.2f}{more}"
 
 
 def main() -> None:
