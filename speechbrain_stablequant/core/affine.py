@@ -75,17 +75,29 @@ def _spread(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return scale.reshape(-1, *(1,) * (x.dim() - 1))
 
 
-def weight_scale(weight: torch.Tensor, bits: int, method: str) -> torch.Tensor:
-    return scale_from_amax(weight_amax(weight, bits, method), bits)
+def weight_scale(
+    weight: torch.Tensor,
+    bits: int,
+    method: str,
+    energy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return scale_from_amax(weight_amax(weight, bits, method, energy), bits)
 
 
 @torch.no_grad()
-def weight_amax(weight: torch.Tensor, bits: int, method: str) -> torch.Tensor:
+def weight_amax(
+    weight: torch.Tensor,
+    bits: int,
+    method: str,
+    energy: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Returns the float32 amax of each output channel, by ``"max"`` or
     ``"mse"``.
 
     ``mse`` tries 100 fractions of the channel's maximum on the raw values and
-    refines around the best, so it is never worse than ``max``.
+    refines around the best, so it is never worse than ``max``. With ``energy``,
+    the mean square of each input, it is the error of the output that counts,
+    as far as inputs are independent.
     """
     limit = qmax(bits)
     rows = weight.detach().to(torch.float32).flatten(1)
@@ -98,23 +110,30 @@ def weight_amax(weight: torch.Tensor, bits: int, method: str) -> torch.Tensor:
     chunk = _CHUNK_CPU if rows.device.type == "cpu" else _CHUNK_GPU
     step = max(1, chunk // rows.shape[1])
     parts = zip(rows.split(step), amax.split(step), strict=True)
+    inputs = None if energy is None else energy.float().clamp(min=0).sqrt()
     return torch.cat(
-        [_search_channels(part.abs(), top, limit) for part, top in parts]
+        [
+            _search_channels(part.abs(), top, limit, inputs)
+            for part, top in parts
+        ]
     )
 
 
 def _search_channels(
-    rows: torch.Tensor, top: torch.Tensor, limit: int
+    rows: torch.Tensor,
+    top: torch.Tensor,
+    limit: int,
+    inputs: torch.Tensor | None,
 ) -> torch.Tensor:
     """Returns the best amax of each row of magnitudes; `top` is its max."""
     work = torch.empty_like(rows)
 
     def better(amax, best, least):
         amax = amax.clamp(min=MIN_AMAX).minimum(top)
-        error = _row_errors(rows, amax, limit, work)
+        error = _row_errors(rows, amax, limit, inputs, work)
         return torch.where(error < least, amax, best), error.minimum(least)
 
-    best, least = top, _row_errors(rows, top, limit, work)
+    best, least = top, _row_errors(rows, top, limit, inputs, work)
     for i in range(1, _GRID):
         best, least = better(top * (i / _GRID), best, least)
     center, spacing = best, top / (_GRID * _REFINE)
@@ -124,10 +143,17 @@ def _search_channels(
 
 
 def _row_errors(
-    rows: torch.Tensor, amax: torch.Tensor, limit: int, work: torch.Tensor
+    rows: torch.Tensor,
+    amax: torch.Tensor,
+    limit: int,
+    inputs: torch.Tensor | None,
+    work: torch.Tensor,
 ) -> torch.Tensor:
-    """Returns the root of the squared error of each row; `work` is scratch."""
+    """Returns the root of the squared error of each row times its `inputs`;
+    `work` is scratch."""
     scale = (amax / limit)[:, None]
     torch.mul(rows, 1.0 / scale, out=work)
     work.round_().clamp_(max=limit).mul_(scale).sub_(rows)
+    if inputs is not None:
+        work.mul_(inputs)
     return torch.linalg.vector_norm(work, dim=1)

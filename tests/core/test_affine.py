@@ -145,11 +145,11 @@ def weight_like(shape, seed=0):
     return w
 
 
-def row_errors(w, amax, bits):
-    """Squared error of each output channel."""
+def row_errors(w, amax, bits, energy=1.0):
+    """Squared error of each output channel, of inputs of some energy."""
     scale = scale_from_amax(amax, bits)
     difference = fake_quantize(w, scale, bits) - w
-    return difference.double().square().flatten(1).sum(1)
+    return (difference.double().square().flatten(1) * energy).sum(1)
 
 
 @pytest.mark.parametrize("shape", [(12, 64), (12, 4, 3)])
@@ -187,11 +187,28 @@ def test_weight_mse_beats_max_where_there_are_outliers():
     assert better[5] < 0.5 * worse[5]
 
 
+def test_weight_mse_of_outputs():
+    """The energy of inputs decides, up to a common factor."""
+    w = weight_like((24, 64))
+    same = torch.full((64,), 9.0)
+    assert torch.allclose(
+        weight_amax(w, 4, "mse", same), weight_amax(w, 4, "mse")
+    )
+    energy = torch.rand(64) ** 8
+    best = weight_amax(w, 4, "mse", energy)
+    top = weight_amax(w, 4, "max")
+    for fraction in torch.linspace(0.01, 1, 100):
+        assert (
+            row_errors(w, best, 4, energy)
+            <= row_errors(w, top * fraction, 4, energy) * (1 + 1e-5)
+        ).all()
+
+
 def test_weight_chunks_do_not_show(monkeypatch):
     w = weight_like((37, 50))
-    whole = weight_amax(w, 6, "mse")
+    whole = weight_amax(w, 6, "mse", torch.arange(50))
     monkeypatch.setattr(affine, "_CHUNK_CPU", 50 * 4)
-    assert torch.equal(weight_amax(w, 6, "mse"), whole)
+    assert torch.equal(weight_amax(w, 6, "mse", torch.arange(50)), whole)
 
 
 @pytest.mark.parametrize("method", ["max", "mse"])

@@ -44,7 +44,8 @@ class Compensate:
         diagonal += ridge if ridge > 0 else 1.0
         if self.cross and cross is not None:
             weight = _aimed_at_float_output(weight, gram, cross, ridge, dead)
-        scale = weight_scale(weight, bits, method)
+        # Plain weights would cut off those of the inputs that matter most.
+        scale = weight_scale(weight, bits, method, gram.diagonal())
         # Inputs of large energy first, while most columns are still free.
         order = gram.diagonal().argsort(descending=True)
         upper = _inverse_factor(gram[order][:, order])
