@@ -161,12 +161,12 @@ def test_what_was_evaluated_otherwise_is_evaluated_again(
     shutil.copytree(evaluated, output)
     path = output / "quantized" / "transcripts_clean.json"
     kept = json.loads(path.read_text(encoding="utf-8"))
-    changed = {**kept["content"], "seconds": 12345}
+    changed = {**kept["content"], "audio": "marked"}
     Store(path.parent).write(path.name, kept["key"], changed)
     finished = trained.run(output, *ONE_SET, *change, block=EIGHT_BITS)
     assert finished.code == 0, finished.out + finished.err
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert (found["content"]["seconds"] != 12345) is again
+    assert (found["content"]["audio"] != "marked") is again
     assert (found["key"] != kept["key"]) is again
     report = output / "quantized" / "report.json"
     said = json.loads(report.read_text("utf-8"))["environment"]

@@ -44,15 +44,31 @@ class Compensate:
         diagonal += ridge if ridge > 0 else 1.0
         if self.cross and cross is not None:
             weight = _aimed_at_float_output(weight, gram, cross, ridge, dead)
-        # Plain weights would cut off those of the inputs that matter most.
-        scale = weight_scale(weight, bits, method, gram.diagonal())
         # Inputs of large energy first, while most columns are still free.
         order = gram.diagonal().argsort(descending=True)
-        upper = _inverse_factor(gram[order][:, order])
-        found = _sweep(weight[:, order], scale, upper, qmax(bits))
-        integers = torch.empty_like(found)
-        integers[:, order] = found
-        return integers.to(torch.int8), scale
+        sorted_gram = gram[order][:, order]
+        upper = _inverse_factor(sorted_gram)
+        # The scale of the weights alone may cut off those of inputs that
+        # matter most; energy alone does not know what inputs have in common.
+        scales = [weight_scale(weight, bits, method)]
+        if method != "max":
+            scales.append(weight_scale(weight, bits, method, gram.diagonal()))
+        weight = weight[:, order]
+        tried = [_sweep(weight, s, upper, qmax(bits)) for s in scales]
+        errors = [
+            _output_errors(weight - q * s[:, None], sorted_gram)
+            for q, s in zip(tried, scales, strict=True)
+        ]
+        best = torch.stack(errors).argmin(0)
+        rows = torch.arange(len(best), device=best.device)
+        integers = torch.empty_like(weight)
+        integers[:, order] = torch.stack(tried)[best, rows]
+        return integers.to(torch.int8), torch.stack(scales)[best, rows]
+
+
+def _output_errors(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Mean square of the change of each output."""
+    return ((change @ gram) * change).sum(1)
 
 
 def _aimed_at_float_output(

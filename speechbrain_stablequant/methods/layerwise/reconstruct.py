@@ -108,7 +108,7 @@ def rounded_layers(
     mean error of its output.
     """
     content = [
-        "means of what is in the range, scales by energy of inputs",
+        "means of what is in the range, the better of two scales",
         weights,
         session.recognizer.key("calibration", "inputs"),
         quants_json(quants),
