@@ -184,6 +184,12 @@ class Evaluator:
 
     def _try_out(self, test: TestSet) -> None:
         """Try runtimes, folders and decoding on a batch of a test set."""
+        if distributed.is_main():
+            logger.info(
+                "quantize: %s, trying runtimes, folder and decoding on one "
+                "batch (a large model takes a minute or more)",
+                test.name,
+            )
         # The recipe's own evaluation must not see other random numbers.
         with torch.random.fork_rng():
             batch = test.first_batch()
