@@ -191,11 +191,11 @@ class FloatTurns:
     def times(self) -> Turns:
         """Those of both models, without the first turn of several, in which
         memory is allocated."""
-        first = 1 if len(self._float.seconds) > 1 else 0
-        rows = (self._float.seconds, self.clock.seconds, self.clock.audio)
-        steps = (1, self._step, self._step)
+        step, counted = self._step, BatchTimes.counted
         return Turns(
-            *(row[::n][first:] for row, n in zip(rows, steps, strict=True))
+            counted(self._float.seconds),
+            counted(self.clock.seconds[::step]),
+            counted(self.clock.audio[::step]),
         )
 
 

@@ -1,6 +1,6 @@
 """The comparison of variants: ``comparison.json``, its table and its plots."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +88,7 @@ def comparison_markdown(table: Mapping) -> str:
             rates = row["float"]
             cells = [row["set"], "float", number(rates["WER"]), "", ""]
             cells += [number(rates["CER"]), "", number(table["float_mb"], 1)]
-            cells.append(number(row["rtf"]["float"], 3))
+            cells.append(number(_float_time(rows, row["set"]), 3))
             lines.append([*cells, *[""] * len(optional)])
         cells = [cell(row) for cell in optional.values()]
         lines.append([*_figures(row), *cells])
@@ -96,6 +96,13 @@ def comparison_markdown(table: Mapping) -> str:
         # Characters of phonemes have no meaning.
         lines = [line[:5] + line[7:] for line in lines]
     return "".join(f"{_line(line)}\n" for line in lines)
+
+
+def _float_time(rows: Sequence[Mapping], name: str) -> float | None:
+    """The float model's real-time factor on a set, beside the first variant
+    that was timed; simulated ones are not."""
+    times = (row["rtf"]["float"] for row in rows if row["set"] == name)
+    return next((time for time in times if time is not None), None)
 
 
 def _line(cells: list[str]) -> str:

@@ -365,6 +365,14 @@ def test_comparison():
     assert rows[2]["delta_wer"] == pytest.approx(100 / 7)
     assert (rows[2]["method"], rows[2]["weight_bits"]) == ("mse", 6)
     assert rows[2]["activation_bits"] == 5
+    # A simulated variant, which is not timed, may come first.
+    untimed = SetResult.pair(evaluation(FLOAT), Evaluation(QUANTIZED))
+    mixed = table_of(
+        variant_rows("w6", W6, {"clean": untimed}, simulated),
+        variant_rows("w8", W8, {"clean": RESULT}, CPU),
+    )
+    cells = comparison_markdown(mixed).splitlines()[2].split("|")
+    assert cells[2:3] + cells[9:10] == [" float ", " 0.200 "]
     lines = comparison_markdown(table).splitlines()
     assert [line.split("|")[1:4] for line in lines[2:]] == [
         [" clean ", " float ", " 28.57 "],

@@ -20,7 +20,9 @@ class Compensate:
     """Finds integers by error compensation (GPTQ).
 
     ``damping`` is added to the diagonal of the Hessian, as a fraction of its
-    mean; ``cross``: whether the output of the float model is the target.
+    mean; ``cross``: whether the output of the float model is the target. Each
+    row has the better of two scales: of least squared error of its weights, or
+    of these times the energy of their inputs.
     """
 
     damping: float = 0.01
