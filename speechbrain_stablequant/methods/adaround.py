@@ -23,7 +23,7 @@ from ..core.plan_tensors import AdjustedTensors
 from ..utils.typed import choice, count, fraction, positive
 from .calibrator import calibrator_plan
 from .layerwise.reconstruct import rounded_layers
-from .session.calibration import Calibration
+from .session.histograms import Calibration
 from .session.session import Planned, Session
 
 _LOW, _HIGH = -0.1, 1.1

@@ -3,7 +3,7 @@
 from ..core.calibrators import CALIBRATORS
 from ..core.plan import UnitPlan
 from ..utils.progress import progress_bar
-from .session.calibration import Calibration
+from .session.histograms import Calibration
 from .session.session import Planned, Session
 
 

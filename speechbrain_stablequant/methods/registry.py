@@ -15,7 +15,8 @@ from .plus.config import PlusConfig
 from .plus.plan import plus_plan
 from .qat.config import QatConfig
 from .qat.plan import qat_plan
-from .session.calibration import Calibration, calibrate
+from .session.calibration import calibrate
+from .session.histograms import Calibration
 from .session.session import Planned, Session
 from .stablequant import StableQuantConfig, stablequant_plan
 

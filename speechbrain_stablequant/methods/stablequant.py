@@ -25,7 +25,7 @@ from .search.journal import JOURNAL_FILE
 from .search.percentile import search_percentiles
 from .search.score import Evaluate, Score
 from .search.sensitivity import select_units
-from .session.calibration import Calibration
+from .session.histograms import Calibration
 from .session.search_set import SearchSet
 from .session.session import Planned, Session
 

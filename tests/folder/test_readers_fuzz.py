@@ -44,7 +44,7 @@ from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.methods.search.journal import Journal
 from speechbrain_stablequant.methods.search.score import Score
-from speechbrain_stablequant.methods.session.calibration import Calibration
+from speechbrain_stablequant.methods.session.histograms import Calibration
 from speechbrain_stablequant.model.wrapper import StoredEncoder
 from speechbrain_stablequant.report.results import Effort, Evaluation, Turns
 from speechbrain_stablequant.transcribe.load import load

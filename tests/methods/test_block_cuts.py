@@ -1,6 +1,7 @@
 """Where a pass of an invented encoder and decoder can resume."""
 
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -80,10 +81,21 @@ def units_of(model):
     return units
 
 
+def cuts_of(recognizer, limit_bytes):
+    """With passes over the first batch of the calibration set."""
+    return block_cuts(
+        recognizer.modules,
+        units_of(recognizer.model),
+        partial(recognizer.forward, "calibration", first_only=True),
+        partial(recognizer.outputs, "calibration"),
+        limit_bytes,
+    )
+
+
 def test_a_pass_resumes_behind_the_last_block_that_determines_the_rest():
     recognizer = Recognizer()
     model = recognizer.model
-    cuts = block_cuts(recognizer, units_of(model), 10**6)
+    cuts = cuts_of(recognizer, 10**6)
     encoder = model.encoder
     assert [(cut.unit, cut.module) for cut in cuts] == [
         ("m.encoder.1", encoder[0]),
@@ -98,5 +110,4 @@ def test_a_pass_resumes_behind_the_last_block_that_determines_the_rest():
 
 
 def test_no_memory_no_cuts():
-    recognizer = Recognizer()
-    assert block_cuts(recognizer, units_of(recognizer.model), 1) == []
+    assert cuts_of(Recognizer(), 1) == []

@@ -11,7 +11,7 @@ from ...simulation.fake_quant import Simulator
 from ...utils.files import identity
 from ..calibrator import calibrator_plan
 from ..search.score import Score
-from ..session.calibration import Calibration
+from ..session.histograms import Calibration
 from ..session.session import Planned, Session
 from .loop import EpochStore, kept, train
 from .student import Student

@@ -6,10 +6,10 @@ where it fails, a pass resumes at the last place before.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from posixpath import commonpath
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +18,24 @@ from ...model.layers import Cut, Layer
 from ...model.products import modules_by_name
 from ...simulation.prefix_cache import Replay
 from ..search.score import BeforeBatch
-from .protocols import Recognizer
 
 logger = logging.getLogger(__name__)
 
+#: Runs the first batch up to a hook that stops it.
+Forward = Callable[[BeforeBatch], Any]
+#: Runs the batches and yields the output of each.
+Outputs = Callable[[BeforeBatch], Iterator[Any]]
+
 
 def block_cuts(
-    recognizer: Recognizer,
+    modules: Mapping[str, nn.Module],
     units: Mapping[str, Sequence[Layer]],
+    forward: Forward,
+    outputs: Outputs,
     limit_bytes: int,
 ) -> list[Cut]:
     """Cuts before units, from the first block that a pass can resume behind."""
-    by_name = modules_by_name(recognizer.modules)
+    by_name = modules_by_name(modules)
     found: list[Cut] = []
     before: list[nn.Module] = []
     expected: Sequence[torch.Tensor] | None = None
@@ -40,9 +46,9 @@ def block_cuts(
         if len(layers) > 1 and block is not None:
             cut = Cut(following, block, tuple(before))
             if expected is None:
-                expected = _outputs(recognizer, lambda _: None)
+                expected = _first(outputs, lambda _: None)
             trial = Replay([cut], list(units), limit_bytes)
-            if _is_exact(recognizer, trial, following, expected):
+            if _is_exact(trial, following, forward, outputs, expected):
                 found.append(cut)
                 before.append(block)
                 continue
@@ -53,18 +59,18 @@ def block_cuts(
 
 
 def _is_exact(
-    recognizer: Recognizer,
     trial: Replay,
     unit: str,
+    forward: Forward,
+    outputs: Outputs,
     expected: Sequence[torch.Tensor],
 ) -> bool:
     """Whether a resumed pass over the first batch has the same outputs."""
-    forward = partial(recognizer.forward, "calibration", first_only=True)
     try:
         if not trial.prepare(unit, {}, forward):
             return False
         with trial.active():
-            again = _outputs(recognizer, trial.start_batch)
+            again = _first(outputs, trial.start_batch)
     except Exception as error:
         # A guess: the model may read anything of what is skipped.
         logger.debug("search: no resuming at %s: %s", unit, error)
@@ -73,8 +79,8 @@ def _is_exact(
     return bool(expected) and all(torch.equal(*pair) for pair in same)
 
 
-def _outputs(
-    recognizer: Recognizer, before_batch: BeforeBatch
+def _first(
+    outputs: Outputs, before_batch: BeforeBatch
 ) -> Sequence[torch.Tensor]:
-    output = next(iter(recognizer.outputs("calibration", before_batch)))
+    output = next(iter(outputs(before_batch)))
     return [output] if isinstance(output, torch.Tensor) else output

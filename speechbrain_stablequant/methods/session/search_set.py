@@ -17,7 +17,7 @@ from ...utils.store import Store
 from ..search.divergence import Divergence
 from ..search.journal import Journal
 from ..search.score import Evaluate, Score, check_float_wer
-from .calibration import HISTOGRAM_FILE, WHAT, Calibration
+from .histograms import HISTOGRAM_FILE, WHAT, Calibration
 from .session import Session
 
 logger = logging.getLogger(__name__)

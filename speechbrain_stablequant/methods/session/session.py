@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,8 +173,13 @@ class Session:
             return []
         if len(self.encoders) != 1:
             if self._block_cuts is None:
+                forward = self.recognizer.forward
                 self._block_cuts = block_cuts(
-                    self.recognizer, self.units, self.cache_bytes
+                    self.recognizer.modules,
+                    self.units,
+                    partial(forward, "calibration", first_only=True),
+                    partial(self.recognizer.outputs, "calibration"),
+                    self.cache_bytes,
                 )
             return self._block_cuts
         cuts = self.encoders[0].cuts()
