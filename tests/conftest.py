@@ -38,7 +38,8 @@ from transformers import (
 from speechbrain_stablequant.core.affine import qmax
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.methods.plus.zero_point import behind_gelu
-from speechbrain_stablequant.model.layers import find_encoders, find_layers
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layers import find_layers
 
 # Helpers of several tests.
 sys.path[:0] = [str(Path(__file__).resolve().parent)]

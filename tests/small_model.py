@@ -9,7 +9,8 @@ from speechbrain_stablequant.core.integer_layer import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
-from speechbrain_stablequant.model.layers import Layer, find_layers
+from speechbrain_stablequant.model.layer import Layer
+from speechbrain_stablequant.model.layers import find_layers
 
 #: Few bits, which every CPU multiplies exactly.
 QUANT = LayerQuant(6, 8, 2.0)

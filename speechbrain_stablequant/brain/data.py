@@ -15,7 +15,7 @@ from speechbrain.dataio.dataset import (
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config import ConfigError
-from ..model.layers import min_samples
+from ..model.encoders import min_samples
 from ..utils.digest import digest
 from ..utils.distributed import gathered, share, size
 from .audio import AudioError, check_audio

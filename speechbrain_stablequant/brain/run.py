@@ -28,7 +28,8 @@ from ..folder.stored_floats import (
 )
 from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from ..folder.write import ModulesSource, write_folder
-from ..model.layers import Layer, find_layers
+from ..model.layer import Layer
+from ..model.layers import find_layers
 from ..report.build import build_report, float_size, render_card, write_report
 from ..report.comparison import variant_rows
 from ..report.results import Effort, Execution, SetResult, plan_key

@@ -30,7 +30,7 @@ from ..core.integer_layer import IntegerLayer
 from ..core.parts import Part
 from ..core.plan import QuantizationPlan
 from ..folder.write import ModulesSource
-from ..model.layers import Encoder, find_encoders
+from ..model.encoders import Encoder, find_encoders
 from ..runtimes.base import encoder_forward, in_own_precision
 from ..runtimes.build import (
     build_forwards,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.layers import Encoder, conv_frames, find_encoders
+from ..model.encoders import Encoder, conv_frames, find_encoders
 from ..model.rotation import rotation_of
 from .integer_layer import AnyLayer, IntegerLayer, float_layer
 

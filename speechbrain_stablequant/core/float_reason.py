@@ -13,12 +13,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..model.layers import (
-    LEAST_WEIGHTS,
-    Layer,
-    layer_kind,
-    weight_only_names,
-)
+from ..model.layer import Layer, layer_kind
+from ..model.layers import LEAST_WEIGHTS, weight_only_names
 from ..model.products import virtual_linears
 from .parts import Part
 from .plan import QuantizationPlan

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..model.layers import Layer, layer_kind
+from ..model.layer import Layer, layer_kind
 from .affine import (
     FLOAT_BITS,
     dequantize,

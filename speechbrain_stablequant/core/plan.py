@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.layers import KINDS, Layer
+from ..model.layer import KINDS, Layer
 from ..utils.files import plain_name, read_json, write_json
 from ..utils.typed import one_line, short, typed
 from .affine import FLOAT_BITS, MAX_BITS, MIN_BITS
@@ -29,7 +29,7 @@ _LARGEST = 3.4028234663852886e38  # float32
 
 @dataclass(frozen=True)
 class LayerPlan:
-    name: str  # name, unit and kind: as in model.layers.Layer
+    name: str  # name, unit and kind: as in model.layer.Layer
     unit: str
     kind: str
     quant: LayerQuant | None  # None: the layer stays float

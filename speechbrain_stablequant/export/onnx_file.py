@@ -19,7 +19,7 @@ from ..core.encoder_spec import describe_encoder
 from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import labels_of
-from ..model.layers import find_encoders
+from ..model.encoders import find_encoders
 from ..runtimes.cpu import narrowed
 from ..runtimes.onnx_.graph import require_onnx
 from ..runtimes.onnx_.model import describe_head, export_onnx

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.integer_layer import IntegerLayer, in_integers
 from ..model import products
-from ..model.layers import find_encoders
+from ..model.encoders import find_encoders
 from ..runtimes.base import modules_by_name
 from ..runtimes.build import build_forwards, check_probe
 from ..runtimes.probe import Compute, Probe

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..core.affine import dequantize, quantize, weight_scale
 from ..core.integer_layer import IntegerLayer, in_integers, layer_geometry
 from ..model import products
-from ..model.layers import layer_kind
+from ..model.layer import layer_kind
 from ..model.products import covered_parameters, tied_parameters
 from ..model.rotation import attach_rotations, rotation_of
 from ..runtimes.base import modules_by_name

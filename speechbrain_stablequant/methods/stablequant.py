@@ -20,7 +20,8 @@ from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
 from ..core.plan import UnitPlan
-from ..model.layers import Layer, group_units
+from ..model.layer import Layer
+from ..model.layers import group_units
 from .search.journal import JOURNAL_FILE
 from .search.percentile import search_percentiles
 from .search.score import Evaluate, Score

@@ -10,18 +10,14 @@ any other layer is a unit.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from torch import nn
 
 from . import products
-
-HEAD = "head"
-
-#: Kinds of layers by the class of their module.
-KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
+from .encoders import Encoder, find_encoders
+from .layer import HEAD, KINDS, Layer, layer_kind
 
 # Child whose product is recurrent, by class.
 _RECURRENT = {
@@ -30,129 +26,6 @@ _RECURRENT = {
 }
 #: Weights of no layer that are fewer stay float: they would save nothing.
 LEAST_WEIGHTS = 1 << 14
-
-
-@dataclass(frozen=True)
-class Layer:
-    name: str  # path in the Brain's modules' state dict
-    module: nn.Module = field(repr=False)  # the Linear or convolution
-    kind: str  # "linear", "conv1d" or "conv2d"
-    unit: str  # name of its unit
-    # Modules that call it only inside of products.visible.
-    owners: tuple[nn.Module, ...] = field(default=(), repr=False)
-
-    @property
-    def least_bits(self) -> int:
-        """Least width of its weights: 8 if an embedding looks up their rows."""
-        return 8 if getattr(self.module, "tied", False) else 0
-
-    @property
-    def numel(self) -> int:
-        return self.module.weight.numel()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A place where one module's output determines everything after it."""
-
-    unit: str  # first unit after the place
-    module: nn.Module = field(repr=False)  # its output is kept
-    # modules before it whose results are then not needed
-    skip: tuple[nn.Module, ...] = field(repr=False, default=())
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A HuggingFace wav2vec 2.0 or HuBERT model inside a Brain's module."""
-
-    key: str  # of the Brain's module that holds it
-    path: str  # of the model in the Brain's modules
-    wrapper: nn.Module = field(repr=False)  # the Brain's module
-    model: nn.Module = field(repr=False)  # Wav2Vec2Model or HubertModel
-
-    def unit_of(self, name: str) -> str | None:
-        """Unit of a layer, from its name in the Brain's modules."""
-        if not name.startswith(self.path + "."):
-            return None
-        parts = name[len(self.path) + 1 :].split(".")
-        if parts[0] == "feature_extractor":
-            return f"conv.{parts[2]}"
-        if parts[0] == "feature_projection":
-            return "projection"
-        if parts[:2] == ["encoder", "pos_conv_embed"]:
-            return "pos_conv"
-        if parts[:2] == ["encoder", "layers"]:
-            return f"block.{parts[2]}"
-        return ".".join(parts[:2])
-
-    def cuts(self) -> list[Cut]:
-        """Places from which a forward pass can be replayed, in order."""
-        if getattr(self.wrapper, "output_all_hiddens", False):
-            return [Cut(HEAD, self.wrapper)]
-        extractor = self.model.feature_extractor
-        projection, encoder = self.model.feature_projection, self.model.encoder
-        convs, blocks = list(extractor.conv_layers), list(encoder.layers)
-        before = (extractor, projection, encoder.pos_conv_embed)
-        found = [
-            Cut(f"conv.{i + 1}", conv, tuple(convs[:i]))
-            for i, conv in enumerate(convs[:-1])
-        ]
-        found.append(Cut("projection", extractor))
-        found.append(Cut("pos_conv", projection, (extractor,)))
-        found.append(Cut("block.0", encoder.dropout, before))
-        found += [
-            Cut(f"block.{i + 1}", block, (*before, *blocks[:i]))
-            for i, block in enumerate(blocks[:-1])
-        ]
-        return [*found, Cut(HEAD, self.wrapper)]
-
-    def conv_geometry(self) -> list[tuple[int, int]]:
-        return [
-            (layer.conv.kernel_size[0], layer.conv.stride[0])
-            for layer in self.model.feature_extractor.conv_layers
-        ]
-
-    def frames(self, samples: int) -> int:
-        """Number of frames that the encoder produces."""
-        return conv_frames(samples, self.conv_geometry())
-
-
-def conv_frames(samples: int, geometry: Iterable[tuple[int, int]]) -> int:
-    """Number of frames behind convolutions of these kernels and strides."""
-    for kernel, stride in geometry:
-        samples = max((samples - kernel) // stride + 1, 0)
-    return samples
-
-
-def conv_samples(frames: int, geometry: Sequence[tuple[int, int]]) -> int:
-    """Number of samples that give so many frames."""
-    for kernel, stride in reversed(geometry):
-        frames = (frames - 1) * stride + kernel
-    return frames
-
-
-def find_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
-    """Finds wav2vec 2.0 and HuBERT models, each once, under its first key."""
-    encoders: dict[int, Encoder] = {}
-    for key, module in modules.items():
-        for path, child in module.named_modules(prefix=key):
-            extractor = getattr(child, "feature_extractor", None)
-            encoder = getattr(child, "encoder", None)
-            if (
-                hasattr(extractor, "conv_layers")
-                and hasattr(child, "feature_projection")
-                and hasattr(encoder, "pos_conv_embed")
-                and hasattr(encoder, "layers")
-            ):
-                found = Encoder(key, path, module, child)
-                encoders.setdefault(id(child), found)
-                break
-    return list(encoders.values())
-
-
-def layer_kind(module: nn.Module) -> str | None:
-    """By base class: a convolution with a weight norm has its own class."""
-    return next((v for k, v in KINDS.items() if isinstance(module, k)), None)
 
 
 def _wanted(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
@@ -349,10 +222,3 @@ def layer_names(
     """Names of the layers of some modules."""
     wanted = set(modules)
     return {layer.name for layer in layers if layer.module in wanted}
-
-
-def min_samples(modules: Mapping[str, nn.Module]) -> int:
-    """Samples that give one frame of the first encoder; 1 without one."""
-    for encoder in find_encoders(modules):
-        return conv_samples(1, encoder.conv_geometry())
-    return 1

@@ -12,7 +12,7 @@ from torch import nn
 from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer, in_integers
 from ..core.parts import Part
-from ..model.layers import Encoder, find_encoders
+from ..model.encoders import Encoder, find_encoders
 from ..utils import forks
 from . import simulated
 from .base import (

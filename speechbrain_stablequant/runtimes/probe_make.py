@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from ..core.integer_layer import IntegerLayer, integer_layer
 from ..core.layer_quant import LayerQuant
-from ..model.layers import Encoder, Layer, find_encoders, visible_layers
+from ..model.encoders import Encoder, find_encoders
+from ..model.layer import Layer
+from ..model.layers import visible_layers
 from ..utils.patching import hooked, shadowed
 from .cpu import narrowed
 from .probe import (

@@ -14,7 +14,8 @@ from torch import nn
 from ..core.affine import dequantize, fake_quantize, weight_scale
 from ..core.integer_layer import check_offset, offset_bias, simulate
 from ..core.layer_quant import LayerQuant, LayerTensors
-from ..model.layers import Layer, visible_layers
+from ..model.layer import Layer
+from ..model.layers import visible_layers
 from ..utils.patching import shadowed_forwards
 from ..utils.precision import plain_float32
 

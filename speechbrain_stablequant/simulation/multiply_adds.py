@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..core.plan_tensors import parameters_by_name
-from ..model.layers import Layer, visible_layers
+from ..model.layer import Layer
+from ..model.layers import visible_layers
 from ..model.products import attention_forward
 
 NO_WEIGHT = ""  #: key of products of two activations, such as attention scores

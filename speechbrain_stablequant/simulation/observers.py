@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from ..core.histogram import Histogram
-from ..model.layers import Layer, conv_frames, visible_layers
+from ..model.encoders import conv_frames
+from ..model.layer import Layer
+from ..model.layers import visible_layers
 from ..utils.distributed import gathered
 from ..utils.patching import hooked
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.layer_quant import LayerQuant
-from ..model.layers import Cut
+from ..model.layer import Cut
 from ..utils.patching import shadowed
 
 

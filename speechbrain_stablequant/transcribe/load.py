@@ -15,7 +15,7 @@ from ..core.plan import QuantizationPlan
 from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import Tokenizer, labels_of
-from ..model.layers import find_encoders, min_samples
+from ..model.encoders import find_encoders, min_samples
 from ..runtimes import cpu
 from ..runtimes.choice import candidates
 from .audio import naming, read_audio

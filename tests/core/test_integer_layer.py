@@ -16,7 +16,7 @@ from speechbrain_stablequant.core.integer_layer import (
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
-from speechbrain_stablequant.model.layers import Layer
+from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 
 CASES = {

@@ -11,7 +11,7 @@ from speechbrain_stablequant.core.plan import (
     QuantizationPlan,
     UnitPlan,
 )
-from speechbrain_stablequant.model.layers import Layer
+from speechbrain_stablequant.model.layer import Layer
 
 
 def make_plan():

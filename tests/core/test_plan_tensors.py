@@ -29,7 +29,8 @@ from speechbrain_stablequant.folder.weights_file import (
     save_checkpoint,
 )
 from speechbrain_stablequant.methods.search.journal import evaluation_key
-from speechbrain_stablequant.model.layers import Layer, find_layers
+from speechbrain_stablequant.model.layer import Layer
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.simulation.fake_quant import (
     Simulator,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant.methods.session.block_cuts import block_cuts
-from speechbrain_stablequant.model.layers import Layer
+from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.simulation.prefix_cache import StopForward
 
 

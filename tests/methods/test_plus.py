@@ -37,7 +37,8 @@ from speechbrain_stablequant.methods.registry import make_plan
 from speechbrain_stablequant.methods.search.divergence import Divergence
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.session.session import Session
-from speechbrain_stablequant.model.layers import find_encoders, find_layers
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
     detach_rotation,

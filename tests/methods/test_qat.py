@@ -31,7 +31,8 @@ from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.session.session import (
     fingerprint_modules,
 )
-from speechbrain_stablequant.model.layers import Layer, find_layers
+from speechbrain_stablequant.model.layer import Layer
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.utils.store import Store
 from speechbrain_stablequant.utils.tensor_bytes import metadata_of

@@ -12,11 +12,8 @@ from speechbrain_stablequant.methods.plus.smoothquant import (
     equalized,
     find_sites,
 )
-from speechbrain_stablequant.model.layers import (
-    find_encoders,
-    find_layers,
-    group_units,
-)
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layers import find_layers, group_units
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 
 

@@ -5,12 +5,9 @@ import torch
 from speechbrain.nnet.linear import Linear as SpeechBrainLinear
 from torch import nn
 
-from speechbrain_stablequant.model.layers import (
-    HEAD,
-    find_encoders,
-    find_layers,
-    group_units,
-)
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layer import HEAD
+from speechbrain_stablequant.model.layers import find_layers, group_units
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
 MODEL = "wav2vec2.model"

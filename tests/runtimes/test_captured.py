@@ -20,7 +20,7 @@ from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.parts import Part
 from speechbrain_stablequant.core.plan import QuantizationPlan
-from speechbrain_stablequant.model.layers import Layer
+from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.runtimes.build import (
     build_forwards,
     in_place_forwards,

@@ -9,7 +9,8 @@ from torch import nn
 
 from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import find_encoders, find_layers
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.build import (
     build_forwards,
     check_probe,

@@ -15,7 +15,8 @@ from speechbrain_stablequant.core.affine import (
     weight_scale,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
-from speechbrain_stablequant.model.layers import Layer, find_layers
+from speechbrain_stablequant.model.layer import Layer
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.simulation import fake_quant as simulate
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 

@@ -5,12 +5,9 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant.core.histogram import Histogram
-from speechbrain_stablequant.model.layers import (
-    Layer,
-    conv_frames,
-    find_encoders,
-    find_layers,
-)
+from speechbrain_stablequant.model.encoders import conv_frames, find_encoders
+from speechbrain_stablequant.model.layer import Layer
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.simulation.observers import (
     Observer,
     ResidualPeak,

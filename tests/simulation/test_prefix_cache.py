@@ -7,13 +7,9 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import (
-    HEAD,
-    Cut,
-    find_encoders,
-    find_layers,
-    group_units,
-)
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layer import HEAD, Cut
+from speechbrain_stablequant.model.layers import find_layers, group_units
 from speechbrain_stablequant.simulation import prefix_cache as replay
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.simulation.prefix_cache import (

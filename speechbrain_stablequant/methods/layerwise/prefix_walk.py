@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ...core.layer_quant import LayerQuant
-from ...model.layers import Layer, visible_layers
+from ...model.layer import Layer
+from ...model.layers import visible_layers
 from ...simulation.fake_quant import quantize_input
 from ...simulation.observers import real_frames
 from ...simulation.prefix_cache import Replay, StopForward

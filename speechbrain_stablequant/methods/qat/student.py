@@ -18,7 +18,7 @@ from ...core.affine import qmax, quantize, weight_scale
 from ...core.integer_layer import multiply
 from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
-from ...model.layers import Layer
+from ...model.layer import Layer
 from ...model.products import visible
 from ...utils.patching import replaced_item, shadowed_forwards
 

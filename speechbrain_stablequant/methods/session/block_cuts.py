@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...model.layers import Cut, Layer
+from ...model.layer import Cut, Layer
 from ...model.products import modules_by_name
 from ...simulation.prefix_cache import Replay
 from ..search.score import BeforeBatch

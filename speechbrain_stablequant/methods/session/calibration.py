@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from ...model.layers import Layer
+from ...model.layer import Layer
 from ...simulation.observers import Observer, ResidualPeak
 from ...utils.distributed import from_main, share
 from ...utils.files import identity

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ...core.layer_quant import LayerQuant
-from ...model.layers import Cut
+from ...model.layer import Cut
 from ...simulation.prefix_cache import Replay
 from ...utils.files import identity
 from ...utils.store import Store

@@ -15,14 +15,9 @@ from ...core.affine import FLOAT_BITS
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
-from ...model.layers import (
-    Cut,
-    Layer,
-    find_encoders,
-    find_layers,
-    group_units,
-    weight_only_parameters,
-)
+from ...model.encoders import find_encoders
+from ...model.layer import Cut, Layer
+from ...model.layers import find_layers, group_units, weight_only_parameters
 from ...simulation.fake_quant import Simulator
 from ...utils.distributed import from_main
 from ...utils.progress import progress_bar

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ...core.integer_layer import IntegerLayer, integer_layer
 from ...core.layer_quant import LayerQuant
 from ...core.parts import Part
-from ...model.layers import Layer, visible_layers
+from ...model.layer import Layer
+from ...model.layers import visible_layers
 from ...model.products import modules_by_name
 from ...utils.patching import hooked, shadowed, shadowed_forwards
 from ...utils.typed import one_line

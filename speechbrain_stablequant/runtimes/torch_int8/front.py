@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ...core.encoder_spec import ConvSpec
 from ...core.integer_layer import FloatLayer
-from ...model.layers import conv_frames, conv_samples
+from ...model.encoders import conv_frames, conv_samples
 from ..algorithms import check_front
 from ..group_norm import gain_and_shift
 from ..reference import apply_norm

@@ -10,7 +10,7 @@ import torch
 from workload import Executor, Prepared, Workload
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.model.layers import find_encoders
+from speechbrain_stablequant.model.encoders import find_encoders
 from speechbrain_stablequant.runtimes.onnx_.model import (
     describe_head,
     export_onnx,

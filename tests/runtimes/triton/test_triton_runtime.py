@@ -20,7 +20,8 @@ from speechbrain_stablequant.core.integer_layer import (
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
-from speechbrain_stablequant.model.layers import find_encoders, find_layers
+from speechbrain_stablequant.model.encoders import find_encoders
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.answer import Answer
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
