@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from speechbrain.dataio.encoder import CTCTextEncoder
 from torch import nn
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder import weights_file as checkpoint
 from speechbrain_stablequant.folder.write import RecognizerSource, write_folder
 from speechbrain_stablequant.model.layers import find_layers

@@ -3,12 +3,10 @@
 import torch
 from torch import nn
 
-from speechbrain_stablequant.core.integer_layer import (
-    IntegerLayer,
-    integer_layer,
-)
+from speechbrain_stablequant.core.integer_layer import IntegerLayer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.model.layers import find_layers
 

@@ -13,9 +13,9 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import nn
 
 from speechbrain_stablequant.brain.rebuilt import describe_modules
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.stored_floats import (
     rounded_floats,
     rounded_weights,

@@ -11,10 +11,11 @@ from torch import nn
 
 from ..core.float_reason import weights_alone
 from ..core.histogram import Histogram
-from ..core.integer_layer import IntegerLayer, integer_layer
+from ..core.integer_layer import IntegerLayer
 from ..core.parts import Part
 from ..core.plan import QuantizationPlan
 from ..core.plan_tensors import adjusted_floats
+from ..core.quantize_layer import integer_layer
 from ..folder.card import CARD_FILE, Origin
 from ..folder.recognizer_spec import (
     HYPERPARAMS_FILE,

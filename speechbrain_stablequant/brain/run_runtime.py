@@ -31,7 +31,6 @@ from ..core.parts import Part
 from ..core.plan import QuantizationPlan
 from ..folder.write import ModulesSource
 from ..model.encoders import Encoder, find_encoders
-from ..runtimes.base import encoder_forward, in_own_precision
 from ..runtimes.build import (
     build_forwards,
     check_probe,
@@ -40,6 +39,7 @@ from ..runtimes.build import (
 )
 from ..runtimes.choice import candidates, choose_backend, first_passing
 from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class, machine_identity
+from ..runtimes.forwards import encoder_forward, in_own_precision
 from ..runtimes.probe import Compute, Probe, chain, encoder_alone
 from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
 from ..runtimes.reference import ReferenceExecutor

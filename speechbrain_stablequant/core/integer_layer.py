@@ -7,16 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..model.layer import Layer, layer_kind
+from ..model.layer import layer_kind
 from .affine import (
     FLOAT_BITS,
     dequantize,
     fake_quantize,
     qmax,
     quantize,
-    weight_scale,
 )
-from .layer_quant import LayerQuant, LayerTensors
 
 Sizes = tuple[int, int] | int
 
@@ -45,7 +43,7 @@ class IntegerLayer:
     read: Callable[[], torch.Tensor] | None = field(
         default=None, repr=False, compare=False
     )
-    # How a runtime multiplies it on this machine, see runtimes.algorithms.
+    # How a runtime multiplies it on this machine, see runtimes.geometry.
     algorithm: str = "native"
 
     @property
@@ -146,41 +144,10 @@ def layer_geometry(module: nn.Module) -> dict[str, Sizes]:
     return {**sizes, "groups": module.groups}
 
 
-def _bias(module: nn.Module) -> torch.Tensor | None:
-    return None if module.bias is None else module.bias.detach().float()
-
-
-def integer_layer(
-    layer: Layer, quant: LayerQuant, tensors: LayerTensors | None = None
-) -> IntegerLayer:
-    """Quantizes a layer; ``tensors`` replace nearest integers and bias."""
-    tensors = tensors or LayerTensors()
-    weight, scale = tensors.weight, tensors.weight_scale
-    own = layer.module.weight.detach().float()
-    if weight is None:
-        scale = weight_scale(own, quant.weight_bits, quant.weight_method)
-        weight = quantize(own, scale, quant.weight_bits)
-    if quant.activation_offset:
-        check_offset(layer.module)
-    bias = _bias(layer.module) if tensors.bias is None else tensors.bias
-    return IntegerLayer(
-        name=layer.name,
-        kind=layer.kind,
-        weight=weight.to(own.device),
-        weight_scale=scale.to(own.device),
-        weight_bits=quant.weight_bits,
-        activation_scale=quant.input_scale(own.device),
-        activation_bits=quant.activation_bits,
-        bias=None if bias is None else bias.float().to(own.device),
-        activation_offset=quant.activation_offset,
-        **layer_geometry(layer.module),
-    )
-
-
 def float_layer(name: str, module: nn.Module) -> FloatLayer:
     kind, weight = layer_kind(module), module.weight.detach().float()
-    geometry = layer_geometry(module)
-    return FloatLayer(name, kind, weight, _bias(module), **geometry)
+    bias = None if module.bias is None else module.bias.detach().float()
+    return FloatLayer(name, kind, weight, bias, **layer_geometry(module))
 
 
 def multiply(

@@ -18,8 +18,8 @@ from torch import nn
 from ..core.integer_layer import IntegerLayer, in_integers
 from ..model import products
 from ..model.encoders import find_encoders
-from ..runtimes.base import modules_by_name
 from ..runtimes.build import build_forwards, check_probe
+from ..runtimes.forwards import modules_by_name
 from ..runtimes.probe import Compute, Probe
 from ..runtimes.probe_make import evaluating, make_probe, weight_forms
 from ..runtimes.registry import check_options, select_options

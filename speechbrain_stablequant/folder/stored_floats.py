@@ -19,7 +19,7 @@ from ..model import products
 from ..model.layer import layer_kind
 from ..model.products import covered_parameters, tied_parameters
 from ..model.rotation import attach_rotations, rotation_of
-from ..runtimes.base import modules_by_name
+from ..runtimes.forwards import modules_by_name
 from ..runtimes.simulated import make_layer
 from ..utils.patching import restored_values, shadowed_forwards
 from ..utils.typed import one_line

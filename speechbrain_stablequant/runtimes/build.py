@@ -15,15 +15,14 @@ from ..core.parts import Part
 from ..model.encoders import Encoder, find_encoders
 from ..utils import forks
 from . import simulated
-from .base import (
-    LayerExecutor,
-    Runtime,
+from .base import LayerExecutor, Runtime
+from .cpu import CpuClass, cpu_class, executed_integers
+from .forwards import (
     encoder_forward,
     in_own_precision,
     layer_forwards,
     modules_by_name,
 )
-from .cpu import CpuClass, cpu_class, executed_integers
 from .layer_check import heads_with_algorithms, with_algorithms
 from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError
 from .registry import RUNTIMES, load_function

@@ -19,8 +19,9 @@ from ..core.integer_layer import IntegerLayer
 from ..utils.files import code_identity, identity
 from ..utils.store import machine_store
 from ..utils.typed import one_line, typed
-from .algorithms import NATIVE, Geometry, geometry_of, plain_windows
+from .algorithms import geometry_of, plain_windows
 from .cpu import machine_identity
+from .geometry import NATIVE, Geometry
 from .trial_layer import (
     Results,
     Trial,

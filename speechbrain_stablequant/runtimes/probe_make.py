@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.integer_layer import IntegerLayer, integer_layer
+from ..core.integer_layer import IntegerLayer
 from ..core.layer_quant import LayerQuant
+from ..core.quantize_layer import integer_layer
 from ..model.encoders import Encoder, find_encoders
 from ..model.layer import Layer
 from ..model.layers import visible_layers

@@ -16,11 +16,13 @@ from typing import Any
 
 from ..utils.files import code_identity
 from ..utils.typed import typed, unknown_key
-from . import onnx_, openvino_, simulated, torch_int8, triton
+from . import onnx_, openvino_, torch_int8, triton
 from .base import Runtime
 
 RUNTIMES: dict[str, Runtime] = {
-    "torch": simulated.RUNTIME,
+    "torch": Runtime(
+        layer="simulated:make_layer", simulates=True, fork_safe=True
+    ),
     "torch_int8": torch_int8.RUNTIME,
     "openvino": openvino_.RUNTIME,
     "onnx": onnx_.RUNTIME,

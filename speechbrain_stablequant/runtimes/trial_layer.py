@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..core.affine import qmax
 from ..core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
-from .algorithms import WINDOW, Geometry
+from .geometry import WINDOW, Geometry
 
 #: Output frames of each trial.
 ROWS = (50, 500)

@@ -17,8 +17,8 @@ import torch
 from harness import machine
 from torch import nn
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layers import find_layers, visible_layers
 from speechbrain_stablequant.runtimes.captured.calls import Call, Signature
 from speechbrain_stablequant.runtimes.captured.capture import (

@@ -14,9 +14,9 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.stored_floats import float_state
 from speechbrain_stablequant.folder.weights_file import save_checkpoint
 from speechbrain_stablequant.model.layers import find_layers

@@ -10,12 +10,12 @@ from torch.nn.utils import parametrizations
 from speechbrain_stablequant.core.affine import fake_quantize, weight_scale
 from speechbrain_stablequant.core.integer_layer import (
     float_layer,
-    integer_layer,
     integer_product,
     layer_geometry,
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 

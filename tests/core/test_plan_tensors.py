@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant.core.affine import dequantize, weight_scale
-from speechbrain_stablequant.core.integer_layer import (
-    integer_layer,
-    reference_forward,
-)
+from speechbrain_stablequant.core.integer_layer import reference_forward
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
 from speechbrain_stablequant.core.plan_tensors import (
@@ -19,6 +16,7 @@ from speechbrain_stablequant.core.plan_tensors import (
     adjusted_floats,
     write_tensors,
 )
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.stored_floats import (
     fill_modules,
     float_state,

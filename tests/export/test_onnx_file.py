@@ -16,12 +16,9 @@ from torch.nn import functional as F
 
 from speechbrain_stablequant.core.affine import GELU_MIN, fake_quantize, qmax
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.core.integer_layer import (
-    FloatLayer,
-    IntegerLayer,
-    integer_layer,
-)
+from speechbrain_stablequant.core.integer_layer import FloatLayer, IntegerLayer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.export import export_folder
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.model.layers import find_layers

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from speechbrain_stablequant.core.affine import FLOAT_BITS
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.live_modules import LiveModules
 from speechbrain_stablequant.folder.stored_floats import (

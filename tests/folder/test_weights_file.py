@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder import weights_file as checkpoint
 from speechbrain_stablequant.folder.errors import CheckpointError
 from speechbrain_stablequant.folder.stored_floats import (

@@ -19,9 +19,9 @@ from speechbrain_stablequant.brain.describe import (
     NoFolderError,
     describe_recognizer,
 )
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan import LayerPlan, QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.weights_file import load_checkpoint
 from speechbrain_stablequant.folder.write import write_folder
 from speechbrain_stablequant.model.layers import find_layers

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
 from speechbrain_stablequant.core.affine import FLOAT_BITS, GELU_MIN
 from speechbrain_stablequant.core.histogram import Histogram
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.plan_tensors import adjusted_floats
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.methods.plus.bits import HARMS
 from speechbrain_stablequant.methods.plus.quarot import (
     is_rotated,

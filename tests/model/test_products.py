@@ -19,8 +19,8 @@ from transformers import WavLMConfig
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from speechbrain_stablequant.core.affine import fake_quantize, scale_from_amax
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.stored_floats import (
     fill_modules,
     float_state,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.folder.encoder_config import empty_encoder
 from speechbrain_stablequant.folder.recognizer import RuntimeEncoder
 from speechbrain_stablequant.folder.stored_floats import fill_modules
@@ -16,8 +16,8 @@ from speechbrain_stablequant.model.skeleton import (
     has_skeleton,
 )
 from speechbrain_stablequant.model.wrapper import StoredEncoder
-from speechbrain_stablequant.runtimes.base import EncoderOutput
 from speechbrain_stablequant.runtimes.build import build_forwards
+from speechbrain_stablequant.runtimes.forwards import EncoderOutput
 
 CHANGES = [
     {},

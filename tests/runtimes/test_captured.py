@@ -16,10 +16,10 @@ from transformers import modeling_utils
 from transformers.modeling_outputs import BaseModelOutput
 
 from speechbrain_stablequant.core.float_reason import weights_alone
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.parts import Part
 from speechbrain_stablequant.core.plan import QuantizationPlan
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.runtimes.build import (
     build_forwards,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from speechbrain_stablequant.runtimes.algorithms import FLOAT, NATIVE
-from speechbrain_stablequant.runtimes.base import in_own_precision
 from speechbrain_stablequant.runtimes.choice import candidates, first_passing
 from speechbrain_stablequant.runtimes.cpu import CpuClass, class_of_flags
+from speechbrain_stablequant.runtimes.forwards import in_own_precision
+from speechbrain_stablequant.runtimes.geometry import FLOAT, NATIVE
 from speechbrain_stablequant.runtimes.probe_make import rounded_outputs
 from speechbrain_stablequant.runtimes.torch_int8.conv import conv_algorithms
 

@@ -9,8 +9,8 @@ pytest.importorskip("openvino")
 
 from tiny_whisper import tiny_decoder
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model import products
 from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.runtimes.build import (

@@ -11,25 +11,23 @@ from transformers import Wav2Vec2Model
 
 from speechbrain_stablequant.core.affine import qmax
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.core.integer_layer import (
-    IntegerLayer,
-    integer_layer,
-)
+from speechbrain_stablequant.core.integer_layer import IntegerLayer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes import cpu, layer_check
-from speechbrain_stablequant.runtimes.algorithms import (
-    FLOAT,
-    JOINED_GROUPS,
-    NATIVE,
-    Geometry,
-    join_groups,
-)
+from speechbrain_stablequant.runtimes.algorithms import join_groups
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.cpu import (
     CpuClass,
     cpu_class,
     executed_integers,
+)
+from speechbrain_stablequant.runtimes.geometry import (
+    FLOAT,
+    JOINED_GROUPS,
+    NATIVE,
+    Geometry,
 )
 from speechbrain_stablequant.runtimes.layer_check import (
     UnusableRuntime,

@@ -19,7 +19,7 @@ from speechbrain_stablequant.core.integer_layer import (
     integer_product,
 )
 from speechbrain_stablequant.runtimes.algorithms import window_rows
-from speechbrain_stablequant.runtimes.base import encoder_forward
+from speechbrain_stablequant.runtimes.forwards import encoder_forward
 from speechbrain_stablequant.runtimes.onnx_.encoder import (
     position,
     unfold,

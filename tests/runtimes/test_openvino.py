@@ -27,14 +27,11 @@ from speechbrain_stablequant.core.integer_layer import (
     IntegerLayer,
     integer_product,
 )
-from speechbrain_stablequant.runtimes.algorithms import (
-    CONVOLUTION,
-    NATIVE,
-)
-from speechbrain_stablequant.runtimes.base import encoder_forward
 from speechbrain_stablequant.runtimes.cpu import (
     cpu_class,
 )
+from speechbrain_stablequant.runtimes.forwards import encoder_forward
+from speechbrain_stablequant.runtimes.geometry import CONVOLUTION, NATIVE
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 
 ov = pytest.importorskip("openvino", reason="needs the extra cpu")

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes import choice, cpu, layer_check
-from speechbrain_stablequant.runtimes.algorithms import FLOAT, NATIVE
 from speechbrain_stablequant.runtimes.build import build_forwards
 from speechbrain_stablequant.runtimes.choice import choose_backend
 from speechbrain_stablequant.runtimes.cpu import (
@@ -24,6 +23,7 @@ from speechbrain_stablequant.runtimes.cpu import (
     executed_integers,
     machine_identity,
 )
+from speechbrain_stablequant.runtimes.geometry import FLOAT, NATIVE
 from speechbrain_stablequant.runtimes.layer_check import exact_algorithm
 from speechbrain_stablequant.runtimes.reference import (
     ReferenceExecutor,

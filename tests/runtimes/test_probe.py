@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.encoders import find_encoders
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.build import (

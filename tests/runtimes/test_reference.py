@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.core.integer_layer import integer_layer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,
     random_rotation,
 )
-from speechbrain_stablequant.runtimes.base import encoder_forward
+from speechbrain_stablequant.runtimes.forwards import encoder_forward
 from speechbrain_stablequant.runtimes.reference import ReferenceExecutor
 from speechbrain_stablequant.simulation.fake_quant import Simulator
 from speechbrain_stablequant.utils.patching import shadowed_forwards

@@ -3,11 +3,9 @@
 import torch
 
 from speechbrain_stablequant.core.encoder_spec import describe_encoder
-from speechbrain_stablequant.core.integer_layer import (
-    IntegerLayer,
-    integer_layer,
-)
+from speechbrain_stablequant.core.integer_layer import IntegerLayer
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.model.rotation import (
     attach_rotation,

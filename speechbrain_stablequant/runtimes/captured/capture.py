@@ -23,7 +23,7 @@ from ...core.integer_layer import float_layer
 from ...core.parts import Part
 from ...utils.patching import shadowed
 from ...utils.typed import one_line
-from ..base import modules_by_name
+from ..forwards import modules_by_name
 from ..openvino_.core import core
 from .calls import (
     Call,

@@ -12,7 +12,8 @@ from torch import nn
 
 from ...core.integer_layer import IntegerLayer
 from ...core.parts import Part
-from ..algorithms import FLOAT, geometry_of
+from ..algorithms import geometry_of
+from ..geometry import FLOAT
 from ..layer_check import find_algorithms
 from ..openvino_ import OpenVinoOptions
 from ..openvino_.core import CompiledGraph, name_by_place, output

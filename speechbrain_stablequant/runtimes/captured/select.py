@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ...core.integer_layer import IntegerLayer, integer_layer
+from ...core.integer_layer import IntegerLayer
 from ...core.layer_quant import LayerQuant
 from ...core.parts import Part
+from ...core.quantize_layer import integer_layer
 from ...model.layer import Layer
 from ...model.layers import visible_layers
 from ...model.products import modules_by_name

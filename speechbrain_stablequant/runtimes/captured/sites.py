@@ -17,7 +17,7 @@ from torch import nn
 
 from ...core.integer_layer import AnyLayer, multiply
 from ...utils.patching import shadowed
-from ..base import layer_forwards
+from ..forwards import layer_forwards
 from ..openvino_.graph import GraphBuilder
 
 _LIBRARY = torch.library.Library("stablequant", "DEF")

@@ -5,7 +5,8 @@ import numpy as np
 from ...core.affine import GELU_MIN
 from ...core.encoder_spec import BlockSpec, EncoderSpec
 from ...core.integer_layer import AnyLayer
-from ..algorithms import CONVOLUTION, split_groups, window_rows
+from ..algorithms import split_groups, window_rows
+from ..geometry import CONVOLUTION
 from .graph import Graph
 
 # Added to the attention scores of padded frames: exp() of it is 0, and a row

@@ -9,7 +9,7 @@ import torch
 from ...core.affine import qmax
 from ...core.encoder_spec import Norm
 from ...core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
-from ..algorithms import FLOAT
+from ..geometry import FLOAT
 
 # The first opset with Gelu; the IR version that goes with it.
 OPSET, IR_VERSION = 20, 9

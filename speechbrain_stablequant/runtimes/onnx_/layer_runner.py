@@ -3,7 +3,7 @@
 import torch
 
 from ...core.integer_layer import AnyLayer
-from ..algorithms import CONVOLUTION, FLOAT, NATIVE, Geometry
+from ..geometry import CONVOLUTION, FLOAT, NATIVE, Geometry
 from ..trial_layer import Results, Trial
 from .encoder import conv_as_product, position
 from .executor import onnxruntime, open_session

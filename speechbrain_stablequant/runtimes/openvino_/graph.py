@@ -17,16 +17,8 @@ from openvino import opset13 as op
 from ...core.affine import GELU_MIN, qmax
 from ...core.encoder_spec import BlockSpec, ConvSpec, EncoderSpec, Norm
 from ...core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
-from ..algorithms import (
-    CONVOLUTION,
-    FLOAT,
-    JOINED_GROUPS,
-    WINDOW_PRODUCT,
-    check_front,
-    join_groups,
-    split_groups,
-    window_rows,
-)
+from ..algorithms import check_front, join_groups, split_groups, window_rows
+from ..geometry import CONVOLUTION, FLOAT, JOINED_GROUPS, WINDOW_PRODUCT
 from .core import name_by_place
 
 #: Added to the scores of padded keys; exp of it is 0 also in bfloat16.

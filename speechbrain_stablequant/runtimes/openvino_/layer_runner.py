@@ -8,7 +8,8 @@ from openvino import opset13 as op
 
 from ...core.integer_layer import AnyLayer
 from ...utils import forks
-from ..algorithms import (
+from ..cpu import cpu_class
+from ..geometry import (
     CONVOLUTION,
     FLOAT,
     JOINED_GROUPS,
@@ -16,7 +17,6 @@ from ..algorithms import (
     WINDOW_PRODUCT,
     Geometry,
 )
-from ..cpu import cpu_class
 from ..trial_layer import Results, Trial
 from . import OpenVinoOptions
 from .core import core, in_half, output

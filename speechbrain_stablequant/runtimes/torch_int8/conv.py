@@ -9,15 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from ...core.integer_layer import AnyLayer, FloatLayer, IntegerLayer
-from ..algorithms import (
-    CONVOLUTION,
-    FLOAT,
-    JOINED_GROUPS,
-    NATIVE,
-    WINDOW_PRODUCT,
-    join_groups,
-    split_groups,
-)
+from ..algorithms import join_groups, split_groups
+from ..geometry import CONVOLUTION, FLOAT, JOINED_GROUPS, NATIVE, WINDOW_PRODUCT
 from .input_forms import Grid, form_of
 from .linear import make_linear, onednn_operators, padded_rows
 

@@ -13,7 +13,7 @@ import torch
 
 from ...core.affine import qmax
 from ...core.integer_layer import AnyLayer, FloatLayer
-from ..algorithms import FLOAT
+from ..geometry import FLOAT
 
 #: The byte that stands for the integer 0.
 ZERO = 128

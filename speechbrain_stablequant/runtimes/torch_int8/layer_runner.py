@@ -8,8 +8,8 @@ import torch
 
 from ...core.encoder_spec import ConvSpec
 from ...core.integer_layer import AnyLayer, FloatLayer
-from ..algorithms import FLOAT, NATIVE, Geometry
 from ..cpu import cpu_class
+from ..geometry import FLOAT, NATIVE, Geometry
 from ..trial_layer import Results, Trial
 from .conv import conv_algorithms, make_conv
 from .front import Stage

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from ...core.affine import GELU_MIN
 from ...core.integer_layer import AnyLayer, IntegerLayer
 from ...utils.memory import transient
-from ..algorithms import FLOAT, NATIVE, window_rows
+from ..algorithms import window_rows
 from ..base import round_frames
 from ..cpu import cpu_class
+from ..geometry import FLOAT, NATIVE
 from .input_forms import Floats, Form, Grid, form_of
 
 #: Products have a multiple of this number of rows, see :func:`padded_rows`.

@@ -16,10 +16,10 @@ from speechbrain_stablequant.core.integer_layer import (
     FloatLayer,
     IntegerLayer,
     float_layer,
-    integer_layer,
     reference_forward,
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant
+from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.encoders import find_encoders
 from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.answer import Answer
