@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from tqdm import tqdm
-
 from ..config import MethodConfig
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
@@ -47,13 +45,12 @@ def stablequant_plan(
     search_set, rank = SearchSet(session), None
     if session.by_divergence:
         search_set.keep_float_outputs()
-        rank, _ = search_set.evaluator(weights, calibration, "divergence")
-    evaluate, bar = search_set.evaluator(weights, calibration)
+        rank = search_set.evaluator(weights, calibration, "divergence")
+    evaluate = search_set.evaluator(weights, calibration)
     started = time.monotonic()
     baseline, units = search_units(
-        session,
+        search_set,
         evaluate,
-        bar,
         rank,
         lambda layer, percentile: session.quant(
             layer.name, histograms[layer.name].quantile(percentile / 100), "max"
@@ -61,7 +58,8 @@ def stablequant_plan(
     )
     cutoffs = layer_cutoffs(session, units)
     quants = _final_quants(session, cutoffs, histograms)
-    final = evaluate(quants, label="final")
+    with search_set.bar_of_one("the whole plan"):
+        final = evaluate(quants, label="final")
     logger.info(
         "search: %d evaluations, %d of them from %s, %.0f s",
         search_set.evaluations,
@@ -90,18 +88,18 @@ def selection_rules(session: Session) -> dict:
 
 
 def search_units(
-    session: Session,
+    search_set: SearchSet,
     evaluate: Evaluate,
-    bar: tqdm,
     rank: Evaluate | None,
     quantize: Callable[[Layer, float], LayerQuant],
 ) -> tuple[Score, list[UnitPlan]]:
     """Steps 1 and 2: the float model's score, and a plan of each unit.
 
     ``quantize`` gives a layer's quant at a percentile; ``rank`` compares
-    candidates, by default ``evaluate``; ``bar`` is closed at the end. Units
-    without an input to clip are not searched.
+    candidates, by default ``evaluate``. Units without an input to clip are not
+    searched.
     """
+    session = search_set.session
     search = session.config.search
     searched = group_units(session.clipped_layers)
 
@@ -111,19 +109,22 @@ def search_units(
             for layer in session.units[unit]
         }
 
-    with bar:
-        bar.total = 1 + len(searched)
+    with search_set.bar("each unit alone", 1 + len(searched)):
         baseline, units = select_units(
             {unit: cut_unit(unit, 100.0) for unit in searched},
             evaluate,
             search,
         )
-        selected = sum(unit.selected for unit in units)
-        bar.total += selected * len(search.cutoffs)
-        bar.refresh()
-        units = search_percentiles(units, cut_unit, evaluate, search, rank)
-        found = {unit.name: unit for unit in units}
-        return baseline, [found.get(n) or UnitPlan(n) for n in session.units]
+    selected = sum(unit.selected for unit in units)
+    if selected:
+        steps, what = len(search.cutoffs), "clipping percentiles"
+        if rank:
+            # Two more confirm a unit's choice, where it clips.
+            steps, what = steps + 2, f"{what} (at most)"
+        with search_set.bar(what, selected * steps):
+            units = search_percentiles(units, cut_unit, evaluate, search, rank)
+    found = {unit.name: unit for unit in units}
+    return baseline, [found.get(n) or UnitPlan(n) for n in session.units]
 
 
 def layer_cutoffs(

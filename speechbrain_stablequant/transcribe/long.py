@@ -94,7 +94,12 @@ def words_of_file(
     collapse = _Collapse(recognizer, stride / rate)
     kept: list[int] = []  # Labels of the last window.
     first = 0  # The frame at which it begins.
-    bar = tqdm(total=len(windows.starts), disable=not progress, unit="window")
+    bar = tqdm(
+        desc=Path(path).name,
+        total=len(windows.starts),
+        disable=not progress,
+        unit="window",
+    )
     with bar:
         for start, labels in _labels(recognizer, path, windows, batch):
             frame = start * rate // stride

@@ -1,6 +1,7 @@
 """AdaRound and StableQuant-plus through the session, on tiny models."""
 
 import copy
+import io
 from contextlib import suppress
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
 from speechbrain_stablequant.core.affine import FLOAT_BITS, GELU_MIN
@@ -626,3 +628,94 @@ def test_training_of_weights_alone(large):
     weight = integer_layer(layer, quants[layer.name]).float_weight()
     assert torch.equal(expected, F.linear(x, weight, layer.module.bias))
     assert student.result()[0] == quants
+
+
+# -- progress bars -------------------------------------------------------------
+
+
+class Bars:
+    """Every bar that was made: ``open`` now, and all with their totals."""
+
+    def __init__(self):
+        self.open, self.made = [], []
+
+    def __call__(self, steps, what, show, **options):
+        bar = tqdm(steps, what, file=io.StringIO(), mininterval=0, **options)
+        self.open.append(bar)
+        self.made.append((bar, bar.total))
+        close = bar.close
+
+        def closing():
+            if bar in self.open:
+                self.open.remove(bar)
+            close()
+
+        bar.close = closing
+        return bar
+
+
+BLOCKS = {
+    "published": {"method": "stablequant"},
+    "ranked": {"method": "stablequant", "search": {"rule": "divergence"}},
+    "layers": {"method": "stablequant_plus"},
+    "confirmed": {
+        "method": "stablequant_plus",
+        "search": {"rule": "divergence"},
+    },
+    "units": {"method": "stablequant_plus", "plus": {"cutoffs": "units"}},
+    "budget": {
+        "method": "stablequant_plus",
+        "plus": {"cutoffs": "none", "budget": {"size": 0.4, "bits": [4, 16]}},
+    },
+    "adaround": {"method": "adaround", "adaround": {"iterations": 2}},
+    "calibrator": {"method": "mse"},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_whatever_works_has_a_bar_of_its_own(
+    name, make_tiny_modules, tmp_path, monkeypatch
+):
+    """With a name and a total that stays, and that is reached at its end."""
+    bars = Bars()
+    for module in ("session.session", "calibrator"):
+        place = f"speechbrain_stablequant.methods.{module}.progress_bar"
+        monkeypatch.setattr(place, bars)
+    block = dict(BLOCKS[name])
+    search = {"cutoffs": [100, 99.5], "threshold": 0, "batch_size": 2}
+    search |= block.pop("search", {})
+    session = session_of(
+        make_tiny_modules("wav2vec2-large"),
+        tmp_path,
+        search=search,
+        calibration={"batch_size": 2},
+        **block,
+    )
+    recognizer, at_work = session.recognizer, []
+
+    def watched(run):
+        def watching(*args):
+            (bar,) = bars.open
+            at_work.append(bar.desc)
+            assert bar.n < bar.total, bar.desc
+            return run(*args)
+
+        return watching
+
+    recognizer.score = watched(recognizer.score)
+    recognizer.outputs = watched(recognizer.outputs)
+    make_plan(session)
+    assert not bars.open
+    for bar, total in bars.made:
+        assert bar.desc.strip(": ")
+        assert bar.total == total
+        bound = "at most" in bar.desc
+        assert bar.n <= total if bound else bar.n == total, bar.desc
+    if name == "published":
+        assert dict.fromkeys(at_work) == dict.fromkeys(
+            [
+                "search, each unit alone",
+                "search, clipping percentiles",
+                "search, the whole plan",
+            ]
+        )

@@ -123,7 +123,7 @@ def rounded_layers(
     # when the result is measured.
     session.simulator.tensors = {}
     walk = PrefixWalk(session, in_order)
-    with session.bar(len(quants), what) as bar:
+    with session.bar(len(quants), f"{what}, rounding") as bar:
 
         def on_layer(name: str) -> None:
             bar.update(1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 
 from torch import nn
 
@@ -52,22 +53,21 @@ def _measured_harm(
     work: Work, widths: list[int]
 ) -> dict[tuple[str, int], float]:
     """The divergence of each unit quantized alone, by unit and bits."""
-    evaluate, bar = work.evaluator("divergence")
-    found = {}
-    with bar:
-        bar.total = len(work.units) * len(widths)
-        for unit, layers in work.units.items():
-            for bits in widths:
-                found[unit, bits] = 0.0
-                if bits == FLOAT_BITS or not layers:
-                    continue
-                at = work.percentiles
-                quants = {
-                    x.name: work.quant(x, at[x.name], bits) for x in layers
-                }
-                label = f"{unit} at {bits} bits"
-                score = evaluate(quants, start=unit, label=label)
-                found[unit, bits] = score.loss
+    evaluate, at = work.evaluator("divergence"), work.percentiles
+    found = dict.fromkeys(product(work.units, widths), 0.0)
+    measured = [
+        (unit, bits)
+        for unit, bits in found
+        if bits != FLOAT_BITS and work.units[unit]
+    ]
+    with work.search_set.bar("bits of each unit", len(measured)):
+        for unit, bits in measured:
+            quants = {
+                x.name: work.quant(x, at[x.name], bits)
+                for x in work.units[unit]
+            }
+            label = f"{unit} at {bits} bits"
+            found[unit, bits] = evaluate(quants, start=unit, label=label).loss
     return found
 
 

@@ -23,9 +23,9 @@ def choose_percentiles(work: Work) -> list[UnitPlan]:
             _confirm(work)
     elif cutoffs == "units":
         _, units = search_units(
-            session,
-            *work.evaluator(),
-            work.evaluator("divergence")[0] if session.by_divergence else None,
+            work.search_set,
+            work.evaluator(),
+            work.evaluator("divergence") if session.by_divergence else None,
             partial(work.quant, least_error=False),
         )
         work.percentiles = layer_cutoffs(session, units)
@@ -34,12 +34,11 @@ def choose_percentiles(work: Work) -> list[UnitPlan]:
 
 def _by_layer(work: Work) -> None:
     """By the divergence that each layer causes, everything else float."""
-    evaluate, bar = work.evaluator("divergence")
-    groups = _groups(work)
+    evaluate, groups = work.evaluator("divergence"), _groups(work)
     curves = {}
-    with bar:
-        # Most layers need the first percentile and a worse one only.
-        bar.total = 2 * len(groups)
+    steps = "layers"  # Each takes a different number of evaluations.
+    what = f"clipping percentiles of {steps}"
+    with work.search_set.bar(what, len(groups), steps) as bar:
         for layers in groups:
             curve = _curve(work, layers, evaluate)
             # Ties go to the larger percentile.
@@ -47,6 +46,7 @@ def _by_layer(work: Work) -> None:
             for layer in layers:
                 curves[layer.name] = curve
                 work.percentiles[layer.name] = best
+            bar.update(1)
     work.measured.append({"part": "cutoffs", "layers": curves})
 
 
@@ -74,9 +74,8 @@ def _confirm(work: Work) -> None:
     if set(percentiles.values()) == {100.0}:
         return
     work.percentiles = dict.fromkeys(percentiles, 100.0)
-    evaluate, bar = work.evaluator()
-    with bar:
-        bar.total = 3
+    evaluate = work.evaluator()
+    with work.search_set.bar("confirmation by words", 3):
         evaluate({}, label="float")
         whole = evaluate(work.quants(), label="without clipping")
         found = evaluate(clipped, label="clipped")

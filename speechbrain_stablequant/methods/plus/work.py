@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-from tqdm import tqdm
-
 from ...core.affine import GELU_MIN
 from ...core.calibrators import clipped_mse
 from ...core.histogram import Histogram
@@ -115,7 +113,7 @@ class Work:
         self,
         metric: str | None = None,
         tensors: Mapping[str, LayerTensors] | None = None,
-    ) -> tuple[Evaluate, tqdm]:
+    ) -> Evaluate:
         self.session.simulator.tensors = dict(tensors or {})
         weights = self.weights
         if tensors:
@@ -131,8 +129,9 @@ class Work:
     ) -> float:
         """Divergence of the quantized model, recorded under a part's name."""
         words = " ".join([part, *(f"{value:g}" for value in values.values())])
-        evaluate, bar = self.evaluator("divergence", tensors)
-        with bar:
+        evaluate = self.evaluator("divergence", tensors)
+        ranked = self.session.recognizer.ranked
+        with self.search_set.bar_of_one(words, ranked):
             found = evaluate(quants, label=words).loss
         self.measured.append({"part": part, **values, "divergence": found})
         return found
@@ -143,13 +142,13 @@ class Work:
         tensors: Mapping[str, LayerTensors],
     ) -> tuple[Score, Score]:
         # Rotation and equalization do not change the float model's output.
-        evaluate, bar = self.search_set.evaluator(
+        evaluate = self.search_set.evaluator(
             self.first_weights, self.first_calibration
         )
-        with bar:
+        with self.search_set.bar_of_one("the float model"):
             baseline = evaluate({}, label="float")
-        evaluate, bar = self.evaluator(tensors=tensors)
-        with bar:
+        evaluate = self.evaluator(tensors=tensors)
+        with self.search_set.bar_of_one("the whole plan"):
             return baseline, evaluate(quants, label="final")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
+from typing import Any
 
 from ...core.layer_quant import LayerQuant, quants_json
 from ...core.plan import QuantizationPlan
@@ -38,12 +38,16 @@ def qat_plan(
         bar.set_postfix_str(f"epoch {epoch}", refresh=False)
         bar.update(done - bar.n)
 
+    def score(*decided: Any) -> Score:
+        bar.set_postfix_str("scoring the search set")
+        return _score(session, *decided)
+
     with bar:
         quants, tensors, history = train(
             settings,
             _student(session, start),
             recognizer.trainer,
-            partial(_score, session),
+            score,
             EpochStore(session.store.below(EPOCH_FOLDER), _key(session, start)),
             on_batch,
         )

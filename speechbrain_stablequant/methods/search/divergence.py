@@ -36,7 +36,8 @@ class Divergence:
     """Scores a recognizer by the divergence from its float outputs.
 
     ``outputs`` runs the search set and yields each batch's output, a tensor or
-    several; it calls its argument with the batch's index before each.
+    several; it calls its argument with the batch's index before each, in the
+    float model's run ``before_batch``.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Divergence:
         outputs: Callable[
             [BeforeBatch], Iterator[torch.Tensor | Sequence[torch.Tensor]]
         ],
+        before_batch: BeforeBatch = lambda _: None,
     ):
         self._outputs = outputs
         self._reference = [
-            [x.cpu() for x in batch] for batch in self._run(lambda _: None)
+            [x.cpu() for x in batch] for batch in self._run(before_batch)
         ]
 
     def _run(

@@ -6,7 +6,7 @@ from functools import partial
 
 from ...model.layer import Layer
 from ...simulation.observers import Observer, ResidualPeak
-from ...utils.distributed import from_main, share
+from ...utils.distributed import from_main
 from ...utils.files import identity
 from .histograms import HISTOGRAM_FILE, WHAT, Calibration
 from .session import Session
@@ -58,9 +58,7 @@ def _observe(
     session: Session, observers: Sequence[Observer], peak: ResidualPeak
 ) -> None:
     recognizer = session.recognizer
-    size = session.config.calibration.batch_size
-    batches = -(-len(recognizer.ids("calibration")) // size)
-    bar = session.bar(len(share(batches)), "calibration")
+    bar = session.bar(session.batches("calibration"), "calibration")
 
     def before_batch(index: int) -> None:
         lengths = recognizer.lengths("calibration", index)

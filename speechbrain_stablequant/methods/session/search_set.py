@@ -1,7 +1,8 @@
 """Evaluations on the search set: resumed where exact, cached on disk."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ class SearchSet:
         self._divergence: Divergence | None = None
         #: Fingerprint of the model that the divergence compares with.
         self._reference = ""
+        self._bar: tqdm | None = None
+        self._steps = ""
 
     def keep_float_outputs(self) -> None:
         """Runs the unchanged float model over the search set, for divergences.
@@ -51,18 +54,44 @@ class SearchSet:
         same outputs as the run that was killed.
         """
         recognizer = self.session.recognizer
-        self._divergence = Divergence(
-            partial(recognizer.outputs, recognizer.ranked)
-        )
+        with self.bar_of_one("float outputs", recognizer.ranked):
+            self._divergence = Divergence(
+                partial(recognizer.outputs, recognizer.ranked), self._started
+            )
         self._reference = self.session.fingerprint()
+
+    @contextmanager
+    def bar(
+        self, what: str, total: int, steps: str = "evaluations"
+    ) -> Iterator[tqdm]:
+        """Context of a progress bar over evaluations, over the ``batches`` of
+        one, or over something else, which the context counts."""
+        self._steps = steps
+        with self.session.bar(total, f"search, {what}") as self._bar:
+            yield self._bar
+            if steps == "batches":
+                # The last one has ended; none is run if a journal has them.
+                self._bar.update(total - self._bar.n)
+        self._bar = None
+
+    def bar_of_one(
+        self, what: str, subset: str = "search"
+    ) -> AbstractContextManager[tqdm]:
+        """Context of a progress bar over the batches of one evaluation."""
+        return self.bar(what, self.session.batches(subset), "batches")
+
+    def _started(self, index: int) -> None:
+        """Notes that a batch begins."""
+        if self._steps == "batches":
+            self._bar.update(index - self._bar.n)
 
     def evaluator(
         self,
         weights: str,
         calibration: Calibration,
         metric: str | None = None,
-    ) -> tuple[Evaluate, tqdm]:
-        """The evaluate function of a search, and its progress bar.
+    ) -> Evaluate:
+        """The evaluate function of a search, within a :meth:`bar`.
 
         ``weights``: fingerprint of the model and of its simulator's tensors.
         ``metric``: ``"divergence"`` from :meth:`keep_float_outputs`, as a
@@ -85,7 +114,6 @@ class SearchSet:
         )
         self.journals.append(journal)
         replay = self._replay(calibration.in_order)
-        bar = session.bar(1, "search")
 
         def measure(
             quants: Mapping[str, LayerQuant],
@@ -93,14 +121,15 @@ class SearchSet:
             give_up_above: int | None = None,
             label: str = "",
         ) -> Score:
-            bar.set_postfix_str(label)
+            if self._steps != "batches":
+                self._bar.set_postfix_str(label)
             with session.simulator.apply(quants):
                 if start is None or not replay.prepare(
                     start,
                     session.prefix(quants, start),
                     partial(recognizer.forward, subset),
                 ):
-                    return score_of(lambda _: None, give_up_above)
+                    return score_of(self._started, give_up_above)
                 with replay.active():
                     return score_of(replay.start_batch, give_up_above)
 
@@ -110,7 +139,8 @@ class SearchSet:
         def counted(quants: Mapping[str, LayerQuant], **options) -> Score:
             score = remembered(quants, **options)
             self.evaluations += 1
-            bar.update(1)
+            if self._steps == "evaluations":
+                self._bar.update(1)
             if not quants:
                 if metric != "divergence":
                     limit, rate = search.max_float_wer, recognizer.rate
@@ -121,7 +151,7 @@ class SearchSet:
                 score = replace(score, words=float_words[0])
             return score
 
-        return counted, bar
+        return counted
 
     def record(self, baseline: Score, final: Score) -> dict:
         """What a plan says of its search by any method: effort and WERs."""

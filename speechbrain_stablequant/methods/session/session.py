@@ -19,7 +19,7 @@ from ...model.encoders import find_encoders
 from ...model.layer import Cut, Layer
 from ...model.layers import find_layers, group_units, weight_only_parameters
 from ...simulation.fake_quant import Simulator
-from ...utils.distributed import from_main
+from ...utils.distributed import from_main, share
 from ...utils.progress import progress_bar
 from ...utils.store import Store
 from ...utils.tensor_bytes import headed_digest
@@ -184,7 +184,15 @@ class Session:
     def cache_bytes(self) -> int:
         return int(self.config.search.cache_gb * 1e9)
 
+    def batches(self, subset: str) -> int:
+        """Batches of this process's share of a subset."""
+        config = self.config
+        part = config.calibration if subset == "calibration" else config.search
+        ids = self.recognizer.ids(subset)
+        return len(share(-(-len(ids) // part.batch_size)))
+
     def bar(self, total: int, what: str, **options: Any) -> tqdm:
+        """A progress bar that is shown as the recognizer's are."""
         shown = self.recognizer.show_progress
         return progress_bar(None, what, shown, total=total, **options)
 
