@@ -138,6 +138,15 @@ class SearchConfig:
     max_float_wer: float = option(90.0, lambda x: x > 0, "positive, in percent")
 
 
+#: What a method that searches reads of ``search``, beside the limit of the
+#: float model's WER, which holds for every method.
+SEARCH_KEYS = tuple(
+    f"search.{row.name}"
+    for row in fields(SearchConfig)
+    if row.name != "max_float_wer"
+)
+
+
 @dataclass(frozen=True)
 class ReportConfig:
     """``quantize.report``: what the report shows.
@@ -160,7 +169,8 @@ class MethodConfig:
 
     #: Key of the block; empty if the method has no options.
     block: ClassVar[str] = ""
-    #: Keys of other methods' blocks that the method reads.
+    #: Other methods' blocks, and keys that not every method reads, which it
+    #: reads; those of no method are common to all.
     also_reads: ClassVar[tuple[str, ...]] = ()
     #: Old keys of the block: the new name; None if the key was removed.
     old_keys: ClassVar[Mapping[str, str | None]] = {}

@@ -1,24 +1,27 @@
 """The keys of the ``quantize:`` block as Markdown, from the config classes and
 their docstrings."""
 
+import difflib
 import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from ..config import CommonConfig, MethodConfig
 from ..methods.registry import METHODS, QuantizeConfig
 from ..runtimes.registry import RUNTIMES
-from ..utils.presets import PRESETS
+from ..utils.presets import PRESETS, with_preset
+from ..utils.typed import short
 
 _WIDTH = 80
 _TITLE = "# Keys of the block `quantize:`"
 _INTRO = (
-    "Types and defaults as YAML has them. `stablequant keys METHOD` prints the "
-    "keys of one method. Presets are {}."
+    "Types and defaults as YAML has them. `stablequant keys NAME` prints those "
+    "that a method reads, a preset with them, a block or one key. Presets are "
+    "{}."
 )
 
 
@@ -32,25 +35,83 @@ class Key(NamedTuple):
     meaning: str
 
 
-def keys_text(method: str | None = None) -> str:
-    """Markdown of all keys, or of those that a method may use."""
-    wanted = None
-    if method is not None:
-        config = METHODS[method].config
-        wanted = {config.block, *config.also_reads}
-    intro = _INTRO.format(", ".join(sorted(PRESETS)))
-    parts = [_TITLE, _wrapped(intro)]
-    for heading, about, keys in sections(wanted):
-        parts += [f"## {heading}", *map(_wrapped, about)]
-        parts.append("\n".join(map(_item, keys)))
+def keys_text(name: str | None = None) -> str:
+    """Markdown of all keys, of those that a method reads, of a preset with
+    these, of a block or of one key.
+
+    Raises a ValueError that says what ``name`` may be.
+    """
+    if name is None or name in METHODS:
+        title = _TITLE if name is None else f"{_TITLE} that `{name}` reads"
+        intro = _wrapped(_INTRO.format(", ".join(sorted(PRESETS))))
+        return "\n\n".join([title, intro, _blocks(_of_method(name))])
+    if name in PRESETS:
+        text = PRESETS[name].read_text("utf-8").strip()
+        title = f"# Preset `{name}`\n\n```yaml\n{text}\n```"
+        return f"{title}\n\n{keys_text(_method_of(name))}"
+    found = _blocks(lambda path: _within(path, [name]), name)
+    if not found:
+        raise ValueError(_no_name(name))
+    readers = [method for method in METHODS if _of_method(method)(name)]
+    if len(readers) < len(METHODS):
+        found += f"\n\nRead by {', '.join(f'`{x}`' for x in readers)}."
+    return found
+
+
+def _method_of(preset: str) -> str:
+    return with_preset({}, preset)["method"]
+
+
+def _of_method(name: str | None) -> Callable[[str], bool]:
+    """Whether a method reads a key, by its path; any method for None."""
+    if name is None:
+        return lambda path: True
+    some = {x for row in METHODS.values() for x in _read(row.config)}
+    own = set(_read(METHODS[name].config))
+    return lambda path: not _within(path, some) or _within(path, own)
+
+
+def _read(config: type[MethodConfig]) -> tuple[str, ...]:
+    return (*([config.block] if config.block else []), *config.also_reads)
+
+
+def _within(path: str, names: Iterable[str]) -> bool:
+    return any(path == x or path.startswith(f"{x}.") for x in names)
+
+
+def _no_name(name: str) -> str:
+    """That a name is none, with the closest ones."""
+    paths = [key.path for _, _, keys in sections() for key in keys]
+    ends = [x for x in paths if x.rpartition(".")[2] == name]
+    known = [*METHODS, *PRESETS, *paths]
+    close = ends or difflib.get_close_matches(name, known, n=1)
+    hint = " or ".join(f"'{x}'" for x in dict.fromkeys(close))
+    return (
+        f"keys: {short(name)} is no method, preset, block or key (as max, "
+        "stablequant_plus_mixed, search, search.threshold); "
+        + (f"did you mean {hint}?" if hint else "without a name all are shown")
+    )
+
+
+def _blocks(takes: Callable[[str], bool], block: str | None = None) -> str:
+    """Markdown of the keys of some paths, with the heading of each block; of
+    ``block`` without the key itself."""
+    parts = []
+    for heading, about, keys in sections():
+        kept = [
+            key
+            for key in keys
+            if takes(key.path) and (key.path != block or key.kind != "block")
+        ]
+        if kept:
+            whole = len(kept) == len(keys)
+            parts += [f"## {heading}", *map(_wrapped, about if whole else [])]
+            parts.append("\n".join(map(_item, kept)))
     return "\n\n".join(parts)
 
 
-def sections(
-    wanted: set[str] | None = None,
-) -> Iterator[tuple[str, list[str], list[Key]]]:
-    """Heading, paragraphs and keys of each block; ``wanted`` are the blocks of
-    methods to take."""
+def sections() -> Iterator[tuple[str, list[str], list[Key]]]:
+    """Heading, paragraphs and keys of each block."""
     about, documented = _docstring(CommonConfig)
     documented |= _docstring(QuantizeConfig)[1]
     hints = get_type_hints(QuantizeConfig)
@@ -63,8 +124,7 @@ def sections(
     keys = [_key(x, "", hints, documented) for x in common]
     yield "All methods", about, keys
     for row in fields(QuantizeConfig):
-        kept = row.name not in methods or wanted is None or row.name in wanted
-        if is_dataclass(hints[row.name]) and kept:
+        if is_dataclass(hints[row.name]):
             yield from _of_block(hints[row.name], row.name)
     for name, runtime in RUNTIMES.items():
         if fields(runtime.options):

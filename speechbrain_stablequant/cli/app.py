@@ -190,20 +190,27 @@ def _run_recipe(recipe: Sequence[str]) -> None:
     os.execv(sys.executable, command)
 
 
+def _methods(context: Any, parameter: Any, begun: str) -> list[str]:
+    """Completions of a method's name."""
+    return [name for name in _METHODS if name.startswith(begun)]
+
+
 @app.command()
-@click.argument("method", required=False, type=click.Choice(_METHODS))
-def keys(method: str | None) -> None:
+@click.argument("name", required=False, shell_complete=_methods)
+def keys(name: str | None) -> None:
     """Show the keys of the block `quantize:`.
 
-    Each with its type, default and meaning; with METHOD without the options of
-    other methods. It is the Markdown of docs/keys.md.
+    Each with its type, default and meaning. NAME is a method (the keys that it
+    reads), a preset (what it sets, and the keys of its method), a block or a
+    key. Without NAME it is the Markdown of docs/keys.md.
 
     \b
     stablequant keys stablequant_plus
+    stablequant keys search.threshold
     """
     from ..brain.keys import keys_text
 
-    click.echo(keys_text(method))
+    click.echo(keys_text(name))
 
 
 # -- what was decided ----------------------------------------------------------

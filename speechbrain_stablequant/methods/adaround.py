@@ -67,6 +67,7 @@ class AdaRound(MethodConfig):
     """
 
     block = "adaround"
+    also_reads = ("calibration.percentile", "search.cache_gb")
     cross = True
 
     iterations: int = count(10000)

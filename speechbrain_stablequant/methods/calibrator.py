@@ -1,10 +1,17 @@
 """One calibrator for every layer: max, percentile, entropy or mse."""
 
+from ..config import MethodConfig
 from ..core.calibrators import CALIBRATORS
 from ..core.plan import UnitPlan
 from ..utils.progress import progress_bar
 from .session.histograms import Calibration
 from .session.session import Planned, Session
+
+
+class PercentileConfig(MethodConfig):
+    """``method: percentile`` has its option in ``quantize.calibration``."""
+
+    also_reads = ("calibration.percentile",)
 
 
 def calibrator_plan(

@@ -10,7 +10,7 @@ from ..core.calibrators import CALIBRATORS
 from ..core.plan import QuantizationPlan
 from ..utils.typed import choice
 from .adaround import AdaRound, adaround_plan
-from .calibrator import calibrator_plan
+from .calibrator import PercentileConfig, calibrator_plan
 from .plus.config import PlusConfig
 from .plus.plan import plus_plan
 from .qat.config import QatConfig
@@ -34,6 +34,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "stablequant": Method(StableQuantConfig, stablequant_plan),
     **dict.fromkeys(CALIBRATORS, Method(MethodConfig, calibrator_plan)),
+    "percentile": Method(PercentileConfig, calibrator_plan),
     "adaround": Method(AdaRound, adaround_plan),
     "stablequant_plus": Method(PlusConfig, plus_plan),
     "qat": Method(QatConfig, qat_plan),

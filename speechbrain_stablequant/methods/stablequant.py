@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from ..config import MethodConfig
+from ..config import SEARCH_KEYS, MethodConfig
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 class StableQuantConfig(MethodConfig):
     """``method: stablequant`` has its options in ``quantize.search``."""
 
+    also_reads = SEARCH_KEYS
     sets: ClassVar[Mapping[str, bool]] = {"search": True}
 
 

@@ -1,5 +1,6 @@
 """The keys of the block as Markdown."""
 
+import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from speechbrain_stablequant import QuantizeConfig
 from speechbrain_stablequant.brain.keys import keys_text, sections
 from speechbrain_stablequant.methods.registry import METHODS
 from speechbrain_stablequant.runtimes.registry import RUNTIMES, check_options
+from speechbrain_stablequant.utils.presets import PRESETS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
 RUNTIME_KEYS = {
@@ -96,16 +98,62 @@ def test_meanings_name_all_choices():
 
 
 @pytest.mark.parametrize(
-    "method, blocks",
+    "method, blocks, some",
     [
-        ("stablequant", set()),
-        ("max", set()),
-        ("qat", {"qat"}),
-        ("stablequant_plus", {"plus", "plus.budget", "adaround"}),
+        ("stablequant", set(), {"cutoffs", "num_utterances", "cache_gb"}),
+        ("max", set(), set()),
+        ("percentile", set(), {"percentile"}),
+        ("adaround", {"adaround"}, {"percentile", "cache_gb"}),
+        ("qat", {"qat"}, {"percentile", "num_utterances"}),
+        (
+            "stablequant_plus",
+            {"plus", "plus.budget", "adaround"},
+            {"cutoffs", "num_utterances", "cache_gb"},
+        ),
     ],
 )
-def test_a_method_has_its_own_blocks(method, blocks):
+def test_a_method_has_the_keys_that_it_reads(method, blocks, some):
     text = keys_text(method)
     own = {"qat", "plus", "plus.budget", "adaround"}
     assert {x for x in own if f"\n## `{x}`\n" in text} == blocks
-    assert {"`target`", "`search.cutoffs`"} <= set(text.split())
+    every = {"cutoffs", "num_utterances", "cache_gb"}
+    found = {x for x in every if f"`search.{x}`" in text}
+    found |= {"percentile"} & set(re.findall(r"`calibration.(\w+)`", text))
+    assert found == some
+    # What every method reads.
+    assert {"`target`", "`search.max_float_wer`"} <= set(text.split())
+
+
+def test_what_the_page_of_a_method_leaves_out_exists():
+    every = set(BLOCK_KEYS) | {x.config.block for x in METHODS.values()}
+    for method in METHODS.values():
+        assert set(method.config.also_reads) <= every
+
+
+def test_a_key_a_block_a_preset():
+    text = keys_text("search.threshold")
+    assert "- `search.threshold` (float, default `0.25`;" in text
+    assert "search.level" not in text
+    assert text.endswith("Read by `stablequant`, `stablequant_plus`.")
+    assert "Read by" not in keys_text("seed")
+    assert keys_text("backend_options.threads").count("- `") == 3
+    text = keys_text("plus")
+    assert "`plus.rotate`" in text and "`plus.budget.size`" in text
+    assert "`search" not in text
+    text = keys_text("stablequant_plus_mixed")
+    assert PRESETS["stablequant_plus_mixed"].read_text("utf-8") in text
+    assert text.endswith(keys_text("stablequant_plus"))
+
+
+@pytest.mark.parametrize(
+    "name, close",
+    [
+        ("epochs", "'qat.epochs'"),
+        ("batch_size", "'calibration.batch_size' or 'search.batch_size'"),
+        ("stablquant", "'stablequant'"),
+    ],
+)
+def test_what_is_no_key_is_refused_with_the_closest(name, close):
+    line = f"keys: '{name}' is no method, preset, block or key .*; did you mean"
+    with pytest.raises(ValueError, match=f"^{line} {close}\\?$"):
+        keys_text(name)

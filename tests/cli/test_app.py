@@ -531,7 +531,8 @@ def test_choices_are_those_of_the_package():
 
     assert choices("export", "target") == list(ENGINES)
     assert set(choices("transcribe", "backend")) == {"auto", *RUNTIMES}
-    assert choices("keys", "method") == list(METHODS)
+    (name,) = app.commands["keys"].params
+    assert [x.value for x in name.shell_complete(None, "")] == list(METHODS)
 
 
 def test_keys(capsys):
@@ -540,8 +541,11 @@ def test_keys(capsys):
     assert "- `qat.epochs` (int, default `3`; at least 1): " in out
     assert "`adaround.lr`" not in out
     code, out, err = run(capsys, "keys", "epochs")
-    assert (code, out) == (2, "")
-    assert "'epochs' is not one of 'stablequant', 'max'" in err
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.endswith("did you mean 'qat.epochs'?")
+    complete = app.commands["keys"].params[0].shell_complete
+    assert [x.value for x in complete(None, "max")] == ["max"]
 
 
 def test_benchmark(folder, capsys):

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import re
+import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from speechbrain_stablequant import QuantizationPlan, QuantizeConfig
+from speechbrain_stablequant.brain.keys import keys_text
+from speechbrain_stablequant.config import CalibrationConfig, SearchConfig
 from speechbrain_stablequant.core.affine import FLOAT_BITS, GELU_MIN
 from speechbrain_stablequant.core.histogram import Histogram
 from speechbrain_stablequant.core.layer_quant import LayerQuant
@@ -35,7 +39,7 @@ from speechbrain_stablequant.methods.plus.zero_point import (
     behind_gelu,
 )
 from speechbrain_stablequant.methods.qat.student import Student
-from speechbrain_stablequant.methods.registry import make_plan
+from speechbrain_stablequant.methods.registry import METHODS, make_plan
 from speechbrain_stablequant.methods.search.divergence import Divergence
 from speechbrain_stablequant.methods.search.score import Score
 from speechbrain_stablequant.methods.session.session import Session
@@ -628,6 +632,59 @@ def test_training_of_weights_alone(large):
     weight = integer_layer(layer, quants[layer.name]).float_weight()
     assert torch.equal(expected, F.linear(x, weight, layer.module.bias))
     assert student.result()[0] == quants
+
+
+# -- the keys of the block ---------------------------------------------------
+
+
+def reads(monkeypatch) -> set[str]:
+    """Keys of these blocks that are read from now on, by name."""
+    found = set()
+
+    def watch(kind: type, block: str) -> None:
+        names = {row.name for row in fields(kind)}
+        plain = kind.__getattribute__
+
+        def read(self, name):
+            caller = sys._getframe(1)
+            module = caller.f_globals["__name__"]
+            # A plan has all settings, whether its method reads them or not.
+            copies = (
+                module == "dataclasses" or caller.f_code.co_name == "settings"
+            )
+            if name in names and not copies:
+                found.add(f"{block}.{name}")
+            return plain(self, name)
+
+        monkeypatch.setattr(kind, "__getattribute__", read)
+
+    watch(CalibrationConfig, "calibration")
+    watch(SearchConfig, "search")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"qat"}))
+def test_the_page_of_a_method_has_what_it_reads(
+    name, make_tiny_modules, tmp_path, monkeypatch
+):
+    session = session_of(
+        make_tiny_modules("wav2vec2-large"),
+        tmp_path,
+        method=name,
+        search={"threshold": 0, "cutoffs": [100, 99.5], "cache_gb": 1},
+        plus={"cutoffs": "units"},
+        adaround={"iterations": 2, "calibrator": "percentile"},
+    )
+    found = reads(monkeypatch)
+    make_plan(session)
+    page = re.findall(
+        r"^- `((?:search|calibration)\.\w+)`", keys_text(name), re.M
+    )
+    # Of the sets, which a recipe draws, and of the float model's check.
+    found |= {"calibration.num_utterances", "search.max_float_wer"}
+    if "search" in session.config.options.sets:
+        found.add("search.num_utterances")
+    assert found == set(page)
 
 
 # -- progress bars -------------------------------------------------------------

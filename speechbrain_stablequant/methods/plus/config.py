@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...config import MethodConfig
+from ...config import SEARCH_KEYS, MethodConfig
 from ...utils.typed import choice, option
 from .bits import HARMS
 
@@ -79,7 +79,7 @@ class PlusConfig(MethodConfig):
     """
 
     block = "plus"
-    also_reads = ("adaround",)
+    also_reads = ("adaround", *SEARCH_KEYS)
     old_keys: ClassVar[Mapping[str, str | None]] = {
         "keep_wave": "keep_first_conv_float",
         "weight_groups": None,

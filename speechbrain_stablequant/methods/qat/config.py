@@ -42,6 +42,11 @@ class QatConfig(MethodConfig):
     """
 
     block = "qat"
+    also_reads = (
+        "calibration.percentile",
+        "search.num_utterances",
+        "search.batch_size",
+    )
 
     epochs: int = count(3)
     lr: float = positive(1e-5)
