@@ -16,7 +16,7 @@ from ..model.encoders import Encoder, find_encoders
 from ..utils import forks
 from . import simulated
 from .base import LayerExecutor, Runtime
-from .cpu import CpuClass, cpu_class, executed_integers
+from .cpu import CpuClass, cpu_class, executed_integers, in_half
 from .forwards import (
     encoder_forward,
     in_own_precision,
@@ -175,8 +175,7 @@ def rounds_to_half(backend: str, options: Mapping[str, Any]) -> bool:
         return False
     if "dtype" in chosen:
         return chosen["dtype"] != "float32"
-    precision = chosen.get("precision", "auto")
-    return cpu_class().bf16 if precision == "auto" else precision == "bf16"
+    return in_half(chosen.get("precision", "auto"))
 
 
 def check_probe(

@@ -137,6 +137,12 @@ def cpu_class() -> CpuClass:
     return class_of_flags(_flags(), _cap())
 
 
+def in_half(precision: str) -> bool:
+    """Whether a runtime of this precision, ``auto``, ``bf16`` or ``f32``,
+    computes in bfloat16 between integer products."""
+    return cpu_class().bf16 if precision == "auto" else precision == "bf16"
+
+
 def cpu_name() -> str:
     """The name of this CPU's model, as far as the system tells."""
     name = _first_processor().get("model name")

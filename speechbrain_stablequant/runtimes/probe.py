@@ -111,13 +111,10 @@ def chain(
         handle = wrapper.model.register_forward_hook(
             lambda module, args, output: kept.append(output.last_hidden_state)
         )
-        try:
-            with shadowed_forwards(forwards):
-                x = wrapper(wavs, relative if use_lengths else None)
-                for head in heads:
-                    x = head(x)
-        finally:
-            handle.remove()
+        with handle, shadowed_forwards(forwards):
+            x = wrapper(wavs, relative if use_lengths else None)
+            for head in heads:
+                x = head(x)
         return kept[-1], x
 
     return compute

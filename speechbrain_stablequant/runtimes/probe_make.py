@@ -314,13 +314,12 @@ def rounded_outputs(
         chance = chance.mul_(2).sub_(1).mul_(unit).add_(1)
         return (value * chance.to(value.device)).to(dtype).float()
 
-    with ExitStack() as stack:
-        for module in modules.values():
-            for part in module.modules():
-                handle = part.register_forward_hook(
-                    lambda module, args, output: rounded(output)
-                )
-                stack.callback(handle.remove)
+    hooks = (
+        (part, lambda module, args, output: rounded(output))
+        for module in modules.values()
+        for part in module.modules()
+    )
+    with hooked(hooks, after=True):
         yield
 
 

@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..core.plan_tensors import parameters_by_name
 from ..model.layer import Layer
 from ..model.layers import visible_layers
 from ..model.products import attention_forward
+from ..utils.patching import hooked
 
 NO_WEIGHT = ""  #: key of products of two activations, such as attention scores
 
@@ -23,22 +23,20 @@ _Found = Iterator[tuple[int, torch.Tensor | None]]
 
 
 def count_multiply_adds(
-    layers: Iterable[Layer],
+    layers: Sequence[Layer],
     modules: Mapping[str, nn.Module],
     run: Callable[[], Any],
 ) -> dict[str, int]:
     """Multiply-adds of ``run`` by layer, else by parameter."""
     counter = _Counting(modules)
-    with ExitStack() as stack:
-        stack.enter_context(visible_layers(layers))
-        for layer in layers:
-            begin = partial(counter.begin, layer.name)
-            for handle in (
-                layer.module.register_forward_pre_hook(begin),
-                layer.module.register_forward_hook(counter.end),
-            ):
-                stack.callback(handle.remove)
-        stack.enter_context(counter)
+    begin = [(x.module, partial(counter.begin, x.name)) for x in layers]
+    end = [(x.module, counter.end) for x in layers]
+    with (
+        visible_layers(layers),
+        hooked(begin),
+        hooked(end, after=True),
+        counter,
+    ):
         run()
     return dict(counter.counts)
 

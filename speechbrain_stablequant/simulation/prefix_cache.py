@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.layer_quant import LayerQuant
 from ..model.layer import Cut
-from ..utils.patching import shadowed
+from ..utils.patching import hooked, shadowed
 
 
 class StopForward(Exception):
@@ -121,19 +121,15 @@ class Replay:
             blank = map_tensors(output, lambda t: t.to("meta"))
             shapes[id(module)].append(blank)
 
-        handles = [cut.module.register_forward_hook(keep)]
-        handles += [m.register_forward_hook(note_shape) for m in cut.skip]
+        hooks = [(cut.module, keep), *((m, note_shape) for m in cut.skip)]
         try:
-            with self.active():
+            with hooked(hooks, after=True), self.active():
                 forward(self.start_batch)
         except (_TooLarge, torch.OutOfMemoryError):
             kept.clear()
             self._too_large.add(unit)
             self.drop()
             return False
-        finally:
-            for handle in handles:
-                handle.remove()
         self._cut, self._prefix = cut, dict(prefix)
         self._kept, self._shapes = kept, shapes
         return True

@@ -85,15 +85,17 @@ def restored_values(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, tuple], Any]]],
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], after: bool = False
 ) -> Iterator[None]:
-    """Calls each hook before the forward of its module."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
+    """Calls each hook before, or after, the forward of its module."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            if after:
+                handle = module.register_forward_hook(hook)
+            else:
+                handle = module.register_forward_pre_hook(hook)
+            stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Uninitialized(TorchFunctionMode):

@@ -13,7 +13,7 @@ import torch
 
 from ...utils import forks
 from ...utils.timing import PREPARATION
-from ..cpu import cpu_class
+from ..cpu import in_half
 from . import OpenVinoOptions
 
 #: Entries of OpenVINO's cache of prepared shapes. A shape takes about 15, so
@@ -66,13 +66,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def in_half(precision: str) -> bool:
-    """Whether everything but the integer products is computed in bfloat16."""
-    if precision == "auto":
-        return cpu_class().bf16
-    return precision == "bf16"
 
 
 class CompiledGraph:

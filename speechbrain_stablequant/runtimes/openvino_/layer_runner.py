@@ -8,7 +8,7 @@ from openvino import opset13 as op
 
 from ...core.integer_layer import AnyLayer
 from ...utils import forks
-from ..cpu import cpu_class
+from ..cpu import cpu_class, in_half
 from ..geometry import (
     CONVOLUTION,
     FLOAT,
@@ -19,7 +19,7 @@ from ..geometry import (
 )
 from ..trial_layer import Results, Trial
 from . import OpenVinoOptions
-from .core import core, in_half, output
+from .core import core, output
 from .graph import GraphBuilder
 
 

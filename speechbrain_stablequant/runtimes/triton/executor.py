@@ -5,6 +5,7 @@ import threading
 import torch
 
 from ...core.encoder_spec import EncoderSpec
+from ...model.encoders import conv_samples
 from ...utils.timing import PREPARATION
 from ..base import require_frame, round_frames
 from .forms import Place
@@ -13,21 +14,14 @@ from .kernels.tuning import Tuner
 from .network import Network
 
 
-def samples_for(spec: EncoderSpec, frames: int) -> int:
-    """Smallest number of samples that gives ``frames`` frames."""
-    for stage in reversed(spec.convs):
-        kernel = stage.conv.weight.shape[-1]
-        frames = (frames - 1) * stage.conv.stride + kernel
-    return frames
-
-
 def bucket_samples(spec: EncoderSpec, samples: int) -> int:
     """Length to pad to: at most 12.5 % or 7 frames more than needed."""
     # samples behind the last frame may need one more frame
+    geometry = spec.conv_geometry()
     frames = round_frames(spec.frames(samples))
-    while samples_for(spec, frames) < samples:
+    while conv_samples(frames, geometry) < samples:
         frames = round_frames(frames + 1)
-    return samples_for(spec, frames)
+    return conv_samples(frames, geometry)
 
 
 class TritonExecutor:
