@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.layer_quant import LayerQuant
 from ..model.layer import Cut
@@ -18,22 +19,8 @@ class StopForward(Exception):
     """Ends a forward pass once the wanted result is there."""
 
 
-def map_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
-    """Applies a function to each tensor of a nested output."""
-    if isinstance(value, torch.Tensor):
-        return fn(value)
-    if isinstance(value, Mapping):
-        items = {k: map_tensors(v, fn) for k, v in value.items()}
-        return type(value)(**items) if items else value
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, fn) for v in value)
-    return value
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(value, found.append)
-    return found
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
 
 
 def _half_free(device: torch.device) -> float:
@@ -118,7 +105,7 @@ class Replay:
             raise StopForward
 
         def note_shape(module: nn.Module, args: tuple, output: Any) -> None:
-            blank = map_tensors(output, lambda t: t.to("meta"))
+            blank = tree_map_only(torch.Tensor, lambda t: t.to("meta"), output)
             shapes[id(module)].append(blank)
 
         hooks = [(cut.module, keep), *((m, note_shape) for m in cut.skip)]
@@ -146,7 +133,8 @@ class Replay:
             # computed from it. Only the shape matters.
             shape = self._shapes[id(module)][self._batch]
             device = _tensors(self._kept[self._batch])[0].device
-            return map_tensors(shape, partial(torch.empty_like, device=device))
+            empty = partial(torch.empty_like, device=device)
+            return tree_map_only(torch.Tensor, empty, shape)
 
         results = {self._cut.module: lambda: self._kept[self._batch]}
         results |= {m: partial(blank, m) for m in self._cut.skip}

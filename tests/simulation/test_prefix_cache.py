@@ -5,6 +5,7 @@ from contextlib import suppress
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.model.encoders import find_encoders
@@ -12,11 +13,7 @@ from speechbrain_stablequant.model.layer import HEAD, Cut
 from speechbrain_stablequant.model.layers import find_layers, group_units
 from speechbrain_stablequant.simulation import prefix_cache as replay
 from speechbrain_stablequant.simulation.fake_quant import Simulator
-from speechbrain_stablequant.simulation.prefix_cache import (
-    Replay,
-    StopForward,
-    map_tensors,
-)
+from speechbrain_stablequant.simulation.prefix_cache import Replay, StopForward
 
 TARGET = ["wav2vec2", "enc", "ctc_lin"]
 PLENTY = 10**9
@@ -326,9 +323,7 @@ def test_after_a_cut_that_was_too_large(search):
     for unit in sizes:
         replay = Replay(encoder.cuts(), list(search.units), PLENTY)
         replay.prepare(unit, {}, search.outputs)
-        tensors = []
-        map_tensors(replay._kept, tensors.append)
-        sizes[unit] = sum(tensor.nbytes for tensor in tensors)
+        sizes[unit] = sum(tensor.nbytes for tensor in tree_leaves(replay._kept))
     assert sizes["conv.1"] > sizes["block.1"]
     search.replay.limit_bytes = sizes["block.1"]
     quants = search.quants("conv.0")
@@ -390,10 +385,10 @@ def test_nothing_kept_changes_nothing(search):
         assert_equal(search.outputs(search.replay.start_batch), expected)
 
 
-def test_map_tensors_keeps_the_structure(tiny_model):
+def test_transformers_outputs_are_trees(tiny_model):
     out = tiny_model(torch.randn(1, 1000), output_hidden_states=True)
-    same = map_tensors(out, lambda t: t)
+    found = {id(x) for x in replay._tensors(out)}
+    assert found >= {id(x) for x in (out.last_hidden_state, *out.hidden_states)}
+    same = tree_map_only(torch.Tensor, lambda t: t, out)
     assert type(same) is type(out)
     assert torch.equal(same.last_hidden_state, out.last_hidden_state)
-    assert len(same.hidden_states) == len(out.hidden_states) == 3
-    assert map_tensors([None, (1, "a")], lambda t: t) == [None, (1, "a")]
