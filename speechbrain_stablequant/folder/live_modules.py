@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from ..core.integer_layer import IntegerLayer, in_integers
-from ..model import products
 from ..model.encoders import find_encoders
 from ..runtimes.build import build_forwards, check_probe
-from ..runtimes.forwards import modules_by_name
+from ..runtimes.forwards import find_modules, layer_forwards
 from ..runtimes.probe import Compute, Probe
 from ..runtimes.probe_make import evaluating, make_probe, weight_forms
 from ..runtimes.registry import check_options, select_options
@@ -127,20 +126,17 @@ class LiveModules:
         self._read, self._probe = read, checkpoint.probe
         integers = in_integers(checkpoint.integers)
         self._integers: dict[str, IntegerLayer] | None = integers
-        layers = modules_by_name(self.modules, integers).values()
-        encoders = [x.model for x in find_encoders(self.modules)]
-        for module in (*layers, *encoders):
-            module.forward = _Dispatch(self, module)
-        by_name = products.modules_by_name(self.modules)
-        for name in integers:
-            owners = products.owners_of(name, by_name)
-            for owner, forward in products.visible_forwards(owners).items():
-                owner.forward = forward
         self._plan_parts = checkpoint.plan.parts
         self._residual_amax = checkpoint.plan.residual_amax
+        layers = find_modules(self.modules, integers)
+        dispatch = {name: _Dispatch(self, x) for name, x in layers.items()}
+        forwards = layer_forwards(self.modules, dispatch)
+        encoders = [x.model for x in find_encoders(self.modules)]
         graphs = [x.name for x in self._plan_parts if x.executes == "graph"]
-        for module in modules_by_name(self.modules, graphs).values():
-            module.forward = _Dispatch(self, module)
+        graphs = find_modules(self.modules, graphs).values()
+        forwards |= {x: _Dispatch(self, x) for x in (*encoders, *graphs)}
+        for module, forward in forwards.items():
+            module.forward = forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveModules":
         """Returns a copy that builds its own runtime from the folder."""

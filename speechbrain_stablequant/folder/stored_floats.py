@@ -19,7 +19,7 @@ from ..model import products
 from ..model.layer import layer_kind
 from ..model.products import covered_parameters, tied_parameters
 from ..model.rotation import attach_rotations, rotation_of
-from ..runtimes.forwards import modules_by_name
+from ..runtimes.forwards import find_modules
 from ..runtimes.simulated import make_layer
 from ..utils.patching import restored_values, shadowed_forwards
 from ..utils.typed import one_line
@@ -113,7 +113,7 @@ def rounded_weights(
     alone = {name: x for name, x in integers.items() if x.weight_only}
     tied = tied_parameters(modules, integers).values()
     alone |= {name: integers[name] for name in tied}
-    found = modules_by_name(modules, alone)
+    found = find_modules(modules, alone)
     holders = nn.ModuleList(modules.values()).modules()
     uses = Counter(x for m in holders for x in m._parameters.values())
     filled, replaced = [], {}

@@ -104,15 +104,11 @@ def _embedding(owner: nn.Module) -> _Rows:
     return {"output_projection": ("embed_tokens.weight", rows, "", rows)}
 
 
-def _none(owner: nn.Module) -> _Rows:
-    return {}
-
-
 class _Kind(NamedTuple):
     """How a class of modules multiplies by raw weights."""
 
     #: Rows of its own parameters, by name of the virtual linear.
-    rows: Callable[[nn.Module], _Rows] = _none
+    rows: Callable[[nn.Module], _Rows] = lambda _: {}
     #: Its children whose weights it reads, as paths.
     children: tuple[str, ...] = ()
     #: Whether its rows multiply its output, after it has returned.

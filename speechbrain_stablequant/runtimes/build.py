@@ -19,9 +19,9 @@ from .base import LayerExecutor, Runtime
 from .cpu import CpuClass, cpu_class, executed_integers, in_half
 from .forwards import (
     encoder_forward,
+    find_modules,
     in_own_precision,
     layer_forwards,
-    modules_by_name,
 )
 from .layer_check import heads_with_algorithms, with_algorithms
 from .probe import OWN, SEVEN_BITS, Compute, Probe, ProbeError
@@ -69,7 +69,7 @@ def build_forwards(
         integers = executed_integers(integers, cpu or cpu_class())
     if not runtime.streams:
         integers = {name: x.loaded() for name, x in integers.items()}
-    modules_by_name(modules, integers)
+    find_modules(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     heads = dict(integers)
     if parts and runtime.part is not None:
@@ -126,7 +126,7 @@ def _forwards_of_parts(
     make_part = load_function(runtime.part)
     forwards = in_place_forwards(modules, integers)
     graphs = [part for part in parts if part.executes == "graph"]
-    found = modules_by_name(modules, [part.name for part in graphs])
+    found = find_modules(modules, [part.name for part in graphs])
     for part in graphs:
         module = found[part.name]
         forward = make_part(part, module, integers, **options)

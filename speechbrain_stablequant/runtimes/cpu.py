@@ -123,18 +123,15 @@ def _flags() -> set[str]:
     }
 
 
-def _cap() -> str:
-    """oneDNN's ISA limit, by its current or older variable name."""
-    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-    return next(filter(None, map(os.environ.get, names)), "")
-
-
 @lru_cache(maxsize=1)
 def cpu_class() -> CpuClass:
     """The class of this CPU, as far as oneDNN may use it."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "x86"):
         return CpuClass("other")
-    return class_of_flags(_flags(), _cap())
+    # By its current and its older name.
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    cap = next(filter(None, map(os.environ.get, names)), "")
+    return class_of_flags(_flags(), cap)
 
 
 def in_half(precision: str) -> bool:

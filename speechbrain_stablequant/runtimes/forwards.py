@@ -45,10 +45,10 @@ def encoder_forward(execute: EncoderExecutor) -> Callable[..., Any]:
     return forward
 
 
-def modules_by_name(
+def find_modules(
     modules: Mapping[str, nn.Module], names: Collection[str]
 ) -> dict[str, nn.Module]:
-    """Module by layer name; ValueError for a layer that is not in the model."""
+    """Module by name; ValueError for one that is not in the model."""
     found = products.modules_by_name(modules)
     for name in names:
         if name not in found:
@@ -63,7 +63,7 @@ def layer_forwards(
     modules: Mapping[str, nn.Module], forwards: Mapping[str, Callable[..., Any]]
 ) -> dict[nn.Module, Callable[..., Any]]:
     """Forwards by module of layers and of owners that make them visible."""
-    layers = modules_by_name(modules, forwards)
+    layers = find_modules(modules, forwards)
     by_name = products.modules_by_name(modules)
     owners = [x for name in forwards for x in products.owners_of(name, by_name)]
     return {

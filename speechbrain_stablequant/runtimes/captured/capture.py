@@ -23,7 +23,7 @@ from ...core.integer_layer import float_layer
 from ...core.parts import Part
 from ...utils.patching import shadowed
 from ...utils.typed import one_line
-from ..forwards import modules_by_name
+from ..forwards import find_modules
 from ..openvino_.core import core
 from .calls import (
     Call,
@@ -243,7 +243,7 @@ def capture_part(
     modules = {name: module}
     layers = {
         site: float_layer(site, child)
-        for site, child in modules_by_name(modules, list(sites)).items()
+        for site, child in find_modules(modules, list(sites)).items()
     }
     reasons = []
     for way in WAYS:
