@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import QuantizationPlan
+from ..report.tables import share
 
 _PLAN, _REPORT = "plan.json", "report.json"
 _CLIPPING = "clipping percentile"
@@ -38,7 +39,7 @@ def load(path: Path) -> QuantizationPlan:
 
 def units(plan: QuantizationPlan) -> str:
     """What was decided for each unit."""
-    heads = ("unit", "layers", "bits", "alone", _CLIPPING, "searched")
+    heads = ("unit", "layers", "bits", "alone", _CLIPPING, "cut", "searched")
     rows = [list(heads)]
     measured = {unit.name: unit for unit in plan.units}
     for name in dict.fromkeys(row.unit for row in plan.layers):
@@ -51,13 +52,17 @@ def units(plan: QuantizationPlan) -> str:
         ends = sorted({min(cutoffs), max(cutoffs)}) if cutoffs else []
         clipped = " to ".join(f"{x:g}" for x in ends) + " %" * bool(ends)
         searched = "yes" if unit and unit.selected else "no"
-        row = [name, str(len(layers)), bits, alone, clipped, searched]
+        shares = [row.beyond for row in layers if row.beyond is not None]
+        cut = share(max(shares)) if shares else ""
+        row = [name, str(len(layers)), bits, alone, clipped, cut, searched]
         rows.append(row)
     title = f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}"
     explained = (
         "alone: points of WER with this unit alone quantized by MAX\n"
         f"{_CLIPPING}: of the inputs' sizes, at which they are cut before "
-        "the scale is chosen"
+        "the scale is chosen\n"
+        "cut: inputs beyond the range, of the layer that has most; a scale of "
+        "least squared error cuts by itself"
     )
     lines = [title, columns(rows), explained, *_search(plan)]
     lines += [f"{x.name}: {x.executes}, {x.reason}" for x in plan.parts]
@@ -72,12 +77,9 @@ def layer(plan: QuantizationPlan, name: str) -> str:
     found = next(row for row in plan.layers if row.name == name)
     rows = [("unit", found.unit), ("bits", found.bits)]
     if _is_clipped(found):
-        cut = f"{found.cutoff:g} %"
-        if found.cutoff == 100:
-            cut += ", nothing is cut before the scale is chosen"
         rows += [
-            (_CLIPPING, cut),
-            ("range", _range(found)),
+            (_CLIPPING, f"{found.cutoff:g} %"),
+            ("range", f"{_range(found)}, {_cut(found)}"),
             ("observed", f"at most {found.observed_max:.4g}"),
         ]
     rows.append(("because", found.reason))
@@ -144,7 +146,20 @@ def _is_clipped(row: Any) -> bool:
 
 
 def _range(row: Any) -> str:
-    return f"|input| <= {row.quant.activation_amax:.4g}"
+    offset, half = row.quant.activation_offset, row.quant.activation_amax
+    if offset:
+        return f"{offset - half:.4g} <= input <= {offset + half:.4g}"
+    return f"|input| <= {half:.4g}"
+
+
+def _cut(row: Any) -> str:
+    """What a layer's range cuts, whatever decided it."""
+    if row.beyond:
+        return f"which cuts {share(row.beyond)} of the inputs"
+    if row.quant.largest < row.observed_max:
+        # Of earlier plans, or so few that none was counted.
+        return "which cuts the largest inputs"
+    return "which cuts nothing"
 
 
 # -- what differs --------------------------------------------------------------

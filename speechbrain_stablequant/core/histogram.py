@@ -134,6 +134,16 @@ class Histogram:
         right = max(left, min(left + self.bin_width, largest))
         return left + fraction * (right - left)
 
+    def share_above(self, edge: float) -> float:
+        """The share of the values above a magnitude; inverse of `quantile`."""
+        if edge >= self.max:
+            return 0.0
+        index = int(edge / self.bin_width)
+        left = index * self.bin_width
+        right = min(left + self.bin_width, self._max)
+        inside = int(self._counts[index]) * (right - edge) / (right - left)
+        return (int(self._counts[index + 1 :].sum()) + inside) / self.count
+
     def clip(self, edge: float) -> "Histogram":
         """The histogram of the data clamped to ``edge``, exactly."""
         result = copy(self)

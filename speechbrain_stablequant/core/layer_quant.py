@@ -25,6 +25,11 @@ class LayerQuant:
         """Whether the weight alone is quantized."""
         return self.activation_bits == FLOAT_BITS
 
+    @property
+    def largest(self) -> float:
+        """The largest input in the range."""
+        return self.activation_amax + self.activation_offset
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON; without a zero offset, as files and keys had it."""
         raw = asdict(self)

@@ -36,6 +36,9 @@ class LayerPlan:
     observed_max: float  # largest magnitude of the input in calibration
     cutoff: float  # clipping percentile; 100: nothing is clipped
     reason: str  # one sentence
+    # share of the input's values in calibration that are larger than the range,
+    # and cut to it; None of a float input, and in earlier plans
+    beyond: float | None = None
 
     @property
     def bits(self) -> str:
@@ -237,6 +240,7 @@ class QuantizationPlan:
                 kind=layer.kind in KINDS.values(),
                 observed_max=layer.observed_max >= 0,
                 cutoff=0 < layer.cutoff <= 100,
+                beyond=0 <= (layer.beyond or 0) <= 1,
             )
             if layer.quant is not None:
                 _check_quant(layer.quant, where)

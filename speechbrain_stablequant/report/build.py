@@ -84,12 +84,12 @@ def build_report(
                     "delta_wer_ci", "selected", "cutoff", "bits", "bytes",
                     "curve": [{"cutoff", "wer", "secondary"}]}],
          "layers": [{"name", "unit", "bits": "W8A8", "parameters", "bytes",
-                     "cutoff", "why"}],
+                     "cutoff", "beyond": share of inputs, "why"}],
          "utterances": {SET: [{"id", "reference", "float", "quantized",
                                "errors": [float, quantized]}]},
          "command": what started the process,
          "histograms": {LAYER: {"unit", "range", "counts", "max",
-                                "cutoff_amax", "amax"}},
+                                "cutoff_amax", "amax", "beyond"}},
          "warnings": [str], "files": {"plan": "plan.json"}}
 
     RATES are those of ``ErrorRates.to_dict``. ``folder`` is present where
@@ -177,7 +177,7 @@ def _layers(
         row = {"name": layer.name, "unit": layer.unit, "bits": layer.bits}
         size = numel * (quant.weight_bits if quant else 32) / 8
         row |= {"parameters": numel, "bytes": size, "cutoff": layer.cutoff}
-        rows.append({**row, "why": layer.reason})
+        rows.append({**row, "beyond": layer.beyond, "why": layer.reason})
     return rows
 
 
@@ -197,7 +197,8 @@ def _histograms(
             "counts": counts.tolist(),
             "max": histogram.max,
             "cutoff_amax": histogram.quantile(layer.cutoff / 100),
-            "amax": quant.activation_amax,
+            "amax": quant.largest,
+            "beyond": layer.beyond,
         }
     return rows
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .tables import decisive_rate, number, percent, signed
+from .tables import decisive_rate, number, percent, share, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -346,6 +346,8 @@ def _draw_histogram(axes: "Axes", title: str, entry: dict) -> None:
         marks = (marks[0], marks[2])  # nothing was clipped
     for what, place, color, style, width in marks:
         label = f"{what} {place:.4g}"
+        if what == "amax" and entry.get("beyond"):
+            label += f" ({share(entry['beyond'])})"
         axes.axvline(place, color=color, ls=style, lw=width, label=label)
     axes.set_xlim(0, 1.03 * max(top, *(place for _, place, *_ in marks)))
     axes.set_title(title, loc="left")

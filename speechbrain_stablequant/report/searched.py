@@ -1,6 +1,6 @@
 """Tables and sentences of a report about its search."""
 
-from .tables import NOT_MEASURED, count, number, percent, signed
+from .tables import NOT_MEASURED, count, number, percent, share, signed
 
 
 def coverage(report: dict) -> str:
@@ -33,6 +33,23 @@ def _outcome(unit: dict, point: dict) -> str:
     if point["cutoff"] == unit["cutoff"]:
         return "chosen"
     return "tried" if point.get("complete", True) else "stopped"
+
+
+def cut(report: dict) -> str:
+    """What the ranges cut, whatever decided them; empty where unknown."""
+    shares = [row.get("beyond") for row in report.get("layers", ())]
+    known = [x for x in shares if x is not None]
+    if not known:
+        return ""
+    cutting = sum(x > 0 for x in known)
+    if not cutting:
+        return "No range cuts a value of the calibration."
+    return (
+        f"The ranges of {cutting} of {len(known)} layers end below the largest "
+        f"input of the calibration, and cut up to {share(max(known))} of a "
+        "layer's inputs (column Cut of each layer); a scale of least squared "
+        "error does so by itself, also at 100 %."
+    )
 
 
 def rule(search: dict, rate: str) -> str:

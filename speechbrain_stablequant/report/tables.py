@@ -32,6 +32,11 @@ def percent(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.10g}"
 
 
+def share(value: float | None) -> str:
+    """A share in percent, small ones too."""
+    return NOT_MEASURED if value is None else f"{100 * value:.2g} %"
+
+
 def interval(ends: Sequence[float] | None) -> str:
     if ends is None:
         return NOT_MEASURED
@@ -270,13 +275,14 @@ def units(
 
 def layers(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of what was decided for each layer."""
-    columns = ["Layer", "Bits", "kB", "Clipping percentile", "Why"]
+    columns = ["Layer", "Bits", "kB", "Clipping percentile", "Cut", "Why"]
     return columns, [
         [
             row["name"],
             row["bits"],
             number(row["bytes"] / 1e3, 1),
             percent(row["cutoff"]),
+            share(row.get("beyond")),
             row["why"],
         ]
         for row in rows

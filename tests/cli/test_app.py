@@ -247,8 +247,7 @@ def test_why_a_percentile_was_chosen(folder):
         return [row.strip() for row in text.splitlines()]
 
     rows = shown(100.0)
-    whole = "100 %, nothing is cut before the scale is chosen"
-    assert f"clipping percentile  {whole}" in rows
+    assert "clipping percentile  100 %" in rows
     assert rows[-5:] == [
         f"percentiles tried for {unit}; units searched before it are quantized "
         "as decided, the rest of the model is float:",
@@ -270,6 +269,38 @@ def test_why_a_percentile_was_chosen(folder):
         "99.5 %: divergence 0.1",
         "chosen by the least divergence; " + costs.format("+0.20"),
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"beyond": 0.0}, "|input| <= 3, which cuts nothing"),
+        (
+            {"beyond": 2.5e-5, "observed_max": 9.0},
+            "|input| <= 3, which cuts 0.0025 % of the inputs",
+        ),
+        ({"observed_max": 9.0}, "|input| <= 3, which cuts the largest inputs"),
+        (
+            {"beyond": 0.01, "offset": 2.75},
+            "-0.25 <= input <= 5.75, which cuts 1 % of the inputs",
+        ),
+    ],
+)
+def test_what_a_range_cuts(folder, changes, line):
+    """At 100 %, too: a scale of least squared error cuts by itself."""
+    plan = plans.load(folder)
+    first = plan.layers[0]
+    offset = changes.pop("offset", 0.0)
+    quant = replace(first.quant, activation_offset=offset)
+    changed = replace(first, quant=quant, cutoff=100.0, **changes)
+    changed = replace(plan, layers=[changed])
+    rows = plans.layer(changed, first.name).splitlines()
+    assert f"  range                {line}" in rows
+    row = plans.units(changed).splitlines()[2]
+    cut = {0.0: "0 %", None: ""}.get(changed.layers[0].beyond)
+    if cut is None:
+        cut = line.rpartition("cuts ")[2].removesuffix(" of the inputs")
+    assert row.split("100 %")[1].split() == [*cut.split(), "no"]
 
 
 def test_a_layer_of_weights_alone_has_no_percentile(folder):

@@ -107,6 +107,17 @@ def test_tiny_first_range_then_huge():
     assert same(hist, make(torch.tensor([3e38, 1e-30, 1e-44])))
 
 
+def test_a_share_is_the_inverse_of_a_quantile():
+    hist = make(wide())
+    for p in (0.001, 0.5, 0.9, 0.999, 0.9999):
+        assert hist.share_above(hist.quantile(p)) == pytest.approx(1 - p)
+    assert hist.share_above(hist.max) == hist.share_above(1e30) == 0.0
+    assert hist.share_above(0.0) == pytest.approx(1.0)
+    # What is counted, within a bin.
+    x = torch.arange(1024.0)
+    assert make(x).share_above(1000.0) == pytest.approx(24 / 1024)
+
+
 def test_zeros_only():
     hist = make(torch.zeros(2, 3))
     assert hist.count == 6 and hist.max == 0.0

@@ -50,6 +50,7 @@ def make_plan():
                 observed_max=3.4028234663852886e38,
                 cutoff=99.999,
                 reason='because ‖x‖ \\ "it" is\nso',
+                beyond=1e-7,
             ),
             LayerPlan(
                 name="enc.w",

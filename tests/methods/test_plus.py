@@ -4,7 +4,7 @@ import copy
 import io
 import re
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 
 import pytest
@@ -632,6 +632,34 @@ def test_training_of_weights_alone(large):
     weight = integer_layer(layer, quants[layer.name]).float_weight()
     assert torch.equal(expected, F.linear(x, weight, layer.module.bias))
     assert student.result()[0] == quants
+
+
+# -- what a range cuts ---------------------------------------------------------
+
+
+def test_a_plan_says_what_its_ranges_cut(large, tmp_path):
+    """Least squared error cuts inputs also where no percentile does."""
+    session, plan = run(large, tmp_path, method="mse", activation_bits=4)
+    inputs = {}
+    with ExitStack() as stack:
+        for layer in session.layers:
+            rows = inputs.setdefault(layer.name, [])
+
+            def note(module, args, rows=rows):
+                rows.append(args[0].flatten().abs())
+
+            handle = layer.module.register_forward_pre_hook(note)
+            stack.enter_context(handle)
+        session.recognizer.forward("calibration", lambda _: None)
+    for layer in plan.layers:
+        assert layer.cutoff == 100
+        cut = torch.cat(inputs[layer.name]) > layer.quant.activation_amax
+        assert layer.beyond == pytest.approx(
+            float(cut.float().mean()), abs=1e-3
+        )
+    assert max(layer.beyond for layer in plan.layers) > 0.001
+    _, plan = run(large, tmp_path / "max", method="max")
+    assert {layer.beyond for layer in plan.layers} == {0.0}
 
 
 # -- the keys of the block ---------------------------------------------------

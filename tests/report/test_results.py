@@ -19,6 +19,7 @@ from speechbrain_stablequant.core.plan import (
     QuantizationPlan,
     UnitPlan,
 )
+from speechbrain_stablequant.report import searched
 from speechbrain_stablequant.report.build import (
     build_report,
     float_size,
@@ -284,7 +285,7 @@ def test_built_report(tmp_path):
         search={"num_utterances": 12, "baseline_wer": 2.0},
         units=[UnitPlan("head")],
         layers=[
-            LayerPlan("enc", "head", "linear", bits(8), 2.0, 99.9, ""),
+            LayerPlan("enc", "head", "linear", bits(8), 2.0, 99.9, "", 0.02),
             LayerPlan("lin", "head", "linear", None, 2.0, 100.0, ""),
         ],
     )
@@ -324,7 +325,15 @@ def test_built_report(tmp_path):
     # A layer that stays float has no histogram in the report.
     (entry,) = report["histograms"].values()
     assert (entry["unit"], sum(entry["counts"])) == ("head", 1000)
-    assert entry["amax"] == 1.0
+    assert (entry["amax"], entry["beyond"]) == (1.0, 0.02)
+    assert '<td data-name="Cut">2 %</td>' in text
+    said = searched.cut(report)
+    assert said.startswith("The ranges of 1 of 1 layers end below the largest")
+    assert "and cut up to 2 % of a layer's inputs" in said
+    report["layers"][0]["beyond"] = 0.0
+    assert searched.cut(report) == "No range cuts a value of the calibration."
+    assert searched.cut({}) == ""
+    report["layers"][0]["beyond"] = 0.02
     assert entry["cutoff_amax"] < entry["max"] <= entry["range"]
     assert report["search"] == plan.search
     assert report["warnings"] == ["said"]

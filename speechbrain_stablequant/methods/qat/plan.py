@@ -12,7 +12,7 @@ from ...utils.files import identity
 from ..calibrator import calibrator_plan
 from ..search.score import Score
 from ..session.histograms import Calibration
-from ..session.session import Planned, Session
+from ..session.session import Planned, Session, share_beyond
 from .loop import EpochStore, kept, train
 from .student import Student
 
@@ -52,7 +52,14 @@ def qat_plan(
             on_batch,
         )
         bar.update(bar.total - bar.n)
-    layers = [replace(x, quant=quants[x.name]) for x in start.layers]
+    layers = [
+        replace(
+            x,
+            quant=quants[x.name],
+            beyond=share_beyond(quants[x.name], histograms[x.name]),
+        )
+        for x in start.layers
+    ]
     best = kept(settings, history)
     search = {
         "metric": recognizer.rate,

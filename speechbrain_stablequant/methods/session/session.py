@@ -108,6 +108,7 @@ class Session:
                     observed_max=histograms[layer.name].max,
                     cutoff=100.0 if alone else cutoffs[layer.name],
                     reason=alone or reason(layer),
+                    beyond=share_beyond(quant, histograms[layer.name]),
                 )
             )
         plan = QuantizationPlan(
@@ -195,6 +196,15 @@ class Session:
         """A progress bar that is shown as the recognizer's are."""
         shown = self.recognizer.show_progress
         return progress_bar(None, what, shown, total=total, **options)
+
+
+def share_beyond(
+    quant: LayerQuant | None, histogram: Histogram
+) -> float | None:
+    """The share of a layer's inputs that its range cuts; None without one."""
+    if quant is None or quant.weight_only:
+        return None
+    return histogram.share_above(quant.largest)
 
 
 def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
