@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import QuantizationPlan
-from ..report.tables import share
+from ..report.tables import is_simulated, share, speed
 
 _PLAN, _REPORT = "plan.json", "report.json"
 _CLIPPING = "clipping percentile"
@@ -193,7 +193,7 @@ def _report(path: Path) -> dict:
             "title": report["title"],
             "backend": report["backend"],
             "size": report["size_mb"]["quantized"],
-            "rtf": report["rtf"]["quantized"],
+            "speed": "n/a" if is_simulated(report) else speed(report),
             "tests": {
                 name: (row["float"]["WER"], row["quantized"]["WER"])
                 for name, row in report["test"].items()
@@ -230,11 +230,11 @@ def _described(rows: dict, name: str) -> str:
 
 def _compared_reports(first: dict, second: dict) -> str:
     rows = [["", "first", "second"]]
-    for key in ("title", "backend"):
+    # Times of two runs do not compare; the gain of each over float does.
+    for key in ("title", "backend", "speed"):
         rows.append([key, first[key], second[key]])
-    for key, unit in (("size", "MB"), ("rtf", "real-time factor")):
-        cells = [_figure(report[key]) for report in (first, second)]
-        rows.append([f"{key}, {unit}", *cells])
+    cells = [_figure(report["size"]) for report in (first, second)]
+    rows.append(["size, MB", *cells])
     for name in dict.fromkeys([*first["tests"], *second["tests"]]):
         for i, model in enumerate(("float", "quantized")):
             cells = [

@@ -360,6 +360,33 @@ def test_compare(folder, tmp_path, capsys):
     assert "give two quantized folders" in err
 
 
+def test_compared_reports(tmp_path, capsys):
+    """The gain of each over float, which is measured in turns; times of two
+    runs do not compare."""
+    rates = {"float": {"WER": 5.0}, "quantized": {"WER": 5.25}}
+    found = {"ratio": 1.6, "ratio_ci": [1.3, 1.9], "batches": 10}
+    first = {
+        "title": "W8A8 max",
+        "backend": "openvino",
+        "size_mb": {"float": 14.0, "quantized": 3.5},
+        "rtf": {"float": 0.016, "quantized": 0.01},
+        "speedup": found,
+        "test": {"clean": rates},
+    }
+    none = dict.fromkeys(("float", "quantized"))
+    second = {**first, "backend": "simulated", "rtf": none, "speedup": None}
+    for name, report in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        text = json.dumps(report)
+        (tmp_path / name / "report.json").write_text(text, "utf-8")
+    code, out, err = run(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["speed", "1.60x", "faster", "(1.30x", "to", "1.90x)", "n/a"] in rows
+    assert not any("factor" in row for row in rows)
+    assert ["size,", "MB", "3.5", "3.5"] in rows
+
+
 # -- quantize, export, benchmark -----------------------------------------------
 
 
