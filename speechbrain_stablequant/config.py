@@ -61,8 +61,8 @@ class CalibrationConfig:
     Arguments
     ---------
     num_utterances : int or None
-        Utterances drawn from the validation set, an error if it has fewer;
-        None takes at most 128.
+        Utterances drawn from the validation set, or the manifest where there
+        is no recipe; an error if it has fewer. None takes at most 128.
     batch_size : int
         Utterances in a batch.
     percentile : float
@@ -90,7 +90,7 @@ class SearchConfig:
     Arguments
     ---------
     num_utterances : int or None
-        Utterances drawn from the validation set; None takes at most 256.
+        Utterances drawn from the same set; None takes at most 256.
     batch_size : int
         Utterances in a batch. Padding changes the WER of these models, so
         the default is 1.

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 # Maximum number of utterances if the block does not set one.
 DEFAULT_UTTERANCES = {"calibration": 128, "search": 256}
+_VALIDATION = "validation set"
+
+
+def drawn_from(brain: sb.Brain) -> str:
+    """What users call the set from which these are drawn."""
+    return getattr(brain, "drawn_from", _VALIDATION)
 
 
 def dataset_of(data: Dataset | DataLoader) -> Dataset:
@@ -40,25 +46,30 @@ def utterance_ids(dataset: Dataset) -> list[str]:
 
 
 def draw_subset(
-    dataset: Dataset, num_utterances: int | None, most: int, seed: int, key: str
+    dataset: Dataset,
+    num_utterances: int | None,
+    most: int,
+    seed: int,
+    key: str,
+    whole: str = _VALIDATION,
 ) -> Dataset:
     """Draw utterances by their IDs and the seed, sorted by ID.
 
-    ``num_utterances`` None draws all, at most ``most``; ``key`` is the block's
-    key, for errors.
+    ``num_utterances`` None draws all, at most ``most``; for errors, ``key`` is
+    the block's key, and ``whole`` what the data set is called.
     """
     ids = utterance_ids(dataset)
     if not ids:
         raise ValueError(
-            f"quantize.{key}: the validation set is empty; check the "
-            "recipe's valid_set"
+            f"quantize.{key}: the {whole} is empty; check the recipe's "
+            "valid_set"
         )
     if num_utterances is None:
         num_utterances = min(len(ids), most)
     if num_utterances > len(ids):
         raise ValueError(
             f"quantize.{key}.num_utterances: {num_utterances} asked, but the "
-            f"validation set has {len(ids)}; write {len(ids)} or less"
+            f"{whole} has {len(ids)}; write {len(ids)} or less"
         )
     if isinstance(dataset, DynamicItemDataset):
         drawn = random.Random(seed).sample(sorted(ids), num_utterances)
@@ -94,7 +105,8 @@ def draw_subsets(
         count = part.num_utterances
         if brain.debug:
             count, most = None, brain.debug_batches * part.batch_size
-        subset = draw_subset(dataset, count, most, config.seed, name)
+        whole = drawn_from(brain)
+        subset = draw_subset(dataset, count, most, config.seed, name, whole)
         key = (*utterance_ids(subset), part.batch_size)
         if key not in drawn:
             check_set_audio(brain, config, subset)

@@ -219,6 +219,9 @@ def teacher_forced(
 class PretrainedBrain(sb.Brain):
     """Recognizes as the class of its ``recognizer`` does."""
 
+    #: There is no validation set.
+    drawn_from = "manifest"
+
     def __init__(self, recognizer: Recognizer, run_opts: Mapping[str, Any]):
         modules, hparams = recognizer.modules, recognizer.hparams
         super().__init__(modules, None, hparams, dict(run_opts))

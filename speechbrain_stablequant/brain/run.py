@@ -39,7 +39,7 @@ from ..runtimes.probe import Probe
 from ..runtimes.registry import RUNTIMES
 from ..utils.files import Outputs, remove_stale, write_atomic
 from ..utils.store import Store
-from .data import Batches
+from .data import Batches, drawn_from
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
@@ -204,6 +204,7 @@ class Run:
                 warnings=self.warnings,
                 name=origin.base_model,
                 utterances=self.config.report.utterances,
+                drawn_from=drawn_from(self.brain),
             )
             # Print results before writing: the disk may be full.
             for warning in self.warnings:

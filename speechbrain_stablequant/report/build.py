@@ -55,6 +55,7 @@ def build_report(
     name: str | None = None,
     utterances: bool = True,
     effort: Effort | None = None,
+    drawn_from: str = "validation set",
 ) -> dict:
     """Assemble the content of ``report.json``.
 
@@ -75,7 +76,7 @@ def build_report(
          "speedup": {"batches", "ratio", "ratio_ci": [low, high]},
          "search": {"num_utterances", "baseline_wer", "final_wer",
                     "threshold", "evaluations", "metric", ...},
-         "calibration": {"num_utterances"},
+         "calibration": {"num_utterances", "drawn_from": such as "manifest"},
          "settings": those that decided the plan,
          "account": {"parameters": {"quantized", "weight_only", "float"},
                      "products": likewise, "largest_float": [{"name",
@@ -134,7 +135,10 @@ def build_report(
     }
     if effort is not None and "calibration" in effort.utterances:
         used = effort.utterances["calibration"]
-        report["calibration"] = {"num_utterances": used}
+        report["calibration"] = {
+            "num_utterances": used,
+            "drawn_from": drawn_from,
+        }
     if plan.search:
         report["search"] = plan.search
     if utterances:

@@ -316,12 +316,13 @@ def selected(rows: list[dict]) -> list[int]:
 def calibration(report: dict) -> str:
     """What the ranges were calibrated with; empty for earlier reports."""
     settings = report.get("settings", {}).get("calibration", {})
-    found = report.get("calibration", {}).get("num_utterances")
-    asked = found or settings.get("num_utterances")
+    found = report.get("calibration", {})
+    asked = found.get("num_utterances") or settings.get("num_utterances")
     if asked is None and not settings:
         return ""
     number_of = "the default number of" if asked is None else count(asked)
-    text = f"Calibration: {number_of} utterances of the validation set"
+    whole = found.get("drawn_from", "validation set")
+    text = f"Calibration: {number_of} utterances of the {whole}"
     if settings.get("batch_size"):
         text += f", batches of {settings['batch_size']}"
     return f"{text}."

@@ -291,6 +291,21 @@ def test_audio_alone(place, tmp_path):
     assert made.quantized_wer > 0
     report = json.loads(made.report.read_text(encoding="utf-8"))
     assert any("no transcripts" in line for line in report["warnings"])
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "Calibration: 2 utterances of the manifest" in text
+    assert "validation" not in text
+
+
+def test_more_utterances_than_a_manifest_has(place, tmp_path):
+    with pytest.raises(ValueError, match="9 asked, but the manifest has 3"):
+        quantize_pretrained(
+            place / "source",
+            place / "dev.csv",
+            tmp_path,
+            run_opts=RUN,
+            method="max",
+            calibration={"num_utterances": 9},
+        )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from speechbrain_stablequant.core.plan import (
     QuantizationPlan,
     UnitPlan,
 )
-from speechbrain_stablequant.report import searched
+from speechbrain_stablequant.report import searched, tables
 from speechbrain_stablequant.report.build import (
     build_report,
     float_size,
@@ -305,7 +305,16 @@ def test_built_report(tmp_path):
     assert "utterances" not in build_report(*given, utterances=False)
     assert (report["settings"], "calibration" in report) == (plan.settings, 0)
     used = build_report(*given, effort=Effort(1.0, {"calibration": 80}))
-    assert used["calibration"] == {"num_utterances": 80}
+    assert used["calibration"]["num_utterances"] == 80
+    assert tables.calibration(used) == (
+        "Calibration: 80 utterances of the validation set."
+    )
+    named = build_report(
+        *given, effort=Effort(1.0, {"calibration": 80}), drawn_from="manifest"
+    )
+    assert tables.calibration(named) == (
+        "Calibration: 80 utterances of the manifest."
+    )
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
     modules = {"enc": "Linear", "lin": "Linear"}
     assert report["model"] == {"modules": modules, "parameters": 8 + 6}
