@@ -181,6 +181,10 @@ def _run_recipe(recipe: Sequence[str]) -> None:
             f"{options[0]}: has no `quantize:` block; add "
             "`quantize: !apply:speechbrain_stablequant.register` and its keys"
         )
+    from ..brain.preflight import check_recipe
+
+    # Before the recipe loads its model, whatever the order of its YAML is.
+    check_recipe(options)
     runner = str(Path(__file__).with_name("recipe.py"))
     command = [sys.executable, runner, *recipe]
     if os.name == "nt":

@@ -394,8 +394,10 @@ def prepare(arguments: list) -> tuple:
     except OSError as error:
         reason = error.strerror
         if error.filename != hparams_file:
-            reason = str(error).splitlines()[0].rstrip(".")
-            reason += "; check wav2vec2_hub: a hub id, or a local folder"
+            reason = (
+                "check wav2vec2_hub, a local folder or a HuggingFace Hub id: "
+                f"{str(error).splitlines()[0]}"
+            )
         sys.exit(f"{hparams_file}: {reason}")
 
     sb.create_experiment_directory(
