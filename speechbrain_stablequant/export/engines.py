@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..runtimes.cpu import cpu_class
 from . import (
     onnxruntime_,
     openvino_,
@@ -38,13 +39,25 @@ speechbrain_stablequant. {exact}
 {use}
 """
 _EXACT = {
-    7: "With weights of 7 bits no sum of products saturates.",
-    8: "On x86 CPUs without VNNI sums of products saturate with weights of 8 "
-    "bits: for these export again with a weight range of 7.",
+    7: "With weights of 7 bits no sum of products saturates on any CPU; "
+    "rounded from 8 bits, they may change a transcript. Exported with a weight "
+    "range of 8 they stay as they are, which is exact on {where}.",
+    8: "Weights of 8 bits are exact on {where}. On others, such as x86 CPUs "
+    "without VNNI, sums of products saturate in silence: for these export "
+    "again with a weight range of 7.",
+}
+_ON_GPU = (
+    "GPUs add up products in 32 bits, so that weights of 8 bits are exact."
+)
+#: Where products of 8 bits are added up exactly.
+_WHERE = "x86 CPUs with VNNI and on ARM"
+_WHERE_ELSE = {
+    "transformers.js": f"{_WHERE} in Node; for browsers keep 7",
 }
 _NARROWED = (
-    "weights are rounded from 8 bits to 7, so that sums saturate on no CPU; a "
-    "weight range of 8 (--weight-range 8) keeps them, for ARM and x86 with VNNI"
+    "weights are rounded from 8 bits to 7, so that sums saturate on no CPU, "
+    "which may change a transcript; --weight-range 8 keeps them, and is exact "
+    "on {where}{here}"
 )
 
 
@@ -111,11 +124,23 @@ tensorrt, transformers.js
             target=target,
             bits=min(weight_range, model.bits),
             activations=model.activation_bits,
-            exact="" if on_gpu or model.bits < 8 else _EXACT[weight_range],
+            exact=_exact(target, weight_range, model.bits),
             use=use,
         )
         (made / "README.md").write_text(text, encoding="utf-8")
         made.rename(out)
     if not chosen and weight_range < model.bits:
-        logger.warning("%s: %s", out, _NARROWED)
+        here = ", such as this CPU" if cpu_class().exact else ""
+        said = _NARROWED.format(where=_WHERE, here=here)
+        logger.warning("%s: %s", out, said)
     return out
+
+
+def _exact(target: str, weight_range: int, bits: int) -> str:
+    """Where a target's products are exact; ``bits`` are those of the plan."""
+    if bits < 8:
+        return ""
+    if target == "tensorrt":
+        return _ON_GPU
+    where = _WHERE_ELSE.get(target, _WHERE)
+    return _EXACT[weight_range].format(where=where)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from speechbrain_stablequant.brain import preflight
+from speechbrain_stablequant.brain.block import read_block
 from speechbrain_stablequant.brain.preflight import check_recipe
 from speechbrain_stablequant.config import ConfigError
 
@@ -77,4 +79,11 @@ def test_what_only_the_recipe_can_say(recipe, capsys):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda x: x.name)
 def test_the_recipes_pass(path, monkeypatch):
     monkeypatch.chdir(path.parents[1])
-    check_recipe([str(path)])
+    read = []
+
+    def noted(block):
+        read.append(read_block(block))
+
+    monkeypatch.setattr(preflight, "read_block", noted)
+    check_recipe([str(path), "--data_folder", "."])
+    assert len(read) == path.read_text("utf-8").count("stablequant.register")

@@ -14,8 +14,8 @@ import soundfile
 import torch
 from speechbrain.decoders import ctc_greedy_decode
 
-from speechbrain_stablequant.export import ENGINES, export_for
-from speechbrain_stablequant.runtimes.cpu import cpu_class
+from speechbrain_stablequant.export import ENGINES, engines, export_for
+from speechbrain_stablequant.runtimes.cpu import CpuClass, cpu_class
 from speechbrain_stablequant.transcribe.load import load
 
 pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -200,6 +200,32 @@ def test_a_line_says_that_weights_have_seven_bits(
     lines = [x for x in caplog.messages if "rounded from 8 bits to 7" in x]
     assert len(lines) == said
     assert all(x.startswith(f"{out}: ") and "\n" not in x for x in lines)
+    assert all("--weight-range 8 keeps them" in x for x in lines)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_the_line_says_whether_this_cpu_is_exact_with_eight(
+    folder, tmp_path, caplog, monkeypatch, vnni
+):
+    here = CpuClass("avx512_vnni" if vnni else "avx2")
+    monkeypatch.setattr(engines, "cpu_class", lambda: here)
+    export_for(folder, tmp_path / "out", "onnxruntime")
+    (line,) = [x for x in caplog.messages if "--weight-range 8" in x]
+    assert line.endswith(", such as this CPU") == vnni
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("target", ENGINES)
+def test_each_readme_says_where_it_is_exact(folder, tmp_path, target, bits):
+    out = export_for(folder, tmp_path / "out", target, bits)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    if target == "tensorrt":
+        assert "GPUs add up products in 32 bits" in text
+        return
+    assert "exact on x86 CPUs with VNNI and on ARM" in text
+    assert ("may change a transcript" in text) == (bits == 7)
+    assert ("saturate in silence" in text) == (bits == 8)
+    assert ("for browsers keep 7" in text) == (target == "transformers.js")
 
 
 def test_refusals(folder, tmp_path):
