@@ -1,7 +1,7 @@
 """Evaluations on the search set: resumed where exact, cached on disk."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from ...utils.files import identity
 from ...utils.store import Store
 from ..search.divergence import Divergence
 from ..search.journal import Journal
-from ..search.score import Evaluate, Score, check_float_wer
+from ..search.score import BeforeBatch, Evaluate, Score, check_float_wer
 from .histograms import HISTOGRAM_FILE, WHAT, Calibration
 from .session import Session
 
@@ -115,24 +115,7 @@ class SearchSet:
         self.journals.append(journal)
         replay = self._replay(calibration.in_order)
 
-        def measure(
-            quants: Mapping[str, LayerQuant],
-            start: str | None = None,
-            give_up_above: int | None = None,
-            label: str = "",
-        ) -> Score:
-            if self._steps != "batches":
-                self._bar.set_postfix_str(label)
-            with session.simulator.apply(quants):
-                if start is None or not replay.prepare(
-                    start,
-                    session.prefix(quants, start),
-                    partial(recognizer.forward, subset),
-                ):
-                    return score_of(self._started, give_up_above)
-                with replay.active():
-                    return score_of(replay.start_batch, give_up_above)
-
+        measure = partial(self._measure, score_of, subset, replay)
         remembered = journal.wrap(measure)
         float_words: list[int] = []
 
@@ -152,6 +135,30 @@ class SearchSet:
             return score
 
         return counted
+
+    def _measure(
+        self,
+        score_of: Callable[[BeforeBatch, int | None], Score],
+        subset: str,
+        replay: Replay,
+        quants: Mapping[str, LayerQuant],
+        start: str | None = None,
+        give_up_above: int | None = None,
+        label: str = "",
+    ) -> Score:
+        """Evaluates; behind kept results if they are of the same prefix."""
+        if self._steps != "batches":
+            self._bar.set_postfix_str(label)
+        session = self.session
+        with session.simulator.apply(quants):
+            if start is None or not replay.prepare(
+                start,
+                session.prefix(quants, start),
+                partial(session.recognizer.forward, subset),
+            ):
+                return score_of(self._started, give_up_above)
+            with replay.active():
+                return score_of(replay.start_batch, give_up_above)
 
     def record(self, baseline: Score, final: Score) -> dict:
         """What a plan says of its search by any method: effort and WERs."""
