@@ -1,5 +1,6 @@
 """Layer by layer with fake quantization: any device, any bit width, slow."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,25 +16,19 @@ def make_layer(
     """The simulated forward of one layer. Without ``keep`` each call makes
     the float weight anew, so that one exists at a time."""
 
-    def operands() -> dict[str, torch.Tensor | None]:
+    def operands(device: torch.device) -> list[torch.Tensor | None]:
         there = layer.loaded()
-        return {
-            "weight": there.float_weight(),
-            "scale": there.activation_scale,
-            "bias": there.full_bias(),
-        }
+        bias, scale = there.full_bias(), there.activation_scale
+        found = there.float_weight(), bias, scale
+        return [x if x is None else x.to(device) for x in found]
 
-    kept = operands() if keep else {}
+    if keep:
+        # One copy, where the input is: the model may move after this.
+        operands = functools.lru_cache(1)(operands)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        held = kept or operands()
-        # Kept where the input is: the model may move after this.
-        if held["weight"].device != x.device:
-            for key, value in held.items():
-                held[key] = None if value is None else value.to(x.device)
-        arrays = (held["weight"], held["bias"], held["scale"])
         grid = (layer.activation_bits, layer.activation_offset)
-        return simulate(layer, x, *arrays, *grid).to(x.dtype)
+        return simulate(layer, x, *operands(x.device), *grid).to(x.dtype)
 
     return forward
 
