@@ -87,6 +87,7 @@ class AdaRound(MethodConfig):
         method: str,
         gram: torch.Tensor,
         cross: torch.Tensor,
+        rows: float = math.inf,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~.layerwise.reconstruct.Solve`."""
         scale = weight_scale(weight, bits, method)

@@ -4,8 +4,14 @@ The weights of a row are rounded one input after the other; the inputs that
 are still free compensate each error. With E[x q'] the target is the float
 model's output instead of the float weights' output on quantized inputs:
 errors of earlier layers are compensated as well.
+
+Both are least squares on moments of a sample. With few rows for many inputs,
+as in a decoder, which sees one row for each token, they fit the sample's noise:
+the dampening of ridge regression grows with inputs / rows, as the variance of
+its solution does (Hoerl, Kennard and Baldwin, "Ridge Regression", 1975).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +25,10 @@ _BLOCK = 128
 class Compensate:
     """Finds integers by error compensation (GPTQ).
 
-    ``damping`` is added to the diagonal of the Hessian, as a fraction of its
-    mean; ``cross``: whether the output of the float model is the target. Each
-    row has the better of two scales: of least squared error of its weights, or
-    of these times the energy of their inputs.
+    ``damping`` plus inputs / rows is added to the diagonal of the Hessian, as a
+    fraction of its mean; ``cross``: whether the output of the float model is
+    the target. Each row has the better of two scales: of least squared error
+    of its weights, or of these times the energy of their inputs.
     """
 
     damping: float = 0.01
@@ -36,13 +42,15 @@ class Compensate:
         method: str,
         gram: torch.Tensor,
         cross: torch.Tensor | None = None,
+        rows: float = math.inf,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~.reconstruct.Solve`."""
         gram = gram.clone()
         diagonal = gram.diagonal()
         # Inputs that are always zero: any weight is right.
         dead = diagonal <= 0
-        ridge = float(self.damping * diagonal.clamp(min=0).mean())
+        damping = self.damping + len(gram) / rows
+        ridge = float(damping * diagonal.clamp(min=0).mean())
         diagonal += ridge if ridge > 0 else 1.0
         if self.cross and cross is not None:
             weight = _aimed_at_float_output(weight, gram, cross, ridge, dead)
@@ -62,10 +70,10 @@ class Compensate:
             for q, s in zip(tried, scales, strict=True)
         ]
         best = torch.stack(errors).argmin(0)
-        rows = torch.arange(len(best), device=best.device)
+        row = torch.arange(len(best), device=best.device)
         integers = torch.empty_like(weight)
-        integers[:, order] = torch.stack(tried)[best, rows]
-        return integers.to(torch.int8), torch.stack(scales)[best, rows]
+        integers[:, order] = torch.stack(tried)[best, row]
+        return integers.to(torch.int8), torch.stack(scales)[best, row]
 
 
 def _output_errors(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

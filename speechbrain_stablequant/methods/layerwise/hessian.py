@@ -25,10 +25,12 @@ _LAG_KERNEL = 8
 class Moments:
     """Means over the real frames of the calibration set, by group of inputs.
 
+    ``rows``: number of frames or, of a convolution, windows.
     x is the input in the float model, and q behind the quantized prefix, on the
     layer's activation grid; both are unfolded like a row of the weight.
     """
 
+    rows: int
     float_mean: torch.Tensor  # E[x] of x clamped to the grid, [groups, inputs]
     mean: torch.Tensor  # E[q], [groups, inputs]
     # E[q q'] and E[x q'] by group: [groups, inputs, inputs] or LagMoments
@@ -120,7 +122,8 @@ class MomentSum:
         return {name: (self.sums[name] / self.rows).float() for name in names}
 
     def result(self) -> Moments:
-        return Moments(**self.means("float_mean", "mean", *self.pairs))
+        means = self.means("float_mean", "mean", *self.pairs)
+        return Moments(self.rows, **means)
 
 
 # -- by lags -------------------------------------------------------------------
@@ -274,4 +277,4 @@ class LagSum(MomentSum):
                 (heads[name], heads["gram"]),
                 (tails[name], tails["gram"]),
             )
-        return Moments(**means, **second)
+        return Moments(self.rows, **means, **second)

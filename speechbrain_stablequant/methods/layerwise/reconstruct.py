@@ -40,9 +40,11 @@ class Solve(Protocol):
         method: str,
         gram: torch.Tensor,
         cross: torch.Tensor | None,
+        rows: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Integers, int8 [out, inputs], and their float32 scales [out], of
-        float32 rows [out, inputs]; ``gram`` and ``cross``: E[q q'], E[x q']."""
+        float32 rows [out, inputs]; ``gram`` and ``cross``: E[q q'], E[x q'],
+        means over ``rows`` inputs."""
 
 
 @dataclass
@@ -108,7 +110,8 @@ def rounded_layers(
     mean error of its output.
     """
     content = [
-        "means of what is in the range, the better of two scales",
+        "means of what is in the range, the better of two scales, "
+        "dampening by rows",
         weights,
         session.recognizer.key("calibration", "inputs"),
         quants_json(quants),
@@ -248,7 +251,12 @@ def _solve_rows(
                 cross = cross - torch.outer(float_mean, mean)
         try:
             integers, scale = problem.solve(
-                weight, quant.weight_bits, quant.weight_method, gram, cross
+                weight,
+                quant.weight_bits,
+                quant.weight_method,
+                gram,
+                cross,
+                moments.rows,
             )
         except ValueError as error:
             raise ValueError(f"{problem.layer.name}: {error}") from error
