@@ -1,6 +1,7 @@
 """Rounding by the data: against brute force, and behind quantized layers."""
 
 import itertools
+import math
 from contextlib import suppress
 
 import pytest
@@ -144,6 +145,22 @@ def test_compensation_of_earlier_errors():
     aimed = Compensate(cross=True)(weight, 8, "mse", *moments)
     before = error(weight, *plain, x, q)
     assert error(weight, *aimed, x, q) < 0.2 * before
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_few_rows_do_not_fit_their_noise(cross):
+    """As many inputs as tokens: errors on what the moments have not seen."""
+    weight, x = torch.randn(16, 96), correlated(4096, 96)
+    # Without a target of its own, rounding alone makes errors.
+    q = x + 0.2 * cross * x.std() * torch.randn_like(x)
+    rows = 96
+    moments = gram_of(q[:rows]), gram_of(x[:rows], q[:rows])
+
+    def unseen(count):
+        found = Compensate(cross=cross)(weight, 4, "mse", *moments, count)
+        return error(weight, *found, x[rows:], q[rows:])
+
+    assert unseen(rows) < 0.8 * unseen(math.inf)
 
 
 @pytest.mark.parametrize("solve", [QUICK, Compensate()])
