@@ -5,6 +5,7 @@ import csv
 import json
 import tempfile
 import time
+from collections.abc import Container
 from pathlib import Path
 
 
@@ -17,14 +18,16 @@ def read_manifest(path: Path) -> dict[str, str]:
         return {row["ID"]: row["wav"] for row in csv.DictReader(file)}
 
 
-def texts_of(folder: Path) -> tuple[dict[str, str], bool]:
-    """What the report says that the folder says, and whether this is what
-    the recipe's own decoding says."""
-    file = next(folder.glob("transcripts_*.json"))
-    content = json.loads(file.read_text(encoding="utf-8"))["content"]
-    same = not content.get("folder")
-    rows = content["transcripts" if same else "folder"]
-    return {row["id"]: row["hypothesis"] for row in rows}, same
+def texts_of(folder: Path, files: Container[str]) -> tuple[dict, bool]:
+    """What the report says that the folder says of these files, and whether
+    this is what the recipe's own decoding says."""
+    for file in sorted(folder.glob("transcripts_*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))["content"]
+        same = not content.get("folder")
+        rows = content["transcripts" if same else "folder"]
+        if all(row["id"] in files for row in rows):
+            return {row["id"]: row["hypothesis"] for row in rows}, same
+    raise ValueError(f"{folder}: no transcripts of the manifest's utterances")
 
 
 def _letters(text: str) -> str:
@@ -43,7 +46,8 @@ def main(
         recognizer = getattr(ASR, name).from_hparams(
             source=str(folder / "model"), savedir=savedir
         )
-        files, (reported, same) = read_manifest(manifest), texts_of(folder)
+        files = read_manifest(manifest)
+        reported, same = texts_of(folder, files)
         started, heard = time.monotonic(), {}
         for id in reported:
             text = recognizer.transcribe_file(
