@@ -26,12 +26,14 @@ class Moments:
     """Means over the real frames of the calibration set, by group of inputs.
 
     ``rows``: number of frames or, of a convolution, windows.
-    x is the input in the float model, and q behind the quantized prefix, on the
-    layer's activation grid; both are unfolded like a row of the weight.
+
+    x is the input in the float model, clamped to the range of the layer's
+    activation grid, and q behind the quantized prefix, on that grid; both are
+    unfolded like a row of the weight.
     """
 
     rows: int
-    float_mean: torch.Tensor  # E[x] of x clamped to the grid, [groups, inputs]
+    float_mean: torch.Tensor  # E[x], [groups, inputs]
     mean: torch.Tensor  # E[q], [groups, inputs]
     # E[q q'] and E[x q'] by group: [groups, inputs, inputs] or LagMoments
     gram: Sequence[torch.Tensor] | None = None
@@ -80,8 +82,9 @@ def unfolded(
 class MomentSum:
     """Sums the moments batch by batch, of :func:`unfolded` inputs.
 
-    ``edges``: least and largest input on the activation grid. E[x] is taken of
-    clamped inputs: the bias should not compensate the error of a few outliers.
+    ``edges``: least and largest input on the activation grid. Float inputs are
+    clamped to them: neither weights nor bias should compensate the error of a
+    few outliers.
     """
 
     def __init__(
@@ -103,8 +106,8 @@ class MomentSum:
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
         self.rows += q.shape[1]
-        inside = x.clamp(*self.edges)
-        self.sum_up("float_mean", inside.sum(1, dtype=torch.float64))
+        x = x.clamp(*self.edges)
+        self.sum_up("float_mean", x.sum(1, dtype=torch.float64))
         self.sum_up("mean", q.sum(1, dtype=torch.float64))
         for name in self.pairs:
             left = q if name == "gram" else x
@@ -223,9 +226,10 @@ class LagSum(MomentSum):
         self, floats: Sequence[torch.Tensor], integers: Sequence[torch.Tensor]
     ) -> None:
         for x, q in zip(floats, integers, strict=True):
+            x = x.clamp(*self.edges)
             rows = x.shape[2] - self.kernel + 1
             self.rows += rows
-            self.sum_up("float_mean", self._mean(x.clamp(*self.edges), rows))
+            self.sum_up("float_mean", self._mean(x, rows))
             self.sum_up("mean", self._mean(q, rows))
             for name in self.pairs:
                 left = q if name == "gram" else x

@@ -110,7 +110,7 @@ def rounded_layers(
     mean error of its output.
     """
     content = [
-        "means of what is in the range, the better of two scales, "
+        "moments of what is in the range, the better of two scales, "
         "dampening by rows",
         weights,
         session.recognizer.key("calibration", "inputs"),
