@@ -20,6 +20,10 @@ from ...core.affine import qmax, weight_scale
 
 _BLOCK = 128
 
+#: Scales that are tried for each row, relative to the one of least error of
+#: the nearest integers.
+_FRACTIONS = (1.15, 1.0, 0.85, 0.7)
+
 
 @dataclass(frozen=True)
 class Compensate:
@@ -27,8 +31,8 @@ class Compensate:
 
     ``damping`` plus inputs / rows is added to the diagonal of the Hessian, as a
     fraction of its mean; ``cross``: whether the output of the float model is
-    the target. Each row has the better of two scales: of least squared error
-    of its weights, or of these times the energy of their inputs.
+    the target. Each row has the best of several scales: of least squared error
+    of its weights, or around that of these times the energy of their inputs.
     """
 
     damping: float = 0.01
@@ -62,18 +66,18 @@ class Compensate:
         # matter most; energy alone does not know what inputs have in common.
         scales = [weight_scale(weight, bits, method)]
         if method != "max":
-            scales.append(weight_scale(weight, bits, method, gram.diagonal()))
-        weight = weight[:, order]
-        tried = [_sweep(weight, s, upper, qmax(bits)) for s in scales]
-        errors = [
-            _output_errors(weight - q * s[:, None], sorted_gram)
-            for q, s in zip(tried, scales, strict=True)
-        ]
-        best = torch.stack(errors).argmin(0)
-        row = torch.arange(len(best), device=best.device)
-        integers = torch.empty_like(weight)
-        integers[:, order] = torch.stack(tried)[best, row]
-        return integers.to(torch.int8), torch.stack(scales)[best, row]
+            energy = weight_scale(weight, bits, method, gram.diagonal())
+            scales += [fraction * energy for fraction in _FRACTIONS]
+        scale = torch.cat(scales)
+        weight = weight[:, order].repeat(len(scales), 1)
+        found = _sweep(weight, scale, upper, qmax(bits))
+        errors = _output_errors(weight - found * scale[:, None], sorted_gram)
+        count = len(errors) // len(scales)
+        best = errors.view(-1, count).argmin(0) * count
+        best += torch.arange(count, device=best.device)
+        integers = torch.empty_like(found[:count])
+        integers[:, order] = found[best]
+        return integers.to(torch.int8), scale[best]
 
 
 def _output_errors(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

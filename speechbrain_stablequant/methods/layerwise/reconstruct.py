@@ -110,7 +110,7 @@ def rounded_layers(
     mean error of its output.
     """
     content = [
-        "moments of what is in the range, the better of two scales, "
+        "moments of what is in the range, the best of five scales, "
         "dampening by rows",
         weights,
         session.recognizer.key("calibration", "inputs"),

@@ -62,11 +62,10 @@ class PlusConfig(MethodConfig):
     compensate : bool
         Rounds weights with error compensation (GPTQ).
     damping : float
-        Dampening of the Hessian, as a fraction of its mean diagonal.
+        Dampening of the Hessian, as a fraction of its mean diagonal; the ratio
+        of inputs to calibration frames is added.
     earlier_errors : bool
-        Whether GPTQ compensates errors of earlier layers as well. Needs many
-        more calibration frames than a layer has inputs: harmful with a few
-        seconds of audio.
+        Whether GPTQ compensates errors of earlier layers as well.
     adaround : bool
         Rounds the layers of selected units by AdaRound instead, with the
         settings of ``quantize.adaround``.
@@ -98,7 +97,7 @@ class PlusConfig(MethodConfig):
     damping: float = option(
         0.01, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1"
     )
-    earlier_errors: bool = False
+    earlier_errors: bool = True
     adaround: bool = False
     bias_correction: bool = True
     asymmetric: bool = True
