@@ -112,13 +112,7 @@ def choose_backend(
     backend: str, device: str | torch.device
 ) -> tuple[str, list[str]]:
     """The first of :func:`candidates` that can run. If only the simulation
-    can, also why each of the others cannot.
-
-    Example
-    -------
-    >>> choose_backend("torch", "cpu")
-    ('torch', [])
-    """
+    can, also why each of the others cannot."""
     names, reasons = candidates(backend, device), []
     for name in names[:-1]:
         reason = _why_not(name, torch.device(device))

@@ -147,6 +147,7 @@ def test_torch_without_integer_operators(another_machine, without_onednn):
 @needs_openvino
 def test_auto_takes_openvino_there(another_machine, without_onednn, caplog):
     another_machine("arm64", "Darwin")
+    assert choose_backend("torch", "cpu") == ("torch", [])
     assert choose_backend("auto", "cpu") == ("openvino", [])
     assert caplog.messages == []
 

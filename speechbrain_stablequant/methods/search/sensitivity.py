@@ -16,16 +16,9 @@ def select_units(
     evaluate: Evaluate,
     search: SearchConfig,
 ) -> tuple[Score, list[UnitPlan]]:
-    """Measures every unit alone and selects the sensitive ones.
-
-    Rule ``threshold``: a unit is selected if its rise is above the threshold.
-    Rule ``interval``: if the whole interval of the rise is above. If the
-    interval contains the threshold, the loss decides: its rise, converted to
-    points of WER, must be above the threshold and its interval above zero.
-
-    ``units``: for each unit, in network order, its layers without clipping.
-    Returns the float model's score and the units in that order.
-    """
+    """Measures every unit alone and selects the sensitive ones; returns the
+    float model's score and the units. ``units``: for each, in network order,
+    its layers without clipping."""
     baseline = evaluate({}, label="float")
     found = []
     for name, quants in units.items():
@@ -53,6 +46,8 @@ def _is_surely_worse(
     interval: DeltaInterval | None,
     search: SearchConfig,
 ) -> bool:
+    """Whether the whole interval of the rise is above the threshold; if it
+    contains it, whether the loss rises surely, and by as much."""
     threshold = search.threshold
     if interval is None:
         raise ValueError(

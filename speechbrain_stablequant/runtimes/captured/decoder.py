@@ -69,7 +69,7 @@ class Steps:
 
     def __init__(self, executor: DecoderExecutor, states: torch.Tensor):
         self.executor = executor
-        self.length = 0
+        self.length = 0  # number of tokens
         self._cross, self._step = executor.cross.take(), executor.step.take()
         self._step.reset_state()
         self._share = _shared_rows(states)
@@ -102,10 +102,6 @@ class Steps:
             self._memory = [ov.Tensor(x.data[rows]) for x in self._memory]
             self._share = 1
             self._give_memory()
-
-    def get_seq_length(self) -> int:
-        """The number of tokens, as in transformers."""
-        return self.length
 
     def compute(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the step for more tokens."""
