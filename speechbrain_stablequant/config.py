@@ -138,15 +138,6 @@ class SearchConfig:
     max_float_wer: float = option(90.0, lambda x: x > 0, "positive, in percent")
 
 
-#: What a method that searches reads of ``search``, beside the limit of the
-#: float model's WER, which holds for every method.
-SEARCH_KEYS = tuple(
-    f"search.{row.name}"
-    for row in fields(SearchConfig)
-    if row.name != "max_float_wer"
-)
-
-
 @dataclass(frozen=True)
 class ReportConfig:
     """``quantize.report``: what the report shows.

@@ -5,7 +5,6 @@ What they need is imported when they run: ``--help`` takes no torch.
 
 import fnmatch
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from .. import __version__
 from ..utils.typed import one_line
-from .recipe import INTERRUPTED, ending_while_importing
+from .recipe import INTERRUPTED, ending_while_importing, start
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _PATH = click.Path(exists=True, path_type=Path)
@@ -137,7 +136,7 @@ def quantize(
     stablequant quantize speechbrain/asr-wav2vec2-librispeech dev.csv out
     """
     if recipe:
-        _run_recipe(recipe)
+        start(recipe)
         return
     from .. import quantize_pretrained
 
@@ -166,32 +165,6 @@ def _mapping(text: str) -> dict[str, Any]:
             '"{weight_bits: 6}"'
         )
     return block
-
-
-def _run_recipe(recipe: Sequence[str]) -> None:
-    """Become the recipe's process."""
-    script, *options = recipe
-    if not Path(script).is_file():
-        raise ValueError(f"{script}: there is no such script")
-    if not options or not Path(options[0]).is_file():
-        raise ValueError(f"{' '.join(options[:1]) or script}: give its YAML")
-    text = Path(options[0]).read_text(encoding="utf-8")
-    if not any(row.startswith("quantize:") for row in text.splitlines()):
-        raise ValueError(
-            f"{options[0]}: has no `quantize:` block; add "
-            "`quantize: !apply:speechbrain_stablequant.register` and its keys"
-        )
-    from ..brain.preflight import check_recipe
-
-    # Before the recipe loads its model, whatever the order of its YAML is.
-    check_recipe(options)
-    runner = str(Path(__file__).with_name("recipe.py"))
-    command = [sys.executable, runner, *recipe]
-    if os.name == "nt":
-        # There execv returns to the shell before the recipe has ended.
-        sys.exit(subprocess.call(command))
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
 
 
 def _methods(context: Any, parameter: Any, begun: str) -> list[str]:

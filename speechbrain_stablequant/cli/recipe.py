@@ -1,5 +1,6 @@
-"""Runs a recipe's script as ``python SCRIPT ARGUMENTS`` does, but that Ctrl-C
-is one line also before a run begins, such as while weights load.
+"""Starts a recipe's script, and runs it as ``python SCRIPT ARGUMENTS`` does,
+but that Ctrl-C is one line also before a run begins, such as while weights
+load.
 
 Executed by its path, so that the script finds modules where it always does.
 """
@@ -7,9 +8,10 @@ Executed by its path, so that the script finds modules where it always does.
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -63,6 +65,31 @@ def run(script: str) -> None:
             raise
         print(LINE, file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def start(recipe: Sequence[str]) -> None:
+    """Check a recipe's block, and become its process."""
+    script, *options = recipe
+    if not Path(script).is_file():
+        raise ValueError(f"{script}: there is no such script")
+    if not options or not Path(options[0]).is_file():
+        raise ValueError(f"{' '.join(options[:1]) or script}: give its YAML")
+    text = Path(options[0]).read_text(encoding="utf-8")
+    if not any(row.startswith("quantize:") for row in text.splitlines()):
+        raise ValueError(
+            f"{options[0]}: has no `quantize:` block; add "
+            "`quantize: !apply:speechbrain_stablequant.register` and its keys"
+        )
+    from ..brain.preflight import check_recipe
+
+    # Before the recipe loads its model, whatever the order of its YAML is.
+    check_recipe(options)
+    command = [sys.executable, __file__, *recipe]
+    if os.name == "nt":
+        # There execv returns to the shell before the recipe has ended.
+        sys.exit(subprocess.call(command))
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

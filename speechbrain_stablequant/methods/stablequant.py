@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from ..config import SEARCH_KEYS, MethodConfig
+from ..config import MethodConfig
 from ..core.calibrators import clipped_mse
 from ..core.histogram import Histogram
 from ..core.layer_quant import LayerQuant
 from ..core.plan import UnitPlan
 from ..model.layer import Layer
 from ..model.layers import group_units
+from .search import SEARCH_KEYS
 from .search.journal import JOURNAL_FILE
 from .search.percentile import search_percentiles
 from .search.score import Evaluate, Score

@@ -104,11 +104,7 @@ def build_report(
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "title": f"W{plan.weight_bits}A{plan.activation_bits} {plan.method}",
-        "model": {
-            **({"name": name} if name else {}),
-            "modules": {k: type(m).__name__ for k, m in stored.items()},
-            "parameters": float_size(stored) // torch.float32.itemsize,
-        },
+        "model": _model(name, stored),
         "method": plan.method,
         "bits": {
             "weight": plan.weight_bits,
@@ -134,9 +130,8 @@ def build_report(
         "files": _files(execution),
     }
     if effort is not None and "calibration" in effort.utterances:
-        used = effort.utterances["calibration"]
         report["calibration"] = {
-            "num_utterances": used,
+            "num_utterances": effort.utterances["calibration"],
             "drawn_from": drawn_from,
         }
     if plan.search:
@@ -146,6 +141,14 @@ def build_report(
             name: worst_utterances(result) for name, result in results.items()
         }
     return report
+
+
+def _model(name: str | None, stored: Mapping[str, nn.Module]) -> dict:
+    return {
+        **({"name": name} if name else {}),
+        "modules": {k: type(m).__name__ for k, m in stored.items()},
+        "parameters": float_size(stored) // torch.float32.itemsize,
+    }
 
 
 def _files(execution: Execution) -> dict[str, str]:

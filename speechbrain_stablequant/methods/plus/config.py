@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...config import SEARCH_KEYS, MethodConfig
+from ...config import MethodConfig
 from ...utils.typed import choice, option
+from ..search import SEARCH_KEYS
 from .bits import HARMS
 
 
