@@ -18,7 +18,7 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
 from ..config import ConfigError
-from ..core.error_rates import score
+from ..core.error_rates import MOST_RECOGNIZED, score
 from ..core.plan import QuantizationPlan
 from ..folder.errors import NoFolderError
 from ..folder.recognizer_spec import RecognizerSource
@@ -33,6 +33,7 @@ from ..utils.typed import one_line
 from .block import run_configs
 from .decoding import (
     SPACE,
+    Finding,
     FolderDecoder,
     Tokenizer,
     describe_tokenizer,
@@ -267,12 +268,12 @@ class RecipeChecks:
         for run in self.runs:
             if isinstance(run.source, RecognizerSource):
                 run.source = replace(run.source, tokenizer=content)
-        said = difference(rows, texts)
-        if said is not None:
+        found = difference(rows, texts)
+        if found is not None:
             described = [
                 run for run in runs if isinstance(run.source, RecognizerSource)
             ]
-            self.warn(described, said, once=said.partition(":")[0])
+            self.warn(described, *found, once=found.text)
         return texts
 
     def check_baseline(
@@ -294,6 +295,12 @@ class RecipeChecks:
         if first:
             rate = rate_of(self.brain, self.config.metric_attribute)
             check_float_wer(wer, where, self._limit, rate)
+        if wer > MOST_RECOGNIZED:
+            self.warn(
+                self.runs,
+                f"The float model recognizes next to nothing of {where}: error "
+                "rates there say nothing about quantization.",
+            )
         return texts
 
     @property
@@ -305,26 +312,31 @@ class RecipeChecks:
     ) -> None:
         limit = self._limit if refuse else 100.0
         tokenizer = find_tokenizer(self.brain)
-        warning = check_references(rows, tokenizer, where, limit)
-        if warning is not None:
-            self.warn(self.runs, warning, once="Of the words of")
+        found = check_references(rows, tokenizer, where, limit)
+        if found is not None:
+            self.warn(self.runs, *found, once="Of the words of")
 
     def warn(
-        self, runs: "Iterable[Run]", warning: str, once: str | None = None
+        self,
+        runs: "Iterable[Run]",
+        warning: str,
+        example: str = "",
+        once: str | None = None,
     ) -> None:
-        """Log a warning, and add it to the reports of runs that have none
-        which begins with ``once``."""
+        """Log a warning with an example, and add it without to the reports of
+        runs that have none which begins with ``once``."""
+        more = f" For example, {example}." if example else ""
         for run in runs:
             if once and any(w.startswith(once) for w in run.warnings):
                 continue
             if not any(warning in other.warnings for other in self.runs):
-                logger.warning("quantize: %s", warning)
+                logger.warning("quantize: %s%s", warning, more)
             run.warnings.append(warning)
 
 
 def check_references(
     rows: Sequence[Row], tokenizer: Tokenizer | None, name: str, limit: float
-) -> str | None:
+) -> Finding | None:
     """A warning about reference words that the labels cannot write, or None.
 
     Raises if most words are such, unless ``limit``, the maximum float WER, is
@@ -353,9 +365,11 @@ def check_references(
             "do; write the transcripts as the labels are written (case, "
             "punctuation), or set quantize.search.max_float_wer to 100 or more"
         )
-    return (
+    return Finding(
         f"Of the words of {name} {len(bad)} of {len(words)} cannot be "
-        f"recognized: {example}."
+        "recognized: no label of the recipe's tokenizer yields their "
+        "characters.",
+        example,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 import speechbrain as sb
@@ -216,20 +216,29 @@ def same_text(rows: Sequence[Row], texts: Sequence[tuple[str, ...]]) -> bool:
     )
 
 
+class Finding(NamedTuple):
+    """A warning: for reports, which are published, and for the log alone."""
+
+    text: str
+    example: str  #: names an utterance
+
+
 def difference(
     rows: Sequence[Row], texts: Sequence[tuple[str, ...]]
-) -> str | None:
-    """A warning that names the first differing utterance, or None."""
+) -> Finding | None:
+    """A warning that recipe and folder decode differently, with the first
+    differing utterance, or None."""
     if same_text(rows, texts):
         return None
     for row, text in zip(rows, as_scored(rows, texts), strict=True):
         heard = _spaced(" ".join(row.hypothesis))
         if heard != text:
-            return (
+            return Finding(
                 "The recipe decodes differently from its inference folder, "
-                f"which decodes greedily: utterance {row.id} is "
-                f"{short(heard)} in the recipe and {short(text)} in the "
-                "folder. The folder's own WER is in the report."
+                "which decodes greedily. The folder's own WER is in the "
+                "report.",
+                f"utterance {row.id} is {short(heard)} in the recipe and "
+                f"{short(text)} in the folder",
             )
     return None
 

@@ -41,6 +41,8 @@ def keys_text(name: str | None = None) -> str:
 
     Raises a ValueError that says what ``name`` may be.
     """
+    # As errors name keys.
+    name = name and name.removeprefix("quantize.")
     if name is None or name in METHODS:
         title = _TITLE if name is None else f"{_TITLE} that `{name}` reads"
         intro = _wrapped(_INTRO.format(", ".join(sorted(PRESETS))))

@@ -27,8 +27,8 @@ def load(path: Path) -> QuantizationPlan:
     """The plan of a file or a folder."""
     if path.is_dir():
         if not (path / _PLAN).exists():
-            inner = path / "quantized"
-            place = inner if (inner / _PLAN).exists() else "`quantized`"
+            found = sorted(x.parent for x in path.glob(f"*/{_PLAN}"))
+            place = " or ".join(map(str, found)) or "`quantized`"
             raise ValueError(
                 f"{path}: holds no quantized recognizer; give the folder "
                 f"{place} of a run, or its {_PLAN}"
@@ -120,7 +120,7 @@ def _rates(point: dict, loss: str) -> str:
     """The WER of a percentile, or the bound at which it was given up, and the
     loss."""
     if not point.get("complete", True):
-        return f"WER above {point['wer']:.2f}, stopped there"
+        return f"WER at least {point['wer']:.2f}, stopped there"
     rates = [] if point["wer"] is None else [f"WER {point['wer']:.2f}"]
     if point.get("secondary") is not None:
         rates.append(f"{loss} {point['secondary']:.5g}")

@@ -15,6 +15,9 @@ import numpy as np
 
 Unit = Literal["word", "char"]
 
+#: Float error rates, in percent, above which a comparison says nothing.
+MOST_RECOGNIZED = 90.0
+
 # Upper bound on the random indices held at once: 32 MB of int64.
 _MAX_DRAWS = 1 << 22
 
@@ -79,8 +82,10 @@ def paired_delta(
                 f"utterance {(one or two).id!r}: the two evaluations do not "
                 "have it in the same place, with the same reference"
             )
-    before = count_errors(baseline, unit)
-    after = count_errors(other, unit)
+    # The same resamples for any order of the set.
+    order = np.argsort([row.id for row in baseline], kind="stable")
+    before = count_errors(baseline, unit)[order]
+    after = count_errors(other, unit)[order]
     # The references are the same, so the difference of the rates is the rate
     # of the differences, and one sum serves both systems.
     extra = after[:, 1:].sum(axis=1) - before[:, 1:].sum(axis=1)

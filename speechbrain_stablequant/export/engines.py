@@ -50,7 +50,7 @@ _ON_GPU = (
     "GPUs add up products in 32 bits, so that weights of 8 bits are exact."
 )
 #: Where products of 8 bits are added up exactly.
-_WHERE = "x86 CPUs with VNNI and on ARM"
+_WHERE = "ARM and on x86 CPUs with VNNI"
 _WHERE_ELSE = {
     "transformers.js": f"{_WHERE} in Node; for browsers keep 7",
 }
@@ -130,7 +130,7 @@ tensorrt, transformers.js
         (made / "README.md").write_text(text, encoding="utf-8")
         made.rename(out)
     if not chosen and weight_range < model.bits:
-        here = ", such as this CPU" if cpu_class().exact else ""
+        here = " (this CPU is one)" if cpu_class().exact else ""
         said = _NARROWED.format(where=_WHERE, here=here)
         logger.warning("%s: %s", out, said)
     return out

@@ -63,7 +63,7 @@ def stablequant_plan(
     with search_set.bar_of_one("the whole plan"):
         final = evaluate(quants, label="final")
     logger.info(
-        "search: %d evaluations, %d of them from %s, %.0f s",
+        "search: %d evaluations, %d of them of earlier runs in %s, %.0f s",
         search_set.evaluations,
         sum(journal.reused for journal in search_set.journals),
         JOURNAL_FILE,

@@ -22,8 +22,11 @@ def curves(
             headings.append(len(found))
             found.append([unit["name"], "", "", ""])
         for point in sorted(curve, key=lambda point: -point["cutoff"]):
-            loss = point.get("secondary")
-            cells = [percent(point["cutoff"]), number(point["wer"])]
+            loss, bound = point.get("secondary"), ""
+            if not point.get("complete", True):
+                # Of the part of the set that was evaluated.
+                loss, bound = None, "\u2265 "
+            cells = [percent(point["cutoff"]), bound + number(point["wer"])]
             cells.append(NOT_MEASURED if loss is None else f"{loss:.6g}")
             found.append([*cells, _outcome(unit, point)])
     return columns, found, headings

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..core.error_rates import MOST_RECOGNIZED
 from ..utils.typed import one_line
 
 NOT_A_SPEED_CLAIM = "simulated arithmetic: not a speed claim"
@@ -110,6 +111,8 @@ def verdict_tone(entry: dict) -> str:
 
 def verdict(entry: dict) -> str:
     """What the intervals of a set's rates show and leave possible."""
+    if entry["float"]["WER"] > MOST_RECOGNIZED:
+        return "Nothing shown: the float model recognizes next to nothing."
     ends = entry["delta_wer_ci"]
     shown = tone(ends)
     words, place = {

@@ -253,7 +253,7 @@ def test_why_a_percentile_was_chosen(folder):
         "as decided, the rest of the model is float:",
         "100 %: WER 6.81, loss 0.25, chosen",
         "99.9 %: WER 6.81, loss 0.125",
-        "99.5 %: WER above 6.66, stopped there",
+        "99.5 %: WER at least 6.66, stopped there",
         "float: WER 6.50 on the search set; searched: units above +0.25 alone",
     ]
     costs = "not clipping costs {} points of WER"

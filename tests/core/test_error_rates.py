@@ -126,6 +126,12 @@ def test_no_reference_has_a_word(references):
         assert "\n" not in str(error.value)
 
 
+def test_an_interval_does_not_depend_on_the_order():
+    baseline, other = corpus(1), corpus(2)
+    turned = paired_delta(baseline[::-1], other[::-1])
+    assert turned == paired_delta(baseline, other)
+
+
 @pytest.mark.parametrize("unit", ["word", "char"])
 def test_bootstrap_equals_a_direct_loop(unit, monkeypatch):
     fewer = partial(paired_interval, num_resamples=200)
@@ -140,13 +146,12 @@ def test_bootstrap_equals_a_direct_loop(unit, monkeypatch):
         )
 
     generator = np.random.default_rng(0)
+    by_id = [sorted(x, key=lambda row: row.id) for x in (baseline, other)]
     deltas = []
     for _ in range(200):
         drawn = generator.integers(len(baseline), size=len(baseline))
-        deltas.append(
-            percent([other[i] for i in drawn])
-            - percent([baseline[i] for i in drawn])
-        )
+        before, after = (percent([x[i] for i in drawn]) for x in by_id)
+        deltas.append(after - before)
     expected = np.percentile(deltas, [2.5, 97.5])
     result = paired_delta(baseline, other, unit)
     assert result.delta == pytest.approx(percent(other) - percent(baseline))

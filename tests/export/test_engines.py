@@ -211,7 +211,7 @@ def test_the_line_says_whether_this_cpu_is_exact_with_eight(
     monkeypatch.setattr(engines, "cpu_class", lambda: here)
     export_for(folder, tmp_path / "out", "onnxruntime")
     (line,) = [x for x in caplog.messages if "--weight-range 8" in x]
-    assert line.endswith(", such as this CPU") == vnni
+    assert line.endswith(" (this CPU is one)") == vnni
 
 
 @pytest.mark.parametrize("bits", [7, 8])
@@ -222,7 +222,7 @@ def test_each_readme_says_where_it_is_exact(folder, tmp_path, target, bits):
     if target == "tensorrt":
         assert "GPUs add up products in 32 bits" in text
         return
-    assert "exact on x86 CPUs with VNNI and on ARM" in text
+    assert "exact on ARM and on x86 CPUs with VNNI" in text
     assert ("may change a transcript" in text) == (bits == 7)
     assert ("saturate in silence" in text) == (bits == 8)
     assert ("for browsers keep 7" in text) == (target == "transformers.js")

@@ -32,8 +32,8 @@ def run(trained):
     return run
 
 
-def read(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+def read(folder: Path, name: str = "report.json") -> dict:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def first(log: str, words: str) -> int:
@@ -82,8 +82,16 @@ def test_another_decoder_is_said_at_once(run):
     assert said < first(finished.out, "test WER")
     report = read(folder)
     (warning,) = (w for w in report["warnings"] if "decodes differently" in w)
-    assert warning in finished.out
-    assert "\n" not in warning
+    assert f"{warning} For example, utterance " in finished.out
+    # It is published with the model.
+    assert "utterance" not in warning
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert warning in " ".join(card.split())
+    content = read(folder, "transcripts_clean.json")["content"]
+    for row in content["transcripts"]:
+        assert row["id"] not in card
+        # As warnings quote; a single letter is in every card.
+        assert repr(row["hypothesis"]) not in card
     for row in report["test"].values():
         assert row["folder"]["float"]["words"] == row["float"]["words"]
     # What the model hears in noise depends on how the CPU rounded in training.

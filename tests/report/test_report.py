@@ -399,7 +399,7 @@ def test_why_a_percentile_was_chosen(report, tmp_path):
         "| 100 | 3.40 | n/a | tried |",
         "| 99.99 | 2.40 | 0.25 | chosen |",
         "| 99 | 2.40 | 0.5 | tried |",
-        "| 98 | 61.00 | 0.75 | stopped |",
+        "| 98 | \u2265 61.00 | n/a | stopped |",
     ]
     tied = "a tie is decided by the lower loss, then by the larger percentile"
     for form in texts(tmp_path).values():
@@ -407,6 +407,16 @@ def test_why_a_percentile_was_chosen(report, tmp_path):
     # No other rule is said to have decided.
     for other in ({"selection": "interval"}, {"rule": "divergence"}):
         assert "a tie" not in rule(other, "WER")
+
+
+def test_a_float_model_that_recognizes_nothing_shows_nothing(report, tmp_path):
+    (entry,) = report["test"].values()
+    entry["float"]["WER"] = 99.0
+    write_report(report, tmp_path)
+    for text in texts(tmp_path).values():
+        flat = " ".join(text.split())
+        assert "Nothing shown: the float model recognizes next to" in flat
+        assert "No difference shown" not in flat
 
 
 def test_intervals_of_units_say_their_coverage(report, tmp_path):

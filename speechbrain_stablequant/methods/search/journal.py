@@ -39,13 +39,14 @@ class Journal:
         self.fingerprint = fingerprint
         self.by_utterance = by_utterance
         self.rule = rule
-        self.reused = 0
+        self.reused = 0  #: evaluations of earlier runs
         self._scores: dict[str, Score] = {}
         for number, row in enumerate(store.rows(JOURNAL_FILE), start=1):
             try:
                 self._scores[row["key"]] = Score.from_dict(row["score"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise store.damaged_row(JOURNAL_FILE, number) from error
+        self._earlier = frozenset(self._scores)
 
     def wrap(self, evaluate: Evaluate) -> Evaluate:
         """Evaluates unless the journal has the result."""
@@ -59,7 +60,7 @@ class Journal:
             key = evaluation_key(self.fingerprint, quants, give_up_above)
             known = from_main(self._scores.get(key))
             if known and not (self.by_utterance and known.lacks_utterances):
-                self.reused += 1
+                self.reused += key in self._earlier
                 return known
             score = evaluate(quants, start, give_up_above, label)
             self._scores[key] = score
