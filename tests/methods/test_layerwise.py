@@ -16,7 +16,7 @@ from speechbrain_stablequant.core.affine import (
 )
 from speechbrain_stablequant.core.layer_quant import LayerQuant, LayerTensors
 from speechbrain_stablequant.methods.adaround import AdaRound
-from speechbrain_stablequant.methods.layerwise import reconstruct
+from speechbrain_stablequant.methods.layerwise import gptq, reconstruct
 from speechbrain_stablequant.methods.layerwise.gptq import Compensate
 from speechbrain_stablequant.methods.layerwise.hessian import (
     LagSum,
@@ -145,6 +145,17 @@ def test_compensation_of_earlier_errors():
     aimed = Compensate(cross=True)(weight, 8, "mse", *moments)
     before = error(weight, *plain, x, q)
     assert error(weight, *aimed, x, q) < 0.2 * before
+
+
+def test_many_rows_are_rounded_in_parts(monkeypatch):
+    weight, x = torch.randn(12, 32), correlated(500, 32)
+    gram = gram_of(x)
+    whole = Compensate()(weight, 4, "mse", gram, gram)
+    monkeypatch.setattr(gptq, "_ROWS", 5)
+    q, scale = Compensate()(weight, 4, "mse", gram, gram)
+    # Products of other shapes sum in another order.
+    assert torch.allclose(scale, whole[1])
+    assert (q != whole[0]).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("cross", [False, True])

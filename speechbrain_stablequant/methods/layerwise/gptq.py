@@ -20,6 +20,10 @@ from ...core.affine import qmax, weight_scale
 
 _BLOCK = 128
 
+# Rows that are rounded at once, by several scales each: the output projection
+# of a decoder has one for each token of its vocabulary.
+_ROWS = 4096
+
 #: Scales that are tried for each row, relative to the one of least error of
 #: the nearest integers.
 _FRACTIONS = (1.15, 1.0, 0.85, 0.7)
@@ -62,22 +66,48 @@ class Compensate:
         order = gram.diagonal().argsort(descending=True)
         sorted_gram = gram[order][:, order]
         upper = _inverse_factor(sorted_gram)
-        # The scale of the weights alone may cut off those of inputs that
-        # matter most; energy alone does not know what inputs have in common.
-        scales = [weight_scale(weight, bits, method)]
-        if method != "max":
-            energy = weight_scale(weight, bits, method, gram.diagonal())
-            scales += [fraction * energy for fraction in _FRACTIONS]
-        scale = torch.cat(scales)
-        weight = weight[:, order].repeat(len(scales), 1)
-        found = _sweep(weight, scale, upper, qmax(bits))
-        errors = _output_errors(weight - found * scale[:, None], sorted_gram)
-        count = len(errors) // len(scales)
-        best = errors.view(-1, count).argmin(0) * count
-        best += torch.arange(count, device=best.device)
-        integers = torch.empty_like(found[:count])
-        integers[:, order] = found[best]
-        return integers.to(torch.int8), scale[best]
+        parts = []
+        for part in weight.split(_ROWS):
+            scales = _scales(part, bits, method, gram.diagonal())
+            found, scale = _best_rounding(
+                part[:, order], scales, sorted_gram, upper, qmax(bits)
+            )
+            integers = torch.empty_like(found, dtype=torch.int8)
+            integers[:, order] = found.to(torch.int8)
+            parts.append((integers, scale))
+        integers, scale = map(torch.cat, zip(*parts, strict=True))
+        return integers, scale
+
+
+def _scales(
+    weight: torch.Tensor, bits: int, method: str, energy: torch.Tensor
+) -> list[torch.Tensor]:
+    """The scales to try for each row."""
+    # The scale of the weights alone may cut off those of inputs that matter
+    # most; energy alone does not know what inputs have in common.
+    scales = [weight_scale(weight, bits, method)]
+    if method != "max":
+        weighed = weight_scale(weight, bits, method, energy)
+        scales += [fraction * weighed for fraction in _FRACTIONS]
+    return scales
+
+
+def _best_rounding(
+    weight: torch.Tensor,
+    scales: list[torch.Tensor],
+    gram: torch.Tensor,
+    upper: torch.Tensor,
+    limit: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers and scales of the least output error for each row."""
+    scale = torch.cat(scales)
+    weight = weight.repeat(len(scales), 1)
+    found = _sweep(weight, scale, upper, limit)
+    errors = _output_errors(weight - found * scale[:, None], gram)
+    count = len(errors) // len(scales)
+    best = errors.view(-1, count).argmin(0) * count
+    best += torch.arange(count, device=best.device)
+    return found[best], scale[best]
 
 
 def _output_errors(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
