@@ -148,8 +148,10 @@ def test_report(ran):
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert list(report["test"]) == ["test-clean"]
     assert report["test"]["test-clean"]["float"]["utterances"] == 2
-    narrowed = [w for w in report["warnings"] if "has no VNNI" in w]
-    assert report["warnings"] == narrowed
+    # The weights are random.
+    expected = ("has no VNNI", "recognizes next to nothing")
+    for warning in report["warnings"]:
+        assert any(words in warning for words in expected), warning
     assert len(narrowed) == (not cpu_class().exact)
     names = [unit["name"] for unit in report["units"]]
     assert names == [
