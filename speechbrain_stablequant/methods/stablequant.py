@@ -62,11 +62,12 @@ def stablequant_plan(
     quants = _final_quants(session, cutoffs, histograms)
     with search_set.bar_of_one("the whole plan"):
         final = evaluate(quants, label="final")
+    reused = sum(journal.reused for journal in search_set.journals)
+    earlier = f", {reused} of them of earlier runs in {JOURNAL_FILE}"
     logger.info(
-        "search: %d evaluations, %d of them of earlier runs in %s, %.0f s",
+        "search: %d evaluations%s, %.0f s",
         search_set.evaluations,
-        sum(journal.reused for journal in search_set.journals),
-        JOURNAL_FILE,
+        earlier if reused else "",
         time.monotonic() - started,
     )
     reasons = {x.name: _reason(x) for x in units if x.wer is not None}

@@ -103,15 +103,22 @@ def tone(ends: Sequence[float]) -> str:
     return "bad" if low > 0 else "good" if high < 0 else "same"
 
 
+def _says_nothing(entry: dict) -> bool:
+    """Whether the float model recognizes too little to compare with."""
+    return entry["float"]["WER"] > MOST_RECOGNIZED
+
+
 def verdict_tone(entry: dict) -> str:
     """That of the decisive rate, and bad if any other rate rose."""
+    if _says_nothing(entry):
+        return "same"
     others = [tone(ends) for ends in _other_intervals(entry).values()]
     return "bad" if "bad" in others else tone(entry["delta_wer_ci"])
 
 
 def verdict(entry: dict) -> str:
     """What the intervals of a set's rates show and leave possible."""
-    if entry["float"]["WER"] > MOST_RECOGNIZED:
+    if _says_nothing(entry):
         return "Nothing shown: the float model recognizes next to nothing."
     ends = entry["delta_wer_ci"]
     shown = tone(ends)

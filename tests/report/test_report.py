@@ -29,6 +29,7 @@ from speechbrain_stablequant.report.tables import (
     signed,
     summary_table,
     times,
+    verdict_tone,
 )
 from speechbrain_stablequant.report.utterances import aligned
 from speechbrain_stablequant.utils.files import read_json
@@ -412,11 +413,13 @@ def test_why_a_percentile_was_chosen(report, tmp_path):
 def test_a_float_model_that_recognizes_nothing_shows_nothing(report, tmp_path):
     (entry,) = report["test"].values()
     entry["float"]["WER"] = 99.0
+    entry |= {"delta_wer_ci": [1.0, 2.0], "delta_cer_ci": [1.0, 2.0]}
+    assert verdict_tone(entry) == "same"
     write_report(report, tmp_path)
     for text in texts(tmp_path).values():
         flat = " ".join(text.split())
         assert "Nothing shown: the float model recognizes next to" in flat
-        assert "No difference shown" not in flat
+        assert "Worse" not in flat
 
 
 def test_intervals_of_units_say_their_coverage(report, tmp_path):
