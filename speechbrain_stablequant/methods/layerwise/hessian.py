@@ -99,10 +99,12 @@ class MomentSum:
         self.sums: dict[str, torch.Tensor] = {}
 
     def sum_up(self, name: str, value: torch.Tensor) -> None:
+        # In float64 the order hardly matters: any number of processes rounds
+        # the weights alike.
         if name in self.sums:
             self.sums[name] += value
         else:
-            self.sums[name] = value
+            self.sums[name] = value.double()
 
     def add(self, x: torch.Tensor, q: torch.Tensor) -> None:
         self.rows += q.shape[1]
@@ -260,7 +262,7 @@ class LagSum(MomentSum):
                 for left, right in zip(first, windows, strict=True)
             ]
         )
-        return found.unflatten(2, (-1, self.kernel)).double()
+        return found.unflatten(2, (-1, self.kernel))
 
     def result(self) -> Moments:
         means = self.means("float_mean", "mean")

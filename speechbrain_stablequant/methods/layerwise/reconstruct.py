@@ -110,7 +110,7 @@ def rounded_layers(
     mean error of its output.
     """
     content = [
-        "moments of what is in the range, the best of five scales, "
+        "float64 moments of what is in the range, the best of five scales, "
         "dampening by rows",
         weights,
         session.recognizer.key("calibration", "inputs"),
@@ -215,7 +215,7 @@ def _solve_together(
     step = count
     # Lags are compact: one pass for all groups.
     if solves and not slides(module):
-        held = 4 * inputs**2 * (1 + cross)
+        held = 8 * inputs**2 * (1 + cross)
         step = max(1, min(count, MOMENT_BYTES // held))
     parts: list[list[tuple]] = [[] for _ in problems]
     for start in range(0, count, step):
