@@ -225,7 +225,7 @@ def inspect(path: Path, pattern: str | None) -> None:
             f"the first layer is {first.name} of unit {first.unit}, and "
             f"*{pattern}* finds parts of names"
         )
-    click.echo("\n\n".join(plans.layer(plan, name) for name in names))
+    click.echo(plans.layers(plan, names))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Plans and reports as text, and what differs between two."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +72,33 @@ def units(plan: QuantizationPlan) -> str:
     return "\n".join(lines)
 
 
-def layer(plan: QuantizationPlan, name: str) -> str:
-    """What was decided for a layer, and why."""
-    found = next(row for row in plan.layers if row.name == name)
-    rows = [("unit", found.unit), ("bits", found.bits)]
-    if _is_clipped(found):
-        rows += [
-            (_CLIPPING, f"{found.cutoff:g} %"),
-            ("range", f"{_range(found)}, {_cut(found)}"),
-            ("observed", f"at most {found.observed_max:.4g}"),
+def layers(plan: QuantizationPlan, names: Collection[str]) -> str:
+    """What was decided for layers, and why; what belongs to a unit once."""
+    units = {unit.name: unit for unit in plan.units if unit.curve}
+    chosen = [row for row in plan.layers if row.name in names]
+    found = list(dict.fromkeys(row.unit for row in chosen))
+    blocks = []
+    for name in found:
+        blocks += [_layer(row) for row in chosen if row.unit == name]
+        if name in units:
+            blocks.append("\n".join(_curve(plan, units[name])))
+    if units.keys() & found:
+        blocks += _search(plan)
+    return "\n\n".join(blocks)
+
+
+def _layer(row: Any) -> str:
+    cells = [("unit", row.unit), ("bits", row.bits)]
+    if _is_clipped(row):
+        cells += [
+            (_CLIPPING, f"{row.cutoff:g} %"),
+            ("range", f"{_range(row)}, {_cut(row)}"),
+            ("observed", f"at most {row.observed_max:.4g}"),
         ]
-    rows.append(("because", found.reason))
-    width = max(len(key) for key, _ in rows)
-    lines = [f"  {key.ljust(width)}  {value}" for key, value in rows]
-    unit = next((row for row in plan.units if row.name == found.unit), None)
-    curve = _curve(plan, unit) if unit and unit.curve else []
-    return "\n".join([name, *lines, *curve, *_search(plan) * bool(curve)])
+    cells.append(("because", row.reason))
+    width = max(len(key) for key, _ in cells)
+    lines = [f"  {key.ljust(width)}  {value}" for key, value in cells]
+    return "\n".join([row.name, *lines])
 
 
 def _curve(plan: QuantizationPlan, unit: Any) -> list[str]:
@@ -95,7 +106,7 @@ def _curve(plan: QuantizationPlan, unit: Any) -> list[str]:
     by_divergence = plan.search.get("rule") == "divergence"
     loss = "divergence" if by_divergence else "loss"
     lines = [
-        f"  percentiles tried for {unit.name}; units searched before it are "
+        f"percentiles tried for {unit.name}; units searched before it are "
         "quantized as decided, the rest of the model is float:"
     ]
     for point in unit.curve:

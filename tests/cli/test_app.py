@@ -243,8 +243,8 @@ def test_why_a_percentile_was_chosen(folder):
 
     def shown(cutoff: float) -> list[str]:
         units = [UnitPlan(unit, 6.81, 0.31, None, True, cutoff, curve)]
-        text = plans.layer(replace(plan, units=units, search=search), name)
-        return [row.strip() for row in text.splitlines()]
+        text = plans.layers(replace(plan, units=units, search=search), [name])
+        return [row.strip() for row in text.splitlines() if row]
 
     rows = shown(100.0)
     assert "clipping percentile  100 %" in rows
@@ -294,7 +294,7 @@ def test_what_a_range_cuts(folder, changes, line):
     quant = replace(first.quant, activation_offset=offset)
     changed = replace(first, quant=quant, cutoff=100.0, **changes)
     changed = replace(plan, layers=[changed])
-    rows = plans.layer(changed, first.name).splitlines()
+    rows = plans.layers(changed, [first.name]).splitlines()
     assert f"  range                {line}" in rows
     row = plans.units(changed).splitlines()[2]
     cut = {0.0: "0 %", None: ""}.get(changed.layers[0].beyond)
@@ -310,7 +310,7 @@ def test_a_layer_of_weights_alone_has_no_percentile(folder):
     changed = replace(plan, layers=[alone])
     row = plans.units(changed).splitlines()[2]
     assert row.split() == [first.unit, "1", "W8", "no"]
-    text = plans.layer(changed, first.name)
+    text = plans.layers(changed, [first.name])
     assert "W8\n" in text and "percentile" not in text and "range" not in text
 
 
@@ -328,6 +328,21 @@ def test_layers_of_a_unit(folder, capsys):
         _, out, _ = run(capsys, "inspect", folder, "--layer", pattern)
         names = [block.splitlines()[0] for block in out.split("\n\n")]
         assert names == expected
+
+
+def test_what_belongs_to_a_unit_is_shown_once(folder):
+    plan = plans.load(folder)
+    names = list(dict.fromkeys(row.unit for row in plan.layers))[-2:]
+    curve = [{"cutoff": 100.0, "wer": 6.5, "secondary": None}]
+    units = [UnitPlan(x, 6.5, 0.3, None, True, 100.0, curve) for x in names]
+    plan = replace(plan, units=units, search={"baseline_wer": 6.25})
+    layers = [row.name for row in plan.layers if row.unit in names]
+    assert len(layers) > len(names)
+    blocks = plans.layers(plan, layers).split("\n\n")
+    assert len(blocks) == len(layers) + len(names) + 1
+    heads = [x.split(";")[0] for x in blocks if x.endswith(", chosen")]
+    assert heads == [f"percentiles tried for {name}" for name in names]
+    assert blocks[-1] == "float: WER 6.25 on the search set"
 
 
 def test_inspect_says_what_is_no_quantized_folder(folder, tmp_path, capsys):
