@@ -77,22 +77,25 @@ def _resolved(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_checkpoints(tree: Mapping[str, Any], file: str) -> None:
+    for place, value in checkpoints(tree):
+        if not _may_be_there(value):
+            keys = [key for key, x in tree.items() if x == value]
+            raise ValueError(
+                f"{file}: {(keys or [place])[0]}: {value} is neither a folder "
+                "nor an id of the HuggingFace Hub; correct it"
+            )
+
+
+def checkpoints(tree: Any) -> Iterator[tuple[str, str]]:
+    """Place and name of each pretrained model that a YAML loads."""
     for place, node in _parts(tree, ""):
         if not isinstance(node, Tagged) or not isinstance(node.value, dict):
             continue
-        if not node.tag.startswith(_WRAPPERS) and (
-            not node.tag.endswith(_LOADERS)
-        ):
-            continue
-        for argument in _CHECKPOINTS:
-            value = node.value.get(argument)
-            if isinstance(value, str) and not _may_be_there(value):
-                keys = [key for key, x in tree.items() if x == value]
-                raise ValueError(
-                    f"{file}: {(keys or [f'{place}.{argument}'])[0]}: {value} "
-                    "is neither a folder nor an id of the HuggingFace Hub; "
-                    "correct it"
-                )
+        if node.tag.startswith(_WRAPPERS) or node.tag.endswith(_LOADERS):
+            for argument in _CHECKPOINTS:
+                value = node.value.get(argument)
+                if isinstance(value, str):
+                    yield f"{place}.{argument}", value
 
 
 def _may_be_there(checkpoint: str) -> bool:

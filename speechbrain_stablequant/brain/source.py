@@ -16,8 +16,13 @@ from typing import Any
 
 import speechbrain.inference.ASR
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from hyperpyyaml import resolve_references
 from speechbrain.inference.interfaces import Pretrained
 
@@ -25,6 +30,7 @@ from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..utils.patching import shadowed
 from ..utils.typed import one_line, short
 from ..utils.yaml_tree import Tagged, parse_yaml
+from .preflight import checkpoints
 
 # Where tags may point, and where what they name must have been written.
 _TRUSTED = (
@@ -46,7 +52,6 @@ _EXACT = (
     "speechbrain.utils.seed_everything",
 )
 _HARMLESS = ("ref", "copy", "tuple", "PLACEHOLDER")
-_NO_FOLDER = "there is no such folder"
 _SOURCES = (
     "give a folder in the layout of SpeechBrain's pretrained models, or the "
     "id of one on the Hub, such as speechbrain/asr-wav2vec2-librispeech"
@@ -70,17 +75,46 @@ def source_folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder.resolve()
-    wrong = f"source: {source}: {_NO_FOLDER}"
+    if folder.exists():
+        raise SourceError(f"source: {source} is a file; give its folder")
+    wrong = f"source: {source}: there is no such folder"
     try:
         validate_repo_id(str(source))
         return Path(snapshot_download(str(source)))
     except HFValidationError as error:
         raise SourceError(f"{wrong}; {_SOURCES}") from error
     except Exception as error:
-        raise SourceError(
-            f"{wrong}, and no such model that can be downloaded from the "
-            f"HuggingFace Hub ({one_line(error)}); {_SOURCES}"
-        ) from error
+        why = _not_on_hub(error) or (
+            f"it cannot be downloaded from {constants.ENDPOINT} "
+            f"({type(error).__name__}: {one_line(error)}); correct that"
+        )
+        raise SourceError(f"{wrong}, and {why}, or {_SOURCES}") from error
+
+
+def _not_on_hub(error: BaseException | None) -> str | None:
+    """Why the Hub has no model for us, and what to do; None for an error that
+    is of something else. Libraries raise their own from the Hub's."""
+    while error is not None:
+        # Of gated models, too.
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"{constants.ENDPOINT} shows you no such model; correct the "
+                "name, log in (`hf auth login`) if it is private or gated"
+            )
+        if isinstance(error, LocalEntryNotFoundError):
+            place = f"the cache {constants.HF_HUB_CACHE} has no whole copy"
+            if constants.HF_HUB_OFFLINE:
+                return f"{place}; unset HF_HUB_OFFLINE to download it"
+            answer = getattr(error.__cause__, "response", None)
+            state = "cannot be reached"
+            if answer is not None:
+                state = f"answers with status {answer.status_code}"
+            return (
+                f"{place}, and {constants.ENDPOINT} {state}; check the network "
+                "or try again later"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_source(folder: Path, trust: bool) -> str:
@@ -215,8 +249,33 @@ def load_source(
 ) -> Pretrained:
     """Load a checked source in SpeechBrain's class of that name."""
     interface = getattr(speechbrain.inference.ASR, kind)
-    # No `savedir`: files are read where they are.
-    return interface.from_hparams(source=str(folder), run_opts=dict(run_opts))
+    try:
+        # No `savedir`: files are read where they are.
+        return interface.from_hparams(
+            source=str(folder), run_opts=dict(run_opts)
+        )
+    except Exception as error:
+        why = _not_on_hub(error)
+        if why is None:
+            raise
+        names = " or ".join(_elsewhere(folder)) or "a model"
+        raise SourceError(
+            f"source: {folder / HYPERPARAMS_FILE} names {names}, which is no "
+            f"folder or file here, and {why}, or write a path"
+        ) from error
+
+
+def _elsewhere(folder: Path) -> list[str]:
+    """Checkpoints and files that a source names and that are not here."""
+    tree = parse_yaml(resolved(folder / HYPERPARAMS_FILE).getvalue())
+    found = [value for _, value in checkpoints(tree)]
+    pretrainer = getattr(tree.get("pretrainer"), "value", None) or {}
+    found += (pretrainer.get("paths") or {}).values()
+    return [
+        name
+        for name in dict.fromkeys(found)
+        if not any(path.exists() for path in (folder / name, Path(name)))
+    ]
 
 
 @contextmanager

@@ -2,10 +2,14 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
+from speechbrain_stablequant.brain import source as source_module
 from speechbrain_stablequant.brain.source import (
     SourceError,
     allowed,
@@ -198,13 +202,97 @@ def test_a_folder_that_is_not_there(tmp_path, monkeypatch, name):
         assert "give a folder in the layout" in text
 
 
-def test_no_source(tmp_path):
-    line = (
-        "source: no/such-model: there is no such folder, and no such model "
-        r"that can be downloaded from the HuggingFace Hub \(.+\); give a folder"
-    )
-    with pytest.raises(SourceError, match=line):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that cannot be reached, and an empty cache; ``offline`` or not."""
+
+    def changed(offline: bool) -> str:
+        for name, value in {
+            "HF_HUB_OFFLINE": offline,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "ENDPOINT": "http://127.0.0.1:9",
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        return f"the cache {tmp_path / 'cache'} has no whole copy"
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "offline, line",
+    [
+        (True, "; unset HF_HUB_OFFLINE to download it, or give a folder in"),
+        (
+            False,
+            ", and http://127.0.0.1:9 cannot be reached; check the network or "
+            "try again later, or give a folder in",
+        ),
+    ],
+)
+def test_a_source_without_a_network(hub, offline, line):
+    """What was looked for, where, and what to do; nothing of a library's."""
+    place = hub(offline)
+    with pytest.raises(SourceError) as caught:
         source_folder("no/such-model")
+    start = "source: no/such-model: there is no such folder, and "
+    assert str(caught.value).startswith(f"{start}{place}{line}")
+    assert "Error" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            RepositoryNotFoundError(
+                "404", response=SimpleNamespace(headers={}, request=None)
+            ),
+            ", and https://hub shows you no such model; correct the name, log "
+            "in (`hf auth login`) if it is private or gated, or give a folder",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            ", and it cannot be downloaded from https://hub (OSError: [Errno "
+            "28] No space left on device); correct that, or give a folder",
+        ),
+    ],
+)
+def test_a_source_that_the_hub_does_not_give(monkeypatch, error, line):
+    def refuse(source: str) -> None:
+        raise error
+
+    monkeypatch.setattr(source_module, "snapshot_download", refuse)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub")
+    with pytest.raises(SourceError) as caught:
+        source_folder("some/model")
+    start = "source: some/model: there is no such folder"
+    assert str(caught.value).startswith(f"{start}{line}")
+
+
+def test_a_model_that_a_source_names(tmp_path, hub):
+    """Of a folder that was copied to a machine without a network."""
+    place = hub(True)
+    more = (
+        "wrapped: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2\n"
+        "    source: some/checkpoint\n"
+        "    save_path: null\n"
+    )
+    folder = make_source(tmp_path, more)
+    with pytest.raises(SourceError) as caught:
+        load_source(folder, "EncoderASR", {})
+    assert str(caught.value) == (
+        f"source: {folder / 'hyperparams.yaml'} names some/checkpoint, which "
+        f"is no folder or file here, and {place}; unset HF_HUB_OFFLINE to "
+        "download it, or write a path"
+    )
+    paths = "    paths: {linear: some/model/linear.ckpt}\n"
+    folder = make_source(tmp_path, paths)
+    with pytest.raises(SourceError, match=r"names some/model/linear\.ckpt, wh"):
+        load_source(folder, "EncoderASR", {})
+
+
+def test_no_source(tmp_path):
+    with pytest.raises(SourceError, match="is a file; give its folder"):
+        source_folder(__file__)
     with pytest.raises(SourceError, match=r"has no hyperparams\.yaml"):
         check_source(tmp_path, False)
     (tmp_path / "config.json").write_text("{}")
