@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import QuantizationPlan
-from ..report.tables import is_simulated, share, speed
+from ..report.tables import is_simulated, share, speed, text_columns
 
 _PLAN, _REPORT = "plan.json", "report.json"
 _CLIPPING = "clipping percentile"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned lines, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [x.rjust(n) for x, n in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    """Rows of cells under a heading, as aligned lines."""
+    left, made = text_columns(rows[0], rows[1:]), []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        align = str.ljust if i in left else str.rjust
+        width = max(map(len, column))
+        made.append([align(cell, width) for cell in column])
+    return "\n".join("  ".join(x).rstrip() for x in zip(*made, strict=True))
 
 
 def load(path: Path) -> QuantizationPlan:

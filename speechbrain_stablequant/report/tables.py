@@ -1,6 +1,7 @@
 """A report's tables as text, and the summary that a run prints."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from ..core.error_rates import MOST_RECOGNIZED
 from ..utils.typed import one_line
@@ -8,6 +9,8 @@ from ..utils.typed import one_line
 NOT_A_SPEED_CLAIM = "simulated arithmetic: not a speed claim"
 NOT_MEASURED = "n/a"
 _WIDTH = 80  # columns of the terminal
+# Numbers with their signs, units, intervals and exponents.
+_FIGURES = re.compile(r"(?:n/a|\bto\b|(?<=\d)e(?=[-+])|[\W\d_])*")
 _ERRORS = "S / D / I"
 _GREEDY = "decoded greedily, unlike the recipe"
 
@@ -15,6 +18,17 @@ _GREEDY = "decoded greedily, unlike the recipe"
 def number(value: float | None, digits: int = 2) -> str:
     """A number with fixed decimals; n/a for None."""
     return NOT_MEASURED if value is None else f"{value:.{digits}f}"
+
+
+def text_columns(
+    columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> list[int]:
+    """Which columns stand to the left: the first, and those with words."""
+    return [
+        i
+        for i, (_, *cells) in enumerate(zip(columns, *rows, strict=True))
+        if i == 0 or not all(_FIGURES.fullmatch(cell) for cell in cells)
+    ]
 
 
 def both(pair: dict, digits: int) -> tuple[str, str]:

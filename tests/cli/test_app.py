@@ -631,6 +631,6 @@ def test_benchmark(folder, capsys):
 
 
 def test_columns():
-    assert (
-        plans.columns([["a", "b"], ["long", "1.5"]]) == "a       b\nlong  1.5"
-    )
+    rows = [["a", "b", "c"], ["long", "1.5", "yes"], ["x", "12.5", "no"]]
+    text = "a        b  c\nlong   1.5  yes\nx     12.5  no"
+    assert plans.columns(rows) == text

@@ -230,6 +230,37 @@ def test_all_forms_state_the_same_numbers(report, tmp_path):
         assert places == sorted(places), name
 
 
+def test_words_stand_to_the_left_and_numbers_to_the_right(report, tmp_path):
+    """The heading of a column as its cells, short ones too."""
+    part = {"name": "conv", "parameters": 9, "products": None, "why": "short"}
+    counts = dict.fromkeys(("quantized", "weight_only", "float"), 1)
+    report["account"] = {
+        "parameters": counts,
+        "products": counts,
+        "largest_float": [part, {**part, "why": "because of all these words"}],
+    }
+    for unit in report["units"]:
+        unit |= {"bits": ["W8A8"], "bytes": 1e3}
+    write_report(report, tmp_path)
+    forms = texts(tmp_path)
+    found = re.findall(
+        r"<th( class=\"text\")?>(.*?)</th>", forms["report.html"]
+    )
+    left = {name for kind, name in found if kind}
+    right = {name for kind, name in found if not kind}
+    assert left >= {"Why", "Bits", "Outcome", "Value", "File", "Unit"}
+    assert right >= {"Float", "Quantized", "Layers", "kB", "Loss", "WER %"}
+    assert right >= {"\u0394 WER alone", "Multiply-adds"}
+    for why in ("short", "because of all these words"):
+        (kind,) = re.findall(
+            rf'<td class="([^"]*)"[^>]*>{why}<', forms["report.html"]
+        )
+        assert kind == "text"
+    lines = forms["report.md"].splitlines()
+    place = next(i for i, x in enumerate(lines) if x.endswith("| Why |"))
+    assert lines[place + 1] == "| --- | ---: | ---: | --- |"
+
+
 def test_html_is_self_contained(report, tmp_path):
     write_report(report, tmp_path)
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
