@@ -46,7 +46,7 @@ def keys_text(name: str | None = None) -> str:
     if name is None or name in METHODS:
         title = _TITLE if name is None else f"{_TITLE} that `{name}` reads"
         intro = _wrapped(_INTRO.format(", ".join(sorted(PRESETS))))
-        return "\n\n".join([title, intro, _blocks(_of_method(name))])
+        return "\n\n".join([title, intro, _blocks(read_by(name))])
     if name in PRESETS:
         text = PRESETS[name].read_text("utf-8").strip()
         title = f"# Preset `{name}`\n\n```yaml\n{text}\n```"
@@ -54,7 +54,7 @@ def keys_text(name: str | None = None) -> str:
     found = _blocks(lambda path: _within(path, [name]), name)
     if not found:
         raise ValueError(_no_name(name))
-    readers = [method for method in METHODS if _of_method(method)(name)]
+    readers = [method for method in METHODS if read_by(method)(name)]
     if len(readers) < len(METHODS):
         found += f"\n\nRead by {', '.join(f'`{x}`' for x in readers)}."
     return found
@@ -64,9 +64,10 @@ def _method_of(preset: str) -> str:
     return with_preset({}, preset)["method"]
 
 
-def _of_method(name: str | None) -> Callable[[str], bool]:
-    """Whether a method reads a key, by its path; any method for None."""
-    if name is None:
+def read_by(name: str | None) -> Callable[[str], bool]:
+    """Whether a method reads a key, by its path; every key is read without
+    one of ours."""
+    if name not in METHODS:
         return lambda path: True
     some = {x for row in METHODS.values() for x in _read(row.config)}
     own = set(_read(METHODS[name].config))

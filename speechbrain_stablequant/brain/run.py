@@ -40,6 +40,7 @@ from ..runtimes.registry import RUNTIMES
 from ..utils.files import Outputs, remove_stale, write_atomic
 from ..utils.store import Store
 from .data import Batches, drawn_from
+from .keys import read_by
 
 if TYPE_CHECKING:
     from ..methods.registry import QuantizeConfig
@@ -210,7 +211,7 @@ class Run:
             for warning in self.warnings:
                 print(f"warning: {warning}")
             print(summary_table(report), flush=True)
-            write_report(report, self.folder)
+            write_report(report, self.folder, read_by(self.plan.method))
             self._write_card(report, origin)
             print(f"report: {self.folder / 'report.html'}", flush=True)
             return True

@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -210,8 +210,13 @@ def _histograms(
     return rows
 
 
-def write_report(report: dict, folder: Path) -> list[Path]:
-    """Writes all files, the JSON first; removes plots of an earlier run."""
+def write_report(
+    report: dict, folder: Path, is_read: Callable[[str], bool] = bool
+) -> list[Path]:
+    """Writes all files, the JSON first; removes plots of an earlier run.
+
+    ``is_read``: which settings the method reads; others are in the JSON alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # The numbers come first: if a plot fails, they are safe.
     written = [write_json(folder / "report.json", report)]
@@ -223,8 +228,8 @@ def write_report(report: dict, folder: Path) -> list[Path]:
             (folder / name).unlink(missing_ok=True)
     drawn = {"markdown": figures, "html": draw_figures(report, to_svg)}
     markdown, html = (
-        render(form, "report.jinja", report, figures=drawn[form])
-        for form in drawn
+        render(form, "report.jinja", report, figures=figures, is_read=is_read)
+        for form, figures in drawn.items()
     )
     for name, text in {"report.md": markdown, "report.html": html}.items():
         written.append(write_atomic(folder / name, text))

@@ -1,7 +1,7 @@
 """A report's tables as text, and the summary that a run prints."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..core.error_rates import MOST_RECOGNIZED
 from ..utils.typed import one_line
@@ -352,12 +352,16 @@ def calibration(report: dict) -> str:
     return f"{text}."
 
 
-def settings(found: dict, prefix: str = "") -> list[list[str]]:
-    """Names in the block ``quantize``, and values."""
+def settings(
+    found: dict, is_read: Callable[[str], bool], prefix: str = ""
+) -> list[list[str]]:
+    """Names in the block ``quantize``, and values, of what was read."""
     rows = []
     for name, value in found.items():
         if isinstance(value, dict) and value:
-            rows += settings(value, f"{prefix}{name}.")
+            rows += settings(value, is_read, f"{prefix}{name}.")
+            continue
+        if not is_read(prefix + name):
             continue
         if isinstance(value, list | tuple | dict):
             value = ", ".join(map(str, value)) or "none"

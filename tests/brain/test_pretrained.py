@@ -294,6 +294,10 @@ def test_audio_alone(place, tmp_path):
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "Calibration: 2 utterances of the manifest" in text
     assert "validation" not in text
+    # Settings that this method reads; the others are in report.json.
+    assert "| calibration.num_bins |" in text
+    assert "| search.cutoffs |" not in text
+    assert "cutoffs" in report["settings"]["search"]
 
 
 def test_more_utterances_than_a_manifest_has(place, tmp_path):

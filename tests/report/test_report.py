@@ -12,6 +12,8 @@ from itertools import pairwise
 import pytest
 from huggingface_hub import ModelCard
 
+from speechbrain_stablequant import QuantizeConfig
+from speechbrain_stablequant.brain.keys import read_by
 from speechbrain_stablequant.folder.card import Origin
 from speechbrain_stablequant.report import build, plots
 from speechbrain_stablequant.report.build import (
@@ -478,6 +480,21 @@ def test_calibration_and_settings_are_said(report, tmp_path):
             "Calibration: 80 utterances of the validation set, batches of 4."
             in text
         )
+
+
+def test_settings_that_are_not_read_are_in_the_json_alone(report, tmp_path):
+    """What `stablequant keys max` leaves out."""
+    report["settings"] = json.loads(json.dumps(QuantizeConfig().settings()))
+    write_report(report, tmp_path, read_by("max"))
+    text = texts(tmp_path)["report.md"]
+    shown = set(re.findall(r"^\| ([\w.]+) \|", text, re.MULTILINE))
+    assert {"weight_bits", "calibration.num_bins"} <= shown
+    left_out = {"calibration.percentile", "search.cutoffs", "search.level"}
+    assert not shown & left_out
+    assert read_json(tmp_path / "report.json", "report") == report
+    write_report(report, tmp_path, read_by("stablequant"))
+    text = texts(tmp_path)["report.md"]
+    assert "| search.cutoffs |" in text and "calibration.percentile" not in text
 
 
 def test_a_calibrator_clips_without_a_search(report, tmp_path):
