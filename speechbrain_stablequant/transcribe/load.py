@@ -127,7 +127,7 @@ class Recognizer:
         self,
         path: str | Path,
         window: int = 16,
-        overlap: int = 2,
+        overlap: int = 1,
         batch: int = 1,
         progress: bool = False,
     ) -> Iterator[Word]:
