@@ -1,6 +1,6 @@
 """Starts a recipe's script, and runs it as ``python SCRIPT ARGUMENTS`` does,
-but that Ctrl-C is one line also before a run begins, such as while weights
-load.
+but that its block is checked before its YAML is loaded, and that Ctrl-C is one
+line also before a run begins, such as while weights load.
 
 Executed by its path, so that the script finds modules where it always does.
 """
@@ -13,8 +13,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import hyperpyyaml
 
 LINE = "stablequant: interrupted"
 INTERRUPTED = 130
@@ -67,8 +71,38 @@ def run(script: str) -> None:
         sys.exit(INTERRUPTED)
 
 
+def check_first(arguments: Sequence[str]) -> None:
+    """Have the first YAML that is loaded wait for a check of the recipe's.
+
+    The check imports torch, which is left to the script: what it sets before,
+    such as environment variables, counts.
+    """
+    load, checked = hyperpyyaml.load_hyperpyyaml, []
+
+    @wraps(load)
+    def load_checked(*args: Any, **options: Any) -> Any:
+        if not checked:
+            checked.append(True)
+            _check(arguments)
+        return load(*args, **options)
+
+    hyperpyyaml.load_hyperpyyaml = load_checked
+
+
+def _check(arguments: Sequence[str]) -> None:
+    from speechbrain_stablequant.brain.preflight import check_recipe
+    from speechbrain_stablequant.utils.typed import one_line
+
+    try:
+        # Before the recipe loads its model, whatever the order of its YAML is.
+        check_recipe(arguments)
+    except ValueError as error:
+        print(f"stablequant: {one_line(error, 600)}", file=sys.stderr)
+        sys.exit(1)
+
+
 def start(recipe: Sequence[str]) -> None:
-    """Check a recipe's block, and become its process."""
+    """Become a recipe's process."""
     script, *options = recipe
     if not Path(script).is_file():
         raise ValueError(f"{script}: there is no such script")
@@ -80,10 +114,6 @@ def start(recipe: Sequence[str]) -> None:
             f"{options[0]}: has no `quantize:` block; add "
             "`quantize: !apply:speechbrain_stablequant.register` and its keys"
         )
-    from ..brain.preflight import check_recipe
-
-    # Before the recipe loads its model, whatever the order of its YAML is.
-    check_recipe(options)
     command = [sys.executable, __file__, *recipe]
     if os.name == "nt":
         # There execv returns to the shell before the recipe has ended.
@@ -97,5 +127,6 @@ if __name__ == "__main__":
     # From Python 3.11; with it, the script's folder is not searched.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    check_first(sys.argv[1:])
     # As Python's own ``__file__``, for a script that changes the folder.
     run(str(Path(sys.argv[0]).absolute()))

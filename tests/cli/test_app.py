@@ -424,13 +424,30 @@ def test_a_recipe_is_run_as_by_python(tmp_path):
     assert done.stdout.strip() == str([str(script), block.name, *options])
 
 
-BLOCK = "quantize: !apply:speechbrain_stablequant.register\n    {}\n"
+@pytest.mark.skipif(sys.platform == "win32", reason="stays a process there")
+def test_torch_is_left_to_the_recipe(tmp_path):
+    (tmp_path / "train.py").touch()
+    (tmp_path / "quant.yaml").write_text("quantize: {}")
+    code = (
+        "import os, sys; from speechbrain_stablequant.cli.app import main\n"
+        "heavy = {'torch', 'speechbrain'}\n"
+        "os.execv = lambda *_: sys.exit(7 + len(heavy & set(sys.modules)))\n"
+        "main(['quantize', 'train.py', 'quant.yaml'])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, timeout=60)
+    assert done.returncode == 7
+
+
+BLOCK = (
+    "model: !apply:os.mkdir [model]\n"
+    "quantize: !apply:speechbrain_stablequant.register\n    {}\n"
+)
 LOADS = """
-import logging, sys
+import sys
 import beside
 from hyperpyyaml import load_hyperpyyaml
 
-logging.basicConfig(filename="log.txt", level="DEBUG")
 with open(sys.argv[1]) as file:
     load_hyperpyyaml(file)
 raise ValueError("of the recipe")
@@ -468,8 +485,8 @@ def test_a_wrong_block_is_one_line(tmp_path, key, line, traceback):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == line
     assert ("Traceback" in done.stderr) == traceback
-    # The script is not begun with a block that is wrong.
-    assert (work / "log.txt").exists() == traceback
+    # No model is made for a block that is wrong, wherever it stands.
+    assert (work / "model").exists() == traceback
 
 
 LOAD = """
