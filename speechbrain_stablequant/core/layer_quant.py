@@ -30,6 +30,10 @@ class LayerQuant:
         """The largest input in the range."""
         return self.activation_amax + self.activation_offset
 
+    def with_float_input(self) -> "LayerQuant":
+        """The same weights; the input is not quantized."""
+        return LayerQuant(self.weight_bits, FLOAT_BITS, 0.0, self.weight_method)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON; without a zero offset, as files and keys had it."""
         raw = asdict(self)

@@ -1,6 +1,7 @@
 """The clipping percentile of each layer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from ...core.layer_quant import LayerQuant
@@ -9,7 +10,12 @@ from ...model.layers import Layer
 from ...utils.files import identity
 from ..search.score import Evaluate
 from ..stablequant import layer_cutoffs, search_units
+from .float_inputs import InputHarm, choose_float_inputs
 from .work import Work
+
+# Of weights, while inputs are compared: their own error would hide the
+# inputs', and is repaired later.
+_WEIGHT_BITS = 8
 
 
 def choose_percentiles(work: Work) -> list[UnitPlan]:
@@ -35,19 +41,21 @@ def choose_percentiles(work: Work) -> list[UnitPlan]:
 def _by_layer(work: Work) -> None:
     """By the divergence that each layer causes, everything else float."""
     evaluate, groups = work.evaluator("divergence"), _groups(work)
-    curves = {}
+    curves, harms = {}, []
     steps = "layers"  # Each takes a different number of evaluations.
     what = f"clipping percentiles of {steps}"
     with work.search_set.bar(what, len(groups), steps) as bar:
         for layers in groups:
             curve = _curve(work, layers, evaluate)
             # Ties go to the larger percentile.
-            best, _ = min(curve, key=lambda row: (row[1], -row[0]))
+            best, least = min(curve, key=lambda row: (row[1], -row[0]))
+            harms.append(InputHarm(layers, least))
             for layer in layers:
                 curves[layer.name] = curve
                 work.percentiles[layer.name] = best
             bar.update(1)
     work.measured.append({"part": "cutoffs", "layers": curves})
+    choose_float_inputs(work, harms)
 
 
 def _groups(work: Work) -> list[list[Layer]]:
@@ -96,6 +104,7 @@ def _curve(
     last: LayerQuant | None = None
     for percentile in sorted(work.session.config.search.cutoffs, reverse=True):
         quant = work.quant(layers[0], percentile)
+        quant = replace(quant, weight_bits=_WEIGHT_BITS)
         if quant == last:
             continue
         last = quant

@@ -60,6 +60,10 @@ class PlusConfig(MethodConfig):
         Clipping percentiles: ``layers``, one for each layer by the divergence
         it causes; ``units``, one for each unit by WER, as StableQuant does;
         or ``none``.
+    float_inputs : float
+        Largest share of the multiply-adds of all layers whose inputs stay
+        float: where they cause most of the divergence, as behind massive
+        activations. 0 quantizes all. Needs ``cutoffs: layers``.
     compensate : bool
         Rounds weights with error compensation (GPTQ).
     damping : float
@@ -94,6 +98,9 @@ class PlusConfig(MethodConfig):
         "a list of fractions from 0 to 1, such as 0.5",
     )
     cutoffs: str = choice("layers", "layers", "units", "none")
+    float_inputs: float = option(
+        0.02, lambda x: 0 <= x <= 1, "a fraction from 0 to 1, such as 0.02"
+    )
     compensate: bool = True
     damping: float = option(
         0.01, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1"

@@ -1,8 +1,8 @@
 """StableQuant-plus: a pipeline of parts, each with its own switch.
 
 In order: rotation of the residual stream, equalization, clipping percentiles
-by layer or unit, bits under a budget, scales of least squared error, rounding
-with error compensation, bias correction.
+by layer or unit, inputs that stay float, bits under a budget, scales of least
+squared error, rounding with error compensation, bias correction.
 
 StableQuant decides by word errors. Here each part changes little, and word
 errors are too few to tell: the divergence from the float model's outputs
@@ -131,7 +131,7 @@ def _rounded(
         return {}
     compensated = Compensate(plus.damping, plus.earlier_errors)
     without_effect = _convs_before_group_norm(session)
-    without_effect |= set(session.weights_alone)
+    without_effect |= {n for n, quant in quants.items() if quant.weight_only}
 
     def solve(layer: Layer) -> AdaRound | Compensate | None:
         if plus.adaround and layer.unit in selected:
@@ -171,6 +171,8 @@ def _convs_before_group_norm(session: Session) -> set[str]:
 def _reason(work: Work, layer: Layer, quant: LayerQuant | None) -> str:
     if quant is None:
         return work.float_layers[layer.name]
+    if layer.name in work.float_inputs:
+        return work.float_inputs[layer.name]
     percentile = work.percentiles[layer.name]
     reason = f"cut at {percentile:g} %, then smallest squared error"
     if quant.activation_offset:

@@ -52,6 +52,8 @@ class Work:
         #: Clipping percentile by layer.
         self.percentiles = {layer.name: 100.0 for layer in session.layers}
         self.bits: dict[str, int] = {}  #: bits by unit, of a mixed precision
+        #: Layers whose inputs stay float, with the reason.
+        self.float_inputs: dict[str, str] = {}
         #: What was measured of each part of the pipeline, for the plan.
         self.measured: list[dict] = []
 
@@ -92,13 +94,15 @@ class Work:
             amax = histogram.quantile(ratio)
             if least_error:
                 amax = clipped_mse(histogram, amax, activation_bits)
-        return self.session.quant(
+        quant = self.session.quant(
             layer.name,
             amax,
             (config.weight_method or "mse") if least_error else "max",
             (bits or config.weight_bits, activation_bits),
             zero_point,
         )
+        stays = layer.name in self.float_inputs
+        return quant.with_float_input() if stays else quant
 
     def quants(self) -> dict[str, LayerQuant]:
         return {

@@ -11,7 +11,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ...config import CommonConfig
-from ...core.affine import FLOAT_BITS
 from ...core.histogram import Histogram
 from ...core.layer_quant import LayerQuant
 from ...core.plan import LayerPlan, QuantizationPlan, UnitPlan
@@ -98,7 +97,8 @@ class Session:
         layers = []
         for layer in self.layers:
             quant = quants.get(layer.name)
-            alone = quant and self.weights_alone.get(layer.name)
+            alone = quant is not None and quant.weight_only
+            given = self.weights_alone.get(layer.name) if alone else None
             layers.append(
                 LayerPlan(
                     name=layer.name,
@@ -107,7 +107,7 @@ class Session:
                     quant=quant,
                     observed_max=histograms[layer.name].max,
                     cutoff=100.0 if alone else cutoffs[layer.name],
-                    reason=alone or reason(layer),
+                    reason=given or reason(layer),
                     beyond=share_beyond(quant, histograms[layer.name]),
                 )
             )
@@ -139,11 +139,11 @@ class Session:
         weight, inputs = bits or (config.weight_bits, config.activation_bits)
         least = self.simulator.layers[layer].least_bits
         weight, inputs = max(weight, least), max(inputs, least)
-        if layer in self.weights_alone:
-            return LayerQuant(weight, FLOAT_BITS, 0.0, weight_method)
-        return LayerQuant(
+        quant = LayerQuant(
             weight, inputs, float(amax), weight_method, float(offset)
         )
+        alone = layer in self.weights_alone
+        return quant.with_float_input() if alone else quant
 
     def prefix(
         self, quants: Mapping[str, LayerQuant], unit: str
