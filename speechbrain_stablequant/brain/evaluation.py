@@ -55,10 +55,10 @@ from .metrics import (
 from .passes import FloatTurns, ForwardClock, evaluation_steps
 from .recognizer import BrainRecognizer
 from .run import Run, comparison
+from .run_parts import decide_parts
 from .run_runtime import (
     change_runtime,
     choose_runtime,
-    decide_parts,
     executed,
     make_probe,
     try_descriptions,

@@ -58,7 +58,7 @@ class TeacherForcing:
     def __init__(self, brain: sb.Brain, batch: Any):
         self.brain = brain
         self._called = False
-        self._searchers = _searchers(brain)
+        self._searchers = searchers(brain)
         if self._searchers:
             self._try(batch)
         #: Whether the Brain decodes token by token.
@@ -100,7 +100,7 @@ class TeacherForcing:
         return [[] for _ in states], empty, empty, empty
 
 
-def _searchers(brain: sb.Brain) -> list[nn.Module]:
+def searchers(brain: sb.Brain) -> list[nn.Module]:
     kinds = (S2SBaseSearcher, TransducerBeamSearcher)
     modules = getattr(brain, "modules", None) or {}
     found = [*(value for _, value in objects_of(brain)), *modules.values()]

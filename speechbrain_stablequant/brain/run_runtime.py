@@ -5,14 +5,12 @@ description is computed in float, on one batch, and compared with the encoder;
 then the runtime is checked on an encoder that is quantized without a search.
 With ``backend: auto`` a runtime that fails a check is replaced by the next one,
 at last by the simulation, and the report says why. A runtime that the block
-names raises instead. Of other encoders, parts are graphs, layers in place, or
-float.
+names raises instead. Of other encoders, see :mod:`.run_parts`.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,35 +25,27 @@ from ..core.encoder_spec import (
     described_encoders,
 )
 from ..core.integer_layer import IntegerLayer
-from ..core.parts import Part
-from ..core.plan import QuantizationPlan
 from ..folder.write import ModulesSource
 from ..model.encoders import Encoder, find_encoders
 from ..runtimes.build import (
     build_forwards,
     check_probe,
     executed_form,
-    in_place_forwards,
 )
 from ..runtimes.choice import candidates, choose_backend, first_passing
-from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class, machine_identity
+from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
 from ..runtimes.forwards import encoder_forward, in_own_precision
 from ..runtimes.probe import Compute, Probe, chain, encoder_alone
 from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
 from ..runtimes.reference import ReferenceExecutor
 from ..runtimes.registry import (
     RUNTIMES,
-    code_digest,
-    load_function,
     select_options,
 )
 from ..utils import distributed
-from ..utils.digest import structure_digest
-from ..utils.files import identity
 from ..utils.patching import own_forwards, shadowed_forwards
 from ..utils.precision import plain_float32
-from ..utils.typed import one_line, typed
-from .data import audio_of
+from ..utils.typed import one_line
 from .passes import Call, observe, recognize
 from .rebuilt import live_network
 from .run import Run
@@ -64,14 +54,7 @@ from .run import Run
 # float rounding, far below the effect of another activation or norm.
 _TOLERANCE = 1e-3
 
-
 logger = logging.getLogger(__name__)
-
-#: The decisions, in the run's folder.
-PARTS_FILE = "parts.json"
-_WHAT = "parts of the recognizer"
-#: Batches of different lengths that are captured and timed, of so many.
-_LENGTHS, _SEARCHED = 3, 16
 
 
 def choose_runtime(
@@ -320,75 +303,3 @@ def change_runtime(run: Run, chosen: str, reasons: Sequence[str]) -> None:
         run.warnings[:] = kept + seven_bits_notes(chosen, run.config)
         run.backend = chosen
     run.warnings += [f"Not executed by {reason}." for reason in reasons]
-
-
-def decide_parts(run: Run, batch: Any) -> None:
-    """Decide the run's parts, once for each model and machine.
-
-    ``batch`` is used where the run has no calibration set.
-    """
-    config, modules = run.config, run.modules
-    runtime = RUNTIMES[run.backend]
-    if config.plan is not None:
-        run.parts = QuantizationPlan.load(config.plan, False).parts
-    elif runtime.part is not None and not described_encoders(
-        {key: modules[key] for key in config.target}
-    ):
-        run.parts = distributed.from_main(
-            _decide(run, batch) if distributed.is_main() else []
-        )
-    for part in run.parts:
-        logger.info("quantize: %s: %s", part.name, part.reason)
-        if part.executes == "float":
-            run.warnings.append(
-                f"'{part.name}' is computed in floating point, its weights "
-                f"stored as integers: {part.reason}."
-            )
-    if len(run.weights_alone) == len(run.layers):
-        notes = seven_bits_notes(run.backend, config)
-        run.warnings[:] = [x for x in run.warnings if x not in notes]
-
-
-def _decide(run: Run, batch: Any) -> list[Part]:
-    config, layers = run.config, run.layers
-    options = select_options(run.backend, config.backend_options)
-    key = identity(
-        [
-            structure_digest({k: run.modules[k] for k in config.target}),
-            [[layer.name, list(layer.module.weight.shape)] for layer in layers],
-            repr(options),
-            code_digest(),
-            machine_identity(),
-        ]
-    )
-    known = run.store.read(
-        PARTS_FILE, key, _WHAT, lambda raw: typed(raw, list[Part], "content")
-    )
-    if known is not None:
-        return known
-    modules = run.modules
-    with evaluating(modules):
-        select = load_function("captured.select:Selection")
-        parts = select(
-            modules,
-            layers,
-            [partial(recognize, run.brain, x) for x in _batches(run, batch)],
-            partial(in_place_forwards, modules),
-            (config.weight_bits, config.activation_bits),
-            options,
-        ).parts()
-    run.store.write(PARTS_FILE, key, [asdict(part) for part in parts])
-    return parts
-
-
-def _batches(run: Run, batch: Any) -> Sequence[Any]:
-    """Batches of different lengths, the longest first."""
-    every = [batch]
-    if "calibration" in run.subsets:
-        every = run.subsets["calibration"].load()[:_SEARCHED] or every
-    signal = run.config.signal
-    by_length = {audio_of(x, signal)[0].shape[1]: x for x in every}
-    lengths = sorted(by_length, reverse=True)
-    step = max((len(lengths) - 1) / (_LENGTHS - 1), 1)
-    places = [round(i * step) for i in range(_LENGTHS)]
-    return [by_length[lengths[i]] for i in places if i < len(lengths)]

@@ -31,7 +31,7 @@ def weights_alone(
         layer.name: f"weights alone: '{name}' is as fast in floating point"
         for layer in layers
         for name in floats
-        if layer.name.startswith(f"{name}.")
+        if layer.name == name or layer.name.startswith(f"{name}.")
     }
 
 

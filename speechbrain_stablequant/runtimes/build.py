@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.encoder_spec import describe_encoder
+from ..core.encoder_spec import describe_encoder, described_encoders
 from ..core.integer_layer import IntegerLayer, in_integers
 from ..core.parts import Part
 from ..model.encoders import Encoder, find_encoders
@@ -43,6 +43,14 @@ def _encoders(
     return list(chosen.values())
 
 
+def _described(
+    modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
+) -> bool:
+    """Whether a runtime has an encoder of the integer layers as a whole."""
+    paths = tuple(f"{x.path}." for x in described_encoders(modules))
+    return any(name.startswith(paths) for name in integers)
+
+
 def build_forwards(
     backend: str,
     modules: Mapping[str, nn.Module],
@@ -72,7 +80,7 @@ def build_forwards(
     find_modules(modules, integers)
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     heads = dict(integers)
-    if parts and runtime.part is not None:
+    if parts and runtime.part is not None and not _described(modules, integers):
         return _forwards_of_parts(runtime, modules, integers, parts, options)
     if runtime.encoder is not None:
         make_executor = load_function(runtime.encoder)

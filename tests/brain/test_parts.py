@@ -95,7 +95,7 @@ def test_parts_are_executed_here_and_from_the_folder(evaluated, caplog):
     assert encoder.way == "trace"
     assert parts["ctc_lin"].executes == "float"
     assert run.plan.quants()["ctc_lin.w"].weight_only
-    said = "'ctc_lin' is computed in floating point"
+    said = "with weights stored as integers: 'ctc_lin' ("
     assert sum(said in text for text in run.warnings) == 1
     assert "another way" not in caplog.text
     saved = QuantizationPlan.load(run.folder / "plan.json")

@@ -20,7 +20,9 @@ from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.parts import Part
 from speechbrain_stablequant.core.plan import QuantizationPlan
 from speechbrain_stablequant.core.quantize_layer import integer_layer
+from speechbrain_stablequant.model.encoders import find_encoders
 from speechbrain_stablequant.model.layer import Layer
+from speechbrain_stablequant.model.layers import find_layers
 from speechbrain_stablequant.runtimes.build import (
     build_forwards,
     in_place_forwards,
@@ -456,6 +458,21 @@ def test_only_graphs_replace_a_part(encoder, part, executes):
     assert set(forwards) == set(sites_of(encoder).values())
 
 
+def test_a_described_encoder_stays_whole_beside_parts(make_tiny_modules):
+    modules = dict(make_tiny_modules("wav2vec2-base").items())
+    layers = find_layers(modules, list(modules))
+    integers = {
+        layer.name: integer_layer(layer, LayerQuant(8, 8, 4.0))
+        for layer in layers
+    }
+    (found,) = find_encoders(modules)
+    parts = [Part("ctc_lin.w", "layers", "called repeatedly")]
+    forwards = build_forwards("openvino", modules, integers, parts=parts)
+    assert found.model in forwards
+    heads = {x.module for x in layers if not x.name.startswith(found.path)}
+    assert set(forwards) == {found.model, *heads}
+
+
 def test_deep_copies_compute_the_same(encoder, part):
     forwards = build_forwards(
         "openvino",
@@ -491,7 +508,7 @@ class Recognizer(nn.Module):
 def select_parts(monkeypatch):
     """Selects with given times."""
 
-    def run(**ms):
+    def run(graphs=True, **ms):
         def timed(module, calls, ways):
             for way in ways.values():
                 with way():
@@ -511,6 +528,7 @@ def select_parts(monkeypatch):
             lambda integers: in_place_forwards(modules, integers),
             (8, 8),
             {},
+            graphs,
         ).parts()
 
     return run
@@ -539,6 +557,22 @@ def test_what_does_not_gain_stays_float(select_parts):
     (name, reason), *others = weights_alone(parts, layers).items()
     assert (name, others) == (names[0], [])
     assert "'model.encoder' is as fast in floating point" in reason
+
+
+def test_beside_a_described_encoder_only_steps_are_timed(select_parts):
+    """Layer by layer, and only those that are called at each step."""
+    parts = select_parts(graphs=False, layers=4.0, float=3.0)
+    names = ["model.decoder.conv", "model.decoder.out"]
+    assert [part.name for part in parts] == names
+    assert {part.executes for part in parts} == {"float"}
+    assert all(part.ms == {"layers": 4.0, "float": 3.0} for part in parts)
+    layers = [
+        Layer(name, nn.Identity(), "linear", name)
+        for name in (*names, "model.decoder.out_two", "model.head.0")
+    ]
+    assert weights_alone(parts, layers).keys() == set(names)
+    parts = select_parts(graphs=False, layers=3.0, float=4.0)
+    assert {part.executes for part in parts} == {"layers"}
 
 
 def test_timed_ways_take_turns():

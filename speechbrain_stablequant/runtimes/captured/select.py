@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ _MOST_CALLS = 6
 class Selection:
     """Decides the parts of a recognizer from its passes over some batches, of
     different lengths. ``layers`` are what the plan quantizes, with ``bits`` of
-    weights and activations; ``options`` those of ``backend: openvino``."""
+    weights and activations; ``options`` those of ``backend: openvino``.
+    Without ``graphs``, parts are single layers that are called repeatedly."""
 
     def __init__(
         self,
@@ -62,13 +63,17 @@ class Selection:
         in_place: InPlace,
         bits: tuple[int, int],
         options: Mapping[str, Any],
+        graphs: bool = True,
     ):
+        self._graphs = graphs
         self._layers = {layer.name: layer for layer in layers}
         self._in_place = in_place
         self._options = options
         self._bits = bits
         self._recognize = passes[0]
-        self._modules = _around(modules, self._layers)
+        self._modules = {x.name: x.module for x in layers}
+        if graphs:
+            self._modules = _around(modules, self._layers)
         self._calls: dict[str, list[list[Call]]] = defaultdict(list)
         self._ranges: dict[str, float] = dict.fromkeys(self._layers, 0.0)
         with torch.no_grad():
@@ -102,6 +107,12 @@ class Selection:
 
     def parts(self) -> list[Part]:
         """Decide all parts, in order."""
+        if not self._graphs:
+            return [
+                self._timed(Part(name, "layers", "called repeatedly"), every)
+                for name, calls in self._calls.items()
+                if len(every := list(chain(*calls))) > len(calls)
+            ]
         tops = [name for name in self._modules if "." not in name]
         found = [part for name in tops for part in self._visit(name)]
         return [part for part in found if part is not None]
@@ -138,7 +149,7 @@ class Selection:
         return {
             n: layer
             for n, layer in self._layers.items()
-            if n.startswith(f"{name}.")
+            if n == name or n.startswith(f"{name}.")
         }
 
     def _captured(self, name: str, calls: list[Call]) -> Part:
