@@ -6,12 +6,12 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from ..config import CommonConfig, MethodConfig
-from ..methods.registry import METHODS, QuantizeConfig
+from ..methods.registry import METHODS, QuantizeConfig, is_below, read_by
 from ..runtimes.registry import RUNTIMES
 from ..utils.presets import PRESETS, with_preset
 from ..utils.typed import short
@@ -51,7 +51,7 @@ def keys_text(name: str | None = None) -> str:
         text = PRESETS[name].read_text("utf-8").strip()
         title = f"# Preset `{name}`\n\n```yaml\n{text}\n```"
         return f"{title}\n\n{keys_text(_method_of(name))}"
-    found = _blocks(lambda path: _within(path, [name]), name)
+    found = _blocks(lambda path: is_below(path, [name]), name)
     if not found:
         raise ValueError(_no_name(name))
     readers = [method for method in METHODS if read_by(method)(name)]
@@ -62,24 +62,6 @@ def keys_text(name: str | None = None) -> str:
 
 def _method_of(preset: str) -> str:
     return with_preset({}, preset)["method"]
-
-
-def read_by(name: str | None) -> Callable[[str], bool]:
-    """Whether a method reads a key, by its path; every key is read without
-    one of ours."""
-    if name not in METHODS:
-        return lambda path: True
-    some = {x for row in METHODS.values() for x in _read(row.config)}
-    own = set(_read(METHODS[name].config))
-    return lambda path: not _within(path, some) or _within(path, own)
-
-
-def _read(config: type[MethodConfig]) -> tuple[str, ...]:
-    return (*([config.block] if config.block else []), *config.also_reads)
-
-
-def _within(path: str, names: Iterable[str]) -> bool:
-    return any(path == x or path.startswith(f"{x}.") for x in names)
 
 
 def _no_name(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import speechbrain as sb
 from torch import nn
@@ -29,6 +29,7 @@ from ..folder.stored_floats import (
 )
 from ..folder.weights_file import MODEL_FOLDER, WEIGHTS_FILE
 from ..folder.write import ModulesSource, write_folder
+from ..methods.registry import QuantizeConfig, read_by
 from ..model.layer import Layer
 from ..model.layers import find_layers
 from ..report.build import build_report, float_size, render_card, write_report
@@ -40,10 +41,6 @@ from ..runtimes.registry import RUNTIMES
 from ..utils.files import Outputs, remove_stale, write_atomic
 from ..utils.store import Store
 from .data import Batches, drawn_from
-from .keys import read_by
-
-if TYPE_CHECKING:
-    from ..methods.registry import QuantizeConfig
 
 # File in a run's folder.
 EFFORT_FILE = "effort.json"
@@ -56,7 +53,7 @@ class Run:
     brain: sb.Brain
     #: Empty without variants.
     name: str
-    config: "QuantizeConfig"
+    config: QuantizeConfig
     folder: Path
     #: Of that folder.
     store: Store

@@ -15,6 +15,7 @@ from ..core.encoder_spec import described_encoders
 from ..core.parts import Part
 from ..core.plan import QuantizationPlan
 from ..runtimes.build import in_place_forwards
+from ..runtimes.choice import seven_bits_notes
 from ..runtimes.cpu import machine_identity
 from ..runtimes.probe_make import evaluating
 from ..runtimes.registry import (
@@ -31,7 +32,6 @@ from .data import audio_of
 from .passes import recognize
 from .recognizer import searchers
 from .run import Run
-from .run_runtime import seven_bits_notes
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def decide_parts(run: Run, batch: Any) -> None:
             f"'{first}'{more} ({floats[0].reason})."
         )
     if len(run.weights_alone) == len(run.layers):
-        notes = seven_bits_notes(run.backend, config)
+        notes = seven_bits_notes(run.backend, config.weight_bits)
         run.warnings[:] = [x for x in run.warnings if x not in notes]
 
 

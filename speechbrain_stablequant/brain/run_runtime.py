@@ -32,8 +32,12 @@ from ..runtimes.build import (
     check_probe,
     executed_form,
 )
-from ..runtimes.choice import candidates, choose_backend, first_passing
-from ..runtimes.cpu import PAIR_SUM_BITS, cpu_class
+from ..runtimes.choice import (
+    candidates,
+    choose_backend,
+    first_passing,
+    seven_bits_notes,
+)
 from ..runtimes.forwards import encoder_forward, in_own_precision
 from ..runtimes.probe import Compute, Probe, chain, encoder_alone
 from ..runtimes.probe_make import encoder_probe, evaluating, quick_integers
@@ -73,22 +77,11 @@ def choose_runtime(
             raise ConfigError(f"quantize.{error}") from error
         reason = str(error).partition(";")[0].removeprefix("backend: ")
         return _simulated(reason)
-    return name, seven_bits_notes(name, config)
+    return name, seven_bits_notes(name, config.weight_bits)
 
 
 def _simulated(reason: str) -> tuple[str, list[str]]:
     return "torch", [f"Evaluated by simulation: {reason}."]
-
-
-def seven_bits_notes(name: str, config: CommonConfig) -> list[str]:
-    """Warn if a runtime executes weights with fewer bits than the plan's."""
-    cpu, bits = cpu_class(), config.weight_bits
-    if cpu.exact or RUNTIMES[name].device != "cpu" or bits <= PAIR_SUM_BITS:
-        return []
-    return [
-        f"This CPU (class {cpu.name}) has no VNNI: weights of {bits} bits "
-        f"were executed with {PAIR_SUM_BITS}."
-    ]
 
 
 def try_descriptions(
@@ -298,8 +291,10 @@ def _first_passing(
 def change_runtime(run: Run, chosen: str, reasons: Sequence[str]) -> None:
     """Change the runtime, and report why others were rejected."""
     if chosen != run.backend:
-        before = seven_bits_notes(run.backend, run.config)
+        before = seven_bits_notes(run.backend, run.config.weight_bits)
         kept = [text for text in run.warnings if text not in before]
-        run.warnings[:] = kept + seven_bits_notes(chosen, run.config)
+        run.warnings[:] = kept + seven_bits_notes(
+            chosen, run.config.weight_bits
+        )
         run.backend = chosen
     run.warnings += [f"Not executed by {reason}." for reason in reasons]

@@ -1,7 +1,7 @@
 """Methods and their blocks: a line in ``METHODS``, one in ``hparams/``."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from typing import Any
 
@@ -111,6 +111,25 @@ class QuantizeConfig(
             if block not in read:
                 del settings[block]
         return settings
+
+
+def read_by(name: str | None) -> Callable[[str], bool]:
+    """Whether a method reads a key, by its path; every key is read without
+    one of ours."""
+    if name not in METHODS:
+        return lambda path: True
+    some = {x for row in METHODS.values() for x in _read(row.config)}
+    own = set(_read(METHODS[name].config))
+    return lambda path: not is_below(path, some) or is_below(path, own)
+
+
+def _read(config: type[MethodConfig]) -> tuple[str, ...]:
+    return (*([config.block] if config.block else []), *config.also_reads)
+
+
+def is_below(path: str, names: Iterable[str]) -> bool:
+    """Whether the dotted path of a key is in one of some blocks."""
+    return any(path == x or path.startswith(f"{x}.") for x in names)
 
 
 def make_plan(session: Session) -> Planned:

@@ -64,9 +64,8 @@ def times(ratio: float | None, better: str, worse: str) -> str:
         return NOT_MEASURED
     if f"{max(ratio, 1 / ratio):.2f}" == "1.00":
         return "the same"
-    if ratio > 1:
-        return f"{ratio:.2f}x {better}"
-    return f"{1 / ratio:.2f}x {worse}"
+    times, word = (ratio, better) if ratio > 1 else (1 / ratio, worse)
+    return f"{times:.2f}x {word}"
 
 
 def gain(pair: dict) -> float | None:
@@ -360,12 +359,11 @@ def settings(
     for name, value in found.items():
         if isinstance(value, dict) and value:
             rows += settings(value, is_read, f"{prefix}{name}.")
-            continue
-        if not is_read(prefix + name):
-            continue
-        if isinstance(value, list | tuple | dict):
-            value = ", ".join(map(str, value)) or "none"
-        rows.append([prefix + name, "default" if value is None else str(value)])
+        elif is_read(prefix + name):
+            text = "default" if value is None else str(value)
+            if isinstance(value, list | tuple | dict):
+                text = ", ".join(map(str, value)) or "none"
+            rows.append([prefix + name, text])
     return rows
 
 

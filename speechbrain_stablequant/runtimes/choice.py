@@ -10,6 +10,7 @@ import torch
 from ..utils import forks
 from ..utils.typed import one_line
 from . import layer_check
+from .cpu import PAIR_SUM_BITS, cpu_class
 from .registry import AUTO, find_runtime, load_function
 
 logger = logging.getLogger(__name__)
@@ -135,3 +136,14 @@ def _warn_of_simulation(
         device,
         f" ({'; '.join(reasons)})" if reasons else "",
     )
+
+
+def seven_bits_notes(name: str, bits: int) -> list[str]:
+    """Warn if a runtime executes weights with fewer bits than the plan's."""
+    cpu = cpu_class()
+    if cpu.exact or find_runtime(name).device != "cpu" or bits <= PAIR_SUM_BITS:
+        return []
+    return [
+        f"This CPU (class {cpu.name}) has no VNNI: weights of {bits} bits "
+        f"were executed with {PAIR_SUM_BITS}."
+    ]

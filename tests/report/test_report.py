@@ -471,7 +471,12 @@ def test_calibration_and_settings_are_said(report, tmp_path):
     write_report(report, tmp_path)
     text = texts(tmp_path)["report.md"]
     assert "Calibration: the default number of utterances" in text
-    for row in (r"include | \*", "exclude | none", "num_bins | 4096"):
+    for row in (
+        r"include | \*",
+        "exclude | none",
+        "num_utterances | default",
+        "num_bins | 4096",
+    ):
         assert f"{row} |" in text
     report["calibration"] = {"num_utterances": 80}
     write_report(report, tmp_path)

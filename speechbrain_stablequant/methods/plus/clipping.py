@@ -10,23 +10,21 @@ from ...model.layers import Layer
 from ...utils.files import identity
 from ..search.score import Evaluate
 from ..stablequant import layer_cutoffs, search_units
-from .float_inputs import InputHarm, choose_float_inputs
-from .work import Work
+from .work import InputHarm, Work
 
 # Of weights, while inputs are compared: their own error would hide the
 # inputs', and is repaired later.
 _WEIGHT_BITS = 8
 
 
-def choose_percentiles(work: Work) -> list[UnitPlan]:
-    """Decides the percentiles as ``plus.cutoffs`` says; returns the units."""
+def choose_percentiles(work: Work) -> tuple[list[UnitPlan], list[InputHarm]]:
+    """Decides the percentiles as ``plus.cutoffs`` says; returns the units,
+    and what the inputs of layers cause where that was measured."""
     session = work.session
     cutoffs = session.config.plus.cutoffs
-    units = [UnitPlan(name) for name in session.units]
+    units, harms = [UnitPlan(name) for name in session.units], []
     if cutoffs == "layers":
-        _by_layer(work)
-        if session.by_divergence:
-            _confirm(work)
+        harms = _by_layer(work)
     elif cutoffs == "units":
         _, units = search_units(
             work.search_set,
@@ -35,10 +33,10 @@ def choose_percentiles(work: Work) -> list[UnitPlan]:
             partial(work.quant, least_error=False),
         )
         work.percentiles = layer_cutoffs(session, units)
-    return units
+    return units, harms
 
 
-def _by_layer(work: Work) -> None:
+def _by_layer(work: Work) -> list[InputHarm]:
     """By the divergence that each layer causes, everything else float."""
     evaluate, groups = work.evaluator("divergence"), _groups(work)
     curves, harms = {}, []
@@ -55,7 +53,7 @@ def _by_layer(work: Work) -> None:
                 work.percentiles[layer.name] = best
             bar.update(1)
     work.measured.append({"part": "cutoffs", "layers": curves})
-    choose_float_inputs(work, harms)
+    return harms
 
 
 def _groups(work: Work) -> list[list[Layer]]:
@@ -76,8 +74,12 @@ def _groups(work: Work) -> list[list[Layer]]:
     return groups
 
 
-def _confirm(work: Work) -> None:
-    """Drops the clipping if the words of the search set contradict."""
+def confirm_percentiles(work: Work) -> None:
+    """Drops the clipping of layers if the words of the search set
+    contradict."""
+    session = work.session
+    if session.config.plus.cutoffs != "layers" or not session.by_divergence:
+        return
     clipped, percentiles = work.quants(), dict(work.percentiles)
     if set(percentiles.values()) == {100.0}:
         return

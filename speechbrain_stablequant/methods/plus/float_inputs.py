@@ -9,23 +9,14 @@ Their weights are quantized as all others are.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...model.layers import Layer
-from .work import Work
+from .work import InputHarm, Work
 
 logger = logging.getLogger(__name__)
 
 # Below this share of the divergence a float input is not worth its products.
 _LEAST_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class InputHarm:
-    """The divergence that quantized inputs cause in layers that share them."""
-
-    layers: Sequence[Layer]
-    divergence: float
 
 
 def choose_float_inputs(work: Work, harms: Sequence[InputHarm]) -> None:

@@ -26,7 +26,8 @@ from ..session.calibration import Calibration
 from ..session.session import Planned, Session
 from ..stablequant import selection_rules
 from .bits import choose_unit_bits
-from .clipping import choose_percentiles
+from .clipping import choose_percentiles, confirm_percentiles
+from .float_inputs import choose_float_inputs
 from .quarot import is_rotated, rotated, rotated_parameters
 from .smoothquant import (
     Site,
@@ -55,7 +56,9 @@ def plus_plan(
         strength, by_site = _best_equalization(work)
         stack.enter_context(equalized(by_site))
         work.calibrate(strength)
-        units = choose_percentiles(work)
+        units, harms = choose_percentiles(work)
+        choose_float_inputs(work, harms)
+        confirm_percentiles(work)
         choose_unit_bits(work)
         quants = work.quants()
         work.divergence(quants, "scales")

@@ -1,6 +1,7 @@
 """What the parts of StableQuant-plus share: decisions so far, measurements."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ...core.affine import GELU_MIN
 from ...core.calibrators import clipped_mse
@@ -15,6 +16,14 @@ from ..session.search_set import SearchSet
 from ..session.session import Session
 from .quarot import can_rotate
 from .zero_point import ShiftedObserver, asymmetric_range, behind_gelu
+
+
+@dataclass(frozen=True)
+class InputHarm:
+    """The divergence that quantized inputs cause in layers that share them."""
+
+    layers: Sequence[Layer]
+    divergence: float
 
 
 class Work:
