@@ -354,6 +354,21 @@ def test_cut_offs_of_layers_follow_the_divergence(large, tmp_path):
         assert by_name[name].cutoff == ratio
 
 
+def test_clipping_is_compared_whatever_becomes_of_the_weights(large, tmp_path):
+    """Coarse weights, which are rounded well later, would hide the inputs."""
+    block = {"method": "stablequant_plus", "activation_bits": 4}
+    block["plus"] = {**OFF, "cutoffs": "layers"}
+    block["search"] = {"cutoffs": [100, 99, 95], "rule": "divergence"}
+    found = []
+    for bits in (2, 8):
+        folder = tmp_path / str(bits)
+        _, plan = run(large, folder, weight_bits=bits, **block)
+        parts = {part["part"]: part for part in plan.search["parts"]}
+        assert {x.quant.weight_bits for x in plan.layers} == {bits}
+        found.append((parts["cutoffs"], parts["confirmation"]))
+    assert found[0] == found[1]
+
+
 # -- inputs that stay float ----------------------------------------------------
 
 

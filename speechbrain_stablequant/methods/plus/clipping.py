@@ -1,6 +1,6 @@
 """The clipping percentile of each layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -87,8 +87,8 @@ def confirm_percentiles(work: Work) -> None:
     evaluate = work.evaluator()
     with work.search_set.bar("confirmation by words", 3):
         evaluate({}, label="float")
-        whole = evaluate(work.quants(), label="without clipping")
-        found = evaluate(clipped, label="clipped")
+        whole = evaluate(_compared(work.quants()), label="without clipping")
+        found = evaluate(_compared(clipped), label="clipped")
     confirmed = found.errors <= whole.errors
     if confirmed:
         work.percentiles = percentiles
@@ -96,6 +96,14 @@ def confirm_percentiles(work: Work) -> None:
     work.measured.append(
         {"part": "confirmation", **row, "confirmed": confirmed}
     )
+
+
+def _compared(quants: Mapping[str, LayerQuant]) -> dict[str, LayerQuant]:
+    """Quants with weights as inputs are compared."""
+    return {
+        name: replace(quant, weight_bits=_WEIGHT_BITS)
+        for name, quant in quants.items()
+    }
 
 
 def _curve(
@@ -106,12 +114,11 @@ def _curve(
     last: LayerQuant | None = None
     for percentile in sorted(work.session.config.search.cutoffs, reverse=True):
         quant = work.quant(layers[0], percentile)
-        quant = replace(quant, weight_bits=_WEIGHT_BITS)
         if quant == last:
             continue
         last = quant
         score = evaluate(
-            {layer.name: quant for layer in layers},
+            _compared({layer.name: quant for layer in layers}),
             start=layers[0].unit,
             label=f"{layers[0].name} cut at {percentile:g} %",
         )
