@@ -1,7 +1,7 @@
 """Small quantized folders with a tokenizer, and ways to change them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def write(
     folder: Path,
     modules: Mapping[str, nn.Module],
     heads: Mapping[str, str] = HEADS,
+    float_inputs: Collection[str] = (),
     **changes: Any,
 ) -> None:
     """Writes the folder of a tiny recognizer, quantized to eight bits.
@@ -55,6 +56,8 @@ def write(
         Those of ``make_tiny_modules``.
     heads : Mapping
         YAML of each module behind the encoder.
+    float_inputs : Collection
+        Ends of the names of layers whose inputs stay float.
     **changes
         Of the RecognizerSource.
     """
@@ -68,8 +71,15 @@ def write(
     (folder / "labels").unlink()
     quant = LayerQuant(8, 8, 3.0, "mse")
     layers = find_layers(modules, list(modules))
+    quants = {
+        x.name: quant.with_float_input()
+        if x.name.endswith(tuple(float_inputs))
+        else quant
+        for x in layers
+    }
     rows = [
-        LayerPlan(x.name, x.unit, x.kind, quant, 3.0, 100.0, "") for x in layers
+        LayerPlan(x.name, x.unit, x.kind, quants[x.name], 3.0, 100.0, "")
+        for x in layers
     ]
     config = json.loads(modules["wav2vec2"].model.config.to_json_string(False))
     source = {
@@ -87,7 +97,7 @@ def write(
         folder,
         modules,
         QuantizationPlan("max", 8, 8, "", {}, {}, [], rows),
-        {x.name: integer_layer(x, quant) for x in layers},
+        {x.name: integer_layer(x, quants[x.name]) for x in layers},
         "float16",
         RecognizerSource(**source),
     )

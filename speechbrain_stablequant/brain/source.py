@@ -273,7 +273,7 @@ def _elsewhere(folder: Path) -> list[str]:
     found += (pretrainer.get("paths") or {}).values()
     return [
         name
-        for name in dict.fromkeys(found)
+        for name in dict.fromkeys(x for x in found if isinstance(x, str))
         if not any(path.exists() for path in (folder / name, Path(name)))
     ]
 

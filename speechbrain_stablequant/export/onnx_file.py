@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.encoder_spec import describe_encoder
+from ..core.integer_layer import in_integers
 from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec
 from ..folder.tokenizer_file import labels_of
@@ -93,7 +94,7 @@ def export_folder(
     settings = spec.encoder
     integers = {
         name: narrowed(layer).loaded() if reduce_range else layer.loaded()
-        for name, layer in model.integers().items()
+        for name, layer in in_integers(model.integers()).items()
     }
     heads = {key: model.parts[key] for key in spec.heads}
     parts = {settings.key: model.parts[settings.key]}

@@ -3,13 +3,14 @@ checks it by a probe."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.encoder_spec import describe_encoder, described_encoders
+from ..core.encoder_spec import describe_encoder
 from ..core.integer_layer import IntegerLayer, in_integers
 from ..core.parts import Part
 from ..model.encoders import Encoder, find_encoders
@@ -47,8 +48,12 @@ def _described(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> bool:
     """Whether a runtime has an encoder of the integer layers as a whole."""
-    paths = tuple(f"{x.path}." for x in described_encoders(modules))
-    return any(name.startswith(paths) for name in integers)
+    # Their weights may have left the modules.
+    for encoder in _encoders(modules, integers):
+        with suppress(ValueError):
+            describe_encoder(encoder.model, encoder.path, integers)
+            return True
+    return False
 
 
 def build_forwards(

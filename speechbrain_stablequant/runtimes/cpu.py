@@ -164,8 +164,8 @@ def machine_identity() -> dict[str, Any]:
 
 
 def narrowed(layer: IntegerLayer) -> IntegerLayer:
-    """A layer with weights of at most 7 bits."""
-    if layer.weight_bits <= PAIR_SUM_BITS:
+    """A layer with weights of at most 7 bits where it sums up integers."""
+    if layer.weight_only or layer.weight_bits <= PAIR_SUM_BITS:
         return layer
     ratio = qmax(PAIR_SUM_BITS) / qmax(layer.weight_bits)
 

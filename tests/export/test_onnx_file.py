@@ -323,8 +323,7 @@ def test_without_lengths(make_tiny_model, tmp_path):
     assert error <= 1e-5 * expected.abs().max()
 
 
-@pytest.fixture
-def quantized_folder(make_tiny_model, tmp_path):
+def folder_of(make_tiny_model, tmp_path, **options):
     """What a run writes, of a recognizer with a Linear head."""
     modules = {
         "wav2vec2": StoredEncoder(
@@ -337,8 +336,29 @@ def quantized_folder(make_tiny_model, tmp_path):
         "  input_size: 32\n"
         "  n_neurons: 12\n"
     )
-    write(tmp_path / "quantized", modules, heads={"ctc_lin": head})
+    write(tmp_path / "quantized", modules, {"ctc_lin": head}, **options)
     return tmp_path / "quantized"
+
+
+@pytest.fixture
+def quantized_folder(make_tiny_model, tmp_path):
+    return folder_of(make_tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.feed_forward.output_dense", "k_proj", "ctc_lin.w"]
+)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_inputs_that_stay_float(name, narrow, make_tiny_model, tmp_path):
+    folder = folder_of(make_tiny_model, tmp_path, float_inputs=[name])
+    path = export_folder(folder, tmp_path / "m.onnx", reduce_range=narrow)
+    out = run(path, waves(), LENGTHS).log_softmax(-1)
+    asr = EncoderASR.from_hparams(
+        source=str(folder), overrides={"backend": "torch"}
+    )
+    expected = asr.mods.encoder(waves(), LENGTHS / 4000)
+    error = (out - expected).norm() / expected.norm()
+    assert error < (0.05 if narrow else 0.01)
 
 
 def test_quantized_folder(quantized_folder, tmp_path):

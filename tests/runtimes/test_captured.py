@@ -20,6 +20,10 @@ from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.parts import Part
 from speechbrain_stablequant.core.plan import QuantizationPlan
 from speechbrain_stablequant.core.quantize_layer import integer_layer
+from speechbrain_stablequant.folder.stored_floats import (
+    fill_modules,
+    float_state,
+)
 from speechbrain_stablequant.model.encoders import find_encoders
 from speechbrain_stablequant.model.layer import Layer
 from speechbrain_stablequant.model.layers import find_layers
@@ -458,7 +462,10 @@ def test_only_graphs_replace_a_part(encoder, part, executes):
     assert set(forwards) == set(sites_of(encoder).values())
 
 
-def test_a_described_encoder_stays_whole_beside_parts(make_tiny_modules):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_described_encoder_stays_whole_beside_parts(
+    make_tiny_modules, loaded
+):
     modules = dict(make_tiny_modules("wav2vec2-base").items())
     layers = find_layers(modules, list(modules))
     integers = {
@@ -467,6 +474,8 @@ def test_a_described_encoder_stays_whole_beside_parts(make_tiny_modules):
     }
     (found,) = find_encoders(modules)
     parts = [Part("ctc_lin.w", "layers", "called repeatedly")]
+    if loaded:  # as from a folder: weights of integers have left the modules
+        fill_modules(modules, integers, float_state(modules, integers), "")
     forwards = build_forwards("openvino", modules, integers, parts=parts)
     assert found.model in forwards
     heads = {x.module for x in layers if not x.name.startswith(found.path)}

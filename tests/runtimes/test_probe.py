@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from speechbrain_stablequant.core.affine import FLOAT_BITS
 from speechbrain_stablequant.core.layer_quant import LayerQuant
 from speechbrain_stablequant.core.quantize_layer import integer_layer
 from speechbrain_stablequant.model.encoders import find_encoders
@@ -174,6 +175,16 @@ def test_weights_of_seven_bits_have_an_answer(tiny_modules, monkeypatch):
         cpu = CpuClass(name)
         assert executed_form("torch_int8", cpu) == form
         assert executed_form("torch", cpu) == OWN
+
+
+def test_only_sums_of_integers_have_seven_bits(tiny_modules):
+    """A layer whose input stays float computes with all of its bits."""
+    integers = quantized(tiny_modules)
+    name = next(iter(integers))
+    integers[name] = replace(integers[name], activation_bits=FLOAT_BITS)
+    seven = weight_forms(integers)[SEVEN_BITS]
+    assert seven[name] is integers[name]
+    assert {x.weight_bits for n, x in seven.items() if n != name} == {7}
 
 
 # -- faults --------------------------------------------------------------------

@@ -80,10 +80,10 @@ def confirm_percentiles(work: Work) -> None:
     session = work.session
     if session.config.plus.cutoffs != "layers" or not session.by_divergence:
         return
-    clipped, percentiles = work.quants(), dict(work.percentiles)
-    if set(percentiles.values()) == {100.0}:
-        return
+    clipped, percentiles = work.quants(), work.percentiles
     work.percentiles = dict.fromkeys(percentiles, 100.0)
+    if work.quants() == clipped:
+        return
     evaluate = work.evaluator()
     with work.search_set.bar("confirmation by words", 3):
         evaluate({}, label="float")

@@ -85,7 +85,9 @@ class Selection:
         seen: dict[str, list[Call]] = {name: [] for name in self._modules}
 
         def note_call(name: str, _, args: tuple, kwargs: dict) -> None:
-            seen[name].append(Call(args, kwargs))
+            # A search calls a layer hundreds of times.
+            if self._graphs or len(seen[name]) < _MOST_CALLS:
+                seen[name].append(Call(args, kwargs))
 
         def note_range(name: str, _, args: tuple) -> None:
             top = float(args[0].abs().max())
@@ -215,7 +217,10 @@ class Selection:
             text = f"{part.reason}; it was not timed ({one_line(error)})"
             return replace(part, reason=text)
         best = min(ms, key=ms.get)
-        rows = ", ".join(f"{name} {value:.1f}" for name, value in ms.items())
+        rows = ", ".join(
+            f"{name} {value:.{1 if value > 1 else 3}f}"
+            for name, value in ms.items()
+        )
         return replace(
             part,
             executes=best,
