@@ -101,6 +101,7 @@ class TeacherForcing:
 
 
 def searchers(brain: sb.Brain) -> list[nn.Module]:
+    """What decodes token by token for a Brain, with what it holds."""
     kinds = (S2SBaseSearcher, TransducerBeamSearcher)
     modules = getattr(brain, "modules", None) or {}
     found = [*(value for _, value in objects_of(brain)), *modules.values()]

@@ -30,22 +30,19 @@ def choose_float_inputs(work: Work, harms: Sequence[InputHarm]) -> None:
         return sum(products[layer.name] for layer in harm.layers)
 
     harmful = [x for x in harms if x.divergence >= _LEAST_SHARE * whole > 0]
+    shares: dict[str, float] = {}
     for harm in sorted(harmful, key=lambda x: cost(x) / x.divergence):
-        if cost(harm) > room:
-            continue
-        room -= cost(harm)
-        share = 100 * harm.divergence / whole
-        reason = f"its input stays float: it causes {share:.0f} % of all harm"
-        for layer in harm.layers:
-            work.float_inputs[layer.name] = reason
-            logger.info("quantize: %s: %s", layer.name, reason)
-    if work.float_inputs:
-        shares = {
-            layer.name: harm.divergence / whole
-            for harm in harms
-            for layer in harm.layers
-            if layer.name in work.float_inputs
-        }
+        if cost(harm) <= room:
+            room -= cost(harm)
+            share = harm.divergence / whole
+            shares |= {layer.name: share for layer in harm.layers}
+    for name, share in shares.items():
+        work.float_inputs[name] = (
+            f"its input stays float: quantized, it causes {100 * share:.0f} % "
+            "of the divergence of all layers"
+        )
+        logger.info("quantize: %s: %s", name, work.float_inputs[name])
+    if shares:
         work.measured.append({"part": "float inputs", "layers": shares})
 
 
