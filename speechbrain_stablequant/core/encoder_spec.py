@@ -256,17 +256,25 @@ def check_encoders(modules: Mapping[str, nn.Module]) -> None:
         _check_encoder(encoder)
 
 
-def described_encoders(modules: Mapping[str, nn.Module]) -> list[Encoder]:
-    """Returns the encoders that the integer runtimes compute as their own."""
+def described_encoders(
+    modules: Mapping[str, nn.Module],
+    integers: Mapping[str, IntegerLayer] | None = None,
+) -> list[Encoder]:
+    """Returns the encoders that the integer runtimes compute as their own.
+
+    ``integers``: layers whose weights may have left the modules.
+    """
     found = []
     for encoder in find_encoders(modules):
         with suppress(ValueError):
-            _check_encoder(encoder)
+            _check_encoder(encoder, integers)
             found.append(encoder)
     return found
 
 
-def _check_encoder(encoder: Encoder) -> None:
+def _check_encoder(
+    encoder: Encoder, integers: Mapping[str, IntegerLayer] | None = None
+) -> None:
     for owner, switch in (
         (encoder.wrapper, "output_all_hiddens"),
         (encoder.model.config, "output_hidden_states"),
@@ -278,6 +286,6 @@ def _check_encoder(encoder: Encoder) -> None:
                 "write backend: torch"
             )
     try:
-        describe_encoder(encoder.model, encoder.path, {})
+        describe_encoder(encoder.model, encoder.path, integers or {})
     except ValueError as error:
         raise ValueError(f"backend: {error}") from error

@@ -3,14 +3,13 @@ checks it by a probe."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.encoder_spec import describe_encoder
+from ..core.encoder_spec import describe_encoder, described_encoders
 from ..core.integer_layer import IntegerLayer, in_integers
 from ..core.parts import Part
 from ..model.encoders import Encoder, find_encoders
@@ -48,12 +47,9 @@ def _described(
     modules: Mapping[str, nn.Module], integers: Mapping[str, IntegerLayer]
 ) -> bool:
     """Whether a runtime has an encoder of the integer layers as a whole."""
-    # Their weights may have left the modules.
-    for encoder in _encoders(modules, integers):
-        with suppress(ValueError):
-            describe_encoder(encoder.model, encoder.path, integers)
-            return True
-    return False
+    found = described_encoders(modules, integers)
+    paths = tuple(f"{encoder.path}." for encoder in found)
+    return any(name.startswith(paths) for name in integers)
 
 
 def build_forwards(

@@ -482,6 +482,21 @@ def test_a_described_encoder_stays_whole_beside_parts(
     assert set(forwards) == {found.model, *heads}
 
 
+def test_an_encoder_whose_states_are_all_read_is_parts(make_tiny_modules):
+    """No runtime gives them: where a plan has parts, they compute it."""
+    modules = dict(make_tiny_modules("wav2vec2-base").items())
+    (found,) = find_encoders(modules)
+    found.model.config.output_hidden_states = True
+    layers = find_layers(modules, list(modules))
+    integers = {
+        layer.name: integer_layer(layer, LayerQuant(8, 8, 4.0))
+        for layer in layers
+    }
+    parts = [Part(found.path, "layers", "not captured")]
+    forwards = build_forwards("openvino", modules, integers, parts=parts)
+    assert set(forwards) == {x.module for x in layers}
+
+
 def test_deep_copies_compute_the_same(encoder, part):
     forwards = build_forwards(
         "openvino",
