@@ -13,7 +13,7 @@ from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
 from . import OpenVinoOptions
 from .core import CompiledGraph, output
-from .graph import GraphBuilder, channels_first, strides_of
+from .graph import GraphBuilder, channels_first
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def first_inputs(
     batch, samples = wavs.shape
     kernel = conv.weight.shape[2]
     windows = frames
-    for stage in reversed(spec.convs[1:]):  # these take whole strides
-        windows = (windows + strides_of(stage.conv) - 1) * stage.conv.stride
+    for stage in reversed(spec.convs[1:]):
+        reach = stage.conv.weight.shape[2]
+        windows = (windows - 1) * stage.conv.stride + reach
     needed = (windows - 1) * conv.stride + kernel
     # By numpy: torch's threads would spin and take cores from OpenVINO's.
     padded = np.zeros((batch, needed), np.float32)

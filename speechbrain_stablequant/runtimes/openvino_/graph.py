@@ -28,9 +28,6 @@ MASKED = 1e4
 #: signed bytes, and takes longer for signed inputs.
 ZERO_POINT = 128
 
-#: To the end, for slices.
-_END = 2**31 - 1
-
 
 def _f32(value: torch.Tensor | float) -> ov.Node:
     if isinstance(value, torch.Tensor):
@@ -51,11 +48,6 @@ def flat_windows(layer: AnyLayer) -> AnyLayer:
     """A convolution as a product with flattened windows."""
     rows = window_rows(layer.weight)
     return replace(layer, kind="linear", weight=rows, groups=1)
-
-
-def strides_of(layer: AnyLayer) -> int:
-    """Number of strides that a convolution's window spans."""
-    return -(-layer.weight.shape[2] // layer.stride)
 
 
 def channels_first(spec: EncoderSpec) -> bool:
@@ -205,7 +197,7 @@ class GraphBuilder:
             x = op.pad(x, margin, margin, "constant", _f32(0.0))
         x = self.quantize(x, layer, least)
         if layer.algorithm == WINDOW_PRODUCT:
-            return self.window_product(x, layer)
+            return self.turn(self.window_product(self.turn(x), layer))
         make = op.convolution if layer.groups == 1 else op.group_convolution
         none = [0] * axes
         y = make(x, self.weight(layer), stride, none, none, dilation)
@@ -213,10 +205,10 @@ class GraphBuilder:
 
     def window_product(self, x: ov.Node, layer: AnyLayer) -> ov.Node:
         """A convolution as one product per group: padded and quantized
-        [batch, in, time] to [batch, out, time]."""
+        [batch, time, in] to [batch, time, out]."""
         kernel = layer.weight.shape[2]
         reach = (kernel - 1) * layer.dilation
-        time = op.gather(op.shape_of(x), _i64(2), _i64(0))
+        time = op.gather(op.shape_of(x), _i64(1), _i64(0))
         count = op.subtract(op.squeeze(time, _i64(0)), _i64(reach))
         first, step = (op.constant(np.int64(x)) for x in (0, layer.stride))
         starts = op.range(first, op.squeeze(count, _i64(0)), step, "i64")
@@ -224,14 +216,14 @@ class GraphBuilder:
         index = op.add(op.unsqueeze(starts, _i64(1)), taps)
         parts = [x]
         if layer.groups > 1:
-            parts = op.split(x, 1, layer.groups).outputs()
+            parts = op.split(x, 2, layer.groups).outputs()
         outs = []
         for part, group in zip(parts, split_groups(layer), strict=True):
             # [batch, time, kernel, in] of the group.
-            windows = op.gather(self.turn(part), index, _i64(1))
+            windows = op.gather(part, index, _i64(1))
             windows = op.reshape(windows, _i64(0, 0, -1), True)
             outs.append(self.product(windows, flat_windows(group)))
-        return self.turn(outs[0] if len(outs) == 1 else op.concat(outs, 2))
+        return outs[0] if len(outs) == 1 else op.concat(outs, 2)
 
     def first(
         self, windows: ov.Node, layer: AnyLayer, turned: bool = False
@@ -251,23 +243,13 @@ class GraphBuilder:
         self, x: ov.Node, layer: AnyLayer, least: float = -math.inf
     ) -> ov.Node:
         """A convolution of the feature extractor, [batch, time, in] to
-        [batch, time, out]; time is whole strides."""
+        [batch, time, out]."""
         if layer.algorithm == CONVOLUTION:
             return self.turn(self.conv(self.turn(x), layer, least))
         # With a dynamic length OpenVINO would really transpose, which takes
-        # as long as the convolution; so the windows are concatenated.
-        inputs = layer.weight.shape[1]
-        step, steps = layer.stride * inputs, strides_of(layer)
+        # as long as the convolution; so windows are multiplied.
         x = self.quantize(x, layer, least)
-        rows = op.reshape(x, _i64(0, -1, step), True)
-        parts = []
-        for place in range(steps):
-            width = layer.weight.shape[2] * inputs - place * step
-            begin = _i64(place, 0)
-            end = _i64(place - steps + 1 or _END, min(width, step))
-            parts.append(op.slice(rows, begin, end, _i64(1, 1), _i64(1, 2)))
-        windows = op.concat(parts, 2) if steps > 1 else parts[0]
-        return self.product(windows, flat_windows(layer.loaded()))
+        return self.window_product(x, layer.loaded())
 
     @staticmethod
     def norm(x: ov.Node, norm: Norm) -> ov.Node:
