@@ -377,7 +377,12 @@ def test_offsets_that_are_no_zero_point():
 
 @pytest.mark.parametrize("bits", [8, 6, 2])
 @pytest.mark.parametrize("scale", [1e-10, 3e-5, 0.03, 7.0])
-def test_quantizing_is_that_of_the_simulation(bits, scale):
+@pytest.mark.parametrize("dropped", [False, True])
+def test_quantizing_is_that_of_the_simulation(
+    bits, scale, dropped, monkeypatch
+):
+    if dropped:  # as torch says it will be
+        monkeypatch.delattr(torch, "quantize_per_tensor", raising=False)
     x = torch.randn(1000, 33) * 60 * scale
     x[::3] = (torch.randint(-200, 200, x[::3].shape) + 0.5) * scale  # ties
     x[5] = torch.tensor([3e4, -3e4, 0.0]).repeat(11)

@@ -63,6 +63,8 @@ class Grid:
         """Quantize floats as
         :func:`~speechbrain_stablequant.core.affine.quantize` does, to uint8."""
         x = x.float().contiguous()
+        if not hasattr(torch, "quantize_per_tensor"):
+            return self._prepare_plainly(x, out)
         if self.scale < _SAFE_SCALE:
             edge = 2 * ZERO * self.scale
             x = x.clamp(-edge, edge)
@@ -73,6 +75,16 @@ class Grid:
         q = torch.empty(0, dtype=torch.uint8)
         q.set_(wrapped.untyped_storage(), 0, wrapped.shape, wrapped.stride())
         return self.clip(q, out)
+
+    def _prepare_plainly(
+        self, x: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As :meth:`prepare`, in two to four times its time: for a torch that
+        has dropped what it deprecates."""
+        limit, inverse = qmax(self.bits), 1.0 / torch.tensor(self.scale)
+        q = (x * inverse).round_().add_(self.zero - ZERO)
+        q = q.clamp_(-limit, limit).to(torch.int8).view(torch.uint8)
+        return torch.bitwise_xor(q, ZERO, out=out)
 
 
 @dataclass(frozen=True)
