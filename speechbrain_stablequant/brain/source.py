@@ -1,13 +1,9 @@
 """A pretrained recognizer in the layout of SpeechBrain's Hub folders.
 
-HyperPyYAML constructs whatever a YAML names, so a source is read as data first:
-tags may only name what SpeechBrain and torch offer for models, and checkpoints
-may only hold tensors.
+Its YAML is read as data first, and its checkpoints may only hold tensors.
 """
 
-import io
 import pickle
-import pydoc
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,47 +19,26 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from hyperpyyaml import resolve_references
 from speechbrain.inference.interfaces import Pretrained
 
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
+from ..folder.trusted_yaml import (
+    INTERFACES,
+    interface_of,
+    resolved,
+    tags_of,
+    untrusted,
+)
 from ..utils.patching import shadowed
-from ..utils.typed import one_line, short
-from ..utils.yaml_tree import Tagged, parse_yaml
+from ..utils.typed import one_line
+from ..utils.yaml_tree import parse_yaml
 from .preflight import checkpoints
 
-# Where tags may point, and where what they name must have been written.
-_TRUSTED = (
-    *("speechbrain.augment", "speechbrain.dataio.encoder"),
-    *("speechbrain.dataio.preprocess", "speechbrain.decoders"),
-    *("speechbrain.integrations.huggingface", "speechbrain.lm"),
-    *("speechbrain.lobes", "speechbrain.nnet", "speechbrain.processing"),
-    *("speechbrain.tokenizers", "speechbrain.utils.dynamic_chunk_training"),
-    *("speechbrain.utils.metric_stats", "speechbrain.utils.parameter_transfer"),
-    *("torch.nn", "torch._C._nn"),
-)
-# These load pickles, or code of the Hub.
-_UNTRUSTED = (
-    "speechbrain.integrations.huggingface.mert",
-    "speechbrain.lobes.models.MSTacotron2",
-)
-_EXACT = (
-    *("sentencepiece.SentencePieceProcessor", "torch.manual_seed"),
-    "speechbrain.utils.seed_everything",
-)
-_HARMLESS = ("ref", "copy", "tuple", "PLACEHOLDER")
 _SOURCES = (
     "give a folder in the layout of SpeechBrain's pretrained models, or the "
     "id of one on the Hub, such as speechbrain/asr-wav2vec2-librispeech"
 )
 _HINT = "if you trust its authors, pass trust_source=True"
-
-#: Keys of `modules`, and of the YAML, that tell SpeechBrain's classes apart.
-_CLASSES = {
-    "WhisperASR": ({"whisper", "decoder"}, {"language", "sample_rate"}),
-    "EncoderDecoderASR": ({"encoder", "decoder"}, {"tokenizer"}),
-    "EncoderASR": ({"encoder"}, {"tokenizer", "decoding_function"}),
-}
 
 
 class SourceError(ValueError):
@@ -124,10 +99,9 @@ def check_source(folder: Path, trust: bool) -> str:
         text = path.read_text(encoding="utf-8")
         tree = parse_yaml(text)
         kind = _class_of(tree, path)
-        if not trust:
-            _check_tags(tree, path)
-            # Quotes are lost, and strings put together, when it is loaded.
-            _check_tags(parse_yaml(resolved(path).getvalue()), path)
+        found = None if trust else untrusted(path)
+        if found is not None:
+            raise SourceError(f"source: {found}; {_HINT}")
     except SourceError:
         raise
     except FileNotFoundError as error:
@@ -153,12 +127,6 @@ def check_source(folder: Path, trust: bool) -> str:
     return kind
 
 
-def resolved(path: Path) -> io.StringIO:
-    """The text of a YAML with its references resolved."""
-    with open(path, encoding="utf-8") as file:
-        return resolve_references(file)
-
-
 def _class_of(tree: Any, path: Path) -> str:
     keys = set(tree) if isinstance(tree, Mapping) else set()
     modules = tree.get("modules") if isinstance(tree, Mapping) else None
@@ -168,80 +136,18 @@ def _class_of(tree: Any, path: Path) -> str:
             f"source: {path} is of a StreamingASR, which cannot be quantized "
             "yet"
         )
-    if any("speechbrain_stablequant" in tag for tag, _ in _tags(tree)):
+    if any("speechbrain_stablequant" in tag for tag, _ in tags_of(tree)):
         raise SourceError(f"source: {path.parent} is quantized already")
-    for name, (needed, options) in _CLASSES.items():
-        if needed <= parts and options <= keys:
-            return name
+    name = interface_of(tree)
+    if name is not None:
+        return name
     raise SourceError(
-        f"source: {path} is of none of {', '.join(_CLASSES)}: its modules are "
-        f"{', '.join(sorted(parts)) or 'missing'}; SpeechBrain's classes need "
-        "encoder with the keys tokenizer and decoding_function, encoder and "
-        "decoder with tokenizer, or whisper and decoder with language and "
+        f"source: {path} is of none of {', '.join(INTERFACES)}: its modules "
+        f"are {', '.join(sorted(parts)) or 'missing'}; SpeechBrain's classes "
+        "need encoder with the keys tokenizer and decoding_function, encoder "
+        "and decoder with tokenizer, or whisper and decoder with language and "
         "sample_rate"
     )
-
-
-def _tags(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Tags and values of all nodes, the tag of plain ones empty."""
-    tag, value = "", tree
-    if isinstance(tree, Tagged):
-        tag, value = tree.tag, tree.value
-    yield tag, value
-    parts = value if isinstance(value, list) else ()
-    if isinstance(value, Mapping):
-        parts = (*value, *value.values())
-    for part in parts:
-        yield from _tags(part)
-
-
-def _check_tags(tree: Any, path: Path) -> None:
-    for tag, value in _tags(tree):
-        if not _is_trusted(tag, value):
-            what = f"tag !{tag}" if tag else f"value {short(value)}"
-            raise SourceError(
-                f"source: the {what} in {path} is neither a part of a model "
-                f"of SpeechBrain nor of torch; {_HINT}"
-            )
-
-
-def _is_trusted(tag: str, value: Any) -> bool:
-    if isinstance(value, str):
-        # HyperPyYAML reads `(...)` as a tuple, and runs the tags in it.
-        if value.lstrip().startswith("(") and "!" in value:
-            return False
-        # `<key._attribute>` is a way to all of Python.
-        if tag in ("ref", "copy") and "._" in value:
-            return False
-    if isinstance(value, Mapping) and "trust_remote_code" in value:
-        return False
-    kind, _, name = tag.partition(":")
-    if tag == "apply:getattr":  # A resolved `<key.attribute>`.
-        name = value[1] if isinstance(value, list) and len(value) == 2 else "_"
-        return isinstance(name, str) and not name.startswith("_")
-    if not tag or tag in _HARMLESS or name in _EXACT:
-        return True
-    return kind in ("new", "name") and _is_model_part(name)
-
-
-def _is_model_part(name: str) -> bool:
-    """Whether a name is of a class or function for models, wherever it was
-    imported: ``torch.nn.os.system`` is not."""
-    if not _is_inside(name, _TRUSTED) or "._" in name:
-        return False
-    try:
-        found = pydoc.locate(name)
-    except pydoc.ErrorDuringImport as error:
-        raise SourceError(
-            f"source: {name} cannot be imported ({one_line(error)})"
-        ) from error
-    home = getattr(found, "__module__", None) or ""
-    trusted = _is_inside(home, _TRUSTED) and not _is_inside(home, _UNTRUSTED)
-    return callable(found) and trusted
-
-
-def _is_inside(name: str, packages: tuple[str, ...]) -> bool:
-    return any(f"{name}.".startswith(f"{part}.") for part in packages)
 
 
 def load_source(

@@ -290,11 +290,12 @@ def transcribe(
     window: int,
     batch: int,
 ) -> int:
-    """Transcribe audio files of any length with a quantized folder.
+    """Transcribe audio files with a quantized folder.
 
-    Nothing in FOLDER is executed. A file that cannot be read is one line, and
-    the others are transcribed. With --output, words are in NAME.txt.part (or
-    srt, json) until the file is finished.
+    wav2vec 2.0 and HuBERT with CTC read files of any length; other models read
+    a file at once, and give text alone. Nothing in FOLDER is executed. A file
+    that cannot be read is one line, and the others are transcribed. With
+    --output, words are in NAME.txt.part (or srt, json) until it is finished.
 
     \b
     stablequant transcribe results/quant/1986/quantized a.flac b.wav
@@ -307,15 +308,17 @@ def transcribe(
         output.mkdir(parents=True, exist_ok=True)
         transcripts.check_names(files)
     recognizer = load(folder, backend, device)
+    transcripts.check_form(recognizer, form)
     check_backend(recognizer)
     # It would come with every call.
     leave_out_stated(recognizer)
     failed = 0
     for file in files:
-        words = recognizer.words(
-            file, window=window, batch=batch, progress=sys.stderr.isatty()
-        )
+        progress = sys.stderr.isatty()
         try:
+            words = transcripts.words_of(
+                recognizer, file, window, batch, progress
+            )
             if output is None:
                 title = file if len(files) > 1 else None
                 transcripts.show(words, file, form, title)

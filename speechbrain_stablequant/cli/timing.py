@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import Recognizer, load
+from ..transcribe.load import ModulesRecognizer, Recognizer, load
 from ..utils.typed import one_line
 from .plans import columns
 
@@ -17,10 +17,10 @@ def table(folder: Path, seconds: float, rounds: int) -> str:
     """Times of a pass over generated audio; the runtimes take turns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ("triton",) if device == "cuda" else _CPU
-    made: dict[str, Recognizer] = {}
+    made: dict[str, Recognizer | ModulesRecognizer] = {}
     absent: list[str] = []
     chosen = load(folder, device=device)
-    samples = round(seconds * chosen.spec.sample_rate)
+    samples = round(seconds * chosen.sample_rate)
     generator = torch.Generator().manual_seed(0)
     wave = 0.1 * torch.randn(1, samples, generator=generator)
     chosen.transcribe_batch(wave)

@@ -1,6 +1,7 @@
 """Transcripts as text, subtitles or JSON, written word by word."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from ..transcribe.load import ModulesRecognizer, Recognizer
 from ..transcribe.long import Word
 
 #: Of a subtitle: its most characters and seconds, and the silence that ends it.
@@ -24,6 +26,31 @@ def check_names(files: Sequence[str]) -> None:
                 f"{other} and {file} have the same name, and would write the "
                 "same transcript; transcribe them one after the other"
             )
+
+
+def check_form(recognizer: Recognizer | ModulesRecognizer, form: str) -> None:
+    """Raise if a recognizer has no times for a form."""
+    if form != "txt" and not isinstance(recognizer, Recognizer):
+        raise ValueError(
+            f"--format {form}: this recognizer gives no times of words, only "
+            "wav2vec 2.0 and HuBERT with CTC do; write --format txt"
+        )
+
+
+def words_of(
+    recognizer: Recognizer | ModulesRecognizer,
+    file: str,
+    window: int,
+    batch: int,
+    progress: bool,
+) -> Iterable[Word]:
+    """The words of a file; only those of CTC have times."""
+    if isinstance(recognizer, Recognizer):
+        return recognizer.words(
+            file, window=window, batch=batch, progress=progress
+        )
+    text = recognizer.transcribe_file(file)
+    return [Word(word, math.nan, math.nan) for word in text.split()]
 
 
 def show(

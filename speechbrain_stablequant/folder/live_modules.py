@@ -123,16 +123,15 @@ class LiveModules:
         floats = {**training_buffers(self.modules), **computed, **floats}
         fill_modules(self.modules, checkpoint.integers, floats, path)
         set_hidden_state(self.modules, state, path)
-        self._read, self._probe = read, checkpoint.probe
+        self._read, self.probe = read, checkpoint.probe
         integers = in_integers(checkpoint.integers)
         self._integers: dict[str, IntegerLayer] | None = integers
-        self._plan_parts = checkpoint.plan.parts
-        self._residual_amax = checkpoint.plan.residual_amax
+        self.plan = checkpoint.plan
         layers = find_modules(self.modules, integers)
         dispatch = {name: _Dispatch(self, x) for name, x in layers.items()}
         forwards = layer_forwards(self.modules, dispatch)
         encoders = [x.model for x in find_encoders(self.modules)]
-        graphs = [x.name for x in self._plan_parts if x.executes == "graph"]
+        graphs = [x.name for x in self.plan.parts if x.executes == "graph"]
         graphs = find_modules(self.modules, graphs).values()
         forwards |= {x: _Dispatch(self, x) for x in (*encoders, *graphs)}
         for module, forward in forwards.items():
@@ -169,13 +168,13 @@ class LiveModules:
                 name,
                 self.modules,
                 integers,
-                parts=self._plan_parts,
-                residual_amax=self._residual_amax,
+                parts=self.plan.parts,
+                residual_amax=self.plan.residual_amax,
                 **options,
             )
-        if self._probe is not None:
+        if self.probe is not None:
             with self.trying(forwards):
-                check_probe(name, self._probe, self.compute, device, options)
+                check_probe(name, self.probe, self.compute, device, options)
         return BuiltRuntime(name, device, forwards)
 
     def _install(self, built: BuiltRuntime | None) -> None:

@@ -207,14 +207,20 @@ def _spec_of_json(text: str) -> RecognizerSpec:
     return _checked({**raw, "checksum": None}, heads)
 
 
+def holds_modules(folder: Path) -> bool:
+    """Whether a folder is of a recognizer of any architecture."""
+    path = folder / HYPERPARAMS_FILE
+    if (folder / RECOGNIZER_FILE).exists() or not path.exists():
+        return False
+    with reading(path, "cannot be read", "copy or make the folder again"):
+        tree = parse_yaml(read_file(path).decode("utf-8"))
+    loader = tree.get("pretrainer") if isinstance(tree, Mapping) else None
+    return getattr(loader, "tag", None) == _MODULES_LOADER
+
+
 def spec_of_yaml(text: str) -> RecognizerSpec:
     """Reads our own ``hyperparams.yaml`` and refuses everything else."""
     raw = typed(parse_yaml(text), dict, "it")
-    if getattr(raw.get("pretrainer"), "tag", None) == _MODULES_LOADER:
-        raise ValueError(
-            "its decoder is code; load it with the class of SpeechBrain that "
-            f"{HYPERPARAMS_FILE} names in its first lines"
-        )
     if "speechbrain_stablequant." not in text:
         raise ValueError(
             "it is of a float model, which `stablequant quantize` takes"

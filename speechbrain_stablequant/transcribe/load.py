@@ -8,25 +8,22 @@ from typing import Any
 
 import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
-from speechbrain.dataio.preprocess import AudioNormalizer
 from speechbrain.decoders import ctc_greedy_decode
 
 from ..core.plan import QuantizationPlan
 from ..folder.recognizer import QuantizedRecognizer, load_folder
-from ..folder.recognizer_spec import RecognizerSpec
+from ..folder.recognizer_spec import RecognizerSpec, holds_modules
 from ..folder.tokenizer_file import Tokenizer, labels_of
+from ..folder.weights_file import model_folder
 from ..model.encoders import find_encoders, min_samples
 from ..runtimes import cpu
 from ..runtimes.choice import candidates
-from .audio import naming, read_audio
+from .audio import AudioReader
 from .long import Word, words_of_file
-
-# Limit of the resampling filter: rates without a large common divisor would
-# need gigabytes.
-_MAX_FILTER = 1 << 24
+from .modules import ModulesRecognizer, load_modules
 
 
-class Recognizer:
+class Recognizer(AudioReader):
     """A quantized recognizer, made by :func:`load`.
 
     Any number of threads may call it.
@@ -50,13 +47,12 @@ class Recognizer:
         tokenizer: Tokenizer,
         device: torch.device,
     ):
+        super().__init__(spec.sample_rate, device)
         self.model = model
         self.spec = spec
         self.tokenizer = tokenizer
-        self.device = device
         #: What each output stands for; None where there is no label.
         self.labels = labels_of(tokenizer)
-        self._normalizer = AudioNormalizer(spec.sample_rate)
         parts = dict(model.parts.items())
         self._shortest = min_samples(parts)
         (encoder,) = find_encoders(parts)
@@ -72,29 +68,6 @@ class Recognizer:
     def runtime(self) -> str | None:
         """The runtime in use; None before the first batch."""
         return self.model.runtime
-
-    def transcribe_file(self, path: str | Path) -> str:
-        """Transcribes an audio file.
-
-        Arguments
-        ---------
-        path : str or Path
-            A local file that soundfile reads, of any sampling rate and number
-            of channels.
-
-        Returns
-        -------
-        str
-
-        Raises
-        ------
-        ValueError
-            Names the file, and what is wrong with it.
-        """
-        wave = self.load_audio(path)
-        with naming(path):
-            words, _ = self.transcribe_batch(wave[None])
-        return words[0]
 
     def transcribe_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
@@ -178,21 +151,6 @@ class Recognizer:
         wavs = wavs.to(self.device, torch.float32)
         return self.model(wavs, lengths.to(self.device))
 
-    def load_audio(
-        self, path: str | Path, start: int = 0, count: int = -1
-    ) -> torch.Tensor:
-        """Returns a file's audio, or ``count`` samples of it from ``start``,
-        resampled, mono: float32 [samples]."""
-        signal, rate = read_audio(path, start, count)
-        wanted = self.spec.sample_rate
-        common = math.gcd(rate, wanted)
-        if (rate // common) * (wanted // common) > _MAX_FILTER:
-            raise ValueError(
-                f"{path}: audio of {rate} Hz cannot be resampled to {wanted} "
-                "Hz; convert it first"
-            )
-        return self._normalizer(signal.to(self.device), rate)
-
     def text(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, in which CTC has repeated none."""
         known = self.labels
@@ -208,12 +166,12 @@ class Recognizer:
         return self.tokenizer.decode_ids(list(tokens))
 
 
-def check_backend(recognizer: Recognizer) -> None:
+def check_backend(recognizer: Recognizer | ModulesRecognizer) -> None:
     """Raises a ValueError if the backend cannot run here, before any file."""
     candidates(recognizer.model.backend, recognizer.device)
 
 
-def leave_out_stated(recognizer: Recognizer) -> None:
+def leave_out_stated(recognizer: Recognizer | ModulesRecognizer) -> None:
     """Leaves out the line about weights of 7 bits on CPUs without VNNI, if the
     folder's probe has an answer for them."""
     if recognizer.model.probe is not None:
@@ -225,8 +183,12 @@ def load(
     backend: str = "auto",
     device: str | torch.device = "cpu",
     backend_options: Mapping[str, Any] | None = None,
-) -> Recognizer:
-    """Loads a quantized folder; nothing in it is executed.
+) -> Recognizer | ModulesRecognizer:
+    """Loads a quantized folder.
+
+    Nothing in the folder is executed. Where its decoder is not CTC's, the YAML
+    is read as data first, and refused if it names more than parts of models
+    of SpeechBrain and torch.
 
     Arguments
     ---------
@@ -242,13 +204,15 @@ def load(
 
     Returns
     -------
-    Recognizer
+    Recognizer or ModulesRecognizer
+        The second is of any other recognizer: it has transcripts, and no
+        times of words.
 
     Raises
     ------
     CheckpointError
-        The folder is damaged, holds something else, or has modules that only
-        code can build: one line that names the file.
+        The folder is damaged, holds something else, or names what may not be
+        made: one line that names the file.
     ValueError
         An unknown backend or option.
 
@@ -259,6 +223,8 @@ def load(
     speechbrain_stablequant...CheckpointError: no/such/folder: there \
 is no such folder; download it first, or give another
     """
-    model, spec, tokenizer = load_folder(folder, backend, backend_options)
     device = torch.device(device)
+    if holds_modules(model_folder(folder)):
+        return load_modules(folder, backend, device, backend_options)
+    model, spec, tokenizer = load_folder(folder, backend, backend_options)
     return Recognizer(model.to(device), spec, tokenizer, device)

@@ -1,7 +1,12 @@
 """A Brain's own evaluation writes a folder that SpeechBrain's class loads."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import small_recipes as recipes
 import soundfile
 import speechbrain as sb
@@ -9,7 +14,11 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.inference.ASR import EncoderDecoderASR
 
-from speechbrain_stablequant import StableQuant
+from speechbrain_stablequant import StableQuant, load
+from speechbrain_stablequant.cli.app import main
+from speechbrain_stablequant.export import export_for
+from speechbrain_stablequant.folder.errors import CheckpointError
+from speechbrain_stablequant.transcribe.modules import ModulesRecognizer
 
 
 def utterances(folder, count=2):
@@ -35,10 +44,13 @@ class Seq2Seq(recipes.Seq2Seq):
         pass
 
 
-def test_the_folder_transcribes_as_the_evaluation_did(tmp_path):
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The run of an evaluation, and its data."""
+    place = tmp_path_factory.mktemp("evaluated")
     text = recipes.FEATURES + recipes.SEQ2SEQ_RECIPE
-    brain = recipes.make(Seq2Seq, text, tmp_path)
-    data = utterances(tmp_path)
+    brain = recipes.make(Seq2Seq, text, place)
+    data = utterances(place)
     quantizer = StableQuant.attach(
         brain,
         valid_set=data,
@@ -47,10 +59,15 @@ def test_the_folder_transcribes_as_the_evaluation_did(tmp_path):
         calibration={"num_utterances": 2},
         search={"max_float_wer": 1000},
         backend="torch",
-        output_folder=str(tmp_path / "quantized"),
+        output_folder=str(place / "quantized"),
     )
     brain.evaluate(data, test_loader_kwargs={"batch_size": 1})
     (run,) = quantizer.runs
+    return run, data
+
+
+def test_the_folder_transcribes_as_the_evaluation_did(evaluated):
+    run, data = evaluated
     transcripts = run.results["test"].quantized.transcripts
     # The weights are random.
     (warning,) = run.warnings
@@ -64,3 +81,97 @@ def test_the_folder_transcribes_as_the_evaluation_did(tmp_path):
     heard = [asr.transcribe_file(row["wav"]) for row in data.data.values()]
     assert all(heard)
     assert heard == [x.hypothesis for x in transcripts]
+    # From data alone, by any thread.
+    found = load(run.folder, "torch")
+    files = [row["wav"] for row in data.data.values()]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(found.transcribe_file, files * 4)) == heard * 4
+    assert found.runtime == "torch"
+    assert found.plan.quants().keys() == run.plan.quants().keys()
+
+
+TOP = "backend_options: {}\n"
+LATE = "x: !new:speechbrain_stablequant.inference.LateModule\n  kind: {}\n"
+CALL = "  - module: CNN\n    method: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("after", "added", "line"),
+    [
+        (TOP, "x: !new:os.system [touch RAN]\n", "os.system"),
+        (TOP, "x: !apply:torch.load [RAN]\n", "torch.load"),
+        (
+            TOP,
+            "x: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2\n"
+            "  source: someone/model\n  save_path: RAN\n",
+            "Wav2Vec2",
+        ),
+        (TOP, LATE.format("subprocess.Popen"), "LateModule"),
+        ("  calls:\n", CALL.format("__init__"), "EncoderChain"),
+        (TOP, "x: !ref <CNN._modules>\n", "tag !ref"),
+    ],
+)
+def test_what_a_folder_may_not_name(evaluated, tmp_path, after, added, line):
+    run, _ = evaluated
+    folder = shutil.copytree(run.model_folder, tmp_path / "model")
+    path = folder / "hyperparams.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert after in text
+    path.write_text(text.replace(after, after + added, 1), encoding="utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert line in str(caught.value) and str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("RAN").exists()
+
+
+def test_code_of_its_own_and_edited_values(evaluated, tmp_path):
+    run, _ = evaluated
+    folder = shutil.copytree(run.model_folder, tmp_path / "model")
+    (folder / "custom.py").write_text("open('RAN', 'w')")
+    with pytest.raises(CheckpointError, match="code of its own"):
+        load(folder)
+    (folder / "custom.py").unlink()
+    path = folder / "hyperparams.yaml"
+    text = path.read_text(encoding="utf-8")
+    for before, after, line in (
+        ("num_blocks", "blocks", "cannot be made"),
+        ("  decoder:", "  decoded:", "none of SpeechBrain's classes"),
+    ):
+        assert before in text
+        path.write_text(text.replace(before, after), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=line) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_commands(evaluated, capsys):
+    run, data = evaluated
+
+    def command(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(arg) for arg in args])
+        return stopped.value.code, *capsys.readouterr()
+
+    row, expected = data.data["0"], run.results["test"].quantized.transcripts
+    call = ("transcribe", run.folder, row["wav"], "--backend", "torch")
+    code, out, _ = command(*call)
+    assert code == 0 and out.split() == expected[0].hypothesis.split()
+    code, out, error = command(*call, row["wav"], "--format", "srt")
+    assert code == 1 and not out
+    assert error.count("no times of words") == 1
+    code, out, _ = command("benchmark", run.folder, "--seconds", "1")
+    assert code == 0 and "torch_int8" in out
+    with pytest.raises(CheckpointError, match="no other model can be exported"):
+        export_for(run.folder, run.folder / "onnx", "onnxruntime")
+
+
+def test_what_whisper_would_drop(tmp_path):
+    soundfile.write(tmp_path / "long.wav", torch.zeros(31 * 800).numpy(), 800)
+    hparams = SimpleNamespace(
+        sample_rate=800, pretrainer=SimpleNamespace(live=None)
+    )
+    whisper = type("WhisperASR", (), {"hparams": hparams})()
+    found = ModulesRecognizer(whisper, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"long\.wav: 31\.0 s .* reads 30 s"):
+        found.transcribe_file(tmp_path / "long.wav")
