@@ -211,7 +211,7 @@ def variant(request) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_model():
     """:func:`build_tiny_model`, for tests that need another one."""
     return build_tiny_model

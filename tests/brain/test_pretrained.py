@@ -10,7 +10,6 @@ import small_recipes
 import soundfile
 import speechbrain as sb
 import torch
-from conftest import build_tiny_model
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio import encoder as label_encoder
 from speechbrain.dataio.dataio import read_audio
@@ -22,7 +21,7 @@ from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.lobes.models.VanillaNN import VanillaNN
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.losses import ctc_loss
-from transformers import Wav2Vec2FeatureExtractor
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 
 import speechbrain_stablequant
 from speechbrain_stablequant import (
@@ -81,11 +80,13 @@ BLOCK = {
 RUN = {"device": "cpu", "noprogressbar": True}
 
 
-def make_source(folder: Path) -> dict[str, torch.nn.Module]:
-    """A folder as the Hub has it, of a random recognizer; its modules."""
-    torch.manual_seed(0)
+def make_source(
+    folder: Path, model: PreTrainedModel
+) -> dict[str, torch.nn.Module]:
+    """A folder as the Hub has it, of a recognizer with this encoder; its
+    modules."""
     encoder = folder / "encoder"
-    build_tiny_model("wav2vec2-large").save_pretrained(encoder)
+    model.save_pretrained(encoder)
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(
         encoder
     )
@@ -130,12 +131,13 @@ def write_manifest(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory, make_tiny_model) -> Path:
     """A source and two manifests."""
     place = tmp_path_factory.mktemp("pretrained")
     source = place / "source"
     source.mkdir()
-    make_source(source)
+    torch.manual_seed(0)
+    make_source(source, make_tiny_model("wav2vec2-large"))
     write_manifest(place / "dev.csv", source, range(6))
     write_manifest(place / "test.csv", source, range(6, 9))
     return place
