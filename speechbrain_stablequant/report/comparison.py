@@ -21,6 +21,8 @@ _COLORS = (
 _MARKERS = "osD^vPX*hp"
 # Sizes closer than this ratio differ only in the bits of activations.
 _SAME_SIZE = 1.02
+# Columns that stand to the left.
+_WORDS = ("set", "variant", "speed", "utterances used")
 
 
 def variant_rows(
@@ -84,7 +86,8 @@ def comparison_markdown(table: Mapping) -> str:
     # Variants are timed one after the other, so their times do not compare;
     # the gain of each is measured in turns with the float model.
     columns += ["CER %", "change", "MB", "speed", *optional]
-    lines, seen = [columns, ["---"] * len(columns)], set()
+    sides = ["---" if name in _WORDS else "---:" for name in columns]
+    lines, seen = [columns, sides], set()
     for row in rows:
         if row["set"] not in seen:
             seen.add(row["set"])

@@ -398,7 +398,7 @@ def test_comparison():
     # The gain over float, in turns; a simulation's speed is none.
     assert [line.split("|")[8:10] for line in lines] == [
         [" MB ", " speed "],
-        [" --- ", " --- "],
+        [" ---: ", " --- "],
         [" 32.0 ", " "],
         [" 8.0 ", " no difference shown (1.00x to 1.00x) "],
         [" 32.0 ", " "],
@@ -438,7 +438,7 @@ def test_comparison_with_efforts(tmp_path):
     lines = comparison_markdown(table).splitlines()
     assert [line.split("|")[-3:-1] for line in lines] == [
         [" made in ", " utterances used "],
-        [" --- ", " --- "],
+        [" ---: ", " --- "],
         [" ", " "],
         [" 61 s ", " calibration 40, train 9 with transcripts "],
         [" ", " "],
@@ -456,7 +456,7 @@ def test_comparison_with_counted_products():
     lines = comparison_markdown(table).splitlines()
     assert [line.split("|")[-2] for line in lines] == [
         " float products ",
-        " --- ",
+        " ---: ",
         " ",
         " 4 of 34 ",
         " ",
