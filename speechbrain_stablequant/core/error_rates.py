@@ -4,7 +4,6 @@ A search reads the counts of the recipe's ``ErrorRateStats``. A report counts
 the same edits with jiwer: characters would take ``ErrorRateStats`` minutes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -118,14 +117,6 @@ def paired_interval(
         deltas if deltas.size else [delta], [tail, 100 - tail]
     )
     return DeltaInterval(float(delta), float(low), float(high))
-
-
-def paired_error(extra: np.ndarray, lengths: np.ndarray) -> float:
-    """Standard error of the difference of two rates, in points."""
-    residuals = extra - lengths * (extra.sum() / lengths.sum())
-    count = len(lengths)
-    variance = (residuals**2).sum() / (count - 1)
-    return float(100 * math.sqrt(variance / count) / lengths.mean())
 
 
 def count_errors(transcripts: Sequence[Transcript], unit: Unit) -> np.ndarray:

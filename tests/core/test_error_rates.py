@@ -12,7 +12,6 @@ from speechbrain_stablequant.core import error_rates
 from speechbrain_stablequant.core.error_rates import (
     Transcript,
     paired_delta,
-    paired_error,
     paired_interval,
     score,
 )
@@ -231,24 +230,3 @@ def test_bootstrap_refuses_sets_that_do_not_match(other, name):
     with pytest.raises(ValueError, match=f"utterance '{name}': ") as error:
         paired_delta(baseline, [Transcript(i, t, t) for i, t in other])
     assert "\n" not in str(error.value)
-
-
-# -- how many utterances a resolution needs ------------------------------------
-
-
-def test_paired_error_is_the_spread_of_the_bootstrap():
-    random = np.random.default_rng(1)
-    words = random.integers(5, 40, size=300)
-    extra = random.integers(-2, 4, size=300)
-    error = paired_error(extra, words)
-    _, low, high = paired_interval(extra, words, level=0.95)
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
-    # Four times as many utterances of the same kind: half the error.
-    four = paired_error(np.tile(extra, 4), np.tile(words, 4))
-    assert four == pytest.approx(error / 2, rel=0.01)
-
-
-def test_paired_error_of_a_rise_in_proportion_is_none():
-    """Longer utterances have more words and more errors: no noise."""
-    words = np.array([10, 20, 40])
-    assert paired_error(words // 10, words) == pytest.approx(0, abs=1e-12)
