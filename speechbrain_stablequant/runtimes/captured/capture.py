@@ -130,6 +130,7 @@ def capture(
             program = torch.export.export(
                 flat, tensors, dynamic_shapes=(axes,), strict=False
             )
+            _drop_whole_slices(program.graph)
             model = ov.convert_model(program, extension=sites.extensions)
     sites.check()
     if len(model.inputs) != len(tensors):
@@ -141,6 +142,15 @@ def capture(
         parameter.set_partial_shape(ov.PartialShape(sizes))
     model.validate_nodes_and_infer_types()
     return Captured(model, outputs)
+
+
+def _drop_whole_slices(graph: torch.fx.Graph) -> None:
+    """Remove each ``x[:]``, which OpenVINO 2026.0 does not convert."""
+    for node in list(graph.nodes):
+        whole = len(node.args) == 1 and not node.kwargs
+        if node.target is torch.ops.aten.slice.Tensor and whole:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 @contextmanager
