@@ -1,9 +1,14 @@
 """A pretrained recognizer in the layout of SpeechBrain's Hub folders.
 
-Its YAML is read as data first, and its checkpoints may only hold tensors.
+HyperPyYAML constructs whatever a YAML names, so a source is read as data first:
+tags may only name what SpeechBrain and torch offer for models, and checkpoints
+may only hold tensors.
 """
 
+import io
 import pickle
+import pydoc
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,21 +24,42 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from hyperpyyaml import resolve_references
 from speechbrain.inference.interfaces import Pretrained
 
-from ..folder.recognizer_spec import HYPERPARAMS_FILE
-from ..folder.trusted_yaml import (
+from ..folder.recognizer_spec import (
+    HYPERPARAMS_FILE,
     INTERFACES,
     interface_of,
-    resolved,
-    tags_of,
-    untrusted,
 )
 from ..utils.patching import shadowed
-from ..utils.typed import one_line
-from ..utils.yaml_tree import parse_yaml
+from ..utils.typed import one_line, short
+from ..utils.yaml_tree import Tagged, parse_yaml
 from .preflight import checkpoints
 
+# Where tags may point, and where what they name must have been written.
+_TRUSTED = (
+    *("speechbrain.augment", "speechbrain.dataio.encoder"),
+    *("speechbrain.dataio.preprocess", "speechbrain.decoders"),
+    *("speechbrain.integrations.huggingface", "speechbrain.lm"),
+    *("speechbrain.lobes", "speechbrain.nnet", "speechbrain.processing"),
+    *("speechbrain.tokenizers", "speechbrain.utils.dynamic_chunk_training"),
+    *("speechbrain.utils.metric_stats", "speechbrain.utils.parameter_transfer"),
+    *("torch.nn", "torch._C._nn"),
+)
+# These load pickles, or code of the Hub.
+_UNTRUSTED = (
+    "speechbrain.integrations.huggingface.mert",
+    "speechbrain.lobes.models.MSTacotron2",
+)
+_EXACT = (
+    "new:sentencepiece.SentencePieceProcessor",
+    "name:sentencepiece.SentencePieceProcessor",
+    *("apply:torch.manual_seed", "apply:speechbrain.utils.seed_everything"),
+)
+_HARMLESS = ("ref", "copy", "PLACEHOLDER")
+# HyperPyYAML reads what stands in a tuple with a loader that runs its tags.
+_PLAIN_TUPLE = re.compile(r"\([\w\s.,+-]*\)")
 _SOURCES = (
     "give a folder in the layout of SpeechBrain's pretrained models, or the "
     "id of one on the Hub, such as speechbrain/asr-wav2vec2-librispeech"
@@ -99,9 +125,10 @@ def check_source(folder: Path, trust: bool) -> str:
         text = path.read_text(encoding="utf-8")
         tree = parse_yaml(text)
         kind = _class_of(tree, path)
-        found = None if trust else untrusted(path)
-        if found is not None:
-            raise SourceError(f"source: {found}; {_HINT}")
+        if not trust:
+            _check_tags(tree, path)
+            # Quotes are lost, and strings put together, when it is loaded.
+            _check_tags(parse_yaml(resolved(path).getvalue()), path)
     except SourceError:
         raise
     except FileNotFoundError as error:
@@ -127,6 +154,12 @@ def check_source(folder: Path, trust: bool) -> str:
     return kind
 
 
+def resolved(path: Path) -> io.StringIO:
+    """The text of a YAML with its references resolved."""
+    with open(path, encoding="utf-8") as file:
+        return resolve_references(file)
+
+
 def _class_of(tree: Any, path: Path) -> str:
     keys = set(tree) if isinstance(tree, Mapping) else set()
     modules = tree.get("modules") if isinstance(tree, Mapping) else None
@@ -136,9 +169,9 @@ def _class_of(tree: Any, path: Path) -> str:
             f"source: {path} is of a StreamingASR, which cannot be quantized "
             "yet"
         )
-    if any("speechbrain_stablequant" in tag for tag, _ in tags_of(tree)):
+    if any("speechbrain_stablequant" in tag for tag, _ in _tags(tree)):
         raise SourceError(f"source: {path.parent} is quantized already")
-    name = interface_of(tree)
+    name = interface_of(keys, parts)
     if name is not None:
         return name
     raise SourceError(
@@ -148,6 +181,75 @@ def _class_of(tree: Any, path: Path) -> str:
         "and decoder with tokenizer, or whisper and decoder with language and "
         "sample_rate"
     )
+
+
+def _tags(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Tags and values of all nodes, the tag of plain ones empty."""
+    tag, value = "", tree
+    if isinstance(tree, Tagged):
+        tag, value = tree.tag, tree.value
+    yield tag, value
+    parts = value if isinstance(value, list) else ()
+    if isinstance(value, Mapping):
+        parts = (*value, *value.values())
+    for part in parts:
+        yield from _tags(part)
+
+
+def _check_tags(tree: Any, path: Path) -> None:
+    for tag, value in _tags(tree):
+        if not _is_trusted(tag, value):
+            what = f"tag !{tag}" if tag else f"value {short(value)}"
+            raise SourceError(
+                f"source: the {what} in {path} is neither a part of a model "
+                f"of SpeechBrain nor of torch; {_HINT}"
+            )
+
+
+def _is_trusted(tag: str, value: Any) -> bool:
+    if isinstance(value, str):
+        # `(...)` is read as a tuple, too.
+        if value.lstrip().startswith("(") and "!" in value:
+            return False
+        if tag == "tuple":
+            return _PLAIN_TUPLE.fullmatch(value) is not None
+        # `<key._attribute>` is a way to all of Python.
+        if tag in ("ref", "copy") and "._" in value:
+            return False
+    # Also as a value, of what becomes a mapping.
+    if isinstance(value, Mapping) and "trust_remote_code" in value:
+        return False
+    if value == "trust_remote_code":
+        return False
+    kind, _, name = tag.partition(":")
+    if tag == "apply:getattr":  # A resolved `<key.attribute>`.
+        name = value[1] if isinstance(value, list) and len(value) == 2 else "_"
+        return isinstance(name, str) and not name.startswith("_")
+    if not tag or tag in _HARMLESS or tag in _EXACT:
+        return True
+    return kind in ("new", "name") and _is_model_part(name)
+
+
+def _is_model_part(name: str) -> bool:
+    """Whether a name is of a class or function for models, wherever it was
+    imported: ``torch.nn.os.system`` is not."""
+    if not _is_inside(name, _TRUSTED) or "._" in name:
+        return False
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise SourceError(
+            f"source: {name} cannot be imported ({one_line(error)})"
+        ) from error
+    home = getattr(found, "__module__", None) or ""
+    trusted = _is_inside(home, _TRUSTED) and not _is_inside(home, _UNTRUSTED)
+    # No methods: some write files.
+    whole = "." not in getattr(found, "__qualname__", ".")
+    return callable(found) and trusted and whole
+
+
+def _is_inside(name: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{part}.") for part in packages)
 
 
 def load_source(

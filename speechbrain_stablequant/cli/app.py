@@ -30,6 +30,13 @@ _ENGINES = (
     "transformers.js",
 )
 
+_TRUST = click.option(
+    "--trust-source",
+    is_flag=True,
+    help="Let SpeechBrain execute hyperparams.yaml, which models other than "
+    "wav2vec 2.0 and HuBERT with CTC need.",
+)
+
 _METHODS = (
     *("stablequant", "max", "percentile", "entropy", "mse", "adaround"),
     *("stablequant_plus", "qat"),
@@ -280,6 +287,7 @@ def compare(first: Path, second: Path) -> None:
     show_default=True,
     help="Windows that are computed at once; more pay on a GPU.",
 )
+@_TRUST
 def transcribe(
     folder: Path,
     files: Sequence[str],
@@ -289,13 +297,15 @@ def transcribe(
     device: str,
     window: int,
     batch: int,
+    trust_source: bool,
 ) -> int:
     """Transcribe audio files with a quantized folder.
 
     wav2vec 2.0 and HuBERT with CTC read files of any length; other models read
-    a file at once, and give text alone. Nothing in FOLDER is executed. A file
-    that cannot be read is one line, and the others are transcribed. With
-    --output, words are in NAME.txt.part (or srt, json) until it is finished.
+    a file at once, and give text alone. Nothing in FOLDER is executed without
+    --trust-source. A file that cannot be read is one line, and the others are
+    transcribed. With --output, words are in NAME.txt.part (or srt, json) until
+    it is finished.
 
     \b
     stablequant transcribe results/quant/1986/quantized a.flac b.wav
@@ -307,7 +317,7 @@ def transcribe(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         transcripts.check_names(files)
-    recognizer = load(folder, backend, device)
+    recognizer = load(folder, backend, device, trust_source=trust_source)
     transcripts.check_form(recognizer, form)
     check_backend(recognizer)
     # It would come with every call.
@@ -375,7 +385,10 @@ def export(
     show_default=True,
     help="Passes that are timed; the runtimes take turns.",
 )
-def benchmark(folder: Path, seconds: float, rounds: int) -> None:
+@_TRUST
+def benchmark(
+    folder: Path, seconds: float, rounds: int, trust_source: bool
+) -> None:
     """Time a folder on this machine by each runtime that it has.
 
     \b
@@ -383,4 +396,4 @@ def benchmark(folder: Path, seconds: float, rounds: int) -> None:
     """
     from . import timing
 
-    click.echo(timing.table(folder, seconds, rounds))
+    click.echo(timing.table(folder, seconds, rounds, trust_source))

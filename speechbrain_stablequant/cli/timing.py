@@ -13,20 +13,20 @@ from .plans import columns
 _CPU = ("openvino", "torch_int8", "onnx")
 
 
-def table(folder: Path, seconds: float, rounds: int) -> str:
+def table(folder: Path, seconds: float, rounds: int, trust: bool) -> str:
     """Times of a pass over generated audio; the runtimes take turns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ("triton",) if device == "cuda" else _CPU
     made: dict[str, Recognizer | ModulesRecognizer] = {}
     absent: list[str] = []
-    chosen = load(folder, device=device)
+    chosen = load(folder, device=device, trust_source=trust)
     samples = round(seconds * chosen.sample_rate)
     generator = torch.Generator().manual_seed(0)
     wave = 0.1 * torch.randn(1, samples, generator=generator)
     chosen.transcribe_batch(wave)
     for name in names:
         try:
-            found = load(folder, name, device)
+            found = load(folder, name, device, trust_source=trust)
             found.transcribe_batch(wave)
             made[name] = found
         # A library may raise anything on a machine that it does not know.

@@ -26,7 +26,7 @@ from ..runtimes.registry import RUNTIMES, check_options, select_options
 from ..utils.typed import one_line
 from .encoder_config import CONFIG_FILE, empty_encoder, read_config
 from .errors import CheckpointError
-from .recognizer_spec import RecognizerSpec, holds_modules, read_spec
+from .recognizer_spec import RecognizerSpec, interface_of_folder, read_spec
 from .runtime_slot import BuiltRuntime, RuntimeSlot
 from .stored_floats import fill_modules
 from .tokenizer_file import Tokenizer, read_tokenizer
@@ -288,7 +288,7 @@ def load_folder(
             "another"
         )
     folder = model_folder(folder)
-    if holds_modules(folder):
+    if interface_of_folder(folder) is not None:
         raise CheckpointError(
             f"{folder}: is neither a wav2vec 2.0 nor a HuBERT with CTC, and "
             "no other model can be exported"

@@ -6,7 +6,7 @@ versions, which have it alone.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,13 @@ _MODULES_LOADER = "new:speechbrain_stablequant.inference.ModulesLoader"
 _DECODER = "name:speechbrain.decoders.ctc_greedy_decode"
 _NORMALIZER = "new:speechbrain.dataio.preprocess.AudioNormalizer"
 _MAX_KEY = 100
+
+#: Keys of `modules`, and of the YAML, that tell SpeechBrain's classes apart.
+INTERFACES = {
+    "WhisperASR": ({"whisper", "decoder"}, {"language", "sample_rate"}),
+    "EncoderDecoderASR": ({"encoder", "decoder"}, {"tokenizer"}),
+    "EncoderASR": ({"encoder"}, {"tokenizer", "decoding_function"}),
+}
 
 
 #: How a ``hyperparams.yaml`` of ours begins.
@@ -207,15 +214,31 @@ def _spec_of_json(text: str) -> RecognizerSpec:
     return _checked({**raw, "checksum": None}, heads)
 
 
-def holds_modules(folder: Path) -> bool:
-    """Whether a folder is of a recognizer of any architecture."""
+def interface_of(keys: Set[str], parts: Set[str]) -> str | None:
+    """SpeechBrain's class for a YAML with these keys and modules, if any."""
+    for name, (needed, options) in INTERFACES.items():
+        if needed <= parts and options <= keys:
+            return name
+    return None
+
+
+def interface_of_folder(folder: Path) -> str | None:
+    """SpeechBrain's class for a folder of a recognizer that is more than a
+    described encoder with CTC; None for others."""
     path = folder / HYPERPARAMS_FILE
     if (folder / RECOGNIZER_FILE).exists() or not path.exists():
-        return False
+        return None
     with reading(path, "cannot be read", "copy or make the folder again"):
         tree = parse_yaml(read_file(path).decode("utf-8"))
-    loader = tree.get("pretrainer") if isinstance(tree, Mapping) else None
-    return getattr(loader, "tag", None) == _MODULES_LOADER
+        if not isinstance(tree, Mapping):
+            return None
+        if getattr(tree.get("pretrainer"), "tag", None) != _MODULES_LOADER:
+            return None
+        modules = typed(tree.get("modules"), dict, "modules")
+        found = interface_of(set(tree), set(modules))
+        if found is None:
+            raise ValueError("it is of none of SpeechBrain's classes")
+    return found
 
 
 def spec_of_yaml(text: str) -> RecognizerSpec:

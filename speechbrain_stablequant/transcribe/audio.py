@@ -56,6 +56,22 @@ def read_audio(
         )
 
 
+def check_batch(wavs: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Raise ValueError unless audio is [batch, samples] of floats, and its
+    relative lengths are [batch]."""
+    if wavs.dim() != 2 or lengths.shape != wavs.shape[:1]:
+        raise ValueError(
+            f"audio of shape {list(wavs.shape)} with lengths of shape "
+            f"{list(lengths.shape)}; give [batch, samples] and [batch]"
+        )
+    if not wavs.is_floating_point():
+        raise ValueError(f"audio of {wavs.dtype}; give floats from -1 to 1")
+    if not bool(((lengths > 0) & (lengths <= 1)).all()):
+        raise ValueError(
+            f"relative lengths {lengths.tolist()}; give shares above 0, up to 1"
+        )
+
+
 class AudioReader:
     """A recognizer's way to files: its sampling rate, and where it computes.
 

@@ -11,14 +11,16 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.decoders import ctc_greedy_decode
 
 from ..core.plan import QuantizationPlan
+from ..folder.errors import CheckpointError
 from ..folder.recognizer import QuantizedRecognizer, load_folder
-from ..folder.recognizer_spec import RecognizerSpec, holds_modules
+from ..folder.recognizer_spec import RecognizerSpec, interface_of_folder
 from ..folder.tokenizer_file import Tokenizer, labels_of
 from ..folder.weights_file import model_folder
 from ..model.encoders import find_encoders, min_samples
 from ..runtimes import cpu
 from ..runtimes.choice import candidates
-from .audio import AudioReader
+from ..utils.typed import one_line
+from .audio import AudioReader, check_batch
 from .long import Word, words_of_file
 from .modules import ModulesRecognizer, load_modules
 
@@ -138,11 +140,7 @@ class Recognizer(AudioReader):
         self, wavs: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Returns float32 log probabilities, [batch, frames, labels]."""
-        if wavs.dim() != 2 or lengths.shape != wavs.shape[:1]:
-            raise ValueError(
-                f"audio of shape {list(wavs.shape)} with lengths of shape "
-                f"{list(lengths.shape)}; give [batch, samples] and [batch]"
-            )
+        check_batch(wavs, lengths)
         if wavs.shape[1] < self._shortest:
             raise ValueError(
                 f"audio of {wavs.shape[1]} samples is shorter than one frame "
@@ -183,12 +181,11 @@ def load(
     backend: str = "auto",
     device: str | torch.device = "cpu",
     backend_options: Mapping[str, Any] | None = None,
+    trust_source: bool = False,
 ) -> Recognizer | ModulesRecognizer:
     """Loads a quantized folder.
 
-    Nothing in the folder is executed. Where its decoder is not CTC's, the YAML
-    is read as data first, and refused if it names more than parts of models
-    of SpeechBrain and torch.
+    Nothing in the folder is executed, unless you trust its authors.
 
     Arguments
     ---------
@@ -201,6 +198,10 @@ def load(
     backend_options : Mapping, optional
         Options of the runtime, such as its number of threads; by default those
         in the folder.
+    trust_source : bool
+        Whether ``hyperparams.yaml`` may be executed, as SpeechBrain does.
+        Folders of wav2vec 2.0 and HuBERT with CTC do not need it, all others
+        do.
 
     Returns
     -------
@@ -211,10 +212,10 @@ def load(
     Raises
     ------
     CheckpointError
-        The folder is damaged, holds something else, or names what may not be
-        made: one line that names the file.
+        The folder is damaged, holds something else, or needs
+        ``trust_source``: one line that names the file.
     ValueError
-        An unknown backend or option.
+        An unknown backend, option or device.
 
     Example
     -------
@@ -223,8 +224,19 @@ def load(
     speechbrain_stablequant...CheckpointError: no/such/folder: there \
 is no such folder; download it first, or give another
     """
-    device = torch.device(device)
-    if holds_modules(model_folder(folder)):
-        return load_modules(folder, backend, device, backend_options)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {one_line(error, 200)}") from error
+    place = model_folder(folder)
+    interface = interface_of_folder(place)
+    if interface is not None:
+        if not trust_source:
+            raise CheckpointError(
+                f"{place}: is neither a wav2vec 2.0 nor a HuBERT with CTC, so "
+                "SpeechBrain makes it by executing its hyperparams.yaml; if "
+                "you trust its authors, pass trust_source=True (--trust-source)"
+            )
+        return load_modules(place, interface, backend, device, backend_options)
     model, spec, tokenizer = load_folder(folder, backend, backend_options)
     return Recognizer(model.to(device), spec, tokenizer, device)

@@ -1,5 +1,5 @@
-"""Recognizers of any architecture from a quantized folder, in SpeechBrain's
-classes, of which nothing but parts of models is made."""
+"""Recognizers of any architecture, which SpeechBrain makes from a quantized
+folder."""
 
 import os
 import threading
@@ -12,20 +12,19 @@ import torch
 from speechbrain.inference.interfaces import Pretrained
 
 from ..core.plan import QuantizationPlan
-from ..folder.errors import CheckpointError, reading
+from ..folder.errors import CheckpointError
 from ..folder.live_modules import LiveModules
 from ..folder.recognizer import check_finite
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
-from ..folder.trusted_yaml import interface_of, untrusted
-from ..folder.weights_file import model_folder
-from ..runtimes.registry import select_options
-from ..utils.files import read_file
+from ..runtimes.choice import candidates
+from ..runtimes.registry import check_options
 from ..utils.typed import one_line
-from ..utils.yaml_tree import parse_yaml
-from .audio import AudioReader
+from .audio import AudioReader, check_batch
 
 #: Seconds that Whisper reads; it drops what is longer.
 _WHISPER = 30
+#: Windows of features, the least that is recognized, in a second.
+_WINDOWS = 40
 
 
 class ModulesRecognizer(AudioReader):
@@ -83,64 +82,69 @@ class ModulesRecognizer(AudioReader):
         """
         if lengths is None:
             lengths = torch.ones(len(wavs))
+        check_batch(wavs, lengths)
         check_finite(wavs)
-        seconds = wavs.shape[1] / self.sample_rate
-        kind = type(self.asr).__name__
-        if kind == "WhisperASR" and seconds > _WHISPER:
+        samples, rate = wavs.shape[1], self.sample_rate
+        if samples * _WINDOWS < rate:
+            raise ValueError(f"audio of {samples} samples is too short")
+        if (
+            type(self.asr).__name__ == "WhisperASR"
+            and samples > _WHISPER * rate
+        ):
             raise ValueError(
-                f"{seconds:.1f} s of audio: Whisper reads {_WHISPER} s at a "
-                "time; cut it into parts"
+                f"{samples / rate:.1f} s of audio: Whisper reads {_WHISPER} s "
+                "at a time; cut it into parts"
             )
         wavs = wavs.to(self.device, torch.float32)
-        with self._turns.setdefault(os.getpid(), threading.Lock()):
-            texts, tokens = self.asr.transcribe_batch(
-                wavs, lengths.to(self.device)
-            )
+        try:
+            with self._turns.setdefault(os.getpid(), threading.Lock()):
+                texts, tokens = self.asr.transcribe_batch(
+                    wavs, lengths.to(self.device)
+                )
+        except ValueError:
+            raise
+        # Searchers raise anything, such as for audio that is too short.
+        except Exception as error:
+            raise ValueError(
+                f"{samples} samples cannot be transcribed "
+                f"({type(error).__name__}: {one_line(error, 300)})"
+            ) from error
         # Normalized transcripts of Whisper are lists of words.
         texts = [x if isinstance(x, str) else " ".join(x) for x in texts]
         return texts, tokens
 
 
 def load_modules(
-    folder: str | Path,
+    folder: Path,
+    interface: str,
     backend: str,
     device: torch.device,
     backend_options: Mapping[str, Any] | None,
 ) -> ModulesRecognizer:
-    """Loads a folder of a recognizer of any architecture; its YAML is read as
-    data before anything is made."""
-    folder = model_folder(folder)
-    path = folder / HYPERPARAMS_FILE
-    with reading(path, "is not to be loaded", "copy or make the folder again"):
-        tree = parse_yaml(read_file(path).decode("utf-8"))
-        kind = interface_of(tree)
-        if kind is None:
-            raise ValueError("it is of none of SpeechBrain's classes")
-        found = untrusted(path, ours=True)
-        if found is not None:
-            raise ValueError(found)
-        if (folder / "custom.py").exists():
-            raise ValueError("the folder holds custom.py, code of its own")
-        overrides: dict[str, Any] = {}
-        if backend != "auto":
-            # The folder's options may be those of its own runtime.
-            own = select_options(backend, tree.get("backend_options") or {})
-            overrides = {"backend": backend, "backend_options": own}
-        if backend_options is not None:
-            overrides["backend_options"] = dict(backend_options)
-    interface = getattr(speechbrain.inference.ASR, kind)
+    """Loads a folder in SpeechBrain's class of that name."""
+    overrides: dict[str, Any] = {}
+    if backend != "auto":
+        overrides["backend"] = backend
+    if backend_options is not None:
+        overrides["backend_options"] = dict(backend_options)
+    check_options(backend, backend_options or {})
+    candidates(backend, device)
     try:
-        asr = interface.from_hparams(
+        asr = getattr(speechbrain.inference.ASR, interface).from_hparams(
             source=str(folder),
             run_opts={"device": str(device)},
             overrides=overrides,
         )
+        rate = asr.hparams.sample_rate
+        if type(rate) is not int or rate < 1:
+            raise ValueError(f"sample_rate: {rate!r} is no number of samples")
+        return ModulesRecognizer(asr, device)
     except CheckpointError:
         raise
     # The classes that the YAML names may raise anything.
     except Exception as error:
         raise CheckpointError(
-            f"{path}: cannot be made ({type(error).__name__}: "
-            f"{one_line(error, 300)}); copy or make the folder again"
+            f"{folder / HYPERPARAMS_FILE}: cannot be made "
+            f"({type(error).__name__}: {one_line(error, 300)}); copy or make "
+            "the folder again"
         ) from error
-    return ModulesRecognizer(asr, device)

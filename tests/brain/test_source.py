@@ -91,6 +91,12 @@ ATTACKS = [
     'x: "(!!python/object/apply:os.system [touch RAN])"',
     'y: "("\nz: "!!python/object/apply:os.system [touch RAN])"\nx: !ref <y><z>',
     "x: !tuple (!!python/object/apply:os.system [touch RAN])",
+    """x: !tuple "[!!python/object/apply:os.system ['touch RAN']]\"""",
+    "x: !tuple [!!python/object/apply:os.system [touch RAN]]",
+    "x: !include:torch.manual_seed",
+    "x: !new:torch.manual_seed [1]",
+    "x: !name:speechbrain.dataio.encoder.CTCTextEncoder.save {path: RAN}",
+    "x: {source: y, settings: [[trust_remote_code, True]]}",
     "x: !ref <encoder.__init__>",
     "x: !new:speechbrain.integrations.huggingface.mert.MERT {source: y}",
     "x: {source: y, trust_remote_code: True}",
@@ -101,6 +107,8 @@ ATTACKS = [
 def test_attacks(tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)
     folder = make_source(tmp_path, attack + "\n")
+    included = "y: !applyref:os.system [touch RAN]\n"
+    (folder / "torch.manual_seed").write_text(included, encoding="utf-8")
     with pytest.raises(SourceError, match="trust_source=True") as caught:
         check_source(folder, False)
     assert "\n" not in str(caught.value)

@@ -92,7 +92,7 @@ def test_no_line_about_a_cpu_whose_answer_the_folder_has(
     layers = {n: x.loaded() for n, x in recognizer.model.integers().items()}
     if not probed:
         recognizer.model.probe = None
-    monkeypatch.setattr(load_module, "load", lambda *_: recognizer)
+    monkeypatch.setattr(load_module, "load", lambda *_, **__: recognizer)
     arguments = (folder, audio / "short.wav", "--backend", "torch")
     assert run(capsys, "transcribe", *arguments)[0] == 0
     cpu._say_narrowed.cache_clear()

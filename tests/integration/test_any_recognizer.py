@@ -1,9 +1,9 @@
 """A Brain's own evaluation writes a folder that SpeechBrain's class loads."""
 
 import json
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,7 +82,7 @@ def test_the_folder_transcribes_as_the_evaluation_did(evaluated):
     assert all(heard)
     assert heard == [x.hypothesis for x in transcripts]
     # From data alone, by any thread.
-    found = load(run.folder, "torch")
+    found = load(run.folder, "torch", trust_source=True)
     files = [row["wav"] for row in data.data.values()]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(found.transcribe_file, files * 4)) == heard * 4
@@ -90,59 +90,59 @@ def test_the_folder_transcribes_as_the_evaluation_did(evaluated):
     assert found.plan.quants().keys() == run.plan.quants().keys()
 
 
-TOP = "backend_options: {}\n"
-LATE = "x: !new:speechbrain_stablequant.inference.LateModule\n  kind: {}\n"
-CALL = "  - module: CNN\n    method: {}\n"
-
-
-@pytest.mark.parametrize(
-    ("after", "added", "line"),
-    [
-        (TOP, "x: !new:os.system [touch RAN]\n", "os.system"),
-        (TOP, "x: !apply:torch.load [RAN]\n", "torch.load"),
-        (
-            TOP,
-            "x: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2\n"
-            "  source: someone/model\n  save_path: RAN\n",
-            "Wav2Vec2",
-        ),
-        (TOP, LATE.format("subprocess.Popen"), "LateModule"),
-        ("  calls:\n", CALL.format("__init__"), "EncoderChain"),
-        (TOP, "x: !ref <CNN._modules>\n", "tag !ref"),
-    ],
-)
-def test_what_a_folder_may_not_name(evaluated, tmp_path, after, added, line):
+def test_it_is_made_by_code(evaluated, tmp_path):
     run, _ = evaluated
+    with pytest.raises(CheckpointError, match="trust_source=True") as caught:
+        load(run.folder)
+    assert str(run.model_folder) in str(caught.value)
     folder = shutil.copytree(run.model_folder, tmp_path / "model")
-    path = folder / "hyperparams.yaml"
-    text = path.read_text(encoding="utf-8")
-    assert after in text
-    path.write_text(text.replace(after, after + added, 1), encoding="utf-8")
-    with pytest.raises(CheckpointError) as caught:
-        load(folder)
-    assert line in str(caught.value) and str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not Path("RAN").exists()
-
-
-def test_code_of_its_own_and_edited_values(evaluated, tmp_path):
-    run, _ = evaluated
-    folder = shutil.copytree(run.model_folder, tmp_path / "model")
-    (folder / "custom.py").write_text("open('RAN', 'w')")
-    with pytest.raises(CheckpointError, match="code of its own"):
-        load(folder)
-    (folder / "custom.py").unlink()
     path = folder / "hyperparams.yaml"
     text = path.read_text(encoding="utf-8")
     for before, after, line in (
         ("num_blocks", "blocks", "cannot be made"),
+        ("\nsample_rate: 16000", "\nsample_rate: x", "cannot be made"),
         ("  decoder:", "  decoded:", "none of SpeechBrain's classes"),
     ):
         assert before in text
         path.write_text(text.replace(before, after), encoding="utf-8")
         with pytest.raises(CheckpointError, match=line) as caught:
-            load(folder)
-        assert "\n" not in str(caught.value)
+            load(folder, trust_source=True)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"backend": "nope"}, "nope"),
+        ({"backend": "torch", "backend_options": {"x": 1}}, "x"),
+        ({"device": "nonsense"}, "device: "),
+    ],
+)
+def test_wrong_arguments_do_not_blame_the_folder(evaluated, options, line):
+    run, _ = evaluated
+    with pytest.raises(ValueError, match=line) as caught:
+        load(run.folder, trust_source=True, **options)
+    assert not isinstance(caught.value, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("wavs", "lengths", "line"),
+    [
+        (torch.zeros(16000), None, "shape"),
+        (torch.zeros(1, 16000), torch.ones(2), "shape"),
+        (torch.zeros(1, 16000), torch.zeros(1), "relative lengths"),
+        (torch.zeros(1, 16000), torch.tensor([math.nan]), "relative lengths"),
+        (torch.zeros(1, 16000, dtype=torch.int16), None, "torch.int16"),
+        (torch.zeros(1, 0), None, "0 samples is too short"),
+        (torch.full((1, 16000), math.nan), None, "nan"),
+    ],
+)
+def test_wrong_audio(evaluated, wavs, lengths, line):
+    run, _ = evaluated
+    found = load(run.folder, "torch", trust_source=True)
+    with pytest.raises(ValueError, match=line) as caught:
+        found.transcribe_batch(wavs, lengths)
+    assert "\n" not in str(caught.value)
 
 
 def test_commands(evaluated, capsys):
@@ -155,12 +155,16 @@ def test_commands(evaluated, capsys):
 
     row, expected = data.data["0"], run.results["test"].quantized.transcripts
     call = ("transcribe", run.folder, row["wav"], "--backend", "torch")
+    assert command(*call)[0] == 1
+    call = (*call, "--trust-source")
     code, out, _ = command(*call)
     assert code == 0 and out.split() == expected[0].hypothesis.split()
     code, out, error = command(*call, row["wav"], "--format", "srt")
     assert code == 1 and not out
     assert error.count("no times of words") == 1
-    code, out, _ = command("benchmark", run.folder, "--seconds", "1")
+    code, out, _ = command(
+        *("benchmark", run.folder, "--seconds", "1", "--trust-source")
+    )
     assert code == 0 and "torch_int8" in out
     with pytest.raises(CheckpointError, match="no other model can be exported"):
         export_for(run.folder, run.folder / "onnx", "onnxruntime")
