@@ -37,13 +37,14 @@ from ..utils.typed import one_line, short
 from ..utils.yaml_tree import Tagged, parse_yaml
 from .preflight import checkpoints
 
-# Where tags may point, and where what they name must have been written.
+# Where tags may point, and where what they name must have been written. Not
+# speechbrain.augment, whose files may be pickles, nor speechbrain.tokenizers,
+# which trains and writes.
 _TRUSTED = (
-    *("speechbrain.augment", "speechbrain.dataio.encoder"),
-    *("speechbrain.dataio.preprocess", "speechbrain.decoders"),
-    *("speechbrain.integrations.huggingface", "speechbrain.lm"),
-    *("speechbrain.lobes", "speechbrain.nnet", "speechbrain.processing"),
-    *("speechbrain.tokenizers", "speechbrain.utils.dynamic_chunk_training"),
+    *("speechbrain.dataio.encoder", "speechbrain.dataio.preprocess"),
+    *("speechbrain.decoders", "speechbrain.integrations.huggingface"),
+    *("speechbrain.lm", "speechbrain.lobes", "speechbrain.nnet"),
+    *("speechbrain.processing", "speechbrain.utils.dynamic_chunk_training"),
     *("speechbrain.utils.metric_stats", "speechbrain.utils.parameter_transfer"),
     *("torch.nn", "torch._C._nn"),
 )

@@ -94,6 +94,8 @@ ATTACKS = [
     """x: !tuple "[!!python/object/apply:os.system ['touch RAN']]\"""",
     "x: !tuple [!!python/object/apply:os.system [touch RAN]]",
     "x: !include:torch.manual_seed",
+    "x: !new:speechbrain.augment.time_domain.AddNoise {csv_file: y}",
+    "x: !new:speechbrain.tokenizers.SentencePiece.SentencePiece {model_dir: y}",
     "x: !new:torch.manual_seed [1]",
     "x: !name:speechbrain.dataio.encoder.CTCTextEncoder.save {path: RAN}",
     "x: {source: y, settings: [[trust_remote_code, True]]}",
