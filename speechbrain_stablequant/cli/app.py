@@ -322,9 +322,8 @@ def transcribe(
     check_backend(recognizer)
     # It would come with every call.
     leave_out_stated(recognizer)
-    failed = 0
+    failed, progress = 0, sys.stderr.isatty()
     for file in files:
-        progress = sys.stderr.isatty()
         try:
             words = transcripts.words_of(
                 recognizer, file, window, batch, progress

@@ -10,7 +10,6 @@ import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.decoders import ctc_greedy_decode
 
-from ..core.plan import QuantizationPlan
 from ..folder.errors import CheckpointError
 from ..folder.recognizer import QuantizedRecognizer, load_folder
 from ..folder.recognizer_spec import RecognizerSpec, interface_of_folder
@@ -20,12 +19,12 @@ from ..model.encoders import find_encoders, min_samples
 from ..runtimes import cpu
 from ..runtimes.choice import candidates
 from ..utils.typed import one_line
-from .audio import AudioReader, check_batch
 from .long import Word, words_of_file
 from .modules import ModulesRecognizer, load_modules
+from .transcriber import Transcriber, check_batch
 
 
-class Recognizer(AudioReader):
+class Recognizer(Transcriber):
     """A quantized recognizer, made by :func:`load`.
 
     Any number of threads may call it.
@@ -49,8 +48,7 @@ class Recognizer(AudioReader):
         tokenizer: Tokenizer,
         device: torch.device,
     ):
-        super().__init__(spec.sample_rate, device)
-        self.model = model
+        super().__init__(model, spec.sample_rate, device)
         self.spec = spec
         self.tokenizer = tokenizer
         #: What each output stands for; None where there is no label.
@@ -60,16 +58,6 @@ class Recognizer(AudioReader):
         (encoder,) = find_encoders(parts)
         #: Samples from one output frame to the next.
         self.stride = math.prod(step for _, step in encoder.conv_geometry())
-
-    @property
-    def plan(self) -> QuantizationPlan:
-        """What was decided for each layer."""
-        return self.model.plan
-
-    @property
-    def runtime(self) -> str | None:
-        """The runtime in use; None before the first batch."""
-        return self.model.runtime
 
     def transcribe_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None

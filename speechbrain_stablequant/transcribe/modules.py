@@ -11,15 +11,13 @@ import speechbrain.inference.ASR
 import torch
 from speechbrain.inference.interfaces import Pretrained
 
-from ..core.plan import QuantizationPlan
 from ..folder.errors import CheckpointError
-from ..folder.live_modules import LiveModules
 from ..folder.recognizer import check_finite
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..runtimes.choice import candidates
 from ..runtimes.registry import check_options
 from ..utils.typed import one_line
-from .audio import AudioReader, check_batch
+from .transcriber import Transcriber, check_batch
 
 #: Seconds that Whisper reads; it drops what is longer.
 _WHISPER = 30
@@ -27,7 +25,7 @@ _WHISPER = 30
 _WINDOWS = 40
 
 
-class ModulesRecognizer(AudioReader):
+class ModulesRecognizer(Transcriber):
     """A quantized recognizer of any architecture, made by
     :func:`speechbrain_stablequant.load`.
 
@@ -43,23 +41,12 @@ class ModulesRecognizer(AudioReader):
     """
 
     def __init__(self, asr: Pretrained, device: torch.device):
-        super().__init__(asr.hparams.sample_rate, device)
+        live = asr.hparams.pretrainer.live
+        super().__init__(live, asr.hparams.sample_rate, device)
         #: SpeechBrain's object.
         self.asr = asr
-        #: Its modules, and the runtime that computes them.
-        self.model: LiveModules = asr.hparams.pretrainer.live
         # A forked process does not wait for a thread of its parent.
         self._turns: dict[int, threading.Lock] = {}
-
-    @property
-    def plan(self) -> QuantizationPlan:
-        """What was decided for each layer."""
-        return self.model.plan
-
-    @property
-    def runtime(self) -> str | None:
-        """The runtime in use; None before the first batch."""
-        return self.model.runtime
 
     def transcribe_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None

@@ -71,6 +71,12 @@ def test_parts_of_models(tmp_path, name):
     assert check_source(folder, False) == "EncoderASR"
 
 
+@pytest.mark.parametrize("value", ["!tuple (3, -0.5)", "(8, 10, 80)"])
+def test_plain_tuples(tmp_path, value):
+    folder = make_source(tmp_path, f"part: {value}\n")
+    assert check_source(folder, False) == "EncoderASR"
+
+
 #: Each would run a shell command, or code of the source.
 ATTACKS = [
     "x: !apply:os.system [touch RAN]",

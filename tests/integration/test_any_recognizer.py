@@ -81,7 +81,7 @@ def test_the_folder_transcribes_as_the_evaluation_did(evaluated):
     heard = [asr.transcribe_file(row["wav"]) for row in data.data.values()]
     assert all(heard)
     assert heard == [x.hypothesis for x in transcripts]
-    # From data alone, by any thread.
+    # By any thread.
     found = load(run.folder, "torch", trust_source=True)
     files = [row["wav"] for row in data.data.values()]
     with ThreadPoolExecutor(4) as pool:
@@ -114,7 +114,7 @@ def test_it_is_made_by_code(evaluated, tmp_path):
     ("options", "line"),
     [
         ({"backend": "nope"}, "nope"),
-        ({"backend": "torch", "backend_options": {"x": 1}}, "x"),
+        ({"backend": "torch", "backend_options": {"x": 1}}, "options.x: "),
         ({"device": "nonsense"}, "device: "),
     ],
 )
