@@ -459,9 +459,10 @@ class Batch(SimpleNamespace):
 
 def batch(count=2, seed=0):
     """Utterances of noise, the last one shorter."""
-    torch.manual_seed(seed)
+    # Threads call this together: the global random state is not theirs.
+    generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([1.0] * (count - 1) + [0.8])
-    wavs = 0.1 * torch.randn(count, 16000)
+    wavs = 0.1 * torch.randn(count, 16000, generator=generator)
     return Batch(
         id=[str(i) for i in range(count)],
         sig=(wavs, lengths if count > 1 else torch.ones(1)),
