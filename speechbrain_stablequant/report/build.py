@@ -144,9 +144,12 @@ def build_report(
 
 
 def _model(name: str | None, stored: Mapping[str, nn.Module]) -> dict:
+    # The largest module first: a model without a name is called by it.
+    sizes = {k: float_size({k: module}) for k, module in stored.items()}
+    keys = sorted(sizes, key=sizes.get, reverse=True)
     return {
         **({"name": name} if name else {}),
-        "modules": {k: type(m).__name__ for k, m in stored.items()},
+        "modules": {k: type(stored[k]).__name__ for k in keys},
         "parameters": float_size(stored) // torch.float32.itemsize,
     }
 

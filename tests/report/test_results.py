@@ -318,6 +318,11 @@ def test_built_report(tmp_path):
     assert (report["format"], report["title"]) == (1, "W8A6 stablequant")
     modules = {"enc": "Linear", "lin": "Linear"}
     assert report["model"] == {"modules": modules, "parameters": 8 + 6}
+    # The model is called by its largest module, not by its first.
+    turned = {"lin": nn.Bilinear(1, 1, 1), "enc": nn.Linear(3, 2)}
+    ordered = build_report(*given[:2], turned, *given[3:])
+    assert [*ordered["model"]["modules"]] == ["enc", "lin"]
+    assert tables.title(ordered) == "Linear: W8A6 stablequant"
     written = write_report(report, tmp_path)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "enc (Linear), lin (Linear), 0.0 million parameters" in text
