@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import speechbrain as sb
@@ -55,6 +56,9 @@ class StableQuant:
         valid_set: Dataset | DataLoader | None = None,
         train_set: Dataset | DataLoader | None = None,
     ):
+        if not hasattr(brain, "hparams"):
+            # A Brain that was made without any has no such attribute.
+            brain.hparams = SimpleNamespace()
         self.brain = brain
         self.config = config
         #: Of this process; the folder of the first process is the one kept.
@@ -64,9 +68,12 @@ class StableQuant:
         self.runs = self._evaluator.runs
         #: Whether a recipe's block made it; then errors may end the process.
         self.by_block = False
-        if valid_set is not None:
+        #: Sets given here take precedence over those of ``fit``.
+        self._has_valid_set = valid_set is not None
+        self._has_train_set = train_set is not None
+        if self._has_valid_set:
             self._draw_subsets(valid_set, {})
-        if train_set is not None:
+        if self._has_train_set:
             self._make_trainer(train_set, {})
         # On the instance, which takes precedence over the recipe's class.
         self._fit = brain.fit
@@ -117,13 +124,15 @@ class StableQuant:
             self.by_block,
         ):
             call = inspect.signature(self._fit).bind(*args, **kwargs).arguments
-            self._make_trainer(
-                call.get("train_set"), call.get("train_loader_kwargs") or {}
-            )
+            if not self._has_train_set:
+                options = call.get("train_loader_kwargs") or {}
+                self._make_trainer(call.get("train_set"), options)
             self._check_metric_early()
-            options = call.get("valid_loader_kwargs") or {}
-            if call.get("valid_set") is not None and self._needs_data:
-                self._draw_subsets(call["valid_set"], options)
+            valid_set = call.get("valid_set")
+            draws = self._needs_data and not self._has_valid_set
+            if draws and valid_set is not None:
+                options = call.get("valid_loader_kwargs") or {}
+                self._draw_subsets(valid_set, options)
             self._lock_folder()
             try:
                 return self._fit(*args, **kwargs)
@@ -232,12 +241,13 @@ class StableQuant:
         if self._needs_data and self._evaluator.trainer is None:
             self._make_trainer(None, {})
         test = TestSet(self.brain, test_set, dict(options), self._set_name())
+        dataset = dataset_of(test_set)
         if len(test_set) == 0:
             raise ValueError(
                 f"quantize: the test set '{test.name}' is empty; evaluate() "
                 "needs at least one utterance"
             )
-        check_set_audio(self.brain, self.config, dataset_of(test_set))
+        check_set_audio(self.brain, self.config, dataset)
         return test
 
     def _set_name(self) -> str:

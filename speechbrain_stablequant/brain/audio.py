@@ -161,7 +161,15 @@ def _signal_of(
     dataset: DynamicItemDataset, index: int, signal: str
 ) -> torch.Tensor:
     """An utterance's audio from the pipeline, without its other outputs."""
-    with dataset.output_keys_as([signal]):
+    pipeline = dataset.pipeline
+    # An output may have another name than the item that it is.
+    item = pipeline.output_mapping.get(signal, signal)
+    if item not in pipeline.key_to_node:
+        raise ValueError(
+            f"quantize.signal: the data set has no '{signal}'; name the item "
+            "of its pipeline that holds the audio"
+        )
+    with dataset.output_keys_as({signal: item}):
         return dataset[index][signal]
 
 

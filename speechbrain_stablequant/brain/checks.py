@@ -246,8 +246,10 @@ class RecipeChecks:
             logger.debug("quantize: no batch in the TEST stage: %s", error)
             return
         self.compare(metric, texts, self.runs)
-        # Checked again on the whole set, which has more words.
-        self._check_references(rows_of(metric), "the test set")
+        # The whole set, which has more words, is checked after its float
+        # evaluation; what would be refused then is refused now.
+        tokenizer, rows = find_tokenizer(self.brain), rows_of(metric)
+        check_references(rows, tokenizer, "the test set", self._limit)
 
     def listening(self) -> AbstractContextManager[list[_Text]]:
         """Transcribe batches with the folder's decoder, if there is one."""
@@ -291,7 +293,11 @@ class RecipeChecks:
         except ValueError as error:
             raise ValueError(f"quantize: {where}: {error}") from error
         first = all(run.plan is None for run in self.runs)
-        self._check_references(rows_of(metric), where, first)
+        rows, tokenizer = rows_of(metric), find_tokenizer(self.brain)
+        limit = self._limit if first else 100.0
+        found = check_references(rows, tokenizer, where, limit)
+        if found is not None:
+            self.warn(self.runs, *found)
         if first:
             rate = rate_of(self.brain, self.config.metric_attribute)
             check_float_wer(wer, where, self._limit, rate)
@@ -306,15 +312,6 @@ class RecipeChecks:
     @property
     def _limit(self) -> float:
         return max(run.config.search.max_float_wer for run in self.runs)
-
-    def _check_references(
-        self, rows: Sequence[Row], where: str, refuse: bool = True
-    ) -> None:
-        limit = self._limit if refuse else 100.0
-        tokenizer = find_tokenizer(self.brain)
-        found = check_references(rows, tokenizer, where, limit)
-        if found is not None:
-            self.warn(self.runs, *found, once="Of the words of")
 
     def warn(
         self,

@@ -12,12 +12,13 @@ from speechbrain.dataio.dataset import (
     DynamicItemDataset,
     FilteredSortedDynamicItemDataset,
 )
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..config import ConfigError
 from ..model.encoders import min_samples
 from ..utils.digest import digest
 from ..utils.distributed import gathered, share, size
+from ..utils.typed import short
 from .audio import AudioError, check_audio
 
 if TYPE_CHECKING:
@@ -35,13 +36,22 @@ def drawn_from(brain: sb.Brain) -> str:
 
 def dataset_of(data: Dataset | DataLoader) -> Dataset:
     """The data set of a data set or loader."""
-    return data.dataset if isinstance(data, DataLoader) else data
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"quantize: {type(dataset).__name__} is an IterableDataset, from "
+            "which nothing can be drawn; give a data set with a length"
+        )
+    return dataset
 
 
 def utterance_ids(dataset: Dataset) -> list[str]:
     """IDs of a SpeechBrain data set, or positions of a plain one."""
     if isinstance(dataset, DynamicItemDataset):
         return list(dataset.data_ids)
+    if isinstance(dataset, Subset):
+        ids = utterance_ids(dataset.dataset)
+        return [ids[index] for index in dataset.indices]
     return [str(index) for index in range(len(dataset))]
 
 
@@ -138,6 +148,12 @@ def audio_of(batch: Any, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(
             f"quantize.signal: a batch has no '{signal}'; name the attribute "
             "that holds the audio and its lengths"
+        )
+    pair = isinstance(audio, list | tuple) and len(audio) == 2
+    if not (pair and all(isinstance(x, torch.Tensor) for x in audio)):
+        raise ValueError(
+            f"quantize.signal: '{signal}' of a batch is not audio and lengths "
+            f"but {short(audio)}; name the attribute that holds these"
         )
     wavs, relative = audio
     return wavs, relative

@@ -105,6 +105,7 @@ class Evaluator:
         self.trainer: BrainTrainer | None = None
         self.checks = RecipeChecks(brain, config, self.runs)
         self._recovered: tuple | None = None
+        self._tried_out = False
         # The recipe's own, which ours replaces on the instance.
         self._recipe_evaluate = brain.evaluate
 
@@ -117,7 +118,10 @@ class Evaluator:
         # The Brain's metrics remain those of its own evaluation.
         with restored(self.brain):
             for run in self.runs:
-                if run.plan is None:
+                # An interrupted evaluation said some of them before, and left
+                # a plan, but not all that follows from it.
+                run.warnings[:] = dict.fromkeys(run.warnings)
+                if not run.is_quantized:
                     self._quantize(run)
                 quantized = self._evaluate_quantized(run, baseline, test)
                 run.results[test.name] = SetResult.pair(baseline, quantized)
@@ -141,7 +145,8 @@ class Evaluator:
         recover = self.brain.on_evaluate_start
 
         def on_evaluate_start(max_key=None, min_key=None) -> None:
-            if self._recover_once(recover, max_key, min_key):
+            self._recover_once(recover, max_key, min_key)
+            if not self._tried_out:
                 self._try_out(test)
             # Trials are not part of the float model's time.
             stack.enter_context(clock.running())
@@ -165,22 +170,20 @@ class Evaluator:
 
     def _recover_once(
         self, recover: Callable, max_key: str | None, min_key: str | None
-    ) -> bool:
-        """Recover the checkpoint; returns whether this is the first time."""
+    ) -> None:
+        """Recover the checkpoint, the first time."""
         keys = (max_key, min_key)
         if self._recovered is None:
             if self.config.require_checkpoint:
                 check_checkpoint(self.brain, *keys)
             recover(max_key=max_key, min_key=min_key)
             self._recovered = keys
-            return True
         if self._recovered != keys:
             raise ValueError(
                 "quantize: evaluate() was called with max_key, min_key "
                 f"= {keys} after {self._recovered}; the plan belongs to "
                 "one checkpoint, so evaluate others in a run of their own"
             )
-        return False
 
     def _try_out(self, test: TestSet) -> None:
         """Try runtimes, folders and decoding on a batch of a test set."""
@@ -204,6 +207,7 @@ class Evaluator:
                 decide_parts(run, batch)
             self.checks.try_out(batch)
             try_probes(self.runs)
+        self._tried_out = True
 
     def _quantize(self, run: Run) -> None:
         """Make the run's plan, its integers and its folder."""
@@ -245,6 +249,7 @@ class Evaluator:
         if run.config.plan is None:
             trained = self.trainer.ids if run.config.needs_training else ()
             run.remember_effort(seconds, trained)
+        run.is_quantized = True
 
     @cached_property
     def _dependencies(self) -> Dependencies:

@@ -40,7 +40,8 @@ def read_manifest(manifest: Manifest, data_root: str | Path | None) -> Rows:
     """Read and check a manifest; ``data_root`` None: the folder it is in."""
     if isinstance(manifest, str | Path):
         path = Path(manifest)
-        rows = _rows_of(path, Path(data_root or path.parent))
+        # A placeholder's path must not be taken as relative to it.
+        rows = _rows_of(path, Path(data_root or path.parent).absolute())
     else:
         rows = _audio_rows([Path(part) for part in manifest])
     found: Rows = {}

@@ -76,6 +76,8 @@ class Run:
     products: Mapping[str, int] | None = None
     results: dict[str, SetResult] = field(default_factory=dict)
     effort: Effort | None = None
+    #: Whether plan, integers and folder are there.
+    is_quantized: bool = False
 
     @property
     def model_folder(self) -> Path:
@@ -247,10 +249,10 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     rows, stored = [], None
     for run in runs:
         plan, execution = run.plan, run.execution()
-        stored = stored or execution.keys
+        if stored is None and execution.keys is not None:
+            stored = {key: run.stored_modules[key] for key in execution.keys}
         how = (plan.method, plan.weight_bits, plan.activation_bits)
         rows += variant_rows(run.name, how, run.results, execution, run.effort)
-    modules = runs[0].stored_modules
-    if stored is not None:
-        modules = {key: modules[key] for key in stored}
-    return {"rows": rows, "float_mb": float_size(modules) / 1e6}
+    if stored is None:
+        stored = runs[0].stored_modules
+    return {"rows": rows, "float_mb": float_size(stored) / 1e6}

@@ -15,6 +15,7 @@ import click
 from ruamel.yaml import YAML, YAMLError
 
 from .. import __version__
+from ..utils.lock import FolderInUse
 from ..utils.typed import one_line
 from .recipe import INTERRUPTED, ending_while_importing, start
 
@@ -79,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # Of `stablequant ... | head`: Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, FolderInUse) as error:
         _say(one_line(error, 600))
         code = 1
     sys.exit(code or 0)
@@ -146,10 +147,12 @@ def quantize(
         start(recipe)
         return
     from .. import quantize_pretrained
+    from ..brain.block import read_block
 
-    made = quantize_pretrained(
-        **options, run_opts={"device": device}, **_mapping(block)
-    )
+    given = _mapping(block)
+    # Other arguments of the function are no keys.
+    read_block(given)
+    made = quantize_pretrained(**options, run_opts={"device": device}, **given)
     found = made if isinstance(made, dict) else {"": made}
     for name, row in found.items():
         click.echo(

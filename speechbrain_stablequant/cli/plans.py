@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import QuantizationPlan
-from ..report.tables import is_simulated, share, speed, text_columns
+from ..report.tables import (
+    is_simulated,
+    number,
+    share,
+    signed,
+    speed,
+    text_columns,
+)
 
 _PLAN, _REPORT = "plan.json", "report.json"
 _CLIPPING = "clipping percentile"
@@ -45,7 +52,7 @@ def units(plan: QuantizationPlan) -> str:
         layers = [row for row in plan.layers if row.unit == name]
         unit = measured.get(name)
         delta = unit and unit.delta_wer
-        alone = "" if delta is None else f"{delta:+.2f}"
+        alone = "" if delta is None else signed(delta)
         bits = " ".join(sorted({row.bits for row in layers}))
         cutoffs = [row.cutoff for row in layers if _is_clipped(row)]
         ends = sorted({min(cutoffs), max(cutoffs)}) if cutoffs else []
@@ -243,19 +250,15 @@ def _compared_reports(first: dict, second: dict) -> str:
     # Times of two runs do not compare; the gain of each over float does.
     for key in ("title", "backend", "speed"):
         rows.append([key, first[key], second[key]])
-    cells = [_figure(report["size"]) for report in (first, second)]
+    cells = [number(report["size"], 1) for report in (first, second)]
     rows.append(["size, MB", *cells])
     for name in dict.fromkeys([*first["tests"], *second["tests"]]):
         for i, model in enumerate(("float", "quantized")):
             cells = [
-                _figure(report["tests"][name][i])
+                number(report["tests"][name][i])
                 if name in report["tests"]
                 else "absent"
                 for report in (first, second)
             ]
             rows.append([f"{name}, {model} WER %", *cells])
     return columns(rows)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

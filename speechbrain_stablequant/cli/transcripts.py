@@ -80,7 +80,8 @@ def _started(words: Iterable[Word], file: str, form: str) -> Iterator[str]:
     """The parts of a transcript; the first one is there already, so that a
     file that cannot be read leaves nothing."""
     texts = _FORMS[form](words, file)
-    first = next(texts)
+    # Subtitles of silence are none.
+    first = next(texts, "")
     return chain([first], texts)
 
 

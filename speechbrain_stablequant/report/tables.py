@@ -222,7 +222,7 @@ def gains(report: dict) -> str:
     text += f" ({after} instead of {before} MB)"
     found = speed(report)
     if found != NOT_MEASURED and not is_simulated(report):
-        text += f", {found} ({report['backend']})"
+        text += f", {found} with {report['backend']}"
     return f"{text}."
 
 
@@ -239,19 +239,20 @@ def speed(report: dict) -> str:
     return f"{text} ({low:.2f}x to {high:.2f}x)"
 
 
-def account(report: dict) -> list[list[str]]:
-    """Shares of parameters and multiply-adds; empty for earlier reports."""
+def account(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Shares of parameters and multiply-adds; no rows for earlier reports."""
     found = report.get("account") or {}
     kinds = {
         "quantized": "Quantized",
         "weight_only": "Weights alone",
         "float": "Floating point",
     }
-    return [
+    rows = [
         [words, *(_share(found[x], key) for x in ("parameters", "products"))]
         for key, words in kinds.items()
         if found
     ]
+    return _measured(["", "Parameters", "Multiply-adds"], rows)
 
 
 def _share(counts: dict | None, key: str) -> str:
@@ -259,13 +260,32 @@ def _share(counts: dict | None, key: str) -> str:
     return f"{100 * counts[key] / total:.1f} %" if total else NOT_MEASURED
 
 
-def largest_float(report: dict) -> list[list[str]]:
-    """The largest parts that stay floating point, and why."""
-    rows = (report.get("account") or {}).get("largest_float", [])
-    return [
-        [x["name"], count(x["parameters"]), count(x["products"]), x["why"]]
-        for x in rows
+def largest_float(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the largest parts in floating point, and why."""
+    found = report["account"]
+    rows = [
+        [
+            row["name"],
+            count(row["parameters"]),
+            count(row["products"] if found["products"] else None),
+            row["why"],
+        ]
+        for row in found["largest_float"]
     ]
+    columns = ["In floating point", "Parameters", "Multiply-adds", "Why"]
+    return _measured(columns, rows)
+
+
+def _measured(
+    columns: list[str], rows: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns of which nothing is known."""
+    if not rows:
+        return columns, rows
+    cells = enumerate(zip(*rows, strict=True))
+    kept = [i for i, column in cells if {*column} != {NOT_MEASURED}]
+    columns, *rows = ([row[i] for i in kept] for row in (columns, *rows))
+    return columns, rows
 
 
 def units(

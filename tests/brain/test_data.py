@@ -12,7 +12,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataio import read_audio
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.dataset import DynamicItemDataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from speechbrain_stablequant.brain import audio
 from speechbrain_stablequant.brain.audio import AudioError, check_audio
@@ -92,6 +92,14 @@ def test_draw_without_a_number():
     data = dataset_in(IDS)
     assert len(draw_subset(data, None, 8, 0, "search")) == 8
     assert utterance_ids(draw_subset(data, None, 99, 0, "search")) == IDS
+
+
+def test_utterances_of_a_part_are_those_of_the_whole():
+    assert utterance_ids(Subset(dataset_in(IDS), [3, 1])) == [IDS[3], IDS[1]]
+    draws = [draw_subset(range(30), 3, 99, seed, "search") for seed in (0, 1)]
+    assert utterance_ids(draws[0]) == [str(i) for i in draws[0].indices]
+    # Sets of different utterances are told apart.
+    assert utterance_ids(draws[0]) != utterance_ids(draws[1])
 
 
 def test_draw_all():
@@ -524,6 +532,23 @@ def test_wrong_signal(three, signal):
     text = str(error.value)
     assert text.startswith(f"quantize.signal: a batch has no '{signal}'")
     assert "\n" not in text
+
+
+def test_a_signal_that_is_no_audio(three):
+    with pytest.raises(ValueError, match=r"^quantize.signal: 'id' of a batch"):
+        Batches(three, 1, {}, "id").load()
+
+
+def test_an_output_of_another_name(write):
+    """As in set_output_keys({"sig": "wave"}): its audio is checked as well."""
+    bad = write("bad.wav", np.full(4000, np.inf), subtype="FLOAT")
+    data = audio_set(bad)
+    data.add_dynamic_item(lambda sig: sig, takes="sig", provides="wave")
+    data.set_output_keys({"id": "id", "speech": "wave"})
+    with pytest.raises(AudioError, match="holds NaN or Inf"):
+        check_audio(data, "wav", "speech", RATE)
+    with pytest.raises(ValueError, match=r"^quantize.signal: the data set has"):
+        check_audio(data, "wav", "spech", RATE)
 
 
 def test_batch_of_stereo(write):

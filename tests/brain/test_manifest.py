@@ -37,6 +37,18 @@ def test_csv(audio, tmp_path):
     }
 
 
+def test_a_relative_path(audio, monkeypatch):
+    """Its placeholder is not taken as relative to it."""
+    write(audio / "m.csv", "ID,wav\nu1,$data_root/b.flac\n")
+    monkeypatch.chdir(audio.parent)
+    place = Path(audio.name)
+    for rows in (
+        read_manifest(place / "m.csv", None),
+        read_manifest(str(place / "m.csv"), place),
+    ):
+        assert rows == {"u1": {"wav": str(audio / "b.flac")}}
+
+
 def test_json(audio):
     rows = {
         "one": {"wav": "{data_root}/a.wav", "length": 1.5, "words": "{HI}"},

@@ -322,6 +322,8 @@ def test_more_utterances_than_a_manifest_has(place, tmp_path):
         ({"variants": [{"name": "a"}]}, "method: stablequant compares word"),
         ({"output_folder": "x"}, "quantize.output_folder: is the argument"),
         ({"weight_bitz": 6}, "quantize.weight_bitz: unknown key"),
+        ({"seed": "x"}, "quantize.seed: "),
+        ({"seed": None}, "quantize.seed: "),
     ],
 )
 def test_refused_before_loading(place, block, line):

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from quantized_folder import SETTINGS, write
 
-from speechbrain_stablequant.cli import plans
+from speechbrain_stablequant.cli import plans, transcripts
 from speechbrain_stablequant.cli.app import app, main
 from speechbrain_stablequant.core.plan import UnitPlan
 from speechbrain_stablequant.export import ENGINES
@@ -26,6 +26,7 @@ from speechbrain_stablequant.runtimes.registry import RUNTIMES
 from speechbrain_stablequant.transcribe import load as load_module
 from speechbrain_stablequant.transcribe.load import load
 from speechbrain_stablequant.utils.interrupts import explained
+from speechbrain_stablequant.utils.lock import FolderInUse
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,12 @@ def test_subtitles(folder, audio, capsys):
     assert first == "1"
     assert second.startswith("00:00:0")
     assert " --> 00:00:" in second
+
+
+def test_silence_has_no_subtitles(tmp_path, capsys):
+    transcripts.show([], "a.wav", "srt", None)
+    transcripts.save([], "a.wav", "srt", tmp_path)
+    assert (tmp_path / "a.srt").read_text() == capsys.readouterr().out == ""
 
 
 def test_what_was_transcribed_is_there_after_an_interrupt(
@@ -390,6 +397,7 @@ def test_compared_reports(tmp_path, capsys):
     }
     none = dict.fromkeys(("float", "quantized"))
     second = {**first, "backend": "simulated", "rtf": none, "speedup": None}
+    second["size_mb"] = {"float": 5000.0, "quantized": 1234.5}
     for name, report in (("a", first), ("b", second)):
         (tmp_path / name).mkdir()
         text = json.dumps(report)
@@ -399,7 +407,8 @@ def test_compared_reports(tmp_path, capsys):
     rows = [line.split() for line in out.splitlines()]
     assert ["speed", "1.60x", "faster", "(1.30x", "to", "1.90x)", "n/a"] in rows
     assert not any("factor" in row for row in rows)
-    assert ["size,", "MB", "3.5", "3.5"] in rows
+    assert ["size,", "MB", "3.5", "1234.5"] in rows
+    assert ["clean,", "quantized", "WER", "%", "5.25", "5.25"] in rows
 
 
 # -- quantize, export, benchmark -----------------------------------------------
@@ -560,6 +569,11 @@ def test_an_interruption_is_said_once(explains, tmp_path, monkeypatch, capsys):
         ([__file__, __file__], "has no `quantize:` block"),
         (["no/source", ".", "out", "--quantize", "8"], "--quantize: is no map"),
         (["no/source", ".", "out", "--quantize", "{a"], "--quantize: "),
+        (
+            ["no/source", ".", "out", "--quantize", "{output: a}"],
+            "quantize.out",
+        ),
+        (["no/source", ".", "out", "--quantize", "{1: a}"], "quantize"),
         (["no/source", ".", "out"], ": holds no utterance"),
     ],
 )
@@ -572,6 +586,16 @@ def test_quantize_refuses_in_one_line(
     (found,) = err.splitlines()
     assert found.startswith("stablequant: ")
     assert line in found
+
+
+def test_another_run_in_the_folder_is_a_line(monkeypatch, capsys):
+    def refuse(ctx):
+        raise FolderInUse("quantize.output_folder: another run works in out")
+
+    monkeypatch.setattr(app, "invoke", refuse)
+    code, _, err = run(capsys, "inspect", ".")
+    assert code == 1
+    assert err.startswith("stablequant: quantize.output_folder: another run")
 
 
 def test_a_pretrained_source(tmp_path, monkeypatch, capsys):

@@ -234,7 +234,7 @@ def test_all_forms_state_the_same_numbers(report, tmp_path):
 
 def test_words_stand_to_the_left_and_numbers_to_the_right(report, tmp_path):
     """The heading of a column as its cells, short ones too."""
-    part = {"name": "conv", "parameters": 9, "products": None, "why": "short"}
+    part = {"name": "conv", "parameters": 9, "products": 0, "why": "short"}
     counts = dict.fromkeys(("quantized", "weight_only", "float"), 1)
     report["account"] = {
         "parameters": counts,
@@ -527,6 +527,44 @@ def test_a_search_of_another_method_is_not_explained_by_thresholds(
     assert "| Evaluations | 77 |" in text
     for words in ("selected", "The lowest", "searched", "A unit's curve"):
         assert words not in text
+
+
+def test_figures_of_a_narrow_page_stay_in_one_line(report, tmp_path):
+    """Such as "90 / 17 / 15"; cells of words are broken."""
+    write_report(report, tmp_path)
+    page = texts(tmp_path)["report.html"]
+    narrow = page[page.index("@media (max-width") : page.index("@page")]
+    rules = re.findall(r"([^{}]+) \{[^{}]*white-space: normal", narrow)
+    assert [x.strip() for x in rules] == [
+        "table:not(.blocks) td.text",
+        ".blocks td",
+    ]
+    assert "td:not(:first-child) { white-space: nowrap; }" in page
+    assert '<td data-name="Float">901 / 120 / 110</td>' in page
+
+
+def test_a_plan_that_was_given(report, tmp_path):
+    """Nothing was calibrated, and no multiply-adds were counted."""
+    part = {"name": "conv", "parameters": 9, "products": 0, "why": "short"}
+    report["account"] = {
+        "parameters": dict.fromkeys(("quantized", "weight_only", "float"), 1),
+        "products": None,
+        "largest_float": [part],
+    }
+    report["settings"] = {"calibration": {"num_utterances": 4}}
+    report["layers"] = [
+        {"name": "conv.0", "bits": "W8A8", "bytes": 9, "cutoff": 99.9}
+        | {"beyond": 0.001, "why": "cut"}
+    ]
+    report |= {"histograms": {}, "units": [make_unit("conv.0", None)]}
+    write_report(report, tmp_path)
+    for name, text in texts(tmp_path).items():
+        assert "Multiply-adds" not in text, name
+        assert "The plan was given" in text, name
+        assert "The ranges of 1 of 1 layers end below" in text, name
+    report["calibration"] = {"num_utterances": 4, "drawn_from": "manifest"}
+    write_report(report, tmp_path)
+    assert "The plan was given" not in texts(tmp_path)["report.html"]
 
 
 def test_nan_is_named_before_anything_is_written(report, tmp_path):
