@@ -271,7 +271,16 @@ class Evaluator:
         decoding = self._dependencies.key(first, sb.Stage.TEST, "scores")
 
         def look_up() -> tuple[str, Evaluation | None]:
-            key = self._key(run, baseline, decoding)
+            key = baseline.key(
+                run.plan,
+                decoding,
+                run.backend,
+                run.config.float_dtype,
+                *run.warnings,
+                repr(run.config.backend_options),
+                self._environment,
+                code_digest(),
+            )
             known = Evaluation.read(run.store, file, key)
             return key, distributed.from_main(known)
 
@@ -309,19 +318,6 @@ class Evaluator:
         rate = rate_of(self.brain, self.config.metric_attribute)
         found = evaluation_of(metric, clock, heard)
         return replace(found, counts=counts, rate=rate)
-
-    def _key(self, run: Run, baseline: Evaluation, decoding: str) -> str:
-        """Key of the transcripts and times of an evaluation."""
-        return baseline.key(
-            run.plan,
-            decoding,
-            run.backend,
-            run.config.float_dtype,
-            *run.warnings,
-            repr(run.config.backend_options),
-            self._environment,
-            code_digest(),
-        )
 
     @property
     def _environment(self) -> dict[str, str | int]:

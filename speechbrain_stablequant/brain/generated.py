@@ -13,7 +13,6 @@ from typing import Any
 import speechbrain as sb
 from speechbrain.decoders.ctc import CTCBaseSearcher, CTCBeamSearcher
 from speechbrain.decoders.seq2seq import (
-    S2SBaseSearcher,
     S2SWhisperBeamSearcher,
     S2SWhisperGreedySearcher,
 )
@@ -29,7 +28,7 @@ from ..folder.write import ModulesSource
 from .decoding import find_tokenizer, folder_tokenizer, markers_of
 from .inference_yaml import check_one_wrapper, live_modules
 from .metrics import Row
-from .recipe_chain import Observed, chain_to
+from .recipe_chain import SEARCHERS, Observed, chain_to
 from .recipe_yaml import (
     OURS,
     Nodes,
@@ -58,8 +57,7 @@ def loading_class(brain: sb.Brain) -> str:
     kinds = [type(module) for module in named_modules(brain).values()]
     if any(issubclass(kind, _WHISPER) for kind in kinds):
         return "WhisperASR"
-    searchers = S2SBaseSearcher, TransducerBeamSearcher
-    searches = any(issubclass(kind, searchers) for kind in kinds)
+    searches = any(issubclass(kind, SEARCHERS) for kind in kinds)
     return "EncoderDecoderASR" if searches else "EncoderASR"
 
 

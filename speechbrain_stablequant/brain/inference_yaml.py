@@ -22,6 +22,7 @@ from torch import nn
 from ..config import CommonConfig
 from ..folder.errors import NoFolderError
 from ..folder.module_state import hooked_modules
+from ..folder.recognizer_spec import interface_of
 from ..folder.write import ModulesSource
 from .decoding import folder_tokenizer
 from .metrics import Row
@@ -131,27 +132,19 @@ def contents_of(module: nn.Module) -> set[int]:
 
 def _interface(hparams: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """SpeechBrain's class for a YAML, and the keys of its encoder."""
-    keys = hparams.get("modules") or {}
-    for name, modules, others in (
-        ("WhisperASR", ("whisper", "decoder"), ("language", "sample_rate")),
-        ("EncoderASR", ("encoder",), ("tokenizer", "decoding_function")),
-        ("EncoderDecoderASR", ("encoder", "decoder"), ("tokenizer",)),
-    ):
-        if all(k in keys for k in modules) and all(
-            k in hparams for k in others
-        ):
-            first = "whisper" if name == "WhisperASR" else "encoder"
-            found = [key_of(hparams, keys[first], first)]
-            if hparams.get("transformer_beam_search"):
-                key = key_of(hparams, keys["transformer"], "transformer")
-                found.append(key)
-            return name, tuple(found)
-    raise NoFolderError(
-        "quantize.inference: is none of EncoderASR's (modules: encoder; "
-        "decoding_function, tokenizer), EncoderDecoderASR's (modules: encoder, "
-        "decoder; tokenizer) or WhisperASR's (modules: whisper, decoder; "
-        "language, sample_rate)"
-    )
+    modules = hparams.get("modules") or {}
+    name = interface_of(set(hparams), set(modules))
+    if name is None:
+        raise NoFolderError(
+            "quantize.inference: is none of EncoderASR's (modules: encoder; "
+            "decoding_function, tokenizer), EncoderDecoderASR's (modules: "
+            "encoder, decoder; tokenizer) or WhisperASR's (modules: whisper, "
+            "decoder; language, sample_rate)"
+        )
+    roots = ["whisper" if name == "WhisperASR" else "encoder"]
+    if hparams.get("transformer_beam_search"):
+        roots.append("transformer")
+    return name, tuple(key_of(hparams, modules[x], x) for x in roots)
 
 
 def key_of(hparams: Mapping[str, Any], value: Any, name: str) -> str:

@@ -25,22 +25,11 @@ _CHECKPOINTS = ("source", "pretrained_model_name_or_path")
 
 
 def check_recipe(arguments: Sequence[str]) -> None:
-    """Check the YAML and the options of a recipe's command line.
+    """Raise for wrong keys or checkpoints of a recipe's command line, which
+    follows its script.
 
     Nothing is said of a recipe that reads its command line in another way, or
     of a YAML that only HyperPyYAML understands: the recipe says it.
-
-    Arguments
-    ---------
-    arguments : list of str
-        What follows the script.
-
-    Raises
-    ------
-    ConfigError
-        A key of the block is wrong.
-    ValueError
-        A checkpoint is no folder, and cannot be an id of the HuggingFace Hub.
     """
     tree = _resolved(arguments)
     for node in tree.values():

@@ -124,11 +124,16 @@ def quantize_pretrained(
     speechbrain_stablequant.brain.manifest.ManifestError: utterance a: there \
 is no file a.wav
     """
-    config = _check_block(block)
+    if "output_folder" in block:
+        raise ConfigError(
+            "quantize.output_folder: is the argument `output` here; leave it "
+            "out"
+        )
+    config = read_block(block)
     decision, test, told = _read_data(
         manifest, test_manifest, data_root, config.seed
     )
-    _check_transcripts(config, told)
+    _check_methods(config, told)
     folder = source_folder(source)
     kind = check_source(folder, trust_source)
     with allowed(folder, trust_source), tempfile.TemporaryDirectory() as place:
@@ -194,27 +199,15 @@ def _read_data(
     return rows, test, told[0]
 
 
-def _check_block(block: Mapping[str, Any]) -> QuantizeConfig:
-    """The checked block; refuses what needs a training set."""
-    if "output_folder" in block:
-        raise ConfigError(
-            "quantize.output_folder: is the argument `output` here; leave it "
-            "out"
-        )
-    config = read_block(block)
-    for variant in config.variant_configs().values():
-        if variant.needs_training:
+def _check_methods(block: QuantizeConfig, told: bool) -> None:
+    """Refuse what needs a training set, or transcripts that are not there."""
+    for config in block.variant_configs().values():
+        if config.needs_training:
             raise ConfigError(
-                f"quantize.method: {variant.method} trains, and there is no "
+                f"quantize.method: {config.method} trains, and there is no "
                 "training set; choose another method, or attach to the "
                 "recipe's Brain"
             )
-    return config
-
-
-def _check_transcripts(block: QuantizeConfig, told: bool) -> None:
-    """Refuse what needs transcripts if there are none."""
-    for config in block.variant_configs().values():
         if config.transcribed and not told:
             raise ConfigError(
                 f"quantize.method: {config.method} compares word error rates, "

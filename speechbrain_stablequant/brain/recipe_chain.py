@@ -20,7 +20,8 @@ from ..folder.errors import NoFolderError
 from ..utils.patching import shadowed
 from .passes import Call, recording, same
 
-_SEARCHERS = (S2SBaseSearcher, TransducerBeamSearcher)
+#: What decodes token by token.
+SEARCHERS = (S2SBaseSearcher, TransducerBeamSearcher)
 _CONSTANTS = bool | int | float | None
 
 
@@ -54,7 +55,7 @@ def observing(
     seen = Observed(audio)
 
     def record(call: Call) -> None:
-        if isinstance(modules[call.key], _SEARCHERS):
+        if isinstance(modules[call.key], SEARCHERS):
             seen.searcher = call
         else:
             seen.calls.append(call)

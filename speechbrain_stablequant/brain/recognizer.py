@@ -11,8 +11,6 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.decoders.seq2seq import S2SBaseSearcher
-from speechbrain.decoders.transducer import TransducerBeamSearcher
 from torch import nn
 
 from ..methods.search.score import Score
@@ -35,6 +33,7 @@ from .passes import (
     recognize,
     tensors,
 )
+from .recipe_chain import SEARCHERS
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +101,9 @@ class TeacherForcing:
 
 def searchers(brain: sb.Brain) -> list[nn.Module]:
     """What decodes token by token for a Brain, with what it holds."""
-    kinds = (S2SBaseSearcher, TransducerBeamSearcher)
     modules = getattr(brain, "modules", None) or {}
     found = [*(value for _, value in objects_of(brain)), *modules.values()]
-    known = {id(x): x for x in found if isinstance(x, kinds)}
+    known = {id(x): x for x in found if isinstance(x, SEARCHERS)}
     return list(known.values())
 
 

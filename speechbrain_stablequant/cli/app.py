@@ -65,9 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")
     try:
         with ending_while_importing():
-            code = app.main(
-                args, prog_name="stablequant", standalone_mode=False
-            )
+            code = app.main(args, "stablequant", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -150,8 +148,7 @@ def quantize(
     from ..brain.block import read_block
 
     given = _mapping(block)
-    # Other arguments of the function are no keys.
-    read_block(given)
+    read_block(given)  # What has the name of another argument is no key.
     made = quantize_pretrained(**options, run_opts={"device": device}, **given)
     found = made if isinstance(made, dict) else {"": made}
     for name, row in found.items():

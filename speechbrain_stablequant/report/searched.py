@@ -9,6 +9,11 @@ def coverage(report: dict) -> str:
     return "" if level is None else f"{100 * level:.4g} % "
 
 
+def selected(rows: list[dict]) -> list[int]:
+    """Which units were searched."""
+    return [i for i, unit in enumerate(rows) if unit["selected"]]
+
+
 def curves(
     rows: list[dict], rate: str
 ) -> tuple[list[str], list[list[str]], list[int]]:

@@ -101,8 +101,6 @@ def delta(value: float | None, ends: Sequence[float] | None) -> str:
 
 def word_errors(rates: dict) -> str:
     keys = ("substitutions", "deletions", "insertions")
-    if any(rates.get(key) is None for key in keys):
-        return NOT_MEASURED
     return " / ".join(count(rates[key]) for key in keys)
 
 
@@ -227,8 +225,8 @@ def gains(report: dict) -> str:
 
 
 def speed(report: dict) -> str:
-    """The gain in time in words, with its interval, which earlier reports
-    lack; no gain where the interval includes 1."""
+    """The gain in time in words, with its interval, where enough batches took
+    turns; no gain where the interval includes 1."""
     text = times(gain(report["rtf"]), "faster", "slower")
     found = report.get("speedup")
     if found is None:
@@ -240,17 +238,15 @@ def speed(report: dict) -> str:
 
 
 def account(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Shares of parameters and multiply-adds; no rows for earlier reports."""
-    found = report.get("account") or {}
-    kinds = {
-        "quantized": "Quantized",
-        "weight_only": "Weights alone",
-        "float": "Floating point",
-    }
+    """Columns and rows: shares of parameters and multiply-adds."""
+    found = report["account"]
     rows = [
         [words, *(_share(found[x], key) for x in ("parameters", "products"))]
-        for key, words in kinds.items()
-        if found
+        for words, key in (
+            ("Quantized", "quantized"),
+            ("Weights alone", "weight_only"),
+            ("Floating point", "float"),
+        )
     ]
     return _measured(["", "Parameters", "Multiply-adds"], rows)
 
@@ -280,11 +276,10 @@ def _measured(
     columns: list[str], rows: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """A table without the columns of which nothing is known."""
-    if not rows:
-        return columns, rows
-    cells = enumerate(zip(*rows, strict=True))
-    kept = [i for i, column in cells if {*column} != {NOT_MEASURED}]
-    columns, *rows = ([row[i] for i in kept] for row in (columns, *rows))
+    table = [columns, *rows]
+    cells = enumerate(zip(*table, strict=True))
+    kept = [i for i, (_, *column) in cells if {*column} != {NOT_MEASURED}]
+    columns, *rows = ([row[i] for i in kept] for row in table)
     return columns, rows
 
 
@@ -294,14 +289,11 @@ def units(
     """Columns and rows of the units; without a search only their sizes."""
     columns = {
         "Unit": [unit["name"] for unit in rows],
-        "Layers": [count(unit.get("layers")) for unit in rows],
-        "Parameters": [count(unit.get("parameters")) for unit in rows],
+        "Layers": [count(unit["layers"]) for unit in rows],
+        "Parameters": [count(unit["parameters"]) for unit in rows],
+        "Bits": [" ".join(unit["bits"]) for unit in rows],
+        "kB": [number(unit["bytes"] / 1e3, 1) for unit in rows],
     }
-    if any("bits" in unit for unit in rows):
-        columns |= {
-            "Bits": [" ".join(unit["bits"]) for unit in rows],
-            "kB": [number(unit["bytes"] / 1e3, 1) for unit in rows],
-        }
     if any(unit["selected"] or unit.get("wer") is not None for unit in rows):
         change = f"\u0394 {rate} alone"
         if any(unit.get("delta_wer_ci") for unit in rows):
@@ -333,32 +325,23 @@ def layers(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def title(report: dict) -> str:
-    """Names the model, of which earlier reports say nothing."""
-    model = report.get("model", {})
-    kinds = list(model.get("modules", {}).values())
-    name = model.get("name") or " ".join(kinds[:1])
-    return f"{name}: {report['title']}" if name else report["title"]
+    model = report["model"]
+    name = model.get("name") or next(iter(model["modules"].values()))
+    return f"{name}: {report['title']}"
 
 
 def described(report: dict) -> str:
     """The model in one line."""
     made = f"{report['created'][:16].replace('T', ' ')} UTC"
-    parts = [precision(report), made]
-    if "model" in report:
-        model = report["model"]
-        names = [f"{k} ({kind})" for k, kind in model["modules"].items()]
-        millions = model["parameters"] / 1e6
-        parts = [*names, f"{millions:.1f} million parameters", *parts]
-    return ", ".join(parts)
-
-
-def selected(rows: list[dict]) -> list[int]:
-    return [i for i, unit in enumerate(rows) if unit["selected"]]
+    model = report["model"]
+    names = [f"{k} ({kind})" for k, kind in model["modules"].items()]
+    size = f"{model['parameters'] / 1e6:.1f} million parameters"
+    return ", ".join([*names, size, precision(report), made])
 
 
 def calibration(report: dict) -> str:
-    """What the ranges were calibrated with; empty for earlier reports."""
-    settings = report.get("settings", {}).get("calibration", {})
+    """What the ranges were calibrated with; empty if a plan does not say."""
+    settings = report["settings"].get("calibration", {})
     found = report.get("calibration", {})
     asked = found.get("num_utterances") or settings.get("num_utterances")
     if asked is None and not settings:
@@ -388,10 +371,7 @@ def settings(
 
 
 def environment(report: dict) -> list[list[str]]:
-    return [
-        [key, NOT_MEASURED if value is None else str(value)]
-        for key, value in report["environment"].items()
-    ]
+    return [[key, str(x)] for key, x in report["environment"].items()]
 
 
 def summary_table(report: dict) -> str:

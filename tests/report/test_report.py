@@ -65,6 +65,8 @@ def make_unit(name, delta, selected=False, cutoff=100.0, curve=()):
         "name": name,
         "layers": 6,
         "parameters": 12596224,
+        "bits": ["W8A6"],
+        "bytes": 12596224,
         "wer": None if delta is None else 2.2 + delta,
         "delta_wer": delta,
         "selected": selected,
@@ -105,7 +107,7 @@ def report():
         "method": "stablequant",
         "bits": {"weight": 8, "activation": 6},
         "backend": "openvino",
-        "environment": {"python": "3.11", "threads": 2, "device": None},
+        "environment": {"python": "3.11", "threads": 2, "device": "cpu"},
         "test": {
             "test-clean": {
                 "float": rates(2.17, 0.61, (901, 120, 110)),
@@ -146,6 +148,27 @@ def report():
             }
         },
         "warnings": ["the head stays in floating point"],
+        "model": {"modules": {"enc": "Encoder"}, "parameters": 315e6},
+        "account": {
+            "parameters": {"quantized": 3, "weight_only": 0, "float": 1},
+            "products": {"quantized": 9, "weight_only": 0, "float": 1},
+            "largest_float": [
+                {"name": "ctc", "parameters": 9, "products": 0, "why": "short"}
+            ],
+        },
+        "layers": [
+            {
+                "name": "conv.0.conv",
+                "unit": "conv.0",
+                "bits": "W8A6",
+                "bytes": 5120,
+                "cutoff": 99.99,
+                "beyond": None,
+                "why": "the smallest squared error",
+            }
+        ],
+        "settings": {},
+        "command": "python train.py quant.yaml",
         "files": {"plan": "plan.json"},
     }
 
@@ -288,7 +311,8 @@ def test_markup_in_names_stays_text(report, tmp_path):
     forms = texts(tmp_path)
     page = Page(forms["report.html"])
     assert "script" not in page.tags
-    assert page.text.count(nasty) == 7  # twice as title, once elsewhere
+    # Twice as title, once elsewhere.
+    assert sum(text.endswith(nasty) for text in page.text) == 7
     markdown = forms["report.md"]
     assert not re.search(r"(?<!\\)<script", markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -305,14 +329,12 @@ def cells(row):
 def test_without_optional_parts(report, tmp_path):
     del report["search"]
     report["histograms"], report["warnings"] = {}, []
-    report["units"] = [
-        {"name": "a", "delta_wer": None, "selected": False, "cutoff": None}
-    ]
+    report["units"] = [make_unit("a", None)]
     entry = report["test"]["test-clean"]
     for key in ("delta_cer", "delta_cer_ci"):
         del entry[key]
     for system in ("float", "quantized"):
-        entry[system] = {"WER": 1.0, "CER": None, "utterances": 3}
+        entry[system]["CER"] = None
     report["rtf"] = {"float": None, "quantized": None}
     written = write_report(report, tmp_path)
     assert {path.suffix for path in written} == {".json", ".md", ".html"}
