@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +50,7 @@ class RuntimeSlot:
         self.built: BuiltRuntime | None = None
         self._build = build
         self._install = install
-        self._locks: dict[int, threading.Lock] = {}
+        self._lock = forks.ProcessLock()
         self._pid = os.getpid()
         forks.protect_children()
 
@@ -73,9 +72,7 @@ class RuntimeSlot:
         forks.keep_to_one_thread()
         if built is not None and built.serves(device):
             return built
-        # One lock for each process: in a child, another thread of the parent
-        # may have held the parent's lock for ever.
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
+        with self._lock:
             built = self.built
             if built is None or not built.serves(device):
                 self._replace(built, device)

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from ..core.encoder_spec import EncoderSpec
 from ..core.integer_layer import IntegerLayer
 from ..utils.files import code_identity, identity
@@ -56,6 +58,7 @@ class LayerRunner(Protocol):
         """Compute the layer of a trial by its ``algorithm``."""
 
 
+@torch.autocast("cpu", enabled=False)
 def exact_algorithm(
     geometry: Geometry, runner: LayerRunner
 ) -> tuple[str | None, str, bool]:

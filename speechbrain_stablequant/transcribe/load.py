@@ -214,8 +214,10 @@ is no such folder; download it first, or give another
     """
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: {one_line(error, 200)}") from error
+        torch.empty(0, device=device)
+    # The second: of a build of torch without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device}: {one_line(error, 200)}") from error
     place = model_folder(folder)
     interface = interface_of_folder(place)
     if interface is not None:

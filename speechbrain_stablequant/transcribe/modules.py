@@ -1,8 +1,6 @@
 """Recognizers of any architecture, which SpeechBrain makes from a quantized
 folder."""
 
-import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ..folder.recognizer import check_finite
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..runtimes.choice import candidates
 from ..runtimes.registry import check_options
+from ..utils.forks import ProcessLock
 from ..utils.typed import one_line
 from .transcriber import Transcriber, check_batch
 
@@ -45,8 +44,7 @@ class ModulesRecognizer(Transcriber):
         super().__init__(live, asr.hparams.sample_rate, device)
         #: SpeechBrain's object.
         self.asr = asr
-        # A forked process does not wait for a thread of its parent.
-        self._turns: dict[int, threading.Lock] = {}
+        self._turn = ProcessLock()
 
     def transcribe_batch(
         self, wavs: torch.Tensor, lengths: torch.Tensor | None = None
@@ -84,7 +82,7 @@ class ModulesRecognizer(Transcriber):
             )
         wavs = wavs.to(self.device, torch.float32)
         try:
-            with self._turns.setdefault(os.getpid(), threading.Lock()):
+            with self._turn:
                 texts, tokens = self.asr.transcribe_batch(
                     wavs, lengths.to(self.device)
                 )

@@ -19,7 +19,7 @@ _MAX_FILTER = 1 << 24
 def check_batch(wavs: torch.Tensor, lengths: torch.Tensor) -> None:
     """Raise ValueError unless audio is [batch, samples] of floats, and its
     relative lengths are [batch]."""
-    if wavs.dim() != 2 or lengths.shape != wavs.shape[:1]:
+    if wavs.dim() != 2 or lengths.shape != wavs.shape[:1] or not len(wavs):
         raise ValueError(
             f"audio of shape {list(wavs.shape)} with lengths of shape "
             f"{list(lengths.shape)}; give [batch, samples] and [batch]"
@@ -95,6 +95,8 @@ class Transcriber:
         """Returns a file's audio, or ``count`` samples of it from ``start``,
         resampled, mono: float32 [samples]."""
         signal, rate = read_audio(path, start, count)
+        if not len(signal):
+            raise ValueError(f"{path}: audio of 0 samples; leave it out")
         wanted = self.sample_rate
         common = math.gcd(rate, wanted)
         if (rate // common) * (wanted // common) > _MAX_FILTER:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from typing import Any
 
 import torch
@@ -42,6 +43,24 @@ def keep_in_child(pid: int, *objects: Any) -> None:
 keep = ctypes.PYFUNCTYPE(None, ctypes.py_object)(
     ("Py_IncRef", ctypes.pythonapi)
 )
+
+
+class ProcessLock:
+    """A lock for each process: in a child, a thread of the parent may have held
+    the parent's for ever. Copies have locks of their own."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, threading.Lock] = {}
+
+    def __deepcopy__(self, memo: dict) -> "ProcessLock":
+        return ProcessLock()
+
+    def __enter__(self) -> None:
+        self._locks.setdefault(os.getpid(), threading.Lock()).acquire()
+
+    def __exit__(self, *error: Any) -> None:
+        self._locks[os.getpid()].release()
+
 
 _in_child = False
 

@@ -1,5 +1,6 @@
 """A Brain's own evaluation writes a folder that SpeechBrain's class loads."""
 
+import copy
 import json
 import math
 import shutil
@@ -86,6 +87,9 @@ def test_the_folder_transcribes_as_the_evaluation_did(evaluated):
     files = [row["wav"] for row in data.data.values()]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(found.transcribe_file, files * 4)) == heard * 4
+    twin = copy.deepcopy(found)
+    assert twin.transcribe_file(files[0]) == heard[0]
+    assert twin.model is not found.model
     assert found.runtime == "torch"
     assert found.plan.quants().keys() == run.plan.quants().keys()
 

@@ -461,6 +461,15 @@ def test_a_kernel_that_is_not_there(monkeypatch, empty_memory):
     assert exact_algorithm(KINDS["linear"], runner) == (FLOAT, reason, True)
 
 
+def test_autocast_around_the_first_call_changes_nothing():
+    """It would round the products of a float layer to 8 bits of mantissa."""
+    runner = runner_of("torch_int8")
+    runner._dtype = torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        found = exact_algorithm(Geometry("linear", "", (64, 64)), runner)
+    assert found == (NATIVE, "", False)
+
+
 # -- what is remembered ----------------------------------------------------
 
 

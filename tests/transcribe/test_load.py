@@ -453,6 +453,8 @@ def test_backends_and_options(folder):
         load(folder, "tpu")
     with pytest.raises(ValueError, match=r"backend_options\.thread: unknown"):
         load(folder, "torch_int8", backend_options={"thread": 1})
+    with pytest.raises(ValueError, match="device: xpu:7: "):
+        load(folder, device="xpu:7")
     found = load(folder, "torch_int8", backend_options={"threads": 1})
     assert found.model.options == {"threads": 1}
 
@@ -480,7 +482,11 @@ def test_audio_files_that_cannot_be_transcribed(folder, tmp_path):
     with pytest.raises(ValueError, match=r"odd\.wav: cannot be read as audio"):
         found.transcribe_file(path)
     soundfile.write(path, torch.zeros(0).numpy(), 16000)
-    with pytest.raises(ValueError, match=r"odd\.wav: audio of 0 samples is"):
+    with pytest.raises(ValueError, match=r"odd\.wav: audio of 0 samples; "):
+        found.transcribe_file(path)
+    # Resampling would fail.
+    soundfile.write(path, torch.zeros(0, 2).numpy(), 44100)
+    with pytest.raises(ValueError, match=r"odd\.wav: audio of 0 samples; "):
         found.transcribe_file(path)
     soundfile.write(path, torch.zeros(300).numpy(), 16000)
     with pytest.raises(ValueError, match=r"odd\.wav: audio of 300 samples is"):
@@ -495,3 +501,34 @@ def test_audio_files_that_cannot_be_transcribed(folder, tmp_path):
         found.transcribe_file(path)
     with pytest.raises(ValueError, match=r"\[batch, samples\] and \[batch\]"):
         found.transcribe_batch(torch.randn(9000))
+    with pytest.raises(ValueError, match=r"shape \[0, 9000\]"):
+        found.transcribe_batch(torch.randn(0, 9000))
+
+
+def test_a_file_that_does_not_tell_its_length(folder, tmp_path):
+    """Its windows, up to the largest number, would take all memory."""
+    found, path = load(folder, "torch"), tmp_path / "piped.flac"
+    soundfile.write(path, 0.1 * torch.randn(9000).numpy(), 16000)
+    content = bytearray(path.read_bytes())
+    # The number of samples in STREAMINFO, 36 bits; 0: unknown.
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    for recognize in (found.transcribe_file, lambda x: list(found.words(x))):
+        with pytest.raises(ValueError, match=r"piped\.flac: its header does"):
+            recognize(path)
+
+
+def test_a_fault_of_the_runtime_is_not_blamed_on_the_audio(folder, tmp_path):
+    found, path = load(folder, "torch"), tmp_path / "good.wav"
+    soundfile.write(path, 0.1 * torch.randn(9000).numpy(), 16000)
+
+    def fail(*_):
+        raise RuntimeError("out of\nmemory")
+
+    found.model.forward = fail
+    for recognize in (found.transcribe_file, lambda x: list(found.words(x))):
+        with pytest.raises(ValueError, match="good") as caught:
+            recognize(path)
+        line = f"{path}: cannot be transcribed (out of memory)"
+        assert str(caught.value) == line

@@ -85,7 +85,12 @@ class Steps:
             self.executor.step.give_back(self._step)
 
     def __deepcopy__(self, memo: dict) -> "Steps":
-        raise TypeError("a decoding that runs cannot be copied")
+        """A searcher keeps its last decoding. A copy is left without it."""
+        return Steps.__new__(Steps)
+
+    def __getattr__(self, name: str) -> Any:
+        # Of a copy, which has nothing.
+        raise AttributeError("a decoding that runs cannot be copied")
 
     def _give_memory(self) -> None:
         for place, tensor in enumerate(self._memory, 3):
