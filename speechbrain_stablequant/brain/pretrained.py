@@ -22,6 +22,7 @@ from ..folder.card import Origin
 from ..folder.recognizer_spec import HYPERPARAMS_FILE
 from ..folder.weights_file import MODEL_FOLDER
 from ..methods.registry import QuantizeConfig
+from ..utils.typed import one_line
 from .attach import StableQuant
 from .block import read_block
 from .manifest import Manifest, ManifestError, Rows, named, read_manifest
@@ -130,6 +131,7 @@ is no file a.wav
             "out"
         )
     config = read_block(block)
+    _check_device((run_opts or {}).get("device", "cpu"))
     decision, test, told = _read_data(
         manifest, test_manifest, data_root, config.seed
     )
@@ -170,6 +172,15 @@ is no file a.wav
         )
     made = {run.name: _result(run) for run in quantized.runs}
     return made if quantized.config.variants else made[""]
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    # An AssertionError: a torch without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {one_line(error, 200)}") from error
 
 
 def _read_data(

@@ -108,7 +108,10 @@ def start(recipe: Sequence[str]) -> None:
         raise ValueError(f"{script}: there is no such script")
     if not options or not Path(options[0]).is_file():
         raise ValueError(f"{' '.join(options[:1]) or script}: give its YAML")
-    text = Path(options[0]).read_text(encoding="utf-8")
+    try:
+        text = Path(options[0]).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options[0]}: is not UTF-8 ({error})") from error
     if not any(row.startswith("quantize:") for row in text.splitlines()):
         raise ValueError(
             f"{options[0]}: has no `quantize:` block; add "

@@ -360,6 +360,16 @@ def test_nothing_warns_of_a_training(place, monkeypatch, caplog):
     assert "trainable" not in caplog.text
 
 
+def test_a_device_that_is_not_there(place):
+    with pytest.raises(ValueError, match=r"^device: Expected one of cpu"):
+        quantize_pretrained(
+            place / "nowhere",
+            place / "dev.csv",
+            place / "x",
+            run_opts={"device": "abacus"},
+        )
+
+
 def test_data_that_does_not_fit(place):
     files = sorted(place.glob("u*.wav"))
     with pytest.raises(ManifestError, match="one utterance cannot be divided"):

@@ -567,6 +567,7 @@ def test_an_interruption_is_said_once(explains, tmp_path, monkeypatch, capsys):
         (["no.py", "a.yaml"], "no.py: there is no such script"),
         ([__file__], "give its YAML"),
         ([__file__, __file__], "has no `quantize:` block"),
+        ([__file__, sys.executable], f"{sys.executable}: is not UTF-8 ("),
         (["no/source", ".", "out", "--quantize", "8"], "--quantize: is no map"),
         (["no/source", ".", "out", "--quantize", "{a"], "--quantize: "),
         (
