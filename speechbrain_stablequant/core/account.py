@@ -32,12 +32,13 @@ def account(
     shares = {"quantized": 0, "weight_only": 0, "float": 0}
     counts = {"parameters": dict(shares), "products": dict(shares)}
     products = dict(products or {})
-    left = _parameters(modules)
+    left, first = _parameters(modules)
     tied = tied_parameters(modules, plan.quants())
     for name, layer in tied.items():
         # Counted by the parameter: the caller of its owner multiplies.
         products[layer] = products.get(layer, 0) + products.pop(name, 0)
     for name in (x for x in plan.weight_only if x not in tied):
+        name = first.get(name, name)
         counts["parameters"]["weight_only"] += left.pop(name, 0)
         counts["products"]["weight_only"] += products.pop(name, 0)
     for name, quant in plan.quants().items():
@@ -48,9 +49,10 @@ def account(
         weight = f"{name}.weight"
         if isinstance(module, RowsLinear):
             weight = f"{name.rpartition('.')[0]}.{module.weight_name}"
+            weight = first.get(weight, weight)
             left[weight] = left.get(weight, 0) - numel
         else:
-            left.pop(weight, None)
+            left.pop(first.get(weight, weight), None)
     floats = {n: [size, 0] for n, size in left.items() if size}
     reason = partial(float_reason, plan=plan, by_name=by_name)
     small = [n for n in floats if reason(n) == ADDED]
@@ -89,14 +91,17 @@ def layer_sizes(
     return {x.name: by_name[x.name].weight.numel() for x in plan.layers}
 
 
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Size of each parameter once; of a weight norm the larger part."""
+def _parameters(
+    modules: Mapping[str, nn.Module],
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Size of each parameter once, under its first name, of a weight norm the
+    larger part; and the first name by each of its names."""
     names: dict[nn.Parameter, str] = {}
-    for name, parameter in parameters_by_name(modules).items():
-        names.setdefault(parameter, name)
     sizes: dict[str, int] = {}
-    for parameter, name in names.items():
+    first: dict[str, str] = {}
+    for name, parameter in parameters_by_name(modules).items():
         if ".parametrizations.weight." in name:
             name = name.partition(".parametrizations.")[0] + ".weight"
-        sizes[name] = max(sizes.get(name, 0), parameter.numel())
-    return sizes
+        known = first[name] = names.setdefault(parameter, name)
+        sizes[known] = max(sizes.get(known, 0), parameter.numel())
+    return sizes, first

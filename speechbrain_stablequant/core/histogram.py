@@ -62,8 +62,9 @@ class Histogram:
                 "an overflow of half precision"
             )
         largest = max(abs(low), abs(high))
-        # frexp gives the smallest e with 2^e > largest.
-        self._widen(math.frexp(largest)[1])
+        # frexp gives the smallest e with 2^e > largest, but 0 for 0.
+        if largest:
+            self._widen(math.frexp(largest)[1])
         self._max = max(self._max, largest)
         new = _count(values, self.num_bins, self._exponent).cpu()
         # Not in place: under torch.inference_mode the counts may have become

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..model.layer import layer_kind
+from ..model.layer import layer_kind, pads_otherwise
 from .affine import (
     FLOAT_BITS,
     dequantize,
@@ -131,7 +131,7 @@ def layer_geometry(module: nn.Module) -> dict[str, Sizes]:
     """Stride, padding, dilation and groups; empty for a Linear."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return {}
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if pads_otherwise(module):
         raise ValueError(
             f"a {type(module).__name__} with padding {module.padding!r}, mode "
             f"{module.padding_mode!r} has no integer form; put it in "

@@ -138,6 +138,12 @@ def make_plan(session: Session) -> Planned:
     Raises a ValueError for a plan of another model, a layer that is never
     called, or NaN.
     """
+    for layer in session.layers:
+        if not bool(layer.module.weight.isfinite().all()):
+            raise ValueError(
+                f"{layer.name}: its weight holds NaN or Inf; load another "
+                "checkpoint"
+            )
     weights = session.fingerprint()
     if session.config.plan is not None:
         plan, histograms = _given_plan(session, weights), {}

@@ -39,6 +39,12 @@ class Cut:
     skip: tuple[nn.Module, ...] = field(repr=False, default=())
 
 
+def pads_otherwise(module: nn.Module) -> bool:
+    """Whether a layer pads by a mode or a word: it has no integer form."""
+    mode = getattr(module, "padding_mode", "zeros")
+    return mode != "zeros" or isinstance(getattr(module, "padding", 0), str)
+
+
 def layer_kind(module: nn.Module) -> str | None:
     """By base class: a convolution with a weight norm has its own class."""
     return next((v for k, v in KINDS.items() if isinstance(module, k)), None)

@@ -17,7 +17,7 @@ from torch import nn
 
 from . import products
 from .encoders import Encoder, find_encoders
-from .layer import HEAD, KINDS, Layer, layer_kind
+from .layer import HEAD, KINDS, Layer, layer_kind, pads_otherwise
 
 # Child whose product is recurrent, by class.
 _RECURRENT = {
@@ -90,7 +90,7 @@ def find_layers(
     by_place = sorted(found, key=lambda x: getattr(x, "tied", False))
     named = {found[module]: module for module in by_place}
     kept = _selected(named, include, exclude)
-    _refuse_own_forwards(kept)
+    _refuse_others(kept)
     targets = {key: modules[key] for key in target}
     by_name, blocks = products.modules_by_name(targets), _blocks(targets)
     layers = [
@@ -156,13 +156,19 @@ def _idle(encoders: Iterable[Encoder]) -> set[nn.Module]:
     }
 
 
-def _refuse_own_forwards(layers: Mapping[str, nn.Module]) -> None:
+def _refuse_others(layers: Mapping[str, nn.Module]) -> None:
     known = {kind.forward for kind in KINDS}
     for name, module in layers.items():
         if type(module).forward not in known or "forward" in vars(module):
             raise ValueError(
                 f"{name}: {type(module).__name__} has a forward of its own "
                 "and cannot be quantized; put it in quantize.exclude"
+            )
+        if pads_otherwise(module):
+            raise ValueError(
+                f"{name}: {type(module).__name__} with padding "
+                f"{module.padding!r}, mode {module.padding_mode!r} has no "
+                "integer form; put it in quantize.exclude"
             )
 
 

@@ -124,6 +124,14 @@ def test_zeros_only():
     assert hist.quantile(0.5) == 0.0 and hist.quantile(1.0) == 0.0
 
 
+def test_silence_does_not_widen_the_range():
+    x = torch.tensor([0.001, -0.003])
+    silence = torch.zeros(4)
+    hist = make(silence, x, silence)
+    assert hist.range == make(x).range == 2.0**-8
+    assert hist.max == make(x).max and hist.count == 10
+
+
 def test_more_counts_than_float32_can_hold():
     hist = make(torch.ones(3))
     for _ in range(24):

@@ -419,6 +419,39 @@ def test_massive_activations_stay_float(massive, tmp_path, weight_bits):
         assert loss_of(session, plan) < 0.5 * loss_of(session, off)
 
 
+def test_an_infinite_divergence_is_kept_out_of_the_plan(massive, tmp_path):
+    """Outputs that overflow with one input quantized: it stays float."""
+    modules, name = massive
+    plus = {**OFF, "cutoffs": "layers", "float_inputs": 1.0}
+    plus["budget"] = {"size": 1.0, "bits": [4, 16]}
+    session = session_of(
+        modules, tmp_path, method="stablequant_plus", plus=plus
+    )
+    recognizer = session.recognizer
+    module = modules.get_submodule(name)
+    outputs = recognizer.outputs
+
+    def overflowing(*args):
+        for output in outputs(*args):
+            yield output * (torch.nan if "forward" in vars(module) else 1.0)
+
+    recognizer.outputs = overflowing
+    plan, _ = make_plan(session)
+    (row,) = [x for x in plan.layers if x.name == name]
+    assert row.quant is None or row.quant.weight_only
+    parts = {part["part"]: part for part in plan.search["parts"]}
+    assert parts["float inputs"]["layers"] == {name: 1.0}
+    assert {loss for _, loss in parts["cutoffs"]["layers"][name]} == {None}
+    plan.save(tmp_path / "plan.json")
+
+
+def test_a_broken_weight_is_named(large, tmp_path):
+    with torch.no_grad():
+        large["ctc_lin"].w.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="its weight holds NaN"):
+        run(large, tmp_path, method="max")
+
+
 def test_float_inputs_have_room_for_their_products(massive, tmp_path):
     """The multiply-adds of the layer itself decide."""
     modules, name = massive

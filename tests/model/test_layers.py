@@ -229,6 +229,22 @@ def test_forward_of_its_own_is_refused():
     assert [layer.name for layer in layers] == ["enc.b"]
 
 
+@pytest.mark.parametrize(
+    "options", [{"padding": "same"}, {"padding_mode": "reflect"}]
+)
+def test_a_padding_without_integer_form_is_refused(options):
+    """Before the search, and by name."""
+    model = nn.ModuleDict({"a": nn.Conv1d(2, 2, 3, **options)})
+    model["b"] = nn.Linear(2, 2)
+    with pytest.raises(ValueError) as error:
+        find_layers({"enc": model}, ["enc"])
+    text = message(error)
+    assert text.startswith("enc.a: Conv1d with padding")
+    assert "quantize.exclude" in text
+    layers = find_layers({"enc": model}, ["enc"], exclude=["enc.a"])
+    assert [layer.name for layer in layers] == ["enc.b"]
+
+
 def test_a_forward_replaced_on_the_instance_is_refused():
     """A simulation would replace it once more, and change what it computes."""
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})

@@ -95,6 +95,18 @@ def test_a_module_behind_two_keys_has_its_first_name():
     assert found["largest_float"][0]["products"] == 24
 
 
+def test_account_of_a_module_quantized_under_its_second_key():
+    linear, table = nn.Linear(4, 3, bias=False), nn.Embedding(200, 100)
+    modules = {"a": nn.Sequential(linear, table)}
+    modules["b"] = nn.Sequential(linear, table)
+    layers = find_layers(modules, ["b"])
+    names = weight_only_parameters(modules, ["b"])
+    assert names == ["b.1.weight"]
+    plan = replace(plan_of(layers), weight_only=names)
+    found = account(plan, modules)["parameters"]
+    assert found == {"quantized": 12, "weight_only": 20000, "float": 0}
+
+
 def test_account(recurrent):
     modules, layers, products = recurrent
     names = weight_only_parameters(modules, ["m"])

@@ -11,6 +11,7 @@ from ...core.packing import packed_size
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
 from ..search.bit_allocation import Option, choose_bits, monotone
+from ..search.score import finite
 from .work import Work
 
 Harm = Callable[[Work, list[int]], dict[tuple[str, int], float]]
@@ -43,7 +44,14 @@ def choose_unit_bits(work: Work) -> None:
     units = {}
     for unit, row in options.items():
         pairs = zip(row, counted[unit], strict=True)
-        rows = [{**asdict(x), "counted": other.harm} for x, other in pairs]
+        rows = [
+            {
+                **asdict(x),
+                "harm": finite(x.harm),
+                "counted": finite(other.harm),
+            }
+            for x, other in pairs
+        ]
         units[unit] = {"bits": work.bits[unit], "options": rows}
     part = {"part": "budget", "scores": budget.scores, "size": budget.size}
     work.measured.append({**part, "bytes": room, "units": units})

@@ -8,7 +8,7 @@ from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
 from ...model.layers import Layer
 from ...utils.files import identity
-from ..search.score import Evaluate
+from ..search.score import Evaluate, finite
 from ..stablequant import layer_cutoffs, search_units
 from .work import InputHarm, Work
 
@@ -49,7 +49,7 @@ def _by_layer(work: Work) -> list[InputHarm]:
             best, least = min(curve, key=lambda row: (row[1], -row[0]))
             harms.append(InputHarm(layers, least))
             for layer in layers:
-                curves[layer.name] = curve
+                curves[layer.name] = [[at, finite(loss)] for at, loss in curve]
                 work.percentiles[layer.name] = best
             bar.update(1)
     work.measured.append({"part": "cutoffs", "layers": curves})

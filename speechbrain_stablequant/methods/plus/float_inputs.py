@@ -34,7 +34,7 @@ def choose_float_inputs(work: Work, harms: Sequence[InputHarm]) -> None:
     for harm in sorted(harmful, key=lambda x: cost(x) / x.divergence):
         if cost(harm) <= room:
             room -= cost(harm)
-            share = harm.divergence / whole
+            share = 1.0 if whole == math.inf else harm.divergence / whole
             shares |= {layer.name: share for layer in harm.layers}
     for name, share in shares.items():
         work.float_inputs[name] = (

@@ -10,7 +10,7 @@ from ...core.layer_quant import LayerQuant, LayerTensors
 from ...core.plan_tensors import AdjustedTensors
 from ...model.layers import Layer, layer_names
 from ...simulation.observers import Observer
-from ..search.score import Evaluate, Score
+from ..search.score import Evaluate, Score, finite
 from ..session.calibration import Calibration, calibrations
 from ..session.search_set import SearchSet
 from ..session.session import Session
@@ -146,7 +146,8 @@ class Work:
         ranked = self.session.recognizer.ranked
         with self.search_set.bar_of_one(words, ranked):
             found = evaluate(quants, label=words).loss
-        self.measured.append({"part": part, **values, "divergence": found})
+        row = {"part": part, **values, "divergence": finite(found)}
+        self.measured.append(row)
         return found
 
     def word_errors(

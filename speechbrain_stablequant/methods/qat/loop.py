@@ -12,7 +12,7 @@ import torch
 from ...core.layer_quant import LayerQuant, quants_json
 from ...core.plan_tensors import AdjustedTensors
 from ...utils.store import Store
-from ..search.score import Score
+from ..search.score import Score, finite
 from ..session.protocols import Optimizers, Trainer
 from .config import QatConfig
 from .student import Quants, Student
@@ -116,7 +116,7 @@ def train(
         if settings.keep == "best":
             score = measure(*student.result())
             entry["wer"], entry["errors"] = score.wer, score.errors
-            entry["valid_loss"] = score.to_dict()["loss"]
+            entry["valid_loss"] = finite(score.loss)
         _log(entry)
         history.append(entry)
         state = {**student.parameters, **_state_of(optimizers)}

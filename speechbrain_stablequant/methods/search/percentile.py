@@ -7,7 +7,7 @@ from ...config import SearchConfig
 from ...core.layer_quant import LayerQuant
 from ...core.plan import UnitPlan
 from .paired import better
-from .score import Evaluate, Score
+from .score import Evaluate, Score, finite
 
 Curve = Sequence[tuple[float, Score]]  #: percentiles that were tried
 
@@ -115,6 +115,6 @@ def _row(percentile: float, score: Score) -> dict:
     return {
         "cutoff": percentile,
         "wer": score.wer,
-        "secondary": score.to_dict()["loss"],
+        "secondary": finite(score.loss),
         "complete": score.complete,
     }

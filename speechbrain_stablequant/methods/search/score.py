@@ -11,6 +11,11 @@ from ...utils.typed import typed
 BeforeBatch = Callable[[int], None]
 
 
+def finite(loss: float) -> float | None:
+    """A loss as JSON, which has no infinity."""
+    return loss if math.isfinite(loss) else None
+
+
 @dataclass(frozen=True)
 class Score:
     """Result of one evaluation on the search set.
@@ -48,7 +53,7 @@ class Score:
     def to_dict(self) -> dict:
         """JSON-safe: an infinite loss is None, empty fields are left out."""
         raw = {k: v for k, v in asdict(self).items() if v != ()}
-        return raw if math.isfinite(self.loss) else {**raw, "loss": None}
+        return {**raw, "loss": finite(self.loss)}
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> "Score":
