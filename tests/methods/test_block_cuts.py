@@ -6,9 +6,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from speechbrain_stablequant.methods.session.block_cuts import block_cuts
+from speechbrain_stablequant.methods.session.block_cuts import (
+    block_cuts,
+    called_once,
+)
 from speechbrain_stablequant.model.layer import Layer
-from speechbrain_stablequant.simulation.prefix_cache import StopForward
+from speechbrain_stablequant.simulation.prefix_cache import Replay, StopForward
 
 
 class Block(nn.Module):
@@ -107,6 +110,48 @@ def test_a_pass_resumes_behind_the_last_block_that_determines_the_rest():
     ]
     assert cuts[1].skip == (model.front, encoder[0])
     assert cuts[3].skip == (model.front, encoder[0], encoder[1])
+
+
+def test_decoding_resumes_before_what_is_called_for_each_token():
+    recognizer = Recognizer()
+    model, scored = recognizer.model, []
+
+    @torch.no_grad()
+    def score(before_batch, give_up_above):
+        """Decodes three tokens of each batch."""
+        for index, x in enumerate(recognizer.batches):
+            before_batch(index)
+            x = model.front(x)
+            for block in model.encoder:
+                x = block(x)
+            y = torch.ones_like(x)
+            for _ in range(3):
+                for block in model.decoder:
+                    y = block(y, x)
+                scored.append(model.head(y))
+            if give_up_above is not None and give_up_above < 0:
+                break
+
+    cuts = cuts_of(recognizer, 10**6)
+    found = called_once(cuts, score)
+    assert len(scored) == 3
+    assert found[:4] == cuts[:4]
+    assert (found[4].unit, found[4].module) == ("m.head", model.encoder[2])
+    assert model.decoder[0] not in found[4].skip
+    # Words are the same with what is kept, and without.
+    scored.clear()
+    score(lambda _: None, None)
+    expected, units = scored.copy(), list(units_of(model))
+    replay = Replay(found, units, 10**6)
+    forward = partial(recognizer.forward, "search")
+    for cut in found:
+        scored.clear()
+        assert replay.prepare(cut.unit, {}, forward)
+        with replay.active():
+            score(replay.start_batch, None)
+        assert len(scored) == len(expected) == 6
+        assert all(map(torch.equal, scored, expected))
+    assert called_once([], score) == []
 
 
 def test_no_memory_no_cuts():

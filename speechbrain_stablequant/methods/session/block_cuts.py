@@ -6,6 +6,7 @@ where it fails, a pass resumes at the last place before.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from posixpath import commonpath
@@ -17,7 +18,8 @@ from torch import nn
 from ...model.layer import Cut, Layer
 from ...model.products import modules_by_name
 from ...simulation.prefix_cache import Replay
-from ..search.score import BeforeBatch
+from ...utils.patching import hooked
+from ..search.score import BeforeBatch, Score
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 Forward = Callable[[BeforeBatch], Any]
 #: Runs the batches and yields the output of each.
 Outputs = Callable[[BeforeBatch], Iterator[Any]]
+#: Scores the search set until there are more errors than given.
+ScoreSearchSet = Callable[[BeforeBatch, int | None], Score]
 
 
 def block_cuts(
@@ -55,6 +59,25 @@ def block_cuts(
         if found:
             found.append(Cut(following, found[-1].module, found[-1].skip))
         before += [layer.module for layer in layers]
+    return found
+
+
+def called_once(cuts: Sequence[Cut], score: ScoreSearchSet) -> list[Cut]:
+    """Cuts where a pass that decodes token by token can resume: one result is
+    kept of a batch, and a decoder gives one for each token. Behind a decoder
+    such a pass resumes at the last place before it."""
+    if not cuts:
+        return []
+    calls: Counter[nn.Module] = Counter()
+    modules = {module for cut in cuts for module in (cut.module, *cut.skip)}
+    with hooked((x, lambda called, _: calls.update([called])) for x in modules):
+        score(lambda _: None, -1)  # ends after one batch
+    found: list[Cut] = []
+    for cut in cuts:
+        if calls[cut.module] == 1 and all(calls[x] < 2 for x in cut.skip):
+            found.append(cut)
+        elif found:
+            found.append(Cut(cut.unit, found[-1].module, found[-1].skip))
     return found
 
 

@@ -18,6 +18,7 @@ from ...utils.store import Store
 from ..search.divergence import Divergence
 from ..search.journal import Journal
 from ..search.score import BeforeBatch, Evaluate, Score, check_float_wer
+from .block_cuts import called_once
 from .histograms import HISTOGRAM_FILE, WHAT, Calibration
 from .session import Session
 
@@ -113,7 +114,7 @@ class SearchSet:
             metric or "wer",
         )
         self.journals.append(journal)
-        replay = self._replay(calibration.in_order)
+        replay = self._replay(calibration.in_order, metric != "divergence")
 
         measure = partial(self._measure, score_of, subset, replay)
         remembered = journal.wrap(measure)
@@ -175,12 +176,14 @@ class SearchSet:
             "final_wer": final.wer,
         }
 
-    def _replay(self, in_order: bool) -> Replay:
+    def _replay(self, in_order: bool, counts_words: bool) -> Replay:
         session = self.session
         if self._exact_cuts is None:
             self._exact_cuts = _exact_cuts(session, session.cuts(in_order))
-        units, limit = list(session.units), session.cache_bytes
-        return Replay(self._exact_cuts, units, limit)
+        cuts = self._exact_cuts
+        if counts_words and session.recognizer.autoregressive:
+            cuts = called_once(cuts, session.recognizer.score)
+        return Replay(cuts, list(session.units), session.cache_bytes)
 
 
 def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
