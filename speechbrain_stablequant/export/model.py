@@ -13,6 +13,15 @@ def fenced(language: str, code: str) -> str:
     return f"```{language}\n{code}\n```"
 
 
+_CODE = """{imports}
+
+wave, rate = soundfile.read("speech.wav", dtype="float32")  # {rate} Hz, mono
+{compute}
+known = json.load(open("labels.json"))
+best = [i for i, _ in itertools.groupby(logits[0].argmax(-1))]
+print("".join(known["labels"][i] for i in best if i != known["blank"]))"""
+
+
 @dataclass(frozen=True)
 class Model:
     """A quantized folder.
@@ -83,6 +92,13 @@ class Model:
             lengths=False,
             names=names,
         )
+
+    def code(self, imports: str, compute: str) -> str:
+        """Python, in Markdown, that transcribes a file by the labels of
+        :meth:`write_labels`; ``compute``: from ``wave`` to ``logits``."""
+        rate = self.sample_rate
+        code = _CODE.format(imports=imports, compute=compute, rate=rate)
+        return fenced("python", code)
 
     def write_labels(self, path: Path) -> None:
         """Write labels, blank and sampling rate as JSON."""

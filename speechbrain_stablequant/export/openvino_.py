@@ -2,17 +2,12 @@
 
 from pathlib import Path
 
-from .model import Model, fenced
+from .model import Model
 
-_CODE = """import itertools, json
-import openvino, soundfile
-
-wave, rate = soundfile.read("speech.wav", dtype="float32")  # {rate} Hz, mono
-model = openvino.Core().compile_model("model.xml", "CPU")
-logits = model([wave[None]])[0]
-known = json.load(open("labels.json"))
-best = [i for i, _ in itertools.groupby(logits[0].argmax(-1))]
-print("".join(known["labels"][i] for i in best if i != known["blank"]))"""
+_IMPORTS = """import itertools, json
+import openvino, soundfile"""
+_RUN = """model = openvino.Core().compile_model("model.xml", "CPU")
+logits = model([wave[None]])[0]"""
 
 
 def write(model: Model, folder: Path) -> str:
@@ -30,4 +25,4 @@ def write(model: Model, folder: Path) -> str:
     openvino.save_model(converted, folder / "model.xml", compress_to_fp16=False)
     graph.unlink()
     model.write_labels(folder / "labels.json")
-    return fenced("python", _CODE.format(rate=model.sample_rate))
+    return model.code(_IMPORTS, _RUN)

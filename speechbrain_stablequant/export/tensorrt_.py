@@ -10,16 +10,11 @@ PROFILE = ((1, 16000), (1, 160000), (8, 480000))
 _BUILD = (
     "trtexec --onnx=model.onnx --stronglyTyped {shapes} --saveEngine={plan}"
 )
-_CODE = """import itertools, json, soundfile
+_IMPORTS = """import itertools, json, soundfile
 from polygraphy.backend.common import BytesFromPath
-from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-
-wave, rate = soundfile.read("speech.wav", dtype="float32")  # {rate} Hz, mono
-with TrtRunner(EngineFromBytes(BytesFromPath("{plan}"))) as runner:
-    logits = runner.infer({{"wave": wave[None]}})["logits"]
-known = json.load(open("labels.json"))
-best = [i for i, _ in itertools.groupby(logits[0].argmax(-1))]
-print("".join(known["labels"][i] for i in best if i != known["blank"]))"""
+from polygraphy.backend.trt import EngineFromBytes, TrtRunner"""
+_RUN = """with TrtRunner(EngineFromBytes(BytesFromPath("{plan}"))) as runner:
+    logits = runner.infer({{"wave": wave[None]}})["logits"]"""
 _NOTE = (
     "For TensorRT 10 and later. The file follows the rules of its explicit "
     "quantization; not run here: no GPU."
@@ -44,5 +39,5 @@ def write(model: Model, folder: Path) -> str:
     model.write_labels(folder / "labels.json")
     plan = "model.plan"
     build = _BUILD.format(shapes=shapes(), plan=plan)
-    code = _CODE.format(rate=model.sample_rate, plan=plan)
-    return f"{_NOTE}\n\n{fenced('bash', build)}\n\n{fenced('python', code)}"
+    code = model.code(_IMPORTS, _RUN.format(plan=plan))
+    return f"{_NOTE}\n\n{fenced('bash', build)}\n\n{code}"

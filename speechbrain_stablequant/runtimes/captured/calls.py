@@ -190,21 +190,11 @@ def _leaf(column: tuple, batches: Sequence[int], longest: int) -> Leaf:
 # -- new calls -----------------------------------------------------------------
 
 
-def rows_of(
-    tensors: Sequence[torch.Tensor], signature: Signature, count: int
-) -> list[torch.Tensor]:
-    """The first utterances of a call."""
-    return [
-        x[:count] if leaf.batched else x
-        for x, leaf in zip(tensors, signature.inputs, strict=True)
-    ]
-
-
 def enlarged(
     tensors: Sequence[torch.Tensor], signature: Signature, batch: int
 ) -> list[torch.Tensor]:
-    """A call with more utterances: the further ones have other values, and
-    are shorter where a tensor tells lengths or masks."""
+    """A call with so many utterances: further ones have other values, and are
+    shorter where a tensor tells lengths or masks."""
     found = []
     for x, leaf in zip(tensors, signature.inputs, strict=True):
         x = x.detach()

@@ -33,7 +33,6 @@ from .calls import (
     by_length,
     enlarged,
     guessed,
-    rows_of,
     shortened,
     signature_of,
     unbatched,
@@ -301,8 +300,7 @@ def _trials(
             signature, lengths = other, [first, *cut]
     trials = []
     for tensors in lengths:
-        two = enlarged(tensors, signature, 2)
-        trials += [rows_of(tensors, signature, 1), two]
+        trials += [enlarged(tensors, signature, batch) for batch in (1, 2)]
     return signature, trials
 
 

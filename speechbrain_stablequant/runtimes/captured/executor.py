@@ -31,8 +31,8 @@ CACHE_CAPACITY = 100
 class CapturedExecutor(CompiledGraph):
     """Computes a part by its graph. Any number of threads may call it."""
 
-    def __init__(self, graph: Captured, *options: Any, **named: Any):
-        super().__init__(OpenVinoOptions(*options, **named))
+    def __init__(self, graph: Captured, **options: Any):
+        super().__init__(OpenVinoOptions(**options))
         self._outputs = graph.outputs
         model = _finished(graph.model, self._half)
         self.compile(model, CPU_RUNTIME_CACHE_CAPACITY=CACHE_CAPACITY)

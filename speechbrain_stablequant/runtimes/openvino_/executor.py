@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ...core.encoder_spec import EncoderSpec
+from ...model.encoders import conv_samples
 from ..base import require_frame, round_frames
 from ..group_norm import gain_and_shift
 from ..reference import valid_frame_mask
@@ -43,11 +44,7 @@ def first_inputs(
     conv = spec.convs[0].conv
     batch, samples = wavs.shape
     kernel = conv.weight.shape[2]
-    windows = frames
-    for stage in reversed(spec.convs[1:]):
-        reach = stage.conv.weight.shape[2]
-        windows = (windows - 1) * stage.conv.stride + reach
-    needed = (windows - 1) * conv.stride + kernel
+    needed = conv_samples(frames, spec.conv_geometry())
     # By numpy: torch's threads would spin and take cores from OpenVINO's.
     padded = np.zeros((batch, needed), np.float32)
     padded[:, : min(samples, needed)] = wavs.numpy()[:, :needed]

@@ -4,9 +4,12 @@ The host decides by shapes only: numbers of real frames come in tensors, so that
 one CUDA graph serves every input of a shape.
 """
 
+import math
+
 import torch
 
 from ...core.encoder_spec import BlockSpec, EncoderSpec, Norm
+from ...model.encoders import conv_samples
 from .forms import OPS, Form, Place, input_form, move_norm, normalize
 from .layers import ConvStage, Linear, PositionalConv, Projections
 
@@ -16,11 +19,9 @@ def count_frames(
 ) -> torch.Tensor:
     """Number of frames after all stages; less than 1 if the samples are too
     few. Rounding down once equals rounding down after each stage."""
-    width = stride = 1
-    for stage in stages:
-        width += (stage.kernel - 1) * stride
-        stride *= stage.stride
-    return (samples - width) // stride + 1
+    geometry = [(stage.kernel, stage.stride) for stage in stages]
+    stride = math.prod(stage.stride for stage in stages)
+    return (samples - conv_samples(1, geometry)) // stride + 1
 
 
 class Block:
