@@ -153,10 +153,10 @@ class _Reader:
         self, model: nn.Module, path: str, integers: Mapping[str, IntegerLayer]
     ):
         self.path, self.integers = path, integers
-        self.names = {id(m): f"{path}.{n}" for n, m in model.named_modules()}
+        self.names = {m: f"{path}.{n}" for n, m in model.named_modules()}
 
     def layer(self, module: nn.Module, kind: type[nn.Module]) -> AnyLayer:
-        name = self.names[id(module)]
+        name = self.names[module]
         _check_plain(module, kind, name)
         found = self.integers.get(name)
         return float_layer(name, module) if found is None else found
@@ -164,7 +164,7 @@ class _Reader:
     def norm(self, module: nn.Module | None) -> Norm | None:
         if module is None:
             return None
-        where = self.names[id(module)]
+        where = self.names[module]
         over_time = isinstance(module, nn.GroupNorm)
         if not over_time:
             _check_plain(module, nn.LayerNorm, where)

@@ -1,7 +1,7 @@
 """Keeps the results of earlier units while a search changes a later one."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class Replay:
     """Keeps the result at one cut for every batch, if memory allows."""
 
     def __init__(
-        self, cuts: Sequence[Cut], units: Sequence[str], limit_bytes: int
+        self, cuts: Iterable[Cut], units: Iterable[str], limit_bytes: int
     ):
         self.cuts = {cut.unit: cut for cut in cuts}
         self.units = list(units)
@@ -44,7 +44,7 @@ class Replay:
         self._cut: Cut | None = None
         self._prefix: Mapping[str, Any] = {}
         self._kept: list[Any] = []
-        self._shapes: dict[int, list[Any]] = {}
+        self._shapes: dict[nn.Module, list[Any]] = {}
         self._batch = 0
         self._too_large: set[str] = set()
 
@@ -90,7 +90,7 @@ class Replay:
         if not self._can_start_from(unit, prefix):
             self.drop()
         kept: list[Any] = []
-        shapes: dict[int, list[Any]] = {id(m): [] for m in cut.skip}
+        shapes: dict[nn.Module, list[Any]] = {m: [] for m in cut.skip}
         size, limit = 0, None
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -106,7 +106,7 @@ class Replay:
 
         def note_shape(module: nn.Module, args: tuple, output: Any) -> None:
             blank = tree_map_only(torch.Tensor, lambda t: t.to("meta"), output)
-            shapes[id(module)].append(blank)
+            shapes[module].append(blank)
 
         hooks = [(cut.module, keep), *((m, note_shape) for m in cut.skip)]
         try:
@@ -131,7 +131,7 @@ class Replay:
         def blank(module: nn.Module) -> Any:
             # Never read: the cut's result replaces everything that would be
             # computed from it. Only the shape matters.
-            shape = self._shapes[id(module)][self._batch]
+            shape = self._shapes[module][self._batch]
             device = _tensors(self._kept[self._batch])[0].device
             empty = partial(torch.empty_like, device=device)
             return tree_map_only(torch.Tensor, empty, shape)

@@ -689,6 +689,22 @@ def test_budget_counts_the_rotation(large, tmp_path):
     assert rooms[0] - rooms[1] == 2 * width**2  # float16
 
 
+def test_budget_counts_weight_only_parameters_as_integers(large, tmp_path):
+    large["wav2vec2"].table = nn.Embedding(500, 64)
+    plus = {**OFF, "budget": {"size": 1.0}}
+    rooms = []
+    for weight_only in ([], ["wav2vec2.table.weight"]):
+        block = {"method": "stablequant_plus", "plus": plus}
+        session = session_of(large, tmp_path, **block)
+        assert session.weight_only == ["wav2vec2.table.weight"]
+        session.weight_only = weight_only
+        plan, _ = make_plan(session)
+        (part,) = [p for p in plan.search["parts"] if p["part"] == "budget"]
+        rooms.append(part["bytes"])
+    # float16; or 8 bits, with a scale for each row and a header
+    assert rooms[1] - rooms[0] == 500 * 64 * (2 - 1) - 4 * 500 - 700
+
+
 def test_budget_by_another_estimate(large, tmp_path, monkeypatch):
     def harm(work, widths):
         return {(u, b): 1 / b for u in work.session.units for b in widths}

@@ -103,16 +103,12 @@ def _best_rounding(
     scale = torch.cat(scales)
     weight = weight.repeat(len(scales), 1)
     found = _sweep(weight, scale, upper, limit)
-    errors = _output_errors(weight - found * scale[:, None], gram)
+    change = weight - found * scale[:, None]
+    errors = ((change @ gram) * change).sum(1)
     count = len(errors) // len(scales)
     best = errors.view(-1, count).argmin(0) * count
     best += torch.arange(count, device=best.device)
     return found[best], scale[best]
-
-
-def _output_errors(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Mean square of the change of each output."""
-    return ((change @ gram) * change).sum(1)
 
 
 def _aimed_at_float_output(

@@ -26,10 +26,11 @@ class PrefixWalk:
         self.session = session
         self.simulator = session.simulator
         self.forward = partial(session.recognizer.forward, "calibration")
-        cuts, units = session.cuts(in_order), list(session.units)
-        limit = session.cache_bytes // 2
+        cuts, limit = session.cuts(in_order), session.cache_bytes // 2
         # For the float model and for the quantized prefix.
-        self._replays = tuple(Replay(cuts, units, limit) for _ in range(2))
+        self._replays = tuple(
+            Replay(cuts, session.units, limit) for _ in range(2)
+        )
 
     def groups(self) -> list[list[Layer]]:
         """Layers in call order; those that read the same tensor together."""

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
 
+import torch
 from torch import nn
 
 from ...core.affine import FLOAT_BITS
 from ...core.packing import packed_size
+from ...core.plan_tensors import parameters_by_name
 from ...model.layers import Layer
 from ...model.rotation import rotation_of
 from ..search.bit_allocation import Option, choose_bits, monotone
@@ -90,9 +92,12 @@ def _size(work: Work, layers: list[Layer], bits: int) -> int:
         if bits == FLOAT_BITS or layer.name in work.float_layers:
             size += layer.numel * _float_bytes(work)
         else:
-            scales = layer.module.weight.shape[0]
-            size += packed_size(layer.numel, bits) + 4 * scales + _HEADER_BYTES
+            size += _integer_bytes(layer.module.weight, bits)
     return size
+
+
+def _integer_bytes(weight: torch.Tensor, bits: int) -> int:
+    return packed_size(weight.numel(), bits) + 4 * len(weight) + _HEADER_BYTES
 
 
 def _float_bytes(work: Work) -> int:
@@ -100,7 +105,8 @@ def _float_bytes(work: Work) -> int:
 
 
 def _room(work: Work, fraction: float) -> int:
-    """Bytes that a budget leaves for the weights of the layers."""
+    """Bytes that a budget leaves for the weights of the layers; the rest is
+    stored in float, or in integers of 8 bits."""
     session = work.session
     modules = session.recognizer.modules
     target = nn.ModuleList(modules[key] for key in session.config.target)
@@ -110,4 +116,11 @@ def _room(work: Work, fraction: float) -> int:
     rest += sum(
         rotation_of(encoder.model.encoder).numel() for encoder in work.rotated
     )
-    return int(4 * every * fraction) - rest * _float_bytes(work)
+    # A tied embedding is counted as a layer.
+    state, layers = parameters_by_name(modules), session.layers
+    taken = {id(p) for layer in layers for p in layer.module.parameters()}
+    only = [state[name] for name in session.weight_only]
+    only = [weight for weight in only if id(weight) not in taken]
+    rest -= sum(weight.numel() for weight in only)
+    integers = sum(_integer_bytes(weight, 8) for weight in only)
+    return int(4 * every * fraction) - rest * _float_bytes(work) - integers

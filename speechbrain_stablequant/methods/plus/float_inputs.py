@@ -35,13 +35,14 @@ def choose_float_inputs(work: Work, harms: Sequence[InputHarm]) -> None:
         if cost(harm) <= room:
             room -= cost(harm)
             share = 1.0 if whole == math.inf else harm.divergence / whole
-            shares |= {layer.name: share for layer in harm.layers}
-    for name, share in shares.items():
-        work.float_inputs[name] = (
-            f"its input stays float: quantized, it causes {100 * share:.0f} % "
-            "of the divergence of all layers"
-        )
-        logger.info("quantize: %s: %s", name, work.float_inputs[name])
+            reason = (
+                "its input stays float: quantized, it causes "
+                f"{100 * share:.0f} % of the divergence of all layers"
+            )
+            for layer in harm.layers:
+                shares[layer.name] = share
+                work.float_inputs[layer.name] = reason
+                logger.info("quantize: %s: %s", layer.name, reason)
     if shares:
         work.measured.append({"part": "float inputs", "layers": shares})
 

@@ -41,17 +41,15 @@ def find_sites(
     encoders: Iterable[Encoder], layers: Iterable[Layer]
 ) -> list[Site]:
     """Sites whose consumers are all among ``layers``, in network order."""
-    by_id = {id(layer.module): layer for layer in layers}
+    by_module = {layer.module: layer for layer in layers}
     sites = []
     for encoder in encoders:
-        names = {
-            id(module): name
-            for name, module in encoder.model.named_modules(prefix=encoder.path)
-        }
+        named = encoder.model.named_modules(prefix=encoder.path)
+        names = {module: name for name, module in named}
         for producer, consumers in _places(encoder.model):
-            found = tuple(by_id.get(id(module)) for module in consumers)
+            found = tuple(by_module.get(module) for module in consumers)
             if producer is not None and None not in found:
-                sites.append(Site(names[id(producer)], producer, found))
+                sites.append(Site(names[producer], producer, found))
     return sites
 
 
@@ -124,18 +122,15 @@ def equalized(by_site: Mapping[Site, torch.Tensor]) -> Iterator[None]:
     with restored_values(parameters):
         with torch.no_grad():
             for site, factor in by_site.items():
-                factor = factor.to(site.producer.weight.device)
-                _divide(site.producer, factor)
+                producer = site.producer
+                factor = factor.to(producer.weight.device)
+                if producer.bias is not None:
+                    producer.bias.div_(factor)
+                is_linear = isinstance(producer, nn.Linear)
+                producer.weight.div_(factor[:, None] if is_linear else factor)
                 for consumer in site.consumers:
                     consumer.module.weight.mul_(factor)
         yield
-
-
-def _divide(producer: nn.Module, factor: torch.Tensor) -> None:
-    if producer.bias is not None:
-        producer.bias.div_(factor)
-    is_linear = isinstance(producer, nn.Linear)
-    producer.weight.div_(factor[:, None] if is_linear else factor)
 
 
 def equalized_parameters(sites: Iterable[Site]) -> dict[str, torch.Tensor]:

@@ -51,7 +51,7 @@ def block_cuts(
             cut = Cut(following, block, tuple(before))
             if expected is None:
                 expected = _first(outputs, lambda _: None)
-            trial = Replay([cut], list(units), limit_bytes)
+            trial = Replay([cut], units, limit_bytes)
             if _is_exact(trial, following, forward, outputs, expected):
                 found.append(cut)
                 before.append(block)

@@ -143,9 +143,9 @@ class SearchSet:
         subset: str,
         replay: Replay,
         quants: Mapping[str, LayerQuant],
-        start: str | None = None,
-        give_up_above: int | None = None,
-        label: str = "",
+        start: str | None,
+        give_up_above: int | None,
+        label: str,
     ) -> Score:
         """Evaluates; behind kept results if they are of the same prefix."""
         if self._steps != "batches":
@@ -183,7 +183,7 @@ class SearchSet:
         cuts = self._exact_cuts
         if counts_words and session.recognizer.autoregressive:
             cuts = called_once(cuts, session.recognizer.score)
-        return Replay(cuts, list(session.units), session.cache_bytes)
+        return Replay(cuts, session.units, session.cache_bytes)
 
 
 def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
@@ -198,7 +198,7 @@ def _exact_cuts(session: Session, cuts: list[Cut]) -> list[Cut]:
     expected = first(lambda _: None)
     good = []
     for cut in cuts:
-        trial = Replay([cut], list(session.units), session.cache_bytes)
+        trial = Replay([cut], session.units, session.cache_bytes)
         if trial.prepare(cut.unit, {}, first):
             with trial.active():
                 again = first(trial.start_batch)
