@@ -162,18 +162,22 @@ def ways(
     plain = float_graph()
     yield (
         "openvino_fp32",
-        execute(CapturedExecutor(plain, threads, precision="f32")),
+        execute(CapturedExecutor(plain, threads=threads, precision="f32")),
     )
     if cpu_class().bf16:
         yield (
             "openvino_bf16",
-            execute(CapturedExecutor(float_graph(), threads, precision="bf16")),
+            execute(
+                CapturedExecutor(
+                    float_graph(), threads=threads, precision="bf16"
+                )
+            ),
         )
     try:
         graph = plain._replace(
             model=by_nncf(float_graph().model, calls[0].args)
         )
-        yield "openvino_nncf", execute(CapturedExecutor(graph, threads))
+        yield "openvino_nncf", execute(CapturedExecutor(graph, threads=threads))
     except Exception as error:
         print(f"openvino_nncf: {error}")
     ours = part_forward(part, model, integers, threads=threads)
