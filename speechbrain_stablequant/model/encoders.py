@@ -59,6 +59,10 @@ class Encoder:
             for layer in self.model.feature_extractor.conv_layers
         ]
 
+    def frames(self, samples: int) -> int:
+        """Number of frames that the encoder produces."""
+        return conv_frames(samples, self.conv_geometry())
+
 
 def conv_frames(samples: int, geometry: Iterable[tuple[int, int]]) -> int:
     """Number of frames behind convolutions of these kernels and strides."""
