@@ -68,9 +68,8 @@ def evaluated(tmp_path, monkeypatch):
             method="max",
             calibration={"num_utterances": 3},
             search={"max_float_wer": 1000},
-            backend="openvino",
             output_folder=str(tmp_path / "quantized"),
-            **block,
+            **{"backend": "openvino", **block},
         )
         brain.evaluate(data, test_loader_kwargs={"batch_size": 1})
         (made,) = quantizer.runs
@@ -131,3 +130,21 @@ def test_what_does_not_gain_is_small_and_float(evaluated):
     linear = asr.mods.encoder.get_submodule("steps.ctc_lin.w")
     assert torch.equal(linear.weight, kept["ctc_lin.w.weight"])
     assert not torch.equal(linear.weight, run.modules["ctc_lin"].w.weight)
+
+
+@pytest.mark.slow
+def test_a_plan_that_was_simulated_is_executed_by_graphs(evaluated, tmp_path):
+    times = {None: GRAPH, "ctc_lin": FLOAT}
+    run, *_ = evaluated(times, backend="torch")
+    assert not run.plan.parts
+    run.plan.save(tmp_path / "simulated.json")
+    run, data, _ = evaluated(times, plan=str(tmp_path / "simulated.json"))
+    parts = {part.name: part.executes for part in run.plan.parts}
+    assert parts["Transformer.encoder"] == "graph"
+    # It says integers, so they are computed, also where float is as fast.
+    assert "ctc_lin" not in parts
+    assert not run.plan.quants()["ctc_lin.w"].weight_only
+    asr = EncoderASR.from_hparams(source=run.model_folder)
+    heard = [asr.transcribe_file(row["wav"]) for row in data.data.values()]
+    transcripts = run.results["test"].quantized.transcripts
+    assert heard == [x.hypothesis for x in transcripts]
