@@ -255,7 +255,8 @@ class StableQuant:
         path = getattr(self.brain.hparams, "test_wer_file", None)
         name = Path(str(path)).stem.removeprefix("wer_") if path else "test"
         names = chain([name], (f"{name}-{i}" for i in count(2)))
-        return next(x for x in names if x not in self.runs[0].results)
+        # Of the last variant: an interrupted evaluation is done again.
+        return next(x for x in names if x not in self.runs[-1].results)
 
     def _check_metric_early(self) -> None:
         """Check the metric before a training, if the recipe has it by then."""

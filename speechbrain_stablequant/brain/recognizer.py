@@ -263,9 +263,10 @@ class BrainRecognizer:
             ):
                 break
         found = _score(measured, subset.count, limit)
-        self._evaluations += 1
-        if found.complete:
-            log_search(self.brain, self._evaluations, found)
+        if limit >= 0:  # others are no evaluations but trials of one batch
+            self._evaluations += 1
+            if found.complete:
+                log_search(self.brain, self._evaluations, found)
         return found
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 from speechbrain_stablequant import StableQuant
 from speechbrain_stablequant.brain.checks import RecipeChecks
+from speechbrain_stablequant.brain.evaluation import Evaluator
 from speechbrain_stablequant.brain.run import Run, comparison
 
 LETTERS = "_AB "
@@ -116,6 +117,26 @@ def test_an_interrupted_evaluation_is_done_again(
     warnings = json.loads(text)["warnings"]
     assert any(x.startswith("No inference folder") for x in warnings)
     assert len(warnings) == len(set(warnings))
+
+
+def test_an_interrupted_variant_keeps_the_name_of_its_set(
+    attached, data, monkeypatch
+):
+    variants = [{"name": "a"}, {"name": "b", "weight_bits": 2}]
+    quantizer = attached(data("v1", "v2"), variants=variants)
+    quantize = Evaluator._quantize
+
+    def interrupt(self, run):
+        if run.name == "b":
+            raise KeyboardInterrupt
+        quantize(self, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "_quantize", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantizer.brain.evaluate(data("t1"), test_loader_kwargs=ONE)
+    quantizer.brain.evaluate(data("t1"), test_loader_kwargs=ONE)
+    assert [list(run.results) for run in quantizer.runs] == [["test"]] * 2
 
 
 def test_sets_given_to_attach_are_those_that_decide(attached, data):
