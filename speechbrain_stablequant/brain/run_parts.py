@@ -50,15 +50,14 @@ def decide_parts(run: Run, batch: Any) -> None:
     ``batch`` is used where the run has no calibration set.
     """
     config, runtime = run.config, RUNTIMES[run.backend]
-    if config.plan is not None:
-        run.parts = QuantizationPlan.load(config.plan, False).parts
+    given = config.plan is not None
+    run.parts = QuantizationPlan.load(config.plan, False).parts if given else []
     if not run.parts and runtime.part is not None:
         found = distributed.from_main(
             _decide(run, batch) if distributed.is_main() else []
         )
         # A given plan that was only simulated has no parts. It quantizes each
         # layer, also where float is as fast.
-        given = config.plan is not None
         run.parts = [x for x in found if x.executes == "graph" or not given]
     for part in run.parts:
         logger.info("quantize: %s: %s", part.name, part.reason)
